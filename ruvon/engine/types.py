@@ -1,0 +1,199 @@
+"""The engine's vocabulary: everything that flows through a step.
+
+Going down: `Job` → `Sequence` → `Chunk`s in a `Plan` → `ForwardBatch` (see `ruvon.kernels.ops`).
+Coming up: `StepResult` → `Emission`. Token ids only; text lives outside (`TextOptions` rides along
+in a job for whoever turns ids back into text, the engine never reads it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, TypeAlias
+
+FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How one request's tokens are drawn. The defaults leave the model's distribution alone."""
+
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # 0 is off
+    top_p: float = 1.0
+    min_p: float = 0.0
+    typical_p: float = 1.0
+    repetition_penalty: float = 1.0  # over prompt and output; above 1 discourages
+    presence_penalty: float = 0.0  # over the output, as OpenAI defines it
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    allowed_token_ids: tuple[int, ...] | None = None
+    bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
+    seed: int | None = None  # None draws a fresh one
+    max_tokens: int | None = 16  # None: as many as the context holds
+    min_tokens: int = 0  # no stop token before this many
+    stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
+    ignore_eos: bool = False
+    logprobs: int | None = None  # alternatives per token; 0 is the drawn token alone
+    prompt_logprobs: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """What happens to text after the engine: stop strings and which ids are shown."""
+
+    stop: tuple[str, ...] = ()
+    include_stop: bool = False
+    skip_special_tokens: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """One prompt and what is wanted of it: ``n`` completions share the prompt's cache blocks."""
+
+    prompt: tuple[int, ...]
+    sampling: SamplingParams = SamplingParams()
+    text: TextOptions = TextOptions()
+    n: int = 1
+    priority: int = 0  # lower runs first, under the policy "priority"
+    cache_salt: str = ""  # jobs share cached prefixes only within one salt
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """One completion on its way, owned by the scheduler.
+
+    ``tokens`` is prompt plus output; ``num_computed`` of them are in the cache. Scheduling closes
+    the gap, whether it is a prompt, a chunk of one, one new token or a recompute after preemption.
+    """
+
+    id: int
+    index: int  # which of the request's completions this is
+    sampling: SamplingParams
+    tokens: list[int]
+    num_prompt: int
+    max_tokens: int  # resolved against the context length
+    seed: int
+    priority: int = 0
+    salt: str = ""
+    num_computed: int = 0
+    num_cached: int = 0  # prompt tokens found in the prefix cache at first scheduling
+    num_preempted: int = 0
+    blocks: list[int] = field(default_factory=list)
+    arrived_at: float = 0.0  # seconds, monotonic; set by the loop, never read by the scheduler
+    scheduled_at: float | None = None
+    first_token_at: float | None = None
+    finish: FinishReason | None = None
+
+    @property
+    def num_output(self) -> int:
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_pending(self) -> int:
+        return len(self.tokens) - self.num_computed
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """A run of one sequence's tokens to compute in this step. Self-contained: a worker rank needs
+    nothing else to build its batch."""
+
+    seq_id: int
+    tokens: tuple[int, ...]
+    start: int  # position of the first
+    blocks: tuple[int, ...]  # the sequence's block table, far enough for these tokens
+    samples: bool  # whether the last token's logits are drawn from
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingRow:
+    """What the sampler needs for one chunk that samples. ``history`` is the sequence's own token
+    list, read during the step and not changed until its result is committed."""
+
+    seq_id: int
+    sampling: SamplingParams
+    history: list[int]
+    num_prompt: int
+    seed: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """Prompt positions of one chunk whose logprobs are wanted: logits at ``start + i`` score
+    ``targets[i]``."""
+
+    seq_id: int
+    chunk: int  # index into Plan.chunks
+    targets: tuple[int, ...]
+    num_top: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One step: which tokens to compute and which rows to sample, in the order of ``chunks``."""
+
+    step: int
+    chunks: tuple[Chunk, ...]
+    rows: tuple[SamplingRow, ...]  # one for each chunk with ``samples``, in order
+    prompt_rows: tuple[PromptRow, ...] = ()
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(chunk.tokens) for chunk in self.chunks)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log-probabilities at one position, of the model before temperature and filters.
+
+    Finite always: minus infinity is given as -9999.0, which JSON can carry.
+    """
+
+    token: int
+    logprob: float
+    rank: int  # 1 is the most likely
+    top: tuple[tuple[int, float], ...]  # the alternatives asked for, most likely first
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step drew: a list of tokens for each of ``Plan.rows`` (more than one only for
+    accepted drafts), logprobs beside them where asked, prompt logprobs by sequence."""
+
+    tokens: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
+    prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    errors: Mapping[int, str] = field(default_factory=dict)  # seq id → why this row has no token
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Emission:
+    """News of one sequence after a step: ids going up to whoever waits for them."""
+
+    seq_id: int
+    index: int
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, on the first emission
+    num_cached: int = 0
+    finish: FinishReason | None = None
+    stop_token: int | None = None  # the id that stopped it, if one did; it is the last of tokens
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class StepStats:
+    """One step in numbers, for logs, metrics and a recording."""
+
+    step: int
+    num_tokens: int
+    num_running: int
+    num_waiting: int
+    num_free_blocks: int
+    num_blocks: int
+    num_cached: int  # prompt tokens taken from the prefix cache by sequences first scheduled now
+    num_queried: int  # prompt tokens those sequences looked up
+    num_preempted: int
+    seconds: float

@@ -1,0 +1,99 @@
+"""Every error ruvon raises on purpose, and how each becomes an HTTP answer.
+
+::
+
+    RuvonError
+    ├── ConfigError                 a flag, variable or TOML key is wrong; ends start-up
+    ├── LoadError                   a checkpoint cannot be read; names file and tensor
+    ├── RequestError                the client's fault; carries OpenAI's type, param and code
+    │   ├── ContextLengthError      400 context_length_exceeded
+    │   ├── ModelNotFoundError      404 model_not_found
+    │   └── BodyTooLargeError       413 request_too_large
+    └── UnavailableError            not the client's fault; may be tried again
+        ├── QueueFullError          503, with Retry-After
+        ├── NotReadyError           503, still loading or draining
+        └── EngineDeadError         500, the engine loop has failed
+"""
+
+from __future__ import annotations
+
+
+class RuvonError(Exception):
+    """Base of all errors raised on purpose."""
+
+
+class ConfigError(RuvonError):
+    """A setting is unknown, malformed or cannot be honoured; the message names it."""
+
+
+class LoadError(RuvonError):
+    """A checkpoint, tokenizer or config file cannot be used; the message names file and tensor."""
+
+
+class RequestError(RuvonError):
+    """The request is wrong. ``param`` names the field in OpenAI's notation (``messages[0].role``)."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = "invalid_value"
+
+    def __init__(self, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class ContextLengthError(RequestError):
+    """Prompt and requested completion do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class ModelNotFoundError(RequestError):
+    """The request names a model that this server does not serve."""
+
+    status = 404
+    type = "not_found_error"
+    code = "model_not_found"
+
+
+class BodyTooLargeError(RequestError):
+    """The request body is larger than the server accepts."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class UnavailableError(RuvonError):
+    """The server cannot take or finish this request now; ``retry_after`` is in seconds."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+
+    def __init__(self, message: str, retry_after: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.retry_after = retry_after
+
+
+class QueueFullError(UnavailableError):
+    """The waiting queue is at its bound."""
+
+    type = "overloaded"
+    code = "queue_full"
+
+
+class NotReadyError(UnavailableError):
+    """The model is still loading, or the server is draining."""
+
+    code = "not_ready"
+
+
+class EngineDeadError(UnavailableError):
+    """The engine loop has failed; every stream gets this error and readiness turns off."""
+
+    status = 500
+    code = "engine_dead"

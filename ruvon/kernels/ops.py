@@ -1,0 +1,151 @@
+"""The operations a model is made of, and the table that says who computes them.
+
+A model calls `Ops` and nothing else: no torch function, no kernel by name. One frozen table is
+chosen at start (`select_ops`) and handed down, so swapping a kernel is swapping a field. Every
+field of `TORCH` is the *meaning* of that operation in plain torch; every other table must agree
+with it, and the tests compare the two.
+
+Shape legend, used in names as a suffix (``x_TC``) across the project:
+
+    T  tokens in this step, all sequences one after another (ragged, no padding)
+    S  sequences in this step          L  rows whose logits are wanted
+    C  hidden size                     N, K  rows (outputs) and columns (inputs) of a weight
+    H  query heads   G  key/value heads   D  head size   V  vocabulary
+    B  blocks of the cache             P  tokens per block ("page")
+
+How values are arranged *inside* one cache block, and inside a `Packed` weight, is private to the
+table that wrote them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torch import Tensor
+
+Activation: TypeAlias = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated"]
+"""``*_gated``: the first half of the outputs gates the second, ``act(gate) * up``; halves N."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForwardBatch:
+    """One step's work as tensors: a ragged batch of prompt chunks and single decode tokens.
+
+    Sequence ``s`` owns tokens ``query_starts[s]:query_starts[s + 1]``; after this step its cache
+    holds ``context_lens[s]`` tokens, the last of which are these. There is no prefill or decode:
+    a decode is a chunk of one.
+    """
+
+    token_ids: Tensor  # int32 [T]
+    positions: Tensor  # int32 [T]
+    slots: Tensor  # int32 [T], block * P + offset: where each token's key and value go
+    block_tables: Tensor  # int32 [S, most blocks of any sequence], padded with 0
+    query_starts: Tensor  # int32 [S + 1]
+    context_lens: Tensor  # int32 [S]
+    logit_rows: Tensor  # int32 [L], indices into T
+    max_query: int
+    max_context: int
+
+
+@dataclass(frozen=True, slots=True)
+class Dense:
+    """A weight as it is: ``[N, K]``, float32, bfloat16 or float16."""
+
+    weight_NK: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Quantized:
+    """A weight as small integers with a scale, and perhaps an offset, for each group along K.
+
+    ``value = code * scale + offset``. Covers Q4_0, Q4_1, Q8_0, the K-quants with their two-level
+    scales multiplied out, and ruvon's own int8 and int4.
+    """
+
+    codes_NK: Tensor  # int8; 0..15 where bits == 4, -128..127 where bits == 8
+    scales: Tensor  # float32 or float16 [N, K / group]
+    offsets: Tensor | None  # as scales
+    group: int
+    bits: Literal[4, 8]
+
+    def dequantize(self) -> Tensor:
+        """The float32 values ``[N, K]``."""
+        n, k = self.codes_NK.shape
+        values = self.codes_NK.float().view(n, k // self.group, self.group)
+        values = values * self.scales.float().unsqueeze(-1)
+        if self.offsets is not None:
+            values = values + self.offsets.float().unsqueeze(-1)
+        return values.view(n, k)
+
+
+Weight: TypeAlias = Dense | Quantized
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A weight laid out for one table's kernels. Only the table that packed it may look inside."""
+
+    kind: str
+    shape: tuple[int, int]  # N, K as the model sees them
+    tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Rope:
+    """Rotary position tables, rotate-half pairs ``(i, i + D / 2)``; scaling is already in them."""
+
+    cos_PD: Tensor  # float32 [max positions, rotated dims / 2]
+    sin_PD: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """What one layer's attention needs to know besides its inputs."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    scale: float
+    window: int = 0  # keys visible to a query, itself included; 0 means all
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """One backend. Every function allocates and returns its result; none changes its inputs
+    except ``write_kv``, which fills the cache."""
+
+    name: str
+    pack: Callable[[Weight], Packed]
+    """Lay a weight out for `linear` and `embed`."""
+
+    embed: Callable[[Tensor, Packed], Tensor]
+    """(ids [T], table V×C) → x_TC in the compute dtype."""
+
+    add: Callable[[Tensor, Tensor], Tensor]
+    """(x_TC, y_TC) → x + y."""
+
+    rms_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    """(x_TC, residual_TC or None, weight_C, eps) → (normed, x + residual)."""
+
+    layer_norm: Callable[[Tensor, Tensor | None, Tensor, Tensor, float], tuple[Tensor, Tensor]]
+    """(x_TC, residual_TC or None, weight_C, bias_C, eps) → (normed, x + residual)."""
+
+    linear: Callable[[Tensor, Packed, Tensor | None, Activation], Tensor]
+    """(x_TK, weight, bias_N or None, activation) → act(x Wᵀ + b), [T, N] ([T, N / 2] if gated)."""
+
+    write_kv: Callable[..., Tensor]
+    """(qkv_TE, batch, k_cache, v_cache, AttentionSpec, Rope or None, q_norm_D or None,
+    k_norm_D or None, eps) → q_THD. Splits q | k | v, norms q and k per head, rotates them, and
+    writes k and v to the cache at ``batch.slots``."""
+
+    attention: Callable[..., Tensor]
+    """(q_THD, k_cache, v_cache, batch, AttentionSpec, sinks_H or None) → [T, H * D]. Causal over
+    each sequence's own blocks. A sink joins the softmax's denominator only."""
+
+    take: Callable[[Tensor, Tensor], Tensor]
+    """(x_TC, rows_L) → x_LC."""
+
+    logits: Callable[[Tensor, Packed], Tensor]
+    """(x_LC, head V×C) → float32 [L, V]."""

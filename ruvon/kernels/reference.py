@@ -1,0 +1,174 @@
+"""The plain-torch meaning of every operation in `Ops`: short, obvious, and the oracle of the tests.
+
+Runs on any device and dtype. Norms, softmax and rotations compute in float32 and cast last.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ruvon.kernels.ops import (
+    Activation,
+    AttentionSpec,
+    ForwardBatch,
+    Ops,
+    Packed,
+    Quantized,
+    Rope,
+    Weight,
+)
+
+
+def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
+    """The table of this file, computing in ``dtype`` on ``device``."""
+
+    def pack(weight: Weight) -> Packed:
+        dense = weight.dequantize() if isinstance(weight, Quantized) else weight.weight_NK
+        n, k = dense.shape
+        return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
+
+    return Ops(
+        name="torch",
+        pack=pack,
+        embed=embed,
+        add=torch.add,
+        rms_norm=rms_norm,
+        layer_norm=layer_norm,
+        linear=linear,
+        write_kv=write_kv,
+        attention=attention,
+        take=take,
+        logits=logits,
+    )
+
+
+def embed(ids_T: Tensor, table: Packed) -> Tensor:
+    return F.embedding(ids_T, table.tensors[0])
+
+
+def take(x_TC: Tensor, rows_L: Tensor) -> Tensor:
+    return x_TC.index_select(0, rows_L)
+
+
+def logits(x_LC: Tensor, head: Packed) -> Tensor:
+    return F.linear(x_LC, head.tensors[0]).float()
+
+
+def rms_norm(
+    x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x_TC if residual_TC is None else x_TC + residual_TC
+    wide = total.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps) * weight_C.float()
+    return normed.to(x_TC.dtype), total
+
+
+def layer_norm(
+    x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, bias_C: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    total = x_TC if residual_TC is None else x_TC + residual_TC
+    normed = F.layer_norm(total.float(), (x_TC.shape[-1],), weight_C.float(), bias_C.float(), eps)
+    return normed.to(x_TC.dtype), total
+
+
+def activate(x_TN: Tensor, activation: Activation) -> Tensor:
+    match activation:
+        case "none":
+            return x_TN
+        case "gelu_tanh":
+            return F.gelu(x_TN, approximate="tanh")
+        case "gelu":
+            return F.gelu(x_TN)
+        case "relu":
+            return F.relu(x_TN)
+        case "silu":
+            return F.silu(x_TN)
+        case "silu_gated":
+            gate, up = x_TN.chunk(2, dim=-1)
+            return F.silu(gate) * up
+
+
+def linear(x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Activation) -> Tensor:
+    return activate(F.linear(x_TK, weight.tensors[0], bias_N), activation)
+
+
+def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
+    """Rotate-half on the first ``2 * cos.shape[-1]`` dims; the rest pass through. float32 inside."""
+    half = cos_TD.shape[-1]
+    wide = x_THD.float()
+    a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
+    cos, sin = cos_TD.unsqueeze(1), sin_TD.unsqueeze(1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), dim=-1).to(x_THD.dtype)
+
+
+def write_kv(
+    qkv_TE: Tensor,
+    batch: ForwardBatch,
+    k_cache_BGPD: Tensor,
+    v_cache_BGPD: Tensor,
+    spec: AttentionSpec,
+    rope: Rope | None,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+) -> Tensor:
+    heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    q, k, v = qkv_TE.view(-1, heads + 2 * groups, dim).split((heads, groups, groups), dim=1)
+    if q_norm_D is not None:
+        q = rms_norm(q, None, q_norm_D, eps)[0]
+    if k_norm_D is not None:
+        k = rms_norm(k, None, k_norm_D, eps)[0]
+    if rope is not None:
+        cos, sin = rope.cos_PD[batch.positions], rope.sin_PD[batch.positions]
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    page = k_cache_BGPD.shape[2]
+    block, offset = batch.slots // page, batch.slots % page
+    k_cache_BGPD[block, :, offset] = k.to(k_cache_BGPD.dtype)
+    v_cache_BGPD[block, :, offset] = v.to(v_cache_BGPD.dtype)
+    return q
+
+
+def attention(
+    q_THD: Tensor,
+    k_cache_BGPD: Tensor,
+    v_cache_BGPD: Tensor,
+    batch: ForwardBatch,
+    spec: AttentionSpec,
+    sinks_H: Tensor | None,
+) -> Tensor:
+    out = torch.empty_like(q_THD)
+    starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
+    page = k_cache_BGPD.shape[2]
+    for s, context in enumerate(contexts):
+        blocks = batch.block_tables[s, : -(-context // page)]
+        k, v = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float()  # [G, context, D]
+            for cache in (k_cache_BGPD, v_cache_BGPD)
+        )
+        rows = slice(starts[s], starts[s + 1])
+        out[rows] = attend_one(q_THD[rows], k, v, spec, sinks_H).to(out.dtype)
+    return out.flatten(1)
+
+
+def attend_one(
+    q_QHD: Tensor, k_GXD: Tensor, v_GXD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+) -> Tensor:
+    """One sequence's queries, the last Q of its X positions, over its keys. float32 in and out."""
+    num, context = q_QHD.shape[0], k_GXD.shape[1]
+    share = spec.num_heads // spec.num_kv_heads
+    k, v = (t.repeat_interleave(share, dim=0) for t in (k_GXD, v_GXD))
+    scores = torch.einsum("qhd,hxd->hqx", q_QHD.float(), k) * spec.scale
+    query_at = torch.arange(context - num, context, device=k.device).unsqueeze(1)
+    key_at = torch.arange(context, device=k.device).unsqueeze(0)
+    hidden = key_at > query_at
+    if spec.window:
+        hidden |= key_at <= query_at - spec.window
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks_H is not None:
+        sink = sinks_H.float().view(-1, 1, 1).expand(-1, num, 1)
+        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    return torch.einsum("hqx,hxd->qhd", weights, v)

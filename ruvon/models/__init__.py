@@ -1,0 +1,1 @@
+"""The mathematics of each model family, and what belongs to a model: weights, tokenizer, chat."""

@@ -1,0 +1,1 @@
+"""HTTP and OpenAI's shapes. No tensors."""
