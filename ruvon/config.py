@@ -1,17 +1,32 @@
 """Every setting, once: name, type, default, help. The only reader of argv, environment and TOML.
 
 A setting is a dataclass field. Its command-line flag is the field's name with dashes, its variable
-is ``RUVON_`` and the name in capitals, its TOML key is the name. Never imports torch.
+is ``RUVON_`` and the name in capitals, its TOML key is the name. What is given wins over what is
+not in this order: argv, environment, TOML file, default. Whoever builds a config, from whatever
+source, gets the same checks. Never imports torch.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import difflib
+import os
+import re
+import tomllib
+import types
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from ruvon.errors import ConfigError
+
+ENV_PREFIX = "RUVON_"
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
-    """A dataclass field that carries its help text and the few hints a command line needs."""
+    """A dataclass field that carries its help text and what else its checks need: ``least`` and
+    ``most`` bound a number, ``unit="size"`` marks a string that `parse_size` must accept."""
     return field(default=default, metadata={"help": help, **extra})
 
 
@@ -34,17 +49,25 @@ class EngineConfig:
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(
         "auto", "Which table of kernels computes; torch is the plain reference."
     )
-    threads: int = setting(0, "Compute threads on a CPU. 0: one for each core given.")
+    threads: int = setting(0, "Compute threads on a CPU. 0: one for each core given.", least=0)
     max_model_len: int | None = setting(
-        None, "Longest prompt plus completion, tokens. Default: the model's own, or what fits."
+        None,
+        "Longest prompt plus completion, tokens. Default: the model's own, or what fits.",
+        least=2,
     )
-    max_num_seqs: int = setting(64, "Most sequences in one step.")
-    max_num_batched_tokens: int = setting(512, "Token budget of one step, prompts and decodes.")
-    block_size: int = setting(16, "Tokens in one block of the KV cache.")
+    max_num_seqs: int = setting(64, "Most sequences in one step.", least=1)
+    max_num_batched_tokens: int = setting(
+        512, "Token budget of one step, prompts and decodes.", least=1
+    )
+    block_size: int = setting(16, "Tokens in one block of the KV cache.", least=1)
     kv_cache_memory: str | None = setting(
-        None, "Memory for the KV cache, such as 512MiB or 2GiB. Default: planned from what is free."
+        None,
+        "Memory for the KV cache, such as 512MiB or 2GiB. Default: planned from what is free.",
+        unit="size",
     )
-    gpu_memory_utilization: float = setting(0.9, "Share of GPU memory ruvon may plan with.")
+    gpu_memory_utilization: float = setting(
+        0.9, "Share of GPU memory ruvon may plan with.", least=0.01, most=1.0
+    )
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prefixes.")
     enable_chunked_prefill: bool = setting(
         True, "Split long prompts over steps, beside decodes; off computes a prompt in one step."
@@ -52,11 +75,23 @@ class EngineConfig:
     batching: Literal["sequential", "static", "continuous"] = setting(
         "continuous", "When waiting requests may join the running ones."
     )
-    scheduling_policy: Literal["fcfs", "priority"] = setting(
-        "fcfs", "Order of the waiting queue."
+    scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of the waiting queue.")
+    max_num_queued_reqs: int = setting(
+        1024, "Waiting sequences beyond which requests get a 503.", least=1
     )
-    max_num_queued_reqs: int = setting(1024, "Waiting sequences beyond which requests get a 503.")
-    seed: int = setting(0, "Seeds dummy weights.")
+    seed: int = setting(0, "Seeds dummy weights.", least=0)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.max_num_seqs > self.max_num_batched_tokens:
+            raise ConfigError(
+                f"max_num_seqs {self.max_num_seqs} must not exceed max_num_batched_tokens "
+                f"{self.max_num_batched_tokens}: every running sequence needs a token of the budget"
+            )
+        if self.device == "cpu" and self.kernels == "triton":
+            raise ConfigError("kernels 'triton' need device 'cuda', not 'cpu'")
+        if self.device == "cuda" and self.kernels == "cpu":
+            raise ConfigError("kernels 'cpu' need device 'cpu', not 'cuda'")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +99,7 @@ class ServerConfig:
     """How the engine is offered over HTTP."""
 
     host: str = setting("127.0.0.1", "Address to listen on.")
-    port: int = setting(8000, "Port to listen on. 0 picks a free one.")
+    port: int = setting(8000, "Port to listen on. 0 picks a free one.", least=0, most=65535)
     served_model_name: str | None = setting(
         None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
     )
@@ -72,13 +107,196 @@ class ServerConfig:
     generation_config: Literal["auto", "none"] = setting(
         "auto", "auto takes sampling defaults from the model's generation_config.json."
     )
-    max_logprobs: int = setting(20, "Most alternatives a request may ask for.")
-    max_body_size: str = setting("8MiB", "Larger request bodies get a 413.")
-    sse_keep_alive_interval: float = setting(15.0, "Seconds of silence before a comment line.")
-    shutdown_timeout: float = setting(30.0, "Seconds that running requests get after SIGTERM.")
+    max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
+    max_body_size: str = setting("8MiB", "Larger request bodies get a 413.", unit="size")
+    sse_keep_alive_interval: float = setting(
+        15.0, "Seconds of silence in a stream before a comment line. 0 is off.", least=0
+    )
+    shutdown_timeout: float = setting(
+        30.0, "Seconds that running requests get after SIGTERM.", least=0
+    )
     strict: bool = setting(False, "Refuse unknown request fields instead of reporting them.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least level shown.")
     log_format: Literal["auto", "console", "json"] = setting(
         "auto", "auto: console on a terminal, JSON elsewhere."
     )
     log_requests: bool = setting(True, "One line for each request.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
+CONFIGS: tuple[type[EngineConfig] | type[ServerConfig], ...] = (EngineConfig, ServerConfig)
+Config = TypeVar("Config", EngineConfig, ServerConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A setting's type, taken apart: what a string from the environment must become."""
+
+    base: type
+    optional: bool
+    choices: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return " | ".join(self.choices) if self.choices else NAMES[self.base]
+
+
+NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
+
+
+def kinds(cls: type) -> dict[str, Kind]:
+    """The kind of every setting of a config class."""
+    return {name: _kind(hint) for name, hint in get_type_hints(cls).items()}
+
+
+def _kind(hint: Any) -> Kind:
+    if get_origin(hint) in (Union, types.UnionType):
+        (inner,) = (arg for arg in get_args(hint) if arg is not type(None))
+        return dataclasses.replace(_kind(inner), optional=True)
+    if get_origin(hint) is Literal:
+        return Kind(str, False, get_args(hint))
+    return Kind(hint, False, ())
+
+
+def flag(name: str) -> str:
+    """``max_num_seqs`` → ``--max-num-seqs``."""
+    return "--" + name.replace("_", "-")
+
+
+def variable(name: str) -> str:
+    """``max_num_seqs`` → ``RUVON_MAX_NUM_SEQS``."""
+    return ENV_PREFIX + name.upper()
+
+
+def load(
+    cls: type[Config],
+    given: Mapping[str, Any] | None = None,
+    environ: Mapping[str, str] = os.environ,
+    toml: Mapping[str, Any] | None = None,
+) -> Config:
+    """Build one config. ``given`` holds argv's values, where None means not given; ``toml`` is
+    what `read_toml` returned. An empty variable counts as not set.
+
+    Raises:
+        ConfigError: a value is of the wrong type, out of range or not among the choices.
+    """
+    values: dict[str, Any] = {}
+    for name, kind in kinds(cls).items():
+        if toml and name in toml:
+            values[name] = _typed(toml[name], kind, f"{name} in the TOML file")
+        if environ.get(variable(name)):
+            values[name] = _parsed(environ[variable(name)], kind, variable(name))
+        if given and given.get(name) is not None:
+            values[name] = given[name]
+    return cls(**values)
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a TOML file, all of them known settings.
+
+    Raises:
+        ConfigError: the file cannot be read, is not TOML, or has a key that is no setting.
+    """
+    try:
+        values = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    known = _all_names()
+    for key in values:
+        if key not in known:
+            raise ConfigError(f"{path}: unknown key {key!r}{_hint(key, known)}")
+    return values
+
+
+def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
+    """A sentence for each ``RUVON_*`` variable that is no setting. Not an error, because others
+    (Kubernetes for a service named ruvon) put such variables there."""
+    known = {variable(name) for name in _all_names()}
+    strangers = sorted(name for name in environ if name.startswith(ENV_PREFIX))
+    return [f"{name} is no setting{_hint(name, known)}" for name in strangers if name not in known]
+
+
+SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(text: str) -> int:
+    """Bytes in ``"512MiB"``, ``"2GB"``, ``"1.5g"`` or ``"1048576"``. With an i the unit is a power
+    of 1024, without it of 1000, as in the standards.
+
+    Raises:
+        ConfigError: the text is no size, or is zero.
+    """
+    match = SIZE.fullmatch(text)
+    if match is None or (match[3] and not match[2]):
+        raise ConfigError(f"{text!r} is not a size; write it like 512MiB, 2GiB or 1048576")
+    base = 1024 if match[3] else 1000
+    power = " kmgt".index(match[2].lower() or " ")
+    size = int(float(match[1]) * base**power)
+    if size < 1:
+        raise ConfigError(f"size {text!r} is zero bytes")
+    return size
+
+
+def check_fields(config: EngineConfig | ServerConfig) -> None:
+    """Hold every field against its type, its choices and its bounds.
+
+    Raises:
+        ConfigError: naming the first field that fails, and what it may be.
+    """
+    all_kinds = kinds(type(config))
+    for spec in dataclasses.fields(config):
+        value = getattr(config, spec.name)
+        if value is None and all_kinds[spec.name].optional:
+            continue
+        _typed(value, all_kinds[spec.name], spec.name)
+        _bounded(value, spec.metadata, spec.name)
+
+
+def _bounded(value: Any, limits: Mapping[str, Any], name: str) -> None:
+    least, most = limits.get("least"), limits.get("most")
+    if least is not None and value < least:
+        raise ConfigError(f"{name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ConfigError(f"{name} must be at most {most}, got {value}")
+    if limits.get("unit") == "size":
+        try:
+            parse_size(value)
+        except ConfigError as error:
+            raise ConfigError(f"{name}: {error}") from error
+
+
+def _typed(value: Any, kind: Kind, source: str) -> Any:
+    """A value that has a type already; an integer will do where a number is wanted."""
+    number = kind.base is float and isinstance(value, int)
+    fits = isinstance(value, kind.base) or number
+    if not fits or (isinstance(value, bool) and kind.base is not bool):
+        raise ConfigError(f"{source} must be {kind}, got {value!r}")
+    if kind.choices and value not in kind.choices:
+        raise ConfigError(f"{source} must be one of {kind}, got {value!r}")
+    return value
+
+
+WORDS = {"1": True, "true": True, "yes": True, "on": True}
+WORDS |= {"0": False, "false": False, "no": False, "off": False}
+
+
+def _parsed(text: str, kind: Kind, source: str) -> Any:
+    """A value out of a string, as the environment gives them."""
+    try:
+        value = WORDS[text.lower()] if kind.base is bool else kind.base(text)
+    except (KeyError, ValueError):
+        raise ConfigError(f"{source} must be {kind}, got {text!r}") from None
+    return _typed(value, kind, source)
+
+
+def _all_names() -> set[str]:
+    return {name for cls in CONFIGS for name in kinds(cls)}
+
+
+def _hint(name: str, known: Iterable[str]) -> str:
+    """What a misspelt name may have meant."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; known are {', '.join(sorted(known))}"
