@@ -23,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+import torch
 from torch import Tensor
 
 Activation: TypeAlias = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated"]
@@ -149,3 +150,9 @@ class Ops:
 
     logits: Callable[[Tensor, Packed], Tensor]
     """(x_LC, head V×C) → float32 [L, V]."""
+
+    dtype: torch.dtype = torch.float32
+    """What x is computed in; biases come in it, norm weights and rope tables in float32."""
+
+    device: torch.device = torch.device("cpu")
+    """Where every tensor given to these functions lies."""

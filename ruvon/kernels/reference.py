@@ -41,6 +41,8 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
         attention=attention,
         take=take,
         logits=logits,
+        dtype=dtype,
+        device=device,
     )
 
 
