@@ -1,9 +1,19 @@
-"""Logs, metrics and progress: what people and machines see of a running ruvon."""
+"""Logs, metrics and progress: what people and machines see of a running ruvon.
+
+Metric names and labels are vLLM's, so that its dashboards and autoscalers work unchanged; each is
+also served as ``ruvon_*``. The names are API: `tests/test_telemetry.py` holds the list.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypeAlias
+import logging
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Called while starting: (phase, share done from 0 to 1)."""
@@ -11,3 +21,319 @@ Progress: TypeAlias = Callable[[str, float], None]
 
 def silent(phase: str, share: float) -> None:
     """A `Progress` that nobody watches."""
+
+
+# ---------------------------------------------------------------------------------------- logs
+
+
+def configure_logging(
+    level: Literal["debug", "info", "warning", "error"] = "info",
+    format: Literal["auto", "console", "json"] = "auto",
+) -> None:
+    """Send all logs, ours and the libraries', to stderr as console lines or as JSON lines."""
+    console = format == "console" or (format == "auto" and sys.stderr.isatty())
+    shared: list[structlog.typing.Processor] = [
+        structlog.contextvars.merge_contextvars,
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
+    ]
+    render: list[structlog.typing.Processor] = (
+        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
+        if console
+        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+    )
+    number = logging.getLevelName(level.upper())
+    structlog.configure(
+        processors=[*shared, structlog.processors.StackInfoRenderer(), *render],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
+        )
+    )
+    # Libraries speak up from "warning": their info lines are about themselves, not about ruvon.
+    logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
+
+
+# ------------------------------------------------------------------------------------- metrics
+
+_MILLISECONDS = (0.001, 0.0025, 0.005)  # in front of vLLM's buckets, which start too coarse
+TOKEN_LATENCY_BUCKETS = (
+    *_MILLISECONDS, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
+)  # fmt: skip
+FIRST_TOKEN_BUCKETS = (
+    *_MILLISECONDS, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
+    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
+)  # fmt: skip
+REQUEST_BUCKETS = (
+    *_MILLISECONDS, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0,
+    15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
+)  # fmt: skip
+STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+
+
+def one_two_five(limit: int) -> tuple[int, ...]:
+    """Buckets 1, 2, 5, 10, 20, 50, ... up to ``limit``."""
+    steps = (factor * 10**power for power in range(19) for factor in (1, 2, 5))
+    return tuple(step for step in steps if step <= max(limit, 1))
+
+
+@dataclass(slots=True)
+class Totals:
+    """Plain numbers behind the stats line; reading Prometheus objects back is not their purpose."""
+
+    prompt_tokens: int = 0
+    output_tokens: int = 0
+    queried: int = 0
+    cached: int = 0
+    steps: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_usage: float = 0.0
+
+
+class Metrics:
+    """What one engine counts. Everything is recorded from the event loop's thread."""
+
+    def __init__(self, model_name: str = "", max_model_len: int = 131072) -> None:
+        self.registry = CollectorRegistry()
+        self.totals = Totals()
+        self._labels = {"model_name": model_name, "engine": "0"}
+        self._make_engine_metrics()
+        self._make_request_metrics(one_two_five(max_model_len))
+
+    def _make_engine_metrics(self) -> None:
+        self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
+        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting to be scheduled.")
+        self._waiting_by = Gauge(
+            "vllm:num_requests_waiting_by_reason",
+            "Sequences waiting, by what they wait for.",
+            [*self._labels, "reason"],
+            registry=self.registry,
+        ).labels(**self._labels, reason="capacity")
+        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
+        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._preemptions = self._counter("num_preemptions", "Sequences preempted.")
+        self._step_tokens = self._histogram(
+            "iteration_tokens_total", "Tokens computed in one step.", STEP_TOKENS_BUCKETS
+        )
+
+    def _make_request_metrics(self, lengths: Iterable[int]) -> None:
+        lengths = tuple(lengths)
+        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
+        self._output_tokens = self._counter("generation_tokens", "Tokens generated.")
+        self._prompt_cached = self._counter("prompt_tokens_cached", "Prompt tokens from the cache.")
+        self._prompt_by_source = Counter(
+            "vllm:prompt_tokens_by_source",
+            "Prompt tokens, by where their keys and values came from.",
+            [*self._labels, "source"],
+            registry=self.registry,
+        )
+        self._finished = Counter(
+            "vllm:request_success",
+            "Sequences finished, by reason.",
+            [*self._labels, "finished_reason"],
+            registry=self.registry,
+        )
+        self._rejections = Counter(
+            "vllm:admission_rejections",
+            "Requests refused before they were queued.",
+            ["model_name", "reason"],
+            registry=self.registry,
+        )
+        for reason in ("stop", "length", "abort", "error"):
+            self._finished.labels(**self._labels, finished_reason=reason)
+        self._lengths = {
+            name: self._histogram(name, help, lengths)
+            for name, help in {
+                "request_prompt_tokens": "Prompt length.",
+                "request_generation_tokens": "Output length.",
+                "request_max_num_generation_tokens": "Longest output of the request.",
+                "request_params_max_tokens": "Most tokens asked for.",
+                "request_prefill_kv_computed_tokens": "Prompt tokens not found in the cache.",
+            }.items()
+        }
+        self._params_n = self._histogram("request_params_n", "Asked n.", (1, 2, 5, 10, 20))
+        self._first_token = self._histogram(
+            "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
+        )
+        self._inter_token = self._histogram(
+            "inter_token_latency_seconds", "Between two tokens.", TOKEN_LATENCY_BUCKETS
+        )
+        self._per_token = self._histogram(
+            "request_time_per_output_token_seconds",
+            "Mean time of a request's tokens after the first.",
+            TOKEN_LATENCY_BUCKETS,
+        )
+        self._seconds = {
+            name: self._histogram(f"{name}_seconds", help, REQUEST_BUCKETS)
+            for name, help in {
+                "e2e_request_latency": "Arrival to finish.",
+                "request_queue_time": "Arrival to first scheduling.",
+                "request_inference_time": "First scheduling to finish.",
+                "request_prefill_time": "First scheduling to first token.",
+                "request_decode_time": "First token to finish.",
+            }.items()
+        }
+
+    def _gauge(self, name: str, help: str) -> Gauge:
+        gauge = Gauge(f"vllm:{name}", help, list(self._labels), registry=self.registry)
+        return gauge.labels(**self._labels)
+
+    def _counter(self, name: str, help: str) -> Counter:
+        counter = Counter(f"vllm:{name}", help, list(self._labels), registry=self.registry)
+        return counter.labels(**self._labels)
+
+    def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
+        histogram = Histogram(
+            f"vllm:{name}", help, list(self._labels), registry=self.registry, buckets=tuple(buckets)
+        )
+        return histogram.labels(**self._labels)
+
+    def describe_cache(self, **settings: object) -> None:
+        """Publish the cache's settings as labels of ``vllm:cache_config_info``, once."""
+        labels = {name: str(value) for name, value in settings.items()} | {"engine": "0"}
+        Gauge(
+            "vllm:cache_config_info", "Settings of the KV cache.", list(labels),
+            registry=self.registry,
+        ).labels(**labels).set(1)  # fmt: skip
+
+    def record_step(
+        self,
+        *,
+        num_tokens: int,
+        num_running: int,
+        num_waiting: int,
+        kv_usage: float,
+        num_cached: int,
+        num_queried: int,
+        num_preempted: int,
+    ) -> None:
+        """Count one engine step."""
+        totals = self.totals
+        totals.steps += 1
+        totals.running, totals.waiting, totals.kv_usage = num_running, num_waiting, kv_usage
+        self._running.set(num_running)
+        self._waiting.set(num_waiting)
+        self._waiting_by.set(num_waiting)
+        self._kv_usage.set(kv_usage)
+        self._step_tokens.observe(num_tokens)
+        if num_queried:
+            totals.queried += num_queried
+            totals.cached += num_cached
+            self._queries.inc(num_queried)
+            self._hits.inc(num_cached)
+        if num_preempted:
+            self._preemptions.inc(num_preempted)
+
+    def record_first_token(self, seconds: float) -> None:
+        """Count a sequence's first token, ``seconds`` after it arrived."""
+        self._first_token.observe(seconds)
+        self._output_tokens.inc()
+        self.totals.output_tokens += 1
+
+    def record_inter_token(self, seconds: float) -> None:
+        """Count a later token, ``seconds`` after the one before."""
+        self._inter_token.observe(seconds)
+        self._output_tokens.inc()
+        self.totals.output_tokens += 1
+
+    def record_finished(  # noqa: PLR0913 - one row of facts, all by name
+        self,
+        *,
+        reason: str,
+        num_prompt: int,
+        num_output: int,
+        num_cached: int,
+        max_tokens: int,
+        n: int,
+        queue: float,
+        prefill: float,
+        decode: float,
+        total: float,
+    ) -> None:
+        """Count one sequence that ended; times in seconds."""
+        self._finished.labels(**self._labels, finished_reason=reason).inc()
+        self._record_prompt(num_prompt, num_cached)
+        for name, value in {
+            "request_generation_tokens": num_output,
+            "request_max_num_generation_tokens": num_output,
+            "request_params_max_tokens": max_tokens,
+        }.items():
+            self._lengths[name].observe(value)
+        self._params_n.observe(n)
+        if num_output > 1:
+            self._per_token.observe(decode / (num_output - 1))
+        for name, seconds in {
+            "e2e_request_latency": total,
+            "request_queue_time": queue,
+            "request_inference_time": prefill + decode,
+            "request_prefill_time": prefill,
+            "request_decode_time": decode,
+        }.items():
+            self._seconds[name].observe(seconds)
+
+    def _record_prompt(self, num_prompt: int, num_cached: int) -> None:
+        self.totals.prompt_tokens += num_prompt
+        self._prompt_tokens.inc(num_prompt)
+        self._prompt_cached.inc(num_cached)
+        for source, count in {
+            "local_compute": num_prompt - num_cached,
+            "local_cache_hit": num_cached,
+        }.items():
+            self._prompt_by_source.labels(**self._labels, source=source).inc(count)
+        self._lengths["request_prompt_tokens"].observe(num_prompt)
+        self._lengths["request_prefill_kv_computed_tokens"].observe(num_prompt - num_cached)
+
+    def record_rejection(self, reason: str) -> None:
+        """Count a request refused because a bound was reached, such as ``max_num_queued_reqs``."""
+        self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
+
+    def render(self) -> bytes:
+        """Prometheus text: every ``vllm:`` metric, and once more as ``ruvon_``."""
+        text = generate_latest(self.registry)
+        return text + text.replace(b"vllm:", b"ruvon_")
+
+
+class HttpMetrics:
+    """What the HTTP side counts, from before a model is loaded."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._requests = Counter(
+            "http_requests", "Requests answered.", ["handler", "method", "status"],
+            registry=self.registry,
+        )  # fmt: skip
+        self._seconds = Histogram(
+            "http_request_duration_seconds", "Time to answer, streams to their end.",
+            ["handler", "method"], registry=self.registry, buckets=REQUEST_BUCKETS,
+        )  # fmt: skip
+
+    def record(self, handler: str, method: str, status: str, seconds: float) -> None:
+        """Count one answered request; ``handler`` is the route, never the raw path."""
+        self._requests.labels(handler, method, status).inc()
+        self._seconds.labels(handler, method).observe(seconds)
+
+    def render(self) -> bytes:
+        """Prometheus text."""
+        return generate_latest(self.registry)
+
+
+def stats_line(before: Totals, now: Totals, seconds: float) -> dict[str, float | int]:
+    """The numbers of the periodic log line: rates since ``before``, and the present state."""
+    queried = now.queried - before.queried
+    return {
+        "prompt_tok_s": round((now.prompt_tokens - before.prompt_tokens) / seconds, 1),
+        "output_tok_s": round((now.output_tokens - before.output_tokens) / seconds, 1),
+        "running": now.running,
+        "waiting": now.waiting,
+        "kv_cache_pct": round(100 * now.kv_usage, 1),
+        "prefix_hit_pct": round(100 * (now.cached - before.cached) / queried, 1) if queried else 0,
+    }
