@@ -79,8 +79,13 @@ class Sequence:
     num_computed: int = 0
     num_cached: int = 0  # prompt tokens found in the prefix cache at first scheduling
     num_preempted: int = 0
+    in_flight: int = 0  # steps launched with a chunk of it and not committed yet
     blocks: list[int] = field(default_factory=list)
-    arrived_at: float = 0.0  # seconds, monotonic; set by the loop, never read by the scheduler
+    keys: list[bytes] = field(default_factory=list)  # of its full blocks, for the prefix cache
+    num_published: int = 0  # leading blocks already offered to the prefix cache
+    awaits: bytes | None = None  # key of a prefix block that another sequence computes right now
+    prompt_logprobs: list[TokenLogprobs | None] | None = None  # so far; None if not wanted
+    arrived_at: float = 0.0  # seconds, monotonic; set by the engine, never read by the scheduler
     scheduled_at: float | None = None
     first_token_at: float | None = None
     finish: FinishReason | None = None
@@ -102,7 +107,7 @@ class Chunk:
     seq_id: int
     tokens: tuple[int, ...]
     start: int  # position of the first
-    blocks: tuple[int, ...]  # the sequence's block table, far enough for these tokens
+    blocks: list[int]  # the sequence's own block table: read it during the step, never keep it
     samples: bool  # whether the last token's logits are drawn from
 
 

@@ -1,0 +1,124 @@
+"""BlockPool: who holds which block of the KV cache, and which blocks can be found again.
+
+Integers only; the tensors live in `kv_cache`. A block is in one of three states::
+
+    held        referenced by one or more block tables
+    cached      referenced by none, but findable by its key until evicted
+    blank       referenced by none, nothing in it worth finding
+
+A full block may be *published* under a key that stands for its tokens and all tokens before them
+(`block_key`), held or not. Sequences with an equal prefix then share it, without a copy: a
+published block is never written again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter, OrderedDict
+from collections.abc import Iterable, Sequence
+from hashlib import blake2b
+
+
+def root_key(salt: str) -> bytes:
+    """The key "before" the first block: prefixes are shared only under one salt."""
+    return blake2b(salt.encode(), digest_size=32).digest()
+
+
+def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """The key of a full block after ``parent``.
+
+    A cryptographic digest, because equal keys are taken for equal tokens: nobody can craft a
+    prompt that finds another's blocks.
+    """
+    return blake2b(parent + array("i", tokens).tobytes(), digest_size=32).digest()
+
+
+class BlockPool:
+    """All blocks of one cache. Every verb costs O(1) for each block it touches."""
+
+    def __init__(self, num_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_blocks
+        self.block_size = block_size
+        self._references = [0] * num_blocks
+        self._keys: list[bytes | None] = [None] * num_blocks
+        self._published: dict[bytes, int] = {}
+        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+
+    @property
+    def num_free(self) -> int:
+        """Blocks that `grow` can hand out: blank or evictable."""
+        return len(self._blank) + len(self._cached)
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks hold that many tokens."""
+        return -(-num_tokens // self.block_size)
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """Take hold of the longest run of published blocks that ``keys`` starts with."""
+        found = []
+        for key in keys:
+            block = self._published.get(key)
+            if block is None:
+                break
+            if self._references[block] == 0:
+                del self._cached[block]
+            self._references[block] += 1
+            found.append(block)
+        return found
+
+    def grow(self, blocks: list[int], num_tokens: int) -> bool:
+        """Extend a block table to hold ``num_tokens``; False, and unchanged, if it cannot."""
+        missing = self.blocks_for(num_tokens) - len(blocks)
+        if missing > self.num_free:
+            return False
+        blocks.extend(self._take() for _ in range(missing))
+        return True
+
+    def publish(self, block: int, key: bytes) -> None:
+        """Make a held, full block findable. A second block with the same tokens stays private."""
+        if key not in self._published:
+            self._published[key] = block
+            self._keys[block] = key
+
+    def release(self, blocks: Iterable[int]) -> None:
+        """Let go of a block table. Its tail is evicted before its head, which more may share."""
+        for block in reversed(list(blocks)):
+            self._references[block] -= 1
+            if self._references[block]:
+                continue
+            if self._keys[block] is None:
+                self._blank.append(block)
+            else:
+                self._cached[block] = None
+
+    def forget(self) -> None:
+        """Empty the prefix cache: what is held stays held, and can no longer be found."""
+        self._blank.extend(self._cached)
+        self._cached.clear()
+        self._published.clear()
+        self._keys = [None] * self.num_blocks
+
+    def check(self, tables: Iterable[Iterable[int]]) -> None:
+        """Assert that the books agree with the block tables that exist; for tests."""
+        held = Counter(block for table in tables for block in table)
+        assert all(self._references[block] == held[block] for block in range(self.num_blocks))
+        free = [*self._blank, *self._cached]
+        assert sorted([*free, *held]) == list(range(self.num_blocks)), "lost or doubled blocks"
+        assert all(self._keys[block] is None for block in self._blank)
+        assert all(self._keys[block] is not None for block in self._cached)
+        assert self._published == {
+            key: block for block, key in enumerate(self._keys) if key is not None
+        }
+
+    def _take(self) -> int:
+        if self._blank:
+            block = self._blank.pop()
+        else:
+            block, _ = self._cached.popitem(last=False)
+            key = self._keys[block]
+            assert key is not None
+            del self._published[key]
+            self._keys[block] = None
+        self._references[block] = 1
+        return block

@@ -1,0 +1,208 @@
+"""Engine: jobs in, emissions out, one step at a time.
+
+A step is `launch`, which plans it and hands it to the runner, and `collect`, which takes in its
+result; in between, the caller does what it likes. No asyncio here: `loop` drives an engine for a
+server, `ruvon.llm` in a plain ``while``.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
+from itertools import count
+from typing import Protocol
+
+from ruvon.config import EngineConfig
+from ruvon.engine.blocks import BlockPool
+from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.scheduler import Counters, Limits, Scheduler
+from ruvon.engine.types import Emission, Job, Plan, Sequence, StepResult, StepStats
+from ruvon.errors import ContextLengthError, QueueFullError, RequestError
+
+SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+
+
+class Runner(Protocol):
+    """Computes plans; the future resolves when the step's tokens are known."""
+
+    def launch(self, plan: Plan) -> Future[StepResult]:
+        """Start computing. Plans are computed in the order they are launched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pending:
+    """A step that has been launched. ``future`` is ready when `Engine.collect` will not block."""
+
+    plan: Plan
+    future: Future[StepResult]
+    before: Counters
+
+
+class Engine:
+    """Schedules sequences over one runner and one KV cache."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        *,
+        max_model_len: int,
+        num_blocks: int,
+        vocab_size: int,
+        eos_token_ids: Iterable[int] = (),
+    ) -> None:
+        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold."""
+        self._runner = runner
+        self.config = config
+        self.max_model_len = min(max_model_len, num_blocks * config.block_size)
+        self.vocab_size = vocab_size
+        limits = Limits(
+            max_seqs=config.max_num_seqs,
+            max_tokens=config.max_num_batched_tokens,
+            policy=POLICIES[config.batching],
+            order=ORDERS[config.scheduling_policy],
+            chunked=config.enable_chunked_prefill,
+            caching=config.enable_prefix_caching,
+        )
+        pool = BlockPool(num_blocks, config.block_size)
+        self._scheduler = Scheduler(pool, limits, eos_token_ids)
+        self._ids = count()
+        self.stats = self._measure(Counters(), 0, 0.0)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `launch` has a step to run."""
+        return self._scheduler.has_work
+
+    def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
+        """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up.
+
+        Returns their ids. Raises, before anything is queued, `RequestError` for what can never
+        run and `QueueFullError` for what cannot wait now.
+        """
+        max_tokens = self._validate(job)
+        self._check_queue(job.n)
+        seeds = self._seeds(job)
+        sequences = [
+            Sequence(
+                id=next(self._ids),
+                index=first_index + k,
+                sampling=job.sampling,
+                tokens=list(job.prompt),
+                num_prompt=len(job.prompt),
+                max_tokens=max_tokens,
+                seed=next(seeds),
+                priority=job.priority,
+                salt=job.cache_salt,
+                arrived_at=now,
+                prompt_logprobs=None if job.sampling.prompt_logprobs is None else [None],
+            )
+            for k in range(job.n)
+        ]
+        for seq in sequences:
+            self._scheduler.add(seq)
+        return [seq.id for seq in sequences]
+
+    def sequence(self, seq_id: int) -> Sequence:
+        """A live sequence, to read; `KeyError` when it is over."""
+        return self._scheduler.sequence(seq_id)
+
+    def abort(self, seq_ids: Iterable[int]) -> None:
+        """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
+        for seq_id in seq_ids:
+            self._scheduler.abort(seq_id)
+
+    def launch(self, now: float) -> Pending | None:
+        """Plan a step and start it; None if there is nothing to do."""
+        if not self._scheduler.has_work:
+            return None
+        before = replace(self._scheduler.counters)
+        plan = self._scheduler.schedule()
+        for chunk in plan.chunks:
+            seq = self._scheduler.sequence(chunk.seq_id)
+            if seq.scheduled_at is None:
+                seq.scheduled_at = now
+        return Pending(plan, self._runner.launch(plan), before)
+
+    def collect(self, pending: Pending, now: float) -> list[Emission]:
+        """Take in a launched step's result, waiting for it if need be. Raises what it raised."""
+        result = pending.future.result()
+        for row, tokens in zip(pending.plan.rows, result.tokens, strict=True):
+            seq = self._scheduler.sequence(row.seq_id)
+            if tokens and seq.first_token_at is None:
+                seq.first_token_at = now
+        emissions = self._scheduler.commit(pending.plan, result)
+        self.stats = self._measure(pending.before, pending.plan.num_tokens, result.seconds)
+        return emissions
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes; running sequences keep what they hold."""
+        self._scheduler.pool.forget()
+
+    # ---------------------------------------------------------------- validation
+
+    def _validate(self, job: Job) -> int:
+        """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
+        if job.n < 1:
+            raise RequestError(f"n must be at least 1, not {job.n}.", "n")
+        if not job.prompt:
+            raise RequestError("The prompt is empty.", "prompt")
+        worst = max(job.prompt, key=lambda token: abs(2 * token - self.vocab_size))
+        if not 0 <= worst < self.vocab_size:
+            raise RequestError(
+                f"Token id {worst} is not in the vocabulary of {self.vocab_size}.", "prompt"
+            )
+        return self._resolve_max_tokens(len(job.prompt), job.sampling.max_tokens)
+
+    def _resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
+        num_completion = 1 if max_tokens is None else max_tokens
+        if num_prompt + num_completion > self.max_model_len:
+            raise ContextLengthError(
+                f"This model's maximum context length is {self.max_model_len} tokens. However, "
+                f"you requested {num_prompt + num_completion} tokens ({num_prompt} in the "
+                f"messages, {num_completion} in the completion). Please reduce the length of the "
+                "messages or completion.",
+                "messages",
+            )
+        return self.max_model_len - num_prompt if max_tokens is None else max_tokens
+
+    def _check_queue(self, num_new: int) -> None:
+        """The queue's bound counts the sequences beyond those that could run at once."""
+        bound = self.config.max_num_queued_reqs + self.config.max_num_seqs
+        if num_new > bound:
+            raise RequestError(
+                f"A request may hold at most {bound} completions here, not {num_new}.", "n"
+            )
+        num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
+        if num_live + num_new > bound:
+            raise QueueFullError(
+                f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
+            )
+
+    @staticmethod
+    def _seeds(job: Job) -> Iterator[int]:
+        """A seed for each completion: the request's own for the first, then strides from it."""
+        seed = job.sampling.seed
+        if seed is None:
+            seed = secrets.randbits(SEED_BITS)
+        stride = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far apart, never repeating
+        return ((seed + k * stride) % 2**SEED_BITS for k in count())
+
+    # ---------------------------------------------------------------- statistics
+
+    def _measure(self, before: Counters, num_tokens: int, seconds: float) -> StepStats:
+        scheduler, after = self._scheduler, self._scheduler.counters
+        return StepStats(
+            step=after.steps,
+            num_tokens=num_tokens,
+            num_running=len(scheduler.running),
+            num_waiting=len(scheduler.waiting),
+            num_free_blocks=scheduler.pool.num_free,
+            num_blocks=scheduler.pool.num_blocks,
+            num_cached=after.cached - before.cached,
+            num_queried=after.queried - before.queried,
+            num_preempted=after.preempted - before.preempted,
+            seconds=seconds,
+        )

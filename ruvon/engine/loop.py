@@ -1,0 +1,338 @@
+"""EngineLoop: the one task that runs the engine, and the streams that carry its news.
+
+The loop waits for work, launches a step, lets the event loop turn until the step is done, and
+wakes each stream that has news: once a step, however many sequences it has. A stream gathers what
+has arrived since its reader last asked, so a slow reader gets larger pieces and stalls nobody;
+what it gathers is bounded by the tokens it asked for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import structlog
+
+from ruvon.engine import types
+from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.types import Emission, Job
+from ruvon.errors import EngineDeadError, NotReadyError, UnavailableError
+
+log = structlog.get_logger(__name__)
+
+
+class LoopMetrics(Protocol):
+    """What the loop reports; `ruvon.telemetry.Metrics` for a server, a recorder in tests.
+
+    All times are in seconds.
+    """
+
+    def record_step(
+        self,
+        *,
+        num_tokens: int,
+        num_running: int,
+        num_waiting: int,
+        kv_usage: float,
+        num_cached: int,
+        num_queried: int,
+        num_preempted: int,
+    ) -> None: ...
+
+    def record_first_token(self, seconds: float) -> None: ...
+
+    def record_inter_token(self, seconds: float) -> None: ...
+
+    def record_finished(  # noqa: PLR0913, keywords all
+        self,
+        *,
+        reason: str,
+        num_prompt: int,
+        num_output: int,
+        num_cached: int,
+        max_tokens: int,
+        n: int,
+        queue: float,
+        prefill: float,
+        decode: float,
+        total: float,
+    ) -> None: ...
+
+
+class Stream:
+    """News of one request's sequences: an async iterator of lists of emissions.
+
+    Ends when all sequences have finished. Leave it early through ``aclose`` (use
+    ``contextlib.aclosing``): that aborts what is unfinished. One reader at a time.
+    """
+
+    def __init__(self, abort: Callable[[Stream], None]) -> None:
+        self.open: set[int] = set()  # ids of the unfinished sequences
+        self._abort = abort
+        self._news: list[Emission] = []
+        self._error: UnavailableError | None = None
+        self._reader: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> Stream:
+        return self
+
+    async def __anext__(self) -> list[Emission]:
+        """All emissions since the last call, at least one. Raises the engine's error if it died."""
+        while not self._news:
+            if self._error is not None:
+                raise self._error
+            if not self.open:
+                raise StopAsyncIteration
+            self._reader = asyncio.get_running_loop().create_future()
+            try:
+                await self._reader
+            finally:
+                self._reader = None
+        news, self._news = self._news, []
+        return news
+
+    async def aclose(self) -> None:
+        """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
+        self._abort(self)
+        self._news.clear()
+        self._wake()
+
+    def put(self, emission: Emission) -> None:
+        """Take news in; `flush` follows when the step's last emission is in."""
+        self._news.append(emission)
+        if emission.finish is not None:
+            self.open.discard(emission.seq_id)
+
+    def fail(self, error: UnavailableError) -> None:
+        """End with an error, after the news that has already arrived."""
+        self._error = error
+        self.open.clear()
+        self._wake()
+
+    def flush(self) -> None:
+        """Wake the reader."""
+        self._wake()
+
+    def _wake(self) -> None:
+        if self._reader is not None and not self._reader.done():
+            self._reader.set_result(None)
+
+
+class _Ticket:
+    """Where one sequence's emissions go, and when the last ones came."""
+
+    __slots__ = ("n", "seq", "stream", "told_at")
+
+    def __init__(self, seq: types.Sequence, stream: Stream, n: int) -> None:
+        self.seq = seq
+        self.stream = stream
+        self.n = n
+        self.told_at = seq.arrived_at
+
+
+class EngineLoop:
+    """Runs an engine in one asyncio task. Everything here happens on the event loop's thread."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        metrics: LoopMetrics,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.engine = engine
+        self.dead: BaseException | None = None  # what killed the loop
+        self.draining = False
+        self.progressed_at = clock()  # when a step was last collected, or work last began
+        self._metrics = metrics
+        self._clock = clock
+        self._tickets: dict[int, _Ticket] = {}
+        self._work = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._task: asyncio.Task[None] | None = None
+
+    # ---------------------------------------------------------------- life
+
+    @property
+    def ready(self) -> bool:
+        """Whether new requests are taken."""
+        return self._task is not None and self.dead is None and not self.draining
+
+    @property
+    def stalled_for(self) -> float:
+        """Seconds since the last progress, 0 without work: a large number means a stuck step."""
+        return self._clock() - self.progressed_at if self._tickets else 0.0
+
+    def start(self) -> None:
+        """Begin to take and run requests; call on the event loop."""
+        self._task = asyncio.create_task(self._run(), name="engine-loop")
+
+    async def stop(self, timeout: float) -> None:
+        """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
+
+        Aborted sequences emit a last ``finish="abort"``.
+        """
+        self.draining = True
+        if self._task is None:
+            return
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            self._abort_all()
+        self._work.set()
+        await self._task
+
+    # ---------------------------------------------------------------- requests
+
+    def generate(self, jobs: Iterable[Job]) -> Stream:
+        """Queue all jobs, or none and raise: `RequestError` for what can never run,
+        `QueueFullError`, `NotReadyError`, `EngineDeadError`.
+
+        An emission's index counts over all jobs' completions.
+        """
+        self._check_ready()
+        now = self._clock()
+        stream = Stream(self._abort)
+        try:
+            for job in jobs:
+                self._admit(job, stream, now)
+        except BaseException:
+            self._discard(stream)
+            raise
+        if not self._work.is_set():
+            self.progressed_at = now
+            self._work.set()
+        self._idle.clear()
+        return stream
+
+    def _check_ready(self) -> None:
+        if self.dead is not None:
+            raise _dead_error(self.dead)
+        if self.draining:
+            raise NotReadyError("The server is shutting down.")
+        if self._task is None:
+            raise NotReadyError("The engine has not started.")
+
+    def _admit(self, job: Job, stream: Stream, now: float) -> None:
+        for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
+            self._tickets[seq_id] = _Ticket(self.engine.sequence(seq_id), stream, job.n)
+            stream.open.add(seq_id)
+
+    def _abort(self, stream: Stream) -> None:
+        """A reader has left: its unfinished sequences end here."""
+        now = self._clock()
+        for seq_id in stream.open:
+            self._record_finished(self._tickets[seq_id], "abort", now)
+        self._discard(stream)
+
+    def _discard(self, stream: Stream) -> None:
+        self.engine.abort(stream.open)
+        for seq_id in stream.open:
+            del self._tickets[seq_id]
+        stream.open.clear()
+        self._note_idle()
+
+    def _abort_all(self) -> None:
+        """Time is up: tell every stream that its sequences were cut short."""
+        now = self._clock()
+        for seq_id, ticket in list(self._tickets.items()):
+            seq = ticket.seq
+            self.engine.abort([seq_id])
+            self._deliver(
+                [Emission(seq_id, seq.index, (), num_cached=seq.num_cached, finish="abort")], now
+            )
+
+    def _note_idle(self) -> None:
+        if not self._tickets:
+            self._idle.set()
+
+    # ---------------------------------------------------------------- the task
+
+    async def _run(self) -> None:
+        try:
+            while not (self.draining and not self._tickets):
+                pending = self.engine.launch(self._clock())
+                if pending is None:
+                    self._work.clear()
+                    await self._work.wait()
+                else:
+                    await self._step(pending)
+        except Exception as error:  # whatever it is, no stream may wait for ever
+            self._die(error)
+
+    async def _step(self, pending: Pending) -> None:
+        await asyncio.wait([asyncio.wrap_future(pending.future)])
+        now = self._clock()
+        emissions = self.engine.collect(pending, now)
+        self.progressed_at = now
+        self._record_step()
+        self._deliver(emissions, now)
+
+    def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
+        """One pass over a step's emissions; each stream wakes once."""
+        streams = {}
+        for emission in emissions:
+            ticket = self._tickets[emission.seq_id]
+            if emission.tokens:
+                self._record_tokens(ticket, now)
+            if emission.finish is not None:
+                self._record_finished(ticket, emission.finish, now)
+                del self._tickets[emission.seq_id]
+            ticket.stream.put(emission)
+            streams[id(ticket.stream)] = ticket.stream
+        for stream in streams.values():
+            stream.flush()
+        self._note_idle()
+
+    def _die(self, error: Exception) -> None:
+        self.dead = error
+        log.error("engine_dead", exc_info=error)
+        for stream in {id(t.stream): t.stream for t in self._tickets.values()}.values():
+            stream.fail(_dead_error(error))
+        self._tickets.clear()
+        self._note_idle()
+
+    # ---------------------------------------------------------------- metrics
+
+    def _record_step(self) -> None:
+        stats = self.engine.stats
+        self._metrics.record_step(
+            num_tokens=stats.num_tokens,
+            num_running=stats.num_running,
+            num_waiting=stats.num_waiting,
+            kv_usage=1 - stats.num_free_blocks / stats.num_blocks,
+            num_cached=stats.num_cached,
+            num_queried=stats.num_queried,
+            num_preempted=stats.num_preempted,
+        )
+
+    def _record_tokens(self, ticket: _Ticket, now: float) -> None:
+        if ticket.told_at == ticket.seq.arrived_at:
+            self._metrics.record_first_token(now - ticket.told_at)
+        else:
+            self._metrics.record_inter_token(now - ticket.told_at)
+        ticket.told_at = now
+
+    def _record_finished(self, ticket: _Ticket, reason: str, now: float) -> None:
+        """Called once for each sequence; a phase it never reached lasts 0 seconds."""
+        seq = ticket.seq
+        scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
+        first_token_at = now if seq.first_token_at is None else seq.first_token_at
+        self._metrics.record_finished(
+            reason=reason,
+            num_prompt=seq.num_prompt,
+            num_output=seq.num_output,
+            num_cached=seq.num_cached,
+            max_tokens=seq.max_tokens,
+            n=ticket.n,
+            queue=scheduled_at - seq.arrived_at,
+            prefill=first_token_at - scheduled_at,
+            decode=now - first_token_at,
+            total=now - seq.arrived_at,
+        )
+
+
+def _dead_error(cause: BaseException) -> EngineDeadError:
+    return EngineDeadError(f"The engine has failed: {cause!r}.")

@@ -1,0 +1,368 @@
+"""Which tokens are computed in the next step, and what a step's result means for each sequence.
+
+There is no prefill and no decode: a sequence has tokens, some of them computed, and scheduling
+closes the gap (`Sequence.num_pending`). A step may mix whole prompts, chunks of prompts, single
+new tokens and recomputation after preemption.
+
+Pure functions of this object's state and the events it is given: no clock, no I/O, no tensors.
+
+Why it never stalls: sequences have a total order (`ORDERS`), the running ones are kept in it, and
+when blocks run out the last one goes back to wait. So the first always gets its blocks, because
+the engine refuses a sequence that could not fit into an empty cache; it finishes, and then the
+next one is first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+from ruvon.engine.blocks import BlockPool, block_key, root_key
+from ruvon.engine.policies import Policy, Rank, WaitingQueue
+from ruvon.engine.types import (
+    Chunk,
+    Emission,
+    FinishReason,
+    Plan,
+    PromptRow,
+    SamplingRow,
+    Sequence,
+    StepResult,
+    TokenLogprobs,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold, and who decides about it."""
+
+    max_seqs: int
+    max_tokens: int
+    policy: Policy
+    order: Callable[[Sequence], Rank]
+    chunked: bool = True  # off: a prompt is computed in one step, alone if the budget is too small
+    caching: bool = True  # look up and publish prefixes
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since start."""
+
+    steps: int = 0
+    cached: int = 0  # prompt tokens found in the prefix cache
+    queried: int = 0  # prompt tokens looked up there
+    preempted: int = 0
+
+
+class Scheduler:
+    """Owns the sequences and their blocks. `schedule` and `commit` alternate."""
+
+    def __init__(self, pool: BlockPool, limits: Limits, eos_token_ids: Iterable[int]) -> None:
+        self.pool = pool
+        self.limits = limits
+        self.counters = Counters()
+        self.waiting = WaitingQueue(limits.order)
+        self.running: dict[int, Sequence] = {}  # by id, in the order of ``limits.order``
+        self._sequences: dict[int, Sequence] = {}  # these two, and the aborted still in flight
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
+        self._num_holding = 0  # running sequences that hold blocks
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `schedule` has something to plan."""
+        return bool(self.running) or len(self.waiting) > 0
+
+    def sequence(self, seq_id: int) -> Sequence:
+        """A sequence that is not over; `KeyError` otherwise."""
+        return self._sequences[seq_id]
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence, which must fit into an empty cache."""
+        assert self.pool.blocks_for(seq.num_prompt + seq.max_tokens) <= self.pool.num_blocks
+        self._sequences[seq.id] = seq
+        self.waiting.push(seq)
+
+    def abort(self, seq_id: int) -> None:
+        """Drop a sequence in whatever state; unknown and finished ids are ignored.
+
+        One that is in flight keeps its blocks until the step that uses them is committed.
+        """
+        seq = self._sequences.get(seq_id)
+        if seq is None or seq.finish is not None:
+            return
+        seq.finish = "abort"
+        if seq in self.waiting:
+            self.waiting.remove(seq)
+        else:
+            del self.running[seq.id]
+        if not seq.in_flight:
+            self._forget(seq)
+
+    # ------------------------------------------------------------------ schedule
+
+    def schedule(self) -> Plan:
+        """Plan one step. Not empty as long as there is work."""
+        self.counters.steps += 1
+        if self._make_room():
+            self._join()
+        return self._plan(self._share_budget())
+
+    def _make_room(self) -> bool:
+        """Let every running sequence hold blocks for all its tokens; False if some had to go."""
+        all_stayed = True
+        for seq in list(self.running.values()):
+            while seq.blocks and not self.pool.grow(seq.blocks, len(seq.tokens)):
+                self._preempt(next(reversed(self.running.values())))
+                all_stayed = False
+        return all_stayed
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Back to the queue. Its tokens stay, its cache is recomputed, or found if still there."""
+        del self.running[seq.id]
+        self.waiting.push(seq)
+        if seq.blocks:
+            seq.num_preempted += 1
+            self.counters.preempted += 1
+        self._free(seq)
+        if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.num_prompt:
+            seq.prompt_logprobs = [None]
+
+    def _join(self) -> None:
+        """Let waiting sequences run, as many as the policy says and as there are blocks for."""
+        num_joining = self.limits.policy(len(self.waiting), len(self.running), self.limits.max_seqs)
+        num_joined = 0
+        while num_joined < num_joining:
+            seq = self.waiting.first()
+            if not self._start(seq) and seq.awaits is None:
+                break
+            self.waiting.remove(seq)
+            self.running[seq.id] = seq
+            num_joined += 1
+        if num_joined:
+            by_rank = sorted(self.running.values(), key=self.limits.order)
+            self.running = {seq.id: seq for seq in by_rank}
+
+    def _start(self, seq: Sequence) -> bool:
+        """Give a sequence its blocks: those the prefix cache has, and new ones for the rest.
+
+        Not yet, if another sequence is computing a block of the same prefix right now: wait for
+        it rather than compute it twice. Nor if the newcomer would leave less than one block for
+        each running sequence to grow into, and so be preempted soon.
+        """
+        reserve = self._num_holding
+        if seq.awaits in self._computing or self.pool.num_free <= reserve:
+            return False
+        keys = self._prefix_keys(seq)
+        blocks = self.pool.match(keys)
+        num_found = len(blocks)
+        seq.awaits = self._last_in_the_making(keys[num_found:])
+        num_new = self.pool.blocks_for(len(seq.tokens)) - num_found
+        if seq.awaits is not None or num_new + reserve > self.pool.num_free:
+            self.pool.release(blocks)
+            return False
+        self.pool.grow(blocks, len(seq.tokens))
+        seq.blocks = blocks
+        self._num_holding += 1
+        seq.num_published = num_found
+        seq.num_computed = num_found * self.pool.block_size
+        for key in keys[num_found:]:
+            self._computing[key] = seq.id
+        self._count_lookup(seq)
+        return True
+
+    def _prefix_keys(self, seq: Sequence) -> list[bytes]:
+        """Keys of the blocks it could share: full ones, and never the one with the last token,
+        whose logits are wanted. None at all if it wants the logits of its whole prompt."""
+        if not self.limits.caching or self._wants_prompt_logprobs(seq):
+            return []
+        num_shared = (len(seq.tokens) - 1) // self.pool.block_size
+        self._extend_keys(seq, num_shared)
+        return seq.keys[:num_shared]
+
+    def _extend_keys(self, seq: Sequence, num_keys: int) -> None:
+        size = self.pool.block_size
+        for start in range(len(seq.keys) * size, num_keys * size, size):
+            parent = seq.keys[-1] if seq.keys else root_key(seq.salt)
+            seq.keys.append(block_key(parent, seq.tokens[start : start + size]))
+
+    def _last_in_the_making(self, keys: list[bytes]) -> bytes | None:
+        """The end of the run of blocks, from the first of ``keys`` on, that others compute."""
+        last = None
+        for key in keys:
+            if key not in self._computing:
+                break
+            last = key
+        return last
+
+    def _count_lookup(self, seq: Sequence) -> None:
+        """Count what the prefix cache gave, once for each sequence."""
+        if seq.num_preempted or not self.limits.caching or self._wants_prompt_logprobs(seq):
+            return
+        seq.num_cached = seq.num_computed
+        self.counters.cached += seq.num_cached
+        self.counters.queried += seq.num_prompt
+
+    def _share_budget(self) -> list[tuple[Sequence, int]]:
+        """Who computes how many tokens: single tokens first, so that running streams go on
+        smoothly, then prompts with what is left."""
+        budget = self.limits.max_tokens
+        shares: list[tuple[Sequence, int]] = []
+        prompts: list[Sequence] = []
+        for seq in self.running.values():
+            if seq.num_pending > 1:
+                prompts.append(seq)
+            elif budget:
+                shares.append((seq, 1))
+                budget -= 1
+        num_single = len(shares)
+        for seq in prompts:
+            if not seq.blocks and not self._start(seq):
+                continue
+            num_tokens = min(seq.num_pending, budget)
+            if num_tokens < seq.num_pending and not self.limits.chunked:
+                if len(shares) == num_single:
+                    return [(seq, seq.num_pending)]  # beside nothing else, or it might never fit
+                break
+            if num_tokens == 0:
+                break
+            shares.append((seq, num_tokens))
+            budget -= num_tokens
+        return shares
+
+    def _plan(self, shares: list[tuple[Sequence, int]]) -> Plan:
+        chunks: list[Chunk] = []
+        rows: list[SamplingRow] = []
+        prompt_rows: list[PromptRow] = []
+        for seq, num_tokens in shares:
+            start = seq.num_computed
+            end = start + num_tokens
+            samples = end == len(seq.tokens) and seq.max_tokens > 0
+            if self._wants_prompt_logprobs(seq) and start + 1 < seq.num_prompt:
+                prompt_rows.append(self._prompt_row(seq, len(chunks), start, end))
+            if samples:
+                rows.append(SamplingRow(seq.id, seq.sampling, seq.tokens, seq.num_prompt, seq.seed))
+            chunks.append(Chunk(seq.id, tuple(seq.tokens[start:end]), start, seq.blocks, samples))
+            seq.in_flight += 1
+        return Plan(self.counters.steps, tuple(chunks), tuple(rows), tuple(prompt_rows))
+
+    @staticmethod
+    def _prompt_row(seq: Sequence, chunk: int, start: int, end: int) -> PromptRow:
+        targets = tuple(seq.tokens[start + 1 : min(end + 1, seq.num_prompt)])
+        return PromptRow(seq.id, chunk, targets, seq.sampling.prompt_logprobs or 0)
+
+    @staticmethod
+    def _wants_prompt_logprobs(seq: Sequence) -> bool:
+        return seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.num_prompt
+
+    # ------------------------------------------------------------------ commit
+
+    def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
+        """Take in what a step drew: append tokens, publish blocks, finish sequences."""
+        emissions = []
+        drawn = iter(zip(result.tokens, result.logprobs, strict=True))
+        for chunk in plan.chunks:
+            tokens, logprobs = next(drawn) if chunk.samples else ((), None)
+            seq = self._sequences[chunk.seq_id]
+            seq.in_flight -= 1
+            if seq.finish == "abort":
+                self._forget(seq)
+                continue
+            error = result.errors.get(seq.id)
+            if error is None:
+                self._advance(seq, chunk, result.prompt_logprobs.get(seq.id, ()))
+                emission = self._accept(seq, chunk, tokens, logprobs)
+            else:
+                seq.finish = "error"
+                emission = Emission(seq.id, seq.index, (), finish="error", error=error)
+            if seq.finish is not None:
+                del self.running[seq.id]
+                self._forget(seq)
+            if emission is not None:
+                emissions.append(emission)
+        return emissions
+
+    def _advance(
+        self, seq: Sequence, chunk: Chunk, prompt_logprobs: tuple[TokenLogprobs, ...]
+    ) -> None:
+        """The chunk's tokens are in the cache now."""
+        seq.num_computed = chunk.start + len(chunk.tokens)
+        if seq.prompt_logprobs is not None:
+            seq.prompt_logprobs.extend(prompt_logprobs)
+        if self.limits.caching:
+            self._publish(seq)
+
+    def _publish(self, seq: Sequence) -> None:
+        num_full = seq.num_computed // self.pool.block_size
+        if seq.num_published == num_full:
+            return
+        self._extend_keys(seq, num_full)
+        for block, key in zip(
+            seq.blocks[seq.num_published : num_full],
+            seq.keys[seq.num_published : num_full],
+            strict=True,
+        ):
+            self.pool.publish(block, key)
+            self._computing.pop(key, None)
+        seq.num_published = num_full
+
+    def _accept(
+        self,
+        seq: Sequence,
+        chunk: Chunk,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
+    ) -> Emission | None:
+        """Append what was drawn, as far as the sequence goes; None if there is no news of it."""
+        num_taken = 0
+        for token in tokens:
+            seq.tokens.append(token)
+            num_taken += 1
+            seq.finish = self._finish_reason(seq, token)
+            if seq.finish is not None:
+                break
+        if seq.max_tokens == 0 and seq.num_computed == seq.num_prompt:
+            seq.finish = "length"
+        if not tokens and seq.finish is None:
+            return None
+        is_first = seq.num_output == num_taken
+        return Emission(
+            seq.id,
+            seq.index,
+            tokens[:num_taken],
+            logprobs and logprobs[:num_taken],
+            tuple(seq.prompt_logprobs) if is_first and seq.prompt_logprobs else None,
+            seq.num_cached,
+            seq.finish,
+            seq.tokens[-1] if seq.finish == "stop" else None,
+        )
+
+    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
+        """Why the sequence ends with this token, if it does.
+
+        That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
+        """
+        if token in self._eos_token_ids and not seq.sampling.ignore_eos:
+            return "stop"
+        if token in seq.sampling.stop_token_ids:
+            return "stop"
+        return "length" if seq.num_output >= seq.max_tokens else None
+
+    # ------------------------------------------------------------------ freeing
+
+    def _forget(self, seq: Sequence) -> None:
+        """A sequence is over: nothing of it stays but its published blocks."""
+        del self._sequences[seq.id]
+        self._free(seq)
+
+    def _free(self, seq: Sequence) -> None:
+        """Give back a sequence's blocks, and its claim to be computing some."""
+        for key in seq.keys[seq.num_published :]:
+            if self._computing.get(key) == seq.id:
+                del self._computing[key]
+        self._num_holding -= bool(seq.blocks)
+        self.pool.release(seq.blocks)
+        seq.blocks = []  # a new list: a plan may still hold the old one
+        seq.num_computed = 0
+        seq.num_published = 0
+        seq.awaits = None

@@ -1,0 +1,47 @@
+"""Shared fixtures. The stand-ins themselves are in `fakes`, which any test can import."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from fakes import ByteTokenizer, FakeRunner
+
+from ruvon.config import EngineConfig
+from ruvon.engine.engine import Engine
+
+
+@pytest.fixture
+def tokenizer() -> ByteTokenizer:
+    return ByteTokenizer()
+
+
+@pytest.fixture
+def make_engine() -> Callable[..., Engine]:
+    """An engine over a `FakeRunner`: ``make_engine(runner=None, num_blocks=64, **config)``."""
+
+    def make(runner: FakeRunner | None = None, num_blocks: int = 64, **fields: Any) -> Engine:
+        return fake_engine(runner, num_blocks, **fields)
+
+    return make
+
+
+def fake_engine(
+    runner: FakeRunner | None = None,
+    num_blocks: int = 64,
+    *,
+    max_model_len: int = 256,
+    **fields: Any,
+) -> Engine:
+    config = EngineConfig(**({"block_size": 16} | fields))
+    runner = runner or FakeRunner(config.block_size)
+    assert runner.block_size == config.block_size
+    return Engine(
+        runner,
+        config,
+        max_model_len=max_model_len,
+        num_blocks=num_blocks,
+        vocab_size=ByteTokenizer.vocab_size,
+        eos_token_ids=ByteTokenizer.eos_ids,
+    )

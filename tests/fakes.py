@@ -1,0 +1,249 @@
+"""Stand-ins for a model: a tokenizer of bytes, and a runner that checks every plan it is given."""
+
+from __future__ import annotations
+
+import codecs
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from ruvon.engine.types import Chunk, Plan, SamplingRow, StepResult, TokenLogprobs
+
+LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
+
+
+class ByteTokenizer:
+    """Bytes are their own ids; ids from 256 on are special: bos, eos, and chat markers."""
+
+    SPECIALS = ("<bos>", "<eos>", "<|im_start|>", "<|im_end|>", "<pad>", "<unused>")
+
+    vocab_size = 256 + len(SPECIALS)
+    special_ids = frozenset(range(256, 256 + len(SPECIALS)))
+    bos_id = 256
+    eos_ids = (257, 259)
+    chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+
+    def encode(
+        self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False
+    ) -> list[int]:
+        ids = [self.bos_id] if add_special_tokens else []
+        if not parse_special:
+            return ids + list(text.encode())
+        while text:
+            special = next((s for s in self.SPECIALS if text.startswith(s)), None)
+            ids += list(text[0].encode()) if special is None else [256 + self._index(special)]
+            text = text[len(special or text[0]) :]
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        kept = (i for i in ids if not (skip_special_tokens and i in self.special_ids))
+        return b"".join(self.token_bytes(i) for i in kept).decode(errors="replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        return bytes([token]) if token < 256 else self.SPECIALS[token - 256].encode()
+
+    def token_text(self, token: int) -> str:
+        return self.token_bytes(token).decode("latin-1")
+
+    def stream(
+        self,
+        prompt: Sequence[int] = (),
+        *,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        skip_special_tokens: bool = True,
+    ) -> ByteTextStream:
+        return ByteTextStream(self, tuple(stop), include_stop, skip_special_tokens)
+
+    def _index(self, special: str) -> int:
+        return self.SPECIALS.index(special)
+
+
+class ByteTextStream:
+    """Text of ids as they come; holds back broken characters and what may begin a stop string."""
+
+    def __init__(
+        self, tokenizer: ByteTokenizer, stop: tuple[str, ...], include_stop: bool, skip: bool
+    ) -> None:
+        self.stopped: str | None = None
+        self._tokenizer = tokenizer
+        self._stop = stop
+        self._include_stop = include_stop
+        self._skip = skip
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._held = ""
+
+    def push(self, ids: Iterable[int]) -> str:
+        if self.stopped is not None:
+            return ""
+        for token in ids:
+            if not (self._skip and token in self._tokenizer.special_ids):
+                self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
+        found = [(self._held.index(s), s) for s in self._stop if s in self._held]
+        if found:
+            at, self.stopped = min(found)
+            end = at + len(self.stopped) * self._include_stop
+            return self._held[:end]
+        keep = max(
+            (k for s in self._stop for k in range(1, len(s)) if self._held.endswith(s[:k])),
+            default=0,
+        )
+        text, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * bool(keep)
+        return text
+
+    def finish(self) -> str:
+        if self.stopped is not None:
+            return ""
+        text, self._held = self._held + self._decoder.decode(b"", True), ""
+        return text
+
+
+def last_three(history: Sequence[int], seed: int) -> int:
+    """The next token: a pure function of the last three, and of the seed (0 when greedy)."""
+    a, b, c = ([0, 0, *history])[-3:]
+    return (a * 7919 + b * 104729 + c * 1299709 + seed * 15485863 + 11) % 2147483647
+
+
+class FakeRunner:
+    """Draws tokens without a model, and asserts that plans are sound.
+
+    It keeps a cache of its own, a (position, token) for each slot, and reads every sequence's
+    context back from the blocks its chunk names: a block given away too early, a wrong prefix
+    hit or a chunk out of order is found at once. Tokens come from ``next_token(history, seed)``
+    mapped into ``alphabet``. A step takes ``seconds`` in a worker thread; with ``by_hand`` it
+    takes until `finish_step`.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 16,
+        alphabet: Sequence[int] = LETTERS,
+        next_token: Callable[[Sequence[int], int], int] = last_three,
+        *,
+        seconds: float = 0.0,
+        by_hand: bool = False,
+    ) -> None:
+        self.block_size = block_size
+        self.plans: list[Plan] = []
+        self.broken: Exception | None = None  # raised by the next step
+        self.errors: dict[int, str] = {}  # seq id → why its rows fail
+        self._alphabet = alphabet
+        self._next_token = next_token
+        self._seconds = seconds
+        self._by_hand = by_hand
+        self._held: list[tuple[Plan, Future[StepResult]]] = []
+        self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
+        self._worker = ThreadPoolExecutor(1) if seconds else None
+
+    def launch(self, plan: Plan) -> Future[StepResult]:
+        assert plan.chunks, "an empty plan"
+        self.plans.append(plan)
+        if self._worker is not None:
+            return self._worker.submit(self._compute, plan)
+        future: Future[StepResult] = Future()
+        self._held.append((plan, future))
+        if not self._by_hand:
+            self.finish_step()
+        return future
+
+    def finish_step(self) -> None:
+        """Complete the oldest launched step."""
+        plan, future = self._held.pop(0)
+        try:
+            future.set_result(self._compute(plan))
+        except Exception as error:
+            future.set_exception(error)
+
+    def close(self) -> None:
+        if self._worker is not None:
+            self._worker.shutdown()
+
+    @property
+    def computed(self) -> int:
+        """Tokens computed since the start."""
+        return sum(plan.num_tokens for plan in self.plans)
+
+    def _compute(self, plan: Plan) -> StepResult:
+        time.sleep(self._seconds)
+        if self.broken is not None:
+            raise self.broken
+        contexts = {chunk.seq_id: self._context(chunk) for chunk in plan.chunks}
+        assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
+        self._write(plan, contexts)
+        sampling = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
+        assert [row.seq_id for row in plan.rows] == sampling
+        drawn = [self._draw(row, contexts[row.seq_id]) for row in plan.rows]
+        return StepResult(
+            tokens=tuple(tokens for tokens, _ in drawn),
+            logprobs=tuple(logprobs for _, logprobs in drawn),
+            prompt_logprobs={
+                row.seq_id: tuple(fake_logprobs(t, row.num_top) for t in row.targets)
+                for row in plan.prompt_rows
+            },
+            errors={s: self.errors[s] for s in contexts if s in self.errors},
+            seconds=self._seconds,
+        )
+
+    def _slot(self, chunk: Chunk, position: int) -> int:
+        block, offset = divmod(position, self.block_size)
+        return chunk.blocks[block] * self.block_size + offset
+
+    def _context(self, chunk: Chunk) -> list[int]:
+        """The chunk's tokens and all before them, as the cache has them."""
+        context = []
+        for position in range(chunk.start):
+            found = self._cache.get(self._slot(chunk, position), (-1, -1))
+            assert found[0] == position, f"position {position} of {chunk} is not in the cache"
+            context.append(found[1])
+        return context + list(chunk.tokens)
+
+    def _write(self, plan: Plan, contexts: dict[int, list[int]]) -> None:
+        read = {self._slot(chunk, p) for chunk in plan.chunks for p in range(chunk.start)}
+        for chunk in plan.chunks:
+            for position, token in enumerate(chunk.tokens, chunk.start):
+                slot = self._slot(chunk, position)
+                assert slot not in read, f"slot {slot} is written while it is read, or twice"
+                read.add(slot)
+                self._cache[slot] = (position, token)
+
+    def _draw(
+        self, row: SamplingRow, context: list[int]
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        assert context == row.history, f"the cache of {row.seq_id} holds other tokens"
+        if row.seq_id in self.errors:
+            return (), None
+        seed = row.seed if row.sampling.temperature > 0 else 0
+        token = self._alphabet[self._next_token(context, seed) % len(self._alphabet)]
+        num_top = row.sampling.logprobs
+        return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
+
+
+def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:
+    """Made up, but well formed: the token is the most likely, its neighbours follow."""
+    top = tuple((token + i, -0.5 - i) for i in range(num_top))
+    return TokenLogprobs(token=token, logprob=-0.5, rank=1, top=top)
+
+
+class FakeMetrics:
+    """Keeps every record: ``metrics.calls`` is a list of (name, values)."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, object]]] = []
+
+    def record_step(self, **values: object) -> None:
+        self.calls.append(("step", values))
+
+    def record_first_token(self, seconds: float) -> None:
+        self.calls.append(("first_token", {"seconds": seconds}))
+
+    def record_inter_token(self, seconds: float) -> None:
+        self.calls.append(("inter_token", {"seconds": seconds}))
+
+    def record_finished(self, **values: object) -> None:
+        self.calls.append(("finished", values))
+
+    def all(self, name: str) -> list[dict[str, object]]:
+        return [values for called, values in self.calls if called == name]
