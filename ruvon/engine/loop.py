@@ -17,7 +17,7 @@ import structlog
 
 from ruvon.engine import types
 from ruvon.engine.engine import Engine, Pending
-from ruvon.engine.types import Emission, Job
+from ruvon.engine.types import Emission, FinishReason, Job
 from ruvon.errors import EngineDeadError, NotReadyError, UnavailableError
 
 log = structlog.get_logger(__name__)
@@ -68,9 +68,9 @@ class Stream:
     ``contextlib.aclosing``): that aborts what is unfinished. One reader at a time.
     """
 
-    def __init__(self, abort: Callable[[Stream], None]) -> None:
+    def __init__(self, end: Callable[[Stream, Iterable[int], FinishReason], None]) -> None:
         self.open: set[int] = set()  # ids of the unfinished sequences
-        self._abort = abort
+        self._end = end
         self._news: list[Emission] = []
         self._error: UnavailableError | None = None
         self._reader: asyncio.Future[None] | None = None
@@ -93,9 +93,14 @@ class Stream:
         news, self._news = self._news, []
         return news
 
+    def stop(self, seq_id: int) -> None:
+        """End one sequence as finished, for its reader found a stop string; the others go on."""
+        if seq_id in self.open:
+            self._end(self, [seq_id], "stop")
+
     async def aclose(self) -> None:
         """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
-        self._abort(self)
+        self._end(self, list(self.open), "abort")
         self._news.clear()
         self._wake()
 
@@ -194,12 +199,12 @@ class EngineLoop:
         """
         self._check_ready()
         now = self._clock()
-        stream = Stream(self._abort)
+        stream = Stream(self._end)
         try:
             for job in jobs:
                 self._admit(job, stream, now)
         except BaseException:
-            self._discard(stream)
+            self._discard(stream, list(stream.open))
             raise
         if not self._work.is_set():
             self.progressed_at = now
@@ -220,18 +225,18 @@ class EngineLoop:
             self._tickets[seq_id] = _Ticket(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
 
-    def _abort(self, stream: Stream) -> None:
-        """A reader has left: its unfinished sequences end here."""
+    def _end(self, stream: Stream, seq_ids: Iterable[int], reason: FinishReason) -> None:
+        """A reader wants no more of these unfinished sequences."""
         now = self._clock()
-        for seq_id in stream.open:
-            self._record_finished(self._tickets[seq_id], "abort", now)
-        self._discard(stream)
+        for seq_id in seq_ids:
+            self._record_finished(self._tickets[seq_id], reason, now)
+        self._discard(stream, seq_ids)
 
-    def _discard(self, stream: Stream) -> None:
-        self.engine.abort(stream.open)
-        for seq_id in stream.open:
+    def _discard(self, stream: Stream, seq_ids: Iterable[int]) -> None:
+        self.engine.abort(seq_ids)
+        for seq_id in seq_ids:
             del self._tickets[seq_id]
-        stream.open.clear()
+            stream.open.discard(seq_id)
         self._note_idle()
 
     def _abort_all(self) -> None:
