@@ -5,6 +5,7 @@
     RuvonError
     ├── ConfigError                 a flag, variable or TOML key is wrong; ends start-up
     ├── LoadError                   a checkpoint cannot be read; names file and tensor
+    ├── PeerError                   a server that a client command talks to refused or failed
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── ModelNotFoundError      404 model_not_found
@@ -12,6 +13,7 @@
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
         ├── NotReadyError           503, still loading or draining
+        ├── GenerationError         500, this completion could not be computed
         └── EngineDeadError         500, the engine loop has failed
 """
 
@@ -28,6 +30,10 @@ class ConfigError(RuvonError):
 
 class LoadError(RuvonError):
     """A checkpoint, tokenizer or config file cannot be used; the message names file and tensor."""
+
+
+class PeerError(RuvonError):
+    """A server that a client command talks to cannot be reached, refused or broke off."""
 
 
 class RequestError(RuvonError):
@@ -90,6 +96,13 @@ class NotReadyError(UnavailableError):
     """The model is still loading, or the server is draining."""
 
     code = "not_ready"
+
+
+class GenerationError(UnavailableError):
+    """One sequence could not be computed, such as for a NaN among its logits; others go on."""
+
+    status = 500
+    code = "generation_failed"
 
 
 class EngineDeadError(UnavailableError):
