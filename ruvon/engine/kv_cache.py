@@ -1,0 +1,184 @@
+"""The KV cache: how many blocks fit in the memory given, and the tensors themselves."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.config import EngineConfig, parse_size
+from ruvon.errors import ConfigError
+from ruvon.models.spec import ModelSpec
+
+CPU_SHARE = 0.25
+"""Of the main memory available at start, what a cache of no stated size may take. Pages that were
+never written cost nothing, but a cache that filled up must leave room for everybody else."""
+
+ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
+NO_LIMIT = 1 << 60  # version 1 of cgroups writes "unlimited" as a huge number
+
+Cache: TypeAlias = list[tuple[Tensor, Tensor]]
+"""Keys and values of each layer, both [B, G, P, D]."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """What start-up decided about memory, in bytes and tokens."""
+
+    weight_bytes: int
+    bytes_per_token: int  # keys and values, all layers
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_blocks * self.block_size
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.num_tokens * self.bytes_per_token
+
+    @property
+    def max_concurrency(self) -> float:
+        """How many sequences of the greatest length the cache holds at once."""
+        return self.num_tokens / self.max_model_len
+
+
+def plan_memory(
+    spec: ModelSpec,
+    config: EngineConfig,
+    kv_dtype: torch.dtype,
+    *,
+    weight_bytes: int,
+    free_bytes: int,
+) -> MemoryPlan:
+    """Fit blocks into ``--kv-cache-memory``, or into ``free_bytes`` where that is not given, and
+    the longest sequence into the blocks.
+
+    Raises:
+        ConfigError: the model has no such positions, or one sequence of ``--max-model-len`` tokens
+            does not fit; without that flag, if not even one block does.
+    """
+    longest = longest_sequence(spec, config)
+    bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * kv_dtype.itemsize
+    block_bytes = config.block_size * bytes_per_token
+    if config.kv_cache_memory is None:
+        # Nothing could use more than every sequence at its longest.
+        useful = config.max_num_seqs * math.ceil(longest / config.block_size)
+        num_blocks = min(free_bytes // block_bytes, useful)
+    else:
+        num_blocks = parse_size(config.kv_cache_memory) // block_bytes
+    needed = math.ceil((config.max_model_len or config.block_size) / config.block_size)
+    if num_blocks < needed:
+        given = config.kv_cache_memory or f"what may be used of free memory ({free_bytes:,} bytes)"
+        raise ConfigError(
+            f"--kv-cache-memory: {given} holds {num_blocks * config.block_size} tokens, but one "
+            f"sequence of {needed * config.block_size} takes {needed * block_bytes:,} bytes; "
+            "give more memory or a smaller --max-model-len"
+        )
+    return MemoryPlan(
+        weight_bytes=weight_bytes,
+        bytes_per_token=bytes_per_token,
+        block_size=config.block_size,
+        num_blocks=num_blocks,
+        max_model_len=min(longest, num_blocks * config.block_size),
+    )
+
+
+def longest_sequence(spec: ModelSpec, config: EngineConfig) -> int:
+    """``--max-model-len``, or all positions the model has."""
+    if config.max_model_len is None:
+        return spec.max_positions
+    if config.max_model_len > spec.max_positions:
+        raise ConfigError(
+            f"--max-model-len {config.max_model_len} is more than the model's "
+            f"{spec.max_positions} positions"
+        )
+    return config.max_model_len
+
+
+def allocate_cache(
+    spec: ModelSpec, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
+) -> Cache:
+    """Zeroed tensors for every layer. Zeros matter: a kernel may read past the end of a context
+    and weigh it with nothing, and nothing times NaN is NaN."""
+    shape = (plan.num_blocks, spec.num_kv_heads, plan.block_size, spec.head_dim)
+    if device.type != "cpu":
+        zeros = torch.zeros((spec.num_layers, 2, *shape), dtype=dtype, device=device)
+        return [(layer[0], layer[1]) for layer in zeros]
+    return [(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)) for _ in range(spec.num_layers)]
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """A zeroed CPU tensor that takes no memory before it is written to, which torch's own does."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.zeros(size + ALIGNMENT, dtype=np.uint8)
+    offset = -memory.ctypes.data % ALIGNMENT
+    return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
+
+
+def free_for_cache(device: torch.device, config: EngineConfig, spec: ModelSpec) -> int:
+    """Bytes that a cache of no stated size may take, now that the weights are in place."""
+    if device.type == "cpu":
+        return int(CPU_SHARE * available_memory())
+    free, total = torch.cuda.mem_get_info(device)
+    planned = int(total * config.gpu_memory_utilization) - (total - free)
+    return max(planned - step_bytes(spec, config), 0)
+
+
+def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
+    """A generous estimate of one step's temporaries on a GPU: for each token some ten vectors as
+    wide as the hidden state and four as the MLP, and logits for each sequence twice, in float32."""
+    per_token = 10 * spec.hidden_size + 4 * spec.intermediate_size
+    logits = 2 * config.max_num_seqs * spec.vocab_size
+    return 4 * (config.max_num_batched_tokens * per_token + logits)
+
+
+def available_memory(root: Path = Path("/")) -> int:
+    """Bytes of main memory that this process may still take, under its container's limit too."""
+    meminfo = root / "proc/meminfo"
+    if not meminfo.exists():  # not Linux, and nothing portable tells what is free
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
+    assert kilobytes is not None, "every Linux since 3.14 has it"
+    return max(min(int(kilobytes[1]) * 1024, *cgroup_rooms(root), NO_LIMIT), 0)
+
+
+def cgroup_rooms(root: Path) -> Iterator[int]:
+    """For each memory limit set on our control groups (both versions), the bytes left under it.
+
+    File pages that the kernel would drop before killing anyone count as free.
+    """
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+    ):
+        for folder in cgroup_folders(root):
+            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
+            if text == "max" or int(text) >= NO_LIMIT:
+                continue
+            stat = (folder / "memory.stat").read_text()
+            droppable = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
+            used = int((folder / usage).read_text()) - int(droppable[1] if droppable else 0)
+            yield int(text) - used
+
+
+def cgroup_folders(root: Path) -> list[Path]:
+    """Where the kernel may keep our memory limit: in a container at the mount point itself, else
+    at the path /proc tells."""
+    memberships = root / "proc/self/cgroup"
+    paths = [""]
+    if memberships.exists():
+        lines = (line.split(":", 2) for line in memberships.read_text().splitlines())
+        paths += [path.strip("/") for _, names, path in lines if names in ("", "memory")]
+    mounts = (root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory")
+    return [mount / path for mount in mounts for path in dict.fromkeys(paths)]
