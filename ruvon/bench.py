@@ -1,0 +1,331 @@
+"""A load generator and its arithmetic: `ruvon bench serve` and everything in bench/ that uses HTTP.
+
+Requests go to any OpenAI-compatible server as streams; every chunk's arrival is noted. The result
+has the fields of `vllm bench serve`, so that scripts and dashboards which read those read these.
+
+Times are in seconds on `time.perf_counter` until a result is made, and in milliseconds there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Literal, TypeAlias
+
+import aiohttp
+import numpy as np
+import orjson
+
+from ruvon.errors import PeerError
+
+Backend: TypeAlias = Literal["openai", "openai-chat"]
+ENDPOINTS: dict[Backend, str] = {
+    "openai": "/v1/completions",
+    "openai-chat": "/v1/chat/completions",
+}
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+
+# Common enough that every vocabulary has each, with its leading space, as one token.
+TEXT = (
+    "time people way day man thing woman life child world school state family student group "
+    "country problem hand part place case week company system program question work government "
+    "number night point home water room mother area money story fact month lot right study book "
+    "eye job word business issue side kind head house service friend father power hour game line "
+    "end member law car city community name president team minute idea kid body information back "
+    "parent face others level office door health person art war history party result change "
+    "morning reason research girl guy moment air teacher force education"
+)
+WORDS = TEXT.split()
+
+
+def random_prompt(rng: random.Random, length: int) -> str:
+    """A text of ``length`` random words, which is about ``length`` tokens for any model."""
+    return " ".join(rng.choices(WORDS, k=length))
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What to send: requests ``(prompt, output tokens)`` and how fast they arrive."""
+
+    model: str
+    requests: Sequence[tuple[str, int]]
+    backend: Backend = "openai"
+    rate: float = math.inf  # requests per second; inf sends all at once
+    burstiness: float = 1.0  # 1 is a Poisson process, below is burstier, above more even
+    max_concurrency: int | None = None
+    sampling: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0.0})
+    ignore_eos: bool = True
+    seed: int = 0
+
+    def payload(self, prompt: str, num_output: int) -> dict[str, Any]:
+        chat = self.backend == "openai-chat"
+        return {
+            "model": self.model,
+            **({"messages": [{"role": "user", "content": prompt}]} if chat else {"prompt": prompt}),
+            "max_tokens": num_output,
+            **({"ignore_eos": True} if self.ignore_eos else {}),
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self.sampling,
+        }
+
+
+@dataclass(slots=True)
+class Sample:
+    """One request as its client saw it."""
+
+    started: float
+    ended: float = 0.0
+    arrivals: list[float] = field(default_factory=list)  # one for each chunk that carried output
+    texts: list[str] = field(default_factory=list)
+    num_input: int = 0
+    num_output: int = 0
+    error: str = ""
+
+    @property
+    def ttft(self) -> float:
+        return self.arrivals[0] - self.started if self.arrivals else 0.0
+
+    @property
+    def latency(self) -> float:
+        return self.ended - self.started
+
+    @property
+    def gaps(self) -> list[float]:
+        return [later - earlier for earlier, later in pairwise(self.arrivals)]
+
+    @property
+    def tpot(self) -> float:
+        return (self.latency - self.ttft) / (self.num_output - 1) if self.num_output > 1 else 0.0
+
+    def record(self, event: Mapping[str, Any], now: float) -> None:
+        """Take one event in: a piece of output, the usage, or an error."""
+        if "error" in event:
+            self.error = str(event["error"])
+        if text := _output(event):
+            self.arrivals.append(now)
+            self.texts.append(text)
+        if usage := event.get("usage"):
+            self.num_input = usage["prompt_tokens"]
+            self.num_output = usage["completion_tokens"]
+
+
+def _output(event: Mapping[str, Any]) -> str:
+    for choice in event.get("choices") or ():
+        delta = choice.get("delta") or choice
+        text = delta.get("content") or delta.get("reasoning") or delta.get("text")
+        if isinstance(text, str) and text:
+            return text
+    return ""
+
+
+async def events(content: aiohttp.StreamReader) -> AsyncIterator[dict[str, Any]]:
+    """The JSON payloads of server-sent events, without the closing ``[DONE]``."""
+    tail = b""
+    async for piece in content.iter_any():
+        *lines, tail = (tail + piece).split(b"\n")
+        for line in lines:
+            if line.startswith(b"data:") and line[5:].strip() != b"[DONE]":
+                yield orjson.loads(line[5:])
+
+
+async def send(session: aiohttp.ClientSession, url: str, payload: Mapping[str, Any]) -> Sample:
+    """Send one request and read its stream to the end. Failures are in ``Sample.error``."""
+    sample = Sample(started=time.perf_counter())
+    try:
+        async with session.post(url, data=orjson.dumps(payload), headers=JSON) as response:
+            if response.status != 200:
+                sample.error = f"{response.status}: {(await response.text())[:500]}"
+                return sample
+            async for event in events(response.content):
+                sample.record(event, time.perf_counter())
+    except (aiohttp.ClientError, TimeoutError, orjson.JSONDecodeError) as error:
+        sample.error = f"{type(error).__name__}: {error}"
+    sample.ended = time.perf_counter()
+    sample.num_output = sample.num_output or len(sample.arrivals)
+    if not sample.arrivals and not sample.error:
+        sample.error = "the stream carried no output"
+    return sample
+
+
+JSON = {"Content-Type": "application/json"}
+
+
+def open_session(api_key: str | None = None) -> aiohttp.ClientSession:
+    """A session without limits of its own: the load decides how many connections there are."""
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0),
+        timeout=aiohttp.ClientTimeout(total=None, sock_read=600),
+        headers=headers,
+    )
+
+
+async def find_model(session: aiohttp.ClientSession, base_url: str) -> str:
+    """The first model a server lists.
+
+    Raises:
+        PeerError: the server cannot be reached or lists none.
+    """
+    try:
+        async with session.get(base_url + "/v1/models") as response:
+            response.raise_for_status()
+            return str((await response.json())["data"][0]["id"])
+    except (aiohttp.ClientError, KeyError, IndexError) as error:
+        raise PeerError(f"cannot ask {base_url} for its models: {error}") from error
+
+
+async def run_load(
+    session: aiohttp.ClientSession,
+    base_url: str,
+    load: Load,
+    on_done: Callable[[Sample], None] = lambda sample: None,
+) -> tuple[list[Sample], float]:
+    """Send a whole load; returns a sample for each request, in order, and the seconds it took."""
+    limit = asyncio.Semaphore(load.max_concurrency or len(load.requests))
+    url = base_url + ENDPOINTS[load.backend]
+
+    async def one(prompt: str, num_output: int) -> Sample:
+        async with limit:
+            sample = await send(session, url, load.payload(prompt, num_output))
+        on_done(sample)
+        return sample
+
+    started = time.perf_counter()
+    async with asyncio.TaskGroup() as group:
+        tasks = []
+        for pause, request in zip(_pauses(load), load.requests, strict=False):
+            if pause:
+                await asyncio.sleep(pause)
+            tasks.append(group.create_task(one(*request)))
+    return [task.result() for task in tasks], time.perf_counter() - started
+
+
+def _pauses(load: Load) -> Iterable[float]:
+    """Seconds between arrivals, gamma-distributed with mean ``1 / rate``."""
+    rng = random.Random(load.seed)
+    yield 0.0
+    while True:
+        shape = load.burstiness
+        yield 0.0 if math.isinf(load.rate) else rng.gammavariate(shape, 1 / (load.rate * shape))
+
+
+def summarize(
+    samples: Sequence[Sample],
+    duration: float,
+    percentiles: Sequence[float] = (99,),
+    goodput: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
+    """The numbers of a run, under the names `vllm bench serve` writes. ``goodput`` maps a metric
+    to the milliseconds within which a request counts as good."""
+    done = [sample for sample in samples if not sample.error]
+    num_input = sum(sample.num_input for sample in done)
+    num_output = sum(sample.num_output for sample in done)
+    result = {
+        "duration": duration,
+        "completed": len(done),
+        "failed": len(samples) - len(done),
+        "total_input_tokens": num_input,
+        "total_output_tokens": num_output,
+        "request_throughput": len(done) / duration,
+        "request_goodput": _num_good(done, goodput) / duration if goodput else None,
+        "output_throughput": num_output / duration,
+        "total_token_throughput": (num_input + num_output) / duration,
+        "max_output_tokens_per_s": _peak_rate(done),
+        "max_concurrent_requests": _peak_concurrency(done),
+    }
+    for metric, values in _series(done).items():
+        result |= _statistics(metric, values, percentiles)
+    return result
+
+
+def _series(done: Sequence[Sample]) -> dict[str, list[float]]:
+    return {
+        "ttft": [sample.ttft for sample in done],
+        "tpot": [sample.tpot for sample in done if sample.num_output > 1],
+        "itl": [gap for sample in done for gap in sample.gaps],
+        "e2el": [sample.latency for sample in done],
+    }
+
+
+def _statistics(metric: str, values: list[float], percentiles: Sequence[float]) -> dict[str, float]:
+    ms = np.array(values or [0.0]) * 1e3
+    named = {f"p{point:g}_{metric}_ms": float(np.percentile(ms, point)) for point in percentiles}
+    return {
+        f"mean_{metric}_ms": float(ms.mean()),
+        f"median_{metric}_ms": float(np.median(ms)),
+        f"std_{metric}_ms": float(ms.std()),
+        **named,
+    }
+
+
+def _num_good(done: Sequence[Sample], limits: Mapping[str, float]) -> int:
+    def good(sample: Sample) -> bool:
+        seconds = {"ttft": sample.ttft, "tpot": sample.tpot, "e2el": sample.latency}
+        return all(seconds[metric] * 1e3 <= limit for metric, limit in limits.items())
+
+    return sum(map(good, done))
+
+
+def _peak_rate(done: Sequence[Sample]) -> float:
+    """Most chunks that arrived within one second of the clock."""
+    seconds = [int(moment) for sample in done for moment in sample.arrivals]
+    return float(np.unique(seconds, return_counts=True)[1].max()) if seconds else 0.0
+
+
+def _peak_concurrency(done: Sequence[Sample]) -> int:
+    edges = [(sample.started, 1) for sample in done] + [(sample.ended, -1) for sample in done]
+    running = np.cumsum([step for _, step in sorted(edges)])
+    return int(running.max()) if edges else 0
+
+
+WIDTH = 50
+ROWS = {
+    "completed": "Successful requests:",
+    "failed": "Failed requests:",
+    "max_concurrency": "Maximum request concurrency:",
+    "request_rate": "Request rate configured (RPS):",
+    "duration": "Benchmark duration (s):",
+    "total_input_tokens": "Total input tokens:",
+    "total_output_tokens": "Total generated tokens:",
+    "request_throughput": "Request throughput (req/s):",
+    "request_goodput": "Request goodput (req/s):",
+    "output_throughput": "Output token throughput (tok/s):",
+    "max_output_tokens_per_s": "Peak output token throughput (tok/s):",
+    "max_concurrent_requests": "Peak concurrent requests:",
+    "total_token_throughput": "Total token throughput (tok/s):",
+}
+
+
+def render(result: Mapping[str, Any], metrics: Sequence[str] = ("ttft", "tpot", "itl")) -> str:
+    """The table that everybody pastes."""
+    lines = [f"{' Serving Benchmark Result ':=^{WIDTH}}"]
+    for name, label in ROWS.items():
+        value = result.get(name)
+        if value is not None and value != "inf":
+            lines.append(_row(label, value))
+    for metric in metrics:
+        lines.append(f"{METRICS[metric]:-^{WIDTH}}")
+        lines += [_row(label, value) for label, value in _metric_rows(result, metric)]
+    return "\n".join([*lines, "=" * WIDTH])
+
+
+def _metric_rows(result: Mapping[str, Any], metric: str) -> Iterable[tuple[str, float]]:
+    for name, value in result.items():
+        statistic, _, rest = name.partition("_")
+        if rest == f"{metric}_ms" and statistic != "std":
+            yield f"{statistic.capitalize()} {metric.upper()} (ms):", value
+
+
+def _row(label: str, value: float) -> str:
+    return f"{label:<40} {value:<10}" if isinstance(value, int) else f"{label:<40} {value:<10.2f}"

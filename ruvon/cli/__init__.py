@@ -1,0 +1,153 @@
+"""The command line: argv → config → one call.
+
+Torch and the server are imported inside the commands that use them: ``ruvon --help`` and whatever
+only talks to a server starts without them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from ruvon import __version__
+from ruvon.cli.bench import bench
+from ruvon.cli.options import SettingsCommand, one_model, read_settings, settings
+from ruvon.config import EngineConfig, ServerConfig, flag, load
+from ruvon.errors import ConfigError, RuvonError
+
+if TYPE_CHECKING:
+    from ruvon.cli.answers import Source
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+class Commands(click.Group):
+    """Turns ruvon's own errors into one line on stderr and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RuvonError as error:
+            raise click.ClickException(str(error)) from error
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="ruvon")
+def main() -> None:
+    """A small, fast LLM inference engine and OpenAI-compatible server."""
+
+
+main.add_command(bench)
+
+
+@main.command(cls=SettingsCommand)
+@click.argument("name", metavar="[MODEL]", required=False)
+@settings(EngineConfig, ServerConfig)
+def serve(name: str | None, config: Path | None, **given: Any) -> None:
+    """Serve MODEL (a folder, GGUF file or hub id) over HTTP, as OpenAI's API.
+
+    Without MODEL it is the embedded SmolLM2-135M-Instruct.
+    """
+    given["model"] = one_model(name, given["model"])
+    engine, server = build_both(given, config)
+    from ruvon.server.app import serve as serve_forever
+
+    serve_forever(engine, server)
+
+
+def source_options(function: Function) -> Function:
+    """Options of commands that answer: from a server, or from the engine in process."""
+    options = [
+        click.option("--url", envvar="RUVON_URL", help="Ask this server, not a model in process."),
+        click.option(
+            "--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server."
+        ),
+        click.option("--temperature", type=float, help="0 is greedy. Default: the model's own."),
+        click.option("--top-p", type=float, help="Share of probability to draw from."),
+        click.option("--max-tokens", type=click.IntRange(min=1), help="Longest answer."),
+        click.option("--seed", type=int, help="The same seed gives the same answer."),
+    ]
+    for option in reversed(options):
+        function = option(function)
+    return settings(EngineConfig, without=("seed",))(function)
+
+
+SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
+
+
+@main.command(cls=SettingsCommand)
+@click.argument("name", metavar="[MODEL]", required=False)
+@click.option("--system", help="System message.")
+@source_options
+def chat(name: str | None, system: str | None, **given: Any) -> None:
+    """Chat in the terminal with MODEL in process, or with a server (--url)."""
+    from rich.console import Console
+
+    from ruvon.cli.chat import Conversation, run
+
+    options = take_options(given)
+    given["model"] = one_model(name, given["model"])
+    run(Conversation(open_source(given), system, options), Console(soft_wrap=True))
+
+
+@main.command(cls=SettingsCommand)
+@click.argument("prompt")
+@click.option("--stop", multiple=True, help="Text that ends the completion; may be repeated.")
+@source_options
+def complete(prompt: str, stop: tuple[str, ...], **given: Any) -> None:
+    """Continue PROMPT and stream the text to stdout. PROMPT - reads it from stdin."""
+    options = take_options(given) | ({"stop": list(stop)} if stop else {})
+    text = sys.stdin.read() if prompt == "-" else prompt
+    for piece in open_source(given).complete(text, options):
+        click.echo(piece.text, nl=False)
+    click.echo()
+
+
+@main.command()
+@click.option("--url", envvar="RUVON_URL", help="Ask this server, not the local disk.")
+@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server.")
+def models(url: str | None, api_key: str | None) -> None:
+    """List the models a server serves, or those on this machine's disk."""
+    from ruvon.cli.models import print_local, print_remote
+
+    if url:
+        print_remote(url, api_key)
+    else:
+        print_local()
+
+
+def build_both(given: Mapping[str, Any], config: Path | None) -> tuple[EngineConfig, ServerConfig]:
+    """Both configs of a server."""
+    toml = read_settings(config)
+    return load(EngineConfig, given, toml=toml), load(ServerConfig, given, toml=toml)
+
+
+def take_options(given: dict[str, Any]) -> dict[str, Any]:
+    """Move the sampling options out of a command's values; those not given are left out."""
+    taken = {name: given.pop(name) for name in SAMPLING}
+    return {name: value for name, value in taken.items() if value is not None}
+
+
+def open_source(given: dict[str, Any]) -> Source:
+    """The server at --url, or the engine in this process.
+
+    Raises:
+        ConfigError: an engine setting is given together with --url.
+    """
+    url, api_key, config = given.pop("url"), given.pop("api_key"), given.pop("config")
+    if url is None:
+        from ruvon.cli.local import Local
+
+        return Local.load(load(EngineConfig, given, toml=read_settings(config)))
+    from ruvon.cli.answers import Remote
+    from ruvon.cli.client import Client
+
+    model = given.pop("model")
+    idle = [flag(name) for name, value in given.items() if value is not None]
+    if config is not None or idle:
+        raise ConfigError(f"{(idle or ['--config'])[0]} has no effect on the server at --url")
+    return Remote.connect(Client(url, api_key), model)

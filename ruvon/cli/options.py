@@ -1,0 +1,117 @@
+"""Command-line options made from the fields of the configs.
+
+A new setting is a new flag, variable and TOML key at once; nothing is listed twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from ruvon.config import (
+    CONFIGS,
+    Kind,
+    flag,
+    kinds,
+    read_toml,
+    unknown_variables,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+CLIENT_VARIABLES = ("config", "url", "api_key")
+EPILOG = (
+    "Every setting is also a variable (--max-num-seqs is RUVON_MAX_NUM_SEQS) and a key of the file "
+    "given with --config (max_num_seqs = 8). The command line wins over the environment, the "
+    "environment over the file."
+)
+
+
+class Setting(click.Option):
+    """An option made from a config's field; ``section`` is its heading in the help."""
+
+    def __init__(self, *args: Any, section: str, **rest: Any) -> None:
+        super().__init__(*args, **rest)
+        self.section = section
+
+
+class SettingsCommand(click.Command):
+    """A command whose help shows its settings under headings, after its own options."""
+
+    def __init__(self, *args: Any, **rest: Any) -> None:
+        super().__init__(*args, epilog=EPILOG, **rest)
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for param in self.get_params(ctx):
+            record = param.get_help_record(ctx)
+            if record and isinstance(param, click.Option):
+                sections.setdefault(getattr(param, "section", "Options"), []).append(record)
+        for name, records in sections.items():
+            with formatter.section(name):
+                formatter.write_dl(records)
+
+
+SECTIONS = dict(zip(CONFIGS, ("Engine settings", "Server settings"), strict=True))
+
+
+def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:
+    """Give a command an option for every field of these configs, and ``--config FILE``."""
+
+    def decorate(function: Function) -> Function:
+        options = [
+            _option(cls, spec)
+            for cls in classes
+            for spec in dataclasses.fields(cls)
+            if spec.name not in without
+        ]
+        for names, attributes in reversed(options):
+            click.option(*names, cls=Setting, **attributes)(function)
+        return click.option(
+            "--config",
+            type=click.Path(path_type=Path),
+            envvar="RUVON_CONFIG",
+            help="TOML file with settings.",
+        )(function)
+
+    return decorate
+
+
+def _option(cls: type, spec: dataclasses.Field[Any]) -> tuple[list[str], dict[str, Any]]:
+    kind = kinds(cls)[spec.name]
+    names = [flag(spec.name), spec.name]
+    if kind.base is bool:
+        names[0] += "/--no-" + flag(spec.name).removeprefix("--")
+    shown = "" if spec.default is None else f"  [default: {_shown(spec.default)}]"
+    return names, {
+        "default": None,
+        "type": _click_type(kind),
+        "help": spec.metadata["help"] + shown,
+        "section": SECTIONS[cls],
+    }
+
+
+def _click_type(kind: Kind) -> Any:
+    return click.Choice(kind.choices) if kind.choices else kind.base
+
+
+def _shown(value: Any) -> str:
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else str(value)
+
+
+def read_settings(config: Path | None) -> Mapping[str, Any]:
+    """The TOML file, if one is given; warns of variables that look like settings and are none."""
+    for warning in unknown_variables(os.environ, CLIENT_VARIABLES):
+        click.echo(f"Warning: {warning}", err=True)
+    return read_toml(config) if config else {}
+
+
+def one_model(positional: str | None, option: str | None) -> str | None:
+    """MODEL may be given as an argument or with --model, not as both."""
+    if positional and option:
+        raise click.UsageError("give the model as an argument or with --model, not both")
+    return positional or option

@@ -1,0 +1,315 @@
+"""The command line: options, errors, and the commands that talk to a server."""
+
+import json
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+from click.testing import CliRunner
+from rich.console import Console
+
+from ruvon.cli import main
+from ruvon.cli.answers import Piece, Remote
+from ruvon.cli.chat import Conversation, obey, read_message, run
+from ruvon.cli.client import Client
+from ruvon.config import EngineConfig, ServerConfig, kinds, variable
+from ruvon.errors import PeerError
+
+
+def chunk(text="", **fields):
+    return {"choices": [{"index": 0, "delta": {"content": text}, "finish_reason": None}], **fields}
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers every POST with the events it is given, and keeps what it was asked."""
+
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), FakeHandler)
+        self.url = f"http://127.0.0.1:{self.server_port}"
+        self.events = [chunk("Hel"), chunk("lo"), USAGE, "[DONE]"]
+        self.status = 200
+        self.asked = []
+
+
+class FakeHandler(BaseHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+    def reply(self, status, body, kind="application/json"):
+        self.send_response(status)
+        self.send_header("Content-Type", kind)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self):
+        self.server.asked.append((self.path, dict(self.headers)))
+        self.reply(200, json.dumps({"data": [{"id": "fake", "max_model_len": 2048}]}).encode())
+
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.asked.append((self.path, json.loads(body)))
+        if self.server.status != 200:
+            error = {"error": {"message": "too long", "type": "invalid_request_error"}}
+            return self.reply(self.server.status, json.dumps(error).encode())
+        lines = [e if isinstance(e, str) else json.dumps(e) for e in self.server.events]
+        stream = "".join(f": comment\n\ndata: {line}\n\n" for line in lines)
+        return self.reply(200, stream.encode(), "text/event-stream")
+
+
+@pytest.fixture
+def server():
+    with FakeServer() as server:
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def invoke(*args, **rest):
+    return CliRunner().invoke(main, args, **rest)
+
+
+def test_help_starts_without_torch():
+    code = (
+        "import sys; from ruvon.cli import main; main(['--help'], standalone_mode=False);"
+        "heavy = {'torch', 'aiohttp', 'numpy', 'rich', 'transformers'} & set(sys.modules);"
+        "sys.exit(str(heavy) if heavy else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "serve" in done.stdout
+
+
+@pytest.mark.parametrize("cls", [EngineConfig, ServerConfig])
+def test_every_setting_is_an_option_of_serve(cls):
+    text = invoke("serve", "--help").output
+    for name, kind in kinds(cls).items():
+        shown = "--" + name.replace("_", "-")
+        assert shown in text
+        assert kind.base is not bool or "--no-" + name.replace("_", "-") in text
+
+
+def served(monkeypatch, *args, **rest):
+    """The configs that ``ruvon serve`` comes to, without serving."""
+    calls = []
+    monkeypatch.setattr("ruvon.server.app.serve", lambda *configs: calls.append(configs))
+    result = invoke("serve", *args, **rest)
+    assert result.exit_code == 0, result.output
+    return calls[0]
+
+
+def test_serve_builds_its_configs(monkeypatch, tmp_path):
+    path = tmp_path / "ruvon.toml"
+    path.write_text('port = 1\nhost = "::1"\nmax_num_seqs = 7\n')
+    args = ["some/model", "--port", "9", "--no-enable-prefix-caching", "--config", str(path)]
+    engine, server = served(monkeypatch, *args, env={"RUVON_MAX_NUM_SEQS": "8"})
+    assert engine.model == "some/model"
+    assert engine.max_num_seqs == 8
+    assert engine.enable_prefix_caching is False
+    assert (server.host, server.port) == ("::1", 9)
+
+
+@pytest.mark.parametrize(
+    ("args", "told"),
+    [
+        (["serve", "--port", "x"], "--port"),
+        (["serve", "--batching", "none"], "sequential"),
+        (["serve", "--max-num-sesq", "3"], "--max-num-seqs"),
+        (["serve", "a", "--model", "b"], "not both"),
+        (["serve", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
+        (["serve", "--config", "nowhere.toml"], "nowhere.toml"),
+        (["chat", "--url", "http://127.0.0.1:9", "--threads", "2"], "--threads has no effect"),
+        (["models", "--url", "127.0.0.1:9"], "not a URL"),
+        (["models", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
+        (["bench", "serve", "--percentile-metrics", "x"], "ttft"),
+        (["bench", "serve", "--goodput", "ttft"], "ttft:200"),
+    ],
+)
+def test_mistakes_are_one_line_and_a_failure(args, told):
+    result = invoke(*args)
+    assert result.exit_code in (1, 2)
+    assert told in result.output
+    assert "Traceback" not in result.output
+
+
+def test_a_bad_variable_is_named():
+    result = invoke("serve", env={variable("port"): "x"})
+    assert result.exit_code == 1
+    assert "RUVON_PORT must be an integer" in result.output
+
+
+def test_complete_streams_from_a_server(server):
+    server.events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "é"}]}, "[DONE]"]
+    args = ["complete", "Once", "--url", server.url + "/v1", "--max-tokens", "3", "--stop", "x"]
+    result = invoke(*args, env={"OPENAI_API_KEY": "key"})
+    assert (result.exit_code, result.output) == (0, "aé\n")
+    (_, headers), (path, payload) = server.asked
+    assert headers["Authorization"] == "Bearer key"
+    assert path == "/v1/completions"
+    assert payload["model"] == "fake"
+    assert payload["prompt"] == "Once"
+    assert (payload["max_tokens"], payload["stop"]) == (3, ["x"])
+    assert "temperature" not in payload
+
+
+def test_complete_reads_stdin(server):
+    server.events = ["[DONE]"]
+    args = ["complete", "-", "--url", server.url, "--model", "m"]
+    assert invoke(*args, input="from a pipe").exit_code == 0
+    assert server.asked[0][1]["prompt"] == "from a pipe"
+
+
+def test_models_of_a_server(server):
+    output = invoke("models", "--url", server.url).output
+    assert "fake" in output
+    assert "2,048" in output
+
+
+@pytest.mark.parametrize(
+    ("events", "told"),
+    [
+        ([chunk("a"), {"error": {"message": "the engine is dead"}}, "[DONE]"], "engine is dead"),
+        ([chunk("a")], "before it was done"),
+        (["{"], "http://127.0.0.1"),
+    ],
+)
+def test_a_stream_that_fails_raises(server, events, told):
+    server.events = events
+    with pytest.raises(PeerError, match=told):
+        list(Remote(Client(server.url), "m").chat([], {}))
+
+
+def test_a_refusal_carries_the_servers_message(server):
+    server.status = 400
+    with pytest.raises(PeerError, match="400 Bad Request: too long"):
+        list(Remote(Client(server.url), "m").chat([], {}))
+
+
+class Scripted:
+    """A source with answers written down; None interrupts as Ctrl-C does."""
+
+    name = "scripted"
+
+    def __init__(self, *answers):
+        self.answers = list(answers)
+        self.asked = []
+        self.closed = 0
+
+    def chat(self, messages, options):
+        self.asked.append((list(messages), dict(options)))
+        try:
+            for text in self.answers.pop(0):
+                if text is None:
+                    raise KeyboardInterrupt
+                yield Piece(text)
+            yield Piece(finish="stop", num_prompt=3, num_output=2)
+        finally:
+            self.closed += 1
+
+
+def talk(monkeypatch, source, *lines):
+    """Run a conversation with these lines typed; returns it and what was shown."""
+    typed = iter(lines)
+
+    def read(prompt):
+        line = next(typed, None)
+        if line is None:
+            raise EOFError
+        if line is KeyboardInterrupt:
+            raise line
+        return line
+
+    monkeypatch.setattr("builtins.input", read)
+    conversation = Conversation(source)
+    console = Console(record=True, width=200, file=open("/dev/null", "w"))  # noqa: SIM115
+    with console.file:
+        run(conversation, console)
+    return conversation, console.export_text()
+
+
+def test_a_chat_remembers_and_streams(monkeypatch):
+    source = Scripted(["Hel", "lo"], ["Bye [b]"])
+    conversation, shown = talk(monkeypatch, source, "Hi", "", "Ciao")
+    assert "Hello" in shown
+    assert "Bye [b]" in shown
+    assert [turn["content"] for turn in conversation.turns] == ["Hi", "Hello", "Ciao", "Bye [b]"]
+    assert source.asked[1][0][:2] == conversation.turns[:2]
+    assert (conversation.stats.num_prompt, conversation.stats.num_output) == (3, 2)
+
+
+def test_an_interrupted_answer_is_kept_and_the_program_goes_on(monkeypatch):
+    source = Scripted(["Half", None, "never"], [None], ["fine"])
+    conversation, shown = talk(monkeypatch, source, "1", "2", KeyboardInterrupt, "3")
+    assert shown.count("(stopped)") == 2
+    assert "never" not in shown
+    assert [turn["content"] for turn in conversation.turns] == ["1", "Half", "3", "fine"]
+    assert source.closed == 3
+
+
+def test_commands(monkeypatch, tmp_path):
+    source = Scripted(["a"], ["b"])
+    path = tmp_path / "chat.json"
+    conversation, shown = talk(
+        monkeypatch,
+        source,
+        *("/stats", "/system Be brief.", "/set temperature 0.5", "/set top_k x", "/set nothing 1"),
+        *("one", "/stats", f"/save {path}", "/set temperature default", "/reset", "two", "/what"),
+        *("/help", "/set", "/system", "/save", "/exit", "never read"),
+    )
+    assert source.asked[0] == (
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "one"}],
+        {"temperature": 0.5},
+    )
+    assert source.asked[1][1] == {}
+    assert len(source.asked[1][0]) == 2
+    assert json.loads(path.read_text())["messages"][-1] == {"role": "assistant", "content": "a"}
+    for told in ("no answer yet", "is not a number", "cannot be set", "/what is not", "/set [NAME"):
+        assert told in shown
+    assert conversation.system == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (["one"], "one"),
+        (["one\\", "two\\", "three"], "one\ntwo\nthree"),
+        (['"""', "def f():", "    pass", '"""'], "def f():\n    pass"),
+        (['"""one', 'two"""'], "one\ntwo"),
+        (['"""one"""'], "one"),
+    ],
+)
+def test_messages_of_several_lines(monkeypatch, typed, message):
+    lines = iter(typed)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    assert read_message() == message
+
+
+def test_exit_leaves():
+    assert obey("/quit", Conversation(Scripted()), Console()) is False
+
+
+def test_bench_serve_prints_and_saves(server, tmp_path):
+    server.events = [{"choices": [{"text": "a"}]}, {"choices": [{"text": "b"}]}, USAGE, "[DONE]"]
+    args = ["--base-url", server.url, "--num-prompts", "3", "--max-concurrency", "2"]
+    saving = ["--save-detailed", "--result-dir", str(tmp_path), "--result-filename", "r.json"]
+    result = invoke("bench", "serve", *args, *saving, "--metric-percentiles", "50,99.9")
+    assert result.exit_code == 0, result.output
+    assert "Successful requests:                     3" in result.output
+    assert "P99.9 TTFT (ms):" in result.output
+    saved = json.loads((tmp_path / "r.json").read_text())
+    assert saved["model_id"] == "fake"
+    assert saved["output_lens"] == [2, 2, 2]
+    assert {"mean_ttft_ms", "p99.9_itl_ms", "request_throughput", "itls"} <= set(saved)
+
+
+def test_bench_serve_says_when_requests_fail(server):
+    server.status = 400
+    result = invoke("bench", "serve", "--base-url", server.url)
+    assert result.exit_code == 1
+    assert "too long" in result.output

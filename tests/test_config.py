@@ -1,0 +1,124 @@
+"""Settings: precedence, parsing, and errors that name what is wrong."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ruvon.config import (
+    EngineConfig,
+    ServerConfig,
+    load,
+    parse_size,
+    read_toml,
+    unknown_variables,
+)
+from ruvon.errors import ConfigError
+
+
+def test_argv_wins_over_environment_over_toml_over_default():
+    toml = {"port": 1, "host": "toml", "max_logprobs": 3}
+    environ = {"RUVON_PORT": "2", "RUVON_HOST": "environ"}
+    config = load(ServerConfig, {"port": 3, "host": None}, environ, toml)
+    assert (config.port, config.host, config.max_logprobs) == (3, "environ", 3)
+    assert config.strict is ServerConfig().strict
+
+
+def test_an_empty_variable_counts_as_not_set():
+    assert load(ServerConfig, environ={"RUVON_PORT": ""}).port == ServerConfig().port
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", True), ("off", False), ("TRUE", True)])
+def test_booleans_in_the_environment(text, value):
+    environ = {"RUVON_ENABLE_PREFIX_CACHING": text}
+    assert load(EngineConfig, environ=environ).enable_prefix_caching is value
+
+
+@pytest.mark.parametrize(
+    ("environ", "told"),
+    [
+        ({"RUVON_PORT": "tcp://10.0.0.1:80"}, ["RUVON_PORT", "integer", "tcp://10.0.0.1:80"]),
+        ({"RUVON_PORT": "70000"}, ["port", "65535", "70000"]),
+        ({"RUVON_STRICT": "perhaps"}, ["RUVON_STRICT", "true or false", "perhaps"]),
+        ({"RUVON_LOG_LEVEL": "loud"}, ["RUVON_LOG_LEVEL", "debug | info", "loud"]),
+        ({"RUVON_MAX_BODY_SIZE": "8 megs"}, ["max_body_size", "8 megs", "512MiB"]),
+        ({"RUVON_SHUTDOWN_TIMEOUT": "-1"}, ["shutdown_timeout", "at least 0"]),
+    ],
+)
+def test_a_bad_variable_is_named_with_its_choices(environ, told):
+    with pytest.raises(ConfigError) as caught:
+        load(ServerConfig, environ=environ)
+    assert all(part in str(caught.value) for part in told), caught.value
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"device": "tpu"},
+        {"threads": "2"},
+        {"max_num_seqs": True},
+        {"block_size": 0},
+        {"gpu_memory_utilization": 1.5},
+        {"kv_cache_memory": "0"},
+        {"max_num_seqs": 64, "max_num_batched_tokens": 32},
+        {"device": "cpu", "kernels": "triton"},
+    ],
+)
+def test_a_config_built_in_python_gets_the_same_checks(fields):
+    with pytest.raises(ConfigError, match=list(fields)[-1]):
+        EngineConfig(**fields)
+
+
+def test_toml_is_read_and_a_misspelt_key_is_named(tmp_path: Path):
+    path = tmp_path / "ruvon.toml"
+    path.write_text('model = "m"\nport = 9\nenable_prefix_caching = false\n')
+    toml = read_toml(path)
+    assert load(EngineConfig, environ={}, toml=toml).enable_prefix_caching is False
+    path.write_text("max_num_sesq = 3\n")
+    with pytest.raises(ConfigError, match=r"max_num_sesq.*did you mean max_num_seqs"):
+        read_toml(path)
+    path.write_text("qqq = 3\n")
+    with pytest.raises(ConfigError, match=r"qqq.*known are .*batching.*port"):
+        read_toml(path)
+
+
+def test_toml_values_have_toml_types(tmp_path: Path):
+    with pytest.raises(ConfigError, match="threads in the TOML file must be an integer"):
+        load(EngineConfig, environ={}, toml={"threads": "2"})
+    assert load(ServerConfig, environ={}, toml={"shutdown_timeout": 3}).shutdown_timeout == 3
+
+
+@pytest.mark.parametrize("content", [b"port = ", b"\xff"])
+def test_a_file_that_is_no_toml_is_a_config_error(tmp_path: Path, content: bytes):
+    path = tmp_path / "broken.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"broken\.toml"):
+        read_toml(path)
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        read_toml(tmp_path / "missing.toml")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1048576", 2**20),
+        ("512MiB", 512 * 2**20),
+        ("2 GiB", 2 * 2**30),
+        ("2GB", 2 * 10**9),
+        ("1.5k", 1500),
+        ("3b", 3),
+    ],
+)
+def test_sizes(text, size):
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "MiB", "1 apple", "-1", "0", "0MiB", "3ib"])
+def test_what_is_no_size(text):
+    with pytest.raises(ConfigError, match="size"):
+        parse_size(text)
+
+
+def test_variables_that_are_no_setting_are_told():
+    environ = {"RUVON_PORT": "1", "RUVON_URL": "u", "RUVON_PROT": "1", "PATH": os.defpath}
+    assert unknown_variables(environ, ("url",)) == ["RUVON_PROT is not a setting of ruvon"]
