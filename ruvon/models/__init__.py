@@ -1,1 +1,93 @@
-"""The mathematics of each model family, and what belongs to a model: weights, tokenizer, chat."""
+"""The models: their mathematics, their weights, and their assets (tokenizer, chat format)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ruvon.config import EngineConfig
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import ForwardBatch, Ops
+from ruvon.models import gpt2, llama
+from ruvon.models.checkpoint import Checkpoint
+from ruvon.models.gguf import GgufFile
+from ruvon.models.quantize import SCHEMES
+from ruvon.models.spec import ModelSpec
+from ruvon.models.weights import RandomTensors, Rule, SafetensorsFolder, TensorSource, Weights
+from ruvon.telemetry import Progress
+
+
+class Model(Protocol):
+    """What the engine runs."""
+
+    @property
+    def spec(self) -> ModelSpec: ...
+
+    def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """→ float32 logits [L, V]; writes the batch's keys and values to ``cache``, one
+        (keys, values) of [B, G, P, D] a layer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """One file of this package: how its models are built and what their tensors are called."""
+
+    build: Callable[[ModelSpec, Weights, Ops], Model]
+    rules: Mapping[str, Rule]
+    ignored: tuple[str, ...]
+
+
+GPT2 = Family(gpt2.build, gpt2.RULES, gpt2.IGNORED)
+LLAMA = Family(llama.build, llama.RULES, llama.IGNORED)
+
+MODELS: Mapping[str, Family] = {
+    "GPT2LMHeadModel": GPT2,
+    "LlamaForCausalLM": LLAMA,
+    "MistralForCausalLM": LLAMA,
+    "Qwen2ForCausalLM": LLAMA,
+    "Qwen3ForCausalLM": LLAMA,
+}
+
+
+def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress) -> Model:
+    """The model with its weights, packed for ``ops``.
+
+    Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over.
+    """
+    spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
+    tied = ("lm_head.weight",) if spec.tie_embeddings else ()  # a copy some checkpoints keep
+    weights = Weights(
+        source=_open_source(checkpoint, config),
+        rules=family.rules,
+        scheme=SCHEMES[config.quantization],
+        ops=ops,
+        num_layers=spec.num_layers,
+        ignored=family.ignored + tied,
+        progress=progress,
+        is_gguf=checkpoint.format == "gguf",
+    )
+    model = family.build(spec, weights, ops)
+    weights.finish()
+    progress("loading weights", 1.0)
+    return model
+
+
+def _open_source(checkpoint: Checkpoint, config: EngineConfig) -> TensorSource:
+    match checkpoint.format:
+        case "safetensors":
+            return SafetensorsFolder(checkpoint.path)
+        case "gguf":
+            return GgufFile(checkpoint.path)
+        case "dummy":
+            return RandomTensors(checkpoint.path, config.seed, _dtype(checkpoint))
+
+
+def _dtype(checkpoint: Checkpoint) -> torch.dtype:
+    dtype = getattr(torch, checkpoint.spec.dtype, None)
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise LoadError(f"{checkpoint.path}: dtype {checkpoint.spec.dtype!r} is not supported")
+    return dtype

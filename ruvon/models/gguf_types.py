@@ -1,0 +1,149 @@
+"""How llama.cpp packs numbers into blocks, and the same numbers as `Quantized`, exactly.
+
+A row of K weights is K / values blocks of ``bytes`` bytes each. Unpackers get all blocks of a
+matrix, ``raw_NBX`` uint8 [N, blocks, bytes], and take fields by position. In 32-blocks the first
+16 bytes of codes hold weights 0 to 15 in their low halves and 16 to 31 in their high halves. The
+K-quants' 256-blocks have a scale (and minimum) for each 32 or 16 weights, of 6 or 8 bits, times a
+float16 for the block: here multiplied out in float32, which holds the product exactly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ruvon.kernels.ops import Quantized
+
+Bytes: TypeAlias = NDArray[np.uint8]
+Floats: TypeAlias = NDArray[np.floating]
+
+DENSE: Mapping[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 30: torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """One block format."""
+
+    name: str
+    values: int
+    bytes: int
+    unpack: Callable[[Bytes], Quantized]
+
+
+def _halves(raw_NBX: Bytes, at: int) -> Floats:
+    """The float16 at byte ``at`` of each block, [N, B]."""
+    return np.ascontiguousarray(raw_NBX[..., at : at + 2]).view("<f2")[..., 0]
+
+
+def _nibbles(packed: Bytes) -> Bytes:
+    """[..., X] bytes to [..., 2 X] codes: all low halves, then all high ones."""
+    return np.concatenate((packed & 15, packed >> 4), axis=-1)
+
+
+def _fifth_bits(raw_NBX: Bytes, at: int) -> Bytes:
+    """Bit ``i`` of the four bytes at ``at`` is weight ``i``'s, moved to where it counts 16."""
+    bits: Bytes = np.unpackbits(raw_NBX[..., at : at + 4], axis=-1, bitorder="little")
+    return bits << np.uint8(4)
+
+
+def _quantized(
+    codes: NDArray[np.uint8] | NDArray[np.int8],
+    scales: Floats,
+    offsets: Floats | None,
+    bits: Literal[4, 8],
+) -> Quantized:
+    """Codes with any inner dimensions, scales of one per group, both [N, ...]."""
+    n = codes.shape[0]
+    codes_NK, scales = codes.reshape(n, -1).view(np.int8), scales.reshape(n, -1)
+    return Quantized(
+        codes_NK=torch.from_numpy(codes_NK),
+        scales=torch.from_numpy(np.ascontiguousarray(scales)),
+        offsets=None if offsets is None else torch.from_numpy(offsets.reshape(n, -1).copy()),
+        group=codes_NK.shape[1] // scales.shape[1],
+        bits=bits,
+    )
+
+
+def _q4_0(raw: Bytes) -> Quantized:
+    scale = _halves(raw, 0)
+    return _quantized(_nibbles(raw[..., 2:18]), scale, scale * np.float16(-8), 4)
+
+
+def _q4_1(raw: Bytes) -> Quantized:
+    return _quantized(_nibbles(raw[..., 4:20]), _halves(raw, 0), _halves(raw, 2), 4)
+
+
+def _q5_0(raw: Bytes) -> Quantized:
+    codes = (_nibbles(raw[..., 6:22]) | _fifth_bits(raw, 2)).view(np.int8) - np.int8(16)
+    return _quantized(codes, _halves(raw, 0), None, 8)
+
+
+def _q5_1(raw: Bytes) -> Quantized:
+    codes = _nibbles(raw[..., 8:24]) | _fifth_bits(raw, 4)
+    return _quantized(codes, _halves(raw, 0), _halves(raw, 2), 8)
+
+
+def _q8_0(raw: Bytes) -> Quantized:
+    return _quantized(raw[..., 2:34], _halves(raw, 0), None, 8)
+
+
+def _six_bit_scales(raw_NBX: Bytes) -> tuple[Floats, Floats]:
+    """Eight scales and eight minimums of six bits out of bytes 4 to 15, float32 [N, B, 8] each.
+
+    Four bytes of scales, four of minimums, each with the last four's upper two bits on top of the
+    first four's six, then four bytes with the last four's lower halves, scale below minimum.
+    """
+    first, second, both = (raw_NBX[..., at : at + 4] for at in (4, 8, 12))
+    scales = np.concatenate((first & 63, (both & 15) | ((first >> 6) << 4)), axis=-1)
+    minimums = np.concatenate((second & 63, (both >> 4) | ((second >> 6) << 4)), axis=-1)
+    block, least = (_halves(raw_NBX, at).astype(np.float32)[..., None] for at in (0, 2))
+    return block * scales, -(least * minimums)
+
+
+def _q4_k(raw: Bytes) -> Quantized:
+    scales, offsets = _six_bit_scales(raw)
+    packed = raw[..., 16:144].reshape(*raw.shape[:2], 4, 32)  # 64 weights a row
+    return _quantized(_nibbles(packed), scales, offsets, 4)
+
+
+def _q5_k(raw: Bytes) -> Quantized:
+    scales, offsets = _six_bit_scales(raw)
+    packed = raw[..., 48:176].reshape(*raw.shape[:2], 4, 32)
+    low = _nibbles(packed).reshape(*raw.shape[:2], 8, 32)
+    shifts = np.arange(8, dtype=np.uint8)[:, None]  # bit g of byte i belongs to weight 32 g + i
+    high = (raw[..., None, 16:48] >> shifts) & 1
+    return _quantized(low | (high << 4), scales, offsets, 8)
+
+
+def _q6_k(raw: Bytes) -> Quantized:
+    packed = raw[..., 0:128].reshape(*raw.shape[:2], 2, 64)  # 128 weights a row
+    low = _nibbles(packed).reshape(*raw.shape[:2], 2, 4, 32)
+    shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
+    high = (raw[..., 128:192].reshape(*raw.shape[:2], 2, 1, 32) >> shifts) & 3
+    codes = (low | (high << 4)).view(np.int8) - np.int8(32)
+    scales = np.ascontiguousarray(raw[..., 192:208]).view(np.int8).astype(np.float32)
+    return _quantized(codes, _halves(raw, 208).astype(np.float32)[..., None] * scales, None, 8)
+
+
+QUANTIZED: Mapping[int, Layout] = {
+    2: Layout("Q4_0", 32, 18, _q4_0),
+    3: Layout("Q4_1", 32, 20, _q4_1),
+    6: Layout("Q5_0", 32, 22, _q5_0),
+    7: Layout("Q5_1", 32, 24, _q5_1),
+    8: Layout("Q8_0", 32, 34, _q8_0),
+    12: Layout("Q4_K", 256, 144, _q4_k),
+    13: Layout("Q5_K", 256, 176, _q5_k),
+    14: Layout("Q6_K", 256, 210, _q6_k),
+}
+
+TYPE_NAMES: Mapping[int, str] = {
+    0: "F32", 1: "F16", 30: "BF16", **{kind: layout.name for kind, layout in QUANTIZED.items()},
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
+    19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
+    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip

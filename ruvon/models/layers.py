@@ -1,0 +1,123 @@
+"""The parts models are made of, as functions of the operations they are given.
+
+Each is frozen data (weights and numbers) with a call. They hold no state between steps: the cache
+comes in as an argument, and is written by `Attention`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Ops, Packed, Rope
+from ruvon.models.spec import ModelSpec
+from ruvon.models.weights import Weights
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """act(x Wᵀ + b)."""
+
+    ops: Ops
+    weight: Packed
+    bias_N: Tensor | None = None
+    activation: Activation = "none"
+
+    def __call__(self, x_TK: Tensor) -> Tensor:
+        return self.ops.linear(x_TK, self.weight, self.bias_N, self.activation)
+
+
+@dataclass(frozen=True, slots=True)
+class RMSNorm:
+    """Adds ``x`` to the residual stream, then divides by the root of the mean square."""
+
+    ops: Ops
+    weight_C: Tensor
+    eps: float
+
+    def __call__(self, x_TC: Tensor, residual_TC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """→ (normed, the new residual)."""
+        return self.ops.rms_norm(x_TC, residual_TC, self.weight_C, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerNorm:
+    """Adds ``x`` to the residual stream, then takes the mean away and divides by the deviation."""
+
+    ops: Ops
+    weight_C: Tensor
+    bias_C: Tensor
+    eps: float
+
+    def __call__(self, x_TC: Tensor, residual_TC: Tensor | None) -> tuple[Tensor, Tensor]:
+        """→ (normed, the new residual)."""
+        return self.ops.layer_norm(x_TC, residual_TC, self.weight_C, self.bias_C, self.eps)
+
+
+@dataclass(frozen=True, slots=True)
+class Attention:
+    """Projects to queries, keys and values, stores the last two, and reads the sequence's past."""
+
+    ops: Ops
+    qkv: Linear
+    spec: AttentionSpec
+    rope: Rope | None = None
+    q_norm_D: Tensor | None = None
+    k_norm_D: Tensor | None = None
+    eps: float = 0.0  # of the two norms
+
+    def __call__(
+        self, x_TC: Tensor, batch: ForwardBatch, k_cache_BGPD: Tensor, v_cache_BGPD: Tensor
+    ) -> Tensor:
+        """→ the heads side by side [T, H * D], before the output projection."""
+        q_THD = self.ops.write_kv(
+            self.qkv(x_TC),
+            batch,
+            k_cache_BGPD,
+            v_cache_BGPD,
+            self.spec,
+            self.rope,
+            self.q_norm_D,
+            self.k_norm_D,
+            self.eps,
+        )
+        return self.ops.attention(q_THD, k_cache_BGPD, v_cache_BGPD, batch, self.spec, None)
+
+
+def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
+    """One layer's attention in numbers."""
+    return AttentionSpec(
+        num_heads=spec.num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_dim=spec.head_dim,
+        scale=spec.head_dim**-0.5,
+        window=spec.windows[layer],
+    )
+
+
+def load_linear(
+    weights: Weights,
+    key: str,
+    rows: Sequence[int],
+    columns: int,
+    layer: int,
+    *,
+    bias: bool,
+    activation: Activation = "none",
+) -> Linear:
+    """The projection ``key`` of a layer; ``rows`` are those of its parts."""
+    bias_N = weights.bias(key, rows, layer) if bias else None
+    return Linear(weights.ops, weights.matrix(key, rows, columns, layer), bias_N, activation)
+
+
+def load_rms_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> RMSNorm:
+    """The norm ``key``."""
+    return RMSNorm(weights.ops, weights.norm(key, size, layer), eps)
+
+
+def load_layer_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> LayerNorm:
+    """The norm ``key``."""
+    weight_C, bias_C = (weights.norm(key, size, layer, kind) for kind in ("weight", "bias"))
+    return LayerNorm(weights.ops, weight_C, bias_C, eps)

@@ -1,0 +1,133 @@
+"""The Llama family: Llama 2 and 3, SmolLM2, Mistral, Qwen2 and Qwen3, told apart by their spec.
+
+A pre-norm decoder with RMS norms, rotary positions, grouped key/value heads and a gated MLP:
+
+    x = x + Attention(norm(x))
+    x = x + W_down (silu(W_gate norm(x)) * W_up norm(x))
+
+Sums with the residual stream happen inside the following norm, where they cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Rope
+from ruvon.models.layers import (
+    Attention,
+    Linear,
+    RMSNorm,
+    attention_spec,
+    load_linear,
+    load_rms_norm,
+)
+from ruvon.models.rope import make_rope
+from ruvon.models.spec import ModelSpec
+from ruvon.models.weights import Rule, Weights
+
+RULES: Mapping[str, Rule] = {
+    "embed": Rule(("model.embed_tokens",), ("token_embd",)),
+    "attn_norm": Rule(("model.layers.{i}.input_layernorm",), ("blk.{i}.attn_norm",)),
+    "qkv": Rule(
+        (
+            "model.layers.{i}.self_attn.q_proj",
+            "model.layers.{i}.self_attn.k_proj",
+            "model.layers.{i}.self_attn.v_proj",
+        ),
+        ("blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v"),
+    ),
+    "q_norm": Rule(("model.layers.{i}.self_attn.q_norm",), ("blk.{i}.attn_q_norm",)),
+    "k_norm": Rule(("model.layers.{i}.self_attn.k_norm",), ("blk.{i}.attn_k_norm",)),
+    "attn_out": Rule(("model.layers.{i}.self_attn.o_proj",), ("blk.{i}.attn_output",)),
+    "mlp_norm": Rule(("model.layers.{i}.post_attention_layernorm",), ("blk.{i}.ffn_norm",)),
+    "gate_up": Rule(
+        ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
+        ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
+    ),
+    "down": Rule(("model.layers.{i}.mlp.down_proj",), ("blk.{i}.ffn_down",)),
+    "norm": Rule(("model.norm",), ("output_norm",)),
+    "head": Rule(("lm_head",), ("output",)),
+}
+IGNORED = (".rotary_emb.inv_freq", "rope_freqs.weight")  # tables, already in the spec
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    attn_norm: RMSNorm
+    attention: Attention
+    attn_out: Linear
+    mlp_norm: RMSNorm
+    gate_up: Linear
+    down: Linear
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Llama:
+    """Token ids in, logits out; the past is in the cache."""
+
+    spec: ModelSpec
+    ops: Ops
+    embed: Packed
+    layers: tuple[Layer, ...]
+    norm: RMSNorm
+    head: Packed
+
+    def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each."""
+        x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
+        residual_TC: Tensor | None = None
+        for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
+            x_TC, residual_TC = layer.attn_norm(x_TC, residual_TC)
+            x_TC = layer.attention(x_TC, batch, k_cache, v_cache)
+            if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
+                x_TC = self.ops.take(x_TC, batch.logit_rows)
+                residual_TC = self.ops.take(residual_TC, batch.logit_rows)
+            x_TC, residual_TC = layer.mlp_norm(layer.attn_out(x_TC), residual_TC)
+            x_TC = layer.down(layer.gate_up(x_TC))
+        x_LC, _ = self.norm(x_TC, residual_TC)
+        return self.ops.logits(x_LC, self.head)
+
+
+def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Llama:
+    """Reads the weights and makes the rotary tables."""
+    rope = None if spec.rope is None else make_rope(spec.rope, spec.max_positions, ops.device)
+    embed = weights.table("embed", spec.vocab_size, spec.hidden_size)
+    layers = tuple(_layer(spec, weights, rope, i) for i in range(spec.num_layers))
+    norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
+    head = embed
+    if not spec.tie_embeddings:
+        head = weights.table("head", spec.vocab_size, spec.hidden_size)
+    return Llama(spec, ops, embed, layers, norm, head)
+
+
+def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Layer:
+    hidden, wide, eps = spec.hidden_size, spec.intermediate_size, spec.norm_eps
+    heads = spec.num_heads * spec.head_dim
+    return Layer(
+        attn_norm=load_rms_norm(weights, "attn_norm", hidden, eps, i),
+        attention=_attention(spec, weights, rope, i),
+        attn_out=load_linear(weights, "attn_out", (hidden,), heads, i, bias=spec.output_bias),
+        mlp_norm=load_rms_norm(weights, "mlp_norm", hidden, eps, i),
+        gate_up=load_linear(
+            weights, "gate_up", (wide, wide), hidden, i, bias=spec.mlp_bias, activation="silu_gated"
+        ),
+        down=load_linear(weights, "down", (hidden,), wide, i, bias=spec.mlp_bias),
+    )
+
+
+def _attention(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Attention:
+    heads, groups = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    rows = (heads, groups, groups)
+    normed = spec.qk_norm
+    return Attention(
+        ops=weights.ops,
+        qkv=load_linear(weights, "qkv", rows, spec.hidden_size, i, bias=spec.qkv_bias),
+        spec=attention_spec(spec, i),
+        rope=rope,
+        q_norm_D=weights.norm("q_norm", spec.head_dim, i) if normed else None,
+        k_norm_D=weights.norm("k_norm", spec.head_dim, i) if normed else None,
+        eps=spec.norm_eps,
+    )

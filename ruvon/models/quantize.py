@@ -1,0 +1,127 @@
+"""Quantization at load: each scheme says what becomes of a weight before it is packed.
+
+Only matrices are quantized: projections, and the embedding table and head, whose rows are looked
+up or scored one by one and suffer more, so they get eight bits even under int4. Norms, biases and
+learned positions stay as they are.
+
+A new format is a row in `SCHEMES` here and a layout in the tables of kernels that pack it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import Dense, Quantized, Weight
+
+GROUP = 32  # weights that share a scale; the same as Q8_0 and Q4_1
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """What is done to projections, and to tables (embedding and head)."""
+
+    projection: Callable[[Weight], Weight]
+    table: Callable[[Weight], Weight]
+
+
+def keep(weight: Weight) -> Weight:
+    """The checkpoint's own format."""
+    return weight
+
+
+def dequantize(weight: Weight) -> Dense:
+    """Plain numbers: float32 where the checkpoint is quantized, else its own type."""
+    return Dense(weight.dequantize()) if isinstance(weight, Quantized) else weight
+
+
+def to_int8(weight: Weight) -> Quantized:
+    """Symmetric: code = round(w / scale), the group's largest magnitude at ±127."""
+    values = _groups(weight)
+    scales = (values.abs().amax(-1, keepdim=True) / 127).half()
+    return _quantized(_divide(values, scales).round().clamp(-127, 127), scales, None, 8)
+
+
+def to_int4(weight: Weight) -> Quantized:
+    """With an offset: codes 0 to 15 span the group from its least to its greatest value."""
+    values = _groups(weight)
+    least, greatest = values.aminmax(dim=-1, keepdim=True)
+    scales, offsets = ((greatest - least) / 15).half(), least.half()
+    codes = _divide(values - offsets.float(), scales).round().clamp(0, 15)
+    return _quantized(codes, scales, offsets, 4)
+
+
+SCHEMES: Mapping[str, Scheme] = {
+    "auto": Scheme(keep, keep),
+    "none": Scheme(dequantize, dequantize),
+    "int8": Scheme(to_int8, to_int8),
+    "int4": Scheme(to_int4, to_int8),
+}
+
+
+def _groups(weight: Weight) -> Tensor:
+    """float32 [N, K / GROUP, GROUP]."""
+    values = dequantize(weight).weight_NK.float()
+    n, k = values.shape
+    if k % GROUP:
+        raise LoadError(f"cannot quantize: {k} columns are no multiple of {GROUP}")
+    return values.view(n, k // GROUP, GROUP)
+
+
+def _divide(values: Tensor, scales: Tensor) -> Tensor:
+    """By the scale as it is stored, so its rounding is made up for; an empty group gives zeros."""
+    wide = scales.float()
+    return torch.where(wide == 0, 0.0, values / wide)
+
+
+def _quantized(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int) -> Quantized:
+    return Quantized(
+        codes_NK=codes.to(torch.int8).flatten(1),
+        scales=scales.squeeze(-1),
+        offsets=None if offsets is None else offsets.squeeze(-1),
+        group=GROUP,
+        bits=8 if bits == 8 else 4,
+    )
+
+
+def stack(parts: Sequence[Weight]) -> Weight:
+    """Weights of equal K, one above the other (q over k over v), without losing a bit.
+
+    Files mix formats (a Q4_K_M has its v in Q6_K). Quantized parts are restated in the narrowest
+    format that holds all: the widest codes, the smallest group with scales repeated, zero offsets
+    where one has none, float32 scales unless all are float16. A part that is not quantized makes
+    the whole plain numbers.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    quantized = [part for part in parts if isinstance(part, Quantized)]
+    if len(quantized) < len(parts):
+        plain = [dequantize(part).weight_NK for part in parts]
+        dtype = torch.float32 if len({p.dtype for p in plain}) > 1 else plain[0].dtype
+        return Dense(torch.cat([p.to(dtype) for p in plain]))
+    group = math.gcd(*(part.group for part in quantized))
+    dtypes = {part.scales.dtype for part in quantized}
+    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
+    with_offsets = any(part.offsets is not None for part in quantized)
+    return Quantized(
+        codes_NK=torch.cat([part.codes_NK for part in quantized]),
+        scales=torch.cat([_regroup(part.scales, part, group).to(dtype) for part in quantized]),
+        offsets=torch.cat([_regroup(_offsets(part), part, group).to(dtype) for part in quantized])
+        if with_offsets
+        else None,
+        group=group,
+        bits=8 if any(part.bits == 8 for part in quantized) else 4,
+    )
+
+
+def _offsets(part: Quantized) -> Tensor:
+    return torch.zeros_like(part.scales) if part.offsets is None else part.offsets
+
+
+def _regroup(scales: Tensor, part: Quantized, group: int) -> Tensor:
+    return scales.repeat_interleave(part.group // group, dim=1)

@@ -1,0 +1,207 @@
+"""A checkpoint's tensors on their way into a model: find, check, fuse, quantize, pack, place.
+
+A model asks for its weights by its own names (``weights.matrix("qkv", ...)``) and its `Rule` table
+says what they are called in a checkpoint. Files are memory-mapped and a tensor is read when it is
+asked for, so a load needs about one weight's memory beyond the packed model.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Weight
+from ruvon.models.quantize import Scheme, keep, stack
+from ruvon.telemetry import Progress, silent
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """What one of a model's modules is called elsewhere: ``{i}`` is the layer.
+
+    Several names are parts of one matrix, stacked along N. Names lack ``.weight`` and ``.bias``.
+    """
+
+    hugging_face: tuple[str, ...]
+    gguf: tuple[str, ...]
+    transposed: bool = False  # Hugging Face keeps it K×N (GPT-2's Conv1D); GGUF never does
+
+
+class TensorSource(Protocol):
+    """Where tensors come from, under the checkpoint's names."""
+
+    @property
+    def path(self) -> Path: ...
+
+    def names(self) -> frozenset[str]: ...
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Quantized:
+        """Raises LoadError, naming file and tensor, if it has another shape or cannot be read."""
+
+
+class SafetensorsFolder:
+    """The safetensors files of a folder: one, or shards listed in an index."""
+
+    def __init__(self, folder: Path) -> None:
+        """Reads the headers only. Raises LoadError naming a missing or damaged file."""
+        self.path = folder
+        self.files = {path: _open(path) for path in _safetensors_paths(folder)}
+        self.homes = {name: path for path, file in self.files.items() for name in _keys(file)}
+
+    def names(self) -> frozenset[str]:
+        return frozenset(self.homes)
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        path = self.homes[name]
+        try:
+            tensor: Tensor = self.files[path].get_tensor(name)  # type: ignore[no-untyped-call]
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise LoadError(f"{path}: cannot read {name} ({error})") from None
+        if tuple(tensor.shape) != shape:
+            found = tuple(tensor.shape)
+            raise LoadError(f"{path}: {name} has shape {found}, expected {shape}")
+        if not tensor.is_floating_point() or tensor.itemsize < 2:
+            raise LoadError(f"{path}: {name} has the type {tensor.dtype}, which is not supported")
+        return tensor
+
+
+def _safetensors_paths(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError) as error:
+            raise LoadError(f"{index}: not a readable index ({error})") from None
+        return [folder / Path(name).name for name in names]
+    if not (paths := sorted(folder.glob("*.safetensors"))):
+        raise LoadError(f"{folder}: no safetensors files (other formats, pickle above all, no)")
+    if len(paths) > 1:
+        raise LoadError(f"{folder}: several safetensors files but no {index.name}")
+    return paths
+
+
+def _keys(file: safe_open) -> list[str]:
+    return list(file.keys())  # type: ignore[no-untyped-call]
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise LoadError(f"{path}: not a readable safetensors file ({error})") from None
+
+
+@dataclass(frozen=True, slots=True)
+class RandomTensors:
+    """Random weights of any shape, the same ones for the same name and seed."""
+
+    path: Path  # of the config they stand in for
+    seed: int
+    dtype: torch.dtype
+
+    def names(self) -> frozenset[str]:
+        return frozenset()
+
+    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 1:  # norms and biases leave things as they are
+            fill = 1.0 if name.endswith(".weight") else 0.0
+            return torch.full(shape, fill, dtype=self.dtype)
+        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
+        return (torch.randn(shape, generator=generator) * 0.02).to(self.dtype)
+
+
+@dataclass(slots=True)
+class Weights:
+    """Serves a model its weights by its own names. Ask for everything, then `finish`."""
+
+    source: TensorSource
+    rules: Mapping[str, Rule]
+    scheme: Scheme
+    ops: Ops
+    num_layers: int
+    ignored: tuple[str, ...] = ()  # endings of names that hold no weight of the model
+    progress: Progress = silent
+    is_gguf: bool = False
+    used: set[str] = field(default_factory=set)
+
+    def matrix(self, key: str, rows: Sequence[int], columns: int, layer: int = 0) -> Packed:
+        """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order."""
+        weight = self._stacked(key, rows, columns, layer)
+        return self._packed(key, self.scheme.projection, weight, layer)
+
+    def table(self, key: str, rows: int, columns: int, *, quantize: bool = True) -> Packed:
+        """An embedding table or head [rows, columns]."""
+        change = self.scheme.table if quantize else keep
+        return self._packed(key, change, self._stacked(key, (rows,), columns, 0), 0)
+
+    def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
+        """A norm's weight or bias, float32 [size]."""
+        (vector,) = self._parts(key, (size,), (), layer, kind)
+        return _plain(vector).to(self.ops.device, torch.float32)
+
+    def bias(self, key: str, rows: Sequence[int], layer: int = 0) -> Tensor:
+        """A projection's bias in the compute dtype, [sum(rows)]."""
+        parts = [_plain(part) for part in self._parts(key, rows, (), layer, "bias")]
+        return torch.cat(parts).to(self.ops.device, self.ops.dtype)
+
+    def finish(self) -> None:
+        """Raises LoadError if the checkpoint holds tensors that nobody asked for."""
+        left = self.source.names() - self.used
+        if strangers := sorted(name for name in left if not name.endswith(self.ignored)):
+            some = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
+            count = len(strangers)
+            raise LoadError(f"{self.source.path}: {count} tensors the model has no use for: {some}")
+
+    def _stacked(self, key: str, rows: Sequence[int], columns: int, layer: int) -> Weight:
+        parts = self._parts(key, rows, (columns,), layer, "weight")
+        return stack([p if isinstance(p, Quantized) else Dense(p) for p in parts])
+
+    def _packed(
+        self, key: str, change: Callable[[Weight], Weight], weight: Weight, layer: int
+    ) -> Packed:
+        try:
+            packed = self.ops.pack(change(weight))
+        except LoadError as error:
+            raise LoadError(f"{self.source.path}: {key} of layer {layer}: {error}") from None
+        self.progress("loading weights", (layer + 1) / (self.num_layers + 1))
+        return packed
+
+    def _parts(
+        self, key: str, rows: Sequence[int], columns: tuple[int, ...], layer: int, kind: str
+    ) -> list[Tensor | Quantized]:
+        rule = self.rules[key]
+        names = rule.gguf if self.is_gguf else rule.hugging_face
+        counts = rows if len(names) == len(rows) else (sum(rows),)
+        turned = rule.transposed and not self.is_gguf and bool(columns)
+        parts = []
+        for name, count in zip(names, counts, strict=True):
+            shape = (count, *columns)
+            found = self._find(f"{name.format(i=layer)}.{kind}")
+            values = self.source.read(found, shape[::-1] if turned else shape)
+            parts.append(values.T if turned and isinstance(values, Tensor) else values)
+        return parts
+
+    def _find(self, name: str) -> str:
+        """Checkpoints of a bare model leave out the first word (``transformer.``, ``model.``)."""
+        names = self.source.names()
+        bare = name.partition(".")[2]
+        found = bare if name not in names and bare in names else name
+        if found not in names and not isinstance(self.source, RandomTensors):
+            raise LoadError(f"{self.source.path}: no tensor {name}")
+        self.used.add(found)
+        return found
+
+
+def _plain(vector: Tensor | Quantized) -> Tensor:
+    """Norms and biases are never stored quantized: the readers allow that for matrices only."""
+    assert isinstance(vector, Tensor)
+    return vector
