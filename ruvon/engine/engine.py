@@ -149,14 +149,20 @@ class Engine:
             raise RequestError(f"n must be at least 1, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", "prompt")
-        worst = max(job.prompt, key=lambda token: abs(2 * token - self.vocab_size))
-        if not 0 <= worst < self.vocab_size:
+        lowest, highest = min(job.prompt), max(job.prompt)
+        if lowest < 0 or highest >= self.vocab_size:
             raise RequestError(
-                f"Token id {worst} is not in the vocabulary of {self.vocab_size}.", "prompt"
+                f"Token id {lowest if lowest < 0 else highest} is not in the vocabulary of "
+                f"{self.vocab_size}.",
+                "prompt",
             )
         return self._resolve_max_tokens(len(job.prompt), job.sampling.max_tokens)
 
     def _resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
+        if max_tokens is not None and max_tokens < 0:
+            raise RequestError(
+                f"max_tokens must not be negative, as {max_tokens} is.", "max_tokens"
+            )
         num_completion = 1 if max_tokens is None else max_tokens
         if num_prompt + num_completion > self.max_model_len:
             raise ContextLengthError(

@@ -102,10 +102,10 @@ class Stream:
         """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
         self._end(self, list(self.open), "abort")
         self._news.clear()
-        self._wake()
+        self.wake()
 
     def put(self, emission: Emission) -> None:
-        """Take news in; `flush` follows when the step's last emission is in."""
+        """Take news in; `wake` follows when the step's last emission is in."""
         self._news.append(emission)
         if emission.finish is not None:
             self.open.discard(emission.seq_id)
@@ -114,13 +114,10 @@ class Stream:
         """End with an error, after the news that has already arrived."""
         self._error = error
         self.open.clear()
-        self._wake()
+        self.wake()
 
-    def flush(self) -> None:
-        """Wake the reader."""
-        self._wake()
-
-    def _wake(self) -> None:
+    def wake(self) -> None:
+        """Let the reader, if one waits, look for news."""
         if self._reader is not None and not self._reader.done():
             self._reader.set_result(None)
 
@@ -134,7 +131,7 @@ class _Ticket:
         self.seq = seq
         self.stream = stream
         self.n = n
-        self.told_at = seq.arrived_at
+        self.told_at: float | None = None
 
 
 class EngineLoop:
@@ -209,7 +206,6 @@ class EngineLoop:
         if not self._work.is_set():
             self.progressed_at = now
             self._work.set()
-        self._idle.clear()
         return stream
 
     def _check_ready(self) -> None:
@@ -224,6 +220,7 @@ class EngineLoop:
         for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
             self._tickets[seq_id] = _Ticket(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
+            self._idle.clear()
 
     def _end(self, stream: Stream, seq_ids: Iterable[int], reason: FinishReason) -> None:
         """A reader wants no more of these unfinished sequences."""
@@ -268,7 +265,7 @@ class EngineLoop:
             self._die(error)
 
     async def _step(self, pending: Pending) -> None:
-        await asyncio.wait([asyncio.wrap_future(pending.future)])
+        await asyncio.wrap_future(pending.future)
         now = self._clock()
         emissions = self.engine.collect(pending, now)
         self.progressed_at = now
@@ -288,7 +285,7 @@ class EngineLoop:
             ticket.stream.put(emission)
             streams[id(ticket.stream)] = ticket.stream
         for stream in streams.values():
-            stream.flush()
+            stream.wake()
         self._note_idle()
 
     def _die(self, error: Exception) -> None:
@@ -314,8 +311,8 @@ class EngineLoop:
         )
 
     def _record_tokens(self, ticket: _Ticket, now: float) -> None:
-        if ticket.told_at == ticket.seq.arrived_at:
-            self._metrics.record_first_token(now - ticket.told_at)
+        if ticket.told_at is None:
+            self._metrics.record_first_token(now - ticket.seq.arrived_at)
         else:
             self._metrics.record_inter_token(now - ticket.told_at)
         ticket.told_at = now

@@ -1,0 +1,92 @@
+"""`build_batch` against the same thing said token by token."""
+
+import random
+
+import pytest
+import torch
+
+from ruvon.engine.batch import build_batch
+from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
+
+CPU = torch.device("cpu")
+
+
+def make_plan(chunks, prompt_rows=()) -> Plan:
+    rows = tuple(
+        SamplingRow(chunk.seq_id, SamplingParams(), [], 0, 0) for chunk in chunks if chunk.samples
+    )
+    return Plan(0, tuple(chunks), rows, tuple(prompt_rows))
+
+
+def random_plan(rng: random.Random, block_size: int) -> Plan:
+    chunks, free = [], list(range(1000))
+    rng.shuffle(free)
+    for seq_id in range(rng.randint(1, 9)):
+        start = rng.choice([0, rng.randrange(100)])
+        tokens = tuple(rng.randrange(5000) for _ in range(rng.choice([1, 1, rng.randint(2, 70)])))
+        # A block table may reach further than this chunk does.
+        num_blocks = -(-(start + len(tokens)) // block_size) + rng.randint(0, 2)
+        blocks = [free.pop() for _ in range(num_blocks)]
+        chunks.append(Chunk(seq_id, tokens, start, blocks, rng.random() < 0.7))
+    prompt_rows = [
+        PromptRow(chunk.seq_id, index, chunk.tokens[: rng.randint(0, len(chunk.tokens))], 1)
+        for index, chunk in enumerate(chunks)
+        if rng.random() < 0.3
+    ]
+    return make_plan(chunks, prompt_rows)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_a_batch_says_what_its_plan_says(seed):
+    rng = random.Random(seed)
+    size = rng.choice([1, 4, 16])
+    plan = random_plan(rng, size)
+    batch = build_batch(plan, size, CPU)
+    tokens, positions, slots, query_starts, sampled = [], [], [], [0], []
+    for chunk in plan.chunks:
+        for position, token in enumerate(chunk.tokens, chunk.start):
+            tokens.append(token)
+            positions.append(position)
+            slots.append(chunk.blocks[position // size] * size + position % size)
+        query_starts.append(len(tokens))
+        if chunk.samples:
+            sampled.append(len(tokens) - 1)
+    scored = [
+        query_starts[row.chunk] + n for row in plan.prompt_rows for n in range(len(row.targets))
+    ]
+    assert batch.token_ids.tolist() == tokens
+    assert batch.positions.tolist() == positions
+    assert batch.slots.tolist() == slots
+    assert batch.query_starts.tolist() == query_starts
+    assert batch.logit_rows.tolist() == sampled + scored
+    contexts = [chunk.start + len(chunk.tokens) for chunk in plan.chunks]
+    assert batch.context_lens.tolist() == contexts
+    assert batch.max_context == max(contexts)
+    assert batch.max_query == max(len(chunk.tokens) for chunk in plan.chunks)
+    width = -(-max(contexts) // size)
+    for chunk, context, table in zip(
+        plan.chunks, contexts, batch.block_tables.tolist(), strict=True
+    ):
+        needed = -(-context // size)
+        assert table == chunk.blocks[:needed] + [0] * (width - needed)
+
+
+def test_every_tensor_is_contiguous_int32():
+    batch = build_batch(random_plan(random.Random(1), 16), 16, CPU)
+    for name in (
+        "token_ids",
+        "positions",
+        "slots",
+        "block_tables",
+        "query_starts",
+        "context_lens",
+        "logit_rows",
+    ):
+        tensor = getattr(batch, name)
+        assert tensor.dtype == torch.int32
+        assert tensor.is_contiguous()
+
+
+def test_a_plan_that_samples_nothing_wants_no_logits():
+    batch = build_batch(make_plan([Chunk(0, (1, 2, 3), 0, [5], False)]), 16, CPU)
+    assert batch.logit_rows.tolist() == []

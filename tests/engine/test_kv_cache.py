@@ -1,0 +1,186 @@
+"""How much fits, with numbers a reader can check by hand."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from ruvon.config import EngineConfig
+from ruvon.engine.kv_cache import (
+    MemoryPlan,
+    allocate_cache,
+    available_memory,
+    lazy_zeros,
+    plan_memory,
+)
+from ruvon.errors import ConfigError
+from ruvon.models.spec import ModelSpec
+
+SPEC = ModelSpec(
+    architecture="LlamaForCausalLM",
+    vocab_size=100,
+    hidden_size=64,
+    num_layers=4,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=8,
+    intermediate_size=128,
+    max_positions=1000,
+    norm="rms",
+    norm_eps=1e-5,
+    activation="silu_gated",
+    rope=None,
+    learned_positions=False,
+    qkv_bias=False,
+    output_bias=False,
+    mlp_bias=False,
+    qk_norm=False,
+    windows=(0, 0, 0, 0),
+    tie_embeddings=True,
+    eos_token_ids=(2,),
+    bos_token_id=1,
+    dtype="float32",
+)
+PER_TOKEN = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, head size, float32: 512 bytes
+
+
+def plan(free_bytes=10**9, spec=SPEC, dtype=torch.float32, **settings) -> MemoryPlan:
+    config = EngineConfig(**settings)
+    return plan_memory(spec, config, dtype, weight_bytes=7, free_bytes=free_bytes)
+
+
+def test_the_given_memory_is_used_and_never_exceeded():
+    found = plan(kv_cache_memory="1MiB", free_bytes=0)
+    assert found.bytes_per_token == PER_TOKEN
+    assert found.num_blocks == 2**20 // (16 * PER_TOKEN)
+    assert found.num_tokens == 2048
+    assert found.cache_bytes == 2**20
+    assert found.max_model_len == 1000
+    assert found.max_concurrency == pytest.approx(2.048)
+    assert plan(kv_cache_memory=str(2**20 - 1)).num_blocks == found.num_blocks - 1
+
+
+def test_half_the_bytes_are_twice_the_blocks():
+    whole, half = (plan(kv_cache_memory="1MiB", dtype=d) for d in (torch.float32, torch.float16))
+    assert half.num_blocks == 2 * whole.num_blocks
+
+
+def test_without_a_size_free_memory_is_taken_up_to_what_could_be_used():
+    assert plan(free_bytes=2**20).num_blocks == 128
+    useful = plan(max_num_seqs=3)
+    assert useful.num_blocks == 3 * 63  # 1000 tokens take 63 blocks of 16
+    assert plan(max_num_seqs=3, max_model_len=32).num_blocks == 3 * 2
+
+
+def test_the_greatest_length_shrinks_to_what_fits_unless_it_was_asked_for():
+    assert plan(free_bytes=40 * PER_TOKEN).max_model_len == 32
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory.*--max-model-len"):
+        plan(free_bytes=40 * PER_TOKEN, max_model_len=33)
+    with pytest.raises(ConfigError, match=r"--kv-cache-memory: 10KB holds 16 tokens"):
+        plan(kv_cache_memory="10KB", max_model_len=17)
+    assert plan(kv_cache_memory="16KiB", max_model_len=17).max_model_len == 17
+
+
+def test_no_block_at_all_is_an_error():
+    with pytest.raises(ConfigError, match="--kv-cache-memory"):
+        plan(kv_cache_memory="1KiB")
+
+
+def test_more_positions_than_the_model_has_are_refused():
+    assert plan(max_model_len=1000).max_model_len == 1000
+    with pytest.raises(ConfigError, match=r"--max-model-len 1001.*1000 positions"):
+        plan(max_model_len=1001)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_tensors_are_zero_aligned_and_as_planned(dtype):
+    planned = plan(kv_cache_memory="64KiB", dtype=dtype)
+    cache = allocate_cache(SPEC, planned, dtype, torch.device("cpu"))
+    assert len(cache) == SPEC.num_layers
+    tensors = [tensor for layer in cache for tensor in layer]
+    assert sum(tensor.nbytes for tensor in tensors) == planned.cache_bytes
+    for tensor in tensors:
+        assert tensor.shape == (planned.num_blocks, 2, 16, 8)
+        assert tensor.dtype == dtype
+        assert tensor.data_ptr() % 64 == 0
+        assert not tensor.any()
+
+
+def test_untouched_memory_is_not_taken():
+    def resident() -> int:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+
+    before = resident()
+    tensor = lazy_zeros((1 << 28,), torch.float32)
+    assert resident() - before < 1 << 26
+    assert tensor[-1] == 0
+
+
+def fake_machine(root, available_kib, files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_kib} kB\n")
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return available_memory(root)
+
+
+CGROUP = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1_024_000),
+        ({f"{CGROUP}/memory.max": "max\n"}, 1_024_000),
+        (
+            {
+                f"{CGROUP}/memory.max": "500000\n",
+                f"{CGROUP}/memory.current": "300000\n",
+                f"{CGROUP}/memory.stat": "anon 1\ninactive_file 50000\nactive_file 7\n",
+            },
+            250_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/user/app\n",
+                f"{CGROUP}/user/app/memory.max": "400000",
+                f"{CGROUP}/user/app/memory.current": "100000",
+                f"{CGROUP}/user/app/memory.stat": "anon 1\n",
+            },
+            300_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "9:name=systemd:/x\n4:memory:/box\n",
+                f"{CGROUP}/memory/memory.limit_in_bytes": "9223372036854771712",
+                f"{CGROUP}/memory/box/memory.limit_in_bytes": "600000",
+                f"{CGROUP}/memory/box/memory.usage_in_bytes": "500000",
+                f"{CGROUP}/memory/box/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n",
+            },
+            100_001,
+        ),
+        (
+            {
+                f"{CGROUP}/memory.max": "100",
+                f"{CGROUP}/memory.current": "200",
+                f"{CGROUP}/memory.stat": "",
+            },
+            0,
+        ),
+    ],
+)
+def test_a_containers_limit_counts(tmp_path, files, expected):
+    assert fake_machine(tmp_path, 1000, files) == expected
+
+
+def test_this_machine_has_memory():
+    assert available_memory() > 1 << 20
+
+
+def test_a_plan_is_a_value():
+    assert plan() == plan()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        plan().num_blocks = 3  # type: ignore[misc]
