@@ -1,0 +1,127 @@
+"""From token ids back to text, piece by piece, while they are being generated.
+
+A token stands for bytes, not characters: an emoji may be spread over four tokens, a stop string
+over three. `TextStream` therefore holds back what is not decided yet, and only that, so that the
+pieces joined are the text that decoding all ids at once would give.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Iterable, Sequence
+
+from ruvon.errors import RequestError
+
+
+class TextStream:
+    """One completion's text. ``stopped`` is the stop string that ended it, or None so far;
+    ``num_tokens`` counts the ids taken in, the one that completed the stop string included."""
+
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        *,
+        hidden: frozenset[int] = frozenset(),
+        strip: bool = False,
+        stop: Sequence[str] = (),
+        include_stop: bool = False,
+        prompt_ids: Sequence[int] = (),
+    ) -> None:
+        """``hidden`` ids show nothing; ``strip`` drops the text's leading space, if it has one; a
+        character that ``prompt_ids`` (the last four suffice) leave unfinished is finished.
+        Raises RequestError for an empty stop string."""
+        self._token_bytes = token_bytes
+        self._hidden = hidden
+        self._strip = strip
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = StopStrings(stop, include_stop) if stop else None
+        self.num_tokens = 0
+        for id in prompt_ids[-4:]:  # a character has at most four bytes
+            self._decode(id)
+
+    @property
+    def stopped(self) -> str | None:
+        return self._stops.matched if self._stops else None
+
+    def push(self, ids: Iterable[int]) -> str:
+        """The text that is certain now. After a stop string it stays empty."""
+        pieces = []
+        for id in ids:
+            if self.stopped is not None:
+                break
+            self.num_tokens += 1
+            pieces.append(self._release(self._decode(id)))
+        return "".join(pieces)
+
+    def finish(self) -> str:
+        """The rest: an unfinished character as U+FFFD, and the beginning of a stop string that
+        never came. Empty after a stop string."""
+        if self.stopped is not None:
+            return ""
+        text = self._release(self._utf8.decode(b"", final=True))
+        return text + self._stops.finish() if self._stops else text
+
+    def _decode(self, id: int) -> str:
+        return "" if id in self._hidden else self._utf8.decode(self._token_bytes(id))
+
+    def _release(self, text: str) -> str:
+        if self._strip and text:
+            self._strip = False
+            text = text.removeprefix(" ")
+        return self._stops.push(text) if self._stops else text
+
+
+class StopStrings:
+    """Cuts a growing text at the first of several strings: the one complete first, and of those
+    complete at the same character the longest. How the text is chunked makes no difference.
+
+    Each string is followed by a Knuth-Morris-Pratt automaton, whose state is how many of its
+    characters the text ends in: that is also how much must be held back.
+    """
+
+    def __init__(self, stops: Sequence[str], include: bool) -> None:
+        if not all(stops):
+            raise RequestError("stop strings must not be empty", param="stop")
+        self.matched: str | None = None
+        self._include = include
+        self._held = ""
+        self._stops = tuple(sorted(stops, key=len, reverse=True))
+        self._borders = [_borders(stop) for stop in self._stops]
+        self._states = [0] * len(self._stops)
+
+    def push(self, text: str) -> str:
+        """The part of held-back and new text that no stop string can touch any more."""
+        text, before = self._held + text, len(self._held)
+        for at in range(before, len(text)):
+            if (stop := self._advance(text[at])) is not None:
+                self.matched, self._held = stop, ""
+                return text[: at + 1 if self._include else at + 1 - len(stop)]
+        keep = 0 if self._include else max(self._states, default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def finish(self) -> str:
+        held, self._held = self._held, ""
+        return held
+
+    def _advance(self, char: str) -> str | None:
+        for i, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
+            state = self._states[i]
+            while state and stop[state] != char:
+                state = borders[state - 1]
+            state += stop[state] == char
+            self._states[i] = state
+            if state == len(stop):
+                return stop
+        return None
+
+
+def _borders(stop: str) -> list[int]:
+    """For each prefix of ``stop``, how long its longest proper prefix is that is also its end."""
+    borders, length = [0], 0
+    for char in stop[1:]:
+        while length and stop[length] != char:
+            length = borders[length - 1]
+        length += stop[length] == char
+        borders.append(length)
+    return borders

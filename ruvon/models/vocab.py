@@ -1,0 +1,180 @@
+"""Finding a model's vocabulary, special tokens and chat templates in its folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+
+from ruvon.errors import LoadError
+from ruvon.models.spelling import BYTE_OF
+
+GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+GPT2_END = "<|endoftext|>"
+CONVERTIBLE_FILES = ("tokenizer.model", "spiece.model", "tekken.json")
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
+
+
+class VocabNotFoundError(LoadError):
+    """The folder has no vocabulary."""
+
+
+@dataclass(frozen=True, slots=True)
+class Vocab:
+    """A vocabulary as it is stored. ``bos_id`` and ``eos_ids`` are what it declares;
+    ``chat_templates`` maps names ("default", "tool_use") to Jinja sources."""
+
+    backend: tokenizers.Tokenizer
+    bos_id: int | None = None
+    eos_ids: tuple[int, ...] = ()
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+
+
+def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
+    """The vocabulary of a folder in the Hugging Face layout; no code from it is run.
+
+    Raises VocabNotFoundError if there is none, LoadError naming a file that cannot be used.
+    """
+    config = _read_json(folder / "special_tokens_map.json")
+    config |= _read_json(folder / "tokenizer_config.json")
+    backend = _read_backend(folder, config)
+    _mark_added(backend, config)
+    bos, eos = (_token_id(backend, config, name) for name in ("bos_token", "eos_token"))
+    if "add_bos_token" in config or "add_eos_token" in config:
+        surround(
+            backend,
+            bos if config.get("add_bos_token") else None,
+            eos if config.get("add_eos_token") else None,
+        )
+    ends = generation.get("eos_token_id")
+    return Vocab(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=unique_ids(eos, *(ends if isinstance(ends, list) else [ends])),
+        chat_templates=_chat_templates(folder, config),
+    )
+
+
+def byte_vocab() -> Vocab:
+    """Bytes as tokens 0 to 255, for a model that has no vocabulary."""
+    return Vocab(byte_level_backend(models.BPE(BYTE_OF, [])))
+
+
+def byte_level_backend(model: models.Model) -> tokenizers.Tokenizer:
+    """Byte-level BPE that splits text into words as GPT-2 does."""
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def surround(backend: tokenizers.Tokenizer, bos_id: int | None, eos_id: int | None) -> None:
+    """Sets which tokens ``add_special_tokens`` puts before and after a text."""
+    before, after = ["bos"] * (bos_id is not None), ["eos"] * (eos_id is not None)
+    named = (("bos", bos_id), ("eos", eos_id))
+    backend.post_processor = processors.TemplateProcessing(
+        single=[*before, "$A", *after],
+        pair=[*before, "$A", *after, *before, "$B:1", *after],
+        special_tokens=[(name, id) for name, id in named if id is not None],
+    )
+
+
+def unique_ids(*ids: int | None) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(id for id in ids if id is not None))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.exists():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: {error}") from None
+    if not isinstance(content, dict):
+        raise LoadError(f"{path}: not a JSON object")
+    return content
+
+
+def _read_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    path = folder / "tokenizer.json"
+    try:
+        if path.exists():
+            return tokenizers.Tokenizer.from_file(str(path))
+        for names in GPT2_FILES:
+            path, merges = (folder / name for name in names)
+            if path.exists() and merges.exists():
+                for name in ("bos_token", "eos_token"):
+                    config.setdefault(name, GPT2_END)
+                return byte_level_backend(models.BPE.from_file(str(path), str(merges)))
+    except Exception as error:  # the library raises bare Exception
+        raise LoadError(f"{path}: {error}") from None
+    if any((folder / name).exists() for name in CONVERTIBLE_FILES):
+        return _convert(folder)
+    wanted = ("tokenizer.json", *(" and ".join(names) for names in GPT2_FILES), *CONVERTIBLE_FILES)
+    raise VocabNotFoundError(f"{folder}: no tokenizer, expected one of: {', '.join(wanted)}")
+
+
+def _convert(folder: Path) -> tokenizers.Tokenizer:
+    """A vocabulary in another library's format, converted by transformers."""
+    from transformers import AutoTokenizer  # heavy, and seldom needed
+
+    try:
+        converted = AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True
+        )
+        backend: tokenizers.Tokenizer = converted.backend_tokenizer
+    except Exception as error:  # whatever the converters and their own dependencies raise
+        raise LoadError(
+            f"{folder}: its tokenizer cannot be converted ({error}); save it as tokenizer.json"
+        ) from error
+    return backend
+
+
+def _mark_added(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
+    """Adds the tokens that only tokenizer_config.json knows, and makes the named ones special."""
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    stated = config.get("added_tokens_decoder") or {}
+    for id in sorted(stated, key=int):
+        token = AddedToken(**{key: value for key, value in stated[id].items() if key != "__type"})
+        if token.content not in known:
+            backend.add_tokens([token])
+            known.add(token.content)
+    for name in NAMED_TOKENS:
+        content = _content(config.get(name))
+        if content not in known and _token_id(backend, config, name) is not None:
+            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string or as an object."""
+    content = token.get("content") if isinstance(token, dict) else token
+    return content if isinstance(content, str) else None
+
+
+def _token_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> int | None:
+    content = _content(config.get(name))
+    return None if content is None else backend.token_to_id(content)
+
+
+def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """From the newest place to the oldest: files of their own, then tokenizer_config.json."""
+    try:
+        extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
+        named = {path.stem: path.read_text(encoding="utf-8") for path in extra}
+        path = folder / "chat_template.jinja"
+        if path.exists():
+            return named | {"default": path.read_text(encoding="utf-8")}
+    except (OSError, ValueError) as error:
+        raise LoadError(f"{path}: {error}") from None
+    stored = _read_json(folder / "chat_template.json").get("chat_template")
+    stored = stored or config.get("chat_template") or {}
+    if isinstance(stored, str):
+        return named | {"default": stored}
+    if isinstance(stored, list):
+        stored = {entry["name"]: entry["template"] for entry in stored}
+    return named | dict(stored)
