@@ -31,7 +31,8 @@ class Piece:
 class Source(Protocol):
     """Something that answers."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]: ...
     def complete(self, prompt: str, options: Options) -> Generator[Piece]: ...

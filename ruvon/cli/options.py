@@ -43,7 +43,8 @@ class SettingsCommand(click.Command):
     """A command whose help shows its settings under headings, after its own options."""
 
     def __init__(self, *args: Any, **rest: Any) -> None:
-        super().__init__(*args, epilog=EPILOG, **rest)
+        rest.setdefault("epilog", EPILOG)
+        super().__init__(*args, **rest)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         sections: dict[str, list[tuple[str, str]]] = {}

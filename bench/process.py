@@ -1,0 +1,119 @@
+"""A server as a child process: start it, know when it is ready, weigh it, stop it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+START_TIMEOUT = 600.0  # seconds; a first start may compile
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A server that is ready. Memory is resident bytes, summed over its process and children."""
+
+    url: str
+    pid: int
+    ready_seconds: float
+    ready_memory: int
+
+    def peak_memory(self) -> int:
+        return memory(self.pid, "VmHWM")
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@contextmanager
+def running(
+    command: Sequence[str],
+    port: int,
+    ready: str = "/ready",
+    env: Mapping[str, str] | None = None,
+    log: Path | None = None,
+) -> Iterator[Server]:
+    """Run a server until the block ends. Its output goes to ``log``, by default nowhere.
+
+    Raises:
+        RuntimeError: it ended, or was not ready in time.
+    """
+    url = f"http://127.0.0.1:{port}"
+    started = time.perf_counter()
+    with open(log or os.devnull, "wb") as output:
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **(env or {})},
+            start_new_session=True,
+        )
+        try:
+            wait_until_ready(process, url + ready, log)
+            seconds = time.perf_counter() - started
+            yield Server(url, process.pid, seconds, memory(process.pid, "VmRSS"))
+        finally:
+            stop(process)
+
+
+def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path | None) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            told = log.read_text(errors="replace")[-2000:] if log else ""
+            raise RuntimeError(f"{process.args} ended with {process.returncode}\n{told}")
+        if answers(url):
+            return
+        time.sleep(0.02)
+    raise RuntimeError(f"{process.args} was not ready after {START_TIMEOUT:.0f} s")
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Ask first, insist after ten seconds; children too, as they share its session."""
+    for ask in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, ask)
+            process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            continue
+        except ProcessLookupError:
+            return
+
+
+def memory(pid: int, field: str) -> int:
+    """One field of /proc/PID/status, in bytes, summed over the process and all its children."""
+    total = 0
+    for one in family(pid):
+        try:
+            lines = Path(f"/proc/{one}/status").read_text().splitlines()
+        except OSError:
+            continue
+        total += sum(int(line.split()[1]) * 1024 for line in lines if line.startswith(field + ":"))
+    return total
+
+
+def family(pid: int) -> list[int]:
+    try:
+        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    except OSError:
+        return [pid]
+    return [pid, *(member for child in text.split() for member in family(int(child)))]
