@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from fakes import ByteTokenizer, FakeRunner
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
 
 
 @pytest.fixture

@@ -1,0 +1,62 @@
+"""Rows out of tables, and the sum of two: the small moves around the layers."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, empty_like
+
+from ruvon.kernels.ops import Packed
+from ruvon.kernels.pdl import release, wait
+
+
+@triton.jit
+def _take_kernel(
+    table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    release(PDL)
+    out_row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    wait(PDL)
+    row = tl.load(rows_ptr + out_row).to(tl.int64)
+    values = tl.load(table_ptr + row * num_columns + columns, mask=inside)
+    tl.store(out_ptr + out_row * num_columns + columns, values, mask=inside)
+
+
+@triton.jit
+def _add_kernel(x_ptr, y_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    release(PDL)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    wait(PDL)
+    x = tl.load(x_ptr + at, mask=inside)
+    y = tl.load(y_ptr + at, mask=inside)
+    tl.store(out_ptr + at, x + y, mask=inside)
+
+
+def take(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
+    """``x[rows]``. A row index out of range is the caller's mistake and is not caught."""
+    columns = x_TC.shape[1]
+    out_LC = x_TC.new_empty(rows_L.shape[0], columns)
+    _take_kernel[(rows_L.shape[0],)](
+        x_TC,
+        rows_L,
+        out_LC,
+        columns,
+        BLOCK=triton.next_power_of_2(columns),
+        PDL=pdl,
+        launch_pdl=pdl,
+    )
+    return out_LC
+
+
+def embed(ids_T: Tensor, table: Packed, pdl: bool = False) -> Tensor:
+    return take(table.tensors[0], ids_T, pdl)
+
+
+def add(x_TC: Tensor, y_TC: Tensor, pdl: bool = False) -> Tensor:
+    out_TC = empty_like(x_TC)
+    grid = (triton.cdiv(x_TC.numel(), 1024),)
+    _add_kernel[grid](x_TC, y_TC, out_TC, x_TC.numel(), BLOCK=1024, PDL=pdl, launch_pdl=pdl)
+    return out_TC

@@ -1,0 +1,181 @@
+"""Queries, keys and values on their way: head norms, rotation, and the write to the paged cache."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
+from ruvon.kernels.pdl import release, wait
+
+
+@triton.jit
+def load_heads(
+    row_ptr,
+    heads,
+    used,
+    norm_ptr,
+    cos_ptr,
+    sin_ptr,
+    eps,
+    D: tl.constexpr,
+    ROTATED: tl.constexpr,  # dims that turn; 0 for no rotation
+    NORMED: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """Heads ``[heads, BLOCK_D]`` of one token, normed and rotated, in float32.
+
+    ``cos_ptr`` and ``sin_ptr`` point at this token's position. Each dim also loads its partner, half
+    a rotation away, so nothing has to be moved between threads.
+    """
+    dims = tl.arange(0, BLOCK_D)
+    inside = used[:, None] & (dims < D)[None, :]
+    at = row_ptr + heads[:, None] * D
+    raw = tl.load(at + dims[None, :], mask=inside, other=0.0)
+    x = raw.to(tl.float32)
+    scale = tl.full([1], 1.0, tl.float32)[:, None]
+    if NORMED:
+        scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
+        gain = tl.load(norm_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
+        x = (x * scale * gain[None, :]).to(raw.dtype).to(tl.float32)
+    if ROTATED > 0:
+        HALF: tl.constexpr = ROTATED // 2
+        turns = dims < ROTATED
+        low = dims < HALF
+        partner = tl.where(low, dims + HALF, dims - HALF)
+        partner = tl.where(turns, partner, dims)
+        other = tl.load(at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
+        if NORMED:
+            gain = tl.load(norm_ptr + partner, mask=dims < D, other=0.0).to(tl.float32)
+            other = (other * scale * gain[None, :]).to(raw.dtype).to(tl.float32)
+        angle = tl.where(low, dims, dims - HALF)
+        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
+        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+        sin = tl.where(low, -sin, sin)
+        x = x * cos[None, :] + other * sin[None, :]
+    return x
+
+
+@triton.jit
+def _write_kernel(
+    qkv_ptr,
+    positions_ptr,
+    slots_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    eps,
+    H,
+    G,
+    qkv_stride,
+    angle_stride,
+    D: tl.constexpr,
+    PAGE: tl.constexpr,
+    ROTATED: tl.constexpr,
+    NORMED: tl.constexpr,
+    WRITES_Q: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    """One program moves ``BLOCK_H`` heads of one kind (q, k or v) of one token."""
+    release(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    tile = tl.program_id(1)
+    dims = tl.arange(0, BLOCK_D)
+    q_tiles = tl.cdiv(H, BLOCK_H) * WRITES_Q
+    kv_tiles = tl.cdiv(G, BLOCK_H)
+    wait(PDL)
+    row = qkv_ptr + token * qkv_stride
+    cos, sin = row, row
+    if ROTATED > 0:
+        position = tl.load(positions_ptr + token).to(tl.int64)
+        cos, sin = cos_ptr + position * angle_stride, sin_ptr + position * angle_stride
+    if tile < q_tiles:
+        heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
+        used = heads < H
+        q = load_heads(
+            row, heads, used, q_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D
+        )
+        at = q_ptr + (token * H + heads[:, None]) * D + dims[None, :]
+        inside = used[:, None] & (dims < D)[None, :]
+        tl.store(at, q.to(q_ptr.dtype.element_ty), mask=inside)
+    else:
+        slot = tl.load(slots_ptr + token).to(tl.int64)
+        if slot >= 0:
+            tile -= q_tiles
+            is_v = tile >= kv_tiles
+            heads = (tile - tl.where(is_v, kv_tiles, 0)) * BLOCK_H + tl.arange(0, BLOCK_H)
+            used = heads < G
+            inside = used[:, None] & (dims < D)[None, :]
+            page = (slot // PAGE) * G + heads[:, None]
+            at = (page * PAGE + slot % PAGE) * D + dims[None, :]
+            if is_v:
+                source = row + (H + G + heads[:, None]) * D + dims[None, :]
+                v = tl.load(source, mask=inside)
+                tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+            else:
+                k = load_heads(
+                    row + H * D, heads, used, k_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D
+                )
+                tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+
+
+def write_kv(
+    qkv_TE: Tensor,
+    batch: ForwardBatch,
+    k_cache_BGPD: Tensor,
+    v_cache_BGPD: Tensor,
+    spec: AttentionSpec,
+    rope: Rope | None,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
+    pdl: bool = False,
+) -> Tensor:
+    """As the reference; a token whose slot is negative is padding and is not written.
+
+    Where queries pass unchanged, the result is a view into ``qkv_TE``.
+    """
+    assert (q_norm_D is None) == (k_norm_D is None)
+    tokens = qkv_TE.shape[0]
+    heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    writes_q = rope is not None or q_norm_D is not None
+    q_THD = qkv_TE.view(tokens, -1, dim)[:, :heads]
+    if writes_q:
+        q_THD = qkv_TE.new_empty(tokens, heads, dim)
+    block_d = triton.next_power_of_2(dim)
+    block_h = max(1, min(triton.next_power_of_2(max(heads, groups)), 2048 // block_d))
+    tiles = triton.cdiv(heads, block_h) * writes_q + 2 * triton.cdiv(groups, block_h)
+    _write_kernel[(tokens, tiles)](
+        qkv_TE,
+        batch.positions,
+        batch.slots,
+        rope.cos_PD if rope else None,
+        rope.sin_PD if rope else None,
+        q_norm_D,
+        k_norm_D,
+        q_THD,
+        k_cache_BGPD,
+        v_cache_BGPD,
+        eps,
+        heads,
+        groups,
+        qkv_TE.stride(0),
+        rope.cos_PD.stride(0) if rope else 0,
+        D=dim,
+        PAGE=k_cache_BGPD.shape[2],
+        ROTATED=2 * rope.cos_PD.shape[1] if rope else 0,
+        NORMED=q_norm_D is not None,
+        WRITES_Q=writes_q,
+        BLOCK_H=block_h,
+        BLOCK_D=block_d,
+        PDL=pdl,
+        launch_pdl=pdl,
+    )
+    return q_THD

@@ -1,0 +1,106 @@
+"""Residual addition and normalisation in one pass: one program for each row."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor, empty_like
+
+from ruvon.kernels.pdl import release, wait
+
+
+@triton.jit
+def _norm_kernel(
+    x_ptr,
+    residual_ptr,
+    weight_ptr,
+    bias_ptr,
+    normed_ptr,
+    total_ptr,
+    num_columns,
+    x_stride,
+    eps,
+    BLOCK: tl.constexpr,
+    HAS_RESIDUAL: tl.constexpr,
+    CENTERED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    bias = weight
+    if CENTERED:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
+    at = row * num_columns + columns
+    if HAS_RESIDUAL:
+        x = x + tl.load(residual_ptr + at, mask=inside, other=0.0)
+        tl.store(total_ptr + at, x, mask=inside)
+    normed = normalize(x, weight, bias, inside, num_columns, eps, CENTERED)
+    tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def normalize(x, weight, bias, inside, num_columns, eps, CENTERED: tl.constexpr):
+    """RMSNorm, or LayerNorm if ``CENTERED``, of one row ``[BLOCK]``, in float32."""
+    wide = x.to(tl.float32)
+    if CENTERED:
+        mean = tl.sum(wide, axis=0) / num_columns
+        wide = tl.where(inside, wide - mean, 0.0)
+    variance = tl.sum(wide * wide, axis=0) / num_columns
+    normed = wide * tl.rsqrt(variance + eps) * weight
+    if CENTERED:
+        normed += bias
+    return normed
+
+
+def rms_norm(
+    x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float, pdl: bool = False
+) -> tuple[Tensor, Tensor]:
+    return _launch(x_TC, residual_TC, weight_C, None, eps, pdl)
+
+
+def layer_norm(
+    x_TC: Tensor,
+    residual_TC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor,
+    eps: float,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    return _launch(x_TC, residual_TC, weight_C, bias_C, eps, pdl)
+
+
+def _launch(
+    x_TC: Tensor,
+    residual_TC: Tensor | None,
+    weight_C: Tensor,
+    bias_C: Tensor | None,
+    eps: float,
+    pdl: bool,
+) -> tuple[Tensor, Tensor]:
+    rows, columns = x_TC.shape
+    normed_TC = empty_like(x_TC)
+    total_TC = x_TC if residual_TC is None else empty_like(x_TC)
+    block = triton.next_power_of_2(columns)
+    _norm_kernel[(rows,)](
+        x_TC,
+        residual_TC,
+        weight_C,
+        bias_C,
+        normed_TC,
+        total_TC,
+        columns,
+        x_TC.stride(0),
+        eps,
+        BLOCK=block,
+        HAS_RESIDUAL=residual_TC is not None,
+        CENTERED=bias_C is not None,
+        PDL=pdl,
+        num_warps=4 if block <= 2048 else 8,
+        launch_pdl=pdl,
+    )
+    return normed_TC, total_TC

@@ -1,0 +1,282 @@
+"""Every Triton operation against its plain torch meaning: compiled where there is a GPU, in
+Triton's interpreter (float32 only) where there is none."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import interpreter
+
+GPU = interpreter.mend()
+
+from ruvon.kernels import attention as attention_kernels
+from ruvon.kernels import linear as linear_kernels
+from ruvon.kernels import reference
+from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Rope
+from ruvon.kernels.triton_ops import make_triton_ops
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+DTYPES = list(TOLERANCES) if GPU else [torch.float32]
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request):
+    return request.param
+
+
+@pytest.fixture
+def ops(dtype):
+    return make_triton_ops(dtype, DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(dtype)
+
+
+def assert_close(actual, expected, dtype):
+    """Relative to the size of the whole, so that one small value cannot fail a sum of large."""
+    assert actual.shape == expected.shape
+    actual, expected = actual.double(), expected.double()
+    assert torch.isfinite(actual).all()
+    error = (actual - expected).norm() / expected.norm().clamp_min(1e-9)
+    assert error < TOLERANCES[dtype], f"relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("columns", [1, 48, 576, 1600])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("centered", [False, True])
+def test_norms(ops, dtype, columns, residual, centered):
+    x, weight, bias = randn(5, columns, dtype=dtype), randn(columns), randn(columns)
+    other = randn(5, columns, dtype=dtype) if residual else None
+    if centered and columns == 1:
+        pytest.skip("a single centred column is its bias")
+    if centered:
+        normed, total = ops.layer_norm(x, other, weight, bias, 1e-5)
+        expected = reference.layer_norm(x, other, weight, bias, 1e-5)
+    else:
+        normed, total = ops.rms_norm(x, other, weight, 1e-6)
+        expected = reference.rms_norm(x, other, weight, 1e-6)
+    assert_close(normed, expected[0], dtype)
+    assert_close(total, expected[1], dtype)
+
+
+def test_small_moves(ops, dtype):
+    table = ops.pack(Dense(randn(37, 72)))
+    ids = torch.tensor([0, 36, 5, 5], dtype=torch.int32, device=DEVICE)
+    x = ops.embed(ids, table)
+    assert torch.equal(x, reference.embed(ids, table))
+    assert torch.equal(ops.take(x, ids[2:] - 3), x[ids[2:].long() - 3])
+    assert torch.equal(ops.add(x, x), x + x)
+
+
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 40, 65])
+@pytest.mark.parametrize(("n", "k"), [(24, 48), (70, 130), (130, 576)])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated"])
+def test_linear(ops, dtype, rows, n, k, activation):
+    x, bias = randn(rows, k, dtype=dtype), randn(n, dtype=dtype)
+    weight = ops.pack(Dense(randn(n, k) * k**-0.5))
+    actual = ops.linear(x, weight, bias, activation)
+    wide = ops.pack(Dense(weight.tensors[0]))
+    wide = replace(wide, tensors=(weight.tensors[0].float(),))
+    expected = reference.linear(x.float(), wide, bias.float(), activation)
+    assert actual.dtype == dtype
+    assert_close(actual, expected, dtype)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
+def test_other_activations(ops, dtype, activation):
+    for rows in (1, 20, 70):
+        x, weight = randn(rows, 32, dtype=dtype), ops.pack(Dense(randn(48, 32)))
+        expected = reference.linear(x, weight, None, activation)
+        assert_close(ops.linear(x, weight, None, activation), expected, dtype)
+
+
+def test_linear_with_rows_too_long_for_registers(ops, dtype):
+    x = randn(2, 8200, dtype=dtype)
+    weight = ops.pack(Dense(randn(20, 8200) * 0.01))
+    expected = reference.linear(x, weight, None, "none")
+    assert_close(ops.linear(x, weight, None, "none"), expected, dtype)
+
+
+@pytest.mark.parametrize("rows", [1, 6, 40, 70])
+def test_logits_are_float32(ops, dtype, rows):
+    x, head = randn(rows, 96, dtype=dtype), ops.pack(Dense(randn(301, 96)))
+    actual = ops.logits(x, head)
+    assert actual.dtype == torch.float32
+    expected = x.float() @ head.tensors[0].float().T
+    assert_close(actual, expected, torch.float32 if dtype == torch.float32 else torch.float16)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("centered", [False, True])
+@pytest.mark.parametrize("residual", [False, True])
+def test_norm_inside_a_product(ops, dtype, rows, centered, residual):
+    x, gain, shift = randn(rows, 200, dtype=dtype), randn(200), randn(200)
+    other = randn(rows, 200, dtype=dtype) if residual else None
+    weight, bias = ops.pack(Dense(randn(60, 200) * 0.1)), randn(60, dtype=dtype)
+    norm = linear_kernels.Norm(gain, shift if centered else None, 1e-5)
+    actual, total = linear_kernels.gemv(
+        x, other, norm, weight, bias, "silu_gated", dtype, pdl=False
+    )
+    if centered:
+        normed, expected_total = reference.layer_norm(x, other, gain, shift, 1e-5)
+    else:
+        normed, expected_total = reference.rms_norm(x, other, gain, 1e-5)
+    assert_close(actual, reference.linear(normed, weight, bias, "silu_gated"), dtype)
+    assert_close(total, expected_total, dtype)
+
+
+# ------------------------------------------------------------------------------------- attention
+
+
+def make_batch(queries, contexts, page, padding=0, num_blocks=None):
+    """A ragged batch whose sequences own shuffled blocks; ``padding`` empty sequences follow."""
+    needed = [-(-context // page) for context in contexts]
+    order = torch.randperm(num_blocks or sum(needed) + 1).tolist()
+    tables = torch.zeros(len(contexts) + padding, max(needed), dtype=torch.int32)
+    slots, positions, starts = [], [], [0]
+    for s, (query, context) in enumerate(zip(queries, contexts, strict=True)):
+        own = [order.pop() for _ in range(needed[s])]
+        tables[s, : needed[s]] = torch.tensor(own)
+        at = range(context - query, context)
+        positions += at
+        slots += [own[p // page] * page + p % page for p in at]
+        starts.append(starts[-1] + query)
+    starts += [starts[-1]] * padding
+    positions += [0] * padding
+    slots += [-1] * padding
+
+    def ints(values):
+        return torch.tensor(values, dtype=torch.int32, device=DEVICE)
+
+    return ForwardBatch(
+        token_ids=ints([0] * len(positions)),
+        positions=ints(positions),
+        slots=ints(slots),
+        block_tables=tables.to(DEVICE),
+        query_starts=ints(starts),
+        context_lens=ints(list(contexts) + [0] * padding),
+        logit_rows=ints([0]),
+        max_query=max(queries),
+        max_context=max(contexts),
+    )
+
+
+def make_cache(batch, page, groups, dim, dtype):
+    blocks = int(batch.block_tables.max()) + 2
+    blocks = max(blocks, int(batch.slots.max()) // page + 1)
+    return randn(blocks, groups, page, dim, dtype=dtype), randn(
+        blocks, groups, page, dim, dtype=dtype
+    )
+
+
+SHAPES = [  # heads, groups, head size, page
+    (1, 1, 32, 16),
+    (3, 3, 64, 16),
+    (9, 3, 64, 16),
+    (16, 2, 64, 64),
+    (4, 2, 80, 16),
+    (5, 1, 128, 64),
+    (2, 2, 256, 16),
+]
+CASES = [  # queries and contexts of each sequence
+    ((1, 1, 1), (1, 17, 300)),
+    ((1,), (700,)),
+    ((5, 1, 130, 1), (5, 40, 150, 1)),
+    ((33, 1), (200, 3)),
+]
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
+@pytest.mark.parametrize(("queries", "contexts"), CASES)
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("sinks", [False, True])
+def test_attention(ops, dtype, heads, groups, dim, page, queries, contexts, window, sinks):
+    batch = make_batch(queries, contexts, page)
+    k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
+    spec = AttentionSpec(heads, groups, dim, dim**-0.5, window)
+    q = randn(sum(queries), heads, dim, dtype=dtype)
+    sinks_H = randn(heads) if sinks else None
+    actual = ops.attention(q, k_cache, v_cache, batch, spec, sinks_H)
+    expected = reference.attention(q, k_cache, v_cache, batch, spec, sinks_H)
+    assert_close(actual, expected, dtype)
+
+
+def rope_tables(dims):
+    angles = torch.rand(1024, dims // 2, device=DEVICE) * 6
+    return Rope(angles.cos(), angles.sin())
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
+@pytest.mark.parametrize("rotated", [None, 1.0, 0.5])
+@pytest.mark.parametrize("normed", [False, True])
+def test_write_kv(ops, dtype, heads, groups, dim, page, rotated, normed):
+    batch = make_batch((7, 1), (7, 30), page)
+    k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    qkv = randn(8, (heads + 2 * groups) * dim, dtype=dtype)
+    spec = AttentionSpec(heads, groups, dim, 1.0)
+    rope = rope_tables(int(dim * rotated)) if rotated else None
+    norms = (randn(dim), randn(dim)) if normed else (None, None)
+    q = ops.write_kv(qkv, batch, k_cache, v_cache, spec, rope, *norms, 1e-6)
+    expected_q = reference.write_kv(
+        qkv, batch, expected_k, expected_v, spec, rope, *norms, 1e-6
+    )
+    assert_close(q, expected_q, dtype)
+    assert_close(k_cache, expected_k, dtype)
+    assert torch.equal(v_cache, expected_v)
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
+@pytest.mark.parametrize("contexts", [(1, 16, 17, 300), (900,)])
+@pytest.mark.parametrize("window", [0, 20])
+@pytest.mark.parametrize("plain", [False, True])
+def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, window, plain):
+    """`attend` is `write_kv` and `attention`; empty sequences at the end change nothing."""
+    batch = make_batch((1,) * len(contexts), contexts, page, padding=2)
+    k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
+    expected_k, expected_v = k_cache.clone(), v_cache.clone()
+    tokens = len(contexts) + 2
+    qkv = randn(tokens, (heads + 2 * groups) * dim, dtype=dtype)
+    spec = AttentionSpec(heads, groups, dim, dim**-0.5, window)
+    rope = None if plain else rope_tables(dim)
+    norms = None if plain else (randn(dim), randn(dim), 1e-6)
+    sinks = None if plain else randn(heads)
+    actual = attention_kernels.attend(
+        qkv, k_cache, v_cache, batch, spec, rope, norms, sinks,
+        attention_kernels.make_workspace(DEVICE),
+    )  # fmt: skip
+    real = slice(0, len(contexts))
+    trimmed = replace(
+        batch,
+        positions=batch.positions[real],
+        slots=batch.slots[real],
+        block_tables=batch.block_tables[real],
+        query_starts=batch.query_starts[: len(contexts) + 1],
+        context_lens=batch.context_lens[real],
+    )
+    parts = norms or (None, None, 0.0)
+    q = reference.write_kv(qkv[real], trimmed, expected_k, expected_v, spec, rope, *parts)
+    expected = reference.attention(q, expected_k, expected_v, trimmed, spec, sinks)
+    assert_close(actual[real], expected, dtype)
+    assert_close(k_cache, expected_k, dtype)
+    assert torch.equal(v_cache, expected_v)
+
+
+def test_the_workspace_holds_any_split():
+    space = attention_kernels.make_workspace(torch.device("cpu"))
+    for sequences in (1, 2, 3, 7, 64, 200):
+        for groups in (1, 2, 3, 8, 12, 25, 64):
+            splits = attention_kernels.num_splits(sequences, groups, 1 << 20)
+            assert splits == 1 or sequences * groups * splits <= attention_kernels.PROGRAMS
+            if splits > 1:
+                assert sequences * groups <= space.counters.numel()
