@@ -8,7 +8,7 @@ written by a user stay text, and every token's exact bytes are known. Vocabulari
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -62,7 +62,12 @@ class Tokenizer:
         self._literal = _sibling(backend, literal=True)  # takes them for text
         self._inner = _sibling(backend, literal=True, inner=True)  # the same, amid a longer text
         self._special = {id: token.content for id, token in added.items() if token.special}
-        self._finder = _finder(self._special.values())
+        self._finder = _finder(backend)
+
+    @property
+    def special_texts(self) -> Sequence[str]:
+        """How the special tokens are spelt."""
+        return tuple(self._special.values())
 
     @property
     def chat_template(self) -> str | None:
@@ -185,10 +190,17 @@ def _sibling(
     return twin
 
 
-def _finder(contents: Iterable[str]) -> tokenizers.Tokenizer:
-    """A tokenizer whose only tokens are these: it finds their spellings and drops all else."""
+def _finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    """A tokenizer of special tokens only: it finds their spellings and drops all else."""
     finder = tokenizers.Tokenizer(models.BPE())
-    finder.add_tokens([AddedToken(content, normalized=False) for content in contents])
+    finder.normalizer = backend.normalizer
+    finder.add_tokens(
+        [
+            AddedToken(token.content, normalized=token.normalized)
+            for token in backend.get_added_tokens_decoder().values()
+            if token.special
+        ]
+    )
     return finder
 
 

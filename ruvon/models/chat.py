@@ -1,0 +1,352 @@
+"""From messages to a prompt, and from a model's words to what a client is told.
+
+A format is a renderer and a parser. ``plain`` renders with the model's own Jinja template and
+passes text through; formats whose models write tool calls or reasoning add a row to `FORMATS`.
+
+Nothing a client writes can become a special token. A string of the request that spells one, such
+as ``<|im_end|>``, is rendered with a private-use character in place of its first: templates still
+see text of the same length that starts, ends, strips and compares as before, but the spelling is
+gone, so whatever special tokens the prompt then holds are the template's own. The characters are
+put back before encoding. The one thing a template cannot do is look for a special token in a
+message. A request without such strings is rendered and encoded with no detour.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
+
+import jinja2
+
+from ruvon.errors import ConfigError, LoadError, RequestError
+from ruvon.models.template import compile_template, render_template
+from ruvon.models.tokenizer import Tokenizer
+
+Message: TypeAlias = Mapping[str, Any]
+
+STAND_INS = range(0xF0000, 0xFFFFD)  # private use, plane 15
+FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
+
+
+class Options(TypedDict, total=False):
+    """How to render messages. The generation prompt opens the assistant's turn; it is added unless
+    told otherwise or the final message is to be continued. ``kwargs`` are further variables of the
+    template."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+    documents: Sequence[Mapping[str, Any]] | None
+    add_generation_prompt: bool | None
+    continue_final_message: bool
+    kwargs: Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A piece of one tool call. ``index`` counts the calls of an answer; ``id`` and ``name`` come
+    with its first piece only; the ``arguments`` joined are JSON."""
+
+    index: int
+    id: str | None = None
+    name: str | None = None
+    arguments: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What a piece of a model's output adds to its answer."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_call: ToolCall | None = None
+
+
+class Parser(Protocol):
+    """Reads one completion as it comes; any chunking of the same text adds up to the same."""
+
+    def push(self, text: str) -> list[Delta]: ...
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once no more text comes."""
+
+
+class PlainParser:
+    """All output is the answer's text."""
+
+    def push(self, text: str) -> list[Delta]:
+        return [Delta(text=text)] if text else []
+
+    def finish(self) -> list[Delta]:
+        return []
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """How a family of models is talked to. ``render`` takes the model's template, or None if it
+    has none, and the template's variables."""
+
+    render: Callable[[jinja2.Template | None, Mapping[str, Any]], str]
+    parser: Callable[[], Parser]
+
+
+def _render_plain(template: jinja2.Template | None, variables: Mapping[str, Any]) -> str:
+    if template is None:
+        raise RequestError(
+            "This model has no chat template. Give one with --chat-template, or use completions.",
+            param="messages",
+            code="unsupported_value",
+        )
+    return render_template(template, variables)
+
+
+FORMATS: Mapping[str, Format] = {"plain": Format(_render_plain, PlainParser)}
+
+
+def load_chat(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
+    """The chat format of a model. ``template`` is a Jinja source to use instead of its own.
+
+    Raises ConfigError if that is not a template, LoadError if the model's own is none.
+    """
+    sources = tokenizer.chat_templates if template is None else {"default": template}
+    try:
+        return ChatFormat(tokenizer, sources, FORMATS["plain"])
+    except jinja2.TemplateSyntaxError as error:
+        where = f"line {error.lineno}: {error.message}"
+        if template is not None:
+            raise ConfigError(f"chat_template: not a Jinja template, {where}") from None
+        raise LoadError(
+            f"the model's chat template is not Jinja, {where}; give one with --chat-template"
+        ) from None
+
+
+def read_template(path: str) -> str:
+    """The file that ``--chat-template`` names. Raises ConfigError if it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"chat_template: {path}: {error}") from None
+
+
+class ChatFormat:
+    """One model's way of chatting."""
+
+    def __init__(self, tokenizer: Tokenizer, sources: Mapping[str, str], format: Format) -> None:
+        self._tokenizer = tokenizer
+        self._format = format
+        self._sources = sources
+        self._templates = {name: compile_template(source) for name, source in sources.items()}
+        named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+        self._named = {
+            name: tokenizer.token_text(id) for name, id in named.items() if id is not None
+        }
+        self._knows_developer = any("developer" in source for source in sources.values())
+        texts = tokenizer.special_texts
+        self._beginnings = frozenset(text[:size] for text in texts for size in range(1, len(text)))
+        self._first = frozenset(text[0] for text in texts)
+        self._longest = max(map(len, texts), default=0)
+
+    def parser(self) -> Parser:
+        """A parser for one completion."""
+        return self._format.parser()
+
+    def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
+        """The prompt as text.
+
+        Raises RequestError for what the template refuses and for options that contradict.
+        """
+        return self._render(self._variables(messages, **options))
+
+    def encode(self, messages: Sequence[Message], **options: Unpack[Options]) -> list[int]:
+        """The prompt as ids, errors as in `render`. Special tokens that the request spells stay
+        text."""
+        variables, stand_ins = self._guard(self._variables(messages, **options))
+        text = self._render(variables)
+        if not stand_ins:
+            return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+        return self._tokenizer.encode_guarded(text, stand_ins)
+
+    def _variables(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """What the template is told, as plain data."""
+        for name in ("messages", *Options.__annotations__):
+            if name in (kwargs or {}):
+                raise RequestError(f"{name} is a field of its own", param="chat_template_kwargs")
+        if add_generation_prompt and continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other",
+                param="continue_final_message",
+            )
+        if not messages:
+            raise RequestError("there must be at least one message", param="messages")
+        if add_generation_prompt is None:
+            add_generation_prompt = not continue_final_message
+        prepared = [
+            _prepare(message, i, self._knows_developer) for i, message in enumerate(messages)
+        ]
+        if continue_final_message:
+            prepared[-1]["content"] += FINAL + " "
+        return {
+            **_plain(kwargs or {}, "chat_template_kwargs"),
+            "messages": prepared,
+            "tools": _plain(tools, "tools") or None,
+            "documents": _plain(documents, "documents") or None,
+            "add_generation_prompt": add_generation_prompt,
+            "continue_final_message": continue_final_message,
+        }
+
+    def _render(self, variables: Mapping[str, Any]) -> str:
+        wants_tools = variables["tools"] is not None and "tool_use" in self._templates
+        template = self._templates.get("tool_use" if wants_tools else "default")
+        given = dict(variables)
+        going_on = given.pop("continue_final_message")
+        text = self._format.render(template, self._named | given)
+        return _cut_after_final(text) if going_on else text
+
+    def _guard(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
+        """(``variables`` with a stand-in for a character of every spelling of a special token,
+        what each stand-in, by code point, stands for)."""
+        places = {text: found for text in set(_strings(variables)) if (found := self._spells(text))}
+        if not places:
+            return variables, {}
+        originals = sorted({text[at] for text, found in places.items() for at in found})
+        used = set().union(*_strings(variables), *self._sources.values())
+        free = (chr(code) for code in STAND_INS if chr(code) not in used)
+        stand_ins = dict(zip(originals, islice(free, len(originals)), strict=True))
+        guarded = {text: _replace(text, found, stand_ins) for text, found in places.items()}
+        return (
+            _map_strings(variables, lambda text: guarded.get(text, text)),
+            {ord(stand_in): original for original, stand_in in stand_ins.items()},
+        )
+
+    def _spells(self, text: str) -> set[int]:
+        """Where ``text`` spells a special token, or ends in the beginning of one that a string
+        after it might complete."""
+        if not any(char in text for char in self._first):
+            return set()
+        found: set[int] = set()
+        rest = text
+        while spans := self._tokenizer.special_spans(rest):  # again, for one within another
+            starts = {start for start, _ in spans}
+            found |= starts
+            rest = _replace(rest, starts, {rest[start]: chr(STAND_INS.stop) for start in starts})
+        ends = range(max(0, len(text) - self._longest), len(text))
+        return found | {at for at in ends if text[at:] in self._beginnings}
+
+
+def _replace(text: str, places: set[int], stand_ins: Mapping[str, str]) -> str:
+    characters = list(text)
+    for at in places:
+        characters[at] = stand_ins[characters[at]]
+    return "".join(characters)
+
+
+def _cut_after_final(text: str) -> str:
+    """Up to the end of the final message. It was followed by ``FINAL`` and a space: if the space
+    is gone, the template strips messages, so the message is stripped here too."""
+    at = text.rfind(FINAL)
+    if at < 0:
+        raise RequestError(
+            "The chat template leaves out the final message, so it cannot be continued.",
+            param="continue_final_message",
+        )
+    return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
+
+
+# Messages as templates expect them
+
+
+def _prepare(message: Message, index: int, knows_developer: bool) -> dict[str, Any]:
+    """A message as plain data: text parts joined by newlines, no missing content, arguments of
+    tool calls as objects, reasoning under both of its names."""
+    where = f"messages[{index}]"
+    prepared: dict[str, Any] = _plain(message, where)
+    prepared["content"] = _text(prepared.get("content"), f"{where}.content")
+    if prepared.get("role") == "developer" and not knows_developer:
+        prepared["role"] = "system"
+    for call in prepared.get("tool_calls") or ():
+        _parse_arguments(call)
+    reasoning = prepared.get("reasoning_content") or prepared.get("reasoning")
+    if reasoning is not None:
+        prepared |= {"reasoning_content": reasoning, "reasoning": reasoning}
+    return prepared
+
+
+def _text(content: Any, where: str) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise RequestError("content must be a string or a list of parts", param=where)
+    for i, part in enumerate(content):
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+            raise RequestError(
+                f"This model reads text parts only, not {kind}.", param=f"{where}[{i}]"
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+def _parse_arguments(call: Any) -> None:
+    """Clients send a call's arguments as JSON text, templates want the object. Text that is not
+    a JSON object, such as a model may have written, stays as it is."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return
+    try:
+        arguments = json.loads(function["arguments"])
+    except ValueError:
+        return
+    if isinstance(arguments, dict):
+        function["arguments"] = arguments
+
+
+def _plain(value: Any, where: str) -> Any:
+    """A copy made of exact JSON types only: other objects have methods that a template, sandboxed
+    or not, has no business to call."""
+    match value:
+        case None | bool():
+            return value
+        case str():
+            return str.__str__(value)  # an enumeration's own would give its name
+        case int():
+            return int(value)
+        case float():
+            return float(value)
+        case Mapping():
+            return {str(key): _plain(item, where) for key, item in value.items()}
+        case list() | tuple():
+            return [_plain(item, where) for item in value]
+    raise RequestError(f"{type(value).__name__} is not JSON data", param=where)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in plain data, keys included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield key
+            yield from _strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _strings(item)
+
+
+def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(key): _map_strings(item, change) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_map_strings(item, change) for item in value]
+    return value

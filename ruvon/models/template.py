@@ -1,0 +1,87 @@
+"""Chat templates: Jinja as model authors write it, in a sandbox.
+
+A template comes with a model, so it is not trusted: it sees plain JSON data and nothing else, can
+change nothing, and is cut off when it loops too long or writes too much. The environment offers
+what templates of Hugging Face models expect.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+import jinja2
+from jinja2 import nodes
+from jinja2.ext import Extension, LoopControlExtension
+from jinja2.parser import Parser
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from ruvon.errors import RequestError
+
+MAX_RENDERED = 1 << 25  # characters; beyond any context window
+
+
+class GenerationBlocks(Extension):
+    """``{% generation %}`` marks the assistant's words for training; here it is its content."""
+
+    tags = {"generation"}  # noqa: RUF012  (the base class declares it mutable)
+
+    def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return nodes.Scope(body).set_lineno(line)
+
+
+def compile_template(source: str) -> jinja2.Template:
+    """Raises jinja2.TemplateSyntaxError, which knows the line."""
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[LoopControlExtension, GenerationBlocks],
+    )
+    environment.filters["tojson"] = _tojson
+    environment.globals["raise_exception"] = _raise
+    environment.globals["strftime_now"] = _strftime_now
+    del environment.globals["lipsum"]  # writes as much as it is asked to
+    return environment.from_string(source)
+
+
+def render_template(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
+    """Raises RequestError with what the template says against the conversation."""
+    pieces, size = [], 0
+    try:
+        for piece in template.generate(variables):
+            pieces.append(piece)
+            size += len(piece)
+            if size > MAX_RENDERED:
+                raise jinja2.TemplateError(f"it wrote more than {MAX_RENDERED} characters")
+    except Exception as error:  # a template can raise whatever its expressions raise
+        raise RequestError(f"The chat template failed: {error}", param="messages") from error
+    return "".join(pieces)
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Unlike Jinja's own, leaves ``<``, ``>`` and letters of all scripts as they are."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(layout: str) -> str:
+    return datetime.now().strftime(layout)
