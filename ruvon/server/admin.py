@@ -1,0 +1,144 @@
+"""Everything beside generation: models, health, readiness, versions, metrics, tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from ruvon import __version__
+from ruvon.server.middleware import json_response
+from ruvon.server.requests import aside, check_ids, encode_chat
+from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, parse
+from ruvon.server.state import STATE, Service, State
+from ruvon.server.wire import ModelCard
+
+STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
+
+
+async def models(http: web.Request) -> web.Response:
+    """The served names."""
+    service = http.app[STATE].ready()
+    return json_response({"object": "list", "data": [_card(n, service) for n in service.names]})
+
+
+async def model(http: web.Request) -> web.Response:
+    """One served name, which may contain slashes."""
+    service = http.app[STATE].ready()
+    name = http.match_info["name"]
+    service.check_model(name)
+    return json_response(_card(name, service))
+
+
+def _card(name: str, service: Service) -> ModelCard:
+    return {
+        "id": name,
+        "object": "model",
+        "created": service.created,
+        "owned_by": "ruvon",
+        "root": service.root,
+        "parent": None,
+        "max_model_len": service.max_model_len,
+    }
+
+
+async def live(http: web.Request) -> web.Response:
+    """Whether the process works at all: 503 asks for a restart."""
+    service = http.app[STATE].service
+    stalled = service.loop.stalled_for if service else 0.0
+    dead = service is not None and service.loop.dead is not None
+    if dead or stalled > STUCK_AFTER:
+        return json_response({"status": "dead" if dead else "stuck"}, 503)
+    return json_response({"status": "alive"})
+
+
+async def health(http: web.Request) -> web.Response:
+    """Whether requests are being answered: true while draining, false while loading."""
+    state = http.app[STATE]
+    ok = state.service is not None and state.service.loop.dead is None
+    return json_response({"status": "ok" if ok else _status(state)}, 200 if ok else 503)
+
+
+async def ready(http: web.Request) -> web.Response:
+    """Whether new requests are wanted, and while loading, how far it is."""
+    state = http.app[STATE]
+    status = _status(state)
+    body = {"status": status, "phase": state.phase, "percent": round(100 * state.share)}
+    if status == "ready":
+        return json_response(body)
+    return json_response(body, 503, {"Retry-After": "1"})
+
+
+def _status(state: State) -> str:
+    if state.draining:
+        return "draining"
+    if state.service is None:
+        return "loading"
+    return "ready" if state.service.loop.dead is None else "dead"
+
+
+async def version(http: web.Request) -> web.Response:
+    """ruvon's version."""
+    return json_response({"version": __version__})
+
+
+async def metrics(http: web.Request) -> web.Response:
+    """Prometheus text; before the model is loaded, that of HTTP alone."""
+    state = http.app[STATE]
+    body = state.http.render()
+    if state.service is not None:
+        body += state.service.metrics.render()
+    return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+
+async def tokenize(http: web.Request) -> web.Response:
+    """A prompt, or messages through the chat template, as ids."""
+    service = http.app[STATE].ready()
+    body = await http.read()
+    encode = _tokenize_chat if _has_messages(body) else _tokenize_prompt
+    tokens, wants_strings = await encode(body, service)
+    strings = [service.tokenizer.token_text(token) for token in tokens]
+    return json_response(
+        {
+            "count": len(tokens),
+            "max_model_len": service.max_model_len,
+            "tokens": tokens,
+            "token_strs": strings if wants_strings else None,
+        }
+    )
+
+
+async def _tokenize_chat(body: bytes, service: Service) -> tuple[list[int], bool]:
+    request, _ = parse(TokenizeChatRequest, body, strict=True)
+    service.check_model(request.model)
+    return await encode_chat(request, service), bool(request.return_token_strs)
+
+
+async def _tokenize_prompt(body: bytes, service: Service) -> tuple[list[int], bool]:
+    request, _ = parse(TokenizeRequest, body, strict=True)
+    service.check_model(request.model)
+    text, special = request.prompt, request.add_special_tokens is not False
+    encode = service.tokenizer.encode
+    tokens = await aside(len(text), lambda: encode(text, add_special_tokens=special))
+    return tokens, bool(request.return_token_strs)
+
+
+def _has_messages(body: bytes) -> bool:
+    try:
+        data: Any = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return False
+    return isinstance(data, dict) and "messages" in data
+
+
+async def detokenize(http: web.Request) -> web.Response:
+    """Ids as text, special tokens included."""
+    service = http.app[STATE].ready()
+    request, _ = parse(DetokenizeRequest, await http.read(), strict=True)
+    service.check_model(request.model)
+    check_ids(request.tokens, service, "tokens")
+    return json_response(
+        {"prompt": service.tokenizer.decode(request.tokens, skip_special_tokens=False)}
+    )

@@ -1,0 +1,126 @@
+"""From jobs to an answer: one conductor for completions and chat, streaming or not."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
+from contextlib import aclosing
+from typing import Any, Protocol
+from urllib.parse import quote
+from uuid import uuid4
+
+import orjson
+from aiohttp import web
+
+from ruvon.engine.loop import Stream
+from ruvon.engine.types import Emission, Job
+from ruvon.server.choices import Choices, Piece
+from ruvon.server.events import Envelope, send_events
+from ruvon.server.middleware import FACTS
+from ruvon.server.schemas import GenerationFields
+from ruvon.server.state import STATE, Service
+
+
+class Format(Protocol):
+    """How one endpoint writes its choices."""
+
+    id_prefix: str
+    name: str
+    chunk_name: str
+
+    def opening(self) -> tuple[Sequence[object], Mapping[str, object] | None]:
+        """Chunk choices that go before all others, and more fields of those chunks."""
+
+    def chunks(self, piece: Piece) -> Sequence[object]:
+        """Chunk choices for a piece; none if it shows nothing."""
+
+    def whole(self, pieces: Sequence[Piece]) -> Mapping[str, object]:
+        """The answer's own fields, ``choices`` among them, from the folded pieces of each."""
+
+
+class Answer:
+    """One request being answered."""
+
+    def __init__(
+        self, request: GenerationFields, jobs: Sequence[Job], format: Format, service: Service
+    ) -> None:
+        self._request = request
+        self._jobs = jobs
+        self._format = format
+        self._service = service
+        self._choices = Choices(jobs, service.tokenizer)
+        self._started_at = time.monotonic()
+        self._first_at: float | None = None
+        self._fields: dict[str, Any] = {
+            "id": f"{format.id_prefix}-{uuid4().hex}",
+            "object": format.chunk_name if request.stream else format.name,
+            "created": int(time.time()),
+            "model": request.model or service.names[0],
+            "system_fingerprint": service.fingerprint,
+        }
+
+    async def send(self, http: web.Request, ignored: Sequence[str]) -> web.StreamResponse:
+        """Run the jobs and send what they give. Whichever way this is left, it frees what the
+        jobs held."""
+        names = ",".join(quote(name) for name in ignored)
+        headers = {"X-Ruvon-Ignored": names} if names else {}
+        async with aclosing(self._service.loop.generate(self._jobs)) as stream:
+            try:
+                if self._request.stream:
+                    interval = http.app[STATE].server.sse_keep_alive_interval
+                    async with aclosing(self._events(stream)) as events:
+                        return await send_events(http, events, headers, interval)
+                body = orjson.dumps(await self._fold(stream))
+                return web.Response(body=body, content_type="application/json", headers=headers)
+            finally:
+                http[FACTS].update(self._facts())
+
+    async def _fold(self, stream: Stream) -> Mapping[str, Any]:
+        """The whole answer."""
+        wholes: dict[int, Piece] = {}
+        async for emissions in stream:
+            for piece in self._push(emissions, stream):
+                if piece.index in wholes:
+                    wholes[piece.index].add(piece)
+                else:
+                    wholes[piece.index] = piece
+        pieces = [wholes[index] for index in sorted(wholes)]
+        return {**self._fields, **self._format.whole(pieces), "usage": self._choices.usage()}
+
+    async def _events(self, stream: Stream) -> AsyncGenerator[bytes, None]:
+        """The answer as events: one run of bytes for each step, whatever the number of chunks."""
+        request, format = self._request, self._format
+        envelope = Envelope(self._fields, request.include_usage)
+        opening, extra = format.opening()
+        data = b"".join(envelope.chunk(choice, extra) for choice in opening)
+        async for emissions in stream:
+            for piece in self._push(emissions, stream):
+                for choice in format.chunks(piece):
+                    data += envelope.chunk(choice, self._usage_so_far())
+            if data:
+                yield data
+                data = b""
+        if request.include_usage:
+            yield envelope.usage(self._choices.usage())
+
+    def _push(self, emissions: Iterable[Emission], stream: Stream) -> list[Piece]:
+        if self._first_at is None:
+            self._first_at = time.monotonic()
+        return self._choices.push(emissions, stream)
+
+    def _usage_so_far(self) -> Mapping[str, object] | None:
+        return {"usage": self._choices.usage()} if self._request.continuous_usage else None
+
+    def _facts(self) -> Mapping[str, object]:
+        """What the request's log line says of it."""
+        usage = self._choices.usage()
+        facts: dict[str, object] = {
+            "id": self._fields["id"],
+            "stream": bool(self._request.stream),
+            "prompt_tokens": usage["prompt_tokens"],
+            "cached_tokens": usage["prompt_tokens_details"]["cached_tokens"],
+            "output_tokens": usage["completion_tokens"],
+        }
+        if self._first_at is not None:
+            facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
+        return facts

@@ -1,0 +1,120 @@
+"""The application and its life: routes, signals, draining."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from ruvon.config import EngineConfig, ServerConfig, parse_size
+from ruvon.engine.startup import start_engine
+from ruvon.errors import ConfigError
+from ruvon.server import admin
+from ruvon.server.chat import chat_completions
+from ruvon.server.completions import completions
+from ruvon.server.lifecycle import Start, engine_context
+from ruvon.server.middleware import add_request_id, observe
+from ruvon.server.state import STATE, State
+from ruvon.telemetry import configure_logging
+
+log = structlog.get_logger(__name__)
+
+BACKLOG = 1024  # connections that may wait to be accepted
+GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
+
+ROUTES = (
+    web.post("/v1/chat/completions", chat_completions),
+    web.post("/v1/completions", completions),
+    web.get("/v1/models", admin.models),
+    web.get("/v1/models/{name:.+}", admin.model),
+    web.post("/tokenize", admin.tokenize),
+    web.post("/detokenize", admin.detokenize),
+    web.get("/health", admin.health),
+    web.get("/live", admin.live),
+    web.get("/ready", admin.ready),
+    web.get("/version", admin.version),
+    web.get("/metrics", admin.metrics),
+)
+
+
+def create_app(
+    config: EngineConfig, server: ServerConfig, start: Start = start_engine
+) -> web.Application:
+    """The server as an aiohttp application. It answers at once, and loads the engine beside that;
+    ``start`` makes the engine. Run it with ``handler_cancellation=True``."""
+    state = State(config, server, parse_size(server.max_body_size))
+    app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
+    app[STATE] = state
+    app.add_routes(ROUTES)
+    app.on_response_prepare.append(add_request_id)
+    app.cleanup_ctx.append(engine_context(start))
+    return app
+
+
+def make_runner(app: web.Application) -> web.AppRunner:
+    """What runs the application: a client that leaves cancels its handler."""
+    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE)
+
+
+def serve(config: EngineConfig, server: ServerConfig) -> None:
+    """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
+    address cannot be listened on."""
+    configure_logging(server.log_level, server.log_format)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run(create_app(config, server)))
+
+
+async def run(app: web.Application) -> None:
+    """Listen, wait for the end, leave in order."""
+    state = app[STATE]
+    runner = make_runner(app)
+    await runner.setup()
+    try:
+        await listen(runner, state.server)
+        watch_signals(state)
+        await state.ended.wait()
+        await drain(state)
+    finally:
+        await runner.cleanup()
+    if state.failure is not None:
+        raise state.failure
+
+
+async def listen(runner: web.AppRunner, server: ServerConfig) -> None:
+    """Open the socket and say where."""
+    try:
+        await web.TCPSite(runner, server.host, server.port, backlog=BACKLOG).start()
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
+        ) from error
+    host, port = runner.addresses[0][:2]
+    shown = f"[{host}]" if ":" in host else host
+    log.info("listening", url=f"http://{shown}:{port}", port=port)
+
+
+def watch_signals(state: State) -> None:
+    """The first SIGTERM or SIGINT drains; the second ends the process at once."""
+    loop = asyncio.get_running_loop()
+
+    def on_signal(number: signal.Signals) -> None:
+        if state.draining:
+            os._exit(128 + number)
+        state.draining = True
+        log.info("draining", signal=number.name, seconds=state.server.shutdown_timeout)
+        state.ended.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_signal, number)
+
+
+async def drain(state: State) -> None:
+    """Let running requests finish; refuse new ones, in words, until then."""
+    state.draining = True
+    if state.service is not None:
+        await state.service.loop.stop(state.server.shutdown_timeout)
+        log.info("drained")

@@ -1,0 +1,140 @@
+"""From ids to text: the completions of one request on their way up.
+
+`Choices.push` turns a list of emissions into `Piece`s, one for each choice with news. A stream
+writes pieces as they come; a whole answer folds the same pieces into one for each choice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from ruvon.engine.loop import Stream
+from ruvon.engine.types import Emission, Job, TokenLogprobs
+from ruvon.errors import GenerationError, NotReadyError
+from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.wire import Usage
+
+CONTEXT = 8  # prompt ids that the text continues; a character has at most four bytes
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one choice gained: text, the tokens behind it, and at the end why it ended."""
+
+    index: int
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    finish: str | None = None
+    stop_reason: str | int | None = None
+
+    def add(self, other: Piece) -> None:
+        """Continue with a later piece of the same choice."""
+        self.text += other.text
+        self.tokens += other.tokens
+        self.logprobs += other.logprobs
+        self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
+        self.finish, self.stop_reason = other.finish, other.stop_reason
+
+
+class Choice:
+    """One completion: its text so far is with the client or in a folded piece, not here."""
+
+    __slots__ = ("done", "include_stop", "num_tokens", "stop_ids", "text")
+
+    def __init__(self, job: Job, tokenizer: Tokenizer) -> None:
+        options = job.text
+        self.text = tokenizer.stream(
+            prompt_ids=job.prompt[-CONTEXT:],
+            stop=options.stop,
+            include_stop=options.include_stop,
+            skip_special_tokens=options.skip_special_tokens,
+        )
+        self.include_stop = options.include_stop
+        self.stop_ids = job.sampling.stop_token_ids
+        self.num_tokens = 0
+        self.done = False
+
+    def push(self, emission: Emission, piece: Piece) -> None:
+        """Add an emission's tokens to ``piece``; a stop string may end the choice here."""
+        hidden = emission.stop_token is not None and not self.include_stop
+        taken = 0
+        for token in emission.tokens:
+            taken += 1
+            if hidden and taken == len(emission.tokens):
+                break
+            piece.text += self.text.push((token,))
+            if self.text.stopped is not None:
+                break
+        piece.tokens += emission.tokens[:taken]
+        piece.logprobs += (emission.logprobs or ())[:taken]
+        if emission.prompt_logprobs is not None:
+            piece.prompt_logprobs = emission.prompt_logprobs
+        self.num_tokens += taken
+        if self.text.stopped is not None:
+            piece.finish, piece.stop_reason = "stop", self.text.stopped
+        elif emission.finish is not None:
+            self._finish(emission, piece)
+        self.done = piece.finish is not None
+
+    def _finish(self, emission: Emission, piece: Piece) -> None:
+        if emission.finish == "error":
+            raise GenerationError(emission.error or "This completion could not be computed.")
+        if emission.finish == "abort":
+            raise NotReadyError("The server is shutting down.", retry_after=1.0)
+        piece.text += self.text.finish()
+        piece.finish = emission.finish
+        if emission.stop_token in self.stop_ids:
+            piece.stop_reason = emission.stop_token
+
+
+class Choices:
+    """All completions of one request: ``n`` for each job, numbered through."""
+
+    def __init__(self, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
+        self._choices = [Choice(job, tokenizer) for job in jobs for _ in range(job.n)]
+        self._firsts = {sum(job.n for job in jobs[:i]) for i in range(len(jobs))}
+        self._cached: dict[int, int] = {}  # first choice of a job → its cached prompt tokens
+        self._num_prompt = sum(len(job.prompt) for job in jobs)
+
+    def push(self, emissions: Iterable[Emission], stream: Stream) -> list[Piece]:
+        """A piece for each choice with news. Choices that a stop string ended leave the engine.
+
+        Raises `UnavailableError` when the engine gave a sequence up.
+        """
+        pieces: dict[int, Piece] = {}
+        for emission in emissions:
+            index = emission.index
+            choice = self._choices[index]
+            if choice.done:
+                continue
+            piece = pieces.get(index)
+            if piece is None:
+                piece = pieces[index] = Piece(index)
+            if index in self._firsts:
+                self._cached.setdefault(index, emission.num_cached)
+            choice.push(emission, piece)
+            if choice.done and emission.finish is None:
+                stream.stop(emission.seq_id)
+        return list(pieces.values())
+
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        num_output = sum(choice.num_tokens for choice in self._choices)
+        return {
+            "prompt_tokens": self._num_prompt,
+            "completion_tokens": num_output,
+            "total_tokens": self._num_prompt + num_output,
+            "prompt_tokens_details": {
+                "cached_tokens": sum(self._cached.values()),
+                "audio_tokens": 0,
+            },
+            "completion_tokens_details": {
+                "reasoning_tokens": 0,
+                "audio_tokens": 0,
+                "accepted_prediction_tokens": 0,
+                "rejected_prediction_tokens": 0,
+            },
+        }

@@ -1,0 +1,142 @@
+"""Server-sent events: framing, keep-alive, and the one place that meets a client that left."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
+from typing import Any
+
+import orjson
+import structlog
+from aiohttp import ClientConnectionResetError, web
+
+from ruvon.errors import RequestError, UnavailableError
+from ruvon.server.wire import ErrorAnswer, Usage
+
+log = structlog.get_logger(__name__)
+
+DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+HEADERS = {
+    "Content-Type": "text/event-stream; charset=utf-8",
+    "Cache-Control": "no-cache",
+    "X-Accel-Buffering": "no",  # nginx: pass events on at once
+}
+
+
+class Envelope:
+    """What every chunk of one answer shares, written once.
+
+    A chunk is its beginning, the choice, and its end: only the choice is encoded each time.
+    """
+
+    def __init__(self, fields: Mapping[str, Any], include_usage: bool) -> None:
+        """``fields``: id, object and so on. ``include_usage`` writes usage: null in each chunk."""
+        self._head = b"data: " + orjson.dumps(fields)[:-1] + b',"choices":['
+        self._rest: dict[str, object] = {"usage": None} if include_usage else {}
+        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+
+    def chunk(self, choice: object, extra: Mapping[str, object] | None = None) -> bytes:
+        """An event with one choice, and more fields if there are any."""
+        if extra is None:
+            return self._head + orjson.dumps(choice) + self._tail
+        rest = orjson.dumps({**self._rest, **extra})[1:]
+        return self._head + orjson.dumps(choice) + b"]," + rest + b"\n\n"
+
+    def usage(self, usage: Usage) -> bytes:
+        """The event after all choices."""
+        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
+
+
+async def send_events(
+    http: web.Request,
+    events: AsyncIterator[bytes],
+    headers: Mapping[str, str],
+    keep_alive: float,
+) -> web.StreamResponse:
+    """Write ``events`` as they come, then ``[DONE]``.
+
+    The status goes out with the first event, or after ``keep_alive`` seconds of silence: what fails
+    before that has its own status, what fails later is an event. A client that leaves cancels this
+    task (aiohttp's ``handler_cancellation``), and the caller's ``aclosing`` frees what it held.
+    """
+    first = asyncio.ensure_future(anext(events, b""))
+    try:
+        await asyncio.wait({first}, timeout=keep_alive)
+        if first.done():
+            first.result()  # raises what failed before the first byte
+        response = web.StreamResponse(headers={**HEADERS, **headers})
+        with suppress(ClientConnectionResetError):  # it has left; the cancellation is on its way
+            await response.prepare(http)
+            await _write(response, first, events, keep_alive)
+        return response
+    finally:
+        first.cancel()
+
+
+async def _write(
+    response: web.StreamResponse,
+    first: asyncio.Future[bytes],
+    events: AsyncIterator[bytes],
+    keep_alive: float,
+) -> None:
+    pulse = Pulse(response, keep_alive)
+    try:
+        await pulse.write(await first)
+        async for data in events:
+            await pulse.write(data)
+    except Exception as error:
+        await response.write(error_event(error))
+    finally:
+        pulse.stop()
+    await response.write_eof(DONE)
+
+
+class Pulse:
+    """Writes events, and a comment after every ``interval`` seconds without one, so that proxies
+    keep a quiet connection open. One timer for a stream, nothing to set for each event."""
+
+    def __init__(self, response: web.StreamResponse, interval: float) -> None:
+        self._response = response
+        self._interval = interval
+        self._loop = asyncio.get_running_loop()
+        self._written_at = self._loop.time()
+        self._task = self._loop.create_task(self._beat())
+
+    async def write(self, data: bytes) -> None:
+        """Send ``data``; waits while the client is slower than we are."""
+        self._written_at = self._loop.time()
+        await self._response.write(data)
+
+    def stop(self) -> None:
+        self._task.cancel()
+
+    async def _beat(self) -> None:
+        while True:
+            quiet = self._loop.time() - self._written_at
+            if quiet < self._interval:
+                await asyncio.sleep(self._interval - quiet)
+            else:
+                with suppress(ClientConnectionResetError):
+                    await self.write(KEEP_ALIVE)
+
+
+def error_answer(error: Exception) -> ErrorAnswer:
+    """OpenAI's error object. What is our own mistake stays in the log, not in the answer."""
+    if isinstance(error, RequestError):
+        kind, param, code, message = error.type, error.param, error.code, error.message
+    elif isinstance(error, UnavailableError):
+        kind, param, code, message = error.type, None, error.code, error.message
+    else:
+        kind, param, code, message = "server_error", None, "internal_error", "Internal error."
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_event(error: Exception) -> bytes:
+    """An error in mid-stream. Clients raise for it; a stream that just ends looks like success."""
+    if isinstance(error, UnavailableError):
+        log.warning("stream_failed", error=error.message, error_code=error.code)
+    else:
+        log.error("stream_failed", exc_info=error)
+    return b"data: " + orjson.dumps(error_answer(error)) + b"\n\n"

@@ -1,0 +1,173 @@
+"""Start-up beside a listening server: load in a thread, say what was loaded, end in order."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import sys
+import threading
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
+from dataclasses import replace
+from typing import TypeAlias, TypeVar
+
+import structlog
+from aiohttp import web
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.table import Table
+
+from ruvon import __version__
+from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.loop import EngineLoop
+from ruvon.engine.startup import Started
+from ruvon.models.chat import load_chat, read_template
+from ruvon.server.requests import sampling_defaults
+from ruvon.server.state import STATE, Service, State
+from ruvon.telemetry import Metrics, Progress, stats_line
+
+log = structlog.get_logger(__name__)
+
+STATS_EVERY = 10.0  # seconds between stats lines, while there is work
+
+Start: TypeAlias = Callable[[EngineConfig, Progress], Started]
+T = TypeVar("T")
+
+
+def engine_context(start: Start) -> Callable[[web.Application], AsyncIterator[None]]:
+    """A ``cleanup_ctx``: while the application runs, it loads the engine, then runs its loop."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        state = app[STATE]
+        tasks = [asyncio.create_task(load(state, start)), asyncio.create_task(report(state))]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        if state.service is not None:
+            await state.service.loop.stop(0)
+            state.service.close()
+
+    return context
+
+
+async def load(state: State, start: Start) -> None:
+    """Make ``state`` ready, or say in ``state.failure`` why that cannot be."""
+    began = time.monotonic()
+    try:
+        template = state.server.chat_template
+        source = None if template is None else read_template(template)
+        started = await in_thread(lambda: start(state.engine, state.progress))
+        if source is not None:
+            started = replace(started, chat=load_chat(started.tokenizer, source))
+    except Exception as error:
+        state.failure = error
+        state.ended.set()
+        return
+    service = make_service(started, state.server)
+    service.loop.start()
+    state.phase, state.share, state.service = "ready", 1.0, service
+    announce(started, service, time.monotonic() - began)
+
+
+def make_service(started: Started, server: ServerConfig) -> Service:
+    """What handlers need, out of what start-up made."""
+    checkpoint, engine = started.checkpoint, started.engine
+    names = [name.strip() for name in (server.served_model_name or checkpoint.name).split(",")]
+    metrics = Metrics(names[0], engine.max_model_len)
+    metrics.describe_cache(
+        block_size=engine.config.block_size,
+        num_gpu_blocks=started.memory.num_blocks,
+        cache_dtype=started.dtype,
+        enable_prefix_caching=engine.config.enable_prefix_caching,
+        gpu_memory_utilization=engine.config.gpu_memory_utilization,
+    )
+    generation = checkpoint.generation if server.generation_config == "auto" else {}
+    return Service(
+        names=tuple(name for name in names if name),
+        root=str(checkpoint.name),
+        loop=EngineLoop(engine, metrics),
+        tokenizer=started.tokenizer,
+        chat=started.chat,
+        metrics=metrics,
+        fingerprint=fingerprint(started),
+        defaults=sampling_defaults(generation),
+        close=started.close,
+    )
+
+
+def fingerprint(started: Started) -> str:
+    """``system_fingerprint``: equal where equal requests with a seed get equal answers."""
+    parts = (
+        __version__, started.checkpoint.name, started.checkpoint.spec, started.engine.config,
+        started.device, started.kernels, started.dtype,
+    )  # fmt: skip
+    return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
+async def in_thread(work: Callable[[], T]) -> T:
+    """Run ``work`` in a thread that does not keep the process alive: loading may take minutes,
+    and a signal ends the server at once all the same."""
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def settle(set_outcome: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome())
+
+    def run() -> None:
+        try:
+            result = work()
+        except BaseException as error:
+            settle(lambda error=error: future.set_exception(error))  # type: ignore[misc]
+        else:
+            settle(lambda: future.set_result(result))
+
+    threading.Thread(target=run, name="ruvon-load", daemon=True).start()
+    return await future
+
+
+async def report(state: State) -> None:
+    """The stats line, every few seconds in which the engine worked."""
+    while True:
+        if state.service is None:
+            await asyncio.sleep(STATS_EVERY)
+            continue
+        totals = state.service.metrics.totals
+        before, since = replace(totals), time.monotonic()
+        await asyncio.sleep(STATS_EVERY)
+        if totals.steps != before.steps:
+            log.info("stats", **stats_line(before, totals, time.monotonic() - since))
+
+
+def announce(started: Started, service: Service, seconds: float) -> None:
+    """Say what was loaded and how much fits: a table on a terminal, a log line elsewhere."""
+    facts = summary(started, service)
+    if sys.stderr.isatty():
+        table = Table(box=SIMPLE, show_header=False)
+        for name, value in facts.items():
+            table.add_row(name.replace("_", " "), value, style="bold" if name == "model" else None)
+        Console(stderr=True).print(table)
+    log.info("ready", seconds=round(seconds, 1), **({} if sys.stderr.isatty() else facts))
+
+
+def summary(started: Started, service: Service) -> dict[str, str]:
+    """What start-up decided, in words."""
+    memory, spec = started.memory, started.checkpoint.spec
+    return {
+        "model": ", ".join(service.names),
+        "weights": f"{size(memory.weight_bytes)}, {spec.architecture}, {spec.num_layers} layers",
+        "computes_in": f"{started.dtype} on {started.device}, {started.threads} threads,"
+        f" kernels {started.kernels}",
+        "kv_cache": f"{size(memory.cache_bytes)}: {memory.num_blocks} blocks of"
+        f" {memory.block_size} tokens",
+        "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
+        " fit at once",
+    }
+
+
+def size(num_bytes: int) -> str:
+    """``1536`` → ``1.5 KiB``."""
+    power = max(min((num_bytes.bit_length() - 1) // 10, 4), 0)
+    return f"{num_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

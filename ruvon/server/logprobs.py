@@ -1,0 +1,108 @@
+"""Log-probabilities in OpenAI's two formats: chat's list of tokens, completions' parallel lists."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from ruvon.engine.types import TokenLogprobs
+from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.wire import (
+    ChatLogprobs,
+    CompletionLogprobs,
+    PromptLogprob,
+    PromptLogprobs,
+    TopLogprob,
+)
+
+
+def chat_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> ChatLogprobs:
+    """``choices[].logprobs`` of a chat answer or chunk."""
+    return {
+        "content": [
+            {
+                **top_logprob(entry.token, entry.logprob, tokenizer),
+                "top_logprobs": [top_logprob(*pair, tokenizer) for pair in entry.top],
+            }
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def top_logprob(token: int, logprob: float, tokenizer: Tokenizer) -> TopLogprob:
+    """One token with its bytes: where it holds part of a character, only they tell the truth."""
+    return {
+        "token": tokenizer.token_text(token),
+        "bytes": list(tokenizer.token_bytes(token)),
+        "logprob": logprob,
+    }
+
+
+def prompt_logprobs(
+    entries: Sequence[TokenLogprobs | None], tokenizer: Tokenizer
+) -> PromptLogprobs:
+    """``prompt_logprobs``: a map from token ids for each prompt token, none for the first."""
+    return [None if entry is None else _prompt_logprob(entry, tokenizer) for entry in entries]
+
+
+def _prompt_logprob(entry: TokenLogprobs, tokenizer: Tokenizer) -> dict[str, PromptLogprob]:
+    ranked = {token: (logprob, rank) for rank, (token, logprob) in enumerate(entry.top, 1)}
+    ranked[entry.token] = (entry.logprob, entry.rank)
+    return {
+        str(token): {
+            "logprob": logprob,
+            "rank": rank,
+            "decoded_token": tokenizer.token_text(token),
+        }
+        for token, (logprob, rank) in ranked.items()
+    }
+
+
+class OffsetLogprobs:
+    """Builds completions' logprobs for one choice, piece by piece.
+
+    ``text_offset`` says where in the answer's text a token begins. Tokens are pieces of UTF-8, so
+    characters are counted by their leading bytes: a token that goes on with a character begins
+    where that character does.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], start: int = 0) -> None:
+        """``hidden`` ids take no room in the text; ``start`` is the first token's offset."""
+        self._tokenizer = tokenizer
+        self._hidden = hidden
+        self._offset = start
+
+    def add(
+        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]
+    ) -> CompletionLogprobs:
+        """The next tokens with their log-probabilities, side by side."""
+        return {
+            "tokens": [self._tokenizer.token_text(token) for token in tokens],
+            "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
+            "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
+            "text_offset": [self._place(token) for token in tokens],
+        }
+
+    def _top(self, entry: TokenLogprobs) -> dict[str, float]:
+        """Alternatives by text; where two share one, the likelier stands. The drawn one is in."""
+        top: dict[str, float] = {}
+        for token, logprob in (*entry.top, (entry.token, entry.logprob)):
+            top.setdefault(self._tokenizer.token_text(token), logprob)
+        return top
+
+    def _place(self, token: int) -> int:
+        data = b"" if token in self._hidden else self._tokenizer.token_bytes(token)
+        continues = bool(data) and _continues(data[0])
+        place = self._offset - continues
+        self._offset += num_characters(data)
+        return max(place, 0)
+
+
+def _continues(byte: int) -> bool:
+    """Whether a UTF-8 byte continues a character."""
+    return byte & 0xC0 == 0x80
+
+
+def num_characters(data: bytes) -> int:
+    """Characters that begin in these bytes of UTF-8."""
+    return sum(not _continues(byte) for byte in data)

@@ -1,0 +1,138 @@
+"""Around every request: its id, its log line, its time, and errors as OpenAI's JSON."""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any, TypeAlias
+from uuid import uuid4
+
+import orjson
+import structlog
+from aiohttp import web
+
+from ruvon.errors import BodyTooLargeError, QueueFullError, RequestError, UnavailableError
+from ruvon.server.events import error_answer
+from ruvon.server.state import STATE, State
+
+log = structlog.get_logger(__name__)
+
+Handler: TypeAlias = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+FACTS = web.RequestKey("facts", dict[str, Any])
+"""What a request's log line says of it, added to by its handler."""
+
+REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
+QUIET = frozenset({"/health", "/live", "/ready", "/metrics"})  # asked for all the time
+CLIENT_LEFT = 499  # how logs and metrics call it; nobody receives this status
+
+
+@web.middleware
+async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give the request an id, run its handler, turn errors into JSON, and say what happened."""
+    given = request.headers.get("X-Request-Id", "")
+    request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+    request[FACTS] = {"request_id": request_id}
+    started_at = time.monotonic()
+    status = CLIENT_LEFT
+    with structlog.contextvars.bound_contextvars(request_id=request_id):
+        try:
+            response = await _respond(request, handler)
+            status = response.status
+            return response
+        finally:
+            _report(request, status, time.monotonic() - started_at)
+
+
+async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
+    """Signal before a response's headers go out."""
+    if FACTS in http:
+        response.headers["X-Request-Id"] = http[FACTS]["request_id"]
+
+
+async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(http)
+    except Exception as error:
+        error = _as_ours(error, http)
+        if isinstance(error, QueueFullError):
+            _count_rejection(http.app[STATE])
+        if not isinstance(error, RequestError | UnavailableError):
+            log.error("request_failed", exc_info=error)
+        return error_response(error)
+
+
+def _as_ours(error: Exception, http: web.Request) -> Exception:
+    """aiohttp's errors as ours; others as they are."""
+    if isinstance(error, web.HTTPRequestEntityTooLarge):
+        limit = http.app[STATE].max_body_size
+        return BodyTooLargeError(f"The request body is larger than {limit} bytes.")
+    if isinstance(error, web.HTTPNotFound | web.HTTPMethodNotAllowed):
+        return UrlError(error, f"{http.method} {http.path[:100]}")
+    if isinstance(error, web.RequestPayloadError):
+        return RequestError("The request body could not be read.", None, "invalid_body")
+    return error
+
+
+class UrlError(RequestError):
+    """No such path, or not with this method."""
+
+    def __init__(self, error: web.HTTPNotFound | web.HTTPMethodNotAllowed, what: str) -> None:
+        super().__init__(f"Invalid URL ({what}).", None, "unknown_url")
+        self.status = error.status
+        self.headers: dict[str, str] = {}
+        if isinstance(error, web.HTTPMethodNotAllowed):
+            self.message = f"Method not allowed ({what})."
+            self.code = "method_not_allowed"
+            self.headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
+
+
+def error_response(error: Exception) -> web.Response:
+    """The one place where an error becomes a status, headers and JSON."""
+    headers: dict[str, str] = {}
+    status = 500
+    if isinstance(error, RequestError | UnavailableError):
+        status = error.status
+    if isinstance(error, UrlError):
+        headers = error.headers
+    if isinstance(error, UnavailableError) and error.retry_after is not None:
+        headers["Retry-After"] = str(math.ceil(error.retry_after))
+        headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after))
+    if status == 500:
+        headers["X-Should-Retry"] = "false"  # the OpenAI SDK would try twice more
+    return json_response(error_answer(error), status, headers)
+
+
+def json_response(
+    data: object, status: int = 200, headers: dict[str, str] | None = None
+) -> web.Response:
+    """``data`` as a JSON response."""
+    return web.Response(
+        body=orjson.dumps(data), status=status, content_type="application/json", headers=headers
+    )
+
+
+def _count_rejection(state: State) -> None:
+    if state.service is not None:
+        state.service.metrics.record_rejection("max_num_queued_reqs")
+
+
+def _report(http: web.Request, status: int, seconds: float) -> None:
+    """Metrics, and the request's log line."""
+    state = http.app[STATE]
+    resource = http.match_info.route.resource
+    route = "unknown" if resource is None else resource.canonical
+    state.http.record(route, http.method, str(status), seconds)
+    if not state.server.log_requests:
+        return
+    write = log.debug if route in QUIET else log.info
+    write(
+        "request",
+        method=http.method,
+        path=http.path[:200],
+        status=status,
+        ms=round(1000 * seconds, 1),
+        **{name: value for name, value in http[FACTS].items() if name != "request_id"},
+    )

@@ -1,0 +1,209 @@
+"""A request → jobs: prompts as ids, sampling as the engine takes it.
+
+Everything that can be wrong with a request is found here or in `schemas`, before the first byte of
+an answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any, TypeVar
+
+from ruvon.engine.types import Job, SamplingParams, TextOptions
+from ruvon.errors import ContextLengthError, RequestError
+from ruvon.server.schemas import (
+    ChatRequest,
+    CompletionRequest,
+    GenerationFields,
+    TemplateFields,
+)
+from ruvon.server.state import Service
+
+LONG = 4096  # characters; encoding more takes milliseconds, so it leaves the event loop's thread
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
+
+PASSED = (
+    "temperature", "top_p", "min_p", "typical_p", "repetition_penalty", "presence_penalty",
+    "frequency_penalty", "min_tokens", "ignore_eos", "seed",
+)  # fmt: skip
+"""Fields that mean the same in a request and in `SamplingParams`."""
+
+SERVED_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+"""Entries of a generation_config.json that change how tokens are drawn."""
+
+T = TypeVar("T")
+
+
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    """What a model's generation_config.json says about sampling; it applies where a request is
+    silent."""
+    return {name: generation[name] for name in SERVED_DEFAULTS if generation.get(name) is not None}
+
+
+async def prepare_completion(
+    request: CompletionRequest, service: Service, max_logprobs: int
+) -> list[Job]:
+    """A job for each prompt."""
+    special = request.add_special_tokens is not False
+    size = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
+    prompts = await aside(size, lambda: [_encode(p, special, service) for p in request.prompt])
+    max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
+    logprobs = request.logprobs
+    if logprobs is None and (request.best_of or 1) > (request.n or 1):
+        logprobs = 0  # to find the best
+    prompt_logprobs = request.prompt_logprobs
+    if request.echo and request.logprobs is not None:
+        prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
+    sampling = sampling_params(
+        request,
+        service,
+        max_tokens=max_tokens,
+        logprobs=bounded(logprobs, max_logprobs, "logprobs"),
+        prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
+    )
+    n = request.best_of or request.n or 1
+    return [_job(request, prompt, sampling, n, service, "prompt") for prompt in prompts]
+
+
+async def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> list[Job]:
+    """The one job of a chat."""
+    prompt = await encode_chat(request, service)
+    max_tokens = request.max_completion_tokens or request.max_tokens
+    sampling = sampling_params(
+        request,
+        service,
+        max_tokens=max_tokens,
+        logprobs=bounded(request.top_logprobs or 0, max_logprobs, "top_logprobs")
+        if request.logprobs
+        else None,
+        prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
+    )
+    return [_job(request, prompt, sampling, request.n or 1, service, "messages")]
+
+
+async def encode_chat(request: TemplateFields, service: Service) -> list[int]:
+    """Messages → the ids that the model reads, through its own chat template."""
+    messages = [message.for_template() for message in request.messages]
+    size = sum(len(message["content"]) for message in messages)
+    return await aside(
+        size,
+        lambda: service.chat.encode(
+            messages,
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=bool(request.continue_final_message),
+            kwargs=request.chat_template_kwargs,
+        ),
+    )
+
+
+async def aside(size: int, work: Callable[[], T]) -> T:
+    """Do ``work`` here if it is short, in a thread if its text is long."""
+    return work() if size <= LONG else await asyncio.to_thread(work)
+
+
+def _encode(prompt: str | list[int], special: bool, service: Service) -> list[int]:
+    """One prompt as ids. Nothing at all means: begin a document."""
+    if not isinstance(prompt, str):
+        return prompt
+    tokenizer = service.tokenizer
+    ids = tokenizer.encode(prompt, add_special_tokens=special)
+    start = tokenizer.bos_id
+    return ids or ([] if start is None else [start])
+
+
+def _job(
+    request: GenerationFields,
+    prompt: Sequence[int],
+    sampling: SamplingParams,
+    n: int,
+    service: Service,
+    param: str,
+) -> Job:
+    if not prompt:
+        raise RequestError("The prompt is empty.", param)
+    check_ids(prompt, service, param)
+    check_length(len(prompt), sampling.max_tokens, service.max_model_len, param)
+    return Job(
+        prompt=tuple(prompt),
+        sampling=sampling,
+        text=TextOptions(
+            stop=tuple(request.stop or ()),
+            include_stop=bool(request.include_stop_str_in_output),
+            skip_special_tokens=request.skip_special_tokens is not False,
+        ),
+        n=n,
+        priority=request.priority or 0,
+        cache_salt=request.cache_salt or "",
+    )
+
+
+def sampling_params(
+    request: GenerationFields,
+    service: Service,
+    *,
+    max_tokens: int | None,
+    logprobs: int | None,
+    prompt_logprobs: int | None,
+) -> SamplingParams:
+    """What the request says, over the model's defaults, over the engine's."""
+    given = {name: getattr(request, name) for name in PASSED}
+    if request.top_k is not None:
+        given["top_k"] = max(request.top_k, 0)  # -1 is another way to say off
+    values = dict(service.defaults) | {k: v for k, v in given.items() if v is not None}
+    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
+        raise RequestError(f"min_tokens must not exceed max_tokens, {max_tokens}.", "min_tokens")
+    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
+        check_ids(getattr(request, name) or (), service, name)
+    allowed = request.allowed_token_ids
+    return SamplingParams(
+        **values,
+        max_tokens=max_tokens,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
+        logit_bias=request.logit_bias or {},
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        allowed_token_ids=None if allowed is None else tuple(allowed),
+        bad_words=tuple(_spellings(request.bad_words or (), service)),
+    )
+
+
+def _spellings(words: Iterable[str], service: Service) -> Iterator[tuple[int, ...]]:
+    """The id sequences that spell each word: at a text's beginning, and after a space."""
+    for word in words:
+        for text in dict.fromkeys((word, " " + word.lstrip(" "))):
+            yield tuple(service.tokenizer.encode(text, add_special_tokens=False))
+
+
+def bounded(value: int | None, limit: int, name: str) -> int | None:
+    """``value``, or a `RequestError` if it is above the server's limit."""
+    if value is not None and value > limit:
+        raise RequestError(f"{name} must be at most {limit} on this server, not {value}.", name)
+    return value
+
+
+def check_ids(ids: Collection[int], service: Service, param: str) -> None:
+    """Raise for an id outside the vocabulary."""
+    size = service.loop.engine.vocab_size
+    if not ids or (min(ids) >= 0 and max(ids) < size):
+        return
+    stranger = next(token for token in ids if not 0 <= token < size)
+    raise RequestError(f"Token id {stranger} is not in the vocabulary of {size}.", param)
+
+
+def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
+    """Raise, in the words clients match on, if prompt and completion do not fit the context."""
+    start = f"This model's maximum context length is {limit} tokens. However, "
+    if max_tokens is None and num_prompt >= limit:
+        raise ContextLengthError(
+            f"{start}your {param} resulted in {num_prompt} tokens."
+            f" Please reduce the length of the {param}.",
+            param,
+        )
+    if max_tokens is not None and num_prompt + max_tokens > limit:
+        raise ContextLengthError(
+            f"{start}you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {param},"
+            f" {max_tokens} in the completion)."
+            f" Please reduce the length of the {param} or completion.",
+            param,
+        )

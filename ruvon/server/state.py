@@ -1,0 +1,82 @@
+"""What the handlers share: how far start-up is, and the model once it is there."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import structlog
+from aiohttp import web
+
+from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.loop import EngineLoop
+from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
+from ruvon.models.chat import ChatFormat
+from ruvon.models.tokenizer import Tokenizer
+from ruvon.telemetry import HttpMetrics, Metrics
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """A loaded model and all that answering needs of it."""
+
+    names: tuple[str, ...]  # the first is the name, the others are aliases
+    root: str  # what the model was loaded from
+    loop: EngineLoop
+    tokenizer: Tokenizer
+    chat: ChatFormat
+    metrics: Metrics
+    fingerprint: str  # changes when weights, kernels or version do
+    defaults: Mapping[str, float | int]  # sampling, from the model's generation_config.json
+    close: Callable[[], None]  # ends the runner's thread
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def max_model_len(self) -> int:
+        return self.loop.engine.max_model_len
+
+    def check_model(self, name: str | None) -> None:
+        """Raise for a name that is not served; no name means the model there is."""
+        if name is not None and name not in self.names:
+            raise ModelNotFoundError(f"The model '{name[:100]}' does not exist.", "model")
+
+
+@dataclass(slots=True)
+class State:
+    """The server's life: loading, ready, draining, or failed."""
+
+    engine: EngineConfig
+    server: ServerConfig
+    max_body_size: int
+    http: HttpMetrics = field(default_factory=HttpMetrics)
+    phase: str = "starting"
+    share: float = 0.0  # done of the phase, 0 to 1
+    service: Service | None = None
+    draining: bool = False
+    failure: BaseException | None = None  # why loading failed
+    ended: asyncio.Event = field(default_factory=asyncio.Event)  # nothing left to serve
+
+    def progress(self, phase: str, share: float) -> None:
+        """The `Progress` of start-up; called from the loading thread."""
+        if phase != self.phase:
+            log.info("loading", phase=phase)
+        self.phase, self.share = phase, share
+
+    def ready(self) -> Service:
+        """The service; raises `NotReadyError` or `EngineDeadError` when it cannot take requests."""
+        if self.draining:
+            raise NotReadyError("The server is shutting down.", retry_after=5.0)
+        if self.service is None:
+            raise NotReadyError(
+                f"The model is still loading ({self.phase}, {self.share:.0%}).", retry_after=2.0
+            )
+        if self.service.loop.dead is not None:
+            raise EngineDeadError("The engine has failed; the log says why.")
+        return self.service
+
+
+STATE = web.AppKey("state", State)
