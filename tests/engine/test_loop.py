@@ -1,0 +1,387 @@
+"""The one task and its streams: waking, leaving, dying, draining."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import aclosing, asynccontextmanager
+
+import pytest
+from fakes import FakeMetrics, FakeRunner
+
+from ruvon.engine.loop import EngineLoop
+from ruvon.engine.types import Job, SamplingParams
+from ruvon.errors import ContextLengthError, EngineDeadError, NotReadyError, QueueFullError
+
+LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+
+
+class Clock:
+    """Time that moves when told to."""
+
+    def __init__(self):
+        self.now = 100.0
+
+    def __call__(self):
+        return self.now
+
+
+@pytest.fixture
+def running(make_engine):
+    """A running loop over a `FakeRunner`; checks that nothing is left behind."""
+
+    @asynccontextmanager
+    async def start(runner=None, *, by_hand=False, **config):
+        runner = runner or FakeRunner(16, by_hand=by_hand)
+        loop = EngineLoop(make_engine(runner, **config), FakeMetrics(), Clock())
+        loop.start()
+        yield loop, runner
+        stopping = asyncio.create_task(loop.stop(0))
+        while not stopping.done():
+            await turn(runner if by_hand else None)
+        await stopping
+        assert loop._tickets == {}
+        if loop.dead is None:
+            assert_clean(loop)
+
+    return start
+
+
+def assert_clean(loop):
+    scheduler = loop.engine._scheduler
+    assert not scheduler._sequences
+    scheduler.pool.check([])
+
+
+async def turn(runner=None):
+    """Let everyone react; with a runner, also finish the step in flight."""
+    await settle()
+    if runner is not None and runner._held:
+        runner.finish_step()
+        await settle()
+
+
+async def settle():
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+async def read(stream):
+    return [emission async for news in stream for emission in news]
+
+
+def tokens(emissions, index=0):
+    return [token for e in emissions if e.index == index for token in e.tokens]
+
+
+async def test_a_stream_ends_with_its_last_sequence(running):
+    async with running() as (loop, _):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=5), n=2)])
+        emissions = await read(stream)
+        assert len(tokens(emissions, 0)) == len(tokens(emissions, 1)) == 5
+        assert [e.finish for e in emissions if e.finish] == ["length", "length"]
+        assert await read(stream) == []
+
+
+async def test_indices_count_over_all_jobs(running):
+    async with running() as (loop, _):
+        job = Job((97,), SamplingParams(max_tokens=1), n=2)
+        emissions = await read(loop.generate([job, job]))
+        assert sorted(e.index for e in emissions) == [0, 1, 2, 3]
+
+
+async def test_no_jobs_no_news(running):
+    async with running() as (loop, _):
+        assert await read(loop.generate([])) == []
+
+
+async def test_all_jobs_are_queued_or_none(running):
+    async with running(by_hand=True) as (loop, runner):
+        with pytest.raises(ContextLengthError):
+            loop.generate([Job((97,)), Job((97,) * 10_000)])
+        with pytest.raises(QueueFullError):
+            loop.generate([Job((97,))] * 2000)
+        await turn(runner)
+        assert runner.plans == []
+        assert_clean(loop)
+
+
+async def test_a_slow_reader_gets_everything_at_once_and_stalls_nobody(running):
+    async with running(by_hand=True) as (loop, runner):
+        slow = loop.generate([Job((97, 98), LONG)])
+        fast = loop.generate([Job((99, 98), LONG)])
+        first = asyncio.create_task(anext(slow))
+        await turn(runner)
+        assert len((await first)[0].tokens) == 1
+        for _ in range(30):
+            await turn(runner)
+            await anext(fast)
+        news = await anext(slow)
+        assert len(tokens(news)) == 30
+        await slow.aclose()
+        await fast.aclose()
+
+
+async def test_a_reader_wakes_once_a_step_however_many_sequences_it_has(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), LONG, n=8)])
+        await turn()
+        reading = asyncio.create_task(anext(stream))
+        await turn(runner)
+        assert len(await reading) == 8
+        await stream.aclose()
+
+
+async def test_a_reader_that_gave_up_waiting_loses_nothing(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=2))])
+        await turn()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(anext(stream), 0)
+        waiting = asyncio.create_task(anext(stream))
+        await turn()
+        waiting.cancel()
+        await turn(runner)
+        await turn(runner)
+        assert len(tokens(await read(stream))) == 2
+
+
+async def test_the_event_loop_turns_while_a_step_runs(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=1))])
+        for _ in range(100):
+            await turn()
+        assert len(runner.plans) == 1
+        await turn(runner)
+        assert len(await read(stream)) == 1
+
+
+# -------------------------------------------------------------------- leaving
+
+
+async def test_leaving_while_waiting(running):
+    async with running(by_hand=True, max_num_seqs=1) as (loop, runner):
+        stays, leaves = (loop.generate([Job((97,), LONG)]) for _ in range(2))
+        await turn(runner)
+        await leaves.aclose()
+        assert len(loop._tickets) == 1
+        await stays.aclose()
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
+async def test_leaving_in_flight_frees_the_blocks_with_that_step(running, num_steps):
+    """A prompt of three chunks: aborted in each of them, and while decoding."""
+    async with running(by_hand=True, max_num_batched_tokens=64) as (loop, runner):
+        pool = loop.engine._scheduler.pool
+        async with aclosing(loop.generate([Job(tuple(range(150)), LONG)])):
+            await turn()
+            for _ in range(num_steps):
+                await turn(runner)
+        assert pool.num_free < pool.num_blocks
+        await turn(runner)
+        assert pool.num_free == pool.num_blocks
+        assert_clean(loop)
+        num_plans = len(runner.plans)
+        await turn()
+        assert len(runner.plans) == num_plans == num_steps + 1
+
+
+async def test_blocks_in_flight_are_not_given_to_the_next_request(running):
+    """`FakeRunner` would find another's tokens in the cache."""
+    async with running(by_hand=True, num_blocks=4, max_model_len=64) as (loop, runner):
+        gone = loop.generate([Job((97,) * 40, SamplingParams(max_tokens=10))])
+        await turn()
+        await gone.aclose()
+        stream = loop.generate([Job((98,) * 40, SamplingParams(max_tokens=3))])
+        while loop._tickets:
+            await turn(runner)
+        assert len(tokens(await read(stream))) == 3
+
+
+async def test_leaving_twice_or_after_the_end_is_nothing(running):
+    async with running() as (loop, _):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=1))])
+        await read(stream)
+        await stream.aclose()
+        await stream.aclose()
+        (finished,) = loop._metrics.all("finished")
+        assert finished["reason"] == "length"
+
+
+async def test_leaving_ends_a_reader_that_still_waits(running):
+    async with running(by_hand=True) as (loop, _):
+        stream = loop.generate([Job((97,), LONG)])
+        reading = asyncio.create_task(read(stream))
+        await turn()
+        await stream.aclose()
+        assert await reading == []
+
+
+async def test_a_thousand_come_and_go_and_leave_nothing(running):
+    async with running(max_num_seqs=8, num_blocks=64, max_num_queued_reqs=2000) as (loop, _):
+
+        async def visit(number):
+            prompt = (97 + number % 7,) * (1 + number % 50)
+            async with aclosing(loop.generate([Job(prompt, LONG, n=1 + number % 3)])) as stream:
+                if number % 5:
+                    await anext(stream)
+
+        async def visits(numbers):
+            for number in numbers:
+                await visit(number)
+
+        await asyncio.gather(*(visits(range(start, 1000, 50)) for start in range(50)))
+        await turn()
+        assert loop._tickets == {}
+        assert_clean(loop)
+        assert len(loop.engine._scheduler.waiting._heap) < 100
+        assert {c["reason"] for c in loop._metrics.all("finished")} == {"abort"}
+
+
+# -------------------------------------------------------------------- dying
+
+
+async def test_a_failed_step_ends_every_stream_and_readiness(running):
+    async with running(by_hand=True) as (loop, runner):
+        one = loop.generate([Job((97,), LONG)])
+        await turn(runner)
+        two = loop.generate([Job((98,), LONG)])
+        runner.broken = RuntimeError("the device is gone")
+        reading = asyncio.create_task(read(two))
+        await turn(runner)
+        with pytest.raises(EngineDeadError, match="the device is gone"):
+            await reading
+        assert len(await anext(one)) == 1  # what had arrived is not lost
+        with pytest.raises(EngineDeadError):
+            await anext(one)
+        assert not loop.ready
+        assert isinstance(loop.dead, RuntimeError)
+        with pytest.raises(EngineDeadError):
+            loop.generate([Job((97,))])
+        await one.aclose()
+        await two.aclose()
+
+
+async def test_an_error_of_one_sequence_is_its_own(running):
+    async with running(by_hand=True) as (loop, runner):
+        bad, good = (loop.generate([Job((97 + k,), SamplingParams(max_tokens=2))]) for k in (0, 1))
+        runner.errors = {0: "its logits are not numbers"}
+        await turn()
+        await turn(runner)
+        (emission,) = await anext(bad)
+        assert (emission.finish, emission.error) == ("error", "its logits are not numbers")
+        await turn(runner)
+        assert len(tokens(await read(good))) == 2
+
+
+# -------------------------------------------------------------------- starting and stopping
+
+
+async def test_before_the_start_nothing_is_taken(make_engine):
+    loop = EngineLoop(make_engine(), FakeMetrics())
+    assert not loop.ready
+    with pytest.raises(NotReadyError):
+        loop.generate([Job((97,))])
+    await loop.stop(0)
+
+
+async def test_stopping_waits_for_what_runs_and_takes_no_more(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=3))])
+        assert loop.ready
+        stopping = asyncio.create_task(loop.stop(3600))
+        await turn()
+        assert not loop.ready
+        with pytest.raises(NotReadyError):
+            loop.generate([Job((97,))])
+        for _ in range(3):
+            assert not stopping.done()
+            await turn(runner)
+        await stopping
+        assert [e.finish for e in await read(stream)] == [None, None, "length"]
+
+
+async def test_stopping_aborts_what_takes_too_long(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), LONG, n=2)])
+        await turn(runner)
+        await turn()
+        stopping = asyncio.create_task(loop.stop(0))
+        while not stopping.done():
+            await turn(runner)
+        emissions = await read(stream)
+        assert [e.finish for e in emissions if e.finish] == ["abort", "abort"]
+        assert {e.index for e in emissions if e.finish} == {0, 1}
+
+
+async def test_stopping_an_idle_loop(running):
+    async with running() as (loop, _):
+        await turn()
+        await loop.stop(3600)
+        assert loop._task.done()
+
+
+async def test_progress_can_be_watched(running):
+    async with running(by_hand=True) as (loop, runner):
+        clock = loop._clock
+        await turn()
+        clock.now += 50
+        assert loop.stalled_for == 0
+        stream = loop.generate([Job((97,), LONG)])
+        assert loop.stalled_for == 0
+        await turn()
+        clock.now += 7
+        assert loop.stalled_for == 7
+        await turn(runner)
+        assert loop.stalled_for == 0
+        await stream.aclose()
+
+
+# -------------------------------------------------------------------- metrics
+
+
+async def test_what_is_recorded_of_a_request(running):
+    async with running(by_hand=True) as (loop, runner):
+        clock = loop._clock
+        job = Job((97,) * 20, SamplingParams(max_tokens=3))
+        stream = loop.generate([job])
+        clock.now += 1
+        await turn()
+        for _ in range(3):
+            clock.now += 2
+            await turn(runner)
+        await read(stream)
+        metrics = loop._metrics
+        assert metrics.all("first_token") == [{"seconds": 3}]
+        assert metrics.all("inter_token") == [{"seconds": 2}] * 2
+        assert metrics.all("finished") == [
+            {
+                "reason": "length",
+                "num_prompt": 20,
+                "num_output": 3,
+                "num_cached": 0,
+                "max_tokens": 3,
+                "n": 1,
+                "queue": 1,
+                "prefill": 2,
+                "decode": 4,
+                "total": 7,
+            }
+        ]
+        steps = metrics.all("step")
+        assert [step["num_tokens"] for step in steps] == [20, 1, 1]
+        assert [step["num_running"] for step in steps] == [1, 1, 0]
+        assert steps[0]["kv_usage"] == 2 / 64
+        assert steps[-1]["kv_usage"] == 0
+        assert steps[0]["num_queried"] == 20
+
+
+async def test_what_is_recorded_of_one_that_left_the_queue(running):
+    async with running(by_hand=True, max_num_seqs=1) as (loop, runner):
+        stays, leaves = (loop.generate([Job((97,), LONG)]) for _ in range(2))
+        await turn(runner)
+        loop._clock.now += 4
+        await leaves.aclose()
+        (finished,) = loop._metrics.all("finished")
+        assert finished["reason"] == "abort"
+        assert (finished["queue"], finished["prefill"], finished["decode"]) == (4, 0, 0)
+        await stays.aclose()

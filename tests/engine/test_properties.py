@@ -1,0 +1,248 @@
+"""The property of this project: whatever the policy, the chunking, the cache pressure or what
+else is running, a request gets the same tokens; and in the end every block is free."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass, replace
+
+import pytest
+from fakes import ByteTokenizer, FakeRunner, last_three
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ruvon.config import EngineConfig
+from ruvon.engine.engine import Engine
+from ruvon.engine.types import Job, SamplingParams
+
+ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
+MAX_MODEL_LEN = 60
+
+
+def stop_ids(job: Job) -> set[int]:
+    return {*job.sampling.stop_token_ids} | (
+        set() if job.sampling.ignore_eos else {*ByteTokenizer.eos_ids}
+    )
+
+
+def expected(job: Job, seed: int) -> list[int]:
+    """What a request must emit, from the definition alone."""
+    tokens, wanted = list(job.prompt), job.sampling
+    room = MAX_MODEL_LEN - len(tokens)
+    most = room if wanted.max_tokens is None else wanted.max_tokens
+    output: list[int] = []
+    while len(output) < most:
+        drawn = last_three(tokens, seed if wanted.temperature > 0 else 0)
+        output.append(ALPHABET[drawn % len(ALPHABET)])
+        tokens.append(output[-1])
+        if output[-1] in stop_ids(job):
+            break
+    return output
+
+
+@dataclass
+class Arrival:
+    """A job, the step before which it arrives, and the step before which it is aborted."""
+
+    job: Job
+    at: int
+    aborted_at: int | None = None
+
+
+class Run:
+    """One engine fed with arrivals, its invariants checked after every step."""
+
+    def __init__(self, arrivals: list[Arrival], num_blocks: int, config: EngineConfig) -> None:
+        self.engine = Engine(
+            FakeRunner(config.block_size, ALPHABET, by_hand=True),
+            config,
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=num_blocks,
+            vocab_size=ByteTokenizer.vocab_size,
+            eos_token_ids=ByteTokenizer.eos_ids,
+        )
+        self.arrivals = arrivals
+        self.ids: dict[int, list[int]] = {}
+        self.outputs: dict[int, list[int]] = {}
+        self.finished: dict[int, str] = {}
+        self.step = 0
+
+    def go(self, most_steps: int = 20_000) -> Run:
+        while self.engine.has_work or self.step <= max((a.at for a in self.arrivals), default=0):
+            assert self.step < most_steps, "no end in sight"
+            self._arrive()
+            self._abort(self.step)
+            self._step()
+            self.step += 1
+        return self
+
+    def _arrive(self) -> None:
+        for number, arrival in enumerate(self.arrivals):
+            if arrival.at == self.step:
+                self.ids[number] = self.engine.add(arrival.job, 0.0)
+                self.outputs |= {seq_id: [] for seq_id in self.ids[number]}
+
+    def _abort(self, moment: float) -> None:
+        for number, arrival in enumerate(self.arrivals):
+            if arrival.aborted_at == moment and number in self.ids:
+                self.engine.abort(self.ids[number])
+
+    def _step(self) -> None:
+        pending = self.engine.launch(0.0)
+        if pending is None:
+            return
+        plan = pending.plan
+        limit = self.engine.config.max_num_batched_tokens
+        assert plan.num_tokens > 0
+        assert plan.num_tokens <= limit or (
+            not self.engine.config.enable_chunked_prefill and len(plan.chunks) == 1
+        )
+        assert len(plan.chunks) <= self.engine.config.max_num_seqs
+        self._abort(self.step + 0.5)  # in flight
+        self.engine._runner.finish_step()
+        for emission in self.engine.collect(pending, 0.0):
+            assert emission.seq_id not in self.finished
+            self.outputs[emission.seq_id] += emission.tokens
+            if emission.finish:
+                self.finished[emission.seq_id] = emission.finish
+        check(self.engine)
+
+
+def check(engine: Engine) -> None:
+    scheduler = engine._scheduler
+    tables = [seq.blocks for seq in scheduler._sequences.values()]
+    scheduler.pool.check(tables)
+    assert list(scheduler.running) == [
+        seq.id for seq in sorted(scheduler.running.values(), key=scheduler.limits.order)
+    ]
+    assert scheduler._num_holding == sum(1 for table in tables if table)
+    for seq in scheduler._sequences.values():
+        assert len(seq.blocks) <= scheduler.pool.blocks_for(len(seq.tokens))
+        assert seq.num_published <= len(seq.blocks)
+        assert (seq.id in scheduler.running) != (seq in scheduler.waiting)
+    for key, owner in scheduler._computing.items():
+        seq = scheduler.running[owner]
+        assert key in seq.keys[seq.num_published :]
+
+
+def verify(run: Run) -> None:
+    """Every sequence emitted what it must, or a beginning of it if it was aborted."""
+    for number, arrival in enumerate(run.arrivals):
+        seeds = run.engine._seeds(arrival.job)
+        for seq_id in run.ids[number]:
+            want = expected(arrival.job, next(seeds))
+            got = run.outputs[seq_id]
+            if seq_id in run.finished:
+                assert got == want
+                stopped = bool(got) and got[-1] in stop_ids(arrival.job)
+                assert run.finished[seq_id] == ("stop" if stopped else "length")
+            else:
+                assert arrival.aborted_at is not None
+                assert got == want[: len(got)]
+    scheduler = run.engine._scheduler
+    assert scheduler.pool.num_free == scheduler.pool.num_blocks
+    assert not scheduler._sequences
+    assert not scheduler._computing
+
+
+@st.composite
+def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
+    """Jobs that share prefixes often: prompts are cut from two long texts."""
+    texts = [[97 + (i * i + t) % 11 for i in range(50)] for t in range(2)]
+    items = []
+    for _ in range(draw(st.integers(1, most))):
+        text, length = draw(st.sampled_from(texts)), draw(st.integers(1, 45))
+        tail = draw(st.lists(st.integers(97, 99), max_size=4))
+        prompt = tuple(text[:length] + tail)
+        sampling = SamplingParams(
+            max_tokens=draw(st.none() | st.integers(0, MAX_MODEL_LEN - len(prompt))),
+            temperature=draw(st.sampled_from([0.0, 1.0])),
+            stop_token_ids=draw(st.sampled_from([(), (), (100,)])),
+            seed=draw(st.integers(0, 2**40)),
+            prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
+            ignore_eos=draw(st.booleans()),
+        )
+        job = Job(
+            prompt,
+            sampling,
+            n=draw(st.sampled_from([1, 1, 2, 5])),
+            priority=draw(st.integers(0, 2)),
+            cache_salt=draw(st.sampled_from(["", "", "salt"])),
+        )
+        at = draw(st.integers(0, 12))
+        aborted = draw(st.none() | st.integers(2 * at, 2 * at + 40).map(lambda half: half / 2))
+        items.append(Arrival(job, at, aborted))
+    return items
+
+
+@st.composite
+def worlds(draw: st.DrawFn) -> tuple[EngineConfig, int]:
+    block_size = draw(st.sampled_from([1, 2, 4, 16]))
+    budget = draw(st.sampled_from([1, 3, 8, 20, 512]))
+    config = EngineConfig(
+        block_size=block_size,
+        max_num_seqs=draw(st.integers(1, min(budget, 8))),
+        max_num_batched_tokens=budget,
+        batching=draw(st.sampled_from(["sequential", "static", "continuous"])),
+        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        enable_prefix_caching=draw(st.booleans()),
+        enable_chunked_prefill=draw(st.booleans()),
+    )
+    fewest = -(-MAX_MODEL_LEN // block_size)
+    return config, fewest + draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
+
+
+@settings(max_examples=150, deadline=None)
+@given(arrivals(), worlds())
+def test_same_tokens_whatever_the_schedule(load, world):
+    config, num_blocks = world
+    verify(Run(load, num_blocks, config).go())
+
+
+def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arrival]:
+    system = [rng.randrange(97, 108) for _ in range(24)]
+    load = []
+    for _ in range(num_jobs):
+        own = [rng.randrange(97, 108) for _ in range(rng.randrange(1, 16))]
+        prompt = tuple(rng.choice([[], system[:12], system]) + own)
+        sampling = SamplingParams(
+            max_tokens=rng.choice([None, rng.randrange(0, 20)]),
+            temperature=float(rng.random() < 0.5),
+            seed=rng.randrange(2**50),
+            ignore_eos=rng.random() < 0.7,
+        )
+        job = Job(prompt, sampling, n=rng.choice([1, 1, 1, 3]), priority=rng.randrange(3))
+        at = rng.randrange(num_steps)
+        aborted = at + rng.randrange(60) / 2 if rng.random() < 0.3 else None
+        load.append(Arrival(job, at, aborted))
+    return load
+
+
+@pytest.mark.parametrize("policy", ["fcfs", "priority"])
+def test_a_long_run_under_pressure(policy):
+    """Several hundred jobs through a cache that holds two or three: preemption all the time."""
+    load = mixed_load(random.Random(7), num_jobs=400, num_steps=150)
+    config = EngineConfig(
+        block_size=4,
+        max_num_seqs=16,
+        max_num_batched_tokens=24,
+        scheduling_policy=policy,
+        max_num_queued_reqs=10_000,
+    )
+    run = Run(load, 20, config).go()
+    verify(run)
+    counters = run.engine._scheduler.counters
+    assert counters.preempted > 100
+    assert counters.cached > 1000
+
+
+def test_policies_differ_in_steps_only():
+    load = mixed_load(random.Random(1), num_jobs=40, num_steps=1)
+    load = [replace(arrival, aborted_at=None) for arrival in load]
+    steps = {}
+    for batching in ("sequential", "static", "continuous"):
+        config = EngineConfig(block_size=4, max_num_seqs=8, batching=batching)
+        run = Run(load, 400, config).go()
+        verify(run)
+        steps[batching] = run.step
+    assert steps["continuous"] < steps["static"] < steps["sequential"]

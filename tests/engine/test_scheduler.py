@@ -1,0 +1,403 @@
+"""One step at a time: what is planned, and what a result does."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import fake_logprobs
+
+from ruvon.engine.blocks import BlockPool
+from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.scheduler import Limits, Scheduler
+from ruvon.engine.types import SamplingParams, Sequence, StepResult
+
+EOS = 2
+
+
+def make(num_blocks=64, block_size=4, *, order="fcfs", policy="continuous", **limits):
+    limits = {"max_seqs": 8, "max_tokens": 32} | limits
+    return Scheduler(
+        BlockPool(num_blocks, block_size),
+        Limits(policy=POLICIES[policy], order=ORDERS[order], **limits),
+        [EOS],
+    )
+
+
+def sequence(id, tokens, max_tokens=8, *, priority=0, **sampling):
+    wants = sampling.get("prompt_logprobs") is not None
+    return Sequence(
+        id=id,
+        index=0,
+        sampling=SamplingParams(**sampling),
+        tokens=list(tokens),
+        num_prompt=len(tokens),
+        max_tokens=max_tokens,
+        seed=0,
+        priority=priority,
+        prompt_logprobs=[None] if wants else None,
+    )
+
+
+def result(plan, token=9, **fields):
+    return StepResult(
+        tokens=((token,),) * len(plan.rows), logprobs=(None,) * len(plan.rows), **fields
+    )
+
+
+def step(scheduler, token=9):
+    """Plan and commit one step: the shares it had by sequence, and its emissions."""
+    plan = scheduler.schedule()
+    shares = {chunk.seq_id: len(chunk.tokens) for chunk in plan.chunks}
+    return shares, scheduler.commit(plan, result(plan, token))
+
+
+def run_out(scheduler, most=200):
+    emissions = []
+    while scheduler.has_work:
+        most -= 1
+        assert most, "no end in sight"
+        emissions += step(scheduler)[1]
+    return emissions
+
+
+# -------------------------------------------------------------------- the budget
+
+
+def test_a_prompt_then_one_token_a_step():
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 20), max_tokens=2))
+    plan = scheduler.schedule()
+    (chunk,), (row,) = plan.chunks, plan.rows
+    assert chunk.tokens == tuple(range(10, 20))
+    assert (chunk.start, chunk.samples, len(chunk.blocks)) == (0, True, 3)
+    assert (row.history, row.num_prompt) == (list(range(10, 20)), 10)
+    (emission,) = scheduler.commit(plan, result(plan))
+    assert (emission.tokens, emission.finish) == ((9,), None)
+    plan = scheduler.schedule()
+    assert (plan.chunks[0].tokens, plan.chunks[0].start) == ((9,), 10)
+    (emission,) = scheduler.commit(plan, result(plan))
+    assert emission.finish == "length"
+    assert not scheduler.has_work
+    scheduler.pool.check([])
+
+
+def test_a_long_prompt_is_computed_in_chunks_and_draws_after_the_last():
+    scheduler = make(max_tokens=8)
+    scheduler.add(sequence(0, range(20, 39)))
+    plans = []
+    for _ in range(3):
+        plans.append(scheduler.schedule())
+        scheduler.commit(plans[-1], result(plans[-1]))
+    assert [(p.chunks[0].start, len(p.chunks[0].tokens)) for p in plans] == [
+        (0, 8),
+        (8, 8),
+        (16, 3),
+    ]
+    assert [p.chunks[0].samples for p in plans] == [False, False, True]
+
+
+def test_running_tokens_go_before_prompts():
+    scheduler = make(max_tokens=8)
+    scheduler.add(sequence(0, [5, 6]))
+    scheduler.add(sequence(1, [7, 8]))
+    step(scheduler)
+    scheduler.add(sequence(2, range(10, 30)))
+    scheduler.add(sequence(3, range(30, 50)))
+    assert step(scheduler)[0] == {0: 1, 1: 1, 2: 6}
+    assert step(scheduler)[0] == {0: 1, 1: 1, 2: 6}
+    assert step(scheduler)[0] == {0: 1, 1: 1, 2: 6}
+    assert step(scheduler)[0] == {0: 1, 1: 1, 2: 2, 3: 4}
+
+
+def test_without_chunking_a_prompt_waits_for_a_step_that_holds_it():
+    scheduler = make(max_tokens=8, chunked=False)
+    scheduler.add(sequence(0, range(10, 16)))
+    scheduler.add(sequence(1, range(20, 26)))
+    assert step(scheduler)[0] == {0: 6}
+    assert step(scheduler)[0] == {0: 1, 1: 6}
+
+
+def test_without_chunking_a_prompt_over_the_budget_gets_a_step_alone():
+    scheduler = make(max_tokens=8, chunked=False)
+    scheduler.add(sequence(0, [5]))
+    step(scheduler)
+    scheduler.add(sequence(1, range(20, 40)))
+    scheduler.add(sequence(2, range(40, 48)))  # fits the budget, but not beside the others
+    assert step(scheduler)[0] == {1: 20}
+    assert step(scheduler)[0] == {2: 8}
+    assert step(scheduler)[0] == {0: 1, 1: 1, 2: 1}
+
+
+def test_no_more_run_than_allowed():
+    scheduler = make(max_seqs=2)
+    for id in range(3):
+        scheduler.add(sequence(id, [5 + id], max_tokens=2))
+    assert step(scheduler)[0] == {0: 1, 1: 1}
+    assert len(scheduler.waiting) == 1
+    step(scheduler)
+    assert step(scheduler)[0] == {2: 1}
+
+
+def test_static_batches_form_whole_even_if_the_budget_does_not_hold_their_prompts():
+    scheduler = make(max_seqs=2, max_tokens=8, policy="static")
+    for id in range(4):
+        scheduler.add(sequence(id, range(10 * id, 10 * id + 8), max_tokens=2))
+    shares = [step(scheduler)[0] for _ in range(4)]
+    assert shares == [{0: 8}, {0: 1, 1: 7}, {1: 1}, {1: 1}]
+    assert step(scheduler)[0] == {2: 8}
+
+
+def test_priority_orders_the_queue_and_the_budget():
+    scheduler = make(max_seqs=2, max_tokens=4, order="priority")
+    scheduler.add(sequence(0, range(10, 18), priority=5))
+    scheduler.add(sequence(1, range(20, 28), priority=5))
+    scheduler.add(sequence(2, range(30, 38), priority=1))
+    assert step(scheduler)[0] == {2: 4}
+    assert list(scheduler.running) == [2, 0]
+
+
+# -------------------------------------------------------------------- the prefix cache
+
+
+def test_a_later_sequence_finds_the_prefix_but_computes_the_last_token():
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 18), max_tokens=1))
+    step(scheduler)
+    scheduler.add(sequence(1, range(10, 18), max_tokens=1))
+    plan = scheduler.schedule()
+    assert (plan.chunks[0].start, plan.chunks[0].tokens) == (4, (14, 15, 16, 17))
+    (emission,) = scheduler.commit(plan, result(plan))
+    assert emission.num_cached == 4
+    assert (scheduler.counters.cached, scheduler.counters.queried) == (4, 16)
+
+
+def test_generated_tokens_are_found_too():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6, 7], max_tokens=6))
+    run_out(scheduler)
+    scheduler.add(sequence(1, [5, 6, 7, 9, 9, 9, 9, 9, 1]))
+    assert step(scheduler)[0] == {1: 1}
+
+
+def test_siblings_wait_for_the_first_to_compute_their_prompt():
+    scheduler = make(max_tokens=8)
+    for id in range(3):
+        scheduler.add(sequence(id, range(10, 24)))
+    assert step(scheduler)[0] == {0: 8}
+    assert len(scheduler.running) == 3
+    assert step(scheduler)[0] == {0: 6}
+    assert step(scheduler)[0] == {0: 1, 1: 2, 2: 2}
+    first, second, third = scheduler.running.values()
+    assert first.blocks[:3] == second.blocks[:3] == third.blocks[:3]
+    assert len({first.blocks[3], second.blocks[3], third.blocks[3]}) == 3
+
+
+def test_those_who_wait_do_not_hold_up_others():
+    scheduler = make(max_tokens=8)
+    scheduler.add(sequence(0, range(10, 16)))
+    scheduler.add(sequence(1, range(10, 16)))
+    scheduler.add(sequence(2, [5]))
+    assert step(scheduler)[0] == {0: 6, 2: 1}
+
+
+@pytest.mark.parametrize("end", ["abort", "error"])
+def test_those_who_wait_compute_the_prompt_if_the_first_goes_away(end):
+    scheduler = make(max_tokens=8)
+    scheduler.add(sequence(0, range(10, 24)))
+    scheduler.add(sequence(1, range(10, 24)))
+    plan = scheduler.schedule()
+    if end == "abort":
+        scheduler.abort(0)
+        scheduler.commit(plan, result(plan))
+        assert step(scheduler)[0] == {1: 8}
+    else:
+        scheduler.commit(plan, result(plan, errors={0: "broken"}))
+        assert step(scheduler)[0] == {1: 8}
+
+
+def test_without_caching_nothing_is_shared_and_nobody_waits():
+    scheduler = make(caching=False)
+    scheduler.add(sequence(0, range(10, 18)))
+    scheduler.add(sequence(1, range(10, 18)))
+    assert step(scheduler)[0] == {0: 8, 1: 8}
+    assert scheduler.counters.queried == 0
+
+
+# -------------------------------------------------------------------- pressure
+
+
+def test_the_latest_is_preempted_and_comes_back():
+    scheduler = make(num_blocks=5, block_size=2)
+    old, new = sequence(0, [5, 6], max_tokens=6), sequence(1, [7, 8], max_tokens=6)
+    scheduler.add(old)
+    scheduler.add(new)
+    while not scheduler.counters.preempted:
+        step(scheduler)
+    assert list(scheduler.running) == [0]
+    assert new.num_preempted == 1
+    assert new in scheduler.waiting
+    assert new.blocks == []
+    emissions = run_out(scheduler)
+    assert [e.seq_id for e in emissions if e.finish] == [0, 1]
+    assert (old.num_output, new.num_output) == (6, 6)
+    scheduler.pool.check([])
+
+
+def test_the_least_important_is_preempted_even_if_it_came_first():
+    scheduler = make(num_blocks=5, block_size=2, order="priority")
+    scheduler.add(sequence(0, [5, 6], max_tokens=6, priority=1))
+    scheduler.add(sequence(1, [7, 8], max_tokens=6, priority=0))
+    while not scheduler.counters.preempted:
+        step(scheduler)
+    assert list(scheduler.running) == [1]
+
+
+def test_a_newcomer_waits_until_the_running_ones_have_a_block_to_grow_into():
+    scheduler = make(num_blocks=4, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=6))
+    scheduler.add(sequence(1, [7, 8, 9, 10, 11], max_tokens=3))
+    assert step(scheduler)[0] == {0: 2}
+    assert scheduler.pool.num_free == 3  # enough for its prompt, but the other grows first
+    assert list(scheduler.running) == [0]
+    assert len(run_out(scheduler)) == 5 + 3
+    assert scheduler.counters.preempted == 0
+
+
+def test_a_sequence_that_could_never_fit_is_refused():
+    scheduler = make(num_blocks=2, block_size=4)
+    with pytest.raises(AssertionError):
+        scheduler.add(sequence(0, range(10), max_tokens=8))
+
+
+# -------------------------------------------------------------------- finishing
+
+
+@pytest.mark.parametrize(
+    ("sampling", "tokens", "finish", "stop_token"),
+    [
+        ({}, [9, EOS], "stop", EOS),
+        ({"ignore_eos": True}, [9, EOS, 9], "length", None),
+        ({"stop_token_ids": (7,)}, [9, 7], "stop", 7),
+        ({"stop_token_ids": (7,), "ignore_eos": True}, [EOS, 7], "stop", 7),
+    ],
+)
+def test_reasons_to_finish(sampling, tokens, finish, stop_token):
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6], max_tokens=3, **sampling))
+    for token in tokens:
+        _, (emission,) = step(scheduler, token)
+    assert emission.tokens == (tokens[-1],)
+    assert (emission.finish, emission.stop_token) == (finish, stop_token)
+    assert not scheduler.has_work
+
+
+def test_several_tokens_of_a_step_end_where_the_sequence_ends():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6], logprobs=0))
+    plan = scheduler.schedule()
+    logprobs = tuple(fake_logprobs(token, 0) for token in (9, EOS, 9))
+    (emission,) = scheduler.commit(plan, StepResult(((9, EOS, 9),), (logprobs,)))
+    assert emission.tokens == (9, EOS)
+    assert emission.logprobs == logprobs[:2]
+    assert emission.finish == "stop"
+
+
+def test_nothing_to_generate_computes_the_prompt_and_ends():
+    scheduler = make(max_tokens=4)
+    scheduler.add(sequence(0, [5, 6, 7, 8, 9, 10], max_tokens=0, prompt_logprobs=1))
+    plan = scheduler.schedule()
+    assert plan.rows == ()
+    assert plan.prompt_rows[0].targets == (6, 7, 8, 9)
+    one = tuple(fake_logprobs(token, 1) for token in plan.prompt_rows[0].targets)
+    assert scheduler.commit(plan, result(plan, prompt_logprobs={0: one})) == []
+    plan = scheduler.schedule()
+    assert plan.prompt_rows[0].targets == (10,)
+    two = (fake_logprobs(10, 1),)
+    (emission,) = scheduler.commit(plan, result(plan, prompt_logprobs={0: two}))
+    assert (emission.tokens, emission.finish) == ((), "length")
+    assert emission.prompt_logprobs == (None, *one, *two)
+
+
+def test_prompt_logprobs_skip_the_prefix_cache_and_come_once():
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 20), max_tokens=1))
+    step(scheduler)
+    seq = sequence(1, range(10, 20), max_tokens=2, prompt_logprobs=0)
+    scheduler.add(seq)
+    plan = scheduler.schedule()
+    assert plan.chunks[0].start == 0
+    targets = plan.prompt_rows[0].targets
+    assert targets == tuple(range(11, 20))
+    scored = {1: tuple(fake_logprobs(token, 0) for token in targets)}
+    (emission,) = scheduler.commit(plan, result(plan, prompt_logprobs=scored))
+    assert [entry and entry.token for entry in emission.prompt_logprobs] == [None, *targets]
+    plan = scheduler.schedule()
+    assert plan.prompt_rows == ()
+    (emission,) = scheduler.commit(plan, result(plan))
+    assert emission.prompt_logprobs is None
+
+
+def test_an_error_ends_its_sequence_and_no_other():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6]))
+    scheduler.add(sequence(1, [7, 8]))
+    plan = scheduler.schedule()
+    drawn = StepResult(((), (9,)), (None, None), errors={0: "not a number"})
+    bad, good = scheduler.commit(plan, drawn)
+    assert (bad.seq_id, bad.finish, bad.error) == (0, "error", "not a number")
+    assert (good.seq_id, good.tokens, good.finish) == (1, (9,), None)
+    scheduler.pool.check([scheduler.sequence(1).blocks])
+
+
+# -------------------------------------------------------------------- aborting
+
+
+def test_abort_while_waiting():
+    scheduler = make(max_seqs=1)
+    scheduler.add(sequence(0, [5]))
+    scheduler.add(sequence(1, [6]))
+    step(scheduler)
+    scheduler.abort(1)
+    assert len(scheduler.waiting) == 0
+    assert all(e.seq_id == 0 for e in run_out(scheduler))
+
+
+def test_abort_between_steps_frees_at_once():
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 20)))
+    step(scheduler)
+    scheduler.abort(0)
+    assert not scheduler.has_work
+    scheduler.pool.check([])
+
+
+def test_abort_in_flight_keeps_the_blocks_until_the_commit():
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 20)))
+    plan = scheduler.schedule()
+    scheduler.abort(0)
+    scheduler.abort(0)
+    assert not scheduler.has_work
+    assert scheduler.pool.num_free == 61
+    assert len(plan.chunks[0].blocks) == 3
+    assert scheduler.commit(plan, result(plan)) == []
+    scheduler.pool.check([])
+
+
+def test_abort_of_the_preempted_the_awaiting_the_unknown_and_the_finished():
+    scheduler = make(num_blocks=5, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=6))
+    scheduler.add(sequence(1, [7, 8], max_tokens=6))
+    while not scheduler.counters.preempted:
+        step(scheduler)
+    scheduler.abort(1)
+    scheduler.abort(77)
+    run_out(scheduler)
+    scheduler.abort(0)
+    scheduler.add(sequence(2, [5, 7, 7, 7], max_tokens=2))
+    scheduler.add(sequence(3, [5, 7, 7, 7], max_tokens=2))
+    plan = scheduler.schedule()
+    assert scheduler.running[3].awaits is not None
+    scheduler.abort(3)
+    scheduler.commit(plan, result(plan))
+    run_out(scheduler)
+    scheduler.pool.check([])

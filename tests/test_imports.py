@@ -1,0 +1,123 @@
+"""The shape of the package, read from its syntax trees: who may import whom, and where."""
+
+from __future__ import annotations
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import ruvon
+
+ROOT = Path(ruvon.__file__).parent
+LEAVES = {"config", "errors", "telemetry"}
+LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
+FRONT = {"", "__main__", "bench", "cli", "llm"}  # may use everything
+
+OPTIONAL = {
+    "gguf", "huggingface_hub", "llvmlite", "numba", "tqdm", "transformers", "triton", "uvloop",
+}  # fmt: skip
+"""Heavy, or absent on some machines: may be imported inside a function by whoever needs them."""
+
+DEFERRED = {
+    "__init__": "`ruvon --help` does not wait for torch",
+    "cli": "a command imports what it runs: `ruvon --help` does not wait for torch",
+    "engine/startup": "a table of kernels brings its compiler along, so only the chosen one does",
+}
+"""File or folder → why its functions may import our own modules."""
+
+
+def name_of(path: Path) -> str:
+    return path.relative_to(ROOT).with_suffix("").as_posix()
+
+
+FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
+TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+
+
+def module_of(name: str) -> str:
+    """``engine/loop`` → ``ruvon.engine.loop``; packages drop their ``__init__``."""
+    return ".".join(["ruvon", *(p for p in name.split("/") if p != "__init__")])
+
+
+MODULES = {module_of(name) for name in TREES}
+
+
+def imported(node: ast.AST) -> list[str]:
+    """The modules that an import statement names."""
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        inner = [f"{node.module}.{alias.name}" for alias in node.names]
+        found = [module for module in inner if module in MODULES]
+        return found if len(found) == len(inner) else [*found, node.module]
+    return []
+
+
+def imports_of(name: str) -> set[str]:
+    return {module for node in ast.walk(TREES[name]) for module in imported(node)}
+
+
+def room_of(module: str) -> str:
+    return module.split(".")[1] if "." in module else ""
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_imports_go_one_way(name: str) -> None:
+    room = room_of(module_of(name))
+    own = {module for module in imports_of(name) if module.split(".")[0] == "ruvon"}
+    rooms = {room_of(module) for module in own if module in MODULES or room_of(module)}
+    if room in FRONT:
+        return
+    allowed = LEAVES if room in LEAVES else {*LEAVES, *LAYERS[: LAYERS.index(room) + 1]}
+    assert rooms <= allowed | {""}, f"{name} imports {sorted(rooms - allowed)}"
+    fronts = {n.name for node in from_front(TREES[name]) for n in node.names}
+    assert fronts <= {"__version__"}, "the package's front door is for others"
+
+
+def from_front(tree: ast.Module) -> list[ast.ImportFrom]:
+    """The statements ``from ruvon import ...``."""
+    statements = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    return [node for node in statements if node.module == "ruvon"]
+
+
+def test_no_cycles() -> None:
+    graph = {module_of(name): imports_of(name) & MODULES for name in TREES}
+    graph["ruvon"] = set()  # its imports wait until a name is asked for
+    tuple(TopologicalSorter(graph).static_order())
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_functions_import_nothing_but_what_is_heavy(name: str) -> None:
+    if name in DEFERRED or name.split("/")[0] in DEFERRED:
+        return
+    functions = [
+        n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    inside = {m for f in functions for node in ast.walk(f) for m in imported(node)}
+    assert {module.split(".")[0] for module in inside} <= OPTIONAL
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_public_names_are_sorted(name: str) -> None:
+    for node in TREES[name].body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            names = ast.literal_eval(node.value)
+            # as ruff sorts them: constants, classes, then the rest
+            assert names == sorted(names, key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+
+
+def test_config_and_errors_need_no_torch() -> None:
+    for name in LEAVES:
+        assert not any(module.split(".")[0] == "torch" for module in imports_of(name))
+
+
+@pytest.mark.parametrize(
+    "name", [n for n in TREES if n.startswith("engine/") and n != "engine/loop"]
+)
+def test_only_the_loop_says_async(name: str) -> None:
+    tree = TREES[name]
+    assert not any(isinstance(n, ast.AsyncFunctionDef | ast.Await) for n in ast.walk(tree))
+    assert "asyncio" not in imports_of(name)
