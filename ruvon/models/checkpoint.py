@@ -56,14 +56,12 @@ def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
 
 def locate(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
     """(a folder or a .gguf file, the model's name)."""
-    if config.model is None:
-        path = find_embedded()
-        return path, _gguf_name(path)
-    path = Path(config.model).expanduser()
-    if not path.exists() and path.suffix != ".gguf" and HUB_ID.fullmatch(config.model):
-        return _fetch(config, progress), config.model
+    path = find_embedded() if config.model is None else Path(config.model).expanduser()
+    is_id = config.model and path.suffix != ".gguf" and HUB_ID.fullmatch(config.model)
+    if is_id and not path.exists():
+        return _fetch(config, progress), str(config.model)
     if config.revision is not None:
-        raise ConfigError(f"revision: only for models of the hub, and {config.model} is a path")
+        raise ConfigError(f"revision: only for models of the hub, and {path} is a path")
     if not path.exists():
         raise LoadError(f"{path}: no such file or folder")
     return _resolve(path, config)

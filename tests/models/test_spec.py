@@ -1,0 +1,214 @@
+"""config.json and GGUF metadata to `ModelSpec`; what is not supported is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ruvon.errors import LoadError
+from ruvon.models.rope import LinearScaling, Llama3Scaling, make_rope, scaled_frequencies
+from ruvon.models.spec import spec_from_config, spec_from_gguf
+
+LLAMA = {**SHAPE, "architectures": ["LlamaForCausalLM"]}
+QWEN = {**SHAPE, "architectures": ["Qwen2ForCausalLM"]}
+
+
+def test_real_llama_3_2_config():
+    """As the hub has it: the older keys, a list of ends in generation_config.json."""
+    spec = spec_from_config(
+        {
+            "architectures": ["LlamaForCausalLM"],
+            "attention_bias": False,
+            "bos_token_id": 128000,
+            "eos_token_id": [128001, 128008, 128009],
+            "head_dim": 64,
+            "hidden_act": "silu",
+            "hidden_size": 2048,
+            "intermediate_size": 8192,
+            "max_position_embeddings": 131072,
+            "mlp_bias": False,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 16,
+            "num_key_value_heads": 8,
+            "pretraining_tp": 1,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": {
+                "factor": 32.0,
+                "high_freq_factor": 4.0,
+                "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "llama3",
+            },
+            "rope_theta": 500000.0,
+            "tie_word_embeddings": True,
+            "torch_dtype": "bfloat16",
+            "vocab_size": 128256,
+        },
+        {"eos_token_id": [128001, 128009, 7]},
+    )
+    assert spec.rope.theta == 500000.0
+    assert spec.rope.scaling == Llama3Scaling(32.0, 1.0, 4.0, 8192)
+    assert spec.eos_token_ids == (128001, 128008, 128009, 7)
+    assert (spec.dtype, spec.tie_embeddings, spec.head_dim) == ("bfloat16", True, 64)
+    biases = (spec.qkv_bias, spec.output_bias, spec.mlp_bias)
+    assert (*biases, spec.qk_norm) == (False,) * 4
+
+
+@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN], ids=str)
+@pytest.mark.parametrize("old_keys", [False, True])
+def test_rope_frequencies_as_transformers(scaling, old_keys):
+    config = type(CONFIGS["llama2"])(**SHAPE, **({"rope_parameters": scaling} if scaling else {}))
+    given = {**LLAMA, "rope_parameters": scaling}
+    if old_keys and scaling:
+        kind = {"type": scaling["rope_type"], **scaling}
+        kind.pop("rope_type")
+        given = {**LLAMA, "rope_theta": kind.pop("rope_theta"), "rope_scaling": kind}
+    got, length = scaled_frequencies(spec_from_config(given).rope)
+    if scaling is None:
+        want, want_length = 1.0 / 10000.0 ** (torch.arange(0, 16, 2) / 16), 1.0
+    else:
+        want, want_length = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](config)
+    torch.testing.assert_close(got, want, atol=0, rtol=1e-6)
+    assert length == pytest.approx(want_length)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"attention_factor": 1.5},
+        {"mscale": 0.7, "mscale_all_dim": 1.3},
+        {"beta_fast": 16, "beta_slow": 2},
+        {"truncate": False},
+    ],
+    ids=str,
+)
+def test_yarn_options_as_transformers(extra):
+    config = type(CONFIGS["llama2"])(**SHAPE, rope_parameters={**YARN, **extra})
+    spec = spec_from_config({**LLAMA, "rope_parameters": {**YARN, **extra}})
+    got, length = scaled_frequencies(spec.rope)
+    want, want_length = ROPE_INIT_FUNCTIONS["yarn"](config)
+    torch.testing.assert_close(got, want, atol=0, rtol=1e-6)
+    assert length == pytest.approx(want_length)
+
+
+def test_tables_hold_the_attention_factor():
+    scaled = {**YARN, "attention_factor": 2.0}
+    rope = make_rope(
+        spec_from_config({**LLAMA, "rope_parameters": scaled}).rope, 10, torch.device("cpu")
+    )
+    assert rope.cos_PD.shape == rope.sin_PD.shape == (10, 8)
+    torch.testing.assert_close(rope.cos_PD**2 + rope.sin_PD**2, torch.full((10, 8), 4.0))
+
+
+def test_yarn_extends_the_context():
+    short = {**LLAMA, "max_position_embeddings": 32, "rope_parameters": YARN}
+    assert spec_from_config(short).max_positions == 128
+    assert spec_from_config({**short, "max_position_embeddings": 500}).max_positions == 500
+
+
+def test_windows():
+    assert spec_from_config(LLAMA).windows == (0, 0, 0)
+    mistral = {**SHAPE, "architectures": ["MistralForCausalLM"]}
+    assert spec_from_config({**mistral, "sliding_window": 9}).windows == (9, 9, 9)
+    assert spec_from_config({**mistral, "sliding_window": None}).windows == (0, 0, 0)
+    sliding = {**QWEN, "sliding_window": 9, "max_window_layers": 2}
+    assert spec_from_config(sliding).windows == (0, 0, 0)
+    assert spec_from_config({**sliding, "use_sliding_window": True}).windows == (0, 0, 9)
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    by_layer = {**sliding, "use_sliding_window": True, "layer_types": kinds}
+    assert spec_from_config(by_layer).windows == (9, 0, 9)
+
+
+def test_architecture_by_model_type():
+    assert spec_from_config({**SHAPE, "model_type": "qwen3"}).architecture == "Qwen3ForCausalLM"
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported"),
+        ({}, "architecture None"),
+        ({**LLAMA, "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
+        ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
+        ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq'"),
+        ({**LLAMA, "num_key_value_heads": 3}, "4 attention heads do not divide over 3"),
+        (
+            {**QWEN, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
+            "chunked_attention",
+        ),
+        (
+            {**QWEN, "use_sliding_window": True, "layer_types": ["full_attention"]},
+            "names 1 of 3 layers",
+        ),
+        ({"architectures": ["LlamaForCausalLM"]}, "lacks 'hidden_size'"),
+        (
+            {**CONFIGS["gpt2"].to_dict(), "model_type": "gpt2", "activation_function": "mish"},
+            "activation 'mish'",
+        ),
+        (
+            {**CONFIGS["gpt2"].to_dict(), "scale_attn_by_inverse_layer_idx": True},
+            "scale_attn_by_inverse_layer_idx True",
+        ),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else "",
+)
+def test_refusals(config, message):
+    with pytest.raises(LoadError) as caught:
+        spec_from_config(config)
+    assert message in str(caught.value)
+
+
+GGUF = {
+    "general.architecture": "qwen2",
+    "qwen2.block_count": 2,
+    "qwen2.context_length": 64,
+    "qwen2.embedding_length": 32,
+    "qwen2.feed_forward_length": 48,
+    "qwen2.attention.head_count": 4,
+    "qwen2.attention.head_count_kv": 2,
+    "qwen2.attention.layer_norm_rms_epsilon": 1e-6,
+    "qwen2.rope.freq_base": 1e6,
+    "tokenizer.ggml.tokens": ["a", "b", "c"],
+    "tokenizer.ggml.eos_token_id": 1,
+    "tokenizer.ggml.eot_token_id": 2,
+}
+
+
+def test_gguf_metadata():
+    spec = spec_from_gguf(GGUF, {"blk.0.attn_q.bias"})
+    assert (spec.architecture, spec.vocab_size, spec.head_dim) == ("Qwen2ForCausalLM", 3, 8)
+    assert spec.eos_token_ids == (1, 2)
+    assert (spec.qkv_bias, spec.output_bias, spec.tie_embeddings) == (True, False, True)
+    assert spec.rope.theta == 1e6
+    scaled = {**GGUF, "qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 4.0}
+    assert spec_from_gguf(scaled, ()).rope.scaling == LinearScaling(4.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"general.architecture": "falcon"}, "general.architecture 'falcon'"),
+        ({"qwen2.rope.dimension_count": 4}, "dimension_count 4 differs from the head size 8"),
+        ({"qwen2.expert_count": 8}, "mixtures of experts"),
+        ({"qwen2.attention.head_count_kv": [1, 2]}, "head_count_kv: layers of different shape"),
+        (
+            {"qwen2.rope.scaling.type": "longrope", "qwen2.rope.scaling.factor": 2.0},
+            "scaling.type 'longrope'",
+        ),
+    ],
+)
+def test_gguf_refusals(change, message):
+    with pytest.raises(LoadError) as caught:
+        spec_from_gguf({**GGUF, **change}, ())
+    assert message in str(caught.value)
+
+
+def test_gguf_lacking_a_number():
+    lacking = {key: value for key, value in GGUF.items() if key != "qwen2.block_count"}
+    with pytest.raises(LoadError, match=r"lacks 'qwen2.block_count'"):
+        spec_from_gguf(lacking, ())

@@ -1,0 +1,176 @@
+"""Safetensors in one file or several, what may be wrong with them, and made-up weights."""
+
+from __future__ import annotations
+
+import json
+import random
+
+import pytest
+import torch
+from paged import PagedSequences
+from safetensors.torch import load_file, save_file
+from tiny import CONFIGS, VOCAB, load, make_reference
+
+from ruvon.errors import LoadError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    make_reference("llama2").save_pretrained(tmp_path)
+    return tmp_path
+
+
+def change(folder, edit):
+    """Rewrites the folder's tensors after ``edit(dict)``."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    edit(tensors)
+    save_file(tensors, path)
+
+
+def logits(model):
+    tokens = random.Random(0).choices(range(VOCAB), k=30)
+    return PagedSequences(model).step({0: tokens})
+
+
+def test_shards(folder, tmp_path_factory):
+    whole = logits(load(folder))
+    sharded = tmp_path_factory.mktemp("sharded")
+    make_reference("llama2").save_pretrained(sharded, max_shard_size="100KB")
+    assert len(list(sharded.glob("*.safetensors"))) > 2
+    assert torch.equal(logits(load(sharded)), whole)
+
+
+def test_missing_shard_is_named(tmp_path):
+    make_reference("llama2").save_pretrained(tmp_path, max_shard_size="100KB")
+    victim = sorted(tmp_path.glob("*.safetensors"))[1]
+    victim.unlink()
+    with pytest.raises(LoadError, match=victim.name):
+        load(tmp_path)
+
+
+def test_index_may_not_lead_out_of_the_folder(tmp_path):
+    make_reference("llama2").save_pretrained(tmp_path / "m", max_shard_size="100KB")
+    shard = min((tmp_path / "m").glob("*.safetensors"))
+    shard.rename(tmp_path / shard.name)
+    index = tmp_path / "m" / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace(shard.name, f"../{shard.name}"))
+    with pytest.raises(LoadError, match=shard.name):
+        load(tmp_path / "m")
+
+
+def test_damaged_index(tmp_path):
+    make_reference("llama2").save_pretrained(tmp_path, max_shard_size="100KB")
+    index = tmp_path / "model.safetensors.index.json"
+    for text in ("{", "[]", "{}", json.dumps({"weight_map": 3})):
+        index.write_text(text)
+        with pytest.raises(LoadError, match=index.name):
+            load(tmp_path)
+
+
+def test_missing_tensor_is_named(folder):
+    change(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(LoadError, match=r"no tensor model.layers.1.mlp.up_proj.weight"):
+        load(folder)
+
+
+def test_unexpected_tensor_is_named(folder):
+    change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
+    with pytest.raises(LoadError, match=r"the model has no use for model.extra"):
+        load(folder)
+
+
+def test_stale_tables_are_no_strangers(folder):
+    name = "model.layers.0.self_attn.rotary_emb.inv_freq"
+    change(folder, lambda tensors: tensors.update({name: torch.zeros(8)}))
+    load(folder)
+
+
+def test_wrong_shape_names_file_and_tensor(folder):
+    name = "model.layers.2.self_attn.k_proj.weight"
+    change(folder, lambda tensors: tensors.update({name: torch.zeros(16, 64)}))
+    with pytest.raises(LoadError) as caught:
+        load(folder)
+    message = f"model.safetensors: {name} has shape (16, 64), expected (32, 64)"
+    assert message in str(caught.value)
+
+
+def test_integers_are_refused(folder):
+    name = "model.norm.weight"
+    change(folder, lambda tensors: tensors.update({name: torch.ones(64, dtype=torch.int32)}))
+    with pytest.raises(LoadError, match=r"model.norm.weight has the type torch.int32"):
+        load(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 50_000])
+def test_truncated_file_is_named(folder, keep):
+    path = folder / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(LoadError, match=path.name):
+        load(folder)
+
+
+def test_pickle_is_never_opened(tmp_path):
+    CONFIGS["llama2"].save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    torch.save(make_reference("llama2").state_dict(), tmp_path / "pytorch_model.bin")
+    with pytest.raises(LoadError, match="no safetensors files"):
+        load(tmp_path)
+
+
+def test_checkpoint_of_the_bare_model(tmp_path):
+    """openai-community/gpt2 has no ``transformer.`` before its names, and old causal masks."""
+    reference = make_reference("gpt2")
+    reference.save_pretrained(tmp_path)
+    whole = logits(load(tmp_path))
+
+    def strip(tensors):
+        for name in list(tensors):
+            tensors[name.removeprefix("transformer.")] = tensors.pop(name)
+        tensors["h.0.attn.bias"] = torch.ones(1, 1, 128, 128)
+
+    change(tmp_path, strip)
+    assert torch.equal(logits(load(tmp_path)), whole)
+
+
+def test_copy_of_a_tied_head_is_ignored(tmp_path):
+    make_reference("llama-tied").save_pretrained(tmp_path)
+    whole = logits(load(tmp_path))
+
+    def copy_head(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+
+    change(tmp_path, copy_head)
+    model = load(tmp_path)
+    assert model.head is model.embed
+    assert torch.equal(logits(model), whole)
+
+
+def test_bfloat16_checkpoint(tmp_path):
+    make_reference("qwen2").bfloat16().save_pretrained(tmp_path)
+    wide = load(tmp_path)
+    assert wide.spec.dtype == "bfloat16"
+    assert torch.isfinite(logits(wide)).all()
+
+
+class TestDummy:
+    @pytest.fixture
+    def config_only(self, tmp_path):
+        CONFIGS["qwen3"].save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_from_a_bare_config(self, config_only):
+        by_folder = load(config_only, load_format="dummy")
+        by_file = load(config_only / "config.json", load_format="dummy")
+        assert torch.equal(logits(by_folder), logits(by_file))
+
+    def test_seed_decides(self, config_only):
+        first, second = (load(config_only, load_format="dummy", seed=n) for n in (1, 2))
+        assert not torch.equal(logits(first), logits(second))
+
+    def test_quantized(self, config_only):
+        assert torch.isfinite(
+            logits(load(config_only, load_format="dummy", quantization="int4"))
+        ).all()

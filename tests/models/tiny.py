@@ -1,0 +1,103 @@
+"""Tiny random checkpoints in Hugging Face's form, made by transformers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from ruvon.config import EngineConfig
+from ruvon.kernels.reference import make_torch_ops
+from ruvon.models import Model, load_model
+from ruvon.models.checkpoint import open_checkpoint
+from ruvon.telemetry import silent
+
+VOCAB = 64
+SHAPE = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "eos_token_id": 1,
+    "bos_token_id": 0,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "rope_theta": 10000.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+
+CONFIGS: dict[str, PreTrainedConfig] = {
+    "gpt2": GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_layer=3,
+        n_head=4,
+        n_positions=128,
+        eos_token_id=1,
+        bos_token_id=0,
+    ),
+    "gpt2-untied": GPT2Config(
+        vocab_size=VOCAB,
+        n_embd=64,
+        n_inner=96,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        activation_function="relu",
+        tie_word_embeddings=False,
+        eos_token_id=1,
+        bos_token_id=0,
+    ),
+    "llama2": LlamaConfig(**SHAPE),
+    "llama-tied": LlamaConfig(**SHAPE, tie_word_embeddings=True, head_dim=8, rms_norm_eps=1e-5),
+    "llama-biased": LlamaConfig(**SHAPE, attention_bias=True, mlp_bias=True),
+    "llama3": LlamaConfig(**SHAPE, rope_parameters=LLAMA3),
+    "llama-linear": LlamaConfig(**SHAPE, rope_parameters=LINEAR),
+    "llama-yarn": LlamaConfig(**SHAPE, rope_parameters=YARN),
+    "mistral": MistralConfig(**SHAPE, sliding_window=7),
+    "qwen2": Qwen2Config(**SHAPE),
+    "qwen2-window": Qwen2Config(
+        **SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1
+    ),
+    "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+}
+
+
+def make_reference(name: str) -> PreTrainedModel:
+    """transformers' model of a config above, all of it random: biases and norms too."""
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    for parameter in model.parameters():
+        parameter.data = parameter.data + torch.randn_like(parameter) * 0.1
+    return model.eval()
+
+
+def load(path: Path, **settings: object) -> Model:
+    """Our model of a checkpoint, on the plain kernels in float32."""
+    config = EngineConfig(model=str(path), **settings)
+    ops = make_torch_ops(torch.float32, torch.device("cpu"))
+    return load_model(open_checkpoint(config, silent), config, ops, silent)
