@@ -4,30 +4,37 @@
 
     from ruvon import LLM, SamplingParams
 
-    for completions in LLM().generate(["The capital of France is"], SamplingParams(max_tokens=8)):
-        print(completions[0].text)
+    with LLM() as llm:
+        for completions in llm.generate(["The capital of France is"], SamplingParams(max_tokens=8)):
+            print(completions[0].text)
 """
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ruvon.engine.types import SamplingParams
-    from ruvon.llm import LLM
+    from ruvon.engine.types import SamplingParams, TextOptions
+    from ruvon.llm import LLM, Completion
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Completion", "SamplingParams", "TextOptions", "__version__"]
+
+HOMES = {
+    "LLM": "ruvon.llm",
+    "Completion": "ruvon.llm",
+    "SamplingParams": "ruvon.engine.types",
+    "TextOptions": "ruvon.engine.types",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import the public names on first use, so that ``ruvon --help`` does not wait for torch."""
-    if name == "LLM":
-        from ruvon.llm import LLM
+    if name not in HOMES:
+        raise AttributeError(f"module 'ruvon' has no attribute {name!r}")
+    return getattr(importlib.import_module(HOMES[name]), name)
 
-        return LLM
-    if name == "SamplingParams":
-        from ruvon.engine.types import SamplingParams
 
-        return SamplingParams
-    raise AttributeError(f"module 'ruvon' has no attribute {name!r}")
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

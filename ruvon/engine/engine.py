@@ -16,6 +16,7 @@ from typing import Protocol
 
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool
+from ruvon.engine.checks import check_sampling
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, Sequence, StepResult, StepStats
@@ -82,7 +83,7 @@ class Engine:
         Returns their ids. Raises, before anything is queued, `RequestError` for what can never
         run and `QueueFullError` for what cannot wait now.
         """
-        max_tokens = self._validate(job)
+        max_tokens = self.validate(job)
         self._check_queue(job.n)
         seeds = self._seeds(job)
         sequences = [
@@ -143,10 +144,10 @@ class Engine:
 
     # ---------------------------------------------------------------- validation
 
-    def _validate(self, job: Job) -> int:
+    def validate(self, job: Job) -> int:
         """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
-        if job.n < 1:
-            raise RequestError(f"n must be at least 1, not {job.n}.", "n")
+        if not 1 <= job.n <= self._bound:
+            raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", "prompt")
         lowest, highest = min(job.prompt), max(job.prompt)
@@ -156,6 +157,7 @@ class Engine:
                 f"{self.vocab_size}.",
                 "prompt",
             )
+        check_sampling(job.sampling, self.vocab_size)
         return self._resolve_max_tokens(len(job.prompt), job.sampling.max_tokens)
 
     def _resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
@@ -174,15 +176,14 @@ class Engine:
             )
         return self.max_model_len - num_prompt if max_tokens is None else max_tokens
 
+    @property
+    def _bound(self) -> int:
+        """Most live sequences: the queue's bound counts those beyond what could run at once."""
+        return self.config.max_num_queued_reqs + self.config.max_num_seqs
+
     def _check_queue(self, num_new: int) -> None:
-        """The queue's bound counts the sequences beyond those that could run at once."""
-        bound = self.config.max_num_queued_reqs + self.config.max_num_seqs
-        if num_new > bound:
-            raise RequestError(
-                f"A request may hold at most {bound} completions here, not {num_new}.", "n"
-            )
         num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_live + num_new > bound:
+        if num_live + num_new > self._bound:
             raise QueueFullError(
                 f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
             )

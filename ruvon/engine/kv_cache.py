@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TypeAlias
 
 import numpy as np
@@ -15,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig, parse_size
+from ruvon.engine.machine import available_memory
 from ruvon.errors import ConfigError
 from ruvon.models.spec import ModelSpec
 
@@ -23,7 +20,6 @@ CPU_SHARE = 0.25
 never written cost nothing, but a cache that filled up must leave room for everybody else."""
 
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
-NO_LIMIT = 1 << 60  # version 1 of cgroups writes "unlimited" as a huge number
 
 Cache: TypeAlias = list[tuple[Tensor, Tensor]]
 """Keys and values of each layer, both [B, G, P, D]."""
@@ -141,44 +137,3 @@ def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
     per_token = 10 * spec.hidden_size + 4 * spec.intermediate_size
     logits = 2 * config.max_num_seqs * spec.vocab_size
     return 4 * (config.max_num_batched_tokens * per_token + logits)
-
-
-def available_memory(root: Path = Path("/")) -> int:
-    """Bytes of main memory that this process may still take, under its container's limit too."""
-    meminfo = root / "proc/meminfo"
-    if not meminfo.exists():  # not Linux, and nothing portable tells what is free
-        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
-    assert kilobytes is not None, "every Linux since 3.14 has it"
-    return max(min(int(kilobytes[1]) * 1024, *cgroup_rooms(root), NO_LIMIT), 0)
-
-
-def cgroup_rooms(root: Path) -> Iterator[int]:
-    """For each memory limit set on our control groups (both versions), the bytes left under it.
-
-    File pages that the kernel would drop before killing anyone count as free.
-    """
-    for limit, usage in (
-        ("memory.max", "memory.current"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes"),
-    ):
-        for folder in cgroup_folders(root):
-            text = (folder / limit).read_text().strip() if (folder / limit).exists() else "max"
-            if text == "max" or int(text) >= NO_LIMIT:
-                continue
-            stat = (folder / "memory.stat").read_text()
-            droppable = re.search(r"^(?:total_)?inactive_file (\d+)", stat, re.MULTILINE)
-            used = int((folder / usage).read_text()) - int(droppable[1] if droppable else 0)
-            yield int(text) - used
-
-
-def cgroup_folders(root: Path) -> list[Path]:
-    """Where the kernel may keep our memory limit: in a container at the mount point itself, else
-    at the path /proc tells."""
-    memberships = root / "proc/self/cgroup"
-    paths = [""]
-    if memberships.exists():
-        lines = (line.split(":", 2) for line in memberships.read_text().splitlines())
-        paths += [path.strip("/") for _, names, path in lines if names in ("", "memory")]
-    mounts = (root / "sys/fs/cgroup", root / "sys/fs/cgroup/memory")
-    return [mount / path for mount in mounts for path in dict.fromkeys(paths)]

@@ -9,7 +9,6 @@ from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import (
     MemoryPlan,
     allocate_cache,
-    available_memory,
     lazy_zeros,
     plan_memory,
 )
@@ -115,69 +114,6 @@ def test_untouched_memory_is_not_taken():
     tensor = lazy_zeros((1 << 28,), torch.float32)
     assert resident() - before < 1 << 26
     assert tensor[-1] == 0
-
-
-def fake_machine(root, available_kib, files):
-    (root / "proc/self").mkdir(parents=True)
-    (root / "proc/meminfo").write_text(f"MemTotal: 99 kB\nMemAvailable:   {available_kib} kB\n")
-    for name, text in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    return available_memory(root)
-
-
-CGROUP = "sys/fs/cgroup"
-
-
-@pytest.mark.parametrize(
-    ("files", "expected"),
-    [
-        ({}, 1_024_000),
-        ({f"{CGROUP}/memory.max": "max\n"}, 1_024_000),
-        (
-            {
-                f"{CGROUP}/memory.max": "500000\n",
-                f"{CGROUP}/memory.current": "300000\n",
-                f"{CGROUP}/memory.stat": "anon 1\ninactive_file 50000\nactive_file 7\n",
-            },
-            250_000,
-        ),
-        (
-            {
-                "proc/self/cgroup": "0::/user/app\n",
-                f"{CGROUP}/user/app/memory.max": "400000",
-                f"{CGROUP}/user/app/memory.current": "100000",
-                f"{CGROUP}/user/app/memory.stat": "anon 1\n",
-            },
-            300_000,
-        ),
-        (
-            {
-                "proc/self/cgroup": "9:name=systemd:/x\n4:memory:/box\n",
-                f"{CGROUP}/memory/memory.limit_in_bytes": "9223372036854771712",
-                f"{CGROUP}/memory/box/memory.limit_in_bytes": "600000",
-                f"{CGROUP}/memory/box/memory.usage_in_bytes": "500000",
-                f"{CGROUP}/memory/box/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n",
-            },
-            100_001,
-        ),
-        (
-            {
-                f"{CGROUP}/memory.max": "100",
-                f"{CGROUP}/memory.current": "200",
-                f"{CGROUP}/memory.stat": "",
-            },
-            0,
-        ),
-    ],
-)
-def test_a_containers_limit_counts(tmp_path, files, expected):
-    assert fake_machine(tmp_path, 1000, files) == expected
-
-
-def test_this_machine_has_memory():
-    assert available_memory() > 1 << 20
 
 
 def test_a_plan_is_a_value():

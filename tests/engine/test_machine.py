@@ -1,0 +1,101 @@
+"""What the machine gives, read from files that a test writes."""
+
+import os
+
+import pytest
+
+from ruvon.engine.machine import available_cores, available_memory
+
+
+def fake_machine(root, files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/meminfo").write_text("MemTotal: 99 kB\nMemAvailable:   1000 kB\n")
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return root
+
+
+CGROUP = "sys/fs/cgroup"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 1_024_000),
+        ({f"{CGROUP}/memory.max": "max\n"}, 1_024_000),
+        (
+            {
+                f"{CGROUP}/memory.max": "500000\n",
+                f"{CGROUP}/memory.current": "300000\n",
+                f"{CGROUP}/memory.stat": "anon 1\ninactive_file 50000\nactive_file 7\n",
+            },
+            250_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "0::/user/app\n",
+                f"{CGROUP}/user/app/memory.max": "400000",
+                f"{CGROUP}/user/app/memory.current": "100000",
+                f"{CGROUP}/user/app/memory.stat": "anon 1\n",
+            },
+            300_000,
+        ),
+        (
+            {
+                "proc/self/cgroup": "9:name=systemd:/x\n4:memory:/box\n",
+                f"{CGROUP}/memory/memory.limit_in_bytes": "9223372036854771712",
+                f"{CGROUP}/memory/box/memory.limit_in_bytes": "600000",
+                f"{CGROUP}/memory/box/memory.usage_in_bytes": "500000",
+                f"{CGROUP}/memory/box/memory.stat": "inactive_file 1\ntotal_inactive_file 2\n",
+            },
+            100_001,
+        ),
+        (
+            {
+                f"{CGROUP}/memory.max": "100",
+                f"{CGROUP}/memory.current": "200",
+                f"{CGROUP}/memory.stat": "",
+            },
+            0,
+        ),
+    ],
+)
+def test_a_containers_memory_limit_counts(tmp_path, files, expected):
+    assert available_memory(fake_machine(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, 64),
+        ({f"{CGROUP}/cpu.max": "max 100000\n"}, 64),
+        ({f"{CGROUP}/cpu.max": "400000 100000\n"}, 4),
+        ({f"{CGROUP}/cpu.max": "150000 100000\n"}, 2),
+        ({f"{CGROUP}/cpu.max": "1000 100000\n"}, 1),
+        (
+            {
+                "proc/self/cgroup": "3:cpu,cpuacct:/box\n",
+                f"{CGROUP}/cpu/cpu.cfs_quota_us": "-1",
+                f"{CGROUP}/cpu/cpu.cfs_period_us": "100000",
+                f"{CGROUP}/cpu/box/cpu.cfs_quota_us": "300000",
+                f"{CGROUP}/cpu/box/cpu.cfs_period_us": "100000",
+            },
+            3,
+        ),
+    ],
+)
+def test_a_containers_processor_limit_counts(tmp_path, monkeypatch, files, expected):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
+    assert available_cores(fake_machine(tmp_path, files)) == expected
+
+
+def test_cores_are_those_this_process_may_run_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
+    assert available_cores(tmp_path) == 2
+
+
+def test_this_machine_has_memory_and_cores():
+    assert available_memory() > 1 << 20
+    assert available_cores() >= 1
