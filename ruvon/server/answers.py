@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
@@ -38,6 +39,19 @@ class Format(Protocol):
         """The answer's own fields, ``choices`` among them, from the folded pieces of each."""
 
 
+async def first_news(stream: Stream, patience: float) -> list[Emission]:
+    """The first emissions, or none if they take longer than ``patience`` seconds (0: wait).
+
+    A stream's status goes out after this: what fails early has a status of its own, and a long
+    wait does not look like a dead server.
+    """
+    try:
+        async with asyncio.timeout(patience or None):
+            return await anext(stream)
+    except TimeoutError:
+        return []
+
+
 class Answer:
     """One request being answered."""
 
@@ -68,7 +82,8 @@ class Answer:
             try:
                 if self._request.stream:
                     interval = http.app[STATE].server.sse_keep_alive_interval
-                    async with aclosing(self._events(stream)) as events:
+                    first = self._push(await first_news(stream, interval), stream)
+                    async with aclosing(self._events(first, stream)) as events:
                         return await send_events(http, events, headers, interval)
                 body = orjson.dumps(await self._fold(stream))
                 return web.Response(body=body, content_type="application/json", headers=headers)
@@ -87,26 +102,32 @@ class Answer:
         pieces = [wholes[index] for index in sorted(wholes)]
         return {**self._fields, **self._format.whole(pieces), "usage": self._choices.usage()}
 
-    async def _events(self, stream: Stream) -> AsyncGenerator[bytes, None]:
+    async def _events(self, first: list[Piece], stream: Stream) -> AsyncGenerator[bytes, None]:
         """The answer as events: one run of bytes for each step, whatever the number of chunks."""
-        request, format = self._request, self._format
+        request = self._request
         envelope = Envelope(self._fields, request.include_usage)
-        opening, extra = format.opening()
-        data = b"".join(envelope.chunk(choice, extra) for choice in opening)
+        opening, extra = self._format.opening()
+        yield b"".join(envelope.chunk(choice, extra) for choice in opening) + self._chunks(
+            first, envelope
+        )
         async for emissions in stream:
-            for piece in self._push(emissions, stream):
-                for choice in format.chunks(piece):
-                    data += envelope.chunk(choice, self._usage_so_far())
+            data = self._chunks(self._push(emissions, stream), envelope)
             if data:
                 yield data
-                data = b""
         if request.include_usage:
             yield envelope.usage(self._choices.usage())
 
-    def _push(self, emissions: Iterable[Emission], stream: Stream) -> list[Piece]:
-        if self._first_at is None:
+    def _push(self, emissions: Sequence[Emission], stream: Stream) -> list[Piece]:
+        if self._first_at is None and emissions:
             self._first_at = time.monotonic()
         return self._choices.push(emissions, stream)
+
+    def _chunks(self, pieces: Iterable[Piece], envelope: Envelope) -> bytes:
+        data = b""
+        for piece in pieces:
+            for choice in self._format.chunks(piece):
+                data += envelope.chunk(choice, self._usage_so_far())
+        return data
 
     def _usage_so_far(self) -> Mapping[str, object] | None:
         return {"usage": self._choices.usage()} if self._request.continuous_usage else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import orjson
 import structlog
-from aiohttp import ClientConnectionResetError, web
+from aiohttp import web
 
 from ruvon.errors import RequestError, UnavailableError
 from ruvon.server.wire import ErrorAnswer, Usage
@@ -55,70 +55,58 @@ async def send_events(
     headers: Mapping[str, str],
     keep_alive: float,
 ) -> web.StreamResponse:
-    """Write ``events`` as they come, then ``[DONE]``.
+    """Write ``events`` as they come, then ``[DONE]``; an error becomes the last event.
 
-    The status goes out with the first event, or after ``keep_alive`` seconds of silence: what fails
-    before that has its own status, what fails later is an event. A client that leaves cancels this
-    task (aiohttp's ``handler_cancellation``), and the caller's ``aclosing`` frees what it held.
+    A client that leaves cancels this task (aiohttp's ``handler_cancellation``), and the caller's
+    ``aclosing`` frees what it held; a write that finds the connection gone just ends here.
     """
-    first = asyncio.ensure_future(anext(events, b""))
-    try:
-        await asyncio.wait({first}, timeout=keep_alive)
-        if first.done():
-            first.result()  # raises what failed before the first byte
-        response = web.StreamResponse(headers={**HEADERS, **headers})
-        with suppress(ClientConnectionResetError):  # it has left; the cancellation is on its way
-            await response.prepare(http)
-            await _write(response, first, events, keep_alive)
-        return response
-    finally:
-        first.cancel()
-
-
-async def _write(
-    response: web.StreamResponse,
-    first: asyncio.Future[bytes],
-    events: AsyncIterator[bytes],
-    keep_alive: float,
-) -> None:
-    pulse = Pulse(response, keep_alive)
-    try:
-        await pulse.write(await first)
-        async for data in events:
-            await pulse.write(data)
-    except Exception as error:
-        await response.write(error_event(error))
-    finally:
-        pulse.stop()
-    await response.write_eof(DONE)
+    response = web.StreamResponse(headers={**HEADERS, **headers})
+    with suppress(ConnectionResetError):
+        await response.prepare(http)
+        with Pulse(response, keep_alive) as pulse:
+            try:
+                async for data in events:
+                    await pulse.write(data)
+            except ConnectionResetError:
+                raise
+            except Exception as error:
+                await pulse.write(error_event(error))
+        await response.write_eof(DONE)
+    return response
 
 
 class Pulse:
-    """Writes events, and a comment after every ``interval`` seconds without one, so that proxies
-    keep a quiet connection open. One timer for a stream, nothing to set for each event."""
+    """Writes events, and a comment after every ``interval`` seconds without one (0 is never), so
+    that proxies keep a quiet connection open. One timer for a stream, none for each event."""
 
     def __init__(self, response: web.StreamResponse, interval: float) -> None:
         self._response = response
         self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
-        self._task = self._loop.create_task(self._beat())
+        self._task: asyncio.Task[None] | None = None
+
+    def __enter__(self) -> Pulse:
+        if self._interval > 0:
+            self._task = self._loop.create_task(self._beat())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._task is not None:
+            self._task.cancel()
 
     async def write(self, data: bytes) -> None:
         """Send ``data``; waits while the client is slower than we are."""
         self._written_at = self._loop.time()
         await self._response.write(data)
 
-    def stop(self) -> None:
-        self._task.cancel()
-
     async def _beat(self) -> None:
-        while True:
-            quiet = self._loop.time() - self._written_at
-            if quiet < self._interval:
-                await asyncio.sleep(self._interval - quiet)
-            else:
-                with suppress(ClientConnectionResetError):
+        with suppress(ConnectionResetError):
+            while True:
+                quiet = self._loop.time() - self._written_at
+                if quiet < self._interval:
+                    await asyncio.sleep(self._interval - quiet)
+                else:
                     await self.write(KEEP_ALIVE)
 
 

@@ -48,6 +48,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
     """Signal before a response's headers go out."""
+    response.headers["Server"] = "ruvon"
     if FACTS in http:
         response.headers["X-Request-Id"] = http[FACTS]["request_id"]
 
