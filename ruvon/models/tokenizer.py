@@ -123,7 +123,7 @@ class Tokenizer:
         """The bytes a token stands for, perhaps only a part of a character; empty if unknown."""
         if (added := self._added.get(id)) is not None:
             return added
-        token = self._parsing.id_to_token(id) if id >= 0 else None
+        token = self._parsing.id_to_token(id) if 0 <= id < 1 << 32 else None
         if token is None:
             return b""
         return byte_level_bytes(token) if self._byte_level else sentencepiece_bytes(token)

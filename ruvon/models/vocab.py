@@ -36,7 +36,8 @@ class Vocab:
 
 
 def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
-    """The vocabulary of a folder in the Hugging Face layout; no code from it is run.
+    """The vocabulary of a folder in the Hugging Face layout; no code from it is run. What is
+    added around a text is said by tokenizer.json and, only where there is none, by the config.
 
     Raises VocabNotFoundError if there is none, LoadError naming a file that cannot be used.
     """
@@ -45,7 +46,7 @@ def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
     backend = _read_backend(folder, config)
     _mark_added(backend, config)
     bos, eos = (_token_id(backend, config, name) for name in ("bos_token", "eos_token"))
-    if "add_bos_token" in config or "add_eos_token" in config:
+    if backend.post_processor is None and not (folder / "tokenizer.json").exists():
         surround(
             backend,
             bos if config.get("add_bos_token") else None,

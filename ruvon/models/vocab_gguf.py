@@ -100,7 +100,7 @@ def read_gguf_vocab(path: Path, metadata: Mapping[str, Any]) -> Vocab:
             raise LoadError(f"tokenizer.ggml.model {kind!r} is not supported")
     except KeyError as error:
         raise LoadError(f"{path}: {error} is missing") from None
-    except (LoadError, ValueError) as error:
+    except Exception as error:  # the library raises bare Exception for merges it does not like
         raise LoadError(f"{path}: {error}") from None
     _mark_added(backend, metadata)
     bos, eos, eot, eom = (_id(metadata, name) for name in ("bos", "eos", "eot", "eom"))
