@@ -1,0 +1,341 @@
+"""Drawing tokens on the device, so that the next step can start before the host has seen them.
+
+One program draws for one row, in a few passes over its scores, and sorts nothing:
+
+- Every pass keeps a sum (or maximum, or count) for each of ``BLOCK`` lanes and reduces once, at its
+  end. Lane ``i`` stands for tokens ``i``, ``i + BLOCK``, ``i + 2 BLOCK`` and so on.
+- A draw turns one uniform number into a token by inverting the cumulative distribution, first over
+  lanes, then within the lane.
+- top_k finds its threshold by narrowing an interval of scores; min_p's is known from the maximum.
+- top_p draws from what is left and accepts the token if everything likelier weighs less than p.
+  Otherwise that token and all less likely ones are outside the nucleus, and it draws again from the
+  rest: the accepted token is distributed as if the nucleus had been cut out first.
+
+The order of transforms is `ruvon.engine.sampler`'s. Uniform numbers come from Philox, keyed by the
+row's seed and counted by its draw, so a row draws the same alone or in any batch. The draws are not
+those of the CPU's sampler, which inverts in another order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ruvon.kernels.pdl import release, wait
+
+PARAMS = 16  # int32 or float32 words of one row's parameters
+# The words, in order; floats are stored by their bits.
+TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
+TOP_K, SEED_LOW, SEED_HIGH, DRAW, HISTORY, BIAS, WANTS_LOGPROB, SEAT = range(6, 14)
+
+NOT_A_NUMBER, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
+
+IN_PROMPT = tl.constexpr(0x4000)  # a count's flag: the prompt holds this token
+COUNT = tl.constexpr(0x3FFF)
+
+
+class SamplingState(NamedTuple):
+    """What outlives a step, by *seat* (a running sequence's place on the device)."""
+
+    last_tokens: Tensor  # int32 [seats]: what each sequence drew last
+    counts: Tensor  # int16 [seats, V]: how often its output holds a token, and `IN_PROMPT`
+    bias: Tensor  # float16 [seats, V]: added to its scores; minus infinity rules a token out
+
+
+class Drawn(NamedTuple):
+    """A step's results, one for each row."""
+
+    tokens: Tensor  # int32 [L], or why there is none
+    logprobs: Tensor  # float32 [L], where wanted: of the model, before all transforms
+    ranks: Tensor  # int32 [L], where wanted: 1 is the likeliest
+
+
+@triton.jit
+def load_scores(row, at, inside):
+    """A row's scores after everything but temperature. ``row``: see `_sample_kernel`."""
+    logits_ptr, counts_ptr, bias_ptr, history, bias, repetition, presence, frequency = row
+    z = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
+    if bias >= 0:
+        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if history >= 0:
+        seen = tl.load(counts_ptr + at, mask=inside, other=0).to(tl.int32)
+        count = (seen & COUNT).to(tl.float32)
+        z = tl.where(seen != 0, tl.where(z > 0, z / repetition, z * repetition), z)
+        z -= count * frequency + tl.where(count > 0, presence, 0.0)
+    return z
+
+
+@triton.jit
+def finite(z):
+    return tl.where(z == float("-inf"), 0.0, z)
+
+
+@triton.jit
+def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
+    """The first pass, by lane: the best score and where, the lowest finite one, the mass relative
+    to the best, and whether anything is not a number. Greedy rows need only the best."""
+    lanes = tl.arange(0, BLOCK)
+    best_N = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_at_N = tl.zeros([BLOCK], tl.int32)
+    lowest_N = tl.full([BLOCK], float("inf"), tl.float32)
+    mass_N = tl.zeros([BLOCK], tl.float32)
+    broken_N = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, V, BLOCK):
+        at = start + lanes
+        z = load_scores(row, at, at < V)
+        broken_N |= (z != z).to(tl.int32)
+        new_N = tl.maximum(best_N, z)
+        best_at_N = tl.where(z > best_N, at, best_at_N)
+        if sampled:
+            base = finite(new_N)
+            mass_N = mass_N * tl.exp2((best_N - base) * rate) + tl.exp2((z - base) * rate)
+            lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
+        best_N = new_N
+    return best_N, best_at_N, lowest_N, mass_N, broken_N
+
+
+@triton.jit
+def mass_within(row, V, floor, pivot, top, rate, BLOCK: tl.constexpr):
+    """By lane, the mass of scores of at least ``floor`` and more than ``pivot``."""
+    lanes = tl.arange(0, BLOCK)
+    mass_N = tl.zeros([BLOCK], tl.float32)
+    for start in tl.range(0, V, BLOCK):
+        at = start + lanes
+        z = load_scores(row, at, at < V)
+        within = (z >= floor) & (z > pivot)
+        mass_N += tl.where(within, tl.exp2((z - top) * rate), 0.0)
+    return mass_N
+
+
+@triton.jit
+def count_at_least(row, V, one, two, three, BLOCK: tl.constexpr):
+    """How many scores reach each of three thresholds."""
+    lanes = tl.arange(0, BLOCK)
+    one_N = tl.zeros([BLOCK], tl.int32)
+    two_N, three_N = one_N, one_N
+    for start in tl.range(0, V, BLOCK):
+        at = start + lanes
+        z = load_scores(row, at, at < V)
+        one_N += (z >= one).to(tl.int32)
+        two_N += (z >= two).to(tl.int32)
+        three_N += (z >= three).to(tl.int32)
+    return tl.sum(one_N, axis=0), tl.sum(two_N, axis=0), tl.sum(three_N, axis=0)
+
+
+@triton.jit
+def kth_score(row, V, k, lowest, top, BLOCK: tl.constexpr):
+    """A threshold that ``k`` scores reach (more, if some are equal to the k-th).
+
+    Quarters an interval: at least k reach ``low``, fewer than k reach ``high``.
+    """
+    low = lowest
+    high = top + tl.maximum(tl.abs(top), 1.0)
+    searching = low < top
+    while searching:
+        step = (high - low) * 0.25
+        one, two, three = low + step, low + 2 * step, low + 3 * step
+        num_one, num_two, num_three = count_at_least(row, V, one, two, three, BLOCK)
+        old_low, old_high = low, high
+        high = tl.where(num_three < k, three, high)
+        high = tl.where(num_two < k, two, high)
+        high = tl.where(num_one < k, one, high)
+        low = tl.where(num_one >= k, one, low)
+        low = tl.where(num_two >= k, two, low)
+        low = tl.where(num_three >= k, three, low)
+        exact = (num_one == k) | (num_two == k) | (num_three == k)
+        searching = ((low != old_low) | (high != old_high)) & (exact == 0)
+    return low
+
+
+@triton.jit
+def first_above(cumulative_N, mass_N, target, places_N):
+    """The first place where the running sum exceeds ``target``; rounding must not pick one of no
+    mass, so past the end it is the last place that has any."""
+    place = tl.sum((cumulative_N <= target).to(tl.int32), axis=0)
+    last = tl.max(tl.where(mass_N > 0.0, places_N, 0), axis=0)
+    return tl.minimum(place, last)
+
+
+@triton.jit
+def score_drawn(logits_ptr, token, V, BLOCK: tl.constexpr):
+    """The token's log-probability and rank by the model, before all transforms."""
+    lanes = tl.arange(0, BLOCK)
+    chosen = tl.load(logits_ptr + token)
+    top_N = tl.full([BLOCK], float("-inf"), tl.float32)
+    weight_N = tl.zeros([BLOCK], tl.float32)
+    ahead_N = tl.zeros([BLOCK], tl.int32)
+    for start in tl.range(0, V, BLOCK):
+        at = start + lanes
+        z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf"))
+        new_N = tl.maximum(top_N, z)
+        base = finite(new_N)
+        weight_N = weight_N * tl.exp(top_N - base) + tl.exp(z - base)
+        ahead_N += (z > chosen).to(tl.int32)
+        top_N = new_N
+    highest = tl.max(top_N, axis=0)
+    weight = tl.sum(weight_N * tl.exp(top_N - highest), axis=0)
+    return chosen - highest - tl.log(weight), 1 + tl.sum(ahead_N, axis=0)
+
+
+@triton.jit
+def _sample_kernel(
+    logits_ptr,
+    ints_ptr,
+    floats_ptr,
+    last_tokens_ptr,
+    counts_ptr,
+    bias_ptr,
+    tokens_ptr,
+    logprobs_ptr,
+    ranks_ptr,
+    V,
+    logits_stride,
+    BLOCK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    PARAMS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    index = tl.program_id(0)
+    ints, floats = ints_ptr + index * PARAMS, floats_ptr + index * PARAMS
+    lanes, columns = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
+    wait(PDL)
+    temperature, top_p, min_p = tl.load(floats), tl.load(floats + 1), tl.load(floats + 2)
+    top_k, history = tl.load(ints + 6), tl.load(ints + 10)
+    seat = tl.load(ints + 13).to(tl.int64)
+    logits_row = logits_ptr + index.to(tl.int64) * logits_stride
+    row = (
+        logits_row,
+        counts_ptr + seat * V,
+        bias_ptr + seat * V,
+        history,
+        tl.load(ints + 11),
+        tl.load(floats + 3),
+        tl.load(floats + 4),
+        tl.load(floats + 5),
+    )
+    rate = 1.4426950408889634 / tl.where(temperature > 0.0, temperature, 1.0)
+    best_N, best_at_N, lowest_N, mass_N, broken_N = survey(row, V, rate, temperature > 0.0, BLOCK)
+    top = tl.max(best_N, axis=0)
+    token = tl.min(tl.where(best_N == top, best_at_N, V), axis=0)
+
+    if (temperature > 0.0) & (top < float("inf")) & (top > float("-inf")):
+        floor = tl.where(min_p > 0.0, top + tl.log2(tl.maximum(min_p, 1e-30)) / rate, float("-inf"))
+        if (top_k > 0) & (top_k < V):
+            lowest = tl.min(lowest_N, axis=0)
+            floor = tl.maximum(floor, kth_score(row, V, top_k, lowest, top, BLOCK))
+        pivot = tl.full([], float("-inf"), tl.float32)
+        mass_N *= tl.exp2((best_N - top) * rate)
+        if floor > float("-inf"):
+            mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
+        kept = tl.sum(mass_N, axis=0)
+        low_seed = tl.load(ints + 7).to(tl.uint32, bitcast=True).to(tl.uint64)
+        high_seed = tl.load(ints + 8).to(tl.uint32, bitcast=True).to(tl.uint64)
+        draw = tl.load(ints + 9)
+        zero = draw * 0  # on the device, so that the loop may carry it
+        attempt = zero
+        drawing = zero == 0
+        while drawing:
+            random, _, _, _ = tl.philox((high_seed << 32) | low_seed, draw, attempt, zero, zero)
+            target = tl.uint_to_uniform_float(random) * tl.sum(mass_N, axis=0)
+            lane = first_above(tl.cumsum(mass_N, axis=0), mass_N, target, lanes)
+            before = tl.sum(tl.where(lanes < lane, mass_N, 0.0), axis=0)
+            tokens = lane + BLOCK * columns
+            z = load_scores(row, tokens, tokens < V)
+            within = (z >= floor) & (z > pivot)
+            mass = tl.where(within, tl.exp2((z - top) * rate), 0.0)
+            column = first_above(tl.cumsum(mass, axis=0), mass, target - before, columns)
+            token = lane + BLOCK * column
+            drawing = top_p < 1.0
+            if drawing:
+                pivot = tl.max(tl.where(columns == column, z, float("-inf")), axis=0)
+                mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
+                drawing = tl.sum(mass_N, axis=0) >= top_p * kept
+            attempt += 1
+
+    token = tl.where(top == float("-inf"), -3, token)
+    token = tl.where(top == float("inf"), -2, token)
+    token = tl.where(tl.max(broken_N, axis=0) > 0, -1, token)
+    if (tl.load(ints + 12) > 0) & (token >= 0):
+        logprob, rank = score_drawn(logits_row, token, V, BLOCK)
+        tl.store(logprobs_ptr + index, logprob)
+        tl.store(ranks_ptr + index, rank)
+    tl.store(tokens_ptr + index, token)
+    if seat >= 0:
+        tl.store(last_tokens_ptr + seat, tl.maximum(token, 0))
+        if (history >= 0) & (token >= 0):
+            place = counts_ptr + seat * V + token
+            seen = tl.load(place)
+            tl.store(place, seen + tl.where((seen & COUNT) < COUNT, 1, 0).to(tl.int16))
+
+
+@triton.jit
+def _resolve_kernel(
+    ids_ptr, last_tokens_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    release(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < size
+    wait(PDL)
+    ids = tl.load(ids_ptr + at, mask=inside, other=0)
+    drawn = tl.load(last_tokens_ptr + (-1 - ids), mask=inside & (ids < 0), other=0)
+    tl.store(out_ptr + at, tl.where(ids < 0, drawn, ids), mask=inside)
+
+
+def make_state(seats: int, vocab_size: int, device: torch.device) -> SamplingState:
+    return SamplingState(
+        torch.zeros(seats, dtype=torch.int32, device=device),
+        torch.zeros(seats, vocab_size, dtype=torch.int16, device=device),
+        torch.zeros(seats, vocab_size, dtype=torch.float16, device=device),
+    )
+
+
+def make_drawn(rows: int, device: torch.device) -> Drawn:
+    return Drawn(
+        torch.zeros(rows, dtype=torch.int32, device=device),
+        torch.zeros(rows, dtype=torch.float32, device=device),
+        torch.zeros(rows, dtype=torch.int32, device=device),
+    )
+
+
+def sample(
+    logits_LV: Tensor, params: Tensor, state: SamplingState, drawn: Drawn, pdl: bool = False
+) -> None:
+    """Draw a token for each row of ``logits_LV``, float32, which stays as it is.
+
+    ``params``: int32 [L, PARAMS]. HISTORY and BIAS are -1 where a row has no penalties or biases,
+    SEAT is -1 for padding. Fills ``drawn`` and the seats' ``last_tokens`` and ``counts``.
+    """
+    rows, vocab = logits_LV.shape
+    block = min(4096, triton.next_power_of_2(vocab))
+    _sample_kernel[(rows,)](
+        logits_LV,
+        params,
+        params.view(torch.float32),
+        state.last_tokens,
+        state.counts,
+        state.bias,
+        drawn.tokens,
+        drawn.logprobs,
+        drawn.ranks,
+        vocab,
+        logits_LV.stride(0),
+        BLOCK=block,
+        COLUMNS=triton.next_power_of_2(triton.cdiv(vocab, block)),
+        PARAMS=PARAMS,
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
+    )
+
+
+def resolve(ids_T: Tensor, last_tokens: Tensor, out_T: Tensor, pdl: bool = False) -> None:
+    """Ids as they are; ``-1 - seat`` becomes what that seat drew last."""
+    grid = (triton.cdiv(ids_T.shape[0], 256),)
+    _resolve_kernel[grid](
+        ids_T, last_tokens, out_T, ids_T.shape[0], BLOCK=256, PDL=pdl, launch_pdl=pdl
+    )
