@@ -108,7 +108,7 @@ class Engine:
 
     def sequence(self, seq_id: int) -> Sequence:
         """A live sequence, to read; `KeyError` when it is over."""
-        return self._scheduler.sequence(seq_id)
+        return self._scheduler.sequences[seq_id]
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
@@ -122,7 +122,7 @@ class Engine:
         before = replace(self._scheduler.counters)
         plan = self._scheduler.schedule()
         for chunk in plan.chunks:
-            seq = self._scheduler.sequence(chunk.seq_id)
+            seq = self._scheduler.sequences[chunk.seq_id]
             if seq.scheduled_at is None:
                 seq.scheduled_at = now
         return Pending(plan, self._runner.launch(plan), before)
@@ -131,7 +131,7 @@ class Engine:
         """Take in a launched step's result, waiting for it if need be. Raises what it raised."""
         result = pending.future.result()
         for row, tokens in zip(pending.plan.rows, result.tokens, strict=True):
-            seq = self._scheduler.sequence(row.seq_id)
+            seq = self._scheduler.sequences[row.seq_id]
             if tokens and seq.first_token_at is None:
                 seq.first_token_at = now
         emissions = self._scheduler.commit(pending.plan, result)
@@ -143,6 +143,14 @@ class Engine:
         self._scheduler.pool.forget()
 
     # ---------------------------------------------------------------- validation
+
+    def check(self, jobs: Iterable[Job]) -> None:
+        """Raise what `add` would, for a request of several jobs that are taken all or none."""
+        num_new = 0
+        for job in jobs:
+            self.validate(job)
+            num_new += job.n
+        self._check_queue(num_new)
 
     def validate(self, job: Job) -> int:
         """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
@@ -182,6 +190,10 @@ class Engine:
         return self.config.max_num_queued_reqs + self.config.max_num_seqs
 
     def _check_queue(self, num_new: int) -> None:
+        if num_new > self._bound:
+            raise RequestError(
+                f"A request may hold at most {self._bound} completions here, not {num_new}.", "n"
+            )
         num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
         if num_live + num_new > self._bound:
             raise QueueFullError(

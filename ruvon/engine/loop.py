@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
@@ -18,9 +19,11 @@ import structlog
 from ruvon.engine import types
 from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import EngineDeadError, NotReadyError, UnavailableError
+from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError, UnavailableError
 
 log = structlog.get_logger(__name__)
+
+LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
 class LoopMetrics(Protocol):
@@ -150,6 +153,7 @@ class EngineLoop:
         self._metrics = metrics
         self._clock = clock
         self._tickets: dict[int, _Ticket] = {}
+        self._finished_at: deque[float] = deque(maxlen=64)
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -188,21 +192,22 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- requests
 
-    def generate(self, jobs: Iterable[Job]) -> Stream:
+    def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
-        `QueueFullError`, `NotReadyError`, `EngineDeadError`.
+        `QueueFullError` with the time to wait, `NotReadyError`, `EngineDeadError`.
 
         An emission's index counts over all jobs' completions.
         """
         self._check_ready()
         now = self._clock()
-        stream = Stream(self._end)
         try:
-            for job in jobs:
-                self._admit(job, stream, now)
-        except BaseException:
-            self._discard(stream, list(stream.open))
+            self.engine.check(jobs)
+        except QueueFullError as error:
+            error.retry_after = self._seconds_until_room(sum(job.n for job in jobs), now)
             raise
+        stream = Stream(self._end)
+        for job in jobs:
+            self._admit(job, stream, now)
         if not self._work.is_set():
             self.progressed_at = now
             self._work.set()
@@ -215,6 +220,13 @@ class EngineLoop:
             raise NotReadyError("The server is shutting down.")
         if self._task is None:
             raise NotReadyError("The engine has not started.")
+
+    def _seconds_until_room(self, num_sequences: int, now: float) -> float:
+        """How long that many sequences took to finish lately, within bounds."""
+        if not self._finished_at:
+            return LEAST_RETRY
+        each = (now - self._finished_at[0]) / len(self._finished_at)
+        return min(max(num_sequences * each, LEAST_RETRY), MOST_RETRY)
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
         for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
@@ -238,13 +250,12 @@ class EngineLoop:
 
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
-        now = self._clock()
-        for seq_id, ticket in list(self._tickets.items()):
-            seq = ticket.seq
-            self.engine.abort([seq_id])
-            self._deliver(
-                [Emission(seq_id, seq.index, (), num_cached=seq.num_cached, finish="abort")], now
-            )
+        self.engine.abort(self._tickets)
+        emissions = [
+            Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
+            for seq in (ticket.seq for ticket in self._tickets.values())
+        ]
+        self._deliver(emissions, self._clock())
 
     def _note_idle(self) -> None:
         if not self._tickets:
@@ -319,6 +330,7 @@ class EngineLoop:
 
     def _record_finished(self, ticket: _Ticket, reason: str, now: float) -> None:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
+        self._finished_at.append(now)
         seq = ticket.seq
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
         first_token_at = now if seq.first_token_at is None else seq.first_token_at

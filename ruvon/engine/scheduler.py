@@ -63,7 +63,7 @@ class Scheduler:
         self.counters = Counters()
         self.waiting = WaitingQueue(limits.order)
         self.running: dict[int, Sequence] = {}  # by id, in the order of ``limits.order``
-        self._sequences: dict[int, Sequence] = {}  # these two, and the aborted still in flight
+        self.sequences: dict[int, Sequence] = {}  # all of these, and the aborted still in flight
         self._eos_token_ids = frozenset(eos_token_ids)
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
@@ -73,14 +73,10 @@ class Scheduler:
         """Whether `schedule` has something to plan."""
         return bool(self.running) or len(self.waiting) > 0
 
-    def sequence(self, seq_id: int) -> Sequence:
-        """A sequence that is not over; `KeyError` otherwise."""
-        return self._sequences[seq_id]
-
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into an empty cache."""
         assert self.pool.blocks_for(seq.num_prompt + seq.max_tokens) <= self.pool.num_blocks
-        self._sequences[seq.id] = seq
+        self.sequences[seq.id] = seq
         self.waiting.push(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -88,7 +84,7 @@ class Scheduler:
 
         One that is in flight keeps its blocks until the step that uses them is committed.
         """
-        seq = self._sequences.get(seq_id)
+        seq = self.sequences.get(seq_id)
         if seq is None or seq.finish is not None:
             return
         seq.finish = "abort"
@@ -110,12 +106,13 @@ class Scheduler:
 
     def _make_room(self) -> bool:
         """Let every running sequence hold blocks for all its tokens; False if some had to go."""
-        all_stayed = True
-        for seq in list(self.running.values()):
+        size = self.pool.block_size
+        full = [s for s in self.running.values() if 0 < len(s.blocks) * size < len(s.tokens)]
+        num_running = len(self.running)
+        for seq in full:
             while seq.blocks and not self.pool.grow(seq.blocks, len(seq.tokens)):
                 self._preempt(next(reversed(self.running.values())))
-                all_stayed = False
-        return all_stayed
+        return len(self.running) == num_running
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue. Its tokens stay, its cache is recomputed, or found if still there."""
@@ -210,7 +207,7 @@ class Scheduler:
         shares: list[tuple[Sequence, int]] = []
         prompts: list[Sequence] = []
         for seq in self.running.values():
-            if seq.num_pending > 1:
+            if len(seq.tokens) - seq.num_computed > 1:
                 prompts.append(seq)
             elif budget:
                 shares.append((seq, 1))
@@ -235,14 +232,14 @@ class Scheduler:
         rows: list[SamplingRow] = []
         prompt_rows: list[PromptRow] = []
         for seq, num_tokens in shares:
-            start = seq.num_computed
+            tokens, start = seq.tokens, seq.num_computed
             end = start + num_tokens
-            samples = end == len(seq.tokens) and seq.max_tokens > 0
-            if self._wants_prompt_logprobs(seq) and start + 1 < seq.num_prompt:
+            samples = end == len(tokens) and seq.max_tokens > 0
+            if start + 1 < seq.num_prompt and self._wants_prompt_logprobs(seq):
                 prompt_rows.append(self._prompt_row(seq, len(chunks), start, end))
             if samples:
-                rows.append(SamplingRow(seq.id, seq.sampling, seq.tokens, seq.num_prompt, seq.seed))
-            chunks.append(Chunk(seq.id, tuple(seq.tokens[start:end]), start, seq.blocks, samples))
+                rows.append(SamplingRow(seq.id, seq.sampling, tokens, seq.num_prompt, seq.seed))
+            chunks.append(Chunk(seq.id, tuple(tokens[start:end]), start, seq.blocks, samples))
             seq.in_flight += 1
         return Plan(self.counters.steps, tuple(chunks), tuple(rows), tuple(prompt_rows))
 
@@ -263,18 +260,16 @@ class Scheduler:
         drawn = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
             tokens, logprobs = next(drawn) if chunk.samples else ((), None)
-            seq = self._sequences[chunk.seq_id]
+            seq = self.sequences[chunk.seq_id]
             seq.in_flight -= 1
-            if seq.finish == "abort":
+            if seq.finish is not None:  # aborted meanwhile
                 self._forget(seq)
                 continue
-            error = result.errors.get(seq.id)
-            if error is None:
-                self._advance(seq, chunk, result.prompt_logprobs.get(seq.id, ()))
-                emission = self._accept(seq, chunk, tokens, logprobs)
+            if seq.id in result.errors:
+                emission: Emission | None = self._fail(seq, result.errors[seq.id])
             else:
-                seq.finish = "error"
-                emission = Emission(seq.id, seq.index, (), finish="error", error=error)
+                self._advance(seq, chunk, result)
+                emission = self._accept(seq, tokens, logprobs)
             if seq.finish is not None:
                 del self.running[seq.id]
                 self._forget(seq)
@@ -282,60 +277,48 @@ class Scheduler:
                 emissions.append(emission)
         return emissions
 
-    def _advance(
-        self, seq: Sequence, chunk: Chunk, prompt_logprobs: tuple[TokenLogprobs, ...]
-    ) -> None:
+    @staticmethod
+    def _fail(seq: Sequence, error: str) -> Emission:
+        seq.finish = "error"
+        return Emission(seq.id, seq.index, (), finish="error", error=error)
+
+    def _advance(self, seq: Sequence, chunk: Chunk, result: StepResult) -> None:
         """The chunk's tokens are in the cache now."""
         seq.num_computed = chunk.start + len(chunk.tokens)
         if seq.prompt_logprobs is not None:
-            seq.prompt_logprobs.extend(prompt_logprobs)
-        if self.limits.caching:
-            self._publish(seq)
-
-    def _publish(self, seq: Sequence) -> None:
+            seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
         num_full = seq.num_computed // self.pool.block_size
-        if seq.num_published == num_full:
-            return
+        if num_full > seq.num_published and self.limits.caching:
+            self._publish(seq, num_full)
+
+    def _publish(self, seq: Sequence, num_full: int) -> None:
+        """Let others find a sequence's first ``num_full`` blocks."""
         self._extend_keys(seq, num_full)
-        for block, key in zip(
-            seq.blocks[seq.num_published : num_full],
-            seq.keys[seq.num_published : num_full],
-            strict=True,
-        ):
-            self.pool.publish(block, key)
-            self._computing.pop(key, None)
+        for i in range(seq.num_published, num_full):
+            self.pool.publish(seq.blocks[i], seq.keys[i])
+            self._computing.pop(seq.keys[i], None)
         seq.num_published = num_full
 
     def _accept(
-        self,
-        seq: Sequence,
-        chunk: Chunk,
-        tokens: tuple[int, ...],
-        logprobs: tuple[TokenLogprobs, ...] | None,
+        self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
     ) -> Emission | None:
         """Append what was drawn, as far as the sequence goes; None if there is no news of it."""
-        num_taken = 0
-        for token in tokens:
+        for num_taken, token in enumerate(tokens, 1):
             seq.tokens.append(token)
-            num_taken += 1
             seq.finish = self._finish_reason(seq, token)
             if seq.finish is not None:
+                tokens, logprobs = tokens[:num_taken], logprobs and logprobs[:num_taken]
                 break
-        if seq.max_tokens == 0 and seq.num_computed == seq.num_prompt:
+        if not tokens:
+            if seq.max_tokens > 0 or seq.num_computed < seq.num_prompt:
+                return None
             seq.finish = "length"
-        if not tokens and seq.finish is None:
-            return None
-        is_first = seq.num_output == num_taken
-        return Emission(
-            seq.id,
-            seq.index,
-            tokens[:num_taken],
-            logprobs and logprobs[:num_taken],
-            tuple(seq.prompt_logprobs) if is_first and seq.prompt_logprobs else None,
-            seq.num_cached,
-            seq.finish,
-            seq.tokens[-1] if seq.finish == "stop" else None,
-        )
+        emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
+        if seq.finish == "stop":
+            emission.stop_token = tokens[-1]
+        if seq.prompt_logprobs is not None and len(seq.tokens) - len(tokens) == seq.num_prompt:
+            emission.prompt_logprobs = tuple(seq.prompt_logprobs)
+        return emission
 
     def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
         """Why the sequence ends with this token, if it does.
@@ -346,13 +329,13 @@ class Scheduler:
             return "stop"
         if token in seq.sampling.stop_token_ids:
             return "stop"
-        return "length" if seq.num_output >= seq.max_tokens else None
+        return "length" if len(seq.tokens) - seq.num_prompt >= seq.max_tokens else None
 
     # ------------------------------------------------------------------ freeing
 
     def _forget(self, seq: Sequence) -> None:
         """A sequence is over: nothing of it stays but its published blocks."""
-        del self._sequences[seq.id]
+        del self.sequences[seq.id]
         self._free(seq)
 
     def _free(self, seq: Sequence) -> None:

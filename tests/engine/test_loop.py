@@ -10,7 +10,13 @@ from fakes import FakeMetrics, FakeRunner
 
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.types import Job, SamplingParams
-from ruvon.errors import ContextLengthError, EngineDeadError, NotReadyError, QueueFullError
+from ruvon.errors import (
+    ContextLengthError,
+    EngineDeadError,
+    NotReadyError,
+    QueueFullError,
+    RequestError,
+)
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
 
@@ -48,7 +54,7 @@ def running(make_engine):
 
 def assert_clean(loop):
     scheduler = loop.engine._scheduler
-    assert not scheduler._sequences
+    assert not scheduler.sequences
     scheduler.pool.check([])
 
 
@@ -67,6 +73,14 @@ async def settle():
 
 async def read(stream):
     return [emission async for news in stream for emission in news]
+
+
+async def read_while(runner, stream):
+    """Read a stream to its end, finishing steps as they come."""
+    reading = asyncio.create_task(read(stream))
+    while not reading.done():
+        await turn(runner)
+    return await reading
 
 
 def tokens(emissions, index=0):
@@ -98,11 +112,30 @@ async def test_all_jobs_are_queued_or_none(running):
     async with running(by_hand=True) as (loop, runner):
         with pytest.raises(ContextLengthError):
             loop.generate([Job((97,)), Job((97,) * 10_000)])
-        with pytest.raises(QueueFullError):
-            loop.generate([Job((97,))] * 2000)
+        with pytest.raises(RequestError, match="at most 1088 completions"):
+            loop.generate([Job((97,), n=8)] * 200)
         await turn(runner)
         assert runner.plans == []
         assert_clean(loop)
+
+
+async def test_a_full_queue_says_when_to_come_again(running):
+    async with running(by_hand=True, max_num_seqs=1, max_num_queued_reqs=1) as (loop, runner):
+        two = [Job((97,), SamplingParams(max_tokens=1))] * 2
+        await read_while(runner, loop.generate(two))
+        stream = loop.generate(two)
+        loop._clock.now += 10
+        with pytest.raises(QueueFullError) as caught:
+            loop.generate(two)
+        assert caught.value.retry_after == 10
+        with pytest.raises(QueueFullError) as caught:
+            loop.generate(two[:1])
+        assert caught.value.retry_after == 5
+        loop._clock.now += 1000
+        with pytest.raises(QueueFullError) as caught:
+            loop.generate(two)
+        assert caught.value.retry_after == 60
+        await read_while(runner, stream)
 
 
 async def test_a_slow_reader_gets_everything_at_once_and_stalls_nobody(running):
@@ -235,6 +268,20 @@ async def test_a_thousand_come_and_go_and_leave_nothing(running):
         assert_clean(loop)
         assert len(loop.engine._scheduler.waiting._heap) < 100
         assert {c["reason"] for c in loop._metrics.all("finished")} == {"abort"}
+
+
+async def test_a_reader_may_end_one_sequence_of_several(running):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=4, ignore_eos=True), n=2)])
+        await turn(runner)
+        first, _ = await anext(stream)
+        stream.stop(first.seq_id)
+        stream.stop(first.seq_id)
+        emissions = await read_while(runner, stream)
+        assert {e.index for e in emissions} == {1}
+        assert len(tokens(emissions, 1)) == 3
+        reasons = [finished["reason"] for finished in loop._metrics.all("finished")]
+        assert reasons == ["stop", "length"]
 
 
 # -------------------------------------------------------------------- dying

@@ -110,13 +110,13 @@ class Run:
 
 def check(engine: Engine) -> None:
     scheduler = engine._scheduler
-    tables = [seq.blocks for seq in scheduler._sequences.values()]
+    tables = [seq.blocks for seq in scheduler.sequences.values()]
     scheduler.pool.check(tables)
     assert list(scheduler.running) == [
         seq.id for seq in sorted(scheduler.running.values(), key=scheduler.limits.order)
     ]
     assert scheduler._num_holding == sum(1 for table in tables if table)
-    for seq in scheduler._sequences.values():
+    for seq in scheduler.sequences.values():
         assert len(seq.blocks) <= scheduler.pool.blocks_for(len(seq.tokens))
         assert seq.num_published <= len(seq.blocks)
         assert (seq.id in scheduler.running) != (seq in scheduler.waiting)
@@ -141,7 +141,7 @@ def verify(run: Run) -> None:
                 assert got == want[: len(got)]
     scheduler = run.engine._scheduler
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
-    assert not scheduler._sequences
+    assert not scheduler.sequences
     assert not scheduler._computing
 
 

@@ -345,7 +345,7 @@ def test_an_error_ends_its_sequence_and_no_other():
     bad, good = scheduler.commit(plan, drawn)
     assert (bad.seq_id, bad.finish, bad.error) == (0, "error", "not a number")
     assert (good.seq_id, good.tokens, good.finish) == (1, (9,), None)
-    scheduler.pool.check([scheduler.sequence(1).blocks])
+    scheduler.pool.check([scheduler.sequences[1].blocks])
 
 
 # -------------------------------------------------------------------- aborting
