@@ -59,6 +59,8 @@ def locate(config: EngineConfig, progress: Progress) -> tuple[Path, str]:
     path = find_embedded() if config.model is None else Path(config.model).expanduser()
     is_id = config.model and path.suffix != ".gguf" and HUB_ID.fullmatch(config.model)
     if is_id and not path.exists():
+        if config.load_format == "gguf":  # fetching all of a repository's variants helps nobody
+            raise ConfigError(f"load_format gguf: give the path of a file, not {config.model}")
         return _fetch(config, progress), str(config.model)
     if config.revision is not None:
         raise ConfigError(f"revision: only for models of the hub, and {path} is a path")

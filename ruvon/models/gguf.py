@@ -90,7 +90,7 @@ class GgufFile:
             with path.open("rb") as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self.metadata, self.tensors = _read_header(Cursor(self.data))
-        except (OSError, ValueError, KeyError, struct.error) as error:
+        except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
             raise LoadError(f"{path}: not a readable GGUF file ({error})") from None
         if self.metadata.get("split.count", 1) > 1:
             raise LoadError(f"{path}: one part of several; join them with llama-gguf-split --merge")
@@ -162,6 +162,8 @@ def _read_header(cursor: Cursor) -> tuple[Mapping[str, Any], Mapping[str, Tensor
     metadata = {cursor.string(): cursor.value(cursor.scalar("<I")) for _ in range(num_values)}
     entries = {cursor.string(): _read_entry(cursor) for _ in range(num_tensors)}
     alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 1:
+        raise ValueError(f"general.alignment {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
     return metadata, {
         name: TensorEntry(kind, shape, start + offset)

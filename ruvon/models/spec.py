@@ -72,6 +72,8 @@ def spec_from_config(
         spec = ModelSpec(**common, **CONFIG_READERS[architecture](config))
     except KeyError as error:
         raise LoadError(f"config.json lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise LoadError(f"config.json has a value that makes no sense ({error})") from None
     return _checked(spec, "config.json")
 
 
@@ -223,6 +225,8 @@ def spec_from_gguf(
         spec = _from_gguf(arch, metadata, tensors, rope_divisors)
     except KeyError as error:
         raise LoadError(f"GGUF metadata lacks {error}") from None
+    except (TypeError, ValueError, ZeroDivisionError) as error:
+        raise LoadError(f"GGUF metadata has a value that makes no sense ({error})") from None
     return _checked(spec, "GGUF metadata")
 
 

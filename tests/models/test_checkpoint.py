@@ -153,6 +153,11 @@ class TestHub:
         for pattern in wanted[0]:
             assert not pattern.endswith(("bin", "pt", "pth", "pkl", "py", "*"))
 
+    def test_gguf_is_not_guessed(self, calls):
+        with pytest.raises(ConfigError, match="load_format gguf: give the path"):
+            opened("org/Tiny-GGUF", load_format="gguf")
+        assert not calls
+
     def test_offline_cache(self, monkeypatch, tmp_path, folder):
         """The real client, told to stay offline, over a cache as it lays it out."""
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

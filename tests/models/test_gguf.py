@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import struct
 
@@ -159,6 +160,17 @@ class TestDamage:
         for head in (b"", b"GGUF", b"GGUF" + struct.pack("<I", 3)):
             path.write_bytes(head + garbage)
             with pytest.raises(LoadError, match=r"tiny.gguf: not a readable GGUF file"):
+                load(path)
+
+    def test_flipped_bytes_of_the_header_never_crash(self, path):
+        """Whatever a damaged header says, it is refused, or describes something that loads."""
+        whole, dice = path.read_bytes(), random.Random(0)
+        for _ in range(200):
+            damaged = bytearray(whole)
+            for at in dice.choices(range(3000), k=3):
+                damaged[at] = dice.randrange(256)
+            path.write_bytes(damaged)
+            with contextlib.suppress(LoadError):
                 load(path)
 
     def test_big_endian(self, path):

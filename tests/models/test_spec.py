@@ -146,6 +146,8 @@ def test_architecture_by_model_type():
             "names 1 of 3 layers",
         ),
         ({"architectures": ["LlamaForCausalLM"]}, "lacks 'hidden_size'"),
+        ({**LLAMA, "num_attention_heads": "four"}, "makes no sense"),
+        ({**LLAMA, "num_attention_heads": 0}, "makes no sense"),
         (
             {**CONFIGS["gpt2"].to_dict(), "model_type": "gpt2", "activation_function": "mish"},
             "activation 'mish'",
@@ -195,6 +197,7 @@ def test_gguf_metadata():
         ({"general.architecture": "falcon"}, "general.architecture 'falcon'"),
         ({"qwen2.rope.dimension_count": 4}, "dimension_count 4 differs from the head size 8"),
         ({"qwen2.expert_count": 8}, "mixtures of experts"),
+        ({"qwen2.embedding_length": "wide"}, "makes no sense"),
         ({"qwen2.attention.head_count_kv": [1, 2]}, "head_count_kv: layers of different shape"),
         (
             {"qwen2.rope.scaling.type": "longrope", "qwen2.rope.scaling.factor": 2.0},
