@@ -50,7 +50,7 @@ class ByteTokenizer:
 
     def stream(
         self,
-        prompt: Sequence[int] = (),
+        prompt_ids: Sequence[int] = (),
         *,
         stop: Sequence[str] = (),
         include_stop: bool = False,

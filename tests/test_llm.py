@@ -1,0 +1,319 @@
+"""The offline front door: over a fake runner, then over the default model."""
+
+import asyncio
+from contextlib import closing
+from types import SimpleNamespace
+
+import pytest
+import torch
+from fakes import ByteTokenizer, FakeRunner
+
+from ruvon import LLM, SamplingParams, TextOptions
+from ruvon.errors import ConfigError, ContextLengthError, EngineDeadError, RequestError
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12)
+PROMPTS = ["one", "two and three", "four", "a longer prompt than the others, by far"]
+
+
+class Chat:
+    """Renders messages one after the other."""
+
+    def encode(self, messages, **options):
+        return [token for message in messages for token in message["content"].encode()]
+
+
+@pytest.fixture
+def runner():
+    return FakeRunner(16)
+
+
+@pytest.fixture
+def fake(make_engine, runner):
+    """An LLM without a model."""
+    closed = []
+    started = SimpleNamespace(
+        engine=make_engine(runner, max_num_queued_reqs=3, max_num_seqs=2),
+        tokenizer=ByteTokenizer(),
+        chat=Chat(),
+        close=lambda: closed.append(True),
+    )
+    with LLM.over(started) as llm:
+        yield llm
+    assert closed
+    assert not llm.engine.has_work
+    assert llm.engine._scheduler.pool.num_free == 64
+
+
+def test_completions_come_in_the_order_of_prompts(fake):
+    """More prompts than the queue may hold: the rest is fed in as room appears."""
+    prompts = [f"prompt {n}" for n in range(20)]
+    together = fake.generate(prompts, GREEDY, n=2, use_tqdm=False)
+    assert [len(completions) for completions in together] == [2] * 20
+    assert [one.index for one in together[7]] == [0, 1]
+    for prompt, completions in zip(prompts, together, strict=True):
+        ((alone,),) = fake.generate(prompt, GREEDY, use_tqdm=False)
+        assert alone.text == completions[0].text == completions[1].text
+        assert alone.tokens == completions[0].tokens
+        assert len(alone.tokens) == 12
+        assert alone.text == bytes(alone.tokens).decode()
+        assert alone.finish_reason == "length"
+        assert alone.num_prompt == len(prompt) + 1  # and bos
+
+
+def test_prompts_may_be_ids_and_one_prompt_needs_no_list(fake):
+    ((text,),) = fake.generate("hello", GREEDY, use_tqdm=False)
+    ids = [256, *b"hello"]
+    ((one,),) = fake.generate(ids, GREEDY, use_tqdm=False)
+    ((listed,),) = fake.generate([ids], GREEDY, use_tqdm=False)
+    ((mixed,), _) = fake.generate([ids, "hello"], GREEDY, use_tqdm=False)
+    assert text.tokens == one.tokens == listed.tokens == mixed.tokens
+    with pytest.raises(RequestError, match="mix"):
+        fake.generate([1, "hello"], GREEDY, use_tqdm=False)
+    assert fake.generate([], GREEDY, use_tqdm=False) == []
+
+
+def test_each_prompt_may_have_its_own_sampling(fake):
+    lengths = [3, 5, 7]
+    sampling = [SamplingParams(temperature=0, max_tokens=n) for n in lengths]
+    results = fake.generate(PROMPTS[:3], sampling, use_tqdm=False)
+    assert [len(one.tokens) for (one,) in results] == lengths
+    with pytest.raises(RequestError, match="3 sampling for 2 prompts"):
+        fake.generate(PROMPTS[:2], sampling, use_tqdm=False)
+
+
+def test_a_stop_string_ends_a_completion_and_frees_its_blocks(fake):
+    ((whole,),) = fake.generate(
+        "tell", SamplingParams(temperature=0, max_tokens=60), use_tqdm=False
+    )
+    stop = whole.text[20:22]
+    text = TextOptions(stop=(stop,))
+    at = whole.text.index(stop)
+    ((cut,),) = fake.generate(
+        "tell", SamplingParams(temperature=0, max_tokens=60), text, use_tqdm=False
+    )
+    assert cut.text == whole.text[:at]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
+    assert len(cut.tokens) == at + 2
+
+
+def test_a_stop_token_is_hidden_unless_wanted(fake):
+    ((whole,),) = fake.generate("tell", GREEDY, use_tqdm=False)
+    stop = whole.tokens[5]
+    at = whole.tokens.index(stop)
+    sampling = SamplingParams(temperature=0, stop_token_ids=(stop,))
+    ((hidden,),) = fake.generate("tell", sampling, use_tqdm=False)
+    ((shown,),) = fake.generate("tell", sampling, TextOptions(include_stop=True), use_tqdm=False)
+    assert hidden.text == whole.text[:at]
+    assert shown.text == whole.text[: at + 1]
+    assert hidden.tokens == shown.tokens == whole.tokens[: at + 1]
+    assert hidden.stop_reason == stop
+
+
+def test_logprobs_come_with_tokens(fake):
+    sampling = SamplingParams(temperature=0, max_tokens=4, logprobs=2, prompt_logprobs=1)
+    ((one,),) = fake.generate("hi", sampling, use_tqdm=False)
+    assert [entry.token for entry in one.logprobs] == list(one.tokens)
+    assert one.prompt_logprobs[0] is None
+    assert [entry.token for entry in one.prompt_logprobs[1:]] == list(b"hi")
+    ((plain,),) = fake.generate("hi", GREEDY, use_tqdm=False)
+    assert plain.logprobs is None
+    assert plain.prompt_logprobs is None
+
+
+def test_chat_takes_one_conversation_or_several(fake):
+    talk = [{"role": "user", "content": "hello"}]
+    other = [*talk, {"role": "assistant", "content": "yes"}]
+    ((one,),) = fake.chat(talk, GREEDY, use_tqdm=False)
+    (again,), (second,) = fake.chat([talk, other], GREEDY, use_tqdm=False)
+    assert one.tokens == again.tokens
+    assert second.num_prompt == len("helloyes")
+    ((long,),) = fake.chat(talk, use_tqdm=False)
+    assert long.num_prompt + len(long.tokens) == fake.engine.max_model_len
+
+
+def test_what_cannot_run_is_refused_before_anything_runs(fake, runner):
+    with pytest.raises(ContextLengthError):
+        fake.generate(["short", "x" * 300], GREEDY, use_tqdm=False)
+    with pytest.raises(RequestError, match="temperature"):
+        fake.generate("short", SamplingParams(temperature=-1), use_tqdm=False)
+    assert runner.plans == []
+
+
+def test_a_failed_sequence_fails_alone(fake, runner):
+    runner.errors[1] = "not a number"
+    (good,), (bad,) = fake.generate(["one", "two"], GREEDY, use_tqdm=False)
+    assert good.finish_reason == "length"
+    assert (bad.finish_reason, bad.error, bad.text) == ("error", "not a number", "")
+
+
+def test_a_stream_gives_pieces_and_then_the_whole(fake):
+    ((whole,),) = fake.generate("hello", GREEDY, use_tqdm=False)
+    pieces, end = [], None
+    stream = fake.stream("hello", GREEDY)
+    while end is None:
+        try:
+            pieces.append(next(stream))
+        except StopIteration as stop:
+            end = stop.value
+    assert len(pieces) == 12
+    assert "".join(pieces) == whole.text == end.text
+    assert end.tokens == whole.tokens
+
+
+def test_a_closed_stream_leaves_the_engine_clean(fake):
+    with closing(fake.stream("hello", GREEDY)) as stream:
+        next(stream)
+        with pytest.raises(RuntimeError, match="another generation"):
+            fake.generate("x", GREEDY, use_tqdm=False)
+    assert not fake.engine.has_work
+    assert fake.generate("hello", GREEDY, use_tqdm=False)
+
+
+@pytest.mark.parametrize("moment", ["waiting", "between"])
+def test_an_interruption_leaves_the_engine_clean(fake, runner, monkeypatch, moment):
+    """Ctrl-C while a step runs, or while its news are taken in."""
+    expected = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    collect, calls = fake.engine.collect, []
+
+    def interrupted(pending, now):
+        calls.append(pending)
+        if len(calls) == 3 and moment == "waiting":
+            raise KeyboardInterrupt
+        return collect(pending, now)
+
+    def interrupted_push(growing, emission):
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return push(growing, emission)
+
+    push = fake._push
+    monkeypatch.setattr(fake.engine, "collect", interrupted)
+    if moment == "between":
+        monkeypatch.setattr(fake, "_push", interrupted_push)
+    with pytest.raises(KeyboardInterrupt):
+        fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    monkeypatch.undo()
+    assert not fake.engine.has_work
+    again = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [one.tokens for (one,) in again] == [one.tokens for (one,) in expected]
+
+
+def test_a_failed_step_is_raised_and_remembered(make_engine):
+    runner = FakeRunner(16)
+    started = SimpleNamespace(
+        engine=make_engine(runner), tokenizer=ByteTokenizer(), chat=Chat(), close=lambda: None
+    )
+    llm = LLM.over(started)
+    runner.broken = ArithmeticError("broken")
+    with pytest.raises(ArithmeticError, match="broken"):
+        llm.generate("x", GREEDY, use_tqdm=False)
+    with pytest.raises(EngineDeadError):
+        llm.generate("x", GREEDY, use_tqdm=False)
+
+
+def test_progress_goes_to_stderr(fake, capsys):
+    fake.generate(PROMPTS, GREEDY)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "4/4" in shown.err
+    fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert capsys.readouterr().err == ""
+
+
+# ---------------------------------------------------------------- the default model
+
+
+@pytest.fixture(scope="module")
+def llm():
+    with LLM(max_model_len=512, max_num_seqs=8, kv_cache_memory="128MiB", threads=2) as llm:
+        yield llm
+
+
+SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=1234, max_tokens=8, logprobs=1)
+QUESTIONS = [
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "Water boils at",
+    "The three primary colors are red,",
+]
+
+
+def test_the_default_model_knows_its_capital(llm):
+    ((one,),) = llm.generate(QUESTIONS[0], GREEDY, use_tqdm=False)
+    assert one.text.startswith(" Paris")
+    assert one.num_prompt == 5
+
+
+def test_the_default_model_answers_a_chat_and_ends(llm):
+    ask = [{"role": "user", "content": "What is the capital of France? Answer in one sentence."}]
+    sampling = SamplingParams(temperature=0, max_tokens=60)
+    ((one,),) = llm.chat(ask, sampling, use_tqdm=False)
+    assert "Paris" in one.text
+    assert one.finish_reason == "stop"
+    assert "<|" not in one.text
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, SEEDED], ids=["greedy", "seeded"])
+def test_a_request_gives_the_same_tokens_alone_and_among_others(llm, sampling):
+    together = llm.generate(QUESTIONS, sampling, use_tqdm=False)
+    for question, (one,) in zip(QUESTIONS, together, strict=True):
+        ((alone,),) = llm.generate(question, sampling, use_tqdm=False)
+        assert alone.tokens == one.tokens
+
+
+def test_a_seed_decides_and_completions_differ(llm):
+    first = llm.generate(QUESTIONS[2], SEEDED, n=3, use_tqdm=False)
+    assert first == llm.generate(QUESTIONS[2], SEEDED, n=3, use_tqdm=False)
+    assert len({one.tokens for one in first[0]}) == 3
+    unseeded = SamplingParams(max_tokens=10)
+    drawn = {llm.generate(QUESTIONS[2], unseeded, use_tqdm=False)[0][0].tokens for _ in range(2)}
+    assert len(drawn) == 2
+
+
+def test_prompt_logprobs_are_those_of_one_forward(llm):
+    """The same numbers whether scored as a prompt, or drawn token by token."""
+    sampling = SamplingParams(temperature=0, max_tokens=6, logprobs=2)
+    ids = llm.tokenizer.encode(QUESTIONS[0])
+    ((drawn,),) = llm.generate(ids, sampling, use_tqdm=False)
+    scoring = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=2)
+    ((scored,),) = llm.generate(ids + list(drawn.tokens), scoring, use_tqdm=False)
+    found = scored.prompt_logprobs[len(ids) :]
+    assert [entry.token for entry in found] == list(drawn.tokens)
+    for entry, expected in zip(found, drawn.logprobs, strict=True):
+        assert entry.logprob == pytest.approx(expected.logprob, abs=1e-3)
+        assert entry.rank == expected.rank == 1
+
+
+def test_what_was_planned_is_what_there_is(llm):
+    memory = llm.started.memory
+    assert memory.cache_bytes <= 128 << 20
+    assert memory.max_model_len == llm.engine.max_model_len == 512
+    assert memory.num_blocks == llm.engine.stats.num_blocks
+    assert torch.get_num_threads() == llm.started.threads == 2
+
+
+def test_an_empty_stop_string_is_refused(llm):
+    with pytest.raises(RequestError, match="stop"):
+        llm.generate("short", GREEDY, TextOptions(stop=("",)), use_tqdm=False)
+    assert not llm.engine.has_work
+
+
+def test_settings_that_cannot_be_honoured_are_refused():
+    with pytest.raises(ConfigError, match="--max-model-len"):
+        LLM(max_model_len=100_000)
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device cuda"):
+            LLM(device="cuda")
+        with pytest.raises(ConfigError, match="--kernels triton"):
+            LLM(kernels="triton")
+    with pytest.raises(TypeError, match="no_such_setting"):
+        LLM(no_such_setting=1)
+
+
+def test_an_event_loop_may_run_around_it(llm):
+    async def main():
+        return llm.generate(QUESTIONS[0], GREEDY, use_tqdm=False)
+
+    ((one,),) = asyncio.run(main())
+    assert one.text.startswith(" Paris")
