@@ -6,7 +6,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import END, mixed_strings, trained
 
@@ -45,6 +45,7 @@ def whole(values: list[int], hidden: frozenset[int] = frozenset()) -> str:
     return raw.decode(errors="replace")
 
 
+@settings(deadline=None)
 @given(ids, st.booleans(), st.data())
 def test_pieces_join_to_the_whole(values, skip, data):
     hidden = frozenset({len(POOL) - 1}) if skip else frozenset()
@@ -54,6 +55,7 @@ def test_pieces_join_to_the_whole(values, skip, data):
     assert stream.num_tokens == len(values)
 
 
+@settings(deadline=None)
 @given(ids)
 def test_nothing_shown_is_ever_taken_back(values):
     """At any time what was shown begins every text that may follow: no U+FFFD for a character
@@ -65,6 +67,7 @@ def test_nothing_shown_is_ever_taken_back(values):
             assert whole([*values[: at + 1], next]).startswith(shown)
 
 
+@settings(deadline=None)
 @given(ids, stops, st.booleans(), st.data())
 def test_stop_strings_cut_where_the_first_is_complete(values, stop, include, data):
     text = whole(values)
@@ -80,6 +83,7 @@ def test_stop_strings_cut_where_the_first_is_complete(values, stop, include, dat
         assert shown == text
 
 
+@settings(deadline=None)
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=5))
 def test_no_more_is_held_back_than_may_still_become_the_stop_string(pieces, stop):
     finder, text, shown = StopStrings([stop], include=False), "", ""

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import (
     DONE,
@@ -223,6 +223,7 @@ def random_pieces(seed: int) -> dict[str, float]:
     return {piece: -float(rank) for piece, rank in zip(pieces, ranks, strict=True)}
 
 
+@settings(deadline=None)
 @given(st.integers(0, 50), st.text("abc ", min_size=1, max_size=20))
 def test_sentencepiece_equals_the_reference(seed, text):
     score = random_pieces(seed)
