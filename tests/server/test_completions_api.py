@@ -1,0 +1,173 @@
+"""``/v1/completions``, as clients see it."""
+
+from __future__ import annotations
+
+import pytest
+from fakes import fake_logprobs
+from serving import ScriptRunner, texts
+
+
+async def test_a_whole_answer_has_every_field(serve):
+    server = await serve("lo")
+    answer = (await server.complete("Hel")).json
+    assert answer.pop("id").startswith("cmpl-")
+    assert answer.pop("created") > 1_700_000_000
+    assert answer.pop("system_fingerprint").startswith("fp_")
+    usage = answer.pop("usage")
+    assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (3, 3, 6)
+    assert answer == {
+        "object": "text_completion",
+        "model": "org/fake",
+        "choices": [
+            {
+                "index": 0,
+                "text": "lo",
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+    }
+
+
+async def test_a_stream_is_byte_for_byte_what_openai_sends(serve):
+    server = await serve("ab")
+    reply = await server.complete("Hi", stream=True, max_tokens=2)
+    first = reply.events[0]
+    head = (
+        f'"id":"{first["id"]}","object":"text_completion","created":{first["created"]},'
+        f'"model":"org/fake","system_fingerprint":"{first["system_fingerprint"]}"'
+    )
+    choices = [
+        '{"index":0,"text":"a","logprobs":null,"finish_reason":null}',
+        '{"index":0,"text":"b","logprobs":null,"finish_reason":"length","stop_reason":null}',
+    ]
+    expected = "".join(f'data: {{{head},"choices":[{c}]}}\n\n' for c in choices)
+    assert reply.body.decode() == expected + "data: [DONE]\n\n"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answers"),
+    [
+        ("ab", ["AB"]),
+        (["ab", "cd"], ["AB", "CD"]),
+        ([97, 98], ["AB"]),
+        ([[97, 98], [99]], ["AB", "C"]),
+        (["ab", [99]], ["AB", "C"]),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_prompts_of_every_shape(serve, prompt, answers, stream):
+    server = await serve(str.upper)
+    reply = await server.complete(prompt, n=2, stream=stream)
+    expected = {2 * i + k: text for i, text in enumerate(answers) for k in range(2)}
+    assert texts(reply.events if stream else [reply.json]) == expected
+
+
+async def test_sixteen_tokens_by_default(serve):
+    server = await serve("x" * 50)
+    answer = (await server.complete()).json
+    assert answer["usage"]["completion_tokens"] == 16
+    assert answer["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_puts_the_prompt_first(serve, stream):
+    server = await serve("lo")
+    for prompt in ("Hel", [72, 101, 108]):
+        reply = await server.complete(prompt, echo=True, n=2, stream=stream)
+        assert texts(reply.events if stream else [reply.json]) == {0: "Hello", 1: "Hello"}
+
+
+async def test_logprobs_side_by_side(serve):
+    server = await serve("é!")
+    logprobs = (await server.complete("Hi", logprobs=1, max_tokens=3)).json["choices"][0][
+        "logprobs"
+    ]
+    assert logprobs == {
+        "tokens": ["�", "�", "!"],
+        "token_logprobs": [-0.5, -0.5, -0.5],
+        "top_logprobs": [{"�": -0.5}, {"�": -0.5}, {"!": -0.5}],
+        "text_offset": [0, 0, 1],
+    }
+
+
+async def test_logprobs_zero_is_the_drawn_token_alone(serve):
+    server = await serve("a")
+    logprobs = (await server.complete("Hi", logprobs=0, max_tokens=1)).json["choices"][0][
+        "logprobs"
+    ]
+    assert logprobs["top_logprobs"] == [{"a": -0.5}]
+
+
+async def test_streamed_logprobs_add_up_to_the_whole_ones(serve):
+    server = await serve("né, ok")
+    fields = {"logprobs": 2, "echo": True, "return_token_ids": True}
+    whole = (await server.complete("Hé", **fields)).json["choices"][0]
+    events = (await server.complete("Hé", stream=True, **fields)).events
+    for key in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        parts = [event["choices"][0]["logprobs"] for event in events]
+        joined = [value for part in parts if part for value in part[key]]
+        assert joined == whole["logprobs"][key]
+    ids = [i for event in events for i in event["choices"][0]["token_ids"]]
+    assert ids == whole["token_ids"]
+    assert events[0]["choices"][0]["prompt_token_ids"] == whole["prompt_token_ids"]
+
+
+async def test_scoring_a_prompt_without_generating(serve):
+    """What evaluation harnesses do: echo, logprobs and no new tokens."""
+    server = await serve("never")
+    answer = (await server.complete("Héy", echo=True, logprobs=1, max_tokens=0)).json
+    choice = answer["choices"][0]
+    assert choice["text"] == "Héy"
+    assert choice["finish_reason"] == "length"
+    logprobs = choice["logprobs"]
+    assert logprobs["tokens"] == ["H", "�", "�", "y"]
+    assert logprobs["token_logprobs"] == [None, -0.5, -0.5, -0.5]
+    assert logprobs["top_logprobs"][0] is None
+    assert logprobs["text_offset"] == [0, 1, 1, 2]
+    assert answer["usage"]["completion_tokens"] == 0
+    server.assert_idle()
+
+
+async def test_echo_alone_with_no_new_tokens(serve):
+    server = await serve("never")
+    choice = (await server.complete("Hey", echo=True, max_tokens=0)).json["choices"][0]
+    assert (choice["text"], choice["logprobs"]) == ("Hey", None)
+
+
+class Unequal(ScriptRunner):
+    """Completions of different likelihood: the later a sequence came, the likelier it is."""
+
+    def _draw(self, row, context):
+        tokens, _ = super()._draw(row, context)
+        made = fake_logprobs(tokens[0], 0)
+        better = type(made)(made.token, -1 / (1 + row.seq_id), made.rank, made.top)
+        return tokens, None if row.sampling.logprobs is None else (better,)
+
+
+async def test_best_of_gives_the_likeliest_per_token(serve):
+    server = await serve(runner=Unequal("ab"))
+    answer = (await server.complete(["x", "y"], n=2, best_of=3, logprobs=0)).json
+    assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+    firsts = [choice["logprobs"]["token_logprobs"][0] for choice in answer["choices"]]
+    assert firsts == [-1 / 3, -1 / 2, -1 / 6, -1 / 5]
+    assert answer["usage"]["completion_tokens"] == 18  # all that was computed
+    silent = (await server.complete("x", best_of=3)).json["choices"]
+    assert len(silent) == 1
+    assert silent[0]["logprobs"] is None
+
+
+async def test_prompt_logprobs_of_each_choice(serve):
+    server = await serve("a")
+    choice = (await server.complete("Hi", prompt_logprobs=0)).json["choices"][0]
+    assert choice["prompt_logprobs"] == [
+        None,
+        {"105": {"logprob": -0.5, "rank": 1, "decoded_token": "i"}},
+    ]
+
+
+async def test_an_empty_prompt_begins_a_document(serve):
+    server = await serve("a")
+    answer = (await server.complete("", return_token_ids=True)).json
+    assert answer["choices"][0]["prompt_token_ids"] == [256]
