@@ -276,7 +276,12 @@ def _gguf_vocab_size(arch: str, metadata: Mapping[str, Any]) -> int:
     return len(metadata["tokenizer.ggml.tokens"]) if stated is None else int(stated)
 
 
+MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them
+
+
 def _checked(spec: ModelSpec, where: str) -> ModelSpec:
+    if not 0 < spec.max_positions <= MOST_POSITIONS:
+        raise LoadError(f"{where}: a context of {spec.max_positions} tokens makes no sense")
     if spec.num_heads % spec.num_kv_heads:
         raise LoadError(
             f"{where}: {spec.num_heads} attention heads do not divide over "

@@ -148,6 +148,7 @@ def test_architecture_by_model_type():
         ({"architectures": ["LlamaForCausalLM"]}, "lacks 'hidden_size'"),
         ({**LLAMA, "num_attention_heads": "four"}, "makes no sense"),
         ({**LLAMA, "num_attention_heads": 0}, "makes no sense"),
+        ({**LLAMA, "max_position_embeddings": 2**40}, "1099511627776 tokens makes no sense"),
         (
             {**CONFIGS["gpt2"].to_dict(), "model_type": "gpt2", "activation_function": "mish"},
             "activation 'mish'",
