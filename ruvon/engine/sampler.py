@@ -99,7 +99,9 @@ def sample_row(
     scores_V = logits_V.copy() if transforms else logits_V
     for transform in transforms:
         transform(scores_V, row, eos_token_ids)
-    error = undrawable(float(logits_V.max())) or undrawable(float(scores_V.max()))
+    error = undrawable(float(logits_V.max()))
+    if transforms and not error:
+        error = undrawable(float(scores_V.max()))
     if error:
         return (), None, error
     token = draw(scores_V, row)
@@ -232,13 +234,17 @@ def likely(weights_K: Floats, min_p: float) -> Indices:
 def nucleus(weights_K: Floats, top_p: float) -> Indices:
     """The fewest tokens, likeliest first, whose probabilities add up to ``top_p``; one at least.
 
-    Only a head of the distribution is sorted: tokens below the floor could together not make up
-    the last ``1 - top_p``, so the nucleus is full without them.
+    Only a head of the distribution is sorted. What is below the second floor could together not
+    make up the last ``1 - top_p``, so that head holds the nucleus; the first is smaller and mostly
+    does, which its own sum tells.
     """
     total = float(weights_K.sum())
-    head = np.flatnonzero(weights_K >= (1 - top_p) * total / len(weights_K))
-    falling = np.sort(weights_K[head])[::-1]
-    reached = np.cumsum(falling, dtype=np.float64)
+    for parts in (512, len(weights_K)):
+        head = np.flatnonzero(weights_K >= (1 - top_p) * total / parts)
+        falling = np.sort(weights_K[head])[::-1]
+        reached = np.cumsum(falling, dtype=np.float64)
+        if len(head) and reached[-1] >= top_p * total:
+            break
     count = min(int(np.searchsorted(reached, top_p * total)) + 1, len(head))
     return head[at_least(weights_K[head], falling[count - 1], count)]
 

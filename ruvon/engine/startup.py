@@ -16,7 +16,7 @@ from ruvon.engine.kv_cache import MemoryPlan, allocate_cache, free_for_cache, pl
 from ruvon.engine.machine import available_cores
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
-from ruvon.engine.types import Chunk, Plan
+from ruvon.engine.types import Chunk, Plan, SamplingParams, SamplingRow
 from ruvon.errors import ConfigError
 from ruvon.kernels.ops import Ops
 from ruvon.kernels.reference import make_torch_ops
@@ -141,10 +141,16 @@ def make_runner(
 
 
 def warm_up(runner: Runner, config: EngineConfig) -> None:
-    """Run one block's worth of tokens, so that what happens once happens before any request:
-    kernels compile, threads start, a model that cannot run fails. What it writes is overwritten."""
-    tokens = (0,) * config.block_size
-    runner.launch(Plan(0, (Chunk(0, tokens, 0, [0], False),), ())).result()
+    """Run a short step, so that what happens once happens before any request: kernels compile,
+    threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
+    tokens = [0] * min(config.block_size, config.max_num_batched_tokens)
+    row = SamplingRow(0, SamplingParams(temperature=0), tokens, len(tokens), 0)
+    chunk = Chunk(0, tuple(tokens), 0, [0], True)
+    try:
+        runner.launch(Plan(0, (chunk,), (row,))).result()
+    except BaseException:
+        runner.close()
+        raise
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

@@ -1,0 +1,69 @@
+"""Sampling parameters that cannot be drawn with are refused, by the name of their field."""
+
+import math
+
+import pytest
+
+from ruvon.engine.checks import check_sampling
+from ruvon.engine.types import SamplingParams
+from ruvon.errors import RequestError
+
+VOCAB = 100
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("temperature", -0.1),
+        ("temperature", math.inf),
+        ("temperature", math.nan),
+        ("top_k", -1),
+        ("top_p", 1.1),
+        ("top_p", -0.1),
+        ("min_p", 2),
+        ("typical_p", math.nan),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", math.inf),
+        ("presence_penalty", 2.5),
+        ("frequency_penalty", -3),
+        ("min_tokens", -1),
+        ("logprobs", -1),
+        ("prompt_logprobs", -2),
+        ("logit_bias", {VOCAB: 1.0}),
+        ("logit_bias", {3: math.inf}),
+        ("allowed_token_ids", (-1,)),
+        ("allowed_token_ids", ()),
+        ("stop_token_ids", (VOCAB,)),
+        ("bad_words", ((1, 2), ())),
+        ("bad_words", ((1, VOCAB),)),
+    ],
+)
+def test_each_field_has_its_bounds(field, value):
+    with pytest.raises(RequestError, match=r"\w") as caught:
+        check_sampling(SamplingParams(**{field: value}), VOCAB)
+    assert caught.value.param == field
+    assert caught.value.status == 400
+
+
+def test_what_is_within_bounds_passes():
+    check_sampling(SamplingParams(), VOCAB)
+    check_sampling(
+        SamplingParams(
+            temperature=0,
+            top_k=5,
+            top_p=0.0,
+            min_p=1,
+            typical_p=0.5,
+            repetition_penalty=0.5,
+            presence_penalty=-2,
+            frequency_penalty=2,
+            logit_bias={0: -100.0, VOCAB - 1: 100.0},
+            allowed_token_ids=(0, VOCAB - 1),
+            bad_words=((1, 2), (3,)),
+            seed=-5,
+            stop_token_ids=(7,),
+            logprobs=0,
+            prompt_logprobs=20,
+        ),
+        VOCAB,
+    )

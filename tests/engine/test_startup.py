@@ -1,0 +1,140 @@
+"""From settings to a running engine, with a small model of random weights."""
+
+import json
+import threading
+
+import pytest
+import torch
+
+from ruvon.config import EngineConfig
+from ruvon.engine import startup
+from ruvon.engine.startup import choose_device, choose_ops, distinct, start_engine, tensors_of
+from ruvon.engine.types import Job, SamplingParams
+from ruvon.errors import ConfigError, LoadError
+
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
+
+
+def settings(folder, **given) -> EngineConfig:
+    given = {"threads": 1, "kernels": "torch", "kv_cache_memory": "1MiB"} | given
+    return EngineConfig(model=str(folder), load_format="dummy", **given)
+
+
+def drain(engine) -> list[int]:
+    """Run what is queued to its end; all tokens."""
+    tokens = []
+    while (pending := engine.launch(0.0)) is not None:
+        for emission in engine.collect(pending, 0.0):
+            assert emission.error is None
+            tokens += emission.tokens
+    return tokens
+
+
+def test_an_engine_starts_says_what_it_is_and_runs(folder):
+    phases = []
+    started = start_engine(settings(folder), lambda phase, share: phases.append((phase, share)))
+    assert (started.device, started.kernels, started.dtype) == ("cpu", "torch", "float32")
+    assert started.threads == torch.get_num_threads() == 1
+    assert started.memory.bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert started.memory.num_blocks == 2**20 // (16 * 512)
+    embedding = 320 * 64
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
+    rope = 2 * 128 * 8
+    assert started.memory.weight_bytes == 4 * (embedding + 2 * layer + 64 + rope)
+    assert started.engine.max_model_len == 128
+    assert list(dict.fromkeys(phase for phase, _ in phases)) == [
+        "opening model",
+        "loading weights",
+        "loading tokenizer",
+        "warming up",
+    ]
+    assert all(0 <= share <= 1 for _, share in phases)
+    started.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
+    assert len(drain(started.engine)) in range(1, 6)
+    started.close()
+
+
+def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
+    monkeypatch.setattr(startup, "free_for_cache", lambda device, config, spec: 100 * 512)
+    started = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
+    started.close()
+    assert started.memory.num_tokens == 96
+    assert started.engine.max_model_len == 96
+
+
+def test_a_model_that_cannot_run_leaves_no_thread(folder, monkeypatch):
+    def broken(*arguments, **named):
+        raise ArithmeticError("broken")
+
+    before = threading.active_count()
+    monkeypatch.setattr("ruvon.models.llama.Llama.forward", broken)
+    with pytest.raises(ArithmeticError):
+        start_engine(settings(folder), lambda phase, share: None)
+    assert threading.active_count() == before
+
+
+def test_what_is_not_there_is_said(tmp_path):
+    with pytest.raises(LoadError, match="nowhere"):
+        start_engine(settings(tmp_path / "nowhere.gguf"), lambda phase, share: None)
+
+
+@pytest.mark.parametrize(
+    ("given", "has_gpu", "expected"),
+    [
+        ({}, False, "cpu"),
+        ({}, True, "cuda"),
+        ({"device": "cpu"}, True, "cpu"),
+        ({"device": "cuda"}, True, "cuda"),
+        ({"kernels": "torch"}, True, "cuda"),
+        ({"kernels": "cpu"}, True, "cpu"),
+        ({"kernels": "triton"}, True, "cuda"),
+        ({"device": "cuda"}, False, "--device cuda"),
+        ({"kernels": "triton"}, False, "--kernels triton"),
+    ],
+)
+def test_the_device_follows_settings_and_machine(monkeypatch, given, has_gpu, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: has_gpu)
+    config = EngineConfig(**given)
+    if expected.startswith("--"):
+        with pytest.raises(ConfigError, match=expected):
+            choose_device(config)
+    else:
+        assert choose_device(config).type == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_the_dtype_is_the_one_asked_for(dtype):
+    ops = choose_ops(EngineConfig(kernels="torch", dtype=dtype), torch.device("cpu"))
+    assert ops.dtype == getattr(torch, dtype)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_runs(folder, dtype):
+    started = start_engine(settings(folder, dtype=dtype), lambda phase, share: None)
+    assert started.memory.bytes_per_token == 2 * 2 * 2 * 16 * 2
+    started.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=3)), 0.0)
+    assert drain(started.engine)
+    started.close()
+
+
+def test_tied_weights_count_once():
+    shared, own = torch.zeros(3), torch.zeros(2)
+    assert len(distinct(tensors_of([(shared, "a name"), [shared, own], None]))) == 2
