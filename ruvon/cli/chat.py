@@ -34,9 +34,10 @@ SETTABLE: dict[str, Callable[[str], Any]] = {
 }
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Stats:
-    """How the last answer went; seconds."""
+    """How an answer went; seconds. A source counts tokens at the end, so of an answer that was
+    stopped only the pieces are known."""
 
     num_prompt: int
     num_output: int
@@ -46,9 +47,36 @@ class Stats:
     def __str__(self) -> str:
         decode = self.total - self.first
         rate = (self.num_output - 1) / decode if decode > 0 and self.num_output > 1 else 0.0
+        prompt = f"{self.num_prompt} prompt tokens, " if self.num_prompt else ""
         return (
-            f"{self.num_prompt} prompt tokens, first token after {self.first * 1e3:.0f} ms, "
+            f"{prompt}first token after {self.first * 1e3:.0f} ms, "
             f"{self.num_output} tokens in {self.total:.2f} s ({rate:.1f} tok/s)"
+        )
+
+
+class Stopwatch:
+    """Sees an answer's pieces go by."""
+
+    def __init__(self) -> None:
+        self._started = time.perf_counter()
+        self._first: float | None = None
+        self._num_pieces = 0
+        self._last = Piece()
+
+    def see(self, piece: Piece) -> None:
+        self._last = piece
+        if piece.text or piece.reasoning:
+            self._num_pieces += 1
+            if self._first is None:
+                self._first = time.perf_counter() - self._started
+
+    def stats(self) -> Stats:
+        total = time.perf_counter() - self._started
+        return Stats(
+            num_prompt=self._last.num_prompt or 0,
+            num_output=self._last.num_output or self._num_pieces,
+            first=total if self._first is None else self._first,
+            total=total,
         )
 
 
@@ -85,19 +113,15 @@ class Conversation:
     def _stream(
         self, messages: list[Message], said: list[str], show: Callable[[Piece], None]
     ) -> None:
-        started = time.perf_counter()
-        first: float | None = None
-        num_prompt = num_output = 0
-        with contextlib.closing(self.source.chat(messages, self.options)) as pieces:
-            for piece in pieces:
-                if first is None and (piece.text or piece.reasoning):
-                    first = time.perf_counter() - started
-                said.append(piece.text)
-                num_prompt = piece.num_prompt or num_prompt
-                num_output = piece.num_output or num_output
-                show(piece)
-        total = time.perf_counter() - started
-        self.stats = Stats(num_prompt, num_output, total if first is None else first, total)
+        watch = Stopwatch()
+        try:
+            with contextlib.closing(self.source.chat(messages, self.options)) as pieces:
+                for piece in pieces:
+                    watch.see(piece)
+                    said.append(piece.text)
+                    show(piece)
+        finally:
+            self.stats = watch.stats()
 
 
 def run(conversation: Conversation, console: Console) -> None:
