@@ -421,19 +421,20 @@ def attention(
 
 def attend(
     qkv_TE: Tensor,
+    batch: ForwardBatch,
     k_cache_BGPD: Tensor,
     v_cache_BGPD: Tensor,
-    batch: ForwardBatch,
     spec: AttentionSpec,
     rope: Rope | None,
-    norms: tuple[Tensor, Tensor, float] | None,
+    q_norm_D: Tensor | None,
+    k_norm_D: Tensor | None,
+    eps: float,
     sinks_H: Tensor | None,
     workspace: Workspace,
     pdl: bool = False,
 ) -> Tensor:
     """`write_kv` and `attention`, in one launch where every sequence has one query."""
     if batch.max_query > 1:
-        q_norm_D, k_norm_D, eps = norms or (None, None, 0.0)
         q_THD = write_kv(
             qkv_TE, batch, k_cache_BGPD, v_cache_BGPD, spec, rope, q_norm_D, k_norm_D, eps, pdl
         )
@@ -441,7 +442,7 @@ def attend(
     out_TE = qkv_TE.new_empty(qkv_TE.shape[0], spec.num_heads * spec.head_dim)
     launch_decode(
         qkv_TE, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, workspace, pdl,
-        fused=True, rope=rope, norms=norms,
+        fused=True, rope=rope, norms=None if q_norm_D is None else (q_norm_D, k_norm_D, eps),
     )  # fmt: skip
     return out_TE
 
@@ -459,7 +460,7 @@ def launch_decode(
     *,
     fused: bool = False,
     rope: Rope | None = None,
-    norms: tuple[Tensor, Tensor, float] | None = None,
+    norms: tuple[Tensor, Tensor | None, float] | None = None,
 ) -> None:
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
     share = spec.num_heads // groups

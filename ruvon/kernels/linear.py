@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate, apply_activation
-from ruvon.kernels.norm import normalize
+from ruvon.kernels.norm import add_norm, normalize
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
 
@@ -280,6 +280,26 @@ def linear(
     if rows <= SKINNY_ROWS:
         return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, pdl)
     return apply_activation(F.linear(x_TK, weight.tensors[0], bias_N), activation, pdl)
+
+
+def norm_linear(
+    x_TK: Tensor,
+    residual_TK: Tensor | None,
+    norm_weight_K: Tensor,
+    norm_bias_K: Tensor | None,
+    eps: float,
+    weight: Packed,
+    bias_N: Tensor | None,
+    activation: Activation,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(act(norm(x + residual) Wᵀ + b), x + residual): one launch for few rows, else two."""
+    norm = Norm(norm_weight_K, norm_bias_K, eps)
+    rows, k = x_TK.shape
+    if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
+        return gemv(x_TK, residual_TK, norm, weight, bias_N, activation, x_TK.dtype, pdl)
+    normed_TK, total_TK = add_norm(x_TK, residual_TK, norm_weight_K, norm_bias_K, eps, pdl)
+    return linear(normed_TK, weight, bias_N, activation, pdl), total_TK
 
 
 def logits(x_LC: Tensor, head: Packed, pdl: bool = False) -> Tensor:

@@ -60,7 +60,7 @@ def normalize(x, weight, bias, inside, num_columns, eps, CENTERED: tl.constexpr)
 def rms_norm(
     x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float, pdl: bool = False
 ) -> tuple[Tensor, Tensor]:
-    return _launch(x_TC, residual_TC, weight_C, None, eps, pdl)
+    return add_norm(x_TC, residual_TC, weight_C, None, eps, pdl)
 
 
 def layer_norm(
@@ -71,17 +71,18 @@ def layer_norm(
     eps: float,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    return _launch(x_TC, residual_TC, weight_C, bias_C, eps, pdl)
+    return add_norm(x_TC, residual_TC, weight_C, bias_C, eps, pdl)
 
 
-def _launch(
+def add_norm(
     x_TC: Tensor,
     residual_TC: Tensor | None,
     weight_C: Tensor,
     bias_C: Tensor | None,
     eps: float,
-    pdl: bool,
+    pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
+    """RMSNorm, or LayerNorm with a bias, of ``x + residual``, and that sum."""
     rows, columns = x_TC.shape
     normed_TC = empty_like(x_TC)
     total_TC = x_TC if residual_TC is None else empty_like(x_TC)

@@ -151,6 +151,15 @@ class Ops:
     logits: Callable[[Tensor, Packed], Tensor]
     """(x_LC, head V×C) → float32 [L, V]."""
 
+    norm_linear: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(x_TK, residual_TK or None, norm weight, norm bias or None, eps, weight, bias_N or None,
+    activation) → (product, x + residual). A norm and the product after it, for a table that has
+    them in one launch; the norm is RMSNorm where it has no bias. None: two calls."""
+
+    attend: Callable[..., Tensor] | None = None
+    """``write_kv``'s arguments and ``sinks_H`` → what ``attention`` then returns. None: two
+    calls."""
+
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""
 

@@ -40,6 +40,8 @@ def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None =
         attention=partial(attention.attention, workspace=workspace, pdl=pdl),
         take=partial(embed.take, pdl=pdl),
         logits=partial(linear.logits, pdl=pdl),
+        norm_linear=partial(linear.norm_linear, pdl=pdl),
+        attend=partial(attention.attend, workspace=workspace, pdl=pdl),
         dtype=dtype,
         device=device,
     )

@@ -22,6 +22,7 @@ from ruvon.models.layers import (
     attention_spec,
     load_layer_norm,
     load_linear,
+    norm_linear,
 )
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Rule, Weights
@@ -44,6 +45,7 @@ IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks of old checkpoints
 @dataclass(frozen=True, slots=True)
 class Layer:
     attn_norm: LayerNorm
+    qkv: Linear
     attention: Attention
     attn_out: Linear
     mlp_norm: LayerNorm
@@ -68,13 +70,14 @@ class GPT2:
         x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
         residual_TC: Tensor | None = self.ops.embed(batch.positions, self.positions)
         for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
-            x_TC, residual_TC = layer.attn_norm(x_TC, residual_TC)
-            x_TC = layer.attention(x_TC, batch, k_cache, v_cache)
+            qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
+            x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
             if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
                 x_TC = self.ops.take(x_TC, batch.logit_rows)
                 residual_TC = self.ops.take(residual_TC, batch.logit_rows)
-            x_TC, residual_TC = layer.mlp_norm(layer.attn_out(x_TC), residual_TC)
-            x_TC = layer.down(layer.up(x_TC))
+            x_TC = layer.attn_out(x_TC)
+            x_TC, residual_TC = norm_linear(layer.mlp_norm, layer.up, x_TC, residual_TC)
+            x_TC = layer.down(x_TC)
         x_LC, _ = self.norm(x_TC, residual_TC)
         return self.ops.logits(x_LC, self.head)
 
@@ -93,10 +96,10 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GPT2:
 
 def _layer(spec: ModelSpec, weights: Weights, i: int) -> Layer:
     hidden, wide, eps = spec.hidden_size, spec.intermediate_size, spec.norm_eps
-    qkv = load_linear(weights, "qkv", (hidden, hidden, hidden), hidden, i, bias=spec.qkv_bias)
     return Layer(
         attn_norm=load_layer_norm(weights, "attn_norm", hidden, eps, i),
-        attention=Attention(weights.ops, qkv, attention_spec(spec, i)),
+        qkv=load_linear(weights, "qkv", (hidden,) * 3, hidden, i, bias=spec.qkv_bias),
+        attention=Attention(weights.ops, attention_spec(spec, i)),
         attn_out=load_linear(weights, "attn_out", (hidden,), hidden, i, bias=spec.output_bias),
         mlp_norm=load_layer_norm(weights, "mlp_norm", hidden, eps, i),
         up=load_linear(

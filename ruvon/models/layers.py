@@ -56,12 +56,31 @@ class LayerNorm:
         return self.ops.layer_norm(x_TC, residual_TC, self.weight_C, self.bias_C, self.eps)
 
 
+def norm_linear(
+    norm: RMSNorm | LayerNorm, linear: Linear, x_TC: Tensor, residual_TC: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """→ (linear(norm(x + residual)), x + residual), in one operation where there is one."""
+    fused = linear.ops.norm_linear
+    if fused is None:
+        x_TC, residual_TC = norm(x_TC, residual_TC)
+        return linear(x_TC), residual_TC
+    return fused(
+        x_TC,
+        residual_TC,
+        norm.weight_C,
+        norm.bias_C if isinstance(norm, LayerNorm) else None,
+        norm.eps,
+        linear.weight,
+        linear.bias_N,
+        linear.activation,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """Projects to queries, keys and values, stores the last two, and reads the sequence's past."""
+    """Stores keys and values, and lets the queries read their sequence's past."""
 
     ops: Ops
-    qkv: Linear
     spec: AttentionSpec
     rope: Rope | None = None
     q_norm_D: Tensor | None = None
@@ -69,11 +88,11 @@ class Attention:
     eps: float = 0.0  # of the two norms
 
     def __call__(
-        self, x_TC: Tensor, batch: ForwardBatch, k_cache_BGPD: Tensor, v_cache_BGPD: Tensor
+        self, qkv_TE: Tensor, batch: ForwardBatch, k_cache_BGPD: Tensor, v_cache_BGPD: Tensor
     ) -> Tensor:
         """→ the heads side by side [T, H * D], before the output projection."""
-        q_THD = self.ops.write_kv(
-            self.qkv(x_TC),
+        arguments = (
+            qkv_TE,
             batch,
             k_cache_BGPD,
             v_cache_BGPD,
@@ -83,6 +102,9 @@ class Attention:
             self.k_norm_D,
             self.eps,
         )
+        if self.ops.attend is not None:
+            return self.ops.attend(*arguments, None)
+        q_THD = self.ops.write_kv(*arguments)
         return self.ops.attention(q_THD, k_cache_BGPD, v_cache_BGPD, batch, self.spec, None)
 
 

@@ -23,6 +23,7 @@ from ruvon.models.layers import (
     attention_spec,
     load_linear,
     load_rms_norm,
+    norm_linear,
 )
 from ruvon.models.rope import make_rope
 from ruvon.models.spec import ModelSpec
@@ -57,6 +58,7 @@ IGNORED = (".rotary_emb.inv_freq", "rope_freqs.weight")  # tables, already in th
 @dataclass(frozen=True, slots=True)
 class Layer:
     attn_norm: RMSNorm
+    qkv: Linear
     attention: Attention
     attn_out: Linear
     mlp_norm: RMSNorm
@@ -80,13 +82,14 @@ class Llama:
         x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
         residual_TC: Tensor | None = None
         for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
-            x_TC, residual_TC = layer.attn_norm(x_TC, residual_TC)
-            x_TC = layer.attention(x_TC, batch, k_cache, v_cache)
+            qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
+            x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
             if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
                 x_TC = self.ops.take(x_TC, batch.logit_rows)
                 residual_TC = self.ops.take(residual_TC, batch.logit_rows)
-            x_TC, residual_TC = layer.mlp_norm(layer.attn_out(x_TC), residual_TC)
-            x_TC = layer.down(layer.gate_up(x_TC))
+            x_TC = layer.attn_out(x_TC)
+            x_TC, residual_TC = norm_linear(layer.mlp_norm, layer.gate_up, x_TC, residual_TC)
+            x_TC = layer.down(x_TC)
         x_LC, _ = self.norm(x_TC, residual_TC)
         return self.ops.logits(x_LC, self.head)
 
@@ -105,9 +108,11 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Llama:
 
 def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Layer:
     hidden, wide, eps = spec.hidden_size, spec.intermediate_size, spec.norm_eps
-    heads = spec.num_heads * spec.head_dim
+    heads, groups = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
+    rows = (heads, groups, groups)
     return Layer(
         attn_norm=load_rms_norm(weights, "attn_norm", hidden, eps, i),
+        qkv=load_linear(weights, "qkv", rows, hidden, i, bias=spec.qkv_bias),
         attention=_attention(spec, weights, rope, i),
         attn_out=load_linear(weights, "attn_out", (hidden,), heads, i, bias=spec.output_bias),
         mlp_norm=load_rms_norm(weights, "mlp_norm", hidden, eps, i),
@@ -119,12 +124,9 @@ def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Laye
 
 
 def _attention(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Attention:
-    heads, groups = spec.num_heads * spec.head_dim, spec.num_kv_heads * spec.head_dim
-    rows = (heads, groups, groups)
     normed = spec.qk_norm
     return Attention(
         ops=weights.ops,
-        qkv=load_linear(weights, "qkv", rows, spec.hidden_size, i, bias=spec.qkv_bias),
         spec=attention_spec(spec, i),
         rope=rope,
         q_norm_D=weights.norm("q_norm", spec.head_dim, i) if normed else None,

@@ -13,7 +13,6 @@ import interpreter
 GPU = interpreter.mend()
 
 from ruvon.kernels import attention as attention_kernels
-from ruvon.kernels import linear as linear_kernels
 from ruvon.kernels import reference
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Rope
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -116,17 +115,15 @@ def test_logits_are_float32(ops, dtype, rows):
     assert_close(actual, expected, torch.float32 if dtype == torch.float32 else torch.float16)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8])
+@pytest.mark.parametrize("rows", [1, 3, 8, 9])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_norm_inside_a_product(ops, dtype, rows, centered, residual):
     x, gain, shift = randn(rows, 200, dtype=dtype), randn(200), randn(200)
     other = randn(rows, 200, dtype=dtype) if residual else None
     weight, bias = ops.pack(Dense(randn(60, 200) * 0.1)), randn(60, dtype=dtype)
-    norm = linear_kernels.Norm(gain, shift if centered else None, 1e-5)
-    actual, total = linear_kernels.gemv(
-        x, other, norm, weight, bias, "silu_gated", dtype, pdl=False
-    )
+    norm_bias = shift if centered else None
+    actual, total = ops.norm_linear(x, other, gain, norm_bias, 1e-5, weight, bias, "silu_gated")
     if centered:
         normed, expected_total = reference.layer_norm(x, other, gain, shift, 1e-5)
     else:
@@ -249,12 +246,9 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
     qkv = randn(tokens, (heads + 2 * groups) * dim, dtype=dtype)
     spec = AttentionSpec(heads, groups, dim, dim**-0.5, window)
     rope = None if plain else rope_tables(dim)
-    norms = None if plain else (randn(dim), randn(dim), 1e-6)
+    norms = (None, None, 0.0) if plain else (randn(dim), randn(dim), 1e-6)
     sinks = None if plain else randn(heads)
-    actual = attention_kernels.attend(
-        qkv, k_cache, v_cache, batch, spec, rope, norms, sinks,
-        attention_kernels.make_workspace(DEVICE),
-    )  # fmt: skip
+    actual = ops.attend(qkv, batch, k_cache, v_cache, spec, rope, *norms, sinks)
     real = slice(0, len(contexts))
     trimmed = replace(
         batch,
@@ -264,8 +258,7 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
         query_starts=batch.query_starts[: len(contexts) + 1],
         context_lens=batch.context_lens[real],
     )
-    parts = norms or (None, None, 0.0)
-    q = reference.write_kv(qkv[real], trimmed, expected_k, expected_v, spec, rope, *parts)
+    q = reference.write_kv(qkv[real], trimmed, expected_k, expected_v, spec, rope, *norms)
     expected = reference.attention(q, expected_k, expected_v, trimmed, spec, sinks)
     assert_close(actual[real], expected, dtype)
     assert_close(k_cache, expected_k, dtype)
