@@ -1,0 +1,157 @@
+"""The CPU's kernels: written in Python, compiled by numba, deterministic by design.
+
+::
+
+    cpu = CpuKernels(threads=2)
+    model = load_model(checkpoint, config, cpu.ops, progress)      # cpu.ops is an `Ops`
+    cache = allocate_cache(layers, blocks, kv_heads, block_size, head_dim, torch.float16)
+    tape = cpu.record(model.forward, cache, Limits(512, 64, 64, 128), progress)
+    logits_LV = tape.replay(batch)                                 # the runner's forward
+    tape.argmax                                                    # greedy tokens [L], computed
+    cpu.close()
+
+Outside of `record`, every operation of `cpu.ops` computes at once, so tests can call them singly.
+
+From the outside in: `tape` replays a program, `recorder` writes one from a model's calls, `team`
+runs it on pinned threads, `program` says what an instruction is; `linear`, `attention` and `rows`
+are the kernels, on top of `tiles` (the innermost loops), `layout` (how data lies in memory) and
+`simd` (vectors for numba); `compiled` keeps machine code between starts.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.kernels.cpu.compiled import Compiled, has_vnni
+from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
+from ruvon.kernels.cpu.program import Param
+from ruvon.kernels.cpu.recorder import Recording
+from ruvon.kernels.cpu.tape import Forward, Limits, Program, Progress, Tape, sizes_of
+from ruvon.kernels.cpu.team import Team
+from ruvon.kernels.cpu.tiles import LANES
+from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
+
+__all__ = ["CpuKernels", "Limits", "Tape", "allocate_cache"]
+
+OPERATIONS = (
+    "embed",
+    "add",
+    "rms_norm",
+    "layer_norm",
+    "linear",
+    "write_kv",
+    "attention",
+    "take",
+    "logits",
+)
+
+
+class CpuKernels:
+    """The table of operations, the threads that run them, and the compiled code."""
+
+    def __init__(
+        self, threads: int, *, dense_dtype: torch.dtype | None = None, vnni: bool | None = None
+    ) -> None:
+        """
+        Args:
+            threads: how many compute, the caller's among them; each has a core to itself.
+            dense_dtype: what weights that are not quantized are kept in; None keeps their own.
+                They are multiplied in float32 either way.
+            vnni: use the CPU's 8-bit dot product; None if it has one. Results are the same.
+        """
+        self._compiled = Compiled()
+        self._vnni = has_vnni() if vnni is None else vnni
+        self._dense_dtype = dense_dtype
+        self._team = Team(
+            threads,
+            self._compiled.address(("lead", None)),
+            self._compiled.address(("follow", None)),
+        )
+        self._recording: Recording | None = None
+        self.ops = Ops(
+            name="cpu-vnni" if self._vnni else "cpu",
+            pack=self._pack,
+            dtype=torch.float32,
+            **{name: functools.partial(self._operate, name) for name in OPERATIONS},
+        )
+
+    def record(
+        self,
+        forward: Forward,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        limits: Limits,
+        progress: Progress | None = None,
+    ) -> Tape:
+        """The step of a model that was built with these `ops`, for batches within ``limits``.
+
+        Kernels that are not on disk yet are compiled here, a few seconds each.
+        """
+        capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
+        self._recording = Recording(capacity)
+        try:
+            return Tape(
+                forward, cache, limits, self._recording, functools.partial(self._finish, progress)
+            )
+        finally:
+            self._recording = None
+
+    def close(self) -> None:
+        """End the threads."""
+        self._team.close()
+
+    def _pack(self, weight: Weight) -> Packed:
+        return pack(weight, self._dense_dtype, self._vnni)
+
+    def _operate(self, name: str, *arguments: Any) -> Any:
+        if self._recording is not None:
+            return getattr(self._recording, name)(*arguments)
+        return self._compute(name, *arguments)
+
+    def _compute(self, name: str, *arguments: Any) -> Any:
+        """One operation, now."""
+        tokens = arguments[0].shape[0]
+        logit_rows = arguments[1].shape[0] if name == "take" else 0
+        recording = Recording({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows})
+        result = getattr(recording, name)(*arguments)
+        for tensor in result if isinstance(result, tuple) else (result,):
+            recording.floats(recording.value_of(tensor))
+        batches = [a for a in arguments if isinstance(a, ForwardBatch)]
+        starts = batches[0].query_starts.numpy() if batches else np.zeros(1, np.int32)
+        program = self._finish(None, recording)
+        program.run(sizes_of(tokens, logit_rows, np.diff(starts)))
+        return result
+
+    def _finish(self, progress: Progress | None, recording: Recording) -> Program:
+        kernels = list(dict.fromkeys(line.kernel for line in recording.instructions))
+        for done, kernel in enumerate(kernels):
+            if progress is not None:
+                progress("compiling kernels", done / len(kernels))
+            self._compiled.address(kernel)
+        return Program(recording, self._compiled, self._team)
+
+
+def allocate_cache(
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    dtype: torch.dtype,
+) -> list[tuple[Tensor, Tensor]]:
+    """Zeroed keys and values [B, G, P, D] of each layer, D rounded up to whole vectors.
+
+    ``dtype`` is float32, float16 or bfloat16; memory is taken as it is written to.
+    """
+    shape = (num_blocks, num_kv_heads, block_size, round_up(head_dim, LANES))
+    size = int(np.prod(shape)) * dtype.itemsize
+
+    def one() -> Tensor:
+        return aligned_bytes(size).view(dtype).view(shape)
+
+    return [(one(), one()) for _ in range(num_layers)]

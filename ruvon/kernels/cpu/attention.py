@@ -1,0 +1,336 @@
+"""Keys and values into the paged cache, and attention over it.
+
+Attention works on one *query tile* at a time: up to 16 tokens of one sequence and the query heads
+that share one key/value head. It walks the sequence's keys in spans of 128, counted from position
+0, with a running maximum and sum (the "online" softmax). A span's scores are products of the tile
+with blocks of keys, 16 keys across the lanes of a vector; keys that a row may not see count as
+nothing at all, exactly. So a row's result depends on its own position and keys only: not on the
+chunk it came in, its neighbours in the tile, or the batch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import literally, njit
+
+from ruvon.kernels.cpu.program import Field, Param, get
+from ruvon.kernels.cpu.rows import PACK, pack_of, quantize_group
+from ruvon.kernels.cpu.simd import (
+    exp16,
+    fma,
+    keep_between,
+    keep_first,
+    larger,
+    load,
+    max_lanes,
+    read_f32,
+    read_f64,
+    read_i32,
+    scatter_lanes,
+    splat16,
+    store,
+    store_lanes,
+    sum_lanes,
+    write_f32,
+)
+from ruvon.kernels.cpu.tiles import KINDS, ROWS, TileKind, attend_tile
+
+QUERY_TOKENS = 16
+TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
+SPAN = 128  # keys
+SPAN_BYTES = 4 * SPAN
+MOST_DIMS = 256
+ROW_BYTES = 4 * MOST_DIMS
+
+# A thread's scratch space.
+SCORES = 0  # float32 [TILE_ROWS, SPAN], then the softmax's numerators
+QUERIES = SCORES + TILE_ROWS * SPAN_BYTES  # float32 [TILE_ROWS, MOST_DIMS]
+SUMS = QUERIES + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS, MOST_DIMS]: weighted values
+PEAKS = SUMS + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS]
+MASSES = PEAKS + TILE_ROWS * 4  # float32 [TILE_ROWS, 16]: sums of numerators, by lanes
+HEAD = MASSES + TILE_ROWS * 64  # float32 [MOST_DIMS]: one head of one token
+SCRATCH_END = HEAD + ROW_BYTES
+
+F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
+CACHE_BYTES = tuple(kind.step_bytes // 16 for kind in KINDS)  # of one number
+LOWEST = np.float32(-1e30)  # below every score; not infinite, so that differences stay numbers
+
+
+@njit
+def normalize_head(head, dim, weight, eps):
+    """RMS norm of one head in place; lanes behind its end stay zero."""
+    squares, zeros = splat16(0.0), splat16(0.0)
+    for c in range(0, dim, 16):
+        value = load(head + 4 * c)
+        squares = fma(value, value, squares)
+    by = splat16(np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(dim) + eps)))
+    for c in range(0, dim, 16):
+        value = load(head + 4 * c) * by * load(weight + 4 * c)
+        store(head + 4 * c, keep_first(value, dim - c, zeros))
+
+
+@njit
+def rotate_head(head, pairs, cos, sin):
+    """Rotate dims (i, i + pairs) in place."""
+    high = head + 4 * pairs
+    if pairs % 16 == 0:
+        for c in range(0, 4 * pairs, 64):
+            a, b, x, y = load(head + c), load(high + c), load(cos + c), load(sin + c)
+            store(head + c, a * x - b * y)
+            store(high + c, b * x + a * y)
+        return
+    for c in range(0, 4 * pairs, 4):
+        a, b = read_f32(head + c), read_f32(high + c)
+        x, y = read_f32(cos + c), read_f32(sin + c)
+        write_f32(head + c, np.float32(a * x) - np.float32(b * y))
+        write_f32(high + c, np.float32(b * x) + np.float32(a * y))
+
+
+@njit
+def prepare_head(instruction, source, token, norm, head):
+    """Copy one head to ``head``, norm and rotate it there."""
+    dim, zeros = get(instruction, Field.HEAD_DIM), splat16(0.0)
+    for c in range(0, dim, 16):
+        store(head + 4 * c, keep_first(load(source + 4 * c), dim - c, zeros))
+    if norm != 0:
+        normalize_head(head, dim, norm, read_f64(instruction + 8 * Field.EPS))
+    pairs = get(instruction, Field.ROTATED)
+    if pairs != 0:
+        at = read_i32(get(instruction, Field.IDS) + 4 * token) * 4 * pairs
+        rotate_head(head, pairs, get(instruction, Field.COS) + at, get(instruction, Field.SIN) + at)
+
+
+def make_write_kv(cache):
+    """The kernel that splits q | k | v, norms and rotates q and k, and fills the cache.
+
+    A unit is one token's query heads and key/value head of one group.
+    """
+    size = KINDS[cache].step_bytes // 16
+    bits, brain = 8 * size, int(KINDS[cache].storage == "bf16")
+
+    def write_kv(instruction, params, start, stop, scratch):
+        groups, dim = get(instruction, Field.KV_HEADS), get(instruction, Field.HEAD_DIM)
+        heads, page = get(instruction, Field.HEADS), get(instruction, Field.PAGE)
+        share, padded, head = heads // groups, round_lanes(dim), scratch + HEAD
+        for unit in range(start, stop):
+            token, group = unit // groups, unit % groups
+            row = get(instruction, Field.X) + token * get(instruction, Field.X_STRIDE)
+            out = get(instruction, Field.OUT) + token * get(instruction, Field.OUT_STRIDE)
+            for h in range(group * share, (group + 1) * share):
+                prepare_head(
+                    instruction, row + 4 * h * dim, token, get(instruction, Field.Q_NORM), head
+                )
+                for c in range(0, dim, 16):
+                    store(out + 4 * (h * padded + c), load(head + 4 * c))
+            key = row + 4 * (heads + group) * dim
+            prepare_head(instruction, key, token, get(instruction, Field.K_NORM), head)
+            slot = read_i32(get(instruction, Field.SLOTS) + 4 * token)
+            place = (slot // page * groups + group) * page * padded
+            offset = slot % page
+            keys = get(instruction, Field.KEYS) + size * (
+                place + offset // 16 * 16 * padded + offset % 16
+            )
+            values = get(instruction, Field.VALUES) + size * (place + 16 * offset)
+            value = key + 4 * groups * dim
+            zeros = splat16(0.0)
+            for c in range(0, dim, 16):
+                scatter_lanes(bits, brain, keys + size * 16 * c, load(head + 4 * c))
+                of_value = keep_first(load(value + 4 * c), dim - c, zeros)
+                store_lanes(bits, brain, values + size * page * c, of_value)
+
+    return write_kv
+
+
+@njit
+def round_lanes(count):
+    return (count + 15) // 16 * 16
+
+
+@njit
+def tile_tokens(share):
+    """Tokens of a query tile when ``share`` query heads share a key/value head."""
+    return max(1, min(QUERY_TOKENS, TILE_ROWS // share))
+
+
+@njit
+def find_tile(instruction, params, tile):
+    """(sequence, its first token in this tile): tiles are numbered sequence by sequence."""
+    starts = get(instruction, Field.STARTS)
+    tokens = QUERY_TOKENS
+    for s in range(get(params, Param.SEQUENCES)):
+        first, end = read_i32(starts + 4 * s), read_i32(starts + 4 * s + 4)
+        tiles = (end - first + tokens - 1) // tokens
+        if tile < tiles:
+            return s, first + tile * tokens
+        tile -= tiles
+    return 0, 0
+
+
+@njit
+def gather_queries(instruction, scratch, group, first, count):
+    """Copy the tile's query rows together and clear its running state."""
+    share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
+    dim = round_lanes(get(instruction, Field.HEAD_DIM))
+    zeros = splat16(0.0)
+    for t in range(count):
+        token = get(instruction, Field.X) + (first + t) * get(instruction, Field.X_STRIDE)
+        for h in range(share):
+            row = t * share + h
+            source = token + 4 * (group * share + h) * dim
+            for c in range(0, 4 * dim, 64):
+                store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
+                store(scratch + SUMS + row * ROW_BYTES + c, zeros)
+            write_f32(scratch + PEAKS + 4 * row, LOWEST)
+            store(scratch + MASSES + 64 * row, zeros)
+
+
+@njit
+def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
+    """One row of one span: scores to numerators, in step with the running peak and mass.
+
+    The row sees the span's keys ``seen_from`` to ``seen_to``; ``keys`` of them were computed.
+    """
+    scores, by, low = scratch + SCORES + row * SPAN_BYTES, splat16(scale), splat16(LOWEST)
+    peak_of = low
+    for c in range(0, keys, 16):
+        value = keep_between(load(scores + 4 * c) * by, seen_from - c, seen_to - c, low)
+        store(scores + 4 * c, value)
+        peak_of = larger(peak_of, value)
+    before = read_f32(scratch + PEAKS + 4 * row)
+    peak = max(before, max_lanes(peak_of))
+    mass_at = scratch + MASSES + 64 * row
+    mass = load(mass_at)
+    if peak > before:
+        fade = exp16(splat16(np.float32(before - peak)))
+        mass = mass * fade
+        sums = scratch + SUMS + row * ROW_BYTES
+        for c in range(0, 4 * dim, 64):
+            store(sums + c, load(sums + c) * fade)
+        write_f32(scratch + PEAKS + 4 * row, peak)
+    minus, zeros = splat16(peak), splat16(0.0)
+    for c in range(0, keys, 16):
+        value = exp16(load(scores + 4 * c) - minus)
+        value = keep_between(value, seen_from - c, seen_to - c, zeros)
+        store(scores + 4 * c, value)
+        mass = mass + value
+    store(mass_at, mass)
+
+
+@njit
+def finish_query(instruction, scratch, row, token, head):
+    """Divide by the softmax's denominator, a sink's share in it, and write the result."""
+    peak = read_f32(scratch + PEAKS + 4 * row)
+    mass = sum_lanes(load(scratch + MASSES + 64 * row))
+    sums, dim = scratch + SUMS + row * ROW_BYTES, get(instruction, Field.HEAD_DIM)
+    sinks = get(instruction, Field.SINKS)
+    if sinks != 0:
+        sink = read_f32(sinks + 4 * head)
+        highest = max(peak, sink)
+        fade = np.exp(np.float64(peak - highest))
+        mass = np.float32(mass * fade + np.exp(np.float64(sink - highest)))
+        by = splat16(np.float32(fade / mass))
+    else:
+        by = splat16(np.float32(np.float32(1.0) / mass))
+    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
+    if out != 0:
+        out += token * get(instruction, Field.OUT_STRIDE) + 4 * head * dim
+        for c in range(0, dim - 15, 16):
+            store(out + 4 * c, load(sums + 4 * c) * by)
+        rest = dim % 16
+        if rest != 0:
+            last = sums + 4 * (dim - rest)
+            store(last, load(last) * by)
+            for c in range(dim - rest, dim):
+                write_f32(out + 4 * c, read_f32(sums + 4 * c))
+    if packs != 0:
+        block = pack_of(packs, token, get(instruction, Field.GROUPS)) + head * dim // 32 * PACK
+        for c in range(0, dim, 32):
+            quantize_group(
+                load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by, block + c // 32 * PACK
+            )
+
+
+@njit
+def cached_at(instruction, table, key):
+    """Where a key's block of the head group starts, counted in tokens of all heads."""
+    page = get(instruction, Field.PAGE)
+    block = read_i32(table + 4 * (key // page))
+    return block * get(instruction, Field.KV_HEADS) * page
+
+
+@njit
+def score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
+    """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``."""
+    cache = literally(cache)
+    page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
+    for c in range(skipped, keys, 16):
+        place = cached_at(instruction, table, at + c) + group * page + (at + c) % page
+        tile = get(instruction, Field.KEYS) + CACHE_BYTES[cache] * place * dim
+        for row in range(0, rows, ROWS):
+            queries = scratch + QUERIES + row * ROW_BYTES
+            scores = scratch + SCORES + row * SPAN_BYTES + 4 * c
+            count = min(ROWS, rows - row)
+            attend_tile(cache, 1, ROW_BYTES, SPAN_BYTES, tile, queries, dim, scores, count)
+
+
+@njit
+def mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
+    """sums[row] += numerator[row, key] * value[key]."""
+    cache = literally(cache)
+    page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
+    for c in range(skipped, keys, 16):
+        place = (cached_at(instruction, table, at + c) + group * page) * dim
+        place += (at + c) % page * 16
+        steps = min(16, keys - c)  # what lies behind may be anything, even not a number
+        for row in range(0, rows, ROWS):
+            weights = scratch + SCORES + row * SPAN_BYTES + 4 * c
+            count = min(ROWS, rows - row)
+            for d in range(0, dim, 16):
+                tile = get(instruction, Field.VALUES) + CACHE_BYTES[cache] * (place + page * d)
+                sums = scratch + SUMS + row * ROW_BYTES + 4 * d
+                attend_tile(cache, 0, SPAN_BYTES, ROW_BYTES, tile, weights, steps, sums, count)
+
+
+@njit
+def attend_queries(cache, instruction, scratch, table, group, position, rows):
+    """All keys that the gathered rows may see; the first row stands at ``position``."""
+    share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
+    window, dim = get(instruction, Field.WINDOW), round_lanes(get(instruction, Field.HEAD_DIM))
+    scale = np.float32(read_f64(instruction + 8 * Field.SCALE))
+    end = position + (rows - 1) // share + 1
+    first_seen = max(0, position - window + 1) if window > 0 else 0
+    for at in range(first_seen // SPAN * SPAN, end, SPAN):
+        keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 16 * 16
+        score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
+        for row in range(rows):
+            me = position + row // share - at
+            seen_from = max(0, me - window + 1) if window > 0 else 0
+            soften(scratch, row, seen_from, me + 1, keys, dim, scale)
+        mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
+
+
+def make_attention(cache):
+    """The attention kernel for a cache of this kind. A unit is one query tile of one head group."""
+
+    def attention(instruction, params, start, stop, scratch):
+        groups = get(instruction, Field.KV_HEADS)
+        share = get(instruction, Field.HEADS) // groups
+        units = get(params, Param.QUERY_TILES) * groups
+        for turn in range(start, stop):
+            unit = units - 1 - turn  # a long prompt's last tiles are its heaviest: they go first
+            group = unit % groups
+            s, tile_first = find_tile(instruction, params, unit // groups)
+            end = read_i32(get(instruction, Field.STARTS) + 4 * s + 4)
+            context = read_i32(get(instruction, Field.CONTEXTS) + 4 * s)
+            table = get(instruction, Field.TABLES) + s * get(instruction, Field.TABLE_STRIDE)
+            tile_end = min(end, tile_first + QUERY_TOKENS)
+            for first in range(tile_first, tile_end, tile_tokens(share)):
+                tokens = min(tile_tokens(share), tile_end - first)
+                gather_queries(instruction, scratch, group, first, tokens)
+                position, rows = context - (end - first), tokens * share
+                attend_queries(cache, instruction, scratch, table, group, position, rows)
+                for row in range(rows):
+                    head = group * share + row % share
+                    finish_query(instruction, scratch, row, first + row // share, head)
+
+    return attention

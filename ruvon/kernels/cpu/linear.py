@@ -1,0 +1,93 @@
+"""The matrix product's outer loops: which tile meets which rows, and what happens to the sums.
+
+A unit is 32 outputs (two tiles; four if a gate's and its partner's) of one panel of rows. Rows
+within a panel stay in the second-level cache while one unit after another streams its weights.
+"""
+
+from __future__ import annotations
+
+from numba import njit
+
+from ruvon.kernels.cpu.program import Field, Param, get
+from ruvon.kernels.cpu.rows import (
+    NONE,
+    PACK,
+    SILU_GATED,
+    activate16,
+    pack_of,
+    quantize_group,
+    sigmoid_times,
+)
+from ruvon.kernels.cpu.simd import load, store
+from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, multiply_tile
+
+PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
+
+
+@njit
+def finish_row(instruction, sums, row, column):
+    """Bias, activation, then out as floats, as packed int8 or both: 32 outputs of one row."""
+    a, b = load(sums), load(sums + 64)
+    bias, activation = get(instruction, Field.BIAS), get(instruction, Field.ACTIVATION)
+    if bias != 0:
+        a = a + load(bias + 128 * column)
+        b = b + load(bias + 128 * column + 64)
+    if activation == SILU_GATED:
+        up = sums + 128
+        c, d = load(up), load(up + 64)
+        if bias != 0:
+            up_bias = bias + 4 * get(instruction, Field.WIDTH) + 128 * column
+            c = c + load(up_bias)
+            d = d + load(up_bias + 64)
+        a, b = sigmoid_times(a) * c, sigmoid_times(b) * d
+    elif activation != NONE:
+        a, b = activate16(a, activation), activate16(b, activation)
+    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
+    if out != 0:
+        out += row * get(instruction, Field.OUT_STRIDE) + 128 * column
+        store(out, a)
+        store(out + 64, b)
+    if packs != 0:
+        block = pack_of(packs, row, get(instruction, Field.GROUPS))
+        quantize_group(a, b, block + column * PACK)
+
+
+def make_linear(kind):
+    """The product with weights of this kind, packed activations in, see `Field` for the rest."""
+    x_step = ROWS * (BLOCK if KINDS[kind].quantized else 4)
+
+    def linear(instruction, params, start, stop, scratch):
+        counted = get(instruction, Field.COUNT)
+        rows = get(params, counted - 1)  # the count of panels stands behind the count of rows
+        columns = get(instruction, Field.PER_COUNT)
+        steps, tile_bytes = get(instruction, Field.STEPS), get(instruction, Field.TILE_BYTES)
+        gate = get(instruction, Field.GATE_BYTES)
+        plain = (
+            get(instruction, Field.BIAS) == 0
+            and get(instruction, Field.ACTIVATION) == NONE
+            and get(instruction, Field.PACKS) == 0
+        )
+        stride = get(instruction, Field.OUT_STRIDE) if plain else 256
+        for unit in range(start, stop):
+            column, panel = unit % columns, unit // columns
+            w = get(instruction, Field.WEIGHT) + 2 * column * tile_bytes
+            for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), ROWS):
+                count = min(ROWS, rows - first)
+                x = get(instruction, Field.X) + first // ROWS * steps * x_step
+                sums = scratch
+                if plain:
+                    sums = get(instruction, Field.OUT) + first * stride + 128 * column
+                multiply_tile(kind, w, x, steps, sums, stride, count)
+                multiply_tile(kind, w + tile_bytes, x, steps, sums + 64, stride, count)
+                if gate != 0:
+                    multiply_tile(kind, w + gate, x, steps, sums + 128, stride, count)
+                    multiply_tile(kind, w + gate + tile_bytes, x, steps, sums + 192, stride, count)
+                if not plain:
+                    for row in range(count):
+                        finish_row(instruction, sums + row * stride, first + row, column)
+
+    return linear
+
+
+assert Param.TOKEN_PANELS == Param.TOKENS + 1
+assert Param.LOGIT_PANELS == Param.LOGIT_ROWS + 1

@@ -1,0 +1,88 @@
+"""What an instruction is: fields by name, the same names for every kernel.
+
+A *program* is an array of instructions, each 512 bytes: int64 fields (addresses, sizes, a float64
+here and there) and, alone in its last cache line, the counter from which threads draw units of
+work. A kernel is a compiled function over addresses:
+
+    kernel(instruction, params, start, stop, scratch)
+
+It does units ``start`` to ``stop`` of its instruction; what a unit is (a row, 32 outputs of a
+product, a head) is the kernel's own business. How many there are: the number at ``params +
+COUNT`` times ``PER_COUNT``, so that one program serves every batch size. An optional input or
+output that is absent has address 0.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+from numba import njit
+
+from ruvon.kernels.cpu.simd import read_i64
+
+INSTRUCTION_BYTES = 512
+COUNTER_BYTE = 448
+
+
+class Field(IntEnum):
+    """Index of an int64 in an instruction."""
+
+    KERNEL = 0  # address of the compiled kernel
+    COUNT = 1  # where in params the number of rows (or what is counted) stands
+    PER_COUNT = 2  # units for each of them
+    FIXED = 3  # quarters of all units that are dealt out to threads beforehand
+
+    X = 4  # float32 rows in, or packed activations
+    X_STRIDE = 5  # bytes; all strides are
+    Y = 6  # a second input of the same shape
+    OUT = 7  # float32 rows out
+    OUT_STRIDE = 8
+    PACKS = 9  # packed int8 rows out
+    GROUPS = 10  # groups of 32 in a packed row
+    TOTAL = 11  # x + residual out
+    WIDTH = 12  # numbers in a row that are not padding
+    WEIGHT = 13
+    BIAS = 14
+    EPS = 15  # float64
+    ACTIVATION = 16
+    IDS = 17  # int32: token ids, positions or row numbers
+    STEPS = 18  # turns along k of a tile
+    TILE_BYTES = 19
+    GATE_BYTES = 20  # from a gate's tile to its partner's; 0 if the product is not gated
+
+    KEYS = 21  # the layer's cache
+    VALUES = 22
+    HEADS = 23
+    KV_HEADS = 24
+    HEAD_DIM = 25
+    PAGE = 26  # tokens in a block
+    SLOTS = 27  # int32
+    STARTS = 28  # int32: first token of each sequence
+    CONTEXTS = 29  # int32
+    TABLES = 30  # int32
+    TABLE_STRIDE = 31
+    COS = 32  # float32 [positions, ROTATED]
+    SIN = 33
+    ROTATED = 34  # pairs of dims that rotate
+    Q_NORM = 35
+    K_NORM = 36
+    SCALE = 37  # float64
+    WINDOW = 38
+    SINKS = 39
+
+
+class Param(IntEnum):
+    """Index of an int64 in params: what differs from step to step."""
+
+    TOKENS = 0
+    TOKEN_PANELS = 1  # panels of activation rows, see `linear`
+    LOGIT_ROWS = 2
+    LOGIT_PANELS = 3
+    SEQUENCES = 4
+    QUERY_TILES = 5  # see `attention`
+
+
+@njit
+def get(instruction, field):
+    """An instruction's field, or a step's parameter."""
+    return read_i64(instruction + 8 * field)

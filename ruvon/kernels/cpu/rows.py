@@ -1,0 +1,325 @@
+"""Kernels that work row by row: packing activations, norms, embedding, small element-wise things.
+
+A unit of work is one row, in all of them (see `program`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+from ruvon.kernels.cpu.program import Field, get
+from ruvon.kernels.cpu.simd import (
+    absolute,
+    exp16,
+    fma,
+    keep_first,
+    larger,
+    load,
+    max_lanes,
+    nearest,
+    read_bf16,
+    read_f16,
+    read_f32,
+    read_f64,
+    read_i32,
+    read_u8,
+    splat16,
+    store,
+    store_int8,
+    sum_lanes,
+    write_f32,
+    write_i32,
+    write_i64,
+)
+from ruvon.kernels.cpu.tiles import BLOCK, KINDS, NEGATED, NEGATED_HALF, ROWS, SCALE, TOTAL
+
+PACK = BLOCK * ROWS  # bytes of one group of 8 packed rows
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
+ACTIVATIONS = {
+    "none": NONE,
+    "gelu_tanh": GELU_TANH,
+    "gelu": GELU,
+    "relu": RELU,
+    "silu": SILU,
+    "silu_gated": SILU_GATED,
+}
+
+
+# Packing
+
+
+@njit
+def pack_of(packs, row, groups):
+    """Where row's first group lies in quantized packed activations; groups are PACK bytes apart."""
+    return packs + (row // ROWS) * groups * PACK + (row % ROWS) * BLOCK
+
+
+@njit
+def quantize_group(a, b, block):
+    """32 floats to int8 with one scale, and the sums that products with offset codes need."""
+    peak = max_lanes(larger(absolute(a), absolute(b)))
+    inverse = np.float32(0.0)
+    if peak > 0:
+        inverse = np.float32(np.float32(127.0) / peak)
+    by = splat16(inverse)
+    first = store_int8(block, nearest(a * by))
+    total = first + store_int8(block + 16, nearest(b * by))
+    write_f32(block + SCALE, np.float32(peak * np.float32(1 / 127)))
+    write_f32(block + TOTAL, total)
+    write_i32(block + NEGATED, -128 * np.int64(total))
+    write_i32(block + NEGATED_HALF, -128 * np.int64(first))
+
+
+def quantize(instruction, params, start, stop, scratch):
+    for row in range(start, stop):
+        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
+        groups = get(instruction, Field.GROUPS)
+        block = pack_of(get(instruction, Field.PACKS), row, groups)
+        for group in range(groups):
+            at = x + 128 * group
+            quantize_group(load(at), load(at + 64), block + group * PACK)
+
+
+def interleave(instruction, params, start, stop, scratch):
+    """Pack rows for a dense product: eight side by side for each k."""
+    width = get(instruction, Field.WIDTH)
+    for row in range(start, stop):
+        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
+        pack = get(instruction, Field.PACKS) + (row // ROWS) * width * 4 * ROWS + (row % ROWS) * 4
+        for k in range(width):
+            write_f32(pack + 4 * ROWS * k, read_f32(x + 4 * k))
+
+
+# Norms
+
+
+@njit
+def sum_with_residual(x, residual, total, stride):
+    """Write x + residual where there is one; returns where the sum can be read."""
+    if residual == 0:
+        return x
+    for c in range(0, stride, 64):
+        store(total + c, load(x + c) + load(residual + c))
+    return total
+
+
+@njit
+def finish_norm(source, out, block, stride, weight, bias, scale, shift):
+    """(source - shift) * scale * weight (+ bias), as floats, as packed int8 or both."""
+    minus, by = splat16(shift), splat16(scale)
+    for c in range(0, stride, 128):
+        a = (load(source + c) - minus) * by * load(weight + c)
+        b = (load(source + c + 64) - minus) * by * load(weight + c + 64)
+        if bias != 0:
+            a = a + load(bias + c)
+            b = b + load(bias + c + 64)
+        if out != 0:
+            store(out + c, a)
+            store(out + c + 64, b)
+        if block != 0:
+            quantize_group(a, b, block + c // 128 * PACK)
+
+
+@njit
+def norm_row(instruction, row, centered):
+    stride, width = get(instruction, Field.X_STRIDE), get(instruction, Field.WIDTH)
+    x, residual = get(instruction, Field.X) + row * stride, get(instruction, Field.Y)
+    if residual != 0:
+        residual += row * stride
+    source = sum_with_residual(x, residual, get(instruction, Field.TOTAL) + row * stride, stride)
+    mean = np.float32(0.0)
+    if centered:
+        sums = splat16(0.0)
+        for c in range(0, stride, 64):
+            sums = sums + load(source + c)
+        mean = np.float32(sum_lanes(sums) / np.float32(width))
+    squares, minus, zeros = splat16(0.0), splat16(mean), splat16(0.0)
+    for c in range(0, stride, 64):
+        away = keep_first(load(source + c) - minus, width - c // 4, zeros)
+        squares = fma(away, away, squares)
+    eps = read_f64(instruction + 8 * Field.EPS)
+    scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(width) + eps))
+    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
+    if out != 0:
+        out += row * stride
+    if packs != 0:
+        packs = pack_of(packs, row, get(instruction, Field.GROUPS))
+    weight, bias = get(instruction, Field.WEIGHT), get(instruction, Field.BIAS)
+    finish_norm(source, out, packs, stride, weight, bias, scale, mean)
+
+
+def rms_norm(instruction, params, start, stop, scratch):
+    for row in range(start, stop):
+        norm_row(instruction, row, False)
+
+
+def layer_norm(instruction, params, start, stop, scratch):
+    for row in range(start, stop):
+        norm_row(instruction, row, True)
+
+
+# Activations
+
+
+@njit
+def sigmoid_times(x):
+    one = splat16(1.0)
+    return x / (one + exp16(splat16(0.0) - x))
+
+
+@njit
+def erf16(x):
+    """Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
+    one, size = splat16(1.0), absolute(x)
+    t = one / fma(splat16(0.3275911), size, one)
+    p = fma(splat16(1.061405429), t, splat16(-1.453152027))
+    p = fma(p, t, splat16(1.421413741))
+    p = fma(p, t, splat16(-0.284496736))
+    p = fma(p, t, splat16(0.254829592))
+    tail = p * t * exp16(splat16(0.0) - size * size)
+    # the sign of x without a division by zero: x / (|x| + tiny) is 0 or nearly +-1
+    return (one - tail) * (x / (size + splat16(1e-30)))
+
+
+@njit
+def activate16(x, activation):
+    if activation == RELU:
+        return larger(x, splat16(0.0))
+    if activation == SILU:
+        return sigmoid_times(x)
+    if activation == GELU:
+        half = splat16(0.5) * x
+        return fma(half, erf16(x * splat16(0.7071067811865476)), half)
+    if activation == GELU_TANH:
+        inner = fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308)
+        return sigmoid_of(x, inner)  # 0.5 x (1 + tanh(u)) = x sigmoid(2u)
+    return x
+
+
+@njit
+def sigmoid_of(x, inner):
+    return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
+
+
+def activate(instruction, params, start, stop, scratch):
+    """The activation of a product that could not do it itself."""
+    width, activation = get(instruction, Field.WIDTH), get(instruction, Field.ACTIVATION)
+    zeros = splat16(0.0)
+    for row in range(start, stop):
+        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
+        out = get(instruction, Field.OUT) + row * get(instruction, Field.OUT_STRIDE)
+        for c in range(0, width, 16):
+            value = load(x + 4 * c)
+            if activation == SILU_GATED:
+                value = sigmoid_times(value) * load(x + 4 * (width + c))
+            else:
+                value = activate16(value, activation)
+            store(out + 4 * c, keep_first(value, width - c, zeros))
+
+
+# Rows in and out
+
+
+def add(instruction, params, start, stop, scratch):
+    stride = get(instruction, Field.X_STRIDE)
+    for row in range(start, stop):
+        x, y = get(instruction, Field.X) + row * stride, get(instruction, Field.Y) + row * stride
+        out = get(instruction, Field.OUT) + row * stride
+        for c in range(0, stride, 64):
+            store(out + c, load(x + c) + load(y + c))
+
+
+def take(instruction, params, start, stop, scratch):
+    stride = get(instruction, Field.X_STRIDE)
+    for row in range(start, stop):
+        x = get(instruction, Field.X) + read_i32(get(instruction, Field.IDS) + 4 * row) * stride
+        out = get(instruction, Field.OUT) + row * stride
+        for c in range(0, stride, 64):
+            store(out + c, load(x + c))
+
+
+@njit
+def table_number(address, lane, wide):
+    return read_f32(address + 4 * lane) if wide else read_f16(address + 2 * lane)
+
+
+@njit
+def coded_value(tile, lane, steps, k, four_bits, zero, has_offsets, wide, half):
+    """One value of a quantized tile (see `layout`)."""
+    group, within = k // 32, k % 32
+    if four_bits:
+        byte = read_u8(tile + group * 256 + within // 8 * 64 + lane * 4 + within % 4)
+        code = (byte >> 4) if within % 8 >= 4 else (byte & 15)
+    else:
+        code = read_u8(tile + group * 512 + within // 4 * 64 + lane * 4 + within % 4)
+    table_bytes, parts, part = 64 if wide else 32, 1, 0
+    if half:
+        parts, part = 2, within // 16
+    tables = tile + steps * (256 if four_bits else 512)
+    tables += group * table_bytes * parts * (2 if has_offsets else 1)
+    value = np.float32(code - zero) * table_number(tables + part * table_bytes, lane, wide)
+    if has_offsets:
+        value += table_number(tables + (parts + part) * table_bytes, lane, wide)
+    return value
+
+
+@njit
+def dense_value(tile, lane, k, single, brain):
+    if single:
+        return read_f32(tile + k * 64 + lane * 4)
+    if brain:
+        return read_bf16(tile + k * 32 + lane * 2)
+    return read_f16(tile + k * 32 + lane * 2)
+
+
+def make_embed(kind):
+    """The kernel that reads rows out of a table in tiles of this kind."""
+    form = KINDS[kind]
+    quantized, four_bits, zero = form.quantized, form.storage == "q4", form.zero
+    has_offsets, wide, half = form.offsets, form.wide, form.half
+    single, brain = form.storage == "f32", form.storage == "bf16"
+
+    def embed(instruction, params, start, stop, scratch):
+        width, steps = get(instruction, Field.WIDTH), get(instruction, Field.STEPS)
+        for row in range(start, stop):
+            token = read_i32(get(instruction, Field.IDS) + 4 * row)
+            tile = get(instruction, Field.WEIGHT)
+            tile += token // 16 * get(instruction, Field.TILE_BYTES)
+            out = get(instruction, Field.OUT) + row * get(instruction, Field.OUT_STRIDE)
+            for k in range(width):
+                if quantized:
+                    value = coded_value(
+                        tile, token % 16, steps, k, four_bits, zero, has_offsets, wide, half
+                    )
+                else:
+                    value = dense_value(tile, token % 16, k, single, brain)
+                write_f32(out + 4 * k, value)
+
+    return embed
+
+
+def argmax(instruction, params, start, stop, scratch):
+    """Where each row is largest, the first place if there are several, as int64."""
+    width = get(instruction, Field.WIDTH)
+    for row in range(start, stop):
+        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
+        best, start = read_f32(x), 0
+        for c in range(0, width, 64):
+            peak = peak_of(x + 4 * c, width - c)
+            if peak > best:
+                best, start = peak, c
+        while read_f32(x + 4 * start) != best and start < width - 1:
+            start += 1
+        write_i64(get(instruction, Field.OUT) + 8 * row, start)
+
+
+@njit
+def peak_of(x, count):
+    """The largest of the next 64 floats, or of ``count`` if fewer are left."""
+    low = splat16(-np.inf)
+    peak = keep_first(load(x), count, low)
+    for c in range(16, 64, 16):
+        if c < count:
+            peak = larger(peak, keep_first(load(x + 4 * c), count - c, low))
+    return max_lanes(peak)

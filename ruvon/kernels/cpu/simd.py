@@ -1,0 +1,399 @@
+"""Sixteen floats as one value, for kernels written in Python and compiled by numba.
+
+numba knows scalars and arrays; this file teaches it one more type, ``f32x16``, and the few things
+a kernel does with it. LLVM turns each into one AVX-512 instruction, or two AVX2 ones, or four of
+NEON: the arithmetic, and so every bit of the result, is the same on all of them. Memory is
+addressed by plain integers (bytes), as in C.
+
+Nothing here depends on how wide the machine is, and nothing is reassociated: ``fastmath`` stays
+off, sums over lanes use one fixed tree.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba import njit, types
+from numba.core.typing.templates import ConcreteTemplate, signature
+from numba.core.typing.templates import infer_global as infer
+from numba.extending import intrinsic, lower_builtin, models, register_model
+
+LANES = 16
+
+I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
+    return ir.VectorType(element, lanes)
+
+
+class F32x16(types.Type):  # type: ignore[misc]
+    """numba's view of sixteen float32 in a register."""
+
+    def __init__(self) -> None:
+        super().__init__(name="f32x16")
+
+
+f32x16 = F32x16()
+
+
+@register_model(F32x16)
+class F32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, vector(F32))
+
+
+# Building blocks of LLVM code, shared with the register-blocked kernels in `tiles`.
+
+
+def pointer(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    return b.inttoptr(address, kind.as_pointer())
+
+
+def load_as(b: ir.IRBuilder, address: ir.Value, kind: ir.Type, align: int) -> ir.Value:
+    return b.load(pointer(b, address, kind), align=align)
+
+
+def store_as(b: ir.IRBuilder, address: ir.Value, value: ir.Value, align: int) -> None:
+    b.store(value, pointer(b, address, value.type), align=align)
+
+
+def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
+    undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
+    first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
+    return b.shuffle_vector(first, undefined, ir.Constant(vector(I32, lanes), [0] * lanes))
+
+
+def call(b: ir.IRBuilder, name: str, result: ir.Type, arguments: list[ir.Value]) -> ir.Value:
+    """Call an LLVM intrinsic or an external function, declaring it at first use."""
+    declared = b.module.globals.get(name)
+    if declared is None:
+        kind = ir.FunctionType(result, [argument.type for argument in arguments])
+        declared = ir.Function(b.module, kind, name)
+    return b.call(declared, arguments)
+
+
+def fused(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
+    """x * y + z, rounded once."""
+    return call(b, f"llvm.fma.v{z.type.count}f32", z.type, [x, y, z])
+
+
+def widen(b: ir.IRBuilder, raw: ir.Value) -> ir.Value:
+    """Lanes of float16, or of bfloat16 held as int16, to float32: exact."""
+    lanes = raw.type.count
+    if raw.type.element == F16:
+        return b.fpext(raw, vector(F32, lanes))
+    if raw.type.element == F32:
+        return raw
+    wide = b.zext(raw, vector(I32, lanes))
+    sixteen = ir.Constant(vector(I32, lanes), [16] * lanes)
+    return b.bitcast(b.shl(wide, sixteen), vector(F32, lanes))
+
+
+def narrow(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
+    """float32 lanes to bfloat16 in int16, rounding to nearest even (NaN is not preserved)."""
+    lanes = value.type.count
+
+    def constant(number: int) -> ir.Constant:
+        return ir.Constant(vector(I32, lanes), [number] * lanes)
+
+    bits = b.bitcast(value, vector(I32, lanes))
+    odd = b.and_(b.lshr(bits, constant(16)), constant(1))
+    rounded = b.add(bits, b.add(odd, constant(0x7FFF)))
+    return b.trunc(b.lshr(rounded, constant(16)), vector(I16, lanes))
+
+
+def lane_numbers() -> ir.Constant:
+    return ir.Constant(vector(I64), list(range(LANES)))
+
+
+def first_lanes(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
+    """A mask of the lanes below ``count`` (which may be negative or above 16)."""
+    return b.icmp_signed("<", lane_numbers(), splat(b, count))
+
+
+def define(
+    result: types.Type, arguments: tuple[types.Type, ...], emit: Callable[..., ir.Value | None]
+) -> tuple[Any, Any]:
+    """The (signature, code generator) pair that numba wants of an intrinsic."""
+
+    def generate(context: Any, b: ir.IRBuilder, sig: Any, values: Any) -> Any:
+        made = emit(b, *values)
+        return context.get_dummy_value() if made is None else made
+
+    return result(*arguments), generate
+
+
+# Operators
+
+
+def teach_operator(symbol: Any, method: str) -> None:
+    @infer(symbol)
+    class Template(ConcreteTemplate):  # type: ignore[misc]
+        cases = [signature(f32x16, f32x16, f32x16)]  # noqa: RUF012
+
+    @lower_builtin(symbol, f32x16, f32x16)
+    def lower(context: Any, b: ir.IRBuilder, sig: Any, values: Any) -> ir.Value:
+        return getattr(b, method)(*values)
+
+
+for _symbol, _method in (
+    (operator.add, "fadd"),
+    (operator.sub, "fsub"),
+    (operator.mul, "fmul"),
+    (operator.truediv, "fdiv"),
+):
+    teach_operator(_symbol, _method)
+
+
+# Vectors
+
+
+@intrinsic
+def splat16(typing, x):
+    """One float in all lanes."""
+    return define(f32x16, (types.float32,), splat)
+
+
+@intrinsic
+def fma(typing, x, y, z):
+    """x * y + z, rounded once."""
+    return define(f32x16, (f32x16,) * 3, fused)
+
+
+@intrinsic
+def larger(typing, x, y):
+    """The larger of each pair of lanes."""
+    return define(
+        f32x16,
+        (f32x16,) * 2,
+        lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y),
+    )
+
+
+@intrinsic
+def absolute(typing, x):
+    return define(f32x16, (f32x16,), lambda b, x: call(b, "llvm.fabs.v16f32", vector(F32), [x]))
+
+
+@intrinsic
+def nearest(typing, x):
+    """Round to the nearest integer, ties to even."""
+    return define(f32x16, (f32x16,), lambda b, x: call(b, "llvm.rint.v16f32", vector(F32), [x]))
+
+
+@intrinsic
+def power_of_two(typing, x):
+    """2 ** x for integral lanes in [-127, 127]; -127 gives 0."""
+
+    def emit(b, x):
+        whole = b.fptosi(x, vector(I32))
+        biased = b.add(whole, ir.Constant(vector(I32), [127] * LANES))
+        return b.bitcast(b.shl(biased, ir.Constant(vector(I32), [23] * LANES)), vector(F32))
+
+    return define(f32x16, (f32x16,), emit)
+
+
+@intrinsic
+def keep_first(typing, x, count, other):
+    """Lanes below ``count`` of x, the rest of ``other``."""
+    return define(
+        f32x16,
+        (f32x16, types.intp, f32x16),
+        lambda b, x, count, other: b.select(first_lanes(b, count), x, other),
+    )
+
+
+@intrinsic
+def keep_between(typing, x, start, stop, other):
+    """Lanes from ``start`` to below ``stop`` of x, the rest of ``other``."""
+
+    def emit(b, x, start, stop, other):
+        inside = b.and_(first_lanes(b, stop), b.not_(first_lanes(b, start)))
+        return b.select(inside, x, other)
+
+    return define(f32x16, (f32x16, types.intp, types.intp, f32x16), emit)
+
+
+def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
+    """Fold 16 lanes into one, halves upon halves: the same order on every machine."""
+    width = LANES
+    while width > 1:
+        width //= 2
+        low = ir.Constant(vector(I32, width), list(range(width)))
+        high = ir.Constant(vector(I32, width), list(range(width, 2 * width)))
+        x = combine(b, b.shuffle_vector(x, x, low), b.shuffle_vector(x, x, high))
+    return b.extract_element(x, ir.Constant(I32, 0))
+
+
+@intrinsic
+def sum_lanes(typing, x):
+    return define(types.float32, (f32x16,), lambda b, x: tree(b, x, lambda b, p, q: b.fadd(p, q)))
+
+
+@intrinsic
+def max_lanes(typing, x):
+    def emit(b, x):
+        return tree(b, x, lambda b, p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
+
+    return define(types.float32, (f32x16,), emit)
+
+
+# Memory: vectors
+
+
+@intrinsic
+def load(typing, address):
+    return define(f32x16, (types.intp,), lambda b, a: load_as(b, a, vector(F32), 4))
+
+
+@intrinsic
+def store(typing, address, x):
+    return define(types.void, (types.intp, f32x16), lambda b, a, x: store_as(b, a, x, 4))
+
+
+def stored(b: ir.IRBuilder, x: ir.Value, bits: int, brain: bool) -> ir.Value:
+    """float32 lanes as they are kept in memory: float32, float16 or bfloat16 (in int16)."""
+    if bits == 32:
+        return x
+    return narrow(b, x) if brain else b.fptrunc(x, vector(F16))
+
+
+@intrinsic(prefer_literal=True)
+def store_lanes(typing, bits, brain, address, x):
+    """Store sixteen lanes side by side, as numbers of ``bits``, bfloat16 if ``brain``."""
+
+    def emit(b, _bits, _brain, address, x):
+        store_as(b, address, stored(b, x, bits.literal_value, bool(brain.literal_value)), 2)
+
+    return define(types.void, (bits, brain, types.intp, f32x16), emit)
+
+
+@intrinsic(prefer_literal=True)
+def scatter_lanes(typing, bits, brain, address, x):
+    """Store sixteen lanes, each sixteen numbers behind the one before: a column of a tile."""
+    step = LANES * bits.literal_value // 8
+
+    def emit(b, _bits, _brain, address, x):
+        kept = stored(b, x, bits.literal_value, bool(brain.literal_value))
+        for lane in range(LANES):
+            value = b.extract_element(kept, ir.Constant(I32, lane))
+            store_as(b, b.add(address, ir.Constant(I64, lane * step)), value, 2)
+
+    return define(types.void, (bits, brain, types.intp, f32x16), emit)
+
+
+@intrinsic
+def store_int8(typing, address, x):
+    """Integral lanes in [-128, 127] as sixteen bytes; returns their sum as a float."""
+
+    def emit(b, address, x):
+        whole = b.fptosi(x, vector(I32))
+        store_as(b, address, b.trunc(whole, vector(I8)), 1)
+        return b.sitofp(tree(b, whole, lambda b, p, q: b.add(p, q)), F32)
+
+    return define(types.float32, (types.intp, f32x16), emit)
+
+
+# Memory: scalars
+
+
+def scalar_reader(kind: ir.Type, size: int, result: types.Type, convert: str | None) -> Any:
+    """The body of an intrinsic that reads one number at an address and widens it."""
+
+    def emit(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+        value = load_as(b, address, kind, size)
+        wide = F32 if result is types.float32 else I64
+        return value if convert is None else getattr(b, convert)(value, wide)
+
+    return define(result, (types.intp,), emit)
+
+
+@intrinsic
+def read_i64(typing, address):
+    return scalar_reader(I64, 8, types.intp, None)
+
+
+@intrinsic
+def read_i32(typing, address):
+    return scalar_reader(I32, 4, types.intp, "sext")
+
+
+@intrinsic
+def read_i8(typing, address):
+    return scalar_reader(I8, 1, types.intp, "sext")
+
+
+@intrinsic
+def read_u8(typing, address):
+    return scalar_reader(I8, 1, types.intp, "zext")
+
+
+@intrinsic
+def read_f32(typing, address):
+    return scalar_reader(F32, 4, types.float32, None)
+
+
+@intrinsic
+def read_f16(typing, address):
+    return scalar_reader(F16, 2, types.float32, "fpext")
+
+
+@intrinsic
+def read_bf16(typing, address):
+    def emit(b, address):
+        wide = b.shl(b.zext(load_as(b, address, I16, 2), I32), ir.Constant(I32, 16))
+        return b.bitcast(wide, F32)
+
+    return define(types.float32, (types.intp,), emit)
+
+
+@intrinsic
+def read_f64(typing, address):
+    return define(types.float64, (types.intp,), lambda b, a: load_as(b, a, ir.DoubleType(), 8))
+
+
+@intrinsic
+def write_f32(typing, address, x):
+    return define(types.void, (types.intp, types.float32), lambda b, a, x: store_as(b, a, x, 4))
+
+
+@intrinsic
+def write_i32(typing, address, x):
+    def emit(b, address, x):
+        store_as(b, address, b.trunc(x, I32), 4)
+
+    return define(types.void, (types.intp, types.intp), emit)
+
+
+@intrinsic
+def write_i64(typing, address, x):
+    return define(types.void, (types.intp, types.intp), lambda b, a, x: store_as(b, a, x, 8))
+
+
+# Functions of vectors
+
+LOG2_E = 1.4426950408889634
+LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440054690583e-4  # their sum is ln 2 to 2 ** -39
+
+
+@njit
+def exp16(x):
+    """e ** x to about 1e-7 of itself; exactly 1 at 0, exactly 0 at and below -88."""
+    x = larger(x, splat16(-88.0))
+    x = splat16(0.0) - larger(splat16(0.0) - x, splat16(-88.0))
+    whole = nearest(x * splat16(LOG2_E))
+    rest = fma(whole, splat16(-LN2_HIGH), x)
+    rest = fma(whole, splat16(-LN2_LOW), rest)
+    p = splat16(1.9875691500e-4)
+    p = fma(p, rest, splat16(1.3981999507e-3))
+    p = fma(p, rest, splat16(8.3334519073e-3))
+    p = fma(p, rest, splat16(4.1665795894e-2))
+    p = fma(p, rest, splat16(1.6666665459e-1))
+    p = fma(p, rest, splat16(5.0000001201e-1))
+    p = fma(p, rest * rest, rest) + splat16(1.0)
+    return p * power_of_two(whole)

@@ -1,0 +1,136 @@
+"""A model's whole step as one native call: recorded once, replayed for every batch.
+
+It is to a CPU what a CUDA graph is to a GPU, but sizes stay free: instructions read the number of
+tokens, sequences and logit rows when they run, so one tape serves every batch up to its limits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.kernels.cpu.attention import QUERY_TOKENS
+from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.kernels.cpu.layout import aligned_bytes
+from ruvon.kernels.cpu.linear import PANEL
+from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, Field, Param
+from ruvon.kernels.cpu.recorder import Recording
+from ruvon.kernels.cpu.team import Team
+from ruvon.kernels.ops import ForwardBatch
+
+Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
+Progress: TypeAlias = Callable[[str, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest step a tape must serve."""
+
+    tokens: int
+    sequences: int
+    logit_rows: int
+    blocks_per_sequence: int
+
+
+class Program:
+    """A finished recording in memory, ready to run."""
+
+    def __init__(self, recording: Recording, compiled: Compiled, team: Team) -> None:
+        self.instructions = recording.instructions
+        self._kept = recording.kept, recording.values
+        self._team = team
+        memory = aligned_bytes(len(self.instructions) * INSTRUCTION_BYTES)
+        self._memory = memory.view(torch.int64).view(-1, INSTRUCTION_BYTES // 8)
+        for line, instruction in zip(self._memory, self.instructions, strict=True):
+            line[Field.KERNEL] = compiled.address(instruction.kernel)
+            for field, number in instruction.fields.items():
+                line[field] = number
+        self._params = np.zeros(len(Param) + 8, dtype=np.int64)
+
+    def run(self, sizes: dict[Param, int]) -> None:
+        """One step of these sizes; returns when all threads are done."""
+        for param, size in sizes.items():
+            self._params[param] = size
+        self._team.run(
+            self._memory.data_ptr(), len(self.instructions), int(self._params.ctypes.data)
+        )
+
+
+def sizes_of(tokens: int, logit_rows: int, query_lens: np.ndarray[Any, Any]) -> dict[Param, int]:
+    """The parameters of a step; ``query_lens`` [S] are its sequences' new tokens."""
+    return {
+        Param.TOKENS: tokens,
+        Param.TOKEN_PANELS: -(-tokens // PANEL),
+        Param.LOGIT_ROWS: logit_rows,
+        Param.LOGIT_PANELS: -(-logit_rows // PANEL),
+        Param.SEQUENCES: len(query_lens),
+        Param.QUERY_TILES: int((-(-query_lens // QUERY_TOKENS)).sum()),
+    }
+
+
+class Tape:
+    """One model's step. `replay` is a runner's ``forward``."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        limits: Limits,
+        recording: Recording,
+        finish: Callable[[Recording], Program],
+    ) -> None:
+        """``recording`` is the one that the model's operations write to."""
+        self.limits = limits
+        self._batch = empty_batch(limits)
+        self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
+        self._tables = self._batch.block_tables.numpy()
+        logits = forward(self._batch, cache)
+        self._argmax = torch.zeros(limits.logit_rows, dtype=torch.int64)
+        recording.argmax(logits, self._argmax)
+        self._logits = logits
+        self._program = finish(recording)
+        self.num_rows = 0
+
+    def replay(self, batch: ForwardBatch) -> Tensor:
+        """float32 logits [L, V] of the batch's ``logit_rows``, valid until the next replay."""
+        tables = batch.block_tables.numpy()
+        self._tables[: tables.shape[0], : tables.shape[1]] = tables
+        for name, array in zip(COPIED, self._arrays, strict=True):
+            given = getattr(batch, name).numpy()
+            array[: given.size] = given
+        tokens, self.num_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
+        query_lens = np.diff(batch.query_starts.numpy())
+        self._program.run(sizes_of(tokens, self.num_rows, query_lens))
+        return self._logits[: self.num_rows]
+
+    @property
+    def argmax(self) -> Tensor:
+        """int64 [L]: the likeliest token of each row of the last replay; of equals, the first."""
+        return self._argmax[: self.num_rows]
+
+
+COPIED = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
+
+
+def empty_batch(limits: Limits) -> ForwardBatch:
+    """The batch whose memory the instructions read."""
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    return ForwardBatch(
+        token_ids=ints(limits.tokens),
+        positions=ints(limits.tokens),
+        slots=ints(limits.tokens),
+        block_tables=ints(limits.sequences, limits.blocks_per_sequence),
+        query_starts=ints(limits.sequences + 1),
+        context_lens=ints(limits.sequences),
+        logit_rows=ints(limits.logit_rows),
+        max_query=limits.tokens,
+        max_context=0,
+    )

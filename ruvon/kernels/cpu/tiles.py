@@ -1,0 +1,357 @@
+"""The innermost loop of every matrix product: up to 8 rows of activations by 16 rows of weight.
+
+Written as LLVM code by a Python function, because what makes it fast is unrolling over rows, and
+Python's own loop is the clearest way to say that. Sixteen weight rows lie across the lanes of a
+vector, so each lane sums one output in the order of k, whatever the batch, the number of threads
+or the machine: this is where ruvon's determinism on the CPU comes from.
+
+Quantized weights meet activations quantized to int8 in groups of 32 (`BLOCK`): one instruction
+multiplies 64 bytes pairwise and adds them by fours into 16 exact integers; scales are applied
+once a group. See `layout` for how both lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ruvon.kernels.cpu.simd import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    LANES,
+    call,
+    define,
+    fused,
+    load_as,
+    splat,
+    store_as,
+    vector,
+    widen,
+)
+
+ROWS = (
+    8  # activation rows a tile can take at once: 2 * 8 sums, 8 weights and scales fill 32 registers
+)
+GROUP = 32  # values along k that share an activation scale
+
+# One group of one quantized activation row, in bytes: 32 codes, then four numbers.
+BLOCK = 48
+SCALE, TOTAL, NEGATED, NEGATED_HALF = 32, 36, 40, 44
+"""float32 scale, float32 sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileKind:
+    """How a weight is stored, and which instructions multiply it."""
+
+    storage: str  # "q4", "q8": codes and scales; "f32", "f16", "bf16": as they are
+    offsets: bool = False  # q: value = (stored code - zero) * scale + offset
+    zero: int = 0  # q: what to take from a stored code: 0 or 8 for q4, 128 for q8
+    wide: bool = False  # q: scales and offsets are float32, else float16
+    half: bool = False  # q: a scale for each 16 values, not 32
+    vnni: bool = False  # q: the CPU has the 8-bit dot product
+
+    @property
+    def quantized(self) -> bool:
+        return self.storage.startswith("q")
+
+    @property
+    def scale_bytes(self) -> int:
+        return LANES * (4 if self.wide else 2)
+
+    @property
+    def scales_per_group(self) -> int:
+        return 2 if self.half else 1
+
+    @property
+    def code_bytes(self) -> int:
+        return LANES * GROUP // (2 if self.storage == "q4" else 1)
+
+    @property
+    def group_scale_bytes(self) -> int:
+        """Bytes of all scales and offsets of one group of a tile."""
+        return self.scale_bytes * self.scales_per_group * (2 if self.offsets else 1)
+
+    @property
+    def step(self) -> int:
+        """How many k one turn of the loop takes: a group if quantized, else one."""
+        return GROUP if self.quantized else 1
+
+    @property
+    def step_bytes(self) -> int:
+        """Bytes of codes, or of plain values, of a tile for one step."""
+        if self.quantized:
+            return self.code_bytes
+        return LANES * (4 if self.storage == "f32" else 2)
+
+    def tile_bytes(self, steps: int) -> int:
+        """Bytes of a whole tile: the codes of all steps, then their scales, to a cache line."""
+        scales = self.group_scale_bytes if self.quantized else 0
+        return -(-steps * (self.step_bytes + scales) // 64) * 64
+
+
+KINDS: tuple[TileKind, ...] = (
+    *(
+        TileKind(storage, offsets, zero, wide, half, vnni)
+        for vnni in (False, True)
+        for half in (False, True)
+        for wide in (False, True)
+        for storage, offsets, zero in (
+            ("q4", True, 0),
+            ("q4", False, 0),
+            ("q4", False, 8),
+            ("q8", True, 128),
+            ("q8", False, 128),
+        )
+    ),
+    TileKind("f32"),
+    TileKind("f16"),
+    TileKind("bf16"),
+)
+"""A kernel is told its kind by the index here: an integer is all that a cached kernel may hold."""
+
+F32V, I32V = vector(F32), vector(I32)
+ZEROS = ir.Constant(F32V, [0.0] * LANES)
+
+
+def number(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
+
+
+def offset(b: ir.IRBuilder, address: ir.Value, value: int) -> ir.Value:
+    return b.add(address, number(value)) if value else address
+
+
+def broadcast(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """One number from memory in all lanes: part of the instruction that uses it, on AVX-512."""
+    return splat(b, load_as(b, address, kind, 4))
+
+
+def counted_loop(
+    b: ir.IRBuilder,
+    count: ir.Value,
+    start: list[ir.Value],
+    body: Callable[[list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """``count`` (at least 1) turns of ``body``, which maps the carried values to their next."""
+    before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+    b.branch(loop)
+    b.position_at_end(loop)
+    turn = b.phi(I64)
+    turn.add_incoming(number(0), before)
+    carried = [b.phi(value.type) for value in start]
+    for phi, value in zip(carried, start, strict=True):
+        phi.add_incoming(value, before)
+    following = body(carried)
+    next_turn = b.add(turn, number(1))
+    for phi, value in zip((turn, *carried), (next_turn, *following), strict=True):
+        phi.add_incoming(value, b.block)
+    b.cbranch(b.icmp_signed("<", next_turn, count), loop, after)
+    b.position_at_end(after)
+    return following
+
+
+def dot_bytes(b: ir.IRBuilder, sums: ir.Value, u: ir.Value, s: ir.Value, vnni: bool) -> ir.Value:
+    """Add to each int32 lane the four products of its unsigned and its signed bytes, exactly."""
+    u, s = (b.bitcast(value, vector(I8, 4 * LANES)) for value in (u, s))
+    if vnni:
+        return call(b, "llvm.x86.avx512.vpdpbusd.512", I32V, [sums, u, s])
+    u16, s16 = b.zext(u, vector(I16, 4 * LANES)), b.sext(s, vector(I16, 4 * LANES))
+    for j in range(2):  # pairs first: what LLVM knows as one multiply-add of 16-bit pairs
+        pairs = [
+            b.sext(pick(b, half, range(2 * j + k, 4 * LANES, 4)), I32V)
+            for k in range(2)
+            for half in (u16, s16)
+        ]
+        pair = b.add(b.mul(pairs[0], pairs[1]), b.mul(pairs[2], pairs[3]))
+        sums = b.add(sums, pair)
+    return sums
+
+
+def pick(b: ir.IRBuilder, x: ir.Value, lanes: range) -> ir.Value:
+    return b.shuffle_vector(x, x, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+
+
+def load_codes(b: ir.IRBuilder, w: ir.Value, kind: TileKind) -> list[ir.Value]:
+    """The eight vectors of unsigned codes of one group: lane = weight row, bytes = four k."""
+    if kind.storage == "q8":
+        return [load_as(b, offset(b, w, 64 * q), I32V, 64) for q in range(8)]
+    low = ir.Constant(I32V, [0x0F0F0F0F] * LANES)
+    four = ir.Constant(I32V, [4] * LANES)
+    codes = []
+    for q in range(4):
+        pair = load_as(b, offset(b, w, 64 * q), I32V, 64)
+        codes += [b.and_(pair, low), b.and_(b.lshr(pair, four), low)]
+    return codes
+
+
+def load_scales(b: ir.IRBuilder, s: ir.Value, kind: TileKind) -> list[ir.Value]:
+    """The scales of one group (two if halves), then its offsets if there are any."""
+    count = kind.group_scale_bytes // kind.scale_bytes
+    element = vector(F32 if kind.wide else F16)
+    return [
+        widen(b, load_as(b, offset(b, s, i * kind.scale_bytes), element, 32)) for i in range(count)
+    ]
+
+
+def bias_of_zero(b: ir.IRBuilder, x: ir.Value, kind: TileKind, part: int) -> ir.Value:
+    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
+    if not kind.zero:
+        return ir.Constant(I32V, [0] * LANES)
+    negated = negated_sum(b, x, kind, part)
+    if kind.zero == 128:
+        return negated
+    return b.ashr(negated, ir.Constant(I32V, [4] * LANES))  # 8 = 128 / 16
+
+
+def negated_sum(b: ir.IRBuilder, x: ir.Value, kind: TileKind, part: int) -> ir.Value:
+    """-128 * sum of the activation codes in this part of the group."""
+    if not kind.half:
+        return broadcast(b, offset(b, x, NEGATED), I32)
+    first = broadcast(b, offset(b, x, NEGATED_HALF), I32)
+    return first if part == 0 else b.sub(broadcast(b, offset(b, x, NEGATED), I32), first)
+
+
+def float_sum(b: ir.IRBuilder, x: ir.Value, kind: TileKind, part: int) -> ir.Value:
+    if not kind.half:
+        return broadcast(b, offset(b, x, TOTAL), F32)
+    negated = b.sitofp(negated_sum(b, x, kind, part), F32V)
+    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
+
+
+def group_product(
+    b: ir.IRBuilder,
+    x: ir.Value,
+    codes: list[ir.Value],
+    scales: list[ir.Value],
+    kind: TileKind,
+    part: int,
+) -> ir.Value:
+    """One row's share of one group (or half a group), before the activation's scale."""
+    per_part = len(codes) // kind.scales_per_group
+    sums = bias_of_zero(b, x, kind, part)
+    for q in range(part * per_part, (part + 1) * per_part):
+        sums = dot_bytes(b, sums, codes[q], broadcast(b, offset(b, x, 4 * q), I32), kind.vnni)
+    product = b.fmul(b.sitofp(sums, F32V), scales[part])
+    if kind.offsets:
+        return fused(b, scales[kind.scales_per_group + part], float_sum(b, x, kind, part), product)
+    return product
+
+
+def quantized_step(
+    b: ir.IRBuilder,
+    w: ir.Value,
+    s: ir.Value,
+    x: ir.Value,
+    outs: list[ir.Value],
+    kind: TileKind,
+) -> list[ir.Value]:
+    """One group of k for all rows. Row r's block lies ``r * BLOCK`` bytes behind x."""
+    codes, scales = load_codes(b, w, kind), load_scales(b, s, kind)
+    following = []
+    for row, out in enumerate(outs):
+        block = offset(b, x, row * BLOCK)
+        scale = broadcast(b, offset(b, block, SCALE), F32)
+        for part in range(kind.scales_per_group):
+            out = fused(b, group_product(b, block, codes, scales, kind, part), scale, out)
+        following.append(out)
+    return following
+
+
+def dense_step(
+    b: ir.IRBuilder, w: ir.Value, x_rows: list[ir.Value], outs: list[ir.Value], storage: str
+) -> list[ir.Value]:
+    """One k for all rows, whose values are at ``x_rows``."""
+    element = vector({"f32": F32, "f16": F16, "bf16": I16}[storage])
+    weight = widen(b, load_as(b, w, element, 32))
+    return [
+        fused(b, weight, broadcast(b, x, F32), out) for x, out in zip(x_rows, outs, strict=True)
+    ]
+
+
+def emit_product(
+    b: ir.IRBuilder, kind: TileKind, rows: int, w: ir.Value, x: ir.Value, steps: ir.Value
+) -> list[ir.Value]:
+    """The sums of ``rows`` rows of packed activations by one tile."""
+    x_bytes = ROWS * (BLOCK if kind.quantized else 4)
+
+    def body(carried: list[ir.Value]) -> list[ir.Value]:
+        w, s, x, *outs = carried
+        if kind.quantized:
+            outs = quantized_step(b, w, s, x, outs, kind)
+        else:
+            outs = dense_step(b, w, [offset(b, x, 4 * r) for r in range(rows)], outs, kind.storage)
+        s = offset(b, s, kind.group_scale_bytes if kind.quantized else 0)
+        return [offset(b, w, kind.step_bytes), s, offset(b, x, x_bytes), *outs]
+
+    scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
+    _, _, _, *outs = counted_loop(b, steps, [w, scales, x, *[ZEROS] * rows], body)
+    return outs
+
+
+def for_each_count(b: ir.IRBuilder, rows: ir.Value, emit: Callable[[int], None]) -> None:
+    """A copy of the code for each number of rows from 1 to `ROWS`, and a jump to the right one."""
+    done = b.append_basic_block("done")
+    switch = b.switch(rows, done)
+    for count in range(1, ROWS + 1):
+        case = b.append_basic_block(f"rows{count}")
+        switch.add_case(number(count), case)
+        b.position_at_end(case)
+        emit(count)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(typing, kind, w, x, steps, out, out_stride, rows):
+    """``rows`` (1 to 8) rows of packed activations by one tile of weights.
+
+    ``kind`` indexes `KINDS` and is a constant of the kernel. ``out_stride`` is in bytes.
+    """
+    tile = KINDS[kind.literal_value]
+
+    def emit(b, _, w, x, steps, out, out_stride, rows):
+        def of(count):
+            for row, value in enumerate(emit_product(b, tile, count, w, x, steps)):
+                store_as(b, b.add(out, b.mul(out_stride, number(row))), value, 4)
+
+        for_each_count(b, rows, of)
+
+    return define(types.void, (kind, *(types.intp,) * 6), emit)
+
+
+@intrinsic(prefer_literal=True)
+def attend_tile(typing, kind, fresh, x_stride, out_stride, w, x, steps, out, rows):
+    """out[row, 0:16] = or += sum over k of x[row, k] * w[k, 0:16], for attention.
+
+    Here x is plain float32, a row every ``x_stride`` bytes. Strides, the kind and ``fresh`` (start
+    from zero, not from out) are constants.
+    """
+    storage, bytes_of_step = KINDS[kind.literal_value].storage, KINDS[kind.literal_value].step_bytes
+    x_bytes, out_bytes = x_stride.literal_value, out_stride.literal_value
+
+    def emit(b, _k, _f, _x, _o, w, x, steps, out, rows):
+        def of(count):
+            def body(carried):
+                w, x, *sums = carried
+                x_rows = [offset(b, x, x_bytes * row) for row in range(count)]
+                sums = dense_step(b, w, x_rows, sums, storage)
+                return [offset(b, w, bytes_of_step), offset(b, x, 4), *sums]
+
+            places = [offset(b, out, out_bytes * row) for row in range(count)]
+            start = [ZEROS if fresh.literal_value else load_as(b, at, F32V, 4) for at in places]
+            _, _, *sums = counted_loop(b, steps, [w, x, *start], body)
+            for place, value in zip(places, sums, strict=True):
+                store_as(b, place, value, 4)
+
+        for_each_count(b, rows, of)
+
+    return define(types.void, (kind, fresh, x_stride, out_stride, *(types.intp,) * 5), emit)
