@@ -64,6 +64,7 @@ class Run:
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
         self.outputs: dict[int, list[int]] = {}
+        self.scored: dict[int, list[int | None]] = {}  # the tokens that prompt logprobs are of
         self.finished: dict[int, str] = {}
         self.step = 0
 
@@ -102,6 +103,10 @@ class Run:
         self.engine._runner.finish_step()
         for emission in self.engine.collect(pending, 0.0):
             assert emission.seq_id not in self.finished
+            if emission.prompt_logprobs is not None:
+                assert self.outputs[emission.seq_id] == []
+                scored = [entry and entry.token for entry in emission.prompt_logprobs]
+                self.scored[emission.seq_id] = scored
             self.outputs[emission.seq_id] += emission.tokens
             if emission.finish:
                 self.finished[emission.seq_id] = emission.finish
@@ -132,6 +137,10 @@ def verify(run: Run) -> None:
         for seq_id in run.ids[number]:
             want = expected(arrival.job, next(seeds))
             got = run.outputs[seq_id]
+            if arrival.job.sampling.prompt_logprobs is None:
+                assert seq_id not in run.scored
+            elif got or seq_id in run.finished:
+                assert run.scored[seq_id] == [None, *arrival.job.prompt[1:]]
             if seq_id in run.finished:
                 assert got == want
                 stopped = bool(got) and got[-1] in stop_ids(arrival.job)
@@ -210,6 +219,7 @@ def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arriva
             temperature=float(rng.random() < 0.5),
             seed=rng.randrange(2**50),
             ignore_eos=rng.random() < 0.7,
+            prompt_logprobs=rng.choice([None, None, None, 0]),
         )
         job = Job(prompt, sampling, n=rng.choice([1, 1, 1, 3]), priority=rng.randrange(3))
         at = rng.randrange(num_steps)

@@ -242,6 +242,35 @@ def test_the_latest_is_preempted_and_comes_back():
     scheduler.pool.check([])
 
 
+def test_a_prompt_preempted_half_way_starts_its_logprobs_again():
+    scheduler = make(num_blocks=6, block_size=2, max_tokens=3)
+    scheduler.add(sequence(0, [5, 6], max_tokens=8))
+    prompt = range(10, 18)
+    scheduler.add(sequence(1, prompt, max_tokens=1, prompt_logprobs=0))
+    emissions = []
+    while scheduler.has_work:
+        plan = scheduler.schedule()
+        scored = {
+            row.seq_id: tuple(fake_logprobs(token, 0) for token in row.targets)
+            for row in plan.prompt_rows
+        }
+        emissions += scheduler.commit(plan, result(plan, prompt_logprobs=scored))
+    assert scheduler.counters.preempted == 1
+    (scores,) = [e.prompt_logprobs for e in emissions if e.prompt_logprobs]
+    assert [score and score.token for score in scores] == [None, *prompt[1:]]
+
+
+def test_a_prefix_found_again_after_preemption_is_not_counted_again():
+    scheduler = make(num_blocks=6, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=8))
+    scheduler.add(sequence(1, range(10, 16), max_tokens=6))
+    emissions = run_out(scheduler)
+    assert scheduler.counters.preempted == 1
+    assert scheduler.counters.queried == 2 + 6
+    assert scheduler.counters.cached == 0
+    assert {e.num_cached for e in emissions} == {0}
+
+
 def test_the_least_important_is_preempted_even_if_it_came_first():
     scheduler = make(num_blocks=5, block_size=2, order="priority")
     scheduler.add(sequence(0, [5, 6], max_tokens=6, priority=1))
