@@ -6,7 +6,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from texts import END, mixed_strings, trained
 
@@ -85,6 +85,8 @@ def test_stop_strings_cut_where_the_first_is_complete(values, stop, include, dat
 
 @settings(deadline=None)
 @given(st.lists(st.text("ab", max_size=4), max_size=12), st.text("ab", min_size=1, max_size=5))
+@example(["aab", "aaa", "b"], "aabaaab")
+@example(["aabaaa", "b"], "aabaaac")
 def test_no_more_is_held_back_than_may_still_become_the_stop_string(pieces, stop):
     finder, text, shown = StopStrings([stop], include=False), "", ""
     for piece in pieces:
@@ -100,6 +102,13 @@ def test_a_stop_string_over_many_tokens_never_shows():
     stream = TextStream(lambda id: b"x<STOP>y"[id : id + 1], stop=["<STOP>"])
     assert [stream.push([id]) for id in range(8)] == ["x", "", "", "", "", "", "", ""]
     assert (stream.stopped, stream.num_tokens, stream.finish()) == ("<STOP>", 7, "")
+
+
+@pytest.mark.parametrize("stop", [["b", "ab", "abc"], ["ab", "b"]])
+def test_of_stop_strings_that_end_together_the_longest_is_cut(stop):
+    stream = TextStream(lambda id: b"xab"[id : id + 1], stop=stop)
+    assert stream.push(range(3)) == "x"
+    assert stream.stopped == "ab"
 
 
 def test_a_stop_string_that_never_comes_is_shown():

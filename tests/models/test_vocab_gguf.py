@@ -140,6 +140,14 @@ def test_a_gguf_vocabulary_equals_the_folder_it_came_from():
     assert tokenizer.vocab_size == folder.vocab_size
 
 
+@pytest.mark.parametrize(("pre", "whole"), [("llama-bpe", True), ("dbrx", False)])
+def test_words_that_are_tokens_are_taken_whole_where_the_model_does_so(pre, whole):
+    fields = metadata(pre=pre, add_bos_token=False)
+    fields["tokenizer.ggml.tokens"].append("zqzq")  # no merges lead to it
+    fields["tokenizer.ggml.token_type"].append(1)
+    assert (len(build(fields).encode("zqzq")) == 1) == whole
+
+
 @pytest.mark.parametrize(
     ("pre", "stated", "added"),
     [
