@@ -29,6 +29,7 @@ from ruvon.models.tokenizer import Tokenizer
 Message: TypeAlias = Mapping[str, Any]
 
 STAND_INS = range(0xF0000, 0xFFFFD)  # private use, plane 15
+MAX_DEPTH = 100  # of JSON within JSON
 FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
 
 
@@ -42,6 +43,9 @@ class Options(TypedDict, total=False):
     add_generation_prompt: bool | None
     continue_final_message: bool
     kwargs: Mapping[str, Any] | None
+
+
+RESERVED = frozenset({"messages", *Options.__annotations__} - {"kwargs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +183,8 @@ class ChatFormat:
         kwargs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         """What the template is told, as plain data."""
-        for name in ("messages", *Options.__annotations__):
-            if name in (kwargs or {}):
-                raise RequestError(f"{name} is a field of its own", param="chat_template_kwargs")
+        if taken := RESERVED.intersection(kwargs or ()):
+            raise RequestError(f"{min(taken)} is a field of its own", param="chat_template_kwargs")
         if add_generation_prompt and continue_final_message:
             raise RequestError(
                 "add_generation_prompt and continue_final_message exclude each other",
@@ -275,7 +278,7 @@ def _prepare(message: Message, index: int, knows_developer: bool) -> dict[str, A
     if prepared.get("role") == "developer" and not knows_developer:
         prepared["role"] = "system"
     for call in prepared.get("tool_calls") or ():
-        _parse_arguments(call)
+        _parse_arguments(call, where)
     reasoning = prepared.get("reasoning_content") or prepared.get("reasoning")
     if reasoning is not None:
         prepared |= {"reasoning_content": reasoning, "reasoning": reasoning}
@@ -296,7 +299,7 @@ def _text(content: Any, where: str) -> str:
     return "\n".join(part["text"] for part in content)
 
 
-def _parse_arguments(call: Any) -> None:
+def _parse_arguments(call: Any, where: str) -> None:
     """Clients send a call's arguments as JSON text, templates want the object. Text that is not
     a JSON object, such as a model may have written, stays as it is."""
     function = call.get("function") if isinstance(call, dict) else None
@@ -304,15 +307,17 @@ def _parse_arguments(call: Any) -> None:
         return
     try:
         arguments = json.loads(function["arguments"])
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(arguments, dict):
-        function["arguments"] = arguments
+        function["arguments"] = _plain(arguments, f"{where}.tool_calls")
 
 
-def _plain(value: Any, where: str) -> Any:
+def _plain(value: Any, where: str, depth: int = 0) -> Any:
     """A copy made of exact JSON types only: other objects have methods that a template, sandboxed
-    or not, has no business to call."""
+    or not, has no business to call. ``where`` is the field that errors name."""
+    if depth > MAX_DEPTH:
+        raise RequestError(f"nested more than {MAX_DEPTH} deep", param=where)
     match value:
         case None | bool():
             return value
@@ -323,9 +328,9 @@ def _plain(value: Any, where: str) -> Any:
         case float():
             return float(value)
         case Mapping():
-            return {str(key): _plain(item, where) for key, item in value.items()}
+            return {str(key): _plain(item, where, depth + 1) for key, item in value.items()}
         case list() | tuple():
-            return [_plain(item, where) for item in value]
+            return [_plain(item, where, depth + 1) for item in value]
     raise RequestError(f"{type(value).__name__} is not JSON data", param=where)
 
 

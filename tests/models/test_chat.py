@@ -265,9 +265,26 @@ def test_templates_see_plain_data_only():
         assert caught.value.param == "messages[0]"
 
 
+def nested(depth: int) -> dict[str, Any]:
+    return {"x": nested(depth - 1)} if depth else {}
+
+
+DEEP = {"function": {"name": "f", "arguments": '{"x":' * 101 + "1" + "}" * 101}}
+DEEPER = {"function": {"name": "f", "arguments": '{"x":' * 9999 + "1" + "}" * 9999}}
+
+
+def test_what_is_nested_too_deep_to_be_arguments_stays_text():
+    source = "{{ messages[0].tool_calls[0].function.arguments | length }}"
+    text = load_chat(tokenizer(), source).render([assistant("", tool_calls=[DEEPER])])
+    assert int(text) == len(DEEPER["function"]["arguments"])
+
+
 @pytest.mark.parametrize(
     ("messages", "options", "param"),
     [
+        ([user("a", x=nested(101))], {}, "messages[0]"),
+        ([assistant("", tool_calls=[DEEP])], {}, "messages[0].tool_calls"),
+        ([user("a")], {"tools": [nested(101)]}, "tools"),
         ([], {}, "messages"),
         ([user([{"type": "image_url", "image_url": {}}])], {}, "messages[0].content[0]"),
         ([user("a"), user(["a"])], {}, "messages[1].content[0]"),
