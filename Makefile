@@ -30,6 +30,7 @@ help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 setup: $(RUN_STAMP) ## Install what running needs into .venv.
+	@echo "ruvon is installed in $(VENV); make run-api serves"
 
 run-api: $(RUN_STAMP) ## Serve over HTTP; PORT=, HOST=, MODEL=, ARGS=.
 	exec $(BIN)/ruvon serve $(if $(MODEL),'$(MODEL)') $(if $(HOST),--host '$(HOST)') $(if $(PORT),--port '$(PORT)') $(ARGS)

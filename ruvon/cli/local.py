@@ -41,9 +41,8 @@ class Local:
         return self.llm.started.checkpoint.name
 
     def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]:
-        prompt = self.llm.encode_chat(messages)
-        assert self.llm.started.chat is not None
-        return self._answer(prompt, self.llm.started.chat.parser(), {"max_tokens": None, **options})
+        prompt, parser = self.llm.encode_chat(messages), self.llm.started.chat.parser()
+        return self._answer(prompt, parser, {"max_tokens": None, **options})
 
     def complete(self, prompt: str, options: Options) -> Generator[Piece]:
         return self._answer(prompt, PlainParser(), {"max_tokens": COMPLETION_TOKENS, **options})

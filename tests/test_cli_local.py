@@ -1,0 +1,120 @@
+"""Answers from the engine in process, over a fake runner."""
+
+from types import SimpleNamespace
+
+from click.testing import CliRunner
+from fakes import ByteTokenizer, FakeRunner
+
+from ruvon import LLM, SamplingParams
+from ruvon.cli import main
+from ruvon.cli.answers import Piece
+from ruvon.cli.local import Local
+from ruvon.models.chat import Delta, PlainParser
+
+
+class Shouting:
+    """A parser that holds its last piece back: reasoning in lower case, text in upper."""
+
+    def __init__(self):
+        self.held = ""
+
+    def push(self, text):
+        deltas = [Delta(reasoning=self.held)] if self.held else []
+        self.held = text
+        return deltas
+
+    def finish(self):
+        return [Delta(text=self.held.upper())]
+
+
+class Chat:
+    def __init__(self, parser):
+        self.parser = parser
+
+    def encode(self, messages, **options):
+        return [token for message in messages for token in message["content"].encode()]
+
+
+def make_local(make_engine, parser=PlainParser, generation=None):
+    started = SimpleNamespace(
+        engine=make_engine(FakeRunner(16)),
+        tokenizer=ByteTokenizer(),
+        chat=Chat(parser),
+        checkpoint=SimpleNamespace(name="fake", generation=generation or {}),
+        close=lambda: None,
+    )
+    return Local(LLM.over(started))
+
+
+HELLO = [{"role": "user", "content": "hello"}]
+GREEDY = {"temperature": 0.0, "max_tokens": 6}
+
+
+def test_an_answer_comes_in_pieces_and_ends_with_its_counts(make_engine):
+    local = make_local(make_engine)
+    pieces = list(local.chat(HELLO, GREEDY))
+    ((whole,),) = local.llm.chat(HELLO, SamplingParams(**GREEDY), use_tqdm=False)
+    assert "".join(piece.text for piece in pieces) == whole.text
+    assert len(pieces) > 2
+    assert pieces[-1] == Piece(finish="length", num_prompt=5, num_output=6)
+
+
+def test_the_models_parser_sees_all_text(make_engine):
+    pieces = list(make_local(make_engine, Shouting).chat(HELLO, GREEDY))
+    plain = list(make_local(make_engine).chat(HELLO, GREEDY))
+    said = "".join(piece.reasoning for piece in pieces) + pieces[-2].text.lower()
+    assert said == "".join(piece.text for piece in plain).lower()
+
+
+def test_leaving_an_answer_frees_the_engine(make_engine):
+    local = make_local(make_engine)
+    pieces = local.complete("hello", {"max_tokens": 50})
+    next(pieces)
+    pieces.close()
+    assert not local.llm.engine.has_work
+    assert list(local.complete("hello", {"max_tokens": 1}))[-1].num_output == 1
+
+
+def test_the_models_sampling_defaults_apply_where_none_are_given(make_engine, monkeypatch):
+    local = make_local(make_engine, generation={"top_k": 3, "temperature": 0.7, "pad": 1})
+    added = []
+    add = local.llm.engine.add
+    monkeypatch.setattr(
+        local.llm.engine, "add", lambda job, *rest: added.append(job) or add(job, *rest)
+    )
+    list(local.complete("hello", {"max_tokens": 1, "temperature": 0.2}))
+    assert (added[0].sampling.top_k, added[0].sampling.temperature) == (3, 0.2)
+
+
+def test_a_stop_string_ends_a_completion(make_engine):
+    local = make_local(make_engine)
+    text = "".join(piece.text for piece in local.complete("hello", GREEDY))
+    stopped = list(local.complete("hello", {**GREEDY, "stop": [text[2]]}))
+    assert "".join(piece.text for piece in stopped) == text[: text.index(text[2])]
+    assert stopped[-1].finish == "stop"
+
+
+def test_complete_in_process(make_engine, monkeypatch):
+    configs = []
+
+    def load(config):
+        configs.append(config)
+        return make_local(make_engine)
+
+    monkeypatch.setattr(Local, "load", load)
+    args = ["complete", "hello", "--temperature", "0", "--max-tokens", "6", "--threads", "1"]
+    result = CliRunner().invoke(main, args)
+    assert result.exit_code == 0, result.output
+    text = "".join(piece.text for piece in make_local(make_engine).complete("hello", GREEDY))
+    assert result.stdout == text + "\n"
+    assert configs[0].threads == 1
+
+
+def test_bench_offline(make_engine, monkeypatch, tmp_path):
+    monkeypatch.setattr("ruvon.llm.LLM", lambda **fields: make_local(make_engine).llm)
+    path = tmp_path / "result.json"
+    args = ["--num-prompts", "3", "--input-len", "4", "--output-len", "5", "--disable-tqdm"]
+    result = CliRunner().invoke(main, ["bench", "offline", *args, "--output-json", str(path)])
+    assert result.exit_code == 0, result.output
+    assert result.output.startswith("Throughput: ")
+    assert '"num_requests": 3' in path.read_text()
