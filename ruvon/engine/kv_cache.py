@@ -26,6 +26,17 @@ Cache: TypeAlias = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, slots=True)
+class KVFormat:
+    """How a table of kernels wants keys and values stored."""
+
+    dtype: torch.dtype
+    multiple: int = 1  # heads are padded with zeros to a multiple of so many dims
+
+    def head_dim(self, spec: ModelSpec) -> int:
+        return math.ceil(spec.head_dim / self.multiple) * self.multiple
+
+
+@dataclass(frozen=True, slots=True)
 class MemoryPlan:
     """What start-up decided about memory, in bytes and tokens."""
 
@@ -34,6 +45,7 @@ class MemoryPlan:
     block_size: int
     num_blocks: int
     max_model_len: int
+    kv: KVFormat
 
     @property
     def num_tokens(self) -> int:
@@ -52,7 +64,7 @@ class MemoryPlan:
 def plan_memory(
     spec: ModelSpec,
     config: EngineConfig,
-    kv_dtype: torch.dtype,
+    kv: KVFormat,
     *,
     weight_bytes: int,
     free_bytes: int,
@@ -65,7 +77,8 @@ def plan_memory(
             does not fit; without that flag, if not even one block does.
     """
     longest = longest_sequence(spec, config)
-    bytes_per_token = 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim * kv_dtype.itemsize
+    numbers_per_token = 2 * spec.num_layers * spec.num_kv_heads * kv.head_dim(spec)
+    bytes_per_token = numbers_per_token * kv.dtype.itemsize
     block_bytes = config.block_size * bytes_per_token
     if config.kv_cache_memory is None:
         # Nothing could use more than every sequence at its longest.
@@ -87,6 +100,7 @@ def plan_memory(
         block_size=config.block_size,
         num_blocks=num_blocks,
         max_model_len=min(longest, num_blocks * config.block_size),
+        kv=kv,
     )
 
 
@@ -102,12 +116,11 @@ def longest_sequence(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def allocate_cache(
-    spec: ModelSpec, plan: MemoryPlan, dtype: torch.dtype, device: torch.device
-) -> Cache:
+def allocate_cache(spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> Cache:
     """Zeroed tensors for every layer. Zeros matter: a kernel may read past the end of a context
     and weigh it with nothing, and nothing times NaN is NaN."""
-    shape = (plan.num_blocks, spec.num_kv_heads, plan.block_size, spec.head_dim)
+    shape = (plan.num_blocks, spec.num_kv_heads, plan.block_size, plan.kv.head_dim(spec))
+    dtype = plan.kv.dtype
     if device.type != "cpu":
         zeros = torch.zeros((spec.num_layers, 2, *shape), dtype=dtype, device=device)
         return [(layer[0], layer[1]) for layer in zeros]

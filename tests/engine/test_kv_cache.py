@@ -7,6 +7,7 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import (
+    KVFormat,
     MemoryPlan,
     allocate_cache,
     lazy_zeros,
@@ -45,7 +46,7 @@ PER_TOKEN = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, head size, floa
 
 def plan(free_bytes=10**9, spec=SPEC, dtype=torch.float32, **settings) -> MemoryPlan:
     config = EngineConfig(**settings)
-    return plan_memory(spec, config, dtype, weight_bytes=7, free_bytes=free_bytes)
+    return plan_memory(spec, config, KVFormat(dtype), weight_bytes=7, free_bytes=free_bytes)
 
 
 def test_the_given_memory_is_used_and_never_exceeded():
@@ -62,6 +63,15 @@ def test_the_given_memory_is_used_and_never_exceeded():
 def test_half_the_bytes_are_twice_the_blocks():
     whole, half = (plan(kv_cache_memory="1MiB", dtype=d) for d in (torch.float32, torch.float16))
     assert half.num_blocks == 2 * whole.num_blocks
+
+
+def test_padded_heads_take_the_room_they_take():
+    config = EngineConfig(kv_cache_memory="1MiB")
+    kv = KVFormat(torch.float16, multiple=16)
+    found = plan_memory(SPEC, config, kv, weight_bytes=0, free_bytes=0)
+    assert found.bytes_per_token == 2 * 4 * 2 * 16 * 2
+    cache = allocate_cache(SPEC, found, torch.device("cpu"))
+    assert cache[0][0].shape == (found.num_blocks, 2, 16, 16)
 
 
 def test_without_a_size_free_memory_is_taken_up_to_what_could_be_used():
@@ -94,7 +104,7 @@ def test_more_positions_than_the_model_has_are_refused():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_tensors_are_zero_aligned_and_as_planned(dtype):
     planned = plan(kv_cache_memory="64KiB", dtype=dtype)
-    cache = allocate_cache(SPEC, planned, dtype, torch.device("cpu"))
+    cache = allocate_cache(SPEC, planned, torch.device("cpu"))
     assert len(cache) == SPEC.num_layers
     tensors = [tensor for layer in cache for tensor in layer]
     assert sum(tensor.nbytes for tensor in tensors) == planned.cache_bytes

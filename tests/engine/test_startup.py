@@ -8,7 +8,8 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine import startup
-from ruvon.engine.startup import choose_device, choose_ops, distinct, start_engine, tensors_of
+from ruvon.engine.backends import choose_device
+from ruvon.engine.startup import distinct, start_engine, tensors_of
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
 
@@ -118,12 +119,6 @@ def test_the_device_follows_settings_and_machine(monkeypatch, given, has_gpu, ex
             choose_device(config)
     else:
         assert choose_device(config).type == expected
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_the_dtype_is_the_one_asked_for(dtype):
-    ops = choose_ops(EngineConfig(kernels="torch", dtype=dtype), torch.device("cpu"))
-    assert ops.dtype == getattr(torch, dtype)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -1,0 +1,135 @@
+"""Which kernels run a model: a table of operations, the form it wants the cache in, and how model
+and cache become the runner's ``forward``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ruvon.config import EngineConfig
+from ruvon.engine.kv_cache import Cache, KVFormat, MemoryPlan
+from ruvon.engine.runner import Forward
+from ruvon.errors import ConfigError
+from ruvon.kernels.ops import Ops
+from ruvon.kernels.reference import make_torch_ops
+from ruvon.models import Model
+from ruvon.models.layers import attention_spec
+from ruvon.models.spec import ModelSpec
+from ruvon.telemetry import Progress
+
+LOGITS_BYTES = 64 << 20  # at once; only prompt logprobs want that many
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step that will ever be planned."""
+
+    tokens: int
+    sequences: int
+    logit_rows: int  # at once: the runner asks for more in pieces
+    blocks_per_sequence: int
+
+
+def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
+    """A prompt that may not be chunked is one step, however long."""
+    whole_prompt = 0 if config.enable_chunked_prefill else memory.max_model_len
+    tokens = max(config.max_num_batched_tokens, whole_prompt)
+    bounded = min(LOGITS_BYTES // (4 * spec.vocab_size), tokens)
+    return StepLimits(
+        tokens=tokens,
+        sequences=config.max_num_seqs,
+        logit_rows=max(bounded, config.max_num_seqs),
+        blocks_per_sequence=-(-memory.max_model_len // memory.block_size),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """One way to run any model."""
+
+    ops: Ops
+    kv: KVFormat
+    make_forward: Callable[[Model, Cache, StepLimits, Progress], Forward]
+    close: Callable[[], None]  # to be called when nothing runs any more
+
+
+def choose_device(config: EngineConfig) -> torch.device:
+    """What ``--device`` names, or a GPU where there is one and ``--kernels`` allows it."""
+    has_gpu = torch.cuda.is_available()
+    wants_gpu = config.device == "cuda" or config.kernels == "triton"
+    if wants_gpu and not has_gpu:
+        flag = "--device cuda" if config.device == "cuda" else "--kernels triton"
+        raise ConfigError(f"{flag}: torch finds no CUDA device here")
+    if wants_gpu or (config.device == "auto" and has_gpu and config.kernels != "cpu"):
+        return torch.device("cuda")
+    return torch.device("cpu")
+
+
+def choose_backend(
+    spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
+) -> Backend:
+    """What ``--kernels`` names, or the fastest for the device that can run the model."""
+    default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
+    match config.kernels:
+        case "torch":
+            return eager(make_torch_ops(dtype, device))
+        case "triton":
+            return triton_backend(dtype, device)
+        case "cpu":
+            return cpu_backend(spec, config, threads)
+        case "auto" if device.type == "cuda":
+            return triton_backend(dtype, device)
+        case _:
+            try:
+                return cpu_backend(spec, config, threads)
+            except ConfigError:  # a kind of model these kernels do not know: slower, but right
+                return eager(make_torch_ops(dtype, device))
+
+
+def eager(ops: Ops) -> Backend:
+    """The model's own Python, step by step."""
+    return Backend(
+        ops=ops,
+        kv=KVFormat(ops.dtype),
+        make_forward=lambda model, cache, limits, progress: partial(model.forward, cache=cache),
+        close=lambda: None,
+    )
+
+
+def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
+    from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
+
+    return eager(make_triton_ops(dtype, device))
+
+
+def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
+    """The compiled kernels, over a tape. Whatever ``--dtype`` keeps weights and cache in, they
+    compute in float32; unasked, the cache is float16 and weights are as the checkpoint has them.
+
+    Raises ConfigError for a model or setting that they do not do.
+    """
+    from ruvon.kernels.cpu import CpuKernels, Limits  # numba takes a while to import
+    from ruvon.kernels.cpu.recorder import check_attention
+    from ruvon.kernels.cpu.simd import LANES
+
+    asked = None if config.dtype == "auto" else getattr(torch, config.dtype)
+    kv = KVFormat(asked or torch.float16, multiple=LANES)
+    shape = (0, spec.num_kv_heads, config.block_size, kv.head_dim(spec))
+    for layer in range(spec.num_layers):
+        check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
+    kernels = CpuKernels(threads, dense_dtype=asked)
+
+    def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Forward:
+        largest = Limits(
+            tokens=limits.tokens,
+            sequences=limits.sequences,
+            logit_rows=limits.logit_rows,
+            blocks_per_sequence=limits.blocks_per_sequence,
+        )
+        return kernels.record(model.forward, cache, largest, progress).replay
+
+    return Backend(kernels.ops, kv, record, kernels.close)
