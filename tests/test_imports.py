@@ -23,7 +23,7 @@ OPTIONAL = {
 DEFERRED = {
     "__init__": "`ruvon --help` does not wait for torch",
     "cli": "a command imports what it runs: `ruvon --help` does not wait for torch",
-    "engine/startup": "a table of kernels brings its compiler along, so only the chosen one does",
+    "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
 }
 """File or folder → why its functions may import our own modules."""
 

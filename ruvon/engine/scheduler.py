@@ -100,7 +100,7 @@ class Scheduler:
     def schedule(self) -> Plan:
         """Plan one step. Not empty as long as there is work."""
         self.counters.steps += 1
-        if self._make_room():
+        if self._make_room() and self._start_followers():
             self._join()
         return self._plan(self._share_budget())
 
@@ -125,13 +125,19 @@ class Scheduler:
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.num_prompt:
             seq.prompt_logprobs = [None]
 
+    def _start_followers(self) -> bool:
+        """Start those that waited for a prefix, if it is there by now; False if one of them lacks
+        blocks: then nobody may join and overtake it."""
+        followers = [seq for seq in self.running.values() if not seq.blocks]
+        return all(self._start(seq) or seq.awaits in self._computing for seq in followers)
+
     def _join(self) -> None:
         """Let waiting sequences run, as many as the policy says and as there are blocks for."""
         num_joining = self.limits.policy(len(self.waiting), len(self.running), self.limits.max_seqs)
         num_joined = 0
         while num_joined < num_joining:
             seq = self.waiting.first()
-            if not self._start(seq) and seq.awaits is None:
+            if not self._start(seq) and seq.awaits not in self._computing:
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
@@ -208,14 +214,13 @@ class Scheduler:
         prompts: list[Sequence] = []
         for seq in self.running.values():
             if len(seq.tokens) - seq.num_computed > 1:
-                prompts.append(seq)
+                if seq.blocks:
+                    prompts.append(seq)
             elif budget:
                 shares.append((seq, 1))
                 budget -= 1
         num_single = len(shares)
         for seq in prompts:
-            if not seq.blocks and not self._start(seq):
-                continue
             num_tokens = min(seq.num_pending, budget)
             if num_tokens < seq.num_pending and not self.limits.chunked:
                 if len(shares) == num_single:

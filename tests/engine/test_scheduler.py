@@ -291,6 +291,19 @@ def test_a_newcomer_waits_until_the_running_ones_have_a_block_to_grow_into():
     assert scheduler.counters.preempted == 0
 
 
+def test_nobody_overtakes_one_that_waited_for_a_prefix_and_now_lacks_blocks():
+    scheduler = make(num_blocks=10, block_size=2, max_tokens=64)
+    prompt = list(range(10, 19))
+    scheduler.add(sequence(0, prompt, max_tokens=4))
+    scheduler.add(sequence(1, [*prompt[:2], *range(30, 41)], max_tokens=1))
+    assert step(scheduler)[0] == {0: 9}
+    for id in (2, 3, 4):  # there would be room for these
+        scheduler.add(sequence(id, [id], max_tokens=1))
+        assert step(scheduler)[0] == {0: 1}
+    assert 1 in step(scheduler)[0]
+    assert [e.seq_id for e in run_out(scheduler)][-2:] == [3, 4]
+
+
 def test_a_sequence_that_could_never_fit_is_refused():
     scheduler = make(num_blocks=2, block_size=4)
     with pytest.raises(AssertionError):
