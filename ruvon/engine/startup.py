@@ -13,7 +13,13 @@ from torch import Tensor
 from ruvon.config import EngineConfig
 from ruvon.engine.backends import Backend, choose_backend, choose_device, step_limits
 from ruvon.engine.engine import Engine
-from ruvon.engine.kv_cache import MemoryPlan, allocate_cache, free_for_cache, plan_memory
+from ruvon.engine.kv_cache import (
+    MemoryPlan,
+    allocate_cache,
+    free_for_cache,
+    longest_sequence,
+    plan_memory,
+)
 from ruvon.engine.machine import available_cores
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
@@ -23,6 +29,10 @@ from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.telemetry import Progress
+
+SMALL_MODEL = 1 << 30
+"""Bytes of weights below which one thread loads them best: tensors are small, and for each
+operation torch's threads wait for one another, long if anybody else uses their cores."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,10 +60,12 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     progress("opening model", 0.0)
     device = choose_device(config)
     threads = config.threads or available_cores()
-    torch.set_num_threads(threads)
     checkpoint = open_checkpoint(config, progress)
+    longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
+    torch.set_num_threads(threads if stored_bytes(checkpoint) > SMALL_MODEL else 1)
     backend = choose_backend(checkpoint.spec, config, device, threads)
     model = load_model(checkpoint, config, backend.ops, progress)
+    torch.set_num_threads(threads)
     progress("loading tokenizer", 0.0)
     tokenizer = load_tokenizer(checkpoint)
     chat = load_chat(tokenizer)
@@ -121,6 +133,13 @@ def warm_up(runner: Runner, config: EngineConfig) -> None:
     except BaseException:
         runner.close()
         raise
+
+
+def stored_bytes(checkpoint: Checkpoint) -> int:
+    """The size of its weights on disk; 0 if it has none."""
+    path = checkpoint.path
+    files = [path] if path.is_file() else path.glob("*.safetensors")
+    return sum(file.stat().st_size for file in files)
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:
