@@ -14,7 +14,7 @@ import numpy as np
 from numba import literally, njit
 
 from ruvon.kernels.cpu.program import Field, Param, get
-from ruvon.kernels.cpu.rows import PACK, pack_of, quantize_group
+from ruvon.kernels.cpu.rows import PACK, pack_of
 from ruvon.kernels.cpu.simd import (
     exp16,
     fma,
@@ -23,6 +23,7 @@ from ruvon.kernels.cpu.simd import (
     larger,
     load,
     max_lanes,
+    prefetch,
     read_f32,
     read_f64,
     read_i32,
@@ -32,15 +33,16 @@ from ruvon.kernels.cpu.simd import (
     store_lanes,
     sum_lanes,
     write_f32,
+    write_i64,
 )
-from ruvon.kernels.cpu.tiles import KINDS, ROWS, TileKind, attend_tile
+from ruvon.kernels.cpu.tiles import KINDS, ROWS, TILES, TileKind, attend_tiles, quantize_group
 
 QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
 SPAN = 128  # keys
-SPAN_BYTES = 4 * SPAN
+SPAN_BYTES = 4 * SPAN + 64  # one cache line more, so that rows do not compete for cache sets
 MOST_DIMS = 256
-ROW_BYTES = 4 * MOST_DIMS
+ROW_BYTES = 4 * MOST_DIMS + 64
 
 # A thread's scratch space.
 SCORES = 0  # float32 [TILE_ROWS, SPAN], then the softmax's numerators
@@ -49,7 +51,7 @@ SUMS = QUERIES + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS, MOST_DIMS]: weight
 PEAKS = SUMS + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS]
 MASSES = PEAKS + TILE_ROWS * 4  # float32 [TILE_ROWS, 16]: sums of numerators, by lanes
 HEAD = MASSES + TILE_ROWS * 64  # float32 [MOST_DIMS]: one head of one token
-SCRATCH_END = HEAD + ROW_BYTES
+ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
 
 F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
 CACHE_BYTES = tuple(kind.step_bytes // 16 for kind in KINDS)  # of one number
@@ -185,21 +187,28 @@ def gather_queries(instruction, scratch, group, first, count):
 
 
 @njit
+def seen(x, c, seen_from, seen_to, other):
+    """Lanes of x that stand for keys from ``seen_from`` to ``seen_to``, x starting at key c."""
+    if seen_from <= c and c + 16 <= seen_to:
+        return x
+    return keep_between(x, seen_from - c, seen_to - c, other)
+
+
+@njit
 def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
     """One row of one span: scores to numerators, in step with the running peak and mass.
 
     The row sees the span's keys ``seen_from`` to ``seen_to``; ``keys`` of them were computed.
     """
     scores, by, low = scratch + SCORES + row * SPAN_BYTES, splat16(scale), splat16(LOWEST)
-    peak_of = low
+    peaks = low
     for c in range(0, keys, 16):
-        value = keep_between(load(scores + 4 * c) * by, seen_from - c, seen_to - c, low)
+        value = seen(load(scores + 4 * c) * by, c, seen_from, seen_to, low)
         store(scores + 4 * c, value)
-        peak_of = larger(peak_of, value)
+        peaks = larger(peaks, value)
     before = read_f32(scratch + PEAKS + 4 * row)
-    peak = max(before, max_lanes(peak_of))
-    mass_at = scratch + MASSES + 64 * row
-    mass = load(mass_at)
+    peak = max(before, max_lanes(peaks))
+    mass = load(scratch + MASSES + 64 * row)
     if peak > before:
         fade = exp16(splat16(np.float32(before - peak)))
         mass = mass * fade
@@ -210,10 +219,10 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
     minus, zeros = splat16(peak), splat16(0.0)
     for c in range(0, keys, 16):
         value = exp16(load(scores + 4 * c) - minus)
-        value = keep_between(value, seen_from - c, seen_to - c, zeros)
+        value = seen(value, c, seen_from, seen_to, zeros)
         store(scores + 4 * c, value)
         mass = mass + value
-    store(mass_at, mass)
+    store(scratch + MASSES + 64 * row, mass)
 
 
 @njit
@@ -260,35 +269,52 @@ def cached_at(instruction, table, key):
 
 @njit
 def score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
-    """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``."""
+    """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``.
+
+    Four blocks at once; where fewer are left, the last one again: nobody looks at its scores.
+    """
     cache = literally(cache)
     page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-    for c in range(skipped, keys, 16):
-        place = cached_at(instruction, table, at + c) + group * page + (at + c) % page
-        tile = get(instruction, Field.KEYS) + CACHE_BYTES[cache] * place * dim
+    addresses = scratch + ADDRESSES
+    for c in range(skipped, keys, 16 * TILES):
+        for t in range(TILES):
+            key = at + min(c + 16 * t, (keys - 1) // 16 * 16)
+            place = cached_at(instruction, table, key) + group * page + key % page
+            tile = get(instruction, Field.KEYS) + CACHE_BYTES[cache] * place * dim
+            write_i64(addresses + 8 * t, tile)
+            value = get(instruction, Field.VALUES) + (tile - get(instruction, Field.KEYS))
+            for line in range(0, CACHE_BYTES[cache] * 16 * dim, 64):
+                prefetch(value + line)
         for row in range(0, rows, ROWS):
             queries = scratch + QUERIES + row * ROW_BYTES
             scores = scratch + SCORES + row * SPAN_BYTES + 4 * c
             count = min(ROWS, rows - row)
-            attend_tile(cache, 1, ROW_BYTES, SPAN_BYTES, tile, queries, dim, scores, count)
+            attend_tiles(cache, 1, ROW_BYTES, SPAN_BYTES, addresses, queries, dim, scores, count)
 
 
 @njit
 def mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
-    """sums[row] += numerator[row, key] * value[key]."""
+    """sums[row] += numerator[row, key] * value[key]: 64 dims at once, the last ones again where
+    fewer are left."""
     cache = literally(cache)
     page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
+    addresses = scratch + ADDRESSES
     for c in range(skipped, keys, 16):
         place = (cached_at(instruction, table, at + c) + group * page) * dim
         place += (at + c) % page * 16
         steps = min(16, keys - c)  # what lies behind may be anything, even not a number
-        for row in range(0, rows, ROWS):
-            weights = scratch + SCORES + row * SPAN_BYTES + 4 * c
-            count = min(ROWS, rows - row)
-            for d in range(0, dim, 16):
-                tile = get(instruction, Field.VALUES) + CACHE_BYTES[cache] * (place + page * d)
+        for d in range(0, dim, 16 * TILES):
+            for t in range(TILES):
+                column = page * min(d + 16 * t, dim - 16)
+                tile = get(instruction, Field.VALUES) + CACHE_BYTES[cache] * (place + column)
+                write_i64(addresses + 8 * t, tile)
+            for row in range(0, rows, ROWS):
+                weights = scratch + SCORES + row * SPAN_BYTES + 4 * c
                 sums = scratch + SUMS + row * ROW_BYTES + 4 * d
-                attend_tile(cache, 0, SPAN_BYTES, ROW_BYTES, tile, weights, steps, sums, count)
+                count = min(ROWS, rows - row)
+                attend_tiles(
+                    cache, 0, SPAN_BYTES, ROW_BYTES, addresses, weights, steps, sums, count
+                )
 
 
 @njit
@@ -300,7 +326,7 @@ def attend_queries(cache, instruction, scratch, table, group, position, rows):
     end = position + (rows - 1) // share + 1
     first_seen = max(0, position - window + 1) if window > 0 else 0
     for at in range(first_seen // SPAN * SPAN, end, SPAN):
-        keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 16 * 16
+        keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 64 * 64
         score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
         for row in range(rows):
             me = position + row // share - at

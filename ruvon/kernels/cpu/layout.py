@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.errors import LoadError
 from ruvon.kernels.cpu.tiles import GROUP, KINDS, LANES, TileKind
 from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
 
@@ -48,7 +49,9 @@ def aligned_bytes(count: int) -> Tensor:
 def pad(x: Tensor, rows: int, columns: int) -> Tensor:
     """Zeros below and right, up to multiples of ``rows`` and ``columns``."""
     n, k = x.shape
-    return torch.nn.functional.pad(x, (0, round_up(k, columns) - k, 0, round_up(n, rows) - n))
+    if n % rows == 0 and k % columns == 0:
+        return x.contiguous()
+    return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))
 
 
 def pack(weight: Weight, dense_dtype: torch.dtype | None, vnni: bool) -> Packed:
@@ -60,9 +63,11 @@ def pack(weight: Weight, dense_dtype: torch.dtype | None, vnni: bool) -> Packed:
 
 def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None) -> Packed:
     padded = pad(weight_NK if dtype is None else weight_NK.to(dtype), COLUMNS, GROUP)
-    kind = TileKind(STORAGES[padded.dtype])
-    tiles = padded.view(padded.shape[0] // LANES, LANES, -1).transpose(1, 2).contiguous()
-    return packed(kind, weight_NK.shape, tiles.view(torch.uint8).flatten(1))
+    n, k = padded.shape
+    memory, packed = new_tiles(TileKind(STORAGES[padded.dtype]), weight_NK.shape, n, k)
+    tiles = memory[:, : LANES * k * padded.itemsize].view(padded.dtype).unflatten(1, (k, LANES))
+    tiles.copy_(padded.view(n // LANES, LANES, k).transpose(1, 2))
+    return packed
 
 
 def pack_quantized(weight: Quantized, vnni: bool) -> Packed:
@@ -70,67 +75,65 @@ def pack_quantized(weight: Quantized, vnni: bool) -> Packed:
     zero = 128 if weight.bits == 8 else 0
     if zero == 0 and offsets is not None and torch.equal(offsets, -8 * scales):
         zero, offsets = 8, None
-    tables = scales if offsets is None else torch.cat((scales, offsets))
-    wide = not torch.equal(tables.half().float(), tables)
-    half = scales.shape[1] * GROUP > round_up(weight.codes_NK.shape[1], GROUP)
+    wide = weight.scales.dtype != torch.float16 and not all(
+        torch.equal(table.half().float(), table) for table in (scales, offsets) if table is not None
+    )
     storage = "q4" if weight.bits == 4 else "q8"
-    kind = TileKind(storage, offsets is not None, zero, wide, half, vnni)
-    parts = [tile_codes(weight, kind), tile_scales(scales, offsets, kind)]
-    return packed(kind, weight.codes_NK.shape, torch.cat(parts, dim=1))
+    codes = pad(weight.codes_NK, COLUMNS, GROUP)
+    n, k = codes.shape
+    kind = TileKind(storage, offsets is not None, zero, wide, scales.shape[1] > k // GROUP, vnni)
+    memory, packed = new_tiles(kind, weight.codes_NK.shape, n, k)
+    code_bytes = k // GROUP * kind.code_bytes
+    write_codes(codes, memory[:, :code_bytes], kind)
+    write_scales(scales, offsets, memory[:, code_bytes:], kind)
+    return packed
 
 
-def packed(kind: TileKind, shape: torch.Size, tiles: Tensor) -> Packed:
-    """``tiles`` [number, bytes of each] into aligned memory, each padded to a cache line."""
-    count, used = tiles.shape
-    size = round_up(used, 64)
+def new_tiles(kind: TileKind, shape: torch.Size, n: int, k: int) -> tuple[Tensor, Packed]:
+    """Memory for a weight of padded size n, k: uint8 [tiles, bytes of a tile]."""
+    count, size = n // LANES, kind.tile_bytes(k // kind.step)
     memory = aligned_bytes(count * size).view(count, size)
-    memory[:, :used] = tiles
-    return Packed(str(KINDS.index(kind)), (shape[0], shape[1]), (memory,))
+    return memory, Packed(str(KINDS.index(kind)), (shape[0], shape[1]), (memory,))
 
 
 def regroup(weight: Quantized) -> tuple[Tensor, Tensor | None]:
     """float32 scales and offsets for each 32 values (each 16 if the weight's groups need it),
-    padded like the weight. Larger groups are repeated; K ends inside a group at most once."""
-    unit = GROUP if weight.group % GROUP == 0 or weight.group >= weight.codes_NK.shape[1] else 16
-    if weight.group % unit and weight.group < weight.codes_NK.shape[1]:
-        raise ValueError(f"groups of {weight.group} values cannot be laid out in tiles")
-    columns = round_up(weight.codes_NK.shape[1], GROUP) // unit
+    padded like the weight. Scales of larger groups are repeated."""
+    k, group = weight.codes_NK.shape[1], weight.group
+    unit = GROUP if group % GROUP == 0 or group >= k else GROUP // 2
+    if group % unit and group < k:
+        raise LoadError(f"groups of {group} values cannot be laid out for the CPU kernels")
+    columns = round_up(k, GROUP) // unit
 
-    def spread(table: Tensor | None) -> Tensor | None:
-        if table is None:
-            return None
-        wide = table.float().repeat_interleave(-(-weight.group // unit), dim=1)[:, :columns]
-        n = wide.shape[0]
-        below, right = round_up(n, COLUMNS) - n, columns - wide.shape[1]
-        return torch.nn.functional.pad(wide, (0, right, 0, below))
+    def spread(table: Tensor) -> Tensor:
+        wide = table.float()
+        if group > unit:
+            wide = wide.repeat_interleave(-(-group // unit), dim=1)[:, :columns]
+        padding = (0, columns - wide.shape[1], 0, -wide.shape[0] % COLUMNS)
+        return torch.nn.functional.pad(wide, padding) if any(padding) else wide
 
-    scales = spread(weight.scales)
-    assert scales is not None
-    return scales, spread(weight.offsets)
+    return spread(weight.scales), None if weight.offsets is None else spread(weight.offsets)
 
 
-def tile_codes(weight: Quantized, kind: TileKind) -> Tensor:
-    """uint8 [tiles, bytes of codes]."""
-    codes = pad(weight.codes_NK, COLUMNS, GROUP)
+def write_codes(codes_NK: Tensor, memory: Tensor, kind: TileKind) -> None:
+    """Four codes along k, in one 32-bit word, stay together all the way."""
+    words = codes_NK.view(torch.int32).unflatten(0, (-1, LANES))  # tile, row, word
     if kind.storage == "q4":
-        x = codes.view(torch.uint8).view(-1, LANES, codes.shape[1] // GROUP, 4, 2, 4)
-        joined = x[..., 0, :] | (x[..., 1, :] << 4)  # tile, row, group, q, j
-        return joined.permute(0, 2, 3, 1, 4).reshape(codes.shape[0] // LANES, -1)
-    biased = codes.view(torch.uint8) ^ 0x80
-    x = biased.view(-1, LANES, codes.shape[1] // GROUP, 8, 4)
-    return x.permute(0, 2, 3, 1, 4).reshape(codes.shape[0] // LANES, -1)
+        low, high = words.unflatten(2, (-1, 2)).unbind(-1)
+        words = low | (high << 4)
+    else:
+        words = words ^ int(np.array(0x80808080, np.uint32).view(np.int32))
+    memory.view(torch.int32).unflatten(1, (-1, LANES)).copy_(words.transpose(1, 2))
 
 
-def tile_scales(scales: Tensor, offsets: Tensor | None, kind: TileKind) -> Tensor:
-    """uint8 [tiles, bytes of scales]: for each group its scales, then its offsets."""
+def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: TileKind) -> None:
+    """For each group of a tile its scales, then its offsets."""
     tables = [scales] if offsets is None else [scales, offsets]
     dtype = torch.float32 if kind.wide else torch.float16
-    per_group = [
-        table.to(dtype).view(scales.shape[0] // LANES, LANES, -1, kind.scales_per_group)
-        for table in tables
-    ]
-    x = torch.stack(per_group, dim=-1)  # tile, row, group, part, table
-    return x.permute(0, 2, 4, 3, 1).contiguous().view(torch.uint8).flatten(1)
+    x = torch.stack([table.unflatten(0, (-1, LANES)) for table in tables], dim=-1)
+    x = x.unflatten(2, (-1, kind.scales_per_group)).permute(0, 2, 4, 3, 1)  # ..., table, part, row
+    size = x[0].numel() * dtype.itemsize
+    memory[:, :size].view(dtype).view(x.shape).copy_(x)
 
 
 def kind_of(weight: Packed) -> TileKind:

@@ -15,11 +15,10 @@ from ruvon.kernels.cpu.rows import (
     SILU_GATED,
     activate16,
     pack_of,
-    quantize_group,
     sigmoid_times,
 )
 from ruvon.kernels.cpu.simd import load, store
-from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, multiply_tile
+from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, multiply_tile, quantize_group
 
 PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
 

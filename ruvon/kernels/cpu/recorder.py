@@ -59,18 +59,18 @@ class Value:
 
 
 class Pool:
-    """Memory to use again. Only buffers of one purpose and width share: padding stays zero."""
+    """Memory to use again. Only buffers of one purpose and shape share: padding stays zero."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[str, int], list[Tensor]] = {}
+        self._free: dict[tuple[str, Param, int], list[Tensor]] = {}
 
-    def take(self, purpose: str, width: int, size: int) -> Tensor:
+    def take(self, purpose: str, rows: Param, width: int, size: int) -> Tensor:
         """uint8 [size]: zeros when new; else as its last owner left it."""
-        free = self._free.setdefault((purpose, width), [])
+        free = self._free.setdefault((purpose, rows, width), [])
         return free.pop() if free else aligned_bytes(size)
 
-    def give(self, purpose: str, width: int, memory: Tensor) -> None:
-        self._free[purpose, width].append(memory)
+    def give(self, purpose: str, rows: Param, width: int, memory: Tensor) -> None:
+        self._free[purpose, rows, width].append(memory)
 
 
 @dataclass(slots=True)
@@ -113,7 +113,7 @@ class Recording:
         """A value to be made by the instruction that comes next."""
         padded = round_up(width, COLUMNS)
         height = self.capacity[rows]
-        memory = self.pool.take("floats", width, height * padded * 4)
+        memory = self.pool.take("floats", rows, width, height * padded * 4)
         value = Value(rows, width, memory.view(torch.float32).view(height, padded))
         if packable:
             value.int8 = self.packs("int8", value)
@@ -125,7 +125,7 @@ class Recording:
         groups = round_up(value.width, GROUP) // GROUP
         per_group = BLOCK if purpose == "int8" else 4 * GROUP
         size = round_up(self.capacity[value.rows], ROWS) * groups * per_group
-        return self.pool.take(purpose, value.width, size)
+        return self.pool.take(purpose, value.rows, value.width, size)
 
     def hand_out(self, value: Value, view: Tensor | None = None) -> Tensor:
         """The value as a tensor for the model (``view`` of its floats, if that differs). When the
@@ -136,11 +136,10 @@ class Recording:
 
     def _release(self, value: Value) -> None:
         self.values.pop(value.floats.data_ptr(), None)
-        self.pool.give("floats", value.width, value.floats.view(-1).view(torch.uint8))
-        if value.int8 is not None:
-            self.pool.give("int8", value.width, value.int8)
-        if value.dense is not None:
-            self.pool.give("dense", value.width, value.dense)
+        floats = value.floats.view(-1).view(torch.uint8)
+        for purpose, memory in (("floats", floats), ("int8", value.int8), ("dense", value.dense)):
+            if memory is not None:
+                self.pool.give(purpose, value.rows, value.width, memory)
 
     # Forms of a value
 

@@ -17,7 +17,6 @@ from ruvon.kernels.cpu.simd import (
     larger,
     load,
     max_lanes,
-    nearest,
     read_bf16,
     read_f16,
     read_f32,
@@ -26,13 +25,11 @@ from ruvon.kernels.cpu.simd import (
     read_u8,
     splat16,
     store,
-    store_int8,
     sum_lanes,
     write_f32,
-    write_i32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import BLOCK, KINDS, NEGATED, NEGATED_HALF, ROWS, SCALE, TOTAL
+from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, quantize_group
 
 PACK = BLOCK * ROWS  # bytes of one group of 8 packed rows
 NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
@@ -53,22 +50,6 @@ ACTIVATIONS = {
 def pack_of(packs, row, groups):
     """Where row's first group lies in quantized packed activations; groups are PACK bytes apart."""
     return packs + (row // ROWS) * groups * PACK + (row % ROWS) * BLOCK
-
-
-@njit
-def quantize_group(a, b, block):
-    """32 floats to int8 with one scale, and the sums that products with offset codes need."""
-    peak = max_lanes(larger(absolute(a), absolute(b)))
-    inverse = np.float32(0.0)
-    if peak > 0:
-        inverse = np.float32(np.float32(127.0) / peak)
-    by = splat16(inverse)
-    first = store_int8(block, nearest(a * by))
-    total = first + store_int8(block + 16, nearest(b * by))
-    write_f32(block + SCALE, np.float32(peak * np.float32(1 / 127)))
-    write_f32(block + TOTAL, total)
-    write_i32(block + NEGATED, -128 * np.int64(total))
-    write_i32(block + NEGATED_HALF, -128 * np.int64(first))
 
 
 def quantize(instruction, params, start, stop, scratch):

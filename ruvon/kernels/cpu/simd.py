@@ -107,13 +107,14 @@ def narrow(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     return b.trunc(b.lshr(rounded, constant(16)), vector(I16, lanes))
 
 
-def lane_numbers() -> ir.Constant:
-    return ir.Constant(vector(I64), list(range(LANES)))
+def greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
 def first_lanes(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
     """A mask of the lanes below ``count`` (which may be negative or above 16)."""
-    return b.icmp_signed("<", lane_numbers(), splat(b, count))
+    lanes = ir.Constant(vector(I32), list(range(LANES)))
+    return b.icmp_signed("<", lanes, splat(b, b.trunc(count, I32)))
 
 
 def define(
@@ -168,11 +169,7 @@ def fma(typing, x, y, z):
 @intrinsic
 def larger(typing, x, y):
     """The larger of each pair of lanes."""
-    return define(
-        f32x16,
-        (f32x16,) * 2,
-        lambda b, x, y: b.select(b.fcmp_ordered(">", x, y), x, y),
-    )
+    return define(f32x16, (f32x16,) * 2, greater)
 
 
 @intrinsic
@@ -237,10 +234,7 @@ def sum_lanes(typing, x):
 
 @intrinsic
 def max_lanes(typing, x):
-    def emit(b, x):
-        return tree(b, x, lambda b, p, q: b.select(b.fcmp_ordered(">", p, q), p, q))
-
-    return define(types.float32, (f32x16,), emit)
+    return define(types.float32, (f32x16,), lambda b, x: tree(b, x, greater))
 
 
 # Memory: vectors
@@ -288,15 +282,14 @@ def scatter_lanes(typing, bits, brain, address, x):
 
 
 @intrinsic
-def store_int8(typing, address, x):
-    """Integral lanes in [-128, 127] as sixteen bytes; returns their sum as a float."""
+def prefetch(typing, address):
+    """Ask for a cache line that will be read soon."""
 
-    def emit(b, address, x):
-        whole = b.fptosi(x, vector(I32))
-        store_as(b, address, b.trunc(whole, vector(I8)), 1)
-        return b.sitofp(tree(b, whole, lambda b, p, q: b.add(p, q)), F32)
+    def emit(b, address):
+        hints = [ir.Constant(I32, number) for number in (0, 2, 1)]  # read, keep in L2, data
+        call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(b, address, I8), *hints])
 
-    return define(types.float32, (types.intp, f32x16), emit)
+    return define(types.void, (types.intp,), emit)
 
 
 # Memory: scalars

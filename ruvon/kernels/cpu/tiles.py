@@ -29,10 +29,13 @@ from ruvon.kernels.cpu.simd import (
     LANES,
     call,
     define,
+    f32x16,
     fused,
+    greater,
     load_as,
     splat,
     store_as,
+    tree,
     vector,
     widen,
 )
@@ -133,6 +136,48 @@ def offset(b: ir.IRBuilder, address: ir.Value, value: int) -> ir.Value:
 def broadcast(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
     """One number from memory in all lanes: part of the instruction that uses it, on AVX-512."""
     return splat(b, load_as(b, address, kind, 4))
+
+
+def quantize_lanes(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:
+    """x * by rounded to the nearest integer (ties to even), plus a constant whose low byte is 0:
+    adding 1.5 * 2 ** 23 leaves the integer in a float's low bits."""
+    shift = ir.Constant(F32V, [12582912.0] * LANES)
+    return b.bitcast(b.fadd(b.fmul(x, by), shift), I32V)
+
+
+def sum_halves(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The sums of x's and of y's lanes, folded together."""
+    low, high = [*range(8), *range(16, 24)], [*range(8, 16), *range(24, 32)]
+    both = b.add(*(b.shuffle_vector(x, y, ir.Constant(I32V, part)) for part in (low, high)))
+    for width in (4, 2, 1):
+        moved = [lane ^ width for lane in range(LANES)]
+        both = b.add(both, b.shuffle_vector(both, both, ir.Constant(I32V, moved)))
+    return tuple(b.extract_element(both, ir.Constant(I32, lane)) for lane in (0, 8))
+
+
+@intrinsic
+def quantize_group(typing, x, y, block):
+    """Write 32 floats as one group of a packed row: codes, scale, and the sums of codes."""
+
+    def emit(b, x, y, block):
+        sizes = [call(b, "llvm.fabs.v16f32", F32V, [value]) for value in (x, y)]
+        peak = tree(b, greater(b, *sizes), greater)
+        some = b.fcmp_ordered(">", peak, ir.Constant(F32, 0.0))
+        inverse = b.fdiv(ir.Constant(F32, 127.0), peak)
+        by = splat(b, b.select(some, inverse, ir.Constant(F32, 0.0)))
+        first, second = (quantize_lanes(b, value, by) for value in (x, y))
+        codes = [b.trunc(code, vector(I8)) for code in (first, second)]
+        for half, code in enumerate(codes):
+            store_as(b, offset(b, block, 16 * half), code, 1)
+        first_sum, second_sum = sum_halves(b, *(b.sext(code, I32V) for code in codes))
+        total = b.add(first_sum, second_sum)
+        by_128 = ir.Constant(I32, -128)
+        store_as(b, offset(b, block, SCALE), b.fmul(peak, ir.Constant(F32, 1 / 127)), 4)
+        store_as(b, offset(b, block, TOTAL), b.sitofp(total, F32), 4)
+        store_as(b, offset(b, block, NEGATED), b.mul(total, by_128), 4)
+        store_as(b, offset(b, block, NEGATED_HALF), b.mul(first_sum, by_128), 4)
+
+    return define(types.void, (f32x16, f32x16, types.intp), emit)
 
 
 def counted_loop(
@@ -267,14 +312,21 @@ def quantized_step(
 
 
 def dense_step(
-    b: ir.IRBuilder, w: ir.Value, x_rows: list[ir.Value], outs: list[ir.Value], storage: str
+    b: ir.IRBuilder,
+    tiles: list[ir.Value],
+    x_rows: list[ir.Value],
+    sums: list[ir.Value],
+    storage: str,
 ) -> list[ir.Value]:
-    """One k for all rows, whose values are at ``x_rows``."""
+    """One k: each row's number, at ``x_rows``, times each of the tiles' vectors.
+
+    ``sums`` is row by row, a row's tiles side by side.
+    """
     element = vector({"f32": F32, "f16": F16, "bf16": I16}[storage])
-    weight = widen(b, load_as(b, w, element, 32))
-    return [
-        fused(b, weight, broadcast(b, x, F32), out) for x, out in zip(x_rows, outs, strict=True)
-    ]
+    weights = [widen(b, load_as(b, tile, element, 32)) for tile in tiles]
+    numbers = [broadcast(b, x, F32) for x in x_rows]
+    pairs = [(weight, x) for x in numbers for weight in weights]
+    return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
 
 
 def emit_product(
@@ -288,7 +340,8 @@ def emit_product(
         if kind.quantized:
             outs = quantized_step(b, w, s, x, outs, kind)
         else:
-            outs = dense_step(b, w, [offset(b, x, 4 * r) for r in range(rows)], outs, kind.storage)
+            x_rows = [offset(b, x, 4 * row) for row in range(rows)]
+            outs = dense_step(b, [w], x_rows, outs, kind.storage)
         s = offset(b, s, kind.group_scale_bytes if kind.quantized else 0)
         return [offset(b, w, kind.step_bytes), s, offset(b, x, x_bytes), *outs]
 
@@ -328,29 +381,58 @@ def multiply_tile(typing, kind, w, x, steps, out, out_stride, rows):
     return define(types.void, (kind, *(types.intp,) * 6), emit)
 
 
-@intrinsic(prefer_literal=True)
-def attend_tile(typing, kind, fresh, x_stride, out_stride, w, x, steps, out, rows):
-    """out[row, 0:16] = or += sum over k of x[row, k] * w[k, 0:16], for attention.
+TILES = 4  # tiles that attention multiplies at once
+MOST_SUMS = 16  # vectors of sums that fit the registers beside what they are made from
 
-    Here x is plain float32, a row every ``x_stride`` bytes. Strides, the kind and ``fresh`` (start
-    from zero, not from out) are constants.
+
+def emit_attend(
+    b: ir.IRBuilder,
+    storage: str,
+    tiles: list[ir.Value],
+    x_rows: list[ir.Value],
+    steps: ir.Value,
+    places: list[ir.Value],
+    fresh: bool,
+) -> None:
+    """``places`` (rows by tiles) = or += products of rows of plain floats with tiles."""
+    element_bytes = LANES * (4 if storage == "f32" else 2)
+
+    def body(carried: list[ir.Value]) -> list[ir.Value]:
+        at, *rest = carried
+        here, sums = rest[: len(tiles)], rest[len(tiles) :]
+        sums = dense_step(b, here, [b.add(row, at) for row in x_rows], sums, storage)
+        return [offset(b, at, 4), *(offset(b, tile, element_bytes) for tile in here), *sums]
+
+    start = [ZEROS if fresh else load_as(b, place, F32V, 4) for place in places]
+    after = counted_loop(b, steps, [number(0), *tiles, *start], body)
+    for place, value in zip(places, after[1 + len(tiles) :], strict=True):
+        store_as(b, place, value, 4)
+
+
+@intrinsic(prefer_literal=True)
+def attend_tiles(typing, kind, fresh, x_stride, out_stride, addresses, x, steps, out, rows):
+    """out[row, 16 * t : 16 * t + 16] = or += sum over k of x[row, k] * tile t[k], for attention.
+
+    ``addresses`` points at those of `TILES` tiles. Here x is plain float32, a row every
+    ``x_stride`` bytes. Strides, the kind and ``fresh`` (start from zero, not from out) are
+    constants of the kernel.
     """
-    storage, bytes_of_step = KINDS[kind.literal_value].storage, KINDS[kind.literal_value].step_bytes
+    storage = KINDS[kind.literal_value].storage
     x_bytes, out_bytes = x_stride.literal_value, out_stride.literal_value
 
-    def emit(b, _k, _f, _x, _o, w, x, steps, out, rows):
-        def of(count):
-            def body(carried):
-                w, x, *sums = carried
-                x_rows = [offset(b, x, x_bytes * row) for row in range(count)]
-                sums = dense_step(b, w, x_rows, sums, storage)
-                return [offset(b, w, bytes_of_step), offset(b, x, 4), *sums]
+    def emit(b, _k, _f, _x, _o, addresses, x, steps, out, rows):
+        tiles = [load_as(b, offset(b, addresses, 8 * t), I64, 8) for t in range(TILES)]
 
-            places = [offset(b, out, out_bytes * row) for row in range(count)]
-            start = [ZEROS if fresh.literal_value else load_as(b, at, F32V, 4) for at in places]
-            _, _, *sums = counted_loop(b, steps, [w, x, *start], body)
-            for place, value in zip(places, sums, strict=True):
-                store_as(b, place, value, 4)
+        def of(count):
+            x_rows = [offset(b, x, x_bytes * row) for row in range(count)]
+            at_once = TILES if count * TILES <= MOST_SUMS else TILES // 2
+            for first in range(0, TILES, at_once):
+                some = range(first, first + at_once)
+                places = [
+                    offset(b, out, out_bytes * row + 64 * t) for row in range(count) for t in some
+                ]
+                chosen = [tiles[t] for t in some]
+                emit_attend(b, storage, chosen, x_rows, steps, places, bool(fresh.literal_value))
 
         for_each_count(b, rows, of)
 
