@@ -22,7 +22,7 @@ from ruvon import __version__
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import Started
-from ruvon.models.chat import load_chat, read_template
+from ruvon.models.chat import ChatFormat, load_chat, read_template
 from ruvon.server.requests import sampling_defaults
 from ruvon.server.state import STATE, Service, State
 from ruvon.telemetry import Metrics, Progress, stats_line
@@ -59,19 +59,18 @@ async def load(state: State, start: Start) -> None:
         template = state.server.chat_template
         source = None if template is None else read_template(template)
         started = await in_thread(lambda: start(state.engine, state.progress))
-        if source is not None:
-            started = replace(started, chat=load_chat(started.tokenizer, source))
+        chat = started.chat if source is None else load_chat(started.tokenizer, source)
     except Exception as error:
         state.failure = error
         state.ended.set()
         return
-    service = make_service(started, state.server)
+    service = make_service(started, chat, state.server)
     service.loop.start()
     state.phase, state.share, state.service = "ready", 1.0, service
     announce(started, service, time.monotonic() - began)
 
 
-def make_service(started: Started, server: ServerConfig) -> Service:
+def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Service:
     """What handlers need, out of what start-up made."""
     checkpoint, engine = started.checkpoint, started.engine
     names = [name.strip() for name in (server.served_model_name or checkpoint.name).split(",")]
@@ -89,7 +88,7 @@ def make_service(started: Started, server: ServerConfig) -> Service:
         root=str(checkpoint.name),
         loop=EngineLoop(engine, metrics),
         tokenizer=started.tokenizer,
-        chat=started.chat,
+        chat=chat,
         metrics=metrics,
         fingerprint=fingerprint(started),
         defaults=sampling_defaults(generation),

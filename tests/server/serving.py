@@ -135,6 +135,7 @@ class Server:
     url: str
     session: aiohttp.ClientSession
     fake: FakeRunner
+    runner: web.AppRunner
     stack: AsyncExitStack = field(repr=False)
 
     @property
@@ -171,12 +172,22 @@ class Server:
         while not condition():  # noqa: ASYNC110 - conditions of all kinds, none with an event
             await asyncio.sleep(0.001)
 
-    def assert_idle(self) -> None:
+    async def finish(self, *tasks: asyncio.Task[Any]) -> None:
+        """Complete steps of a runner that is driven by hand until these tasks are done."""
+        while not all(task.done() for task in tasks):
+            if self.fake._held:
+                self.fake.finish_step()
+            await asyncio.sleep(0)
+
+    @property
+    def idle(self) -> bool:
         """Nothing runs, nothing waits, every block is free."""
-        engine = self.engine
-        assert not engine.has_work
-        assert engine._scheduler.pool.num_free == engine._scheduler.pool.num_blocks
-        assert not self.service.loop._tickets
+        pool = self.engine._scheduler.pool
+        busy = self.engine.has_work or self.service.loop._tickets
+        return not busy and pool.num_free == pool.num_blocks
+
+    def assert_idle(self) -> None:
+        assert self.idle
 
 
 async def open_server(
@@ -205,7 +216,7 @@ async def open_server(
     await web.TCPSite(app_runner, "127.0.0.1", 0).start()
     port = app_runner.addresses[0][1]
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    opened = Server(app, f"http://127.0.0.1:{port}", session, runner, stack)
+    opened = Server(app, f"http://127.0.0.1:{port}", session, runner, app_runner, stack)
     if wait:
         await opened.until(lambda: opened.state.service or opened.state.failure)
     return opened

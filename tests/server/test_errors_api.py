@@ -200,10 +200,8 @@ async def test_a_full_queue_says_when_to_come_back(serve):
     text = (await server.get("/metrics")).body.decode()
     rejected = 'vllm:admission_rejections_total{model_name="org/fake",reason="max_num_queued_reqs"}'
     assert f"{rejected} 2.0" in text
-    while server.engine.has_work:
-        server.fake.finish_step()
-        await asyncio.sleep(0.001)
-    assert [reply.status for reply in await asyncio.gather(*waiting)] == [200, 200]
+    await server.finish(*waiting)
+    assert [task.result().status for task in waiting] == [200, 200]
 
 
 async def test_more_at_once_than_can_ever_be_queued(serve):

@@ -1,0 +1,282 @@
+"""Loading, leaving clients, slow clients, draining: what happens around requests."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import socket
+import threading
+
+import aiohttp
+import orjson
+import pytest
+from serving import ScriptRunner, fake_start
+
+from ruvon.config import EngineConfig, ServerConfig
+from ruvon.errors import ConfigError, LoadError
+from ruvon.server.app import create_app, drain, listen, make_runner, run
+
+
+class Slow:
+    """A ``start`` that waits in its thread until it is told to go on, or to fail."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.go = threading.Event()
+        self._error = error
+        self._start = fake_start(ScriptRunner("Hello"), EngineConfig())
+
+    def __call__(self, config, progress):
+        progress("loading weights", 0.42)
+        assert self.go.wait(30)
+        if self._error is not None:
+            raise self._error
+        return self._start(config, progress)
+
+
+async def test_it_answers_while_loading(serve):
+    start = Slow()
+    server = await serve(start=start, wait=False)
+    await server.until(lambda: server.state.share)
+    ready = await server.get("/ready")
+    assert ready.status == 503
+    assert ready.json == {"status": "loading", "phase": "loading weights", "percent": 42}
+    assert (await server.get("/live")).status == 200
+    health = await server.get("/health")
+    assert (health.status, health.json) == (503, {"status": "loading"})
+    assert b"http_requests_total" in (await server.get("/metrics")).body
+    assert (await server.get("/version")).status == 200
+    for reply in (await server.chat(), await server.get("/v1/models")):
+        assert (reply.status, reply.error["code"]) == (503, "not_ready")
+        assert "loading weights, 42%" in reply.error["message"]
+        assert int(reply.headers["Retry-After"]) > 0
+    start.go.set()
+    await server.until(lambda: server.state.service)
+    assert (await server.get("/ready")).json == {
+        "status": "ready",
+        "phase": "ready",
+        "percent": 100,
+    }
+    assert (await server.get("/health")).json == {"status": "ok"}
+    assert (await server.chat()).status == 200
+
+
+async def test_a_failed_load_ends_the_run_with_its_error():
+    start = Slow(LoadError("model.safetensors: tensor lm_head is missing"))
+    start.go.set()
+    app = create_app(EngineConfig(), ServerConfig(port=0), start)
+    with pytest.raises(LoadError, match="lm_head is missing"):
+        await run(app)
+
+
+async def test_a_missing_chat_template_file_ends_the_run():
+    app = create_app(
+        EngineConfig(),
+        ServerConfig(port=0, chat_template="/nowhere/template.jinja"),
+        fake_start(ScriptRunner(""), EngineConfig()),
+    )
+    with pytest.raises(ConfigError, match="chat_template"):
+        await run(app)
+
+
+async def test_a_chat_template_of_ones_own(serve, tmp_path):
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
+    server = await serve("ok", server=ServerConfig(port=0, chat_template=str(template)))
+    ids = (await server.chat("Hi", return_token_ids=True)).json["prompt_token_ids"]
+    assert bytes(ids) == b"[Hi]"
+
+
+async def test_a_taken_port_is_named():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        runner = make_runner(create_app(EngineConfig(), ServerConfig(), Slow()))
+        await runner.setup()
+        with pytest.raises(ConfigError, match=f"port {port}"):
+            await listen(runner, ServerConfig(port=port))
+        await runner.cleanup()
+
+
+# ------------------------------------------------------------------------------ leaving clients
+
+
+async def raw_request(server, body, buffer=0):
+    """A connection with a chat on it, nothing read yet. ``buffer``: what its socket takes in."""
+    host, port = server.url.removeprefix("http://").split(":")
+    end = socket.socket()
+    end.setblocking(False)
+    if buffer:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, buffer)
+    await asyncio.get_running_loop().sock_connect(end, (host, int(port)))
+    reader, writer = await asyncio.open_connection(sock=end)
+    data = orjson.dumps(body)
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(data)}\r\n\r\n"
+    writer.write(head.encode() + data)
+    return reader, writer
+
+
+BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("n", [1, 3])
+async def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve, stream, n):
+    server = await serve(runner=ScriptRunner("x" * 1000, by_hand=True))
+    _, writer = await raw_request(server, BODY | {"stream": stream, "n": n})
+    await server.until(lambda: len(server.service.loop._tickets) == n)
+    for _ in range(3):
+        await server.until(lambda: server.fake._held)
+        server.fake.finish_step()
+    await server.until(lambda: server.fake._held)
+    writer.transport.abort()
+    await server.until(lambda: not server.service.loop._tickets)
+    server.fake.finish_step()  # the one that was under way
+    await server.until(lambda: server.idle)
+    assert len(server.fake.plans) == 4
+    text = (await server.get("/metrics")).body.decode()
+    assert f'finished_reason="abort",model_name="org/fake"}} {n}.0' in text
+    assert 'http_requests_total{handler="/v1/chat/completions",method="POST",status="499"}' in text
+
+
+async def test_leaving_while_queued(serve):
+    server = await serve(runner=ScriptRunner("x", by_hand=True), max_num_seqs=1)
+    first = asyncio.create_task(server.chat())
+    await server.until(lambda: server.fake._held)
+    _, writer = await raw_request(server, BODY)
+    await server.until(lambda: len(server.service.loop._tickets) == 2)
+    writer.close()
+    await server.until(lambda: len(server.service.loop._tickets) == 1)
+    await server.finish(first)
+    assert first.result().status == 200
+    server.assert_idle()
+
+
+async def test_a_thousand_connects_and_disconnects_leave_nothing(serve):
+    server = await serve("x" * 1000, numbers={"num_blocks": 4096})
+    gc.collect()
+    before = len(asyncio.all_tasks())
+
+    async def visit(number: int) -> None:
+        stream = number % 2 == 0
+        reader, writer = await raw_request(server, BODY | {"stream": stream})
+        if stream and number % 3:
+            await reader.read(number % 7 * 40 + 1)
+        writer.transport.abort()
+
+    for start in range(0, 1000, 100):
+        await asyncio.gather(*(visit(number) for number in range(start, start + 100)))
+    await server.until(lambda: server.idle)
+    await server.until(lambda: len(asyncio.all_tasks()) <= before)
+    assert (await server.chat(max_tokens=1)).status == 200
+
+
+# ---------------------------------------------------------------------------------- slow clients
+
+
+async def test_a_slow_reader_stalls_nobody_and_is_bounded(serve):
+    server = await serve("x" * 400, numbers={"num_blocks": 512})
+    reader, writer = await raw_request(
+        server, BODY | {"stream": True, "n": 4, "logprobs": True, "top_logprobs": 20}, buffer=4096
+    )
+    writer.transport.pause_reading()
+    await server.until(lambda: server.runner.server.connections)
+    for connection in server.runner.server.connections:
+        sending = connection.transport.get_extra_info("socket")
+        sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    await server.until(lambda: server.service.loop._tickets)
+    for _ in range(3):
+        assert (await server.chat(max_tokens=3)).status == 200
+    await server.until(lambda: server.idle)  # computed to the end, though nobody reads
+    buffered = [c.transport.get_write_buffer_size() for c in server.runner.server.connections]
+    assert 0 < max(buffered) < 256 * 1024  # of more than a megabyte
+    writer.transport.resume_reading()
+    data = await read_chunked(reader)
+    assert len(data) > 1_500_000
+    assert data.count(b'"token":"x","bytes":[120],"logprob":-0.5,"top_logprobs"') == 4 * 400
+    assert data.endswith(b"data: [DONE]\n\n")
+    writer.close()
+
+
+async def read_chunked(reader):
+    """The body of a response in chunked encoding."""
+    await reader.readuntil(b"\r\n\r\n")
+    body = b""
+    while size := int(await reader.readuntil(b"\r\n"), 16):
+        body += await reader.readexactly(size)
+        await reader.readexactly(2)
+    return body
+
+
+async def test_pieces_grow_while_the_reader_is_busy(serve):
+    """Several steps between two reads of a stream are one chunk."""
+    server = await serve("Hello", runner=ScriptRunner("Hello", by_hand=True))
+    task = asyncio.create_task(server.chat(stream=True))
+    await server.until(lambda: server.fake._held)
+    stream = next(iter(server.service.loop._tickets.values())).stream
+    wake, stream.wake = stream.wake, lambda: None  # the reader hears of nothing until the end
+    while stream.open:
+        if server.fake._held:
+            server.fake.finish_step()
+        await asyncio.sleep(0)
+    wake()
+    deltas = [event["choices"][0]["delta"] for event in (await task).events]
+    assert deltas == [{"role": "assistant", "content": ""}, {"content": "Hello"}, {}]
+
+
+async def test_silence_is_filled_with_comments(serve):
+    runner = ScriptRunner("ok", by_hand=True)
+    server = await serve(runner=runner, server=ServerConfig(port=0, sse_keep_alive_interval=0.1))
+    async with server.session.post(
+        server.url + "/v1/chat/completions", data=orjson.dumps(BODY | {"stream": True})
+    ) as response:
+        assert response.status == 200  # though there is no token yet
+        first = await response.content.readuntil(b"\n\n")
+        assert b'"role":"assistant"' in first
+        for _ in range(3):
+            assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+        rest = asyncio.create_task(response.read())
+        await server.finish(rest)
+        assert rest.result().endswith(b"data: [DONE]\n\n")
+
+
+# -------------------------------------------------------------------------------------- draining
+
+
+async def test_draining_lets_running_requests_finish(serve):
+    server = await serve(runner=ScriptRunner("Hello", by_hand=True))
+    running = asyncio.create_task(server.chat(stream=True))
+    await server.until(lambda: server.fake._held)
+    draining = asyncio.create_task(drain(server.state))
+    await server.until(lambda: server.state.draining)
+    ready = await server.get("/ready")
+    assert (ready.status, ready.json["status"]) == (503, "draining")
+    assert (await server.get("/health")).status == 200
+    refused = await server.chat()
+    assert (refused.status, refused.error["code"]) == (503, "not_ready")
+    assert "Retry-After" in refused.headers
+    await server.finish(running, draining)
+    assert running.result().events[-1]["choices"][0]["finish_reason"] == "stop"
+
+
+async def test_draining_has_an_end(serve):
+    server = await serve(
+        runner=ScriptRunner("x" * 1000, by_hand=True),
+        server=ServerConfig(port=0, shutdown_timeout=0),
+    )
+    running = asyncio.create_task(server.chat(stream=True, max_tokens=400))
+    await server.until(lambda: server.fake._held)
+    server.fake.finish_step()
+    await server.until(lambda: server.fake._held)
+    draining = asyncio.create_task(drain(server.state))
+    await server.finish(running, draining)
+    assert running.result().events[-1]["error"]["code"] == "not_ready"
+
+
+async def test_one_connection_serves_many_requests(serve):
+    server = await serve("ok")
+    async with aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=1)) as session:
+        server.session = session
+        for stream in (True, False, True):
+            assert (await server.chat(stream=stream)).status == 200
+        assert len(session.connector._conns) == 1
