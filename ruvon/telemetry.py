@@ -219,11 +219,7 @@ class Metrics:
         """Count one engine step."""
         totals = self.totals
         totals.steps += 1
-        totals.running, totals.waiting, totals.kv_usage = num_running, num_waiting, kv_usage
-        self._running.set(num_running)
-        self._waiting.set(num_waiting)
-        self._waiting_by.set(num_waiting)
-        self._kv_usage.set(kv_usage)
+        self.set_load(num_running, num_waiting, kv_usage)
         self._step_tokens.observe(num_tokens)
         if num_queried:
             totals.queried += num_queried
@@ -232,6 +228,15 @@ class Metrics:
             self._hits.inc(num_cached)
         if num_preempted:
             self._preemptions.inc(num_preempted)
+
+    def set_load(self, num_running: int, num_waiting: int, kv_usage: float) -> None:
+        """Set the gauges; between steps too, since sequences come and leave there as well."""
+        totals = self.totals
+        totals.running, totals.waiting, totals.kv_usage = num_running, num_waiting, kv_usage
+        self._running.set(num_running)
+        self._waiting.set(num_waiting)
+        self._waiting_by.set(num_waiting)
+        self._kv_usage.set(kv_usage)
 
     def record_first_token(self, seconds: float) -> None:
         """Count a sequence's first token, ``seconds`` after it arrived."""

@@ -211,6 +211,13 @@ class Engine:
 
     # ---------------------------------------------------------------- statistics
 
+    @property
+    def load(self) -> tuple[int, int, float]:
+        """At this moment: sequences running, sequences waiting, share of cache blocks in use."""
+        scheduler = self._scheduler
+        used = 1 - scheduler.pool.num_free / scheduler.pool.num_blocks
+        return len(scheduler.running), len(scheduler.waiting), used
+
     def _measure(self, before: Counters, num_tokens: int, seconds: float) -> StepStats:
         scheduler, after = self._scheduler, self._scheduler.counters
         return StepStats(

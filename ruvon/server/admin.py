@@ -9,8 +9,9 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ruvon import __version__
+from ruvon.engine.checks import check_ids
 from ruvon.server.middleware import json_response
-from ruvon.server.requests import aside, check_ids, encode_chat
+from ruvon.server.requests import aside, encode_chat
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, parse
 from ruvon.server.state import STATE, Service, State
 from ruvon.server.wire import ModelCard
@@ -89,6 +90,7 @@ async def metrics(http: web.Request) -> web.Response:
     state = http.app[STATE]
     body = state.http.render()
     if state.service is not None:
+        state.service.metrics.set_load(*state.service.loop.engine.load)
         body += state.service.metrics.render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -138,7 +140,7 @@ async def detokenize(http: web.Request) -> web.Response:
     service = http.app[STATE].ready()
     request, _ = parse(DetokenizeRequest, await http.read(), strict=True)
     service.check_model(request.model)
-    check_ids(request.tokens, service, "tokens")
+    check_ids(request.tokens, service.loop.engine.vocab_size, "tokens")
     return json_response(
         {"prompt": service.tokenizer.decode(request.tokens, skip_special_tokens=False)}
     )

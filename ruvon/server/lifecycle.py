@@ -133,10 +133,12 @@ async def report(state: State) -> None:
         if state.service is None:
             await asyncio.sleep(STATS_EVERY)
             continue
-        totals = state.service.metrics.totals
+        metrics, engine = state.service.metrics, state.service.loop.engine
+        totals = metrics.totals
         before, since = replace(totals), time.monotonic()
         await asyncio.sleep(STATS_EVERY)
         if totals.steps != before.steps:
+            metrics.set_load(*engine.load)
             log.info("stats", **stats_line(before, totals, time.monotonic() - since))
 
 

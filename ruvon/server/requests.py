@@ -1,13 +1,13 @@
 """A request → jobs: prompts as ids, sampling as the engine takes it.
 
-Everything that can be wrong with a request is found here or in `schemas`, before the first byte of
-an answer.
+Everything that can be wrong with a request is found in `schemas`, here, or by the engine before it
+queues the jobs: before the first byte of an answer.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
@@ -122,7 +122,6 @@ def _job(
 ) -> Job:
     if not prompt:
         raise RequestError("The prompt is empty.", param)
-    check_ids(prompt, service, param)
     check_length(len(prompt), sampling.max_tokens, service.max_model_len, param)
     return Job(
         prompt=tuple(prompt),
@@ -153,8 +152,6 @@ def sampling_params(
     values = dict(service.defaults) | {k: v for k, v in given.items() if v is not None}
     if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
         raise RequestError(f"min_tokens must not exceed max_tokens, {max_tokens}.", "min_tokens")
-    for name in ("stop_token_ids", "allowed_token_ids", "logit_bias"):
-        check_ids(getattr(request, name) or (), service, name)
     allowed = request.allowed_token_ids
     return SamplingParams(
         **values,
@@ -180,15 +177,6 @@ def bounded(value: int | None, limit: int, name: str) -> int | None:
     if value is not None and value > limit:
         raise RequestError(f"{name} must be at most {limit} on this server, not {value}.", name)
     return value
-
-
-def check_ids(ids: Collection[int], service: Service, param: str) -> None:
-    """Raise for an id outside the vocabulary."""
-    size = service.loop.engine.vocab_size
-    if not ids or (min(ids) >= 0 and max(ids) < size):
-        return
-    stranger = next(token for token in ids if not 0 <= token < size)
-    raise RequestError(f"Token id {stranger} is not in the vocabulary of {size}.", param)
 
 
 def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
