@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ruvon.kernels.kv import load_heads, write_kv
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
-from ruvon.kernels.pdl import release, wait
+from ruvon.kernels.pdl import prefetch, release, wait
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 PROGRAMS = 264  # two for each multiprocessor of an H100
@@ -45,7 +45,7 @@ def make_workspace(device: torch.device) -> Workspace:
 def num_splits(sequences: int, groups: int, max_context: int) -> int:
     """Programs for one sequence and group: a power of two, so that few variants are compiled."""
     wanted = min(PROGRAMS // (sequences * groups), triton.cdiv(max_context, SHORTEST_SPLIT), 32)
-    return 1 << max(0, wanted.bit_length() - 1)
+    return 1 << max(0, int(wanted).bit_length() - 1)
 
 
 @triton.jit
@@ -191,7 +191,10 @@ def _decode_kernel(
     used = members < GROUP
     heads = group * GROUP + members
     inside = used[:, None] & (dims < D)[None, :]
-    wait(PDL)
+    if not FUSED:
+        wait(PDL)
+    # If FUSED, the kernel in front is the product that makes qkv, and released only when all
+    # before it was complete: everything up to the wait is from then or from earlier steps.
     token = tl.load(query_starts_ptr + s).to(tl.int64)
     queries = tl.load(query_starts_ptr + s + 1) - token
     context = tl.load(context_lens_ptr + s)
@@ -200,6 +203,22 @@ def _decode_kernel(
     length = tl.maximum(last - first, 1)
     per_split = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, SHORTEST)
     active = tl.cdiv(length, per_split)
+    begin = first + split * per_split
+    end = tl.minimum(begin + per_split, last)
+    table = tables_ptr + s.to(tl.int64) * table_stride
+    if FUSED:
+        if (queries == 1) & (split < active):
+            pages = begin // PAGE + tl.arange(0, 64)
+            wanted = pages * PAGE < end
+            block = tl.load(table + pages, mask=wanted, other=0).to(tl.int64)
+            start = (block * G + group) * PAGE * D
+            num_bytes: tl.constexpr = PAGE * D * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8
+            nothing = start * 0
+            k_at = (k_cache_ptr + start).to(tl.int64)
+            prefetch(tl.where(wanted, k_at, nothing), num_bytes, PDL)
+            v_at = (v_cache_ptr + start).to(tl.int64)
+            prefetch(tl.where(wanted, v_at, nothing), num_bytes, PDL)
+        wait(PDL)
     if (queries == 1) & (split < active):
         row = q_ptr + token * q_stride
         cos, sin = row, row
@@ -212,9 +231,6 @@ def _decode_kernel(
         else:
             at = row + heads[:, None] * D + dims[None, :]
             q = tl.load(at, mask=inside, other=0.0).to(tl.float32)
-        begin = first + split * per_split
-        end = tl.minimum(begin + per_split, last)
-        table = tables_ptr + s.to(tl.int64) * table_stride
         if GROUP == 1:
             top, weight, total = stream_head(
                 q, k_cache_ptr, v_cache_ptr, table, begin, end, group, G, scale,
@@ -248,7 +264,7 @@ def _decode_kernel(
                 total = total * keep[:, None] + p[:, None] * v_narrow.to(tl.float32)
                 top = new
         out_at = out_ptr + (token * H + heads[:, None]) * D + dims[None, :]
-        if SPLITS == 1:
+        if (SPLITS == 1) | (active == 1):
             y = finish(top, weight, total, sinks_ptr, heads, used, HAS_SINKS)
             tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=inside)
         else:
@@ -447,6 +463,18 @@ def attend(
     return out_TE
 
 
+class DecodeTile(NamedTuple):
+    keys: int
+    warps: int
+    stages: int
+
+
+def decode_tile(share: int, block_d: int, programs: int) -> DecodeTile:
+    """Small programs where there are many, large ones where few must keep the memory busy."""
+    keys = 64 if block_d <= 128 else 32
+    return DecodeTile(keys, 4, 3)
+
+
 def launch_decode(
     q: Tensor,
     k_cache_BGPD: Tensor,
@@ -461,12 +489,14 @@ def launch_decode(
     fused: bool = False,
     rope: Rope | None = None,
     norms: tuple[Tensor, Tensor | None, float] | None = None,
+    tile: DecodeTile | None = None,
 ) -> None:
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
     share = spec.num_heads // groups
     context = min(batch.max_context, spec.window or batch.max_context)
     splits = num_splits(sequences, groups, context)
     block_d = triton.next_power_of_2(spec.head_dim)
+    tile = tile or decode_tile(share, block_d, sequences * groups * splits)
     q_norm_D, k_norm_D, eps = norms or (None, None, 0.0)
     _decode_kernel[(groups, splits, sequences)](
         q,
@@ -503,13 +533,26 @@ def launch_decode(
         NORMED=norms is not None,
         HAS_SINKS=sinks_H is not None,
         BLOCK_H=1 if share == 1 else max(16, triton.next_power_of_2(share)),
-        BLOCK_N=64 if block_d <= 128 else 32,
+        BLOCK_N=tile.keys,
         BLOCK_D=block_d,
-        STAGES=3,
+        STAGES=tile.stages,
         PDL=pdl,
-        num_warps=4,
+        num_warps=tile.warps,
         launch_pdl=pdl,
     )
+
+
+class PrefillTile(NamedTuple):
+    rows: int  # queries times the heads that share a key
+    keys: int
+    warps: int
+    stages: int
+
+
+def prefill_tile(block_d: int) -> PrefillTile:
+    if block_d <= 64:
+        return PrefillTile(128, 64, 4, 2)
+    return PrefillTile(64, 64, 4 if block_d <= 128 else 8, 2)
 
 
 def launch_prefill(
@@ -521,11 +564,13 @@ def launch_prefill(
     sinks_H: Tensor | None,
     out_TE: Tensor,
     pdl: bool,
+    tile: PrefillTile | None = None,
 ) -> None:
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
     share = spec.num_heads // groups
     block_d = triton.next_power_of_2(spec.head_dim)
-    block_m = max(128 if block_d <= 64 else 64, triton.next_power_of_2(share))
+    tile = tile or prefill_tile(block_d)
+    block_m = max(tile.rows, triton.next_power_of_2(share))
     block_q = block_m // share
     tiles = q_THD.shape[0] // block_q + sequences
     _prefill_kernel[(tiles, groups)](
@@ -549,11 +594,10 @@ def launch_prefill(
         HAS_SINKS=sinks_H is not None,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
-        BLOCK_N=64,
+        BLOCK_N=tile.keys,
         BLOCK_D=block_d,
         PDL=pdl,
-        num_warps=4 if block_d <= 128 else 8,
-        num_stages=2,
+        num_warps=tile.warps,
+        num_stages=tile.stages,
         launch_pdl=pdl,
     )
-    # The decode kernel of the same step takes sequences with one query, in any order with this.

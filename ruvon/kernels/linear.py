@@ -4,7 +4,8 @@ With up to `GEMV_ROWS` rows a product is bound by reading its weight once. `_gem
 program a few weight rows, loads them whole into registers *before* it waits for the kernel in front
 of it (see `ruvon.kernels.pdl`), and can apply the residual addition and the norm in front of the
 product itself, so that a layer is five launches. With up to `SKINNY_ROWS` rows `_skinny_kernel`
-does the same on tensor cores. Both finish with bias and activation.
+uses tensor cores, asks for its weights before it waits, and splits long sums over programs. Both
+finish with bias and activation.
 """
 
 from __future__ import annotations
@@ -18,13 +19,29 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate, apply_activation
-from ruvon.kernels.norm import add_norm, normalize
+from ruvon.kernels.norm import add_norm
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
 
-GEMV_ROWS = 8
+GEMV_ROWS = 2
 GEMV_COLUMNS = 8192  # a weight row longer than this does not fit the registers
 SKINNY_ROWS = 64
+SPLIT_PROGRAMS = 640  # at most, where sums are split
+
+
+class Workspace(NamedTuple):
+    """Where programs that share an output tile leave their sums. Counters are zero between uses."""
+
+    counters: Tensor  # int32, one a tile
+    partial: Tensor  # float32 [tile, split, rows, outputs]
+
+
+def make_workspace(device: torch.device) -> Workspace:
+    """Enough for `SPLIT_PROGRAMS` programs of the largest tile."""
+    return Workspace(
+        torch.zeros(SPLIT_PROGRAMS, dtype=torch.int32, device=device),
+        torch.empty(SPLIT_PROGRAMS * 64 * 64, dtype=torch.float32, device=device),
+    )
 
 
 @triton.jit
@@ -51,7 +68,12 @@ def _gemv_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    release(PDL)
+    """A norm is taken apart so that no sum waits for another: with gain g and shift b,
+
+    W norm(x) = rstd (W g) x - rstd mean (W g) 1 + W b
+
+    where the second and third products do not depend on x and are done before the wait.
+    """
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     used, inside = outputs < N, columns < K
@@ -68,13 +90,24 @@ def _gemv_kernel(
         bias = tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)
         if GATED:
             up_bias = tl.load(bias_ptr + N + outputs, mask=used, other=0.0).to(tl.float32)
-    gain = tl.zeros([BLOCK_K], tl.float32)
-    shift = gain
-    if NORM > 0:
-        gain = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight, up = weight.to(tl.float32), up.to(tl.float32)
+    ones, up_ones = bias, up_bias
     if NORM == 2:
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        bias += tl.sum(weight * shift, axis=1)
+        if GATED:
+            up_bias += tl.sum(up * shift, axis=1)
+    if NORM > 0:
+        gain = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
+        weight *= gain
+        if GATED:
+            up *= gain
+    if NORM == 2:
+        ones = tl.sum(weight, axis=1)
+        if GATED:
+            up_ones = tl.sum(up, axis=1)
     wait(PDL)
+    release(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
         if HAS_RESIDUAL:
@@ -82,12 +115,23 @@ def _gemv_kernel(
             if tl.program_id(0) == 0:
                 tl.store(total_ptr + row * K + columns, x, mask=inside)
         wide = x.to(tl.float32)
-        if NORM > 0:
-            normed = normalize(x, gain, shift, inside, K, eps, NORM == 2)
-            wide = normed.to(x.dtype).to(tl.float32)
-        y = activate(tl.sum(weight.to(tl.float32) * wide[None, :], axis=1) + bias, ACTIVATION)
+        sums = tl.sum(weight * wide[None, :], axis=1)
+        up_sums = sums
         if GATED:
-            y *= tl.sum(up.to(tl.float32) * wide[None, :], axis=1) + up_bias
+            up_sums = tl.sum(up * wide[None, :], axis=1)
+        if NORM > 0:
+            variance = tl.sum(wide * wide, axis=0) / K
+            if NORM == 2:
+                mean = tl.sum(wide, axis=0) / K
+                variance = tl.maximum(variance - mean * mean, 0.0)
+                sums -= mean * ones
+                up_sums -= mean * up_ones
+            scale = tl.rsqrt(variance + eps)
+            sums *= scale
+            up_sums *= scale
+        y = activate(sums + bias, ACTIVATION)
+        if GATED:
+            y *= up_sums + up_bias
         tl.store(out_ptr + row * N + outputs, y.to(out_ptr.dtype.element_ty), mask=used)
 
 
@@ -97,55 +141,73 @@ def _skinny_kernel(
     weight_ptr,
     bias_ptr,
     out_ptr,
+    counters_ptr,
+    partial_ptr,
     M,
     N,
-    K: tl.constexpr,
     x_stride,
+    K: tl.constexpr,
+    PER_SPLIT: tl.constexpr,  # columns of one program, a multiple of BLOCK_K
+    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    GATED: tl.constexpr,
+    GATED: tl.constexpr,  # then BLOCK_N counts both halves' outputs once, and sums are not split
+    PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    release(PDL)
     rows = tl.arange(0, BLOCK_M)
-    first = tl.program_id(0) * BLOCK_N
-    outputs = first + tl.arange(0, BLOCK_N)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     used = outputs < N
+    first = split * PER_SPLIT
+    last = tl.minimum(first + PER_SPLIT, K)
     offset = tl.cast(N, tl.int64) * K
-    span = (tl.minimum(N - first, BLOCK_N) * K * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8))
-    span = span // 16 * 16
-    start = weight_ptr + tl.cast(first, tl.int64) * K
-    prefetch(start, span, PDL)
+    weight_at = weight_ptr + tl.minimum(outputs, N - 1).to(tl.int64) * K
+    num_bytes = (last - first) * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    prefetch(weight_at + first, num_bytes, PREFETCH)
     if GATED:
-        prefetch(start + offset, span, PDL)
-    weight_at = weight_ptr + outputs.to(tl.int64)[:, None] * K
-    x_at = x_ptr + rows[:, None] * x_stride
+        prefetch(weight_at + offset + first, num_bytes, PREFETCH)
     wait(PDL)
+    release(PDL)
+    x_at = x_ptr + rows[:, None] * x_stride
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ups = sums
-    for k in tl.range(0, K, BLOCK_K):
+    for k in tl.range(first, last, BLOCK_K):
         columns = k + tl.arange(0, BLOCK_K)
-        inside = (columns < K)[None, :]
+        inside = (columns < last)[None, :]
         x = tl.load(x_at + columns[None, :], mask=(rows < M)[:, None] & inside, other=0.0)
-        weight = tl.load(weight_at + columns[None, :], mask=used[:, None] & inside, other=0.0)
+        weight = tl.load(weight_at[:, None] + columns[None, :], mask=inside, other=0.0)
         sums = tl.dot(x, weight.T, sums, input_precision="ieee")
         if GATED:
-            up = tl.load(
-                weight_at + offset + columns[None, :], mask=used[:, None] & inside, other=0.0
-            )
+            up = tl.load(weight_at[:, None] + offset + columns[None, :], mask=inside, other=0.0)
             ups = tl.dot(x, up.T, ups, input_precision="ieee")
-    if HAS_BIAS:
-        sums += tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)[None, :]
+    finishing = tile >= 0
+    if SPLITS > 1:
+        tile_ptr = partial_ptr + tile * SPLITS * BLOCK_M * BLOCK_N
+        cells = rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        tl.store(tile_ptr + split * BLOCK_M * BLOCK_N + cells, sums)
+        tl.debug_barrier()  # every thread's part is written before one thread says so
+        finishing = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
+        if finishing:
+            tl.store(counters_ptr + tile, 0)
+            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+            for other in tl.static_range(SPLITS):  # in order, whoever came last
+                its = tile_ptr + other * BLOCK_M * BLOCK_N + cells
+                sums += tl.load(its, cache_modifier=".cg")
+    if finishing:
+        if HAS_BIAS:
+            sums += tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)[None, :]
+            if GATED:
+                up_bias = tl.load(bias_ptr + N + outputs, mask=used, other=0.0)
+                ups += up_bias.to(tl.float32)[None, :]
+        y = activate(sums, ACTIVATION)
         if GATED:
-            ups += tl.load(bias_ptr + N + outputs, mask=used, other=0.0).to(tl.float32)[None, :]
-    y = activate(sums, ACTIVATION)
-    if GATED:
-        y *= ups
-    out_at = out_ptr + rows[:, None] * N + outputs[None, :]
-    tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & used[None, :])
+            y *= ups
+        out_at = out_ptr + rows[:, None] * N + outputs[None, :]
+        tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & used[None, :])
 
 
 class Norm(NamedTuple):
@@ -163,7 +225,7 @@ class GemvTile(NamedTuple):
 
 
 def gemv_tile(k: int, gated: bool) -> GemvTile:
-    """64 weights a thread and matrix: enough loads in flight, few enough registers to overlap."""
+    """Some 64 weights a thread: enough loads in flight, few enough registers to overlap."""
     columns = triton.next_power_of_2(k)
     warps = 4 if columns <= 2048 else 8
     outputs = max(1, warps * 32 * 64 // columns // (2 if gated else 1))
@@ -179,12 +241,13 @@ def gemv(
     activation: Activation,
     out_dtype: torch.dtype,
     pdl: bool,
+    tile: GemvTile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(act(norm(x + residual) Wᵀ + b), x + residual) for at most `GEMV_ROWS` rows."""
     rows, k = x_TK.shape
     gated = activation == "silu_gated"
     n = weight.shape[0] // (2 if gated else 1)
-    tile = gemv_tile(k, gated)
+    tile = tile or gemv_tile(k, gated)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
     total_TK = x_TK if residual_TK is None else torch.empty_like(x_TK)
     _gemv_kernel[(triton.cdiv(n, tile.outputs),)](
@@ -219,14 +282,21 @@ class SkinnyTile(NamedTuple):
     rows: int
     outputs: int
     columns: int
-    warps: int
+    splits: int
     stages: int
+    warps: int = 4
 
 
-def skinny_tile(m: int, n: int, gated: bool) -> SkinnyTile:
+def skinny_tile(m: int, n: int, k: int, gated: bool) -> SkinnyTile:
+    """About two programs for each multiprocessor, by splitting sums where outputs are few."""
     rows = max(16, triton.next_power_of_2(m))
-    outputs = 16 if n <= 4096 else 32 if n <= 16384 else 64
-    return SkinnyTile(rows, outputs, 128 if gated else 256, 4, 3)
+    if gated:
+        return SkinnyTile(rows, 16, 128, 1, 3)
+    outputs = 64 if n >= 2048 else 32
+    columns = 128
+    tiles = triton.cdiv(n, outputs)
+    splits = max(1, min(264 // tiles, k // (2 * columns), 8))
+    return SkinnyTile(rows, outputs, columns, splits, 3 if rows == 64 else 4)
 
 
 def skinny(
@@ -235,6 +305,7 @@ def skinny(
     bias_N: Tensor | None,
     activation: Activation,
     out_dtype: torch.dtype,
+    workspace: Workspace,
     pdl: bool,
     tile: SkinnyTile | None = None,
 ) -> Tensor:
@@ -242,23 +313,33 @@ def skinny(
     rows, k = x_TK.shape
     gated = activation == "silu_gated"
     n = weight.shape[0] // (2 if gated else 1)
-    tile = tile or skinny_tile(rows, n, gated)
+    tile = tile or skinny_tile(rows, n, k, gated)
+    columns = min(tile.columns, max(16, triton.next_power_of_2(k)))
+    per_split = triton.cdiv(triton.cdiv(k, tile.splits), columns) * columns
+    splits = triton.cdiv(k, per_split)
+    tiles = triton.cdiv(n, tile.outputs)
+    assert splits == 1 or tiles * splits <= SPLIT_PROGRAMS
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
-    _skinny_kernel[(triton.cdiv(n, tile.outputs),)](
+    _skinny_kernel[(tiles, splits)](
         x_TK,
         weight.tensors[0],
         bias_N,
         out_TN,
+        workspace.counters,
+        workspace.partial,
         rows,
         n,
-        k,
         x_TK.stride(0),
+        K=k,
+        PER_SPLIT=per_split,
+        SPLITS=splits,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
-        BLOCK_K=min(tile.columns, max(16, triton.next_power_of_2(k))),
+        BLOCK_K=columns,
         HAS_BIAS=bias_N is not None,
         ACTIVATION=KINDS[activation],
         GATED=gated,
+        PREFETCH=pdl and k * weight.tensors[0].element_size() % 16 == 0,
         PDL=pdl,
         num_warps=tile.warps,
         num_stages=tile.stages,
@@ -272,14 +353,18 @@ def linear(
     weight: Packed,
     bias_N: Tensor | None,
     activation: Activation,
+    workspace: Workspace,
     pdl: bool = False,
 ) -> Tensor:
     rows, k = x_TK.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_TK, None, None, weight, bias_N, activation, x_TK.dtype, pdl)[0]
     if rows <= SKINNY_ROWS:
-        return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, pdl)
-    return apply_activation(F.linear(x_TK, weight.tensors[0], bias_N), activation, pdl)
+        return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl)
+    dense_NK = weight.tensors[0]
+    if activation == "gelu_tanh" and bias_N is not None and x_TK.is_cuda:
+        return torch._addmm_activation(bias_N, x_TK, dense_NK.T, use_gelu=True)  # cuBLAS's is tanh
+    return apply_activation(F.linear(x_TK, dense_NK, bias_N), activation, pdl)
 
 
 def norm_linear(
@@ -291,24 +376,25 @@ def norm_linear(
     weight: Packed,
     bias_N: Tensor | None,
     activation: Activation,
+    workspace: Workspace,
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(act(norm(x + residual) Wᵀ + b), x + residual): one launch for few rows, else two."""
-    norm = Norm(norm_weight_K, norm_bias_K, eps)
     rows, k = x_TK.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
+        norm = Norm(norm_weight_K, norm_bias_K, eps)
         return gemv(x_TK, residual_TK, norm, weight, bias_N, activation, x_TK.dtype, pdl)
     normed_TK, total_TK = add_norm(x_TK, residual_TK, norm_weight_K, norm_bias_K, eps, pdl)
-    return linear(normed_TK, weight, bias_N, activation, pdl), total_TK
+    return linear(normed_TK, weight, bias_N, activation, workspace, pdl), total_TK
 
 
-def logits(x_LC: Tensor, head: Packed, pdl: bool = False) -> Tensor:
+def logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) -> Tensor:
     """float32 out of the accumulators: rounding to bfloat16 first would make ties."""
     rows, k = x_LC.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_LC, None, None, head, None, "none", torch.float32, pdl)[0]
     if rows <= SKINNY_ROWS:
-        return skinny(x_LC, head, None, "none", torch.float32, pdl)
+        return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl)
     if x_LC.is_cuda and x_LC.dtype != torch.float32:
         return torch.mm(x_LC, head.tensors[0].T, out_dtype=torch.float32)
     return F.linear(x_LC, head.tensors[0]).float()

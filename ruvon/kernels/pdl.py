@@ -1,12 +1,15 @@
 """Programmatic dependent launch: a kernel starts while the one before it still runs.
 
 A kernel launched with ``launch_pdl=True`` may begin as soon as every program of its predecessor has
-called `release`. It then does what depends on no other kernel (reads weights, computes addresses)
-and calls `wait` before touching anything that another kernel of this step writes *or reads*.
+called `release` (or ended). It then does what depends on nothing in flight (reads weights, computes
+addresses) and calls `wait` before touching anything that another kernel of this step writes *or
+reads*. Every kernel here calls both exactly once. Because each waits for its predecessor, which
+waited for its own, `wait` orders a kernel after all earlier ones, and buffers may be reused as if
+launches were sequential.
 
-Every kernel here calls `release` first thing and `wait` exactly once. Both matter: because each
-kernel waits for its predecessor, which waited for its own, `wait` orders a kernel after all earlier
-ones, so buffers may be reused as if launches were sequential.
+Most kernels release first thing. The products release after their own wait: then a kernel that
+follows one may read, before its wait, whatever was complete before the product began. Attention
+uses that to fetch cached keys and values while the product before it still runs.
 """
 
 from __future__ import annotations
@@ -30,20 +33,19 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
-def prefetch(pointer, num_bytes, PDL: tl.constexpr):
-    """Ask for ``num_bytes`` (a multiple of 16) to be brought into L2; one thread asks for all."""
+def prefetch(pointers, num_bytes, PDL: tl.constexpr):
+    """Ask for ``num_bytes`` from each of these addresses to be brought into L2; a null pointer
+    asks for nothing. Both must be multiples of 16."""
     if PDL:
         tl.inline_asm_elementwise(
             """{
-            .reg .pred first;
-            .reg .u32 thread;
-            mov.u32 thread, %tid.x;
-            setp.eq.u32 first, thread, 0;
-            @first cp.async.bulk.prefetch.L2.global [$1], $2;
+            .reg .pred wanted;
+            setp.ne.u64 wanted, $1, 0;
+            @wanted cp.async.bulk.prefetch.L2.global [$1], $2;
             mov.u32 $0, 0;
             }""",
             "=r,l,r",
-            [pointer.to(tl.int64), num_bytes],
+            [pointers.to(tl.int64), num_bytes],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -36,6 +36,7 @@ NOT_A_NUMBER, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 IN_PROMPT = tl.constexpr(0x4000)  # a count's flag: the prompt holds this token
 COUNT = tl.constexpr(0x3FFF)
+STAGES = tl.constexpr(4)  # loads of a pass in flight
 
 
 class SamplingState(NamedTuple):
@@ -84,7 +85,7 @@ def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
     lowest_N = tl.full([BLOCK], float("inf"), tl.float32)
     mass_N = tl.zeros([BLOCK], tl.float32)
     broken_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + lanes
         z = load_scores(row, at, at < V)
         broken_N |= (z != z).to(tl.int32)
@@ -103,7 +104,7 @@ def mass_within(row, V, floor, pivot, top, rate, BLOCK: tl.constexpr):
     """By lane, the mass of scores of at least ``floor`` and more than ``pivot``."""
     lanes = tl.arange(0, BLOCK)
     mass_N = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + lanes
         z = load_scores(row, at, at < V)
         within = (z >= floor) & (z > pivot)
@@ -117,7 +118,7 @@ def count_at_least(row, V, one, two, three, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     one_N = tl.zeros([BLOCK], tl.int32)
     two_N, three_N = one_N, one_N
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + lanes
         z = load_scores(row, at, at < V)
         one_N += (z >= one).to(tl.int32)
@@ -168,7 +169,7 @@ def score_drawn(logits_ptr, token, V, BLOCK: tl.constexpr):
     top_N = tl.full([BLOCK], float("-inf"), tl.float32)
     weight_N = tl.zeros([BLOCK], tl.float32)
     ahead_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         at = start + lanes
         z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf"))
         new_N = tl.maximum(top_N, z)

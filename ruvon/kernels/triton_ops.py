@@ -22,6 +22,7 @@ def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None =
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = attention.make_workspace(device)
+    sums = linear.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
         dense = weight.dequantize() if isinstance(weight, Quantized) else weight.weight_NK
@@ -35,12 +36,12 @@ def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None =
         add=partial(embed.add, pdl=pdl),
         rms_norm=partial(norm.rms_norm, pdl=pdl),
         layer_norm=partial(norm.layer_norm, pdl=pdl),
-        linear=partial(linear.linear, pdl=pdl),
+        linear=partial(linear.linear, workspace=sums, pdl=pdl),
         write_kv=partial(kv.write_kv, pdl=pdl),
         attention=partial(attention.attention, workspace=workspace, pdl=pdl),
         take=partial(embed.take, pdl=pdl),
-        logits=partial(linear.logits, pdl=pdl),
-        norm_linear=partial(linear.norm_linear, pdl=pdl),
+        logits=partial(linear.logits, workspace=sums, pdl=pdl),
+        norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
         dtype=dtype,
         device=device,
