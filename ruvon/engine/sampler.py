@@ -259,9 +259,14 @@ def typical(weights_K: Floats, typical_p: float) -> Indices:
     surprise = -np.log(p, out=np.full_like(p, -np.inf), where=p > 0)
     entropy = float((p[p > 0] * surprise[p > 0]).sum())
     distance = np.abs(surprise - entropy)
-    nearest = np.argsort(distance, kind="stable")
-    last = min(int(np.searchsorted(np.cumsum(p[nearest]), typical_p)), len(p) - 1)
-    return np.flatnonzero(distance <= distance[nearest[last]])
+    for count in (min(256, len(p)), len(p)):  # the nearest few mostly do
+        near = largest(-distance, count)
+        near = near[np.argsort(distance[near], kind="stable")]
+        reached = np.cumsum(p[near])
+        if reached[-1] >= typical_p:
+            break
+    last = min(int(np.searchsorted(reached, typical_p)), len(near) - 1)
+    return np.flatnonzero(distance <= distance[near[last]])
 
 
 def largest(values_V: Floats, count: int) -> Indices:

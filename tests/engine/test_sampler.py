@@ -317,6 +317,14 @@ def test_the_seed_and_the_position_decide():
     assert again[0] == again[1]
 
 
+def test_positions_count_from_the_start_of_the_output():
+    """The prompt's length has no say in which number is drawn."""
+    logits_LV = torch.zeros(2, 50_000)
+    rows = [row([1] * 9 + [5, 6], 9, seed=3), row([1, 5, 6], 1, seed=3)]
+    first, second = sample(logits_LV, rows, EOS).tokens
+    assert first == second
+
+
 def test_greedy_takes_the_lowest_id_of_equals():
     logits_LV = torch.tensor([[0.0, 2.0, 2.0], [1.0, 1.0, 1.0]])
     rows = [row(temperature=0, seq_id=n) for n in range(2)]
