@@ -59,7 +59,7 @@ async def probe(session, url: str, times: list[float], until: asyncio.Task) -> N
 
 
 def spread(times: list[float]) -> dict[str, float]:
-    points = statistics.quantiles(times, n=100)
+    points = statistics.quantiles(times, n=100, method="inclusive")
     return {"p50": points[49], "p99": points[98], "max": max(times)}
 
 

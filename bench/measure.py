@@ -38,12 +38,19 @@ class Target:
     url: str
     model: str
     backend: Backend = "openai"
+    ignore_eos: bool = True  # off for servers that refuse the field: their answers may end early
     seeds: Any = field(default_factory=lambda: count(time.time_ns()))
 
     def load(self, num: int, input_len: int, output_len: int, concurrency: int) -> Load:
         rng = random.Random(next(self.seeds))
         requests = [(random_prompt(rng, input_len), output_len) for _ in range(num)]
-        return Load(self.model, requests, backend=self.backend, max_concurrency=concurrency)
+        return Load(
+            self.model,
+            requests,
+            backend=self.backend,
+            max_concurrency=concurrency,
+            ignore_eos=self.ignore_eos,
+        )
 
     async def run(
         self, num: int, input_len: int, output_len: int, concurrency: int = 1
@@ -101,7 +108,7 @@ async def mixed_load(target: Target, seconds: float = 10.0) -> float:
         while time.perf_counter() < stop:
             await asyncio.sleep(1.0)
             group.create_task(intrude())
-    return float(statistics.quantiles(gaps, n=100)[98]) * 1e3
+    return float(statistics.quantiles(gaps, n=100, method="inclusive")[98]) * 1e3
 
 
 async def measure(target: Target, concurrencies: tuple[int, ...] = CONCURRENCIES) -> dict[str, Any]:

@@ -55,6 +55,7 @@ class Peer:
     backend: Backend = "openai"
     model: Callable[[Setting], str | None] = lambda setting: None
     needs_folder: bool = False
+    ignore_eos: bool = True
 
     @property
     def python(self) -> Path:
@@ -105,10 +106,11 @@ PEERS = (
     ),
     Peer(
         "transformers",
-        "bfloat16",
+        "bfloat16; it cannot ignore the end token, so some answers are shorter",
         transformers_command,
         packages=("torch==2.13.0", "transformers[serving]==5.23.0", "gguf", "accelerate"),
         model=lambda setting: str(setting.folder),
+        ignore_eos=False,
         needs_folder=True,
     ),
     Peer(
@@ -226,7 +228,7 @@ def one_round(peer: Peer, setting: Setting, quick: bool) -> dict[str, Any]:
 async def run(peer: Peer, setting: Setting, server: Server, quick: bool) -> dict[str, Any]:
     async with open_session() as session:
         model = peer.model(setting) or await find_model(session, server.url)
-        target = Target(session, server.url, model, peer.backend)
+        target = Target(session, server.url, model, peer.backend, peer.ignore_eos)
         numbers = await measure(target, (4,) if quick else (4, 16, 32))
         numbers["mixed_itl_p99_ms"] = await mixed_load(target)
     return numbers | {

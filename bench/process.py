@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import time
 import urllib.error
 import urllib.request
@@ -50,6 +51,7 @@ def running(
         RuntimeError: it ended, or was not ready in time.
     """
     url = f"http://127.0.0.1:{port}"
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stop it then too
     started = time.perf_counter()
     with open(log or os.devnull, "wb") as output:
         process = subprocess.Popen(

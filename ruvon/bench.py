@@ -162,10 +162,11 @@ JSON = {"Content-Type": "application/json"}
 
 
 def open_session(api_key: str | None = None) -> aiohttp.ClientSession:
-    """A session without limits of its own: the load decides how many connections there are."""
+    """A session without limits of its own, and with a connection for each request, as different
+    users have: some servers close idle ones just when they are used again."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0),
+        connector=aiohttp.TCPConnector(limit=0, force_close=True),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=600),
         headers=headers,
     )
