@@ -1,0 +1,27 @@
+"""Compiled CPU kernels, shared by all tests here."""
+
+import pytest
+import torch
+
+from ruvon.kernels.cpu import CpuKernels
+from ruvon.kernels.reference import make_torch_ops
+
+
+@pytest.fixture(scope="session")
+def cpu():
+    kernels = CpuKernels(threads=2)
+    yield kernels
+    kernels.close()
+
+
+@pytest.fixture(scope="session")
+def portable():
+    """The kernels as they are on a CPU without the 8-bit dot product, on one thread."""
+    kernels = CpuKernels(threads=1, vnni=False)
+    yield kernels
+    kernels.close()
+
+
+@pytest.fixture(scope="session")
+def reference():
+    return make_torch_ops(torch.float32, torch.device("cpu"))

@@ -1,0 +1,145 @@
+"""Each operation of the CPU kernels against its meaning in plain torch, computed at once."""
+
+import pytest
+import torch
+from cpu_models import ints, random_quantized, round_activations
+
+from ruvon.errors import LoadError
+from ruvon.kernels.ops import Dense, Quantized
+
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated")
+FORMATS = {
+    "q4_1": {"bits": 4},
+    "q4_0": {"bits": 4, "offsets": "eight"},
+    "q4 without offsets": {"bits": 4, "offsets": False},
+    "q8_0": {"bits": 8, "offsets": False},
+    "q5_k": {"bits": 8, "dtype": torch.float32},
+    "q6_k": {"bits": 8, "offsets": False, "group": 16},
+    "groups of 64": {"bits": 4, "group": 64, "dtype": torch.float32},
+    "one scale a row": {"bits": 8, "offsets": False, "group": 192, "dtype": torch.float32},
+}
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def assert_close(got, expected, tolerance=2e-6):
+    """Within ``tolerance`` of the largest number expected."""
+    assert got.shape == expected.shape
+    error = (got - expected).abs().max() / expected.abs().max()
+    assert error < tolerance, f"off by {error:.1e}"
+
+
+@pytest.mark.parametrize("width", [1, 16, 50, 576])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_norms(cpu, reference, width, with_residual):
+    x, weight, bias = torch.randn(5, width) * 3, torch.randn(width), torch.randn(width)
+    residual = torch.randn(5, width) if with_residual else None
+    got = cpu.ops.rms_norm(x, residual, weight, 1e-5)
+    expected = reference.rms_norm(x, residual, weight, 1e-5)
+    assert_close(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+    got = cpu.ops.layer_norm(x, residual, weight, bias, 1e-5)
+    expected = reference.layer_norm(x, residual, weight, bias, 1e-5)
+    assert_close(got[0], expected[0], 1e-5)
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 3, 5), (9, 70, 50), (130, 64, 96)])
+def test_dense_linear(cpu, reference, dtype, shape):
+    m, n, k = shape
+    x, weight, bias = torch.randn(m, k), Dense(torch.randn(n, k).to(dtype)), torch.randn(n)
+    packed, plain = cpu.ops.pack(weight), reference.pack(weight)
+    for activation in ACTIVATIONS if n % 2 == 0 else ("none",):
+        got = cpu.ops.linear(x, packed, bias, activation)
+        assert_close(got, reference.linear(x, plain, bias, activation))
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 3, 8, 13, 150])
+def test_quantized_linear(cpu, reference, name, rows):
+    weight = random_quantized(96, 192, **FORMATS[name])
+    x = torch.randn(rows, 192) * torch.rand(rows, 1) * 10
+    x[rows // 2, 32:64] = 0  # a group without a largest value
+    packed, plain = cpu.ops.pack(weight), reference.pack(weight)
+    expected = reference.linear(round_activations(x), plain, None, "none")
+    assert_close(cpu.ops.linear(x, packed, None, "none"), expected)
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("n", [64, 96, 128])  # halves of 32, 48 (not whole tiles) and 64
+def test_epilogues(cpu, reference, activation, n):
+    weight, bias = random_quantized(n, 96, 4), torch.randn(n)
+    x = torch.randn(11, 96)
+    packed, plain = cpu.ops.pack(weight), reference.pack(weight)
+    expected = reference.linear(round_activations(x), plain, bias, activation)
+    assert_close(cpu.ops.linear(x, packed, bias, activation), expected)
+
+
+@pytest.mark.parametrize("name", ["q4_1", "q5_k", "q6_k"])
+def test_portable_kernels_give_the_same_bits(cpu, portable, name):
+    weight, x = random_quantized(64, 192, **FORMATS[name]), torch.randn(13, 192)
+    outs = [
+        kernels.ops.linear(x, kernels.ops.pack(weight), None, "silu_gated")
+        for kernels in (cpu, portable)
+    ]
+    assert torch.equal(*outs)
+
+
+def test_extreme_codes_do_not_overflow(cpu, reference):
+    """The largest integers that a group can sum to."""
+    codes = torch.full((32, 64), -128, dtype=torch.int8)
+    codes[::2] = 127
+    weight = Quantized(codes, torch.ones(32, 2), None, 32, 8)
+    x = torch.full((2, 64), 1.0)
+    x[1] = -1.0
+    expected = reference.linear(x, reference.pack(weight), None, "none")
+    assert_close(cpu.ops.linear(x, cpu.ops.pack(weight), None, "none"), expected)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_embed_reads_back_what_was_packed(cpu, name):
+    weight = random_quantized(70, 192, **FORMATS[name])
+    ids = ints([0, 69, 17, 17, 33])
+    got = cpu.ops.embed(ids, cpu.ops.pack(weight))
+    assert_close(got, weight.dequantize()[ids], 1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_embed_dense(cpu, dtype):
+    table, ids = torch.randn(70, 50).to(dtype), ints([3, 69, 0])
+    assert torch.equal(cpu.ops.embed(ids, cpu.ops.pack(Dense(table))), table[ids].float())
+
+
+def test_pack_keeps_shape_and_converts_on_demand(cpu):
+    packed = cpu.ops.pack(Dense(torch.randn(70, 50)))
+    assert packed.shape == (70, 50)
+
+
+def test_add_and_take(cpu):
+    x, y = torch.randn(9, 50), torch.randn(9, 50)
+    assert torch.equal(cpu.ops.add(x, y), x + y)
+    assert torch.equal(cpu.ops.take(x, ints([8, 0, 8])), x[[8, 0, 8]])
+
+
+def test_logits(cpu, reference):
+    weight, x = Dense(torch.randn(77, 50)), torch.randn(3, 50)
+    expected = reference.logits(x, reference.pack(weight))
+    assert_close(cpu.ops.logits(x, cpu.ops.pack(weight)), expected)
+
+
+def test_results_of_operations_feed_others(cpu, reference):
+    x, weight = torch.randn(5, 50), Dense(torch.randn(40, 50))
+    normed, total = cpu.ops.rms_norm(x, x, torch.ones(50), 1e-5)
+    got = cpu.ops.linear(cpu.ops.add(normed, total), cpu.ops.pack(weight), None, "none")
+    normed, total = reference.rms_norm(x, x, torch.ones(50), 1e-5)
+    assert_close(got, reference.linear(normed + total, reference.pack(weight), None, "none"))
+
+
+def test_groups_that_fit_no_tile_are_refused(cpu):
+    weight = Quantized(torch.zeros(32, 48, dtype=torch.int8), torch.ones(32, 2), None, 24, 4)
+    with pytest.raises(LoadError, match="groups of 24"):
+        cpu.ops.pack(weight)

@@ -1,0 +1,177 @@
+"""Whole models on the tape: right, and the same to the last bit however the work is cut."""
+
+import threading
+
+import pytest
+import torch
+from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel
+
+from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
+from ruvon.kernels.ops import Dense
+
+LIMITS = Limits(tokens=300, sequences=8, logit_rows=300, blocks_per_sequence=BLOCKS)
+SHAPES = {
+    "llama": Shape(),
+    "dense llama": Shape(quantized=False),
+    "gpt2": Shape(gpt=True, groups=4),
+    "dense gpt2": Shape(gpt=True, groups=4, quantized=False),
+    "qwen3, windowed": Shape(qk_norm=True, window=9, dim=32),
+    "sinks, odd sizes": Shape(sinks=True, hidden=50, wide=40, dim=8, quantized=False),
+    "whole groups": Shape(hidden=128, wide=192, dim=64, heads=3, groups=1),
+}
+
+
+def fresh_cache(shape, dtype=torch.float16):
+    cache = allocate_cache(shape.layers, BLOCKS, shape.groups, PAGE, shape.dim, dtype)
+    for layer in cache:
+        for tensor in layer:
+            tensor.fill_(torch.nan)
+    return cache
+
+
+def record(kernels, shape, dtype=torch.float16, limits=LIMITS):
+    return kernels.record(SmallModel(kernels.ops, shape).forward, fresh_cache(shape, dtype), limits)
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request):
+    return SHAPES[request.param]
+
+
+def test_logits_equal_the_reference(cpu, reference, shape):
+    prompts = Prompts([70, 5, 33])
+    batch = prompts.batch((0, 0, 70), (1, 0, 5), (2, 0, 33))
+    got = record(cpu, shape, torch.float32).replay(batch)
+    plain = [
+        tuple(torch.zeros(BLOCKS, shape.groups, PAGE, shape.dim) for _ in range(2))
+        for _ in range(shape.layers)
+    ]
+    expected = SmallModel(reference, shape).forward(batch, plain)
+    if shape.quantized:  # activations are rounded to 8 bits here
+        assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.995
+    else:
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_recording_equals_computing_at_once(cpu, shape):
+    """Fusing and reusing buffers changes nothing."""
+    prompts = Prompts([40, 20])
+    batch = prompts.batch((0, 0, 40), (1, 0, 20))
+    at_once = SmallModel(cpu.ops, shape).forward(batch, fresh_cache(shape))
+    tape = record(cpu, shape)
+    for _ in range(2):  # buffers start dirty the second time
+        assert torch.equal(tape.replay(batch), at_once)
+
+
+def test_any_cut_gives_the_same_bits(cpu, shape):
+    prompts = Prompts([150, 40, 90])
+    whole = record(cpu, shape).replay(prompts.batch((0, 0, 150))).clone()
+    tape = record(cpu, shape)
+    pieces = []
+    for start, end in ((0, 1), (1, 17), (17, 18), (18, 100), (100, 149), (149, 150)):
+        others = ((1, 0, 40), (2, 0, 90)) if start == 18 else ()
+        logits = tape.replay(prompts.batch((0, start, end), *others))
+        pieces.append(logits[: end - start].clone())
+    assert torch.equal(torch.cat(pieces), whole)
+
+
+def test_token_by_token_in_any_company(cpu, shape):
+    prompts = Prompts([20, 20, 20, 20])
+    together, alone = record(cpu, shape), record(cpu, shape)
+    for at in range(20):
+        rows = together.replay(prompts.batch(*((s, at, at + 1) for s in (3, 0, 2, 1)))).clone()
+        assert torch.equal(alone.replay(prompts.batch((0, at, at + 1)))[0], rows[1])
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_any_number_of_threads_gives_the_same_bits(cpu, shape, threads):
+    batch = Prompts([150, 40]).batch((0, 0, 150), (1, 0, 40))
+    expected = record(cpu, shape).replay(batch).clone()
+    kernels = CpuKernels(threads)
+    try:
+        assert torch.equal(record(kernels, shape).replay(batch), expected)
+    finally:
+        kernels.close()
+
+
+def test_portable_kernels_give_the_same_bits(cpu, portable, shape):
+    batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
+    expected = record(cpu, shape).replay(batch).clone()
+    assert torch.equal(record(portable, shape).replay(batch), expected)
+
+
+def test_only_the_rows_asked_for(cpu):
+    shape, prompts = Shape(), Prompts([30, 4])
+    every = record(cpu, shape).replay(prompts.batch((0, 0, 30), (1, 0, 4))).clone()
+    tape = record(cpu, shape)
+    last = tape.replay(prompts.batch((0, 0, 30), (1, 0, 4), every_row=False))
+    assert torch.equal(last, every[[29, 33]])
+    assert last.shape == (2, VOCAB)
+    assert torch.equal(tape.argmax, every[[29, 33]].argmax(-1))
+
+
+def test_argmax_takes_the_first_of_equals(cpu):
+    def flat(batch, cache):
+        x = cpu.ops.embed(batch.token_ids, table)
+        return cpu.ops.take(x, batch.logit_rows)
+
+    rows = torch.randn(VOCAB, 333)
+    rows[:, [7, 200, 332]] = 9.0
+    rows[1, 7] = rows[2, 7] = rows[2, 200] = 0.0
+    table = cpu.ops.pack(Dense(rows))
+    tape = cpu.record(flat, [], LIMITS)
+    prompts = Prompts([3])
+    prompts.tokens[0] = [0, 1, 2]
+    tape.replay(prompts.batch((0, 0, 3)))
+    assert tape.argmax.tolist() == [7, 200, 332]
+
+
+def test_no_logit_rows(cpu):
+    """A chunk of a prompt that is not the last one."""
+    shape, prompts = Shape(), Prompts([30])
+    tape = record(cpu, shape)
+    batch = prompts.batch((0, 0, 29))
+    batch.logit_rows.resize_(0)
+    assert tape.replay(batch).shape == (0, VOCAB)
+    logits = tape.replay(prompts.batch((0, 29, 30)))
+    assert torch.equal(logits[0], record(cpu, shape).replay(prompts.batch((0, 0, 30)))[29])
+
+
+def test_a_bad_number_stays_in_its_row(cpu):
+    """One sequence's NaN or infinity reaches no other, even through blocks it leaves behind."""
+    shape, prompts = Shape(), Prompts([40, 20])
+    expected = record(cpu, shape).replay(prompts.batch((0, 0, 40))).clone()
+    model, cache = SmallModel(cpu.ops, shape), fresh_cache(shape)
+    tape = cpu.record(model.forward, cache, LIMITS)
+    for keys, values in cache:
+        keys[prompts.blocks[1]] = torch.inf
+        values[prompts.blocks[1]] = torch.inf
+    rows = tape.replay(prompts.batch((1, 19, 20), (0, 0, 40)))
+    assert torch.equal(rows[1:], expected)
+
+
+def test_one_team_serves_tapes_and_threads(cpu):
+    """Steps from several threads wait for each other."""
+    shape, prompts = Shape(), Prompts([30, 30])
+    batches = [prompts.batch((s, 0, 30)) for s in range(2)]
+    expected = [record(cpu, shape).replay(batch).clone() for batch in batches]
+    tapes, right = [record(cpu, shape) for _ in batches], [0, 0]
+
+    def work(s):
+        for _ in range(50):
+            right[s] += torch.equal(tapes[s].replay(batches[s]), expected[s])
+
+    threads = [threading.Thread(target=work, args=(s,)) for s in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [50, 50]
+
+
+def test_closing_ends_the_threads():
+    before = threading.active_count()
+    kernels = CpuKernels(3)
+    assert threading.active_count() == before + 2
+    kernels.close()
+    assert threading.active_count() == before
