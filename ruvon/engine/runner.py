@@ -38,14 +38,12 @@ class Runner:
         block_size: int,
         device: torch.device,
         max_logit_rows: int,
-        at_close: Callable[[], None] = lambda: None,
     ) -> None:
         self._forward = forward
         self._sampler = sampler
         self._block_size = block_size
         self._device = device
         self._max_logit_rows = max_logit_rows
-        self._at_close = at_close
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
 
     def launch(self, plan: Plan) -> Future[StepResult]:
@@ -53,9 +51,8 @@ class Runner:
         return self._worker.submit(self._run, plan)
 
     def close(self) -> None:
-        """Finish the step under way, end the thread and whatever ``forward`` runs on."""
+        """Finish the step under way and end the thread."""
         self._worker.shutdown()
-        self._at_close()
 
     def _run(self, plan: Plan) -> StepResult:
         began = time.perf_counter()

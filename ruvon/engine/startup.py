@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,7 +49,7 @@ class Started:
     kernels: str  # the table's name
     dtype: str  # of the computation
     threads: int
-    close: Callable[[], None]  # ends the runner's thread
+    close: Callable[[], None]  # ends the threads; nothing runs afterwards
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> Started:
@@ -63,7 +64,25 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     checkpoint = open_checkpoint(config, progress)
     longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
     torch.set_num_threads(threads if stored_bytes(checkpoint) > SMALL_MODEL else 1)
-    backend = choose_backend(checkpoint.spec, config, device, threads)
+    ending = ExitStack()
+    try:
+        backend = choose_backend(checkpoint.spec, config, device, threads)
+        ending.callback(backend.close)
+        return assemble(checkpoint, config, backend, threads, ending, progress)
+    except BaseException:
+        ending.close()
+        raise
+
+
+def assemble(
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    backend: Backend,
+    threads: int,
+    ending: ExitStack,
+    progress: Progress,
+) -> Started:
+    """Everything that a backend and a checkpoint make. ``ending`` learns how to close it."""
     model = load_model(checkpoint, config, backend.ops, progress)
     torch.set_num_threads(threads)
     progress("loading tokenizer", 0.0)
@@ -74,10 +93,11 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(device, config, model.spec),
+        free_bytes=free_for_cache(backend.ops.device, config, model.spec),
     )
     eos_token_ids = tuple(dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids)))
     runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
+    ending.callback(runner.close)
     progress("warming up", 0.0)
     warm_up(runner, config)
     return Started(
@@ -93,11 +113,11 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
         tokenizer=tokenizer,
         chat=chat,
         memory=memory,
-        device=str(device),
+        device=str(backend.ops.device),
         kernels=backend.ops.name,
         dtype=str(backend.ops.dtype).removeprefix("torch."),
         threads=threads,
-        close=runner.close,
+        close=ending.close,
     )
 
 
@@ -118,7 +138,6 @@ def make_runner(
         block_size=config.block_size,
         device=backend.ops.device,
         max_logit_rows=limits.logit_rows,
-        at_close=backend.close,
     )
 
 
@@ -128,11 +147,7 @@ def warm_up(runner: Runner, config: EngineConfig) -> None:
     tokens = [0] * min(config.block_size, config.max_num_batched_tokens)
     row = SamplingRow(0, SamplingParams(temperature=0), tokens, len(tokens), 0)
     chunk = Chunk(0, tuple(tokens), 0, [0], True)
-    try:
-        runner.launch(Plan(0, (chunk,), (row,))).result()
-    except BaseException:
-        runner.close()
-        raise
+    runner.launch(Plan(0, (chunk,), (row,))).result()
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

@@ -81,15 +81,35 @@ def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
     assert started.engine.max_model_len == 96
 
 
-def test_a_model_that_cannot_run_leaves_no_thread(folder, monkeypatch):
+@pytest.mark.parametrize("kernels", ["torch", "cpu"])
+def test_a_model_that_cannot_run_leaves_no_thread(folder, monkeypatch, kernels):
     def broken(*arguments, **named):
         raise ArithmeticError("broken")
 
     before = threading.active_count()
     monkeypatch.setattr("ruvon.models.llama.Llama.forward", broken)
     with pytest.raises(ArithmeticError):
-        start_engine(settings(folder), lambda phase, share: None)
+        start_engine(settings(folder, kernels=kernels, threads=2), lambda phase, share: None)
     assert threading.active_count() == before
+
+
+def test_closing_ends_every_thread(folder):
+    before = threading.active_count()
+    started = start_engine(settings(folder, kernels="cpu", threads=2), lambda phase, share: None)
+    assert threading.active_count() == before + 2  # one launches steps, one helps it
+    started.close()
+    assert threading.active_count() == before
+
+
+def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
+    """The CPU kernels read the cache sixteen tokens at a time."""
+    with pytest.raises(ConfigError, match="--block-size 8"):
+        start_engine(settings(folder, kernels="cpu", block_size=8), lambda phase, share: None)
+    started = start_engine(
+        settings(folder, kernels="auto", device="cpu", block_size=8), lambda phase, share: None
+    )
+    started.close()
+    assert started.kernels == "torch"
 
 
 def test_what_is_not_there_is_said(tmp_path):
