@@ -21,7 +21,7 @@ are the kernels, on top of `tiles` (the innermost loops), `layout` (how data lie
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,24 +32,12 @@ from ruvon.kernels.cpu.compiled import Compiled, has_vnni
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.program import Param
 from ruvon.kernels.cpu.recorder import Recording
+from ruvon.kernels.cpu.simd import LANES
 from ruvon.kernels.cpu.tape import Forward, Limits, Program, Progress, Tape, sizes_of
 from ruvon.kernels.cpu.team import Team
-from ruvon.kernels.cpu.tiles import LANES
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
 
 __all__ = ["CpuKernels", "Limits", "Tape", "allocate_cache"]
-
-OPERATIONS = (
-    "embed",
-    "add",
-    "rms_norm",
-    "layer_norm",
-    "linear",
-    "write_kv",
-    "attention",
-    "take",
-    "logits",
-)
 
 
 class CpuKernels:
@@ -77,8 +65,15 @@ class CpuKernels:
         self.ops = Ops(
             name="cpu-vnni" if self._vnni else "cpu",
             pack=self._pack,
-            dtype=torch.float32,
-            **{name: functools.partial(self._operate, name) for name in OPERATIONS},
+            embed=functools.partial(self._operate, Recording.embed),
+            add=functools.partial(self._operate, Recording.add),
+            rms_norm=functools.partial(self._operate, Recording.rms_norm),
+            layer_norm=functools.partial(self._operate, Recording.layer_norm),
+            linear=functools.partial(self._operate, Recording.linear),
+            write_kv=functools.partial(self._operate, Recording.write_kv),
+            attention=functools.partial(self._operate, Recording.attention),
+            take=functools.partial(self._operate, Recording.take),
+            logits=functools.partial(self._operate, Recording.logits),
         )
 
     def record(
@@ -108,17 +103,17 @@ class CpuKernels:
     def _pack(self, weight: Weight) -> Packed:
         return pack(weight, self._dense_dtype, self._vnni)
 
-    def _operate(self, name: str, *arguments: Any) -> Any:
+    def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         if self._recording is not None:
-            return getattr(self._recording, name)(*arguments)
-        return self._compute(name, *arguments)
+            return operation(self._recording, *arguments)
+        return self._compute(operation, *arguments)
 
-    def _compute(self, name: str, *arguments: Any) -> Any:
+    def _compute(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """One operation, now."""
         tokens = arguments[0].shape[0]
-        logit_rows = arguments[1].shape[0] if name == "take" else 0
+        logit_rows = arguments[1].shape[0] if operation is Recording.take else 0
         recording = Recording({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows})
-        result = getattr(recording, name)(*arguments)
+        result = operation(recording, *arguments)
         for tensor in result if isinstance(result, tuple) else (result,):
             recording.floats(recording.value_of(tensor))
         batches = [a for a in arguments if isinstance(a, ForwardBatch)]

@@ -50,15 +50,24 @@ class Program:
             line[Field.KERNEL] = compiled.address(instruction.kernel)
             for field, number in instruction.fields.items():
                 line[field] = number
-        self._params = np.zeros(len(Param) + 8, dtype=np.int64)
+        self._params = np.zeros(len(Param), dtype=np.int64)
 
-    def run(self, sizes: dict[Param, int]) -> None:
-        """One step of these sizes; returns when all threads are done."""
+    def run(self, sizes: dict[Param, int], lines: Tensor | None = None) -> None:
+        """One step of these sizes; returns when all threads are done.
+
+        ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
+        """
         for param, size in sizes.items():
             self._params[param] = size
-        self._team.run(
-            self._memory.data_ptr(), len(self.instructions), int(self._params.ctypes.data)
-        )
+        memory = self._memory if lines is None else lines
+        self._team.run(memory.data_ptr(), memory.shape[0], int(self._params.ctypes.data))
+
+    def pick(self, numbers: Sequence[int]) -> Tensor:
+        """A copy of the instructions of these numbers."""
+        lines = aligned_bytes(len(numbers) * INSTRUCTION_BYTES).view(torch.int64)
+        lines = lines.view(-1, INSTRUCTION_BYTES // 8)
+        lines.copy_(self._memory[list(numbers)])
+        return lines
 
 
 def sizes_of(tokens: int, logit_rows: int, query_lens: np.ndarray[Any, Any]) -> dict[Param, int]:
@@ -93,7 +102,7 @@ class Tape:
         self._argmax = torch.zeros(limits.logit_rows, dtype=torch.int64)
         recording.argmax(logits, self._argmax)
         self._logits = logits
-        self._program = finish(recording)
+        self.program = finish(recording)
         self.num_rows = 0
 
     def replay(self, batch: ForwardBatch) -> Tensor:
@@ -105,7 +114,7 @@ class Tape:
             array[: given.size] = given
         tokens, self.num_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
         query_lens = np.diff(batch.query_starts.numpy())
-        self._program.run(sizes_of(tokens, self.num_rows, query_lens))
+        self.program.run(sizes_of(tokens, self.num_rows, query_lens))
         return self._logits[: self.num_rows]
 
     @property

@@ -1,0 +1,161 @@
+"""What each kernel of a CPU step costs, next to what the machine could do.
+
+    python bench/cpu_kernels.py [--threads 2] [--model FILE] [--json FILE]
+
+For decodes of 1 to 32 sequences and for a prompt of 512 tokens: milliseconds a step spends in each
+kind of instruction (all layers), the memory it reads and the multiply-adds it does. Ceilings are
+measured first: bytes read a second, and what one 16-row tile in the first-level cache reaches.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections import defaultdict
+
+import numpy as np
+import torch
+
+from ruvon.config import EngineConfig
+from ruvon.kernels.cpu import CpuKernels, Limits, Tape, allocate_cache
+from ruvon.kernels.cpu.program import Field
+from ruvon.kernels.cpu.recorder import Instruction
+from ruvon.kernels.cpu.tape import sizes_of
+from ruvon.kernels.cpu.tiles import KINDS
+from ruvon.kernels.ops import ForwardBatch, Quantized
+from ruvon.models import load_model
+from ruvon.models.checkpoint import open_checkpoint
+from ruvon.telemetry import silent
+
+PAGE, CONTEXT, PROMPT = 16, 200, 512
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--model", default=None)
+    parser.add_argument("--json", default=None)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    kernels = CpuKernels(args.threads)
+    ceilings = measure_ceilings(kernels)
+    print(f"{kernels.ops.name}, {args.threads} threads: ", end="")
+    print(f"reads {ceilings['GB/s']:.1f} GB/s, multiplies {ceilings['GOP/s']:.0f} GOP/s (q8)\n")
+    tape = load_tape(kernels, args.model)
+    results = {"ceilings": ceilings}
+    for name, batch in batches().items():
+        results[name] = report(name, tape, batch)
+    kernels.close()
+    if args.json:
+        with open(args.json, "w") as file:
+            json.dump(results, file, indent=1)
+
+
+def load_tape(kernels: CpuKernels, model_name: str | None) -> Tape:
+    config = EngineConfig(model=model_name)
+    model = load_model(open_checkpoint(config, silent), config, kernels.ops, silent)
+    spec = model.spec
+    cache = allocate_cache(
+        spec.num_layers, 32 * 16, spec.num_kv_heads, PAGE, spec.head_dim, torch.float16
+    )
+    return kernels.record(model.forward, cache, Limits(PROMPT, 64, 64, 64))
+
+
+def batches() -> dict[str, ForwardBatch]:
+    decodes = {f"decode {n}": make_batch([(CONTEXT, 1)] * n) for n in (1, 2, 4, 8, 16, 32)}
+    return {**decodes, f"prompt {PROMPT}": make_batch([(0, PROMPT)])}
+
+
+def make_batch(chunks: list[tuple[int, int]]) -> ForwardBatch:
+    """Sequences with so many tokens in the cache and so many new ones."""
+
+    def ints(values: object) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32)
+
+    per_sequence = max(-(-(start + new) // PAGE) for start, new in chunks)
+    tables = np.arange(len(chunks) * per_sequence).reshape(len(chunks), -1)
+    places = [(s, start + i) for s, (start, new) in enumerate(chunks) for i in range(new)]
+    starts = np.cumsum([0, *(new for _, new in chunks)])
+    return ForwardBatch(
+        token_ids=ints([(s * 7919 + at * 104729) % 40000 for s, at in places]),
+        positions=ints([at for _, at in places]),
+        slots=ints([int(tables[s, at // PAGE]) * PAGE + at % PAGE for s, at in places]),
+        block_tables=ints(tables.tolist()),
+        query_starts=ints(starts.tolist()),
+        context_lens=ints([start + new for start, new in chunks]),
+        logit_rows=ints((starts[1:] - 1).tolist()),
+        max_query=max(new for _, new in chunks),
+        max_context=max(start + new for start, new in chunks),
+    )
+
+
+def timed(work, seconds: float = 0.5) -> list[float]:
+    work()
+    times, end = [], time.perf_counter() + seconds
+    while time.perf_counter() < end or len(times) < 5:
+        began = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - began)
+    return times
+
+
+def measure_ceilings(kernels: CpuKernels) -> dict[str, float]:
+    memory = torch.ones(1 << 28, dtype=torch.float32)
+    read = min(timed(memory.sum))
+    weight = Quantized(
+        torch.zeros(64, 576, dtype=torch.int8), torch.ones(64, 18), None, group=32, bits=8
+    )
+    packed, x = kernels.ops.pack(weight), torch.zeros(8192, 576)
+    kernels.ops.linear(x, packed, None, "none")
+    whole = min(timed(lambda: kernels.ops.linear(x, packed, None, "none")))
+    return {"GB/s": memory.nbytes / read / 1e9, "GOP/s": 2 * 64 * 576 * 8192 / whole / 1e9}
+
+
+def kind_of_work(line: Instruction) -> str:
+    name, fields = line.kernel[0], line.fields
+    if name != "linear":
+        return name
+    tile = KINDS[line.kernel[1]]
+    n, k = fields[Field.WIDTH], fields[Field.STEPS] * tile.step
+    return f"{tile.storage} {n}{' x 2' if Field.GATE_BYTES in fields else ''} < {k}"
+
+
+def work_of(line: Instruction, tokens: int, rows: int) -> tuple[int, int]:
+    """(bytes of weights read, multiply-adds counted twice) of a product."""
+    if line.kernel[0] != "linear":
+        return 0, 0
+    fields, tile = line.fields, KINDS[line.kernel[1]]
+    tiles = fields[Field.PER_COUNT] * 2 * (2 if Field.GATE_BYTES in fields else 1)
+    height = rows if fields[Field.COUNT] >= 2 else tokens
+    k = fields[Field.STEPS] * tile.step
+    return tiles * fields[Field.TILE_BYTES], 2 * height * tiles * 16 * k
+
+
+def report(name: str, tape: Tape, batch: ForwardBatch) -> dict[str, float]:
+    step = timed(lambda: tape.replay(batch))
+    program, tokens = tape.program, batch.token_ids.numel()
+    sizes = sizes_of(tokens, tape.num_rows, np.diff(batch.query_starts.numpy()))
+    groups = defaultdict(list)
+    for number, line in enumerate(program.instructions):
+        groups[kind_of_work(line)].append(number)
+    low, middle = 1e3 * min(step), 1e3 * statistics.median(step)
+    print(f"{name}: {low:.2f} ms ({middle:.2f} median), {1e3 * tokens / low:.0f} tokens/s")
+    result = {"step": low, "step, median": middle}
+    for kind, numbers in groups.items():
+        lines = program.pick(numbers)
+        best = min(timed(lambda lines=lines: program.run(sizes, lines), 0.2))
+        work = [work_of(program.instructions[n], tokens, tape.num_rows) for n in numbers]
+        size, operations = (sum(column) for column in zip(*work, strict=True))
+        rates = (
+            f"{size / best / 1e9:8.1f} GB/s {operations / best / 1e9:6.0f} GOP/s" if size else ""
+        )
+        print(f"    {kind:20s} {len(numbers):4d} x {1e3 * best:8.3f} ms {rates}")
+        result[kind] = 1e3 * best
+    print(f"    {'sum':20s}        {sum(list(result.values())[2:]):8.3f} ms\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
