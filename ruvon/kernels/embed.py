@@ -14,11 +14,11 @@ from ruvon.kernels.pdl import release, wait
 def _take_kernel(
     table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr
 ):
-    release(PDL)
     out_row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
     wait(PDL)
+    release(PDL)  # not before: see ruvon.kernels.pdl
     row = tl.load(rows_ptr + out_row).to(tl.int64)
     values = tl.load(table_ptr + row * num_columns + columns, mask=inside)
     tl.store(out_ptr + out_row * num_columns + columns, values, mask=inside)

@@ -4,8 +4,8 @@ With up to `GEMV_ROWS` rows a product is bound by reading its weight once. `_gem
 program a few weight rows, loads them whole into registers *before* it waits for the kernel in front
 of it (see `ruvon.kernels.pdl`), and can apply the residual addition and the norm in front of the
 product itself, so that a layer is five launches. With up to `SKINNY_ROWS` rows `_skinny_kernel`
-uses tensor cores, asks for its weights before it waits, and splits long sums over programs. Both
-finish with bias and activation.
+uses tensor cores, asks for its weights before it waits, and splits long sums over programs; so do
+logits of any number of rows, in float32. Both finish with bias and activation.
 """
 
 from __future__ import annotations
@@ -68,12 +68,7 @@ def _gemv_kernel(
     GATED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """A norm is taken apart so that no sum waits for another: with gain g and shift b,
-
-    W norm(x) = rstd (W g) x - rstd mean (W g) 1 + W b
-
-    where the second and third products do not depend on x and are done before the wait.
-    """
+    release(PDL)
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     columns = tl.arange(0, BLOCK_K)
     used, inside = outputs < N, columns < K
@@ -90,24 +85,13 @@ def _gemv_kernel(
         bias = tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)
         if GATED:
             up_bias = tl.load(bias_ptr + N + outputs, mask=used, other=0.0).to(tl.float32)
-    weight, up = weight.to(tl.float32), up.to(tl.float32)
-    ones, up_ones = bias, up_bias
-    if NORM == 2:
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        bias += tl.sum(weight * shift, axis=1)
-        if GATED:
-            up_bias += tl.sum(up * shift, axis=1)
+    gain = tl.zeros([BLOCK_K], tl.float32)
+    shift = gain
     if NORM > 0:
-        gain = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)[None, :]
-        weight *= gain
-        if GATED:
-            up *= gain
+        gain = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     if NORM == 2:
-        ones = tl.sum(weight, axis=1)
-        if GATED:
-            up_ones = tl.sum(up, axis=1)
+        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     wait(PDL)
-    release(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
         if HAS_RESIDUAL:
@@ -115,23 +99,18 @@ def _gemv_kernel(
             if tl.program_id(0) == 0:
                 tl.store(total_ptr + row * K + columns, x, mask=inside)
         wide = x.to(tl.float32)
-        sums = tl.sum(weight * wide[None, :], axis=1)
-        up_sums = sums
-        if GATED:
-            up_sums = tl.sum(up * wide[None, :], axis=1)
-        if NORM > 0:
-            variance = tl.sum(wide * wide, axis=0) / K
+        if NORM > 0:  # both sums at once: every round through the whole program counts here
+            square = tl.sum(wide * wide, axis=0) / K
             if NORM == 2:
                 mean = tl.sum(wide, axis=0) / K
-                variance = tl.maximum(variance - mean * mean, 0.0)
-                sums -= mean * ones
-                up_sums -= mean * up_ones
-            scale = tl.rsqrt(variance + eps)
-            sums *= scale
-            up_sums *= scale
-        y = activate(sums + bias, ACTIVATION)
+                scale = tl.rsqrt(tl.maximum(square - mean * mean, 0.0) + eps)
+                wide = (wide - mean) * scale * gain + shift
+            else:
+                wide = wide * tl.rsqrt(square + eps) * gain
+            wide = wide.to(x.dtype).to(tl.float32)
+        y = activate(tl.sum(weight.to(tl.float32) * wide[None, :], axis=1) + bias, ACTIVATION)
         if GATED:
-            y *= up_sums + up_bias
+            y *= tl.sum(up.to(tl.float32) * wide[None, :], axis=1) + up_bias
         tl.store(out_ptr + row * N + outputs, y.to(out_ptr.dtype.element_ty), mask=used)
 
 
@@ -158,7 +137,8 @@ def _skinny_kernel(
     PREFETCH: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    rows = tl.arange(0, BLOCK_M)
+    release(PDL)
+    rows = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     tile, split = tl.program_id(0), tl.program_id(1)
     outputs = tile * BLOCK_N + tl.arange(0, BLOCK_N)
     used = outputs < N
@@ -171,8 +151,7 @@ def _skinny_kernel(
     if GATED:
         prefetch(weight_at + offset + first, num_bytes, PREFETCH)
     wait(PDL)
-    release(PDL)
-    x_at = x_ptr + rows[:, None] * x_stride
+    x_at = x_ptr + rows.to(tl.int64)[:, None] * x_stride
     sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     ups = sums
     for k in tl.range(first, last, BLOCK_K):
@@ -187,7 +166,7 @@ def _skinny_kernel(
     finishing = tile >= 0
     if SPLITS > 1:
         tile_ptr = partial_ptr + tile * SPLITS * BLOCK_M * BLOCK_N
-        cells = rows[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
+        cells = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
         tl.store(tile_ptr + split * BLOCK_M * BLOCK_N + cells, sums)
         tl.debug_barrier()  # every thread's part is written before one thread says so
         finishing = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
@@ -206,7 +185,7 @@ def _skinny_kernel(
         y = activate(sums, ACTIVATION)
         if GATED:
             y *= ups
-        out_at = out_ptr + rows[:, None] * N + outputs[None, :]
+        out_at = out_ptr + rows.to(tl.int64)[:, None] * N + outputs[None, :]
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=(rows < M)[:, None] & used[None, :])
 
 
@@ -224,11 +203,13 @@ class GemvTile(NamedTuple):
     warps: int
 
 
-def gemv_tile(k: int, gated: bool) -> GemvTile:
-    """Some 64 weights a thread: enough loads in flight, few enough registers to overlap."""
+def gemv_tile(k: int, gated: bool, normed: bool) -> GemvTile:
+    """As measured on an H100: few weights a thread, so that many programs fit; but more where a
+    norm has to be repeated by each of them."""
     columns = triton.next_power_of_2(k)
-    warps = 4 if columns <= 2048 else 8
-    outputs = max(1, warps * 32 * 64 // columns // (2 if gated else 1))
+    warps = 4 if columns <= 1024 else 8
+    per_thread = 64 if normed else 32
+    outputs = max(1, warps * 32 * per_thread // columns // (2 if gated else 1))
     return GemvTile(outputs, columns, warps)
 
 
@@ -247,7 +228,7 @@ def gemv(
     rows, k = x_TK.shape
     gated = activation == "silu_gated"
     n = weight.shape[0] // (2 if gated else 1)
-    tile = tile or gemv_tile(k, gated)
+    tile = tile or gemv_tile(k, gated, norm is not None)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
     total_TK = x_TK if residual_TK is None else torch.empty_like(x_TK)
     _gemv_kernel[(triton.cdiv(n, tile.outputs),)](
@@ -288,15 +269,26 @@ class SkinnyTile(NamedTuple):
 
 
 def skinny_tile(m: int, n: int, k: int, gated: bool) -> SkinnyTile:
-    """About two programs for each multiprocessor, by splitting sums where outputs are few."""
+    """As measured on an H100 (docs/log.md)."""
     rows = max(16, triton.next_power_of_2(m))
+    if rows > 64:
+        return SkinnyTile(128, 128, 64, 1, 4, 8)
     if gated:
-        return SkinnyTile(rows, 16, 128, 1, 3)
-    outputs = 64 if n >= 2048 else 32
-    columns = 128
-    tiles = triton.cdiv(n, outputs)
-    splits = max(1, min(264 // tiles, k // (2 * columns), 8))
-    return SkinnyTile(rows, outputs, columns, splits, 3 if rows == 64 else 4)
+        return SkinnyTile(rows, 32 if rows < 64 else 16, 64 if rows < 64 else 128, 1, 4)
+    if n > 16384:
+        return SkinnyTile(rows, 32, 256 if rows < 64 else 128, 1, 4)
+    tiles = triton.cdiv(n, 32)
+    splits = min(6, k // 256) if k > 1024 and tiles <= 32 else 1
+    return SkinnyTile(rows, 32, 128 if rows == 64 or splits > 1 else 256, splits, 4)
+
+
+def streams(n: int, k: int) -> bool:
+    """Whether `skinny` beats cuBLAS, which needs no launch in between but cannot overlap any.
+
+    On an H100 it does for weights of up to some 6 MB, and for heads: for them cuBLAS has no good
+    kernel that writes float32.
+    """
+    return n * k <= 3 << 20 or n > 16384
 
 
 def skinny(
@@ -309,7 +301,7 @@ def skinny(
     pdl: bool,
     tile: SkinnyTile | None = None,
 ) -> Tensor:
-    """act(x Wᵀ + b) for at most `SKINNY_ROWS` rows, on tensor cores."""
+    """act(x Wᵀ + b) on tensor cores."""
     rows, k = x_TK.shape
     gated = activation == "silu_gated"
     n = weight.shape[0] // (2 if gated else 1)
@@ -320,7 +312,7 @@ def skinny(
     tiles = triton.cdiv(n, tile.outputs)
     assert splits == 1 or tiles * splits <= SPLIT_PROGRAMS
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
-    _skinny_kernel[(tiles, splits)](
+    _skinny_kernel[(tiles, splits, triton.cdiv(rows, tile.rows))](
         x_TK,
         weight.tensors[0],
         bias_N,
@@ -359,7 +351,7 @@ def linear(
     rows, k = x_TK.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_TK, None, None, weight, bias_N, activation, x_TK.dtype, pdl)[0]
-    if rows <= SKINNY_ROWS:
+    if rows <= SKINNY_ROWS and streams(*weight.shape):
         return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl)
     dense_NK = weight.tensors[0]
     if activation == "gelu_tanh" and bias_N is not None and x_TK.is_cuda:
@@ -393,8 +385,4 @@ def logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) 
     rows, k = x_LC.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_LC, None, None, head, None, "none", torch.float32, pdl)[0]
-    if rows <= SKINNY_ROWS:
-        return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl)
-    if x_LC.is_cuda and x_LC.dtype != torch.float32:
-        return torch.mm(x_LC, head.tensors[0].T, out_dtype=torch.float32)
-    return F.linear(x_LC, head.tensors[0]).float()
+    return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl)

@@ -7,9 +7,10 @@ reads*. Every kernel here calls both exactly once. Because each waits for its pr
 waited for its own, `wait` orders a kernel after all earlier ones, and buffers may be reused as if
 launches were sequential.
 
-Most kernels release first thing. The products release after their own wait: then a kernel that
-follows one may read, before its wait, whatever was complete before the product began. Attention
-uses that to fetch cached keys and values while the product before it still runs.
+Most kernels release first thing, so several may be waiting, their weights already on the way. The
+first of a model's, which looks up embeddings, releases after its own wait. So whatever was complete
+before a step's model began (the batch's tables, the cache of earlier steps) can be read by all of
+its kernels before they wait; attention uses that to fetch keys and values early.
 """
 
 from __future__ import annotations

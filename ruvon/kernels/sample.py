@@ -36,7 +36,6 @@ NOT_A_NUMBER, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 IN_PROMPT = tl.constexpr(0x4000)  # a count's flag: the prompt holds this token
 COUNT = tl.constexpr(0x3FFF)
-STAGES = tl.constexpr(4)  # loads of a pass in flight
 
 
 class SamplingState(NamedTuple):
@@ -60,43 +59,33 @@ def load_scores(row, at, inside):
     """A row's scores after everything but temperature. ``row``: see `_sample_kernel`."""
     logits_ptr, counts_ptr, bias_ptr, history, bias, repetition, presence, frequency = row
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
-    if bias >= 0:
-        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
-    if history >= 0:
-        seen = tl.load(counts_ptr + at, mask=inside, other=0).to(tl.int32)
-        count = (seen & COUNT).to(tl.float32)
-        z = tl.where(seen != 0, tl.where(z > 0, z / repetition, z * repetition), z)
-        z -= count * frequency + tl.where(count > 0, presence, 0.0)
-    return z
+    # Masks and no branches, which would keep the loads of a loop from overlapping.
+    z += tl.load(bias_ptr + at, mask=inside & (bias >= 0), other=0.0).to(tl.float32)
+    seen = tl.load(counts_ptr + at, mask=inside & (history >= 0), other=0).to(tl.int32)
+    count = (seen & COUNT).to(tl.float32)
+    z = tl.where(seen != 0, tl.where(z > 0, z / repetition, z * repetition), z)
+    return z - (count * frequency + tl.where(count > 0, presence, 0.0))
 
 
 @triton.jit
-def finite(z):
-    return tl.where(z == float("-inf"), 0.0, z)
-
-
-@triton.jit
-def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
-    """The first pass, by lane: the best score and where, the lowest finite one, the mass relative
-    to the best, and whether anything is not a number. Greedy rows need only the best."""
+def survey(row, V, BLOCK: tl.constexpr):
+    """The best score and the first token that has it, the lowest finite one, and whether any is
+    not a number."""
     lanes = tl.arange(0, BLOCK)
     best_N = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at_N = tl.zeros([BLOCK], tl.int32)
     lowest_N = tl.full([BLOCK], float("inf"), tl.float32)
-    mass_N = tl.zeros([BLOCK], tl.float32)
     broken_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, V, BLOCK, loop_unroll_factor=4):  # several loads in flight
         at = start + lanes
         z = load_scores(row, at, at < V)
         broken_N |= (z != z).to(tl.int32)
-        new_N = tl.maximum(best_N, z)
         best_at_N = tl.where(z > best_N, at, best_at_N)
-        if sampled:
-            base = finite(new_N)
-            mass_N = mass_N * tl.exp2((best_N - base) * rate) + tl.exp2((z - base) * rate)
-            lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
-        best_N = new_N
-    return best_N, best_at_N, lowest_N, mass_N, broken_N
+        best_N = tl.maximum(best_N, z)
+        lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
+    best = tl.max(best_N, axis=0)
+    token = tl.min(tl.where(best_N == best, best_at_N, V), axis=0)
+    return best, token, tl.min(lowest_N, axis=0), tl.max(broken_N, axis=0)
 
 
 @triton.jit
@@ -104,7 +93,7 @@ def mass_within(row, V, floor, pivot, top, rate, BLOCK: tl.constexpr):
     """By lane, the mass of scores of at least ``floor`` and more than ``pivot``."""
     lanes = tl.arange(0, BLOCK)
     mass_N = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, V, BLOCK):
         at = start + lanes
         z = load_scores(row, at, at < V)
         within = (z >= floor) & (z > pivot)
@@ -118,7 +107,7 @@ def count_at_least(row, V, one, two, three, BLOCK: tl.constexpr):
     lanes = tl.arange(0, BLOCK)
     one_N = tl.zeros([BLOCK], tl.int32)
     two_N, three_N = one_N, one_N
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, V, BLOCK):
         at = start + lanes
         z = load_scores(row, at, at < V)
         one_N += (z >= one).to(tl.int32)
@@ -169,11 +158,11 @@ def score_drawn(logits_ptr, token, V, BLOCK: tl.constexpr):
     top_N = tl.full([BLOCK], float("-inf"), tl.float32)
     weight_N = tl.zeros([BLOCK], tl.float32)
     ahead_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
+    for start in tl.range(0, V, BLOCK):
         at = start + lanes
         z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf"))
         new_N = tl.maximum(top_N, z)
-        base = finite(new_N)
+        base = tl.where(new_N == float("-inf"), 0.0, new_N)
         weight_N = weight_N * tl.exp(top_N - base) + tl.exp(z - base)
         ahead_N += (z > chosen).to(tl.int32)
         top_N = new_N
@@ -220,19 +209,14 @@ def _sample_kernel(
         tl.load(floats + 5),
     )
     rate = 1.4426950408889634 / tl.where(temperature > 0.0, temperature, 1.0)
-    best_N, best_at_N, lowest_N, mass_N, broken_N = survey(row, V, rate, temperature > 0.0, BLOCK)
-    top = tl.max(best_N, axis=0)
-    token = tl.min(tl.where(best_N == top, best_at_N, V), axis=0)
+    top, token, lowest, broken = survey(row, V, BLOCK)
 
     if (temperature > 0.0) & (top < float("inf")) & (top > float("-inf")):
         floor = tl.where(min_p > 0.0, top + tl.log2(tl.maximum(min_p, 1e-30)) / rate, float("-inf"))
         if (top_k > 0) & (top_k < V):
-            lowest = tl.min(lowest_N, axis=0)
             floor = tl.maximum(floor, kth_score(row, V, top_k, lowest, top, BLOCK))
         pivot = tl.full([], float("-inf"), tl.float32)
-        mass_N *= tl.exp2((best_N - top) * rate)
-        if floor > float("-inf"):
-            mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
+        mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
         kept = tl.sum(mass_N, axis=0)
         low_seed = tl.load(ints + 7).to(tl.uint32, bitcast=True).to(tl.uint64)
         high_seed = tl.load(ints + 8).to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -260,7 +244,7 @@ def _sample_kernel(
 
     token = tl.where(top == float("-inf"), -3, token)
     token = tl.where(top == float("inf"), -2, token)
-    token = tl.where(tl.max(broken_N, axis=0) > 0, -1, token)
+    token = tl.where(broken > 0, -1, token)
     if (tl.load(ints + 12) > 0) & (token >= 0):
         logprob, rank = score_drawn(logits_row, token, V, BLOCK)
         tl.store(logprobs_ptr + index, logprob)
@@ -329,7 +313,7 @@ def sample(
         COLUMNS=triton.next_power_of_2(triton.cdiv(vocab, block)),
         PARAMS=PARAMS,
         PDL=pdl,
-        num_warps=8,
+        num_warps=16,
         launch_pdl=pdl,
     )
 
