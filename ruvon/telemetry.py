@@ -106,7 +106,8 @@ class Metrics:
         self.totals = Totals()
         self._labels = {"model_name": model_name, "engine": "0"}
         self._make_engine_metrics()
-        self._make_request_metrics(one_two_five(max_model_len))
+        self._make_request_counters()
+        self._make_request_histograms(one_two_five(max_model_len))
 
     def _make_engine_metrics(self) -> None:
         self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
@@ -125,8 +126,7 @@ class Metrics:
             "iteration_tokens_total", "Tokens computed in one step.", STEP_TOKENS_BUCKETS
         )
 
-    def _make_request_metrics(self, lengths: Iterable[int]) -> None:
-        lengths = tuple(lengths)
+    def _make_request_counters(self) -> None:
         self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
         self._output_tokens = self._counter("generation_tokens", "Tokens generated.")
         self._prompt_cached = self._counter("prompt_tokens_cached", "Prompt tokens from the cache.")
@@ -150,6 +150,8 @@ class Metrics:
         )
         for reason in ("stop", "length", "abort", "error"):
             self._finished.labels(**self._labels, finished_reason=reason)
+
+    def _make_request_histograms(self, lengths: tuple[int, ...]) -> None:
         self._lengths = {
             name: self._histogram(name, help, lengths)
             for name, help in {

@@ -11,8 +11,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ruvon import __version__
 from ruvon.engine.checks import check_ids
 from ruvon.server.middleware import json_response
+from ruvon.server.parsing import parse
 from ruvon.server.requests import aside, encode_chat
-from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest, parse
+from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.state import STATE, Service, State
 from ruvon.server.wire import ModelCard
 

@@ -76,7 +76,7 @@ class Answer:
     async def send(self, http: web.Request, ignored: Sequence[str]) -> web.StreamResponse:
         """Run the jobs and send what they give. Whichever way this is left, it frees what the
         jobs held."""
-        names = ",".join(quote(name) for name in ignored)
+        names = ",".join(quote(name, safe="[]") for name in ignored)
         headers = {"X-Ruvon-Ignored": names} if names else {}
         async with aclosing(self._service.loop.generate(self._jobs)) as stream:
             try:

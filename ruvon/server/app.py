@@ -16,7 +16,7 @@ from ruvon.errors import ConfigError
 from ruvon.server import admin
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
-from ruvon.server.lifecycle import Start, engine_context
+from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import configure_logging
@@ -66,6 +66,8 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     configure_logging(server.log_level, server.log_format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(create_app(config, server)))
+    if still_loading():  # in native code, which does not survive the interpreter's tidying up
+        os._exit(0)
 
 
 async def run(app: web.Application) -> None:
@@ -74,8 +76,8 @@ async def run(app: web.Application) -> None:
     runner = make_runner(app)
     await runner.setup()
     try:
-        await listen(runner, state.server)
         watch_signals(state)
+        await listen(runner, state.server)
         await state.ended.wait()
         await drain(state)
     finally:

@@ -12,8 +12,9 @@ from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.answers import Answer
 from ruvon.server.choices import Piece
 from ruvon.server.logprobs import chat_logprobs, prompt_logprobs
+from ruvon.server.parsing import parse
 from ruvon.server.requests import prepare_chat
-from ruvon.server.schemas import ChatRequest, parse
+from ruvon.server.schemas import ChatRequest
 from ruvon.server.state import STATE
 from ruvon.server.wire import ChatChoice, ChatChunkChoice, ChatDelta, ChatLogprobs, ChatMessage
 

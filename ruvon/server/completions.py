@@ -11,8 +11,9 @@ from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.answers import Answer
 from ruvon.server.choices import Piece
 from ruvon.server.logprobs import OffsetLogprobs, num_characters, prompt_logprobs
+from ruvon.server.parsing import parse
 from ruvon.server.requests import prepare_completion
-from ruvon.server.schemas import CompletionRequest, parse
+from ruvon.server.schemas import CompletionRequest
 from ruvon.server.state import STATE
 from ruvon.server.wire import CompletionChoice, CompletionLogprobs
 

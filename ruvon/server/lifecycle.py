@@ -22,13 +22,15 @@ from ruvon import __version__
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import Started
+from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
 from ruvon.server.requests import sampling_defaults
 from ruvon.server.state import STATE, Service, State
-from ruvon.telemetry import Metrics, Progress, stats_line
+from ruvon.telemetry import Metrics, Progress, Totals, stats_line
 
 log = structlog.get_logger(__name__)
 
+LOADER = "ruvon-load"  # the loading thread
 STATS_EVERY = 10.0  # seconds between stats lines, while there is work
 
 Start: TypeAlias = Callable[[EngineConfig, Progress], Started]
@@ -53,18 +55,18 @@ def engine_context(start: Start) -> Callable[[web.Application], AsyncIterator[No
 
 
 async def load(state: State, start: Start) -> None:
-    """Make ``state`` ready, or say in ``state.failure`` why that cannot be."""
+    """Make ``state`` ready, or say in ``state.failure`` why that cannot be and end the server."""
     began = time.monotonic()
     try:
         template = state.server.chat_template
         source = None if template is None else read_template(template)
         started = await in_thread(lambda: start(state.engine, state.progress))
         chat = started.chat if source is None else load_chat(started.tokenizer, source)
+        service = make_service(started, chat, state.server)
     except Exception as error:
         state.failure = error
         state.ended.set()
         return
-    service = make_service(started, chat, state.server)
     service.loop.start()
     state.phase, state.share, state.service = "ready", 1.0, service
     announce(started, service, time.monotonic() - began)
@@ -73,7 +75,7 @@ async def load(state: State, start: Start) -> None:
 def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Service:
     """What handlers need, out of what start-up made."""
     checkpoint, engine = started.checkpoint, started.engine
-    names = [name.strip() for name in (server.served_model_name or checkpoint.name).split(",")]
+    names = served_names(server.served_model_name or checkpoint.name)
     metrics = Metrics(names[0], engine.max_model_len)
     metrics.describe_cache(
         block_size=engine.config.block_size,
@@ -84,7 +86,7 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
     )
     generation = checkpoint.generation if server.generation_config == "auto" else {}
     return Service(
-        names=tuple(name for name in names if name),
+        names=names,
         root=str(checkpoint.name),
         loop=EngineLoop(engine, metrics),
         tokenizer=started.tokenizer,
@@ -94,6 +96,14 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
         defaults=sampling_defaults(generation),
         close=started.close,
     )
+
+
+def served_names(text: str) -> tuple[str, ...]:
+    """``"a, b"`` → ``("a", "b")``."""
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ConfigError(f"served_model_name {text!r} holds no name")
+    return names
 
 
 def fingerprint(started: Started) -> str:
@@ -123,23 +133,28 @@ async def in_thread(work: Callable[[], T]) -> T:
         else:
             settle(lambda: future.set_result(result))
 
-    threading.Thread(target=run, name="ruvon-load", daemon=True).start()
+    threading.Thread(target=run, name=LOADER, daemon=True).start()
     return await future
 
 
+def still_loading() -> bool:
+    """Whether the loading thread is at work, which `in_thread`'s caller may have given up."""
+    return any(thread.name == LOADER for thread in threading.enumerate())
+
+
 async def report(state: State) -> None:
-    """The stats line, every few seconds in which the engine worked."""
+    """The stats line, after every few seconds in which the engine worked."""
+    before = Totals()
     while True:
+        began = time.monotonic()
+        await asyncio.sleep(STATS_EVERY)
         if state.service is None:
-            await asyncio.sleep(STATS_EVERY)
             continue
         metrics, engine = state.service.metrics, state.service.loop.engine
-        totals = metrics.totals
-        before, since = replace(totals), time.monotonic()
-        await asyncio.sleep(STATS_EVERY)
-        if totals.steps != before.steps:
+        if metrics.totals.steps != before.steps:
             metrics.set_load(*engine.load)
-            log.info("stats", **stats_line(before, totals, time.monotonic() - since))
+            log.info("stats", **stats_line(before, metrics.totals, time.monotonic() - began))
+        before = replace(metrics.totals)
 
 
 def announce(started: Started, service: Service, seconds: float) -> None:

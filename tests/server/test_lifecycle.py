@@ -11,9 +11,11 @@ import aiohttp
 import orjson
 import pytest
 from serving import ScriptRunner, fake_start
+from structlog.testing import capture_logs
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.errors import ConfigError, LoadError
+from ruvon.server import lifecycle
 from ruvon.server.app import create_app, drain, listen, make_runner, run
 
 
@@ -84,6 +86,44 @@ async def test_a_chat_template_of_ones_own(serve, tmp_path):
     server = await serve("ok", server=ServerConfig(port=0, chat_template=str(template)))
     ids = (await server.chat("Hi", return_token_ids=True)).json["prompt_token_ids"]
     assert bytes(ids) == b"[Hi]"
+
+
+async def test_a_served_name_that_is_none_ends_the_run():
+    server = ServerConfig(port=0, served_model_name=" , ")
+    app = create_app(EngineConfig(), server, fake_start(ScriptRunner(""), EngineConfig()))
+    with pytest.raises(ConfigError, match="served_model_name"):
+        await run(app)
+
+
+async def test_log_lines_of_a_run(serve, monkeypatch):
+    monkeypatch.setattr(lifecycle, "STATS_EVERY", 0.05)
+    with capture_logs() as logs:
+        server = await serve("Hello")
+        await server.chat("Hi", stream=True)
+        await server.until(lambda: any(entry["event"] == "stats" for entry in logs))
+    entries = {entry["event"]: entry for entry in logs}
+    assert entries["loading"]["phase"] == "pretending"
+    assert entries["ready"]["model"] == "org/fake"
+    request = entries["request"]
+    assert request["ttft_ms"] > 0
+    del request["ttft_ms"], request["ms"], request["id"]
+    assert request == {
+        "event": "request", "log_level": "info", "method": "POST", "path": "/v1/chat/completions",
+        "status": 200, "stream": True, "prompt_tokens": 21, "cached_tokens": 0, "output_tokens": 6,
+    }  # fmt: skip
+    assert entries["stats"]["output_tok_s"] > 0
+
+
+async def test_request_lines_can_be_off(serve):
+    with capture_logs() as logs:
+        server = await serve("Hello", server=ServerConfig(port=0, log_requests=False))
+        await server.chat()
+    assert not any(entry["event"] == "request" for entry in logs)
+
+
+def test_sizes_for_people():
+    sizes = [lifecycle.size(n) for n in (0, 1023, 1024, 1536, 3 << 30, 1 << 60)]
+    assert sizes == ["0.0 B", "1023.0 B", "1.0 KiB", "1.5 KiB", "3.0 GiB", "1048576.0 TiB"]
 
 
 async def test_a_taken_port_is_named():

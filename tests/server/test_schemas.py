@@ -6,7 +6,8 @@ import orjson
 import pytest
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas import MAX_IGNORED, ChatRequest, CompletionRequest, parse
+from ruvon.server.parsing import MAX_IGNORED, parse
+from ruvon.server.schemas import ChatRequest, CompletionRequest
 
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
