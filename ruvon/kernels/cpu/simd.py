@@ -281,15 +281,15 @@ def scatter_lanes(typing, bits, brain, address, x):
     return define(types.void, (bits, brain, types.intp, f32x16), emit)
 
 
+def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
+    hints = [ir.Constant(I32, number) for number in (0, 2, 1)]  # to read, into L2, data
+    call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(b, address, I8), *hints])
+
+
 @intrinsic
 def prefetch(typing, address):
     """Ask for a cache line that will be read soon."""
-
-    def emit(b, address):
-        hints = [ir.Constant(I32, number) for number in (0, 2, 1)]  # read, keep in L2, data
-        call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(b, address, I8), *hints])
-
-    return define(types.void, (types.intp,), emit)
+    return define(types.void, (types.intp,), emit_prefetch)
 
 
 # Memory: scalars

@@ -29,6 +29,7 @@ from ruvon.kernels.cpu.simd import (
     LANES,
     call,
     define,
+    emit_prefetch,
     f32x16,
     fused,
     greater,
@@ -329,6 +330,15 @@ def dense_step(
     return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
 
 
+def fetch_ahead(b: ir.IRBuilder, w: ir.Value, s: ir.Value, ahead: ir.Value, kind: TileKind) -> None:
+    """Ask for the same place in the next tile. What the hardware fetches by itself ends at each
+    4 KB; this doubles what one row's product gets out of memory, into the second-level cache:
+    the first has too few requests in flight."""
+    lines = [offset(b, w, line) for line in range(0, kind.step_bytes, 64)]
+    for line in [*lines, s] if kind.quantized else lines:
+        emit_prefetch(b, b.add(line, ahead))
+
+
 def emit_product(
     b: ir.IRBuilder, kind: TileKind, rows: int, w: ir.Value, x: ir.Value, steps: ir.Value
 ) -> list[ir.Value]:
@@ -337,6 +347,7 @@ def emit_product(
 
     def body(carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, *outs = carried
+        fetch_ahead(b, w, s, ahead, kind)
         if kind.quantized:
             outs = quantized_step(b, w, s, x, outs, kind)
         else:
@@ -346,6 +357,7 @@ def emit_product(
         return [offset(b, w, kind.step_bytes), s, offset(b, x, x_bytes), *outs]
 
     scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
+    ahead = b.mul(steps, number(kind.step_bytes + kind.group_scale_bytes))
     _, _, _, *outs = counted_loop(b, steps, [w, scales, x, *[ZEROS] * rows], body)
     return outs
 
