@@ -15,7 +15,7 @@ from aiohttp import web
 
 from ruvon.engine.loop import Stream
 from ruvon.engine.types import Emission, Job
-from ruvon.server.choices import Choices, Piece
+from ruvon.server.choices import Choices, Piece, joined
 from ruvon.server.events import Envelope, send_events
 from ruvon.server.middleware import FACTS
 from ruvon.server.schemas import GenerationFields
@@ -92,14 +92,11 @@ class Answer:
 
     async def _fold(self, stream: Stream) -> Mapping[str, Any]:
         """The whole answer."""
-        wholes: dict[int, Piece] = {}
+        parts: list[list[Piece]] = [[] for job in self._jobs for _ in range(job.n)]
         async for emissions in stream:
             for piece in self._push(emissions, stream):
-                if piece.index in wholes:
-                    wholes[piece.index].add(piece)
-                else:
-                    wholes[piece.index] = piece
-        pieces = [wholes[index] for index in sorted(wholes)]
+                parts[piece.index].append(piece)
+        pieces = [joined(part) for part in parts]
         return {**self._fields, **self._format.whole(pieces), "usage": self._choices.usage()}
 
     async def _events(self, first: list[Piece], stream: Stream) -> AsyncGenerator[bytes, None]:
@@ -107,9 +104,8 @@ class Answer:
         request = self._request
         envelope = Envelope(self._fields, request.include_usage)
         opening, extra = self._format.opening()
-        yield b"".join(envelope.chunk(choice, extra) for choice in opening) + self._chunks(
-            first, envelope
-        )
+        data = b"".join(envelope.chunk(choice, extra) for choice in opening)
+        yield data + self._chunks(first, envelope)
         async for emissions in stream:
             data = self._chunks(self._push(emissions, stream), envelope)
             if data:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from ruvon.engine.loop import Stream
 from ruvon.engine.types import Emission, Job, TokenLogprobs
@@ -30,13 +31,19 @@ class Piece:
     finish: str | None = None
     stop_reason: str | int | None = None
 
-    def add(self, other: Piece) -> None:
-        """Continue with a later piece of the same choice."""
-        self.text += other.text
-        self.tokens += other.tokens
-        self.logprobs += other.logprobs
-        self.prompt_logprobs = self.prompt_logprobs or other.prompt_logprobs
-        self.finish, self.stop_reason = other.finish, other.stop_reason
+
+def joined(pieces: Sequence[Piece]) -> Piece:
+    """All pieces of one choice as one."""
+    first, last = pieces[0], pieces[-1]
+    return Piece(
+        first.index,
+        text="".join(piece.text for piece in pieces),
+        tokens=[token for piece in pieces for token in piece.tokens],
+        logprobs=[entry for piece in pieces for entry in piece.logprobs],
+        prompt_logprobs=first.prompt_logprobs,
+        finish=last.finish,
+        stop_reason=last.stop_reason,
+    )
 
 
 class Choice:
@@ -95,7 +102,7 @@ class Choices:
 
     def __init__(self, jobs: Sequence[Job], tokenizer: Tokenizer) -> None:
         self._choices = [Choice(job, tokenizer) for job in jobs for _ in range(job.n)]
-        self._firsts = {sum(job.n for job in jobs[:i]) for i in range(len(jobs))}
+        self._firsts = {0, *accumulate(job.n for job in jobs)}  # of each job, and one past all
         self._cached: dict[int, int] = {}  # first choice of a job → its cached prompt tokens
         self._num_prompt = sum(len(job.prompt) for job in jobs)
 
