@@ -208,6 +208,7 @@ def _sample_kernel(
         tl.load(floats + 4),
         tl.load(floats + 5),
     )
+    V = tl.where(seat >= 0, V, 0)  # padding has nothing to look at
     rate = 1.4426950408889634 / tl.where(temperature > 0.0, temperature, 1.0)
     top, token, lowest, broken = survey(row, V, BLOCK)
 
@@ -258,19 +259,6 @@ def _sample_kernel(
             tl.store(place, seen + tl.where((seen & COUNT) < COUNT, 1, 0).to(tl.int16))
 
 
-@triton.jit
-def _resolve_kernel(
-    ids_ptr, last_tokens_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
-    release(PDL)
-    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = at < size
-    wait(PDL)
-    ids = tl.load(ids_ptr + at, mask=inside, other=0)
-    drawn = tl.load(last_tokens_ptr + (-1 - ids), mask=inside & (ids < 0), other=0)
-    tl.store(out_ptr + at, tl.where(ids < 0, drawn, ids), mask=inside)
-
-
 def make_state(seats: int, vocab_size: int, device: torch.device) -> SamplingState:
     return SamplingState(
         torch.zeros(seats, dtype=torch.int32, device=device),
@@ -315,12 +303,4 @@ def sample(
         PDL=pdl,
         num_warps=16,
         launch_pdl=pdl,
-    )
-
-
-def resolve(ids_T: Tensor, last_tokens: Tensor, out_T: Tensor, pdl: bool = False) -> None:
-    """Ids as they are; ``-1 - seat`` becomes what that seat drew last."""
-    grid = (triton.cdiv(ids_T.shape[0], 256),)
-    _resolve_kernel[grid](
-        ids_T, last_tokens, out_T, ids_T.shape[0], BLOCK=256, PDL=pdl, launch_pdl=pdl
     )

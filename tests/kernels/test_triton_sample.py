@@ -13,6 +13,7 @@ GPU = interpreter.mend()
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
+from ruvon.kernels.begin import begin
 
 DEVICE = torch.device("cuda" if GPU else "cpu")
 VOCAB = 5000  # more than one block, and not a multiple of it
@@ -164,9 +165,12 @@ def test_penalties_and_bias():
     assert int(state.counts[0, expected]) == before + 1
 
 
-def test_ids_resolve_to_what_a_seat_drew():
+def test_a_step_begins_with_what_only_the_device_knows():
     last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
     ids = torch.tensor([5, -1, -3, 0], dtype=torch.int32, device=DEVICE)
+    patches = torch.tensor([[3, 9], [-1, 4], [0, 7]], dtype=torch.int32, device=DEVICE)
+    tables = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
     out = torch.empty_like(ids)
-    kernels.resolve(ids, last, out)
+    begin(ids, last, out, patches, tables)
     assert out.tolist() == [5, 50, 70, 0]
+    assert tables.tolist() == [[7, 0, 0], [9, 0, 0]]

@@ -1,0 +1,318 @@
+"""GpuRunner: steps as graph replays, launched without waiting for the step before.
+
+`launch` turns a plan into words, sends them and replays a graph, which takes the host a fraction of
+a millisecond; a thread waits for the device and takes the tokens down. Where a chunk has `UNDRAWN`
+for a token, the device fills in what the sequence's seat drew last.
+
+What the device cannot do (`needs_host`) goes the slow way, with nothing else under way.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import chain, cycle
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.engine.graphs import (
+    Bucket,
+    Captured,
+    Graphs,
+    Words,
+    choose_bucket,
+    clear,
+    mixed_buckets,
+    single_buckets,
+)
+from ruvon.engine.runner import Runner
+from ruvon.engine.sampler import LOWEST_LOGPROB
+from ruvon.engine.seats import Seating, Seats
+from ruvon.engine.seatwork import SeatWork
+from ruvon.engine.types import UNDRAWN, Plan, StepResult, TokenLogprobs
+from ruvon.kernels import sample
+from ruvon.kernels.ops import ForwardBatch
+from ruvon.telemetry import Progress
+
+STAGES = 3  # steps whose pinned memory is in use: two under way, one being prepared
+
+ERRORS = {
+    sample.NOT_A_NUMBER: "the model computed logits that are not numbers (NaN)",
+    sample.INFINITE: "the model computed an infinite logit",
+    sample.NOTHING_LEFT: "no token is left: every one is ruled out by what the request bans or "
+    "allows",
+}
+
+
+def needs_host(plan: Plan) -> bool:
+    """Prompt logprobs want many rows of logits; bad words look at all drawn tokens; typical_p
+    sorts the vocabulary."""
+    return bool(plan.prompt_rows) or any(
+        row.sampling.typical_p < 1 or row.sampling.bad_words for row in plan.rows
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Staging:
+    """Pinned memory of one step under way, and the event that says it is over."""
+
+    words: Tensor
+    results: Tensor  # as `Graphs.results`
+    done: Any  # torch.cuda.Event; None on a CPU, where nothing is asynchronous
+
+    def wait(self) -> None:
+        if self.done is not None:
+            self.done.synchronize()
+
+
+def make_staging(graphs: Graphs) -> Staging:
+    cuda = graphs.words.is_cuda
+    words = torch.zeros(graphs.words.shape, dtype=torch.int32, pin_memory=cuda)
+    results = torch.zeros(graphs.results.shape, dtype=torch.int32, pin_memory=cuda)
+    return Staging(words, results, torch.cuda.Event() if cuda else None)
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """A launched step."""
+
+    plan: Plan
+    staging: Staging
+    began: float
+    tops: dict[int, tuple[Tensor, Tensor]]  # row → log-probabilities and ids of alternatives
+
+
+class GpuRunner:
+    """Implements the engine's `Runner` protocol, for up to two steps under way."""
+
+    def __init__(
+        self,
+        forward: Callable[[ForwardBatch], Tensor],
+        on_host: Runner,
+        *,
+        device: torch.device,
+        block_size: int,
+        vocab_size: int,
+        max_model_len: int,
+        max_seqs: int,
+        max_tokens: int,
+        eos_token_ids: Sequence[int],
+        pdl: bool,
+        progress: Progress,
+    ) -> None:
+        """``on_host`` runs the plans that graphs cannot; ``max_tokens`` bounds a step."""
+        self._on_host = on_host
+        self._block_size = block_size
+        self._singles = single_buckets(max_seqs)
+        self._mixed = mixed_buckets(max_tokens, max_seqs)
+        width = -(-max_model_len // block_size)
+        state = sample.make_state(max_seqs, vocab_size, device)
+        self._seats = Seats(max_seqs, width, block_size)
+        self._work = SeatWork(state, eos_token_ids)
+        self._graphs = Graphs(
+            forward,
+            state,
+            table_width=width,
+            max_context=max_model_len,
+            buckets=self._singles + self._mixed,
+            pdl=pdl,
+        )
+        with torch.inference_mode():
+            self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
+        self._staging = cycle([make_staging(self._graphs) for _ in range(STAGES)])
+        self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
+        self._last: tuple[Plan, Future[StepResult]] | None = None
+        self._drawn_on_host: dict[int, int] = {}  # by the last step, if it ran there
+        self.num_misses = 0  # steps that no graph could run
+
+    def launch(self, plan: Plan) -> Future[StepResult]:
+        """Begin a step. The future holds its result, or whatever went wrong."""
+        bucket = choose_bucket(self._singles, self._mixed, plan.num_tokens, len(plan.chunks))
+        if bucket is None or needs_host(plan):
+            future = self._run_on_host(plan)
+        else:
+            with torch.inference_mode():
+                flight = self._launch(plan, bucket)
+            self._drawn_on_host = {}
+            future = self._waiter.submit(land, flight)
+        self._last = (plan, future)
+        return future
+
+    def close(self) -> None:
+        """Finish the steps under way and end the threads."""
+        self._waiter.shutdown()
+        self._on_host.close()
+
+    # ---------------------------------------------------------------- on the device
+
+    def _launch(self, plan: Plan, bucket: Bucket) -> Flight:
+        began = time.perf_counter()
+        staging = next(self._staging)
+        staging.wait()
+        captured = self._captured[bucket]
+        seating = self._seats.assign(plan.chunks, bucket.sequences)
+        self._work.move(seating.moves)
+        inputs = captured.layout.views(staging.words.numpy())
+        clear(inputs)
+        self._fill(plan, seating, inputs)
+        size = captured.layout.size
+        self._graphs.words[:size].copy_(staging.words[:size], non_blocking=True)
+        captured.replay()
+        staging.results.copy_(self._graphs.results, non_blocking=True)
+        tops = alternatives(plan, captured.logits_LV)
+        if staging.done is not None:
+            staging.done.record()
+        return Flight(plan, staging, began, tops)
+
+    def _fill(self, plan: Plan, seating: Seating, inputs: dict[str, Words]) -> None:
+        """Write a step's inputs. Tokens lie in the order of seats, one sequence after another."""
+        chunks, num = plan.chunks, len(plan.chunks)
+        seats = np.array(seating.seats, dtype=np.int32)
+        queries = np.fromiter((len(chunk.tokens) for chunk in chunks), np.int32, num)
+        starts = np.fromiter((chunk.start for chunk in chunks), np.int32, num)
+        inputs["context_lens"][seats] = starts + queries
+        counts = np.zeros_like(inputs["context_lens"])
+        counts[seats] = queries
+        np.cumsum(counts, out=inputs["query_starts"][1:])
+        first = inputs["query_starts"][seats]
+        self._fill_tokens(plan, seating, (seats, queries, starts, first), inputs)
+        self._fill_patches(seating, inputs["patches"])
+        samples = np.fromiter((chunk.samples for chunk in chunks), np.bool_, num)
+        num_rows = len(plan.rows)
+        inputs["logit_rows"][:num_rows] = (first + queries - 1)[samples]
+        newcomers = {seating.seats[i] for i in seating.newcomers}
+        row_seats = seats[samples]
+        self._work.fill(
+            inputs["params"][:num_rows],
+            plan.rows,
+            row_seats,
+            inputs["context_lens"][row_seats],
+            newcomers,
+            self._drawn_on_host,
+        )
+
+    def _fill_tokens(
+        self,
+        plan: Plan,
+        seating: Seating,
+        layout: tuple[Words, Words, Words, Words],
+        inputs: dict[str, Words],
+    ) -> None:
+        seats, queries, starts, first = layout
+        order = np.argsort(seats)
+        owner = np.repeat(order, queries[order])  # a token's chunk
+        total = len(owner)
+        positions = np.arange(total, dtype=np.int32) + (starts - first)[owner]
+        ids = np.fromiter(
+            chain.from_iterable(plan.chunks[i].tokens for i in order.tolist()), np.int32, total
+        )
+        undrawn = ids == UNDRAWN
+        if undrawn.any():
+            ids[undrawn] = self._sources(plan, seating)[owner[undrawn]]
+        blocks = self._seats.tables[seats[owner], positions // self._block_size]
+        inputs["token_ids"][:total] = ids
+        inputs["positions"][:total] = positions
+        inputs["slots"][:total] = blocks * self._block_size + positions % self._block_size
+
+    def _sources(self, plan: Plan, seating: Seating) -> Words:
+        """For each chunk, what stands for its undrawn token: where its sequence sat before."""
+        sources = -1 - np.array(seating.seats, dtype=np.int32)
+        old_of = {new: old for old, new in seating.moves}
+        if old_of or self._drawn_on_host:
+            for i, (chunk, seat) in enumerate(zip(plan.chunks, seating.seats, strict=True)):
+                old = -1 - old_of.get(seat, seat)
+                sources[i] = self._drawn_on_host.get(chunk.seq_id, old)
+        return sources
+
+    def _fill_patches(self, seating: Seating, patches_N2: Words) -> None:
+        num = len(seating.patches)
+        if num <= len(patches_N2):
+            patches_N2[:num] = np.array(seating.patches, dtype=np.int32).reshape(num, 2)
+        else:  # many blocks out of the prefix cache: rare, and then a copy of all costs little
+            self._graphs.tables.copy_(torch.from_numpy(self._seats.tables))
+
+    # ---------------------------------------------------------------- on the host
+
+    def _run_on_host(self, plan: Plan) -> Future[StepResult]:
+        """One step with nothing else under way; what the step before drew is awaited."""
+        self.num_misses += 1
+        drawn = self._await_last()
+        chunks = tuple(
+            replace(chunk, tokens=(drawn[chunk.seq_id],)) if UNDRAWN in chunk.tokens else chunk
+            for chunk in plan.chunks
+        )
+        known = {c.seq_id: drawn[c.seq_id] for c in plan.chunks if UNDRAWN in c.tokens}
+        rows = tuple(
+            replace(row, history=[*row.history, known[row.seq_id]]) if row.seq_id in known else row
+            for row in plan.rows
+        )
+        future = self._on_host.launch(replace(plan, chunks=chunks, rows=rows))
+        result = future.result()
+        self._seats.assign((), 0)
+        self._drawn_on_host = {
+            row.seq_id: tokens[-1] for row, tokens in zip(plan.rows, result.tokens) if tokens
+        }
+        return future
+
+    def _await_last(self) -> dict[int, int]:
+        """By sequence, the last token of the step before this."""
+        if self._last is None:
+            return {}
+        plan, future = self._last
+        drawn = zip(plan.rows, future.result().tokens, strict=True)
+        return {row.seq_id: tokens[-1] for row, tokens in drawn if tokens}
+
+
+def alternatives(plan: Plan, logits_LV: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+    """For rows that want them, the likeliest tokens and their log-probabilities, on the way to
+    the host."""
+    tops = {}
+    for i, row in enumerate(plan.rows):
+        if row.sampling.logprobs:
+            values, ids = logits_LV[i].log_softmax(-1).topk(row.sampling.logprobs)
+            tops[i] = (to_host(values), to_host(ids))
+    return tops
+
+
+def to_host(values: Tensor) -> Tensor:
+    if not values.is_cuda:
+        return values
+    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
+
+
+def land(flight: Flight) -> StepResult:
+    """Wait for a step and take its results down."""
+    flight.staging.wait()
+    rows = flight.plan.rows
+    tokens, logprobs, ranks = flight.staging.results[:, : len(rows)]
+    drawn = tokens.tolist()
+    scores: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
+    if any(row.sampling.logprobs is not None for row in rows):
+        values, places = logprobs.view(torch.float32).tolist(), ranks.tolist()
+        for i, row in enumerate(rows):
+            if row.sampling.logprobs is not None and drawn[i] >= 0:
+                top = flight.tops.get(i)
+                scores[i] = (score(drawn[i], values[i], places[i], top),)
+    return StepResult(
+        tokens=tuple((token,) if token >= 0 else () for token in drawn),
+        logprobs=tuple(scores),
+        errors={
+            row.seq_id: ERRORS[token]
+            for row, token in zip(rows, drawn, strict=True)
+            if token < 0
+        },
+        seconds=time.perf_counter() - flight.began,
+    )
+
+
+def score(
+    token: int, logprob: float, rank: int, top: tuple[Tensor, Tensor] | None
+) -> TokenLogprobs:
+    pairs: Any = () if top is None else zip(top[1].tolist(), top[0].tolist(), strict=True)
+    alternatives = tuple((i, max(value, LOWEST_LOGPROB)) for i, value in pairs)
+    return TokenLogprobs(token, max(logprob, LOWEST_LOGPROB), rank, alternatives)

@@ -1,0 +1,293 @@
+"""The GPU's runner: on a GPU as it is, without one over Triton's interpreter and no graphs."""
+
+from concurrent.futures import Future
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import interpreter
+
+GPU = interpreter.mend()
+
+from ruvon.engine.gpu_runner import GpuRunner
+from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, single_buckets
+from ruvon.engine.runner import Runner
+from ruvon.engine.sampler import sample
+from ruvon.engine.seats import Seats
+from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingParams, SamplingRow
+from ruvon.kernels.reference import make_torch_ops
+from ruvon.kernels.triton_ops import make_triton_ops
+from ruvon.models import MODELS
+from ruvon.models.quantize import SCHEMES
+from ruvon.models.spec import spec_from_config
+from ruvon.models.weights import RandomTensors, Weights
+from ruvon.telemetry import silent
+
+# Rows of padding hold whatever was in memory, and the interpreter computes with numpy.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:overflow"),
+    pytest.mark.filterwarnings("ignore:invalid value"),
+    pytest.mark.filterwarnings("ignore:divide by zero"),
+]
+
+DEVICE = torch.device("cuda" if GPU else "cpu")
+PAGE, BLOCKS, LONGEST, SEATS = 16, 24, 128, 3
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+    "max_position_embeddings": LONGEST,
+    "vocab_size": 97,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+}
+
+
+class Weighty(RandomTensors):
+    """Weights large enough for tokens to depend on what came before."""
+
+    def read(self, name, shape):
+        values = super().read(name, shape)
+        return values * 10 if len(shape) > 1 else values
+
+
+def build_model(ops):
+    spec, family = spec_from_config(LLAMA), MODELS["LlamaForCausalLM"]
+    source = Weighty(Path("tiny"), 0, torch.float32)
+    weights = Weights(
+        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, num_layers=2
+    )
+    return family.build(spec, weights, ops)
+
+
+def make_cache(model):
+    shape = (BLOCKS, model.spec.num_kv_heads, PAGE, model.spec.head_dim)
+    return [
+        tuple(torch.zeros(shape, device=DEVICE) for _ in range(2))
+        for _ in range(model.spec.num_layers)
+    ]
+
+
+@pytest.fixture(scope="module")
+def gpu_runner():
+    model = build_model(make_triton_ops(torch.float32, DEVICE))
+    forward = partial(model.forward, cache=make_cache(model))
+    on_host = Runner(
+        forward,
+        partial(sample, eos_token_ids=(2,)),
+        block_size=PAGE,
+        device=DEVICE,
+        max_logit_rows=64,
+    )
+    runner = GpuRunner(
+        forward,
+        on_host,
+        device=DEVICE,
+        block_size=PAGE,
+        vocab_size=97,
+        max_model_len=LONGEST,
+        max_seqs=SEATS,
+        max_tokens=40,
+        eos_token_ids=(2,),
+        pdl=GPU,
+        progress=silent,
+    )
+    yield runner
+    runner.close()
+
+
+@pytest.fixture(scope="module")
+def expected():
+    """Greedy continuation by plain torch, one sequence at a time: (prompt, count) → tokens."""
+    ops = make_torch_ops(torch.float32, DEVICE)
+    model = build_model(ops)
+    runner = Runner(
+        partial(model.forward, cache=make_cache(model)),
+        partial(sample, eos_token_ids=(2,)),
+        block_size=PAGE,
+        device=DEVICE,
+        max_logit_rows=64,
+    )
+
+    def continue_(prompt, count, sampling=None):
+        story = Story(0, prompt, list(range(LONGEST // PAGE)), sampling)
+        for _ in range(count):
+            plan = Plan(0, (story.chunk(),), (story.row(),))
+            story.draw(runner.launch(plan).result().tokens[0][0])
+        return story.tokens[len(prompt) :]
+
+    yield continue_
+    runner.close()
+
+
+class Story:
+    """One sequence, as a scheduler would keep it."""
+
+    def __init__(self, seq_id, prompt, blocks, sampling=None):
+        self.id, self.tokens, self.blocks = seq_id, list(prompt), blocks
+        self.num_prompt, self.num_computed, self.num_undrawn = len(prompt), 0, 0
+        self.sampling = sampling or SamplingParams(temperature=0)
+
+    def chunk(self, limit=None, *, undrawn=False):
+        """What is pending, or ``limit`` tokens of it; or a token that nobody knows yet."""
+        start = self.num_computed
+        tokens = (UNDRAWN,) if undrawn else tuple(self.tokens[start:][:limit])
+        self.num_computed += len(tokens)
+        samples = undrawn or self.num_computed == len(self.tokens)
+        return Chunk(self.id, tokens, start, self.blocks, samples)
+
+    def row(self):
+        return SamplingRow(self.id, self.sampling, self.tokens, self.num_prompt, 5)
+
+    def draw(self, token):
+        self.tokens.append(token)
+
+
+def take(stories, plan, result):
+    by_id = {story.id: story for story in stories}
+    for row, tokens in zip(plan.rows, result.tokens, strict=True):
+        by_id[row.seq_id].draw(tokens[0])
+
+
+def plan_of(*parts):
+    chunks = tuple(chunk for _, chunk in parts)
+    return Plan(0, chunks, tuple(story.row() for story, chunk in parts if chunk.samples))
+
+
+PROMPTS = ([3, 5, 8, 13], list(range(10, 45)), [60] * 17)
+
+
+def make_stories(sampling=None):
+    return [Story(10 + i, p, [7 * i + j for j in range(7)], sampling) for i, p in enumerate(PROMPTS)]
+
+
+def test_steps_overlap_and_mix(gpu_runner, expected):
+    """Whole prompts, a chunked one, undrawn tokens, and a sequence that ends among others."""
+    a, b, c = stories = make_stories()
+    misses = gpu_runner.num_misses
+    plans = [
+        plan_of((a, a.chunk()), (b, b.chunk(20))),
+        plan_of((a, a.chunk(undrawn=True)), (b, b.chunk()), (c, c.chunk())),
+        plan_of(*((s, s.chunk(undrawn=True)) for s in stories)),
+        plan_of((b, b.chunk(undrawn=True)), (c, c.chunk(undrawn=True))),
+        plan_of((c, c.chunk(undrawn=True))),
+        plan_of((c, c.chunk(undrawn=True))),
+    ]
+    before: tuple[Plan, Future] | None = None
+    for plan in plans:
+        future = gpu_runner.launch(plan)
+        if before is not None:
+            take(stories, before[0], before[1].result())
+        before = (plan, future)
+    take(stories, before[0], before[1].result())
+    assert gpu_runner.num_misses == misses
+    for story, prompt, count in zip(stories, PROMPTS, (3, 3, 5), strict=True):
+        assert story.tokens[len(prompt) :] == expected(prompt, count)
+
+
+def test_what_graphs_cannot_do_runs_in_between(gpu_runner, expected):
+    """Bad words need the host: the steps before and after are on the device."""
+    story = Story(50, PROMPTS[0], [1, 2, 3])
+    first = plan_of((story, story.chunk()))
+    future = gpu_runner.launch(first)
+    story.sampling = SamplingParams(temperature=0, bad_words=((96, 95),))
+    second = plan_of((story, story.chunk(undrawn=True)))
+    misses = gpu_runner.num_misses
+    second_future = gpu_runner.launch(second)
+    assert gpu_runner.num_misses == misses + 1
+    take([story], first, future.result())
+    story.sampling = SamplingParams(temperature=0)
+    third = plan_of((story, story.chunk(undrawn=True)))
+    third_future = gpu_runner.launch(third)
+    take([story], second, second_future.result())
+    take([story], third, third_future.result())
+    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 3)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(temperature=0, repetition_penalty=1.7, frequency_penalty=0.5),
+        SamplingParams(temperature=0, presence_penalty=2.0),
+        SamplingParams(temperature=0, allowed_token_ids=(4, 9, 30, 31)),
+        SamplingParams(temperature=0, logit_bias={40: 50.0}),
+        SamplingParams(temperature=0, min_tokens=2, stop_token_ids=tuple(range(0, 90))),
+    ],
+    ids=str,
+)
+def test_what_the_device_samples_is_what_the_host_would(gpu_runner, expected, sampling):
+    story = Story(70, PROMPTS[2], [4, 5, 6], sampling)
+    futures = []
+    plan = plan_of((story, story.chunk()))
+    for _ in range(4):
+        futures.append(gpu_runner.launch(plan))
+        plan = plan_of((story, story.chunk(undrawn=True)))
+    drawn = [future.result().tokens[0][0] for future in futures]
+    assert drawn == expected(PROMPTS[2], 4, sampling)
+
+
+def test_logprobs(gpu_runner):
+    story = Story(80, PROMPTS[0], [4, 5], SamplingParams(temperature=0, logprobs=3))
+    result = gpu_runner.launch(plan_of((story, story.chunk()))).result()
+    (scores,) = result.logprobs[0]
+    assert scores.rank == 1
+    assert scores.top[0] == (scores.token, pytest.approx(scores.logprob, abs=1e-4))
+    assert [value for _, value in scores.top] == sorted((v for _, v in scores.top), reverse=True)
+
+
+# ------------------------------------------------------------------------------------- parts
+
+
+def test_buckets():
+    singles, mixed = single_buckets(20), mixed_buckets(100, 20)
+    assert [b.tokens for b in singles] == [1, 2, 4, 8, 16, 20]
+    assert {b.tokens for b in mixed} == {16, 32, 64, 100}
+    assert choose_bucket(singles, mixed, 5, 5) == Bucket(True, 8, 8)
+    assert choose_bucket(singles, mixed, 33, 17) == Bucket(False, 64, 20)
+    assert choose_bucket(singles, mixed, 6, 5) == Bucket(False, 16, 16)
+    assert choose_bucket(singles, mixed, 101, 5) is None
+
+
+def test_layout_keeps_inputs_apart_and_aligned():
+    layout = Layout(Bucket(False, 19, 3))
+    words = np.zeros(layout.size, dtype=np.int32)
+    for i, view in enumerate(layout.views(words).values(), 1):
+        assert (view.__array_interface__["data"][0] - words.__array_interface__["data"][0]) % 16 == 0
+        assert not view.any()
+        view[...] = i
+
+
+def test_seats_stay_low_and_send_changes_only():
+    seats = Seats(4, 8, 16)
+    blocks = {i: [10 * i + j for j in range(8)] for i in range(4)}
+
+    def chunk(i, start):
+        return Chunk(i, (0,), start, blocks[i], True)
+
+    first = seats.assign([chunk(i, 30) for i in range(4)], 4)
+    assert (first.seats, first.newcomers, first.moves) == ([0, 1, 2, 3], [0, 1, 2, 3], [])
+    assert len(first.patches) == 8
+    assert seats.assign([chunk(i, 31) for i in range(4)], 4).patches == []
+    grown = seats.assign([chunk(i, 32) for i in range(4)], 4)
+    assert grown.patches == [(2, 2), (10, 12), (18, 22), (26, 32)]
+    moved = seats.assign([chunk(3, 33), chunk(1, 33)], 2)
+    assert (moved.seats, moved.newcomers, moved.moves) == ([0, 1], [], [(3, 0)])
+    assert moved.patches == [(0, 30), (1, 31), (2, 32)]
+    back = seats.assign([chunk(0, 33), chunk(3, 34)], 2)
+    assert (back.seats, back.newcomers) == ([1, 0], [0])
+    blocks[3] = list(blocks[3])
+    assert seats.assign([chunk(0, 34), chunk(3, 34)], 2).newcomers == [1]
