@@ -17,6 +17,23 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
 
 
+@pytest.fixture(scope="session")
+def triton_device() -> torch.device:
+    """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    patch_tensor = interpreter._patch_lang_tensor
+
+    def patch_index_too(tensor: Any, scope: Any) -> None:
+        """Loop bounds are arrays of one element there, which numpy 2.4 makes no ints of."""
+        patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_index_too
+    return torch.device("cpu")
+
+
 @pytest.fixture
 def tokenizer() -> ByteTokenizer:
     return ByteTokenizer()

@@ -4,7 +4,7 @@ and cache become the runner's ``forward``."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -54,6 +54,7 @@ class Backend:
     kv: KVFormat
     make_forward: Callable[[Model, Cache, StepLimits, Progress], Forward]
     close: Callable[[], None]  # to be called when nothing runs any more
+    graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -103,7 +104,7 @@ def eager(ops: Ops) -> Backend:
 def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
-    return eager(make_triton_ops(dtype, device))
+    return replace(eager(make_triton_ops(dtype, device)), graphs=True)
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

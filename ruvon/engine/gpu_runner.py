@@ -37,6 +37,7 @@ from ruvon.engine.seatwork import SeatWork
 from ruvon.engine.types import UNDRAWN, Plan, StepResult, TokenLogprobs
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.pdl import supports_pdl
 from ruvon.telemetry import Progress
 
 STAGES = 3  # steps whose pinned memory is in use: two under way, one being prepared
@@ -74,7 +75,7 @@ def make_staging(graphs: Graphs) -> Staging:
     cuda = graphs.words.is_cuda
     words = torch.zeros(graphs.words.shape, dtype=torch.int32, pin_memory=cuda)
     results = torch.zeros(graphs.results.shape, dtype=torch.int32, pin_memory=cuda)
-    return Staging(words, results, torch.cuda.Event() if cuda else None)
+    return Staging(words, results, torch.cuda.Event() if cuda else None)  # type: ignore[no-untyped-call]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,9 +89,11 @@ class Flight:
 
 
 class GpuRunner:
-    """Implements the engine's `Runner` protocol, for up to two steps under way."""
+    """Implements the engine's `Runner` protocol."""
 
-    def __init__(
+    depth = 2  # while one step computes, the host prepares the next
+
+    def __init__(  # noqa: PLR0913, what a runner depends on
         self,
         forward: Callable[[ForwardBatch], Tensor],
         on_host: Runner,
@@ -102,7 +105,6 @@ class GpuRunner:
         max_seqs: int,
         max_tokens: int,
         eos_token_ids: Sequence[int],
-        pdl: bool,
         progress: Progress,
     ) -> None:
         """``on_host`` runs the plans that graphs cannot; ``max_tokens`` bounds a step."""
@@ -120,7 +122,7 @@ class GpuRunner:
             table_width=width,
             max_context=max_model_len,
             buckets=self._singles + self._mixed,
-            pdl=pdl,
+            pdl=supports_pdl(device),
         )
         with torch.inference_mode():
             self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
@@ -255,7 +257,9 @@ class GpuRunner:
         result = future.result()
         self._seats.assign((), 0)
         self._drawn_on_host = {
-            row.seq_id: tokens[-1] for row, tokens in zip(plan.rows, result.tokens) if tokens
+            row.seq_id: tokens[-1]
+            for row, tokens in zip(plan.rows, result.tokens, strict=True)
+            if tokens
         }
         return future
 
@@ -302,9 +306,7 @@ def land(flight: Flight) -> StepResult:
         tokens=tuple((token,) if token >= 0 else () for token in drawn),
         logprobs=tuple(scores),
         errors={
-            row.seq_id: ERRORS[token]
-            for row, token in zip(rows, drawn, strict=True)
-            if token < 0
+            row.seq_id: ERRORS[token] for row, token in zip(rows, drawn, strict=True) if token < 0
         },
         seconds=time.perf_counter() - flight.began,
     )

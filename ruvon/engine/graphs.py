@@ -97,7 +97,7 @@ class Captured:
     """A bucket's step, ready to run."""
 
     layout: Layout
-    replay: Callable[[], None]
+    replay: Callable[[], object]
     logits_LV: Tensor  # of the last replay; all buckets share the memory
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -10,6 +11,8 @@ import torch
 from ruvon.engine.graphs import Words
 from ruvon.engine.types import SamplingParams, SamplingRow
 from ruvon.kernels import sample
+
+Counts: TypeAlias = np.ndarray[Any, np.dtype[np.int16]]
 
 
 class SeatWork:
@@ -127,10 +130,11 @@ def write_params(words: Words, sampling: SamplingParams, seed: int) -> None:
     words[sample.WANTS_LOGPROB] = sampling.logprobs is not None
 
 
-def count_tokens(row: SamplingRow, late: Sequence[int], vocab_size: int) -> np.ndarray:
+def count_tokens(row: SamplingRow, late: Sequence[int], vocab_size: int) -> Counts:
     """int16 [V]: how often the output holds each token, flagged where the prompt does."""
     output = [*row.history[row.num_prompt :], *late]
-    counts = np.minimum(np.bincount(output, minlength=vocab_size), sample.COUNT.value)
-    counts = counts.astype(np.int16)
+    counts: Counts = np.minimum(
+        np.bincount(output, minlength=vocab_size), sample.COUNT.value
+    ).astype(np.int16)
     counts[np.unique(row.history[: row.num_prompt])] |= sample.IN_PROMPT.value
     return counts

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -30,6 +31,9 @@ from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.telemetry import Progress
+
+if TYPE_CHECKING:
+    from ruvon.engine.gpu_runner import GpuRunner
 
 SMALL_MODEL = 1 << 30
 """Bytes of weights below which one thread loads them best: tensors are small, and for each
@@ -128,20 +132,36 @@ def make_runner(
     backend: Backend,
     eos_token_ids: tuple[int, ...],
     progress: Progress,
-) -> Runner:
+) -> Runner | GpuRunner:
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device)
-    return Runner(
+    runner = Runner(
         backend.make_forward(model, cache, limits, progress),
         partial(sample, eos_token_ids=eos_token_ids),
         block_size=config.block_size,
         device=backend.ops.device,
         max_logit_rows=limits.logit_rows,
     )
+    if not backend.graphs:
+        return runner
+    from ruvon.engine.gpu_runner import GpuRunner  # triton is not on every platform
+
+    return GpuRunner(
+        partial(model.forward, cache=cache),
+        runner,
+        device=backend.ops.device,
+        block_size=config.block_size,
+        vocab_size=model.spec.vocab_size,
+        max_model_len=memory.max_model_len,
+        max_seqs=config.max_num_seqs,
+        max_tokens=limits.tokens,
+        eos_token_ids=eos_token_ids,
+        progress=progress,
+    )
 
 
-def warm_up(runner: Runner, config: EngineConfig) -> None:
+def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
     """Run a short step, so that what happens once happens before any request: kernels compile,
     threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
     tokens = [0] * min(config.block_size, config.max_num_batched_tokens)

@@ -211,7 +211,7 @@ def _decode_kernel(
             wanted = pages * PAGE < end
             block = tl.load(table + pages, mask=wanted, other=0).to(tl.int64)
             start = (block * G + group) * PAGE * D
-            num_bytes: tl.constexpr = PAGE * D * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8
+            num_bytes = PAGE * D * (k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
             nothing = start * 0
             k_at = (k_cache_ptr + start).to(tl.int64)
             prefetch(tl.where(wanted, k_at, nothing), num_bytes, PDL)
@@ -240,7 +240,7 @@ def _decode_kernel(
                 q, k_cache_ptr, v_cache_ptr, table, begin, end, group, G, scale,
                 D, PAGE, BLOCK_N, BLOCK_D, BLOCK_H, STAGES,
             )  # fmt: skip
-        if FUSED:
+        if FUSED:  # noqa: SIM102, only the inner one is decided when running
             if split == active - 1:
                 one = tl.zeros([1], tl.int32) + group
                 k = load_heads(
@@ -370,7 +370,7 @@ def _prefill_kernel(
     rows = tl.arange(0, BLOCK_M)
     dims = tl.arange(0, BLOCK_D)
     wait(PDL)
-    low, high = 0, S
+    low, high = tile * 0, S
     while high - low > 1:
         middle = (low + high) // 2
         if tl.load(query_starts_ptr + middle) // BLOCK_Q + middle <= tile:
@@ -428,9 +428,7 @@ def attention(
     out_TE = q_THD.new_empty(q_THD.shape[0], spec.num_heads * spec.head_dim)
     if batch.max_query > 1:
         launch_prefill(q_THD, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, pdl)
-    launch_decode(
-        q_THD, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, workspace, pdl
-    )
+    launch_decode(q_THD, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, workspace, pdl)
     return out_TE
 
 

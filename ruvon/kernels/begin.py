@@ -42,8 +42,8 @@ def begin(
     tables: Tensor,
     pdl: bool = False,
 ) -> None:
-    """``out`` gets ids as they are, but for ``-1 - seat`` what that seat drew last. ``tables``, flat,
-    gets ``patches`` [n, 2] of (place, block); a negative place is none."""
+    """``out`` gets ids as they are, but for ``-1 - seat`` what that seat drew last. ``tables``,
+    taken as flat, gets ``patches`` [n, 2] of (place, block); a negative place is none."""
     size = max(ids_T.shape[0], patches.shape[0])
     _begin_kernel[(triton.cdiv(size, 256),)](
         ids_T,

@@ -11,9 +11,7 @@ from ruvon.kernels.pdl import release, wait
 
 
 @triton.jit
-def _take_kernel(
-    table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr
-):
+def _take_kernel(table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
     out_row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns

@@ -26,8 +26,8 @@ def load_heads(
 ):
     """Heads ``[heads, BLOCK_D]`` of one token, normed and rotated, in float32.
 
-    ``cos_ptr`` and ``sin_ptr`` point at this token's position. Each dim also loads its partner, half
-    a rotation away, so nothing has to be moved between threads.
+    ``cos_ptr`` and ``sin_ptr`` point at this token's position. Each dim also loads its partner,
+    half a rotation away, so nothing has to be moved between threads.
     """
     dims = tl.arange(0, BLOCK_D)
     inside = used[:, None] & (dims < D)[None, :]
@@ -99,9 +99,7 @@ def _write_kernel(
     if tile < q_tiles:
         heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         used = heads < H
-        q = load_heads(
-            row, heads, used, q_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D
-        )
+        q = load_heads(row, heads, used, q_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D)
         at = q_ptr + (token * H + heads[:, None]) * D + dims[None, :]
         inside = used[:, None] & (dims < D)[None, :]
         tl.store(at, q.to(q_ptr.dtype.element_ty), mask=inside)

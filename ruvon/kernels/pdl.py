@@ -15,8 +15,14 @@ its kernels before they wait; attention uses that to fetch keys and values early
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+
+
+def supports_pdl(device: torch.device) -> bool:
+    """Programmatic dependent launch came with Hopper."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 @triton.jit

@@ -8,11 +8,7 @@ import torch
 
 from ruvon.kernels import attention, embed, kv, linear, norm
 from ruvon.kernels.ops import Ops, Packed, Quantized, Weight
-
-
-def supports_pdl(device: torch.device) -> bool:
-    """Programmatic dependent launch came with Hopper."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+from ruvon.kernels.pdl import supports_pdl
 
 
 def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None = None) -> Ops:

@@ -8,12 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-import interpreter
-
-GPU = interpreter.mend()
-
 from ruvon.engine.gpu_runner import GpuRunner
 from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, single_buckets
 from ruvon.engine.runner import Runner
@@ -30,11 +24,13 @@ from ruvon.telemetry import silent
 
 # Rows of padding hold whatever was in memory, and the interpreter computes with numpy.
 pytestmark = [
+    pytest.mark.usefixtures("triton_device"),
     pytest.mark.filterwarnings("ignore:overflow"),
     pytest.mark.filterwarnings("ignore:invalid value"),
     pytest.mark.filterwarnings("ignore:divide by zero"),
 ]
 
+GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PAGE, BLOCKS, LONGEST, SEATS = 16, 24, 128, 3
 
@@ -83,7 +79,7 @@ def make_cache(model):
 
 
 @pytest.fixture(scope="module")
-def gpu_runner():
+def gpu_runner(triton_device):
     model = build_model(make_triton_ops(torch.float32, DEVICE))
     forward = partial(model.forward, cache=make_cache(model))
     on_host = Runner(
@@ -103,7 +99,6 @@ def gpu_runner():
         max_seqs=SEATS,
         max_tokens=40,
         eos_token_ids=(2,),
-        pdl=GPU,
         progress=silent,
     )
     yield runner
@@ -172,7 +167,11 @@ PROMPTS = ([3, 5, 8, 13], list(range(10, 45)), [60] * 17)
 
 
 def make_stories(sampling=None):
-    return [Story(10 + i, p, [7 * i + j for j in range(7)], sampling) for i, p in enumerate(PROMPTS)]
+    blocks = ([7 * i + j for j in range(7)] for i in range(len(PROMPTS)))
+    return [
+        Story(10 + i, prompt, own, sampling)
+        for i, (prompt, own) in enumerate(zip(PROMPTS, blocks, strict=True))
+    ]
 
 
 def test_steps_overlap_and_mix(gpu_runner, expected):
@@ -225,7 +224,7 @@ def test_what_graphs_cannot_do_runs_in_between(gpu_runner, expected):
         SamplingParams(temperature=0, presence_penalty=2.0),
         SamplingParams(temperature=0, allowed_token_ids=(4, 9, 30, 31)),
         SamplingParams(temperature=0, logit_bias={40: 50.0}),
-        SamplingParams(temperature=0, min_tokens=2, stop_token_ids=tuple(range(0, 90))),
+        SamplingParams(temperature=0, min_tokens=2, stop_token_ids=tuple(range(90))),
     ],
     ids=str,
 )
@@ -266,7 +265,7 @@ def test_layout_keeps_inputs_apart_and_aligned():
     layout = Layout(Bucket(False, 19, 3))
     words = np.zeros(layout.size, dtype=np.int32)
     for i, view in enumerate(layout.views(words).values(), 1):
-        assert (view.__array_interface__["data"][0] - words.__array_interface__["data"][0]) % 16 == 0
+        assert (view.ctypes.data - words.ctypes.data) % 16 == 0
         assert not view.any()
         view[...] = i
 

@@ -6,17 +6,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-pytest.importorskip("triton")
-
-import interpreter
-
-GPU = interpreter.mend()
-
 from ruvon.kernels import attention as attention_kernels
 from ruvon.kernels import reference
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Rope
 from ruvon.kernels.triton_ops import make_triton_ops
 
+pytestmark = pytest.mark.usefixtures("triton_device")
+
+GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 DTYPES = list(TOLERANCES) if GPU else [torch.float32]
@@ -225,9 +222,7 @@ def test_write_kv(ops, dtype, heads, groups, dim, page, rotated, normed):
     rope = rope_tables(int(dim * rotated)) if rotated else None
     norms = (randn(dim), randn(dim)) if normed else (None, None)
     q = ops.write_kv(qkv, batch, k_cache, v_cache, spec, rope, *norms, 1e-6)
-    expected_q = reference.write_kv(
-        qkv, batch, expected_k, expected_v, spec, rope, *norms, 1e-6
-    )
+    expected_q = reference.write_kv(qkv, batch, expected_k, expected_v, spec, rope, *norms, 1e-6)
     assert_close(q, expected_q, dtype)
     assert_close(k_cache, expected_k, dtype)
     assert torch.equal(v_cache, expected_v)

@@ -3,18 +3,14 @@
 import numpy as np
 import pytest
 import torch
-
-pytest.importorskip("scipy")
-
-import interpreter
-
-GPU = interpreter.mend()
-
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
 from ruvon.kernels.begin import begin
 
+pytestmark = pytest.mark.usefixtures("triton_device")
+
+GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 VOCAB = 5000  # more than one block, and not a multiple of it
 
