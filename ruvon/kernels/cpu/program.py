@@ -30,7 +30,7 @@ class Field(IntEnum):
     KERNEL = 0  # address of the compiled kernel
     COUNT = 1  # where in params the number of rows (or what is counted) stands
     PER_COUNT = 2  # units for each of them
-    FIXED = 3  # quarters of all units that are dealt out to threads beforehand
+    DRAWN = 3  # 1: threads draw units one by one; 0: they are dealt out, as far as they go evenly
 
     X = 4  # float32 rows in, or packed activations
     X_STRIDE = 5  # bytes; all strides are
@@ -69,6 +69,10 @@ class Field(IntEnum):
     SCALE = 37  # float64
     WINDOW = 38
     SINKS = 39
+
+    NEXT = 40  # the tiles of the next product, for threads that wait to fetch into their cache
+    NEXT_UNITS = 41
+    NEXT_UNIT_BYTES = 42
 
 
 class Param(IntEnum):

@@ -31,7 +31,6 @@ from ruvon.kernels.cpu.tiles import BLOCK, GROUP, ROWS
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
 CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}
-MOSTLY_FIXED, ALL_DRAWN = 3, 0  # quarters of an instruction's units, see `team`
 PANELS = {Param.TOKENS: Param.TOKEN_PANELS, Param.LOGIT_ROWS: Param.LOGIT_PANELS}
 
 
@@ -86,10 +85,22 @@ class Recording:
 
     def append(self, kernel: Key, rows: Param, fields: dict[Field, int]) -> Instruction:
         """An instruction whose units are rows, unless ``fields`` says otherwise."""
-        common = {Field.COUNT: rows, Field.PER_COUNT: 1, Field.FIXED: MOSTLY_FIXED}
+        common = {Field.COUNT: rows, Field.PER_COUNT: 1}
         made = Instruction(kernel, {**common, **fields})
         self.instructions.append(made)
         return made
+
+    def foresee(self) -> None:
+        """Tell each instruction which product follows, once all are there."""
+        following: dict[Field, int] = {}
+        for line in reversed(self.instructions):
+            line.fields.update(following)
+            if line.kernel[0] == "linear":
+                following = {
+                    Field.NEXT: line.fields[Field.WEIGHT],
+                    Field.NEXT_UNITS: line.fields[Field.PER_COUNT],
+                    Field.NEXT_UNIT_BYTES: 2 * line.fields[Field.TILE_BYTES],
+                }
 
     # Memory
 
@@ -330,7 +341,7 @@ class Recording:
         """Where each row is largest, into int64 ``out_L``. Not one of `Ops`: a tape's last line."""
         x = self.value_of(x_LV)
         fields = {
-            Field.FIXED: ALL_DRAWN,
+            Field.DRAWN: 1,
             Field.X: self.floats(x),
             Field.X_STRIDE: x.stride,
             Field.WIDTH: x.width,
@@ -398,7 +409,7 @@ class Recording:
         fields = self._cache(k_cache_BGPD, v_cache_BGPD, spec) | {
             Field.COUNT: Param.QUERY_TILES,
             Field.PER_COUNT: spec.num_kv_heads,
-            Field.FIXED: ALL_DRAWN,
+            Field.DRAWN: 1,
             Field.X: self.floats(q),
             Field.X_STRIDE: q.stride,
             Field.STARTS: self.ints(batch.query_starts),

@@ -41,6 +41,7 @@ class Program:
     """A finished recording in memory, ready to run."""
 
     def __init__(self, recording: Recording, compiled: Compiled, team: Team) -> None:
+        recording.foresee()
         self.instructions = recording.instructions
         self._kept = recording.kept, recording.values
         self._team = team

@@ -24,13 +24,15 @@ from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.layout import aligned_bytes
 from ruvon.kernels.cpu.program import COUNTER_BYTE, INSTRUCTION_BYTES, Field, get
-from ruvon.kernels.cpu.simd import I32, I64, call, define, pointer, read_i64, write_i64
+from ruvon.kernels.cpu.simd import I32, I64, call, define, pointer, prefetch, read_i64, write_i64
 
 # The control block, one cache line (8 int64) a field that threads write.
 EPOCH, ARRIVED, GENERATION, SLEEPING, PROGRAM = 0, 64, 128, 192, 256
 COUNT, PARAMS, SCRATCH, STOP = PROGRAM + 8, PROGRAM + 16, PROGRAM + 24, PROGRAM + 32
 CONTROL_BYTES = 320
 SCRATCH_BYTES = 1 << 18  # for each thread
+FETCH_AT, FETCH_END = SCRATCH_BYTES - 64, SCRATCH_BYTES - 56  # in a thread's scratch space
+MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
 
 SPINS_AT_BARRIER = 4000
 SPINS_BEFORE_SLEEP = 20000
@@ -115,8 +117,29 @@ def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
 
 
 @njit
-def wait_for_all(control, threads):
-    """Return once every thread of the team is here."""
+def plan_fetching(instruction, thread, threads, scratch):
+    """Note which tiles this thread will multiply next, for `fetch_some`."""
+    size = get(instruction, Field.NEXT_UNITS) // threads * get(instruction, Field.NEXT_UNIT_BYTES)
+    start = get(instruction, Field.NEXT) + thread * size
+    write_i64(scratch + FETCH_AT, start)
+    write_i64(scratch + FETCH_END, start + min(size, MOST_FETCHED))
+
+
+@njit
+def fetch_some(scratch, lines):
+    """Ask for the next few cache lines of what was planned; False if there are none left."""
+    at = read_i64(scratch + FETCH_AT)
+    if at >= read_i64(scratch + FETCH_END):
+        return False
+    for line in range(lines):
+        prefetch(at + 64 * line)
+    write_i64(scratch + FETCH_AT, at + 64 * lines)
+    return True
+
+
+@njit
+def wait_for_all(control, threads, scratch):
+    """Return once every thread of the team is here. Who waits fetches weights meanwhile."""
     generation = read_atomic(control + GENERATION)
     if fetch_add(control + ARRIVED, 1) == threads - 1:
         write_atomic(control + ARRIVED, 0)
@@ -124,6 +147,8 @@ def wait_for_all(control, threads):
         return
     spins = 0
     while read_atomic(control + GENERATION) == generation:
+        if fetch_some(scratch, 4):
+            continue
         if spins < SPINS_AT_BARRIER:
             spins += 1
             pause()
@@ -135,16 +160,16 @@ def wait_for_all(control, threads):
 def run_instruction(instruction, params, thread, threads, scratch):
     """This thread's share of one instruction.
 
-    Most units are dealt out beforehand: no counter is touched and a thread meets the same weights
-    every step. The rest is drawn one by one, which evens things out. Who computes a unit does not
-    change its result.
+    Units are dealt out beforehand in equal runs, so that a thread streams through its weights and
+    meets the same ones every step; what does not go evenly is drawn one by one. Who computes a
+    unit does not change its result.
     """
     kernel = get(instruction, Field.KERNEL)
     units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
     if threads == 1:
         call_kernel(kernel, instruction, params, 0, units, scratch)
         return
-    share = units * get(instruction, Field.FIXED) // (4 * threads)
+    share = 0 if get(instruction, Field.DRAWN) else units // threads
     if share > 0:
         call_kernel(kernel, instruction, params, thread * share, (thread + 1) * share, scratch)
     while True:
@@ -160,9 +185,10 @@ def run_program(control, thread, threads):
     scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
     for index in range(read_i64(control + COUNT)):
         instruction = program + index * INSTRUCTION_BYTES
+        plan_fetching(instruction, thread, threads, scratch)
         run_instruction(instruction, params, thread, threads, scratch)
         if threads > 1:
-            wait_for_all(control, threads)
+            wait_for_all(control, threads, scratch)
         if thread == 0:
             write_i64(instruction + COUNTER_BYTE, 0)
 
