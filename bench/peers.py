@@ -106,7 +106,7 @@ PEERS = (
     ),
     Peer(
         "transformers",
-        "bfloat16; it cannot ignore the end token, so some answers are shorter",
+        "bfloat16; loads with the first request; its answers may end early",
         transformers_command,
         packages=("torch==2.13.0", "transformers[serving]==5.23.0", "gguf", "accelerate"),
         model=lambda setting: str(setting.folder),
