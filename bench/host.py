@@ -95,7 +95,7 @@ def step(engine: Engine, loop: EngineLoop, runner: Drawer) -> tuple[int, int, in
     began = time.perf_counter_ns()
     pending = engine.launch(began / 1e9)
     launched = time.perf_counter_ns()
-    emissions = engine.collect(pending, launched / 1e9)
+    emissions = engine.collect(pending)
     collected = time.perf_counter_ns()
     loop._record_step()
     loop._deliver(emissions, collected / 1e9)

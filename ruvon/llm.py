@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -272,21 +272,20 @@ class LLM:
         self._check_idle()
         waiting, first = deque(jobs), 0
         seq_ids: list[int] = []
-        pending: Pending | None = None
+        pending: deque[Pending] = deque()
         try:
             while waiting or self.engine.has_work:
                 while waiting and (added := self._add(waiting[0], first)):
                     first += waiting.popleft().n
                     seq_ids += added
-                pending = self.engine.launch(time.monotonic())
-                assert pending is not None, "an engine with work has a step to run"
-                emissions = self.engine.collect(pending, time.monotonic())
-                pending = None
+                while (step := self.engine.launch(time.monotonic())) is not None:
+                    pending.append(step)
+                emissions = self.engine.collect(pending[0])
+                pending.popleft()
                 yield from emissions
         finally:
             self.engine.abort(seq_ids)
-            if pending is not None:
-                self._settle(pending)
+            self._settle(pending)
 
     def _check_idle(self) -> None:
         if self._failure is not None:
@@ -301,10 +300,11 @@ class LLM:
         except QueueFullError:
             return []
 
-    def _settle(self, pending: Pending) -> None:
-        """Wait for the step that an interruption left under way, so that its blocks are freed."""
+    def _settle(self, pending: Iterable[Pending]) -> None:
+        """Wait for the steps that an end before time left under way, so that blocks are freed."""
         try:
-            self.engine.collect(pending, time.monotonic())
+            for step in pending:
+                self.engine.collect(step)
         except Exception as error:
             self._failure = error
 

@@ -7,13 +7,19 @@ also served as ``ruvon_*``. The names are API: `tests/test_telemetry.py` holds t
 from __future__ import annotations
 
 import logging
+import math
 import sys
-from collections.abc import Callable, Iterable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
+from prometheus_client.utils import floatToGoString
 
 Progress: TypeAlias = Callable[[str, float], None]
 """Called while starting: (phase, share done from 0 to 1)."""
@@ -98,6 +104,30 @@ class Totals:
     kv_usage: float = 0.0
 
 
+class Tally(Collector):
+    """A histogram that takes in many equal observations at the price of one: all sequences of a
+    step wait equally long for their tokens."""
+
+    def __init__(
+        self, name: str, help: str, bounds: Iterable[float], labels: Mapping[str, str]
+    ) -> None:
+        self._name, self._help, self._labels = name, help, labels
+        self._bounds = (*bounds, math.inf)
+        self._counts = [0] * len(self._bounds)
+        self._sum = 0.0
+
+    def observe(self, value: float, count: int) -> None:
+        self._counts[bisect_left(self._bounds, value)] += count
+        self._sum += value * count
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        names = map(floatToGoString, self._bounds)
+        buckets = list(zip(names, map(float, accumulate(self._counts)), strict=True))
+        family = HistogramMetricFamily(self._name, self._help, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), buckets, self._sum)
+        yield family
+
+
 class Metrics:
     """What one engine counts. Everything is recorded from the event loop's thread."""
 
@@ -166,9 +196,11 @@ class Metrics:
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
         )
-        self._inter_token = self._histogram(
-            "inter_token_latency_seconds", "Between two tokens.", TOKEN_LATENCY_BUCKETS
-        )
+        self._inter_token = Tally(
+            "vllm:inter_token_latency_seconds", "Between two tokens.", TOKEN_LATENCY_BUCKETS,
+            self._labels,
+        )  # fmt: skip
+        self.registry.register(self._inter_token)
         self._per_token = self._histogram(
             "request_time_per_output_token_seconds",
             "Mean time of a request's tokens after the first.",
@@ -246,11 +278,11 @@ class Metrics:
         self._output_tokens.inc()
         self.totals.output_tokens += 1
 
-    def record_inter_token(self, seconds: float) -> None:
-        """Count a later token, ``seconds`` after the one before."""
-        self._inter_token.observe(seconds)
-        self._output_tokens.inc()
-        self.totals.output_tokens += 1
+    def record_inter_token(self, seconds: float, count: int = 1) -> None:
+        """Count the later tokens of ``count`` sequences, each ``seconds`` after the one before."""
+        self._inter_token.observe(seconds, count)
+        self._output_tokens.inc(count)
+        self.totals.output_tokens += count
 
     def record_finished(  # noqa: PLR0913 - one row of facts, all by name
         self,

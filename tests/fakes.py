@@ -6,8 +6,9 @@ import codecs
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
-from ruvon.engine.types import Chunk, Plan, SamplingRow, StepResult, TokenLogprobs
+from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult, TokenLogprobs
 
 LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
 
@@ -112,9 +113,10 @@ class FakeRunner:
 
     It keeps a cache of its own, a (position, token) for each slot, and reads every sequence's
     context back from the blocks its chunk names: a block given away too early, a wrong prefix
-    hit or a chunk out of order is found at once. Tokens come from ``next_token(history, seed)``
-    mapped into ``alphabet``. A step takes ``seconds`` in a worker thread; with ``by_hand`` it
-    takes until `finish_step`.
+    hit or a chunk out of order is found at once. So is a step that writes where another step under
+    way reads or writes for another sequence, and a token said to be undrawn that is not. Tokens
+    come from ``next_token(history, seed)`` mapped into ``alphabet``. A step takes ``seconds`` in a
+    worker thread; with ``by_hand`` it takes until `finish_step`.
     """
 
     def __init__(
@@ -125,8 +127,10 @@ class FakeRunner:
         *,
         seconds: float = 0.0,
         by_hand: bool = False,
+        depth: int = 1,
     ) -> None:
         self.block_size = block_size
+        self.depth = depth
         self.plans: list[Plan] = []
         self.broken: Exception | None = None  # raised by the next step
         self.errors: dict[int, str] = {}  # seq id → why its rows fail
@@ -136,15 +140,19 @@ class FakeRunner:
         self._by_hand = by_hand
         self._held: list[tuple[Plan, Future[StepResult]]] = []
         self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
+        self._drawn: dict[int, int] = {}  # seq id → its token of the latest step
         self._worker = ThreadPoolExecutor(1) if seconds else None
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         assert plan.chunks, "an empty plan"
+        assert len(self._held) < self.depth
         self.plans.append(plan)
+        self._check_undrawn()
         if self._worker is not None:
             return self._worker.submit(self._compute, plan)
         future: Future[StepResult] = Future()
         self._held.append((plan, future))
+        self._check_blocks([plan for plan, _ in self._held])
         if not self._by_hand:
             self.finish_step()
         return future
@@ -170,12 +178,18 @@ class FakeRunner:
         time.sleep(self._seconds)
         if self.broken is not None:
             raise self.broken
-        contexts = {chunk.seq_id: self._context(chunk) for chunk in plan.chunks}
+        chunks = [self._complete(chunk) for chunk in plan.chunks]
+        contexts = {chunk.seq_id: self._context(chunk) for chunk in chunks}
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
-        self._write(plan, contexts)
+        self._write(chunks)
         sampling = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
         assert [row.seq_id for row in plan.rows] == sampling
         drawn = [self._draw(row, contexts[row.seq_id]) for row in plan.rows]
+        self._drawn = {
+            row.seq_id: tokens[0]
+            for row, (tokens, _) in zip(plan.rows, drawn, strict=True)
+            if tokens
+        }
         return StepResult(
             tokens=tuple(tokens for tokens, _ in drawn),
             logprobs=tuple(logprobs for _, logprobs in drawn),
@@ -186,6 +200,35 @@ class FakeRunner:
             errors={s: self.errors[s] for s in contexts if s in self.errors},
             seconds=self._seconds,
         )
+
+    def _check_blocks(self, plans: Sequence[Plan]) -> None:
+        """A block that a step under way writes is in no other sequence's use."""
+        chunks = [chunk for plan in plans for chunk in plan.chunks]
+        writers: dict[int, int] = {}
+        for chunk in chunks:
+            first, end = chunk.start, chunk.start + len(chunk.tokens)
+            written = chunk.blocks[first // self.block_size : -(-end // self.block_size)]
+            for block in written:
+                assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id
+        for chunk in chunks:
+            for block in chunk.blocks[: -(-chunk.start // self.block_size)]:
+                assert writers.get(block, chunk.seq_id) == chunk.seq_id
+
+    def _check_undrawn(self) -> None:
+        """A token is undrawn only if the step before draws it, and may not be collected yet."""
+        drawing = {row.seq_id for plan in self.plans[-2:-1] for row in plan.rows}
+        for chunk in self.plans[-1].chunks:
+            if UNDRAWN in chunk.tokens:
+                assert self.depth == 2
+                assert chunk.tokens == (UNDRAWN,)
+                assert chunk.seq_id in drawing, f"nobody draws the token of {chunk}"
+
+    def _complete(self, chunk: Chunk) -> Chunk:
+        """With the token that was undrawn when it was planned; 0 if its row has failed since."""
+        if chunk.tokens != (UNDRAWN,):
+            return chunk
+        assert chunk.seq_id in self._drawn or chunk.seq_id in self.errors
+        return replace(chunk, tokens=(self._drawn.get(chunk.seq_id, 0),))
 
     def _slot(self, chunk: Chunk, position: int) -> int:
         block, offset = divmod(position, self.block_size)
@@ -200,9 +243,9 @@ class FakeRunner:
             context.append(found[1])
         return context + list(chunk.tokens)
 
-    def _write(self, plan: Plan, contexts: dict[int, list[int]]) -> None:
-        read = {self._slot(chunk, p) for chunk in plan.chunks for p in range(chunk.start)}
-        for chunk in plan.chunks:
+    def _write(self, chunks: Sequence[Chunk]) -> None:
+        read = {self._slot(chunk, p) for chunk in chunks for p in range(chunk.start)}
+        for chunk in chunks:
             for position, token in enumerate(chunk.tokens, chunk.start):
                 slot = self._slot(chunk, position)
                 assert slot not in read, f"slot {slot} is written while it is read, or twice"
@@ -212,7 +255,9 @@ class FakeRunner:
     def _draw(
         self, row: SamplingRow, context: list[int]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
-        assert context == row.history, f"the cache of {row.seq_id} holds other tokens"
+        known = len(row.history)  # all but a token that has not been committed yet
+        assert known >= len(context) - (self.depth - 1)
+        assert context[:known] == row.history, f"the cache of {row.seq_id} holds other tokens"
         if row.seq_id in self.errors:
             return (), None
         seed = row.seed if row.sampling.temperature > 0 else 0
@@ -239,8 +284,8 @@ class FakeMetrics:
     def record_first_token(self, seconds: float) -> None:
         self.calls.append(("first_token", {"seconds": seconds}))
 
-    def record_inter_token(self, seconds: float) -> None:
-        self.calls.append(("inter_token", {"seconds": seconds}))
+    def record_inter_token(self, seconds: float, count: int) -> None:
+        self.calls += [("inter_token", {"seconds": seconds})] * count
 
     def record_finished(self, **values: object) -> None:
         self.calls.append(("finished", values))

@@ -175,11 +175,11 @@ def test_an_interruption_leaves_the_engine_clean(fake, runner, monkeypatch, mome
     expected = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
     collect, calls = fake.engine.collect, []
 
-    def interrupted(pending, now):
+    def interrupted(pending):
         calls.append(pending)
         if len(calls) == 3 and moment == "waiting":
             raise KeyboardInterrupt
-        return collect(pending, now)
+        return collect(pending)
 
     def interrupted_push(growing, emission):
         if len(calls) == 3:

@@ -2,28 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from itertools import chain, islice
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from ruvon.engine.types import Plan
+from ruvon.engine.types import UNDRAWN, Plan
 from ruvon.kernels.ops import ForwardBatch
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
+NOTHING: Mapping[int, int] = MappingProxyType({})
 
-def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBatch:
+
+def build_batch(
+    plan: Plan, block_size: int, device: torch.device, drawn: Mapping[int, int] = NOTHING
+) -> ForwardBatch:
     """The batch for a plan of at least one chunk.
 
     ``logit_rows`` starts with the rows of ``plan.rows``, in order; those of ``plan.prompt_rows``
-    follow.
+    follow. ``drawn`` has, by sequence, the tokens that were undrawn when the plan was made; one
+    that is not in there has failed, and anything may stand for it.
     """
     chunks = plan.chunks
-    queries = ints(len(chunk.tokens) for chunk in chunks)
-    starts = ints(chunk.start for chunk in chunks)
+    queries = ints([len(chunk.tokens) for chunk in chunks])
+    starts = ints([chunk.start for chunk in chunks])
     query_starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(queries, out=query_starts[1:])
     contexts = starts + queries
@@ -32,7 +38,9 @@ def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBat
     positions = np.arange(total, dtype=np.int32) + (starts - query_starts[:-1])[owner]
     tables = block_tables([chunk.blocks for chunk in chunks], -(-contexts // block_size))
     slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    tokens = np.fromiter(chain.from_iterable(chunk.tokens for chunk in chunks), np.int32, total)
+    tokens = np.fromiter(chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, total)
+    for at in np.flatnonzero(tokens == UNDRAWN):
+        tokens[at] = drawn.get(chunks[owner[at]].seq_id, 0)
     rows = logit_rows(plan, query_starts)
     tensors = to_device((tokens, positions, slots, tables, query_starts, contexts, rows), device)
     return ForwardBatch(
@@ -48,8 +56,8 @@ def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBat
     )
 
 
-def ints(values: Iterable[int]) -> Ints:
-    return np.array(list(values), dtype=np.int32)
+def ints(values: list[int]) -> Ints:
+    return np.array(values, dtype=np.int32)
 
 
 def block_tables(blocks: list[list[int]], num_needed: Ints) -> Ints:

@@ -1,8 +1,8 @@
 """Engine: jobs in, emissions out, one step at a time.
 
 A step is `launch`, which plans it and hands it to the runner, and `collect`, which takes in its
-result; in between, the caller does what it likes. No asyncio here: `loop` drives an engine for a
-server, `ruvon.llm` in a plain ``while``.
+result; in between, the caller does what it likes, such as launching the next step, if the runner
+is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.llm` in a ``while``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ruvon.engine.blocks import BlockPool
 from ruvon.engine.checks import check_sampling
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
-from ruvon.engine.types import Emission, Job, Plan, Sequence, StepResult, StepStats
+from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.errors import ContextLengthError, QueueFullError, RequestError
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
@@ -27,6 +27,10 @@ SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's e
 
 class Runner(Protocol):
     """Computes plans; the future resolves when the step's tokens are known."""
+
+    @property
+    def depth(self) -> int:
+        """How many steps may be launched and not collected: 1, or 2 if it fills in `UNDRAWN`."""
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Start computing. Plans are computed in the order they are launched."""
@@ -38,7 +42,7 @@ class Pending:
 
     plan: Plan
     future: Future[StepResult]
-    before: Counters
+    counted: Counters  # by this step's planning
 
 
 class Engine:
@@ -68,14 +72,16 @@ class Engine:
             caching=config.enable_prefix_caching,
         )
         pool = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(pool, limits, eos_token_ids)
+        self._scheduler = Scheduler(pool, limits)
+        self._eos_token_ids = frozenset(eos_token_ids)
         self._ids = count()
-        self.stats = self._measure(Counters(), 0, 0.0)
+        self._counted = Counters()  # up to the latest launch
+        self.stats = self._measure(Plan(0, (), ()), Counters(), 0.0)  # of the step collected last
 
     @property
     def has_work(self) -> bool:
-        """Whether `launch` has a step to run."""
-        return self._scheduler.has_work
+        """Whether there is something to launch or to collect."""
+        return bool(self._scheduler.sequences)
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up.
@@ -86,6 +92,7 @@ class Engine:
         max_tokens = self.validate(job)
         self._check_queue(job.n)
         seeds = self._seeds(job)
+        stop_ids = self._stop_ids(job.sampling)
         sequences = [
             Sequence(
                 id=next(self._ids),
@@ -95,6 +102,7 @@ class Engine:
                 num_prompt=len(job.prompt),
                 max_tokens=max_tokens,
                 seed=next(seeds),
+                stop_ids=stop_ids,
                 priority=job.priority,
                 salt=job.cache_salt,
                 arrived_at=now,
@@ -116,26 +124,24 @@ class Engine:
             self._scheduler.abort(seq_id)
 
     def launch(self, now: float) -> Pending | None:
-        """Plan a step and start it; None if there is nothing to do."""
-        if not self._scheduler.has_work:
+        """Plan a step and start it; None if there is nothing to do, or nothing before a launched
+        step has been collected."""
+        scheduler = self._scheduler
+        if not scheduler.has_work or scheduler.num_in_flight >= self._runner.depth:
             return None
-        before = replace(self._scheduler.counters)
-        plan = self._scheduler.schedule()
-        for chunk in plan.chunks:
-            seq = self._scheduler.sequences[chunk.seq_id]
-            if seq.scheduled_at is None:
-                seq.scheduled_at = now
-        return Pending(plan, self._runner.launch(plan), before)
+        plan = scheduler.schedule(now)
+        if plan is None:
+            return None
+        counted = scheduler.counters.since(self._counted)
+        self._counted = replace(scheduler.counters)
+        return Pending(plan, self._runner.launch(plan), counted)
 
-    def collect(self, pending: Pending, now: float) -> list[Emission]:
-        """Take in a launched step's result, waiting for it if need be. Raises what it raised."""
+    def collect(self, pending: Pending) -> list[Emission]:
+        """Take in the result of the oldest launched step, waiting for it if need be. Raises what it
+        raised."""
         result = pending.future.result()
-        for row, tokens in zip(pending.plan.rows, result.tokens, strict=True):
-            seq = self._scheduler.sequences[row.seq_id]
-            if tokens and seq.first_token_at is None:
-                seq.first_token_at = now
         emissions = self._scheduler.commit(pending.plan, result)
-        self.stats = self._measure(pending.before, pending.plan.num_tokens, result.seconds)
+        self.stats = self._measure(pending.plan, pending.counted, result.seconds)
         return emissions
 
     def reset_prefix_cache(self) -> None:
@@ -200,6 +206,11 @@ class Engine:
                 f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
             )
 
+    def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
+        if sampling.ignore_eos:
+            return frozenset(sampling.stop_token_ids)
+        return self._eos_token_ids.union(sampling.stop_token_ids)
+
     @staticmethod
     def _seeds(job: Job) -> Iterator[int]:
         """A seed for each completion: the request's own for the first, then strides from it."""
@@ -218,17 +229,17 @@ class Engine:
         used = 1 - scheduler.pool.num_free / scheduler.pool.num_blocks
         return len(scheduler.running), len(scheduler.waiting), used
 
-    def _measure(self, before: Counters, num_tokens: int, seconds: float) -> StepStats:
-        scheduler, after = self._scheduler, self._scheduler.counters
+    def _measure(self, plan: Plan, counted: Counters, seconds: float) -> StepStats:
+        scheduler = self._scheduler
         return StepStats(
-            step=after.steps,
-            num_tokens=num_tokens,
+            step=plan.step,
+            num_tokens=plan.num_tokens,
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.pool.num_free,
             num_blocks=scheduler.pool.num_blocks,
-            num_cached=after.cached - before.cached,
-            num_queried=after.queried - before.queried,
-            num_preempted=after.preempted - before.preempted,
+            num_cached=counted.cached,
+            num_queried=counted.queried,
+            num_preempted=counted.preempted,
             seconds=seconds,
         )

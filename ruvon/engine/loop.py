@@ -1,7 +1,8 @@
 """EngineLoop: the one task that runs the engine, and the streams that carry its news.
 
-The loop waits for work, launches a step, lets the event loop turn until the step is done, and
-wakes each stream that has news: once a step, however many sequences it has. A stream gathers what
+The loop waits for work, launches as many steps as the runner takes at once, lets the event loop
+turn until the oldest is done, and wakes each stream that has news: once a step, however many
+sequences it has. A stream gathers what
 has arrived since its reader last asked, so a slow reader gets larger pieces and stalls nobody;
 what it gathers is bounded by the tokens it asked for.
 """
@@ -12,6 +13,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -23,6 +25,7 @@ from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError, Unavail
 
 log = structlog.get_logger(__name__)
 
+LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
@@ -46,7 +49,7 @@ class LoopMetrics(Protocol):
 
     def record_first_token(self, seconds: float) -> None: ...
 
-    def record_inter_token(self, seconds: float) -> None: ...
+    def record_inter_token(self, seconds: float, count: int) -> None: ...
 
     def record_finished(  # noqa: PLR0913, keywords all
         self,
@@ -108,10 +111,11 @@ class Stream:
         self.wake()
 
     def put(self, emission: Emission) -> None:
-        """Take news in; `wake` follows when the step's last emission is in."""
+        """Take news in. The reader runs when the loop turns, and so finds all of a step."""
         self._news.append(emission)
         if emission.finish is not None:
             self.open.discard(emission.seq_id)
+        self.wake()
 
     def fail(self, error: UnavailableError) -> None:
         """End with an error, after the news that has already arrived."""
@@ -125,16 +129,15 @@ class Stream:
             self._reader.set_result(None)
 
 
+@dataclass(slots=True)
 class _Ticket:
-    """Where one sequence's emissions go, and when the last ones came."""
+    """Where one sequence's emissions go, and when they came."""
 
-    __slots__ = ("n", "seq", "stream", "told_at")
-
-    def __init__(self, seq: types.Sequence, stream: Stream, n: int) -> None:
-        self.seq = seq
-        self.stream = stream
-        self.n = n
-        self.told_at: float | None = None
+    seq: types.Sequence
+    stream: Stream
+    n: int
+    first_token_at: float | None = None
+    token_at: float = 0.0  # the latest
 
 
 class EngineLoop:
@@ -175,10 +178,11 @@ class EngineLoop:
         """Begin to take and run requests; call on the event loop."""
         self._task = asyncio.create_task(self._run(), name="engine-loop")
 
-    async def stop(self, timeout: float) -> None:
+    async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
         """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
 
-        Aborted sequences emit a last ``finish="abort"``.
+        Aborted sequences emit a last ``finish="abort"``. Steps under way then get ``patience``
+        seconds; after that they count as stuck, and nobody waits for them.
         """
         self.draining = True
         if self._task is None:
@@ -188,7 +192,11 @@ class EngineLoop:
         except TimeoutError:
             self._abort_all()
         self._work.set()
-        await self._task
+        done, _ = await asyncio.wait([self._task], timeout=patience)
+        if not done:
+            log.error("step_stuck", seconds=patience)
+            self._task.cancel()
+            await asyncio.wait([self._task])
 
     # ---------------------------------------------------------------- requests
 
@@ -264,39 +272,44 @@ class EngineLoop:
     # ---------------------------------------------------------------- the task
 
     async def _run(self) -> None:
+        pending: deque[Pending] = deque()
         try:
-            while not (self.draining and not self._tickets):
-                pending = self.engine.launch(self._clock())
-                if pending is None:
+            while pending or self._tickets or not self.draining:
+                while (step := self.engine.launch(self._clock())) is not None:
+                    pending.append(step)
+                if pending:
+                    await self._finish(pending.popleft())
+                else:
                     self._work.clear()
                     await self._work.wait()
-                else:
-                    await self._step(pending)
         except Exception as error:  # whatever it is, no stream may wait for ever
             self._die(error)
 
-    async def _step(self, pending: Pending) -> None:
+    async def _finish(self, pending: Pending) -> None:
         await asyncio.wrap_future(pending.future)
-        now = self._clock()
-        emissions = self.engine.collect(pending, now)
-        self.progressed_at = now
+        emissions = self.engine.collect(pending)
+        self.progressed_at = now = self._clock()
         self._record_step()
         self._deliver(emissions, now)
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions; each stream wakes once."""
-        streams = {}
+        intervals: dict[float, int] = {}  # since when, and how many sequences
         for emission in emissions:
             ticket = self._tickets[emission.seq_id]
             if emission.tokens:
-                self._record_tokens(ticket, now)
+                if ticket.first_token_at is None:
+                    ticket.first_token_at = now
+                    self._metrics.record_first_token(now - ticket.seq.arrived_at)
+                else:
+                    intervals[ticket.token_at] = intervals.get(ticket.token_at, 0) + 1
+                ticket.token_at = now
             if emission.finish is not None:
                 self._record_finished(ticket, emission.finish, now)
                 del self._tickets[emission.seq_id]
             ticket.stream.put(emission)
-            streams[id(ticket.stream)] = ticket.stream
-        for stream in streams.values():
-            stream.wake()
+        for since, count in intervals.items():
+            self._metrics.record_inter_token(now - since, count)
         self._note_idle()
 
     def _die(self, error: Exception) -> None:
@@ -321,19 +334,12 @@ class EngineLoop:
             num_preempted=stats.num_preempted,
         )
 
-    def _record_tokens(self, ticket: _Ticket, now: float) -> None:
-        if ticket.told_at is None:
-            self._metrics.record_first_token(now - ticket.seq.arrived_at)
-        else:
-            self._metrics.record_inter_token(now - ticket.told_at)
-        ticket.told_at = now
-
     def _record_finished(self, ticket: _Ticket, reason: str, now: float) -> None:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
         self._finished_at.append(now)
         seq = ticket.seq
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
-        first_token_at = now if seq.first_token_at is None else seq.first_token_at
+        first_token_at = now if ticket.first_token_at is None else ticket.first_token_at
         self._metrics.record_finished(
             reason=reason,
             num_prompt=seq.num_prompt,

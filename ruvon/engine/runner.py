@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
 from itertools import chain
+from queue import SimpleQueue
+from threading import Thread
 from typing import TypeAlias
 
 import torch
@@ -14,7 +16,7 @@ from torch import Tensor
 
 from ruvon.engine.batch import build_batch
 from ruvon.engine.sampler import score_prompts
-from ruvon.engine.types import Plan, SamplingRow, StepResult
+from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch], Tensor]
@@ -22,12 +24,15 @@ Forward: TypeAlias = Callable[[ForwardBatch], Tensor]
 
 Sampler: TypeAlias = Callable[[Tensor, Sequence[SamplingRow]], StepResult]
 
+PATIENCE = 10.0  # seconds for the steps under way when a runner closes
+
 
 class Runner:
-    """Computes steps one at a time, in a thread of its own, so that an event loop may turn
+    """Computes steps one after another, in a thread of its own, so that an event loop may turn
     meanwhile: torch and numpy let go of the interpreter while they compute.
 
-    ``max_logit_rows`` bounds the logits in memory at once; at least the most sequences of a step.
+    ``depth`` is how many steps it takes before the first is done, 1 or 2; ``max_logit_rows`` bounds
+    the logits in memory at once, and is at least the most sequences of a step.
     """
 
     def __init__(
@@ -38,29 +43,61 @@ class Runner:
         block_size: int,
         device: torch.device,
         max_logit_rows: int,
+        depth: int = 2,
+        at_close: Callable[[], None] = lambda: None,
     ) -> None:
+        self.depth = depth
         self._forward = forward
         self._sampler = sampler
         self._block_size = block_size
         self._device = device
         self._max_logit_rows = max_logit_rows
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
+        self._at_close = at_close
+        self._launched: SimpleQueue[tuple[Plan, Future[StepResult]] | None] = SimpleQueue()
+        # A daemon, for a step that is stuck must not keep the process alive.
+        self._worker = Thread(target=self._work, name="ruvon-step", daemon=True)
+        self._worker.start()
 
     def launch(self, plan: Plan) -> Future[StepResult]:
-        """Begin a step. The future holds its result, or whatever went wrong."""
-        return self._worker.submit(self._run, plan)
+        """Begin a step, or line it up. The future holds its result, or whatever went wrong."""
+        future: Future[StepResult] = Future()
+        self._launched.put((plan, future))
+        return future
 
     def close(self) -> None:
-        """Finish the step under way and end the thread."""
-        self._worker.shutdown()
+        """Finish what has been launched, end the thread and whatever ``forward`` runs on; unless
+        the thread is stuck, which then keeps what it uses."""
+        self._launched.put(None)
+        self._worker.join(PATIENCE)
+        if not self._worker.is_alive():
+            self._at_close()
 
-    def _run(self, plan: Plan) -> StepResult:
+    def _work(self) -> None:
+        drawn: Mapping[int, int] = {}
+        while (launched := self._launched.get()) is not None:
+            plan, future = launched
+            if not future.set_running_or_notify_cancel():
+                continue
+            try:
+                result = self._run(plan, drawn)
+            except BaseException as error:
+                future.set_exception(error)
+            else:
+                future.set_result(result)
+                drawn = {
+                    row.seq_id: tokens[0]
+                    for row, tokens in zip(plan.rows, result.tokens, strict=True)
+                    if tokens
+                }
+
+    def _run(self, plan: Plan, drawn: Mapping[int, int]) -> StepResult:
+        """Compute a step; ``drawn`` are the tokens of the step before, by sequence."""
         began = time.perf_counter()
         with torch.inference_mode():
-            batch = build_batch(plan, self._block_size, self._device)
+            batch = build_batch(plan, self._block_size, self._device, drawn)
             pieces = self._logits(batch)
             first = next(pieces)
-            sampled = self._sampler(first[: len(plan.rows)], plan.rows)
+            sampled = self._sampler(first[: len(plan.rows)], complete_rows(plan, drawn))
             scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
         return replace(
             sampled,
@@ -77,3 +114,20 @@ class Runner:
         """
         for rows in torch.split(batch.logit_rows, self._max_logit_rows):
             yield self._forward(replace(batch, logit_rows=rows))
+
+
+def complete_rows(plan: Plan, drawn: Mapping[int, int]) -> list[SamplingRow]:
+    """The plan's rows with the history that this step draws from, whatever has been committed or
+    not by now: all up to the end of its chunk, which may have been undrawn when it was planned."""
+    ends = [chunk for chunk in plan.chunks if chunk.samples]
+    return [
+        row if row.plain else replace(row, history=history(row, chunk, drawn))
+        for row, chunk in zip(plan.rows, ends, strict=True)
+    ]
+
+
+def history(row: SamplingRow, chunk: Chunk, drawn: Mapping[int, int]) -> list[int]:
+    tokens = chunk.tokens
+    if tokens == (UNDRAWN,):
+        tokens = (drawn.get(row.seq_id, 0),)
+    return [*row.history[: chunk.start], *tokens]

@@ -50,9 +50,9 @@ def sample(
     A row that cannot be drawn from (its logits are not numbers, or every token is ruled out) gets
     no token and an entry in ``errors``; the others are unharmed.
     """
-    active = [transforms_of(row) for row in rows]
-    if not any(active) and all(is_bare_greedy(row.sampling) for row in rows):
+    if all(row.plain for row in rows):
         return sample_greedy(logits_LV, rows)
+    active = [transforms_of(row) for row in rows]
     with np.errstate(over="ignore"):  # a tiny temperature sends scores to -inf, as it should
         draws = [
             sample_row(logits_V, row, transforms, eos_token_ids)
@@ -65,28 +65,20 @@ def sample(
     return StepResult(tokens, logprobs, errors=failed)
 
 
-def is_bare_greedy(sampling: SamplingParams) -> bool:
-    return sampling.temperature == 0 and sampling.logprobs is None
-
-
 def sample_greedy(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
     """The likeliest token of each row, when nobody wants anything else."""
     if logits_LV.is_cuda:
-        best_L, ids_L = logits_LV.max(dim=-1)
-        ids, best = ids_L.tolist(), best_L.tolist()
+        best_L, ids_L = (tensor_L.numpy(force=True) for tensor_L in logits_LV.max(dim=-1))
     else:
         logits = logits_LV.numpy()
-        picked_L = logits.argmax(axis=-1)
-        ids, best = picked_L.tolist(), logits[np.arange(len(rows)), picked_L].tolist()
-    errors = {
-        row.seq_id: error
-        for row, score in zip(rows, best, strict=True)
-        if (error := undrawable(score))
-    }
-    tokens = tuple(
-        () if row.seq_id in errors else (token,) for row, token in zip(rows, ids, strict=True)
-    )
-    return StepResult(tokens, (None,) * len(rows), errors=errors)
+        ids_L = logits.argmax(axis=-1)
+        best_L = logits[np.arange(len(rows)), ids_L]
+    tokens: list[tuple[int, ...]] = list(zip(ids_L.tolist()))
+    errors = {}
+    for at in np.flatnonzero(~np.isfinite(best_L)).tolist():
+        errors[rows[at].seq_id] = undrawable(float(best_L[at])) or ""
+        tokens[at] = ()
+    return StepResult(tuple(tokens), (None,) * len(rows), errors=errors)
 
 
 def sample_row(

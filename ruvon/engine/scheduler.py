@@ -6,6 +6,13 @@ new tokens and recomputation after preemption.
 
 Pure functions of this object's state and the events it is given: no clock, no I/O, no tensors.
 
+A step may be planned while the one before is still under way, so that the device never waits for
+the host. What a launched step computes counts as computed. Its new tokens are not known yet, but
+it is known how many there are: `UNDRAWN` stands in for one, and no step goes beyond a sequence's
+``max_tokens``. Whether a token ends its sequence is found out a step late: what the next step
+computed for it then is dropped. It did no harm, since a sequence keeps its blocks until the last
+step that uses them is committed. Tokens are appended and blocks published only by `commit`.
+
 Why it never stalls: sequences have a total order (`ORDERS`), the running ones are kept in it, and
 when blocks run out the last one goes back to wait. So the first always gets its blocks, because
 the engine refuses a sequence that could not fit into an empty cache; it finishes, and then the
@@ -20,9 +27,9 @@ from dataclasses import dataclass
 from ruvon.engine.blocks import BlockPool, block_key, root_key
 from ruvon.engine.policies import Policy, Rank, WaitingQueue
 from ruvon.engine.types import (
+    UNDRAWN,
     Chunk,
     Emission,
-    FinishReason,
     Plan,
     PromptRow,
     SamplingRow,
@@ -30,6 +37,9 @@ from ruvon.engine.types import (
     StepResult,
     TokenLogprobs,
 )
+
+JUST_UNDRAWN = (UNDRAWN,)
+NOTHING_DRAWN = ((), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,25 +63,40 @@ class Counters:
     queried: int = 0  # prompt tokens looked up there
     preempted: int = 0
 
+    def since(self, earlier: Counters) -> Counters:
+        return Counters(
+            self.steps - earlier.steps,
+            self.cached - earlier.cached,
+            self.queried - earlier.queried,
+            self.preempted - earlier.preempted,
+        )
+
 
 class Scheduler:
-    """Owns the sequences and their blocks. `schedule` and `commit` alternate."""
+    """Owns the sequences and their blocks. Steps are committed in the order they were planned, and
+    at most two are planned and not committed."""
 
-    def __init__(self, pool: BlockPool, limits: Limits, eos_token_ids: Iterable[int]) -> None:
+    def __init__(self, pool: BlockPool, limits: Limits) -> None:
         self.pool = pool
         self.limits = limits
         self.counters = Counters()
         self.waiting = WaitingQueue(limits.order)
         self.running: dict[int, Sequence] = {}  # by id, in the order of ``limits.order``
-        self.sequences: dict[int, Sequence] = {}  # all of these, and the aborted still in flight
-        self._eos_token_ids = frozenset(eos_token_ids)
+        self.sequences: dict[int, Sequence] = {}  # all of these, and those that end with a step
+        self._num_committed = 0  # steps
+        self._full: list[Sequence] = []  # need a new block for their next token
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
 
     @property
     def has_work(self) -> bool:
-        """Whether `schedule` has something to plan."""
+        """Whether `schedule` has something to plan, now or after the next `commit`."""
         return bool(self.running) or len(self.waiting) > 0
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps planned and not committed."""
+        return self.counters.steps - self._num_committed
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into an empty cache."""
@@ -82,7 +107,7 @@ class Scheduler:
     def abort(self, seq_id: int) -> None:
         """Drop a sequence in whatever state; unknown and finished ids are ignored.
 
-        One that is in flight keeps its blocks until the step that uses them is committed.
+        One that is in flight keeps its blocks until the last step that uses them is committed.
         """
         seq = self.sequences.get(seq_id)
         if seq is None or seq.finish is not None:
@@ -90,33 +115,38 @@ class Scheduler:
         seq.finish = "abort"
         if seq in self.waiting:
             self.waiting.remove(seq)
-        else:
-            del self.running[seq.id]
-        if not seq.in_flight:
-            self._forget(seq)
+        self._end(seq)
 
     # ------------------------------------------------------------------ schedule
 
-    def schedule(self) -> Plan:
-        """Plan one step. Not empty as long as there is work."""
-        self.counters.steps += 1
+    def schedule(self, now: float) -> Plan | None:
+        """Plan one step, at the time ``now``; None if something must be committed first, or there
+        is no work. Never None if there is work and nothing in flight."""
+        self._full = [seq for seq in self._full if seq.finish is None]
+        if self.num_in_flight and len(self._full) > self.pool.num_free:
+            return None
         if self._make_room() and self._start_followers():
             self._join()
-        return self._plan(self._share_budget())
+        return self._plan(self._share_budget(), now)
 
     def _make_room(self) -> bool:
-        """Let every running sequence hold blocks for all its tokens; False if some had to go."""
-        size = self.pool.block_size
-        full = [s for s in self.running.values() if 0 < len(s.blocks) * size < len(s.tokens)]
+        """Let every running sequence hold a block for its next token; False if some had to go.
+
+        Nothing is in flight when one has to: its blocks could go to no other before the steps that
+        use them are committed, so there is nothing to gain earlier, and its tokens would not all be
+        known.
+        """
         num_running = len(self.running)
-        for seq in full:
-            while seq.blocks and not self.pool.grow(seq.blocks, len(seq.tokens)):
+        for seq in self._full:
+            while seq.blocks and not self.pool.grow(seq.blocks, seq.num_computed + seq.num_pending):
                 self._preempt(next(reversed(self.running.values())))
+        self._full.clear()
         return len(self.running) == num_running
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue. Its tokens stay, its cache is recomputed, or found if still there."""
-        del self.running[seq.id]
+        assert not seq.in_flight
+        self._leave(seq)
         self.waiting.push(seq)
         if seq.blocks:
             seq.num_preempted += 1
@@ -128,6 +158,8 @@ class Scheduler:
     def _start_followers(self) -> bool:
         """Start those that waited for a prefix, if it is there by now; False if one of them lacks
         blocks: then nobody may join and overtake it."""
+        if len(self.running) == self._num_holding:
+            return True
         followers = [seq for seq in self.running.values() if not seq.blocks]
         return all(self._start(seq) or seq.awaits in self._computing for seq in followers)
 
@@ -169,6 +201,7 @@ class Scheduler:
         self._num_holding += 1
         seq.num_published = num_found
         seq.num_computed = num_found * self.pool.block_size
+        seq.num_pending = len(seq.tokens) - seq.num_computed
         for key in keys[num_found:]:
             self._computing[key] = seq.id
         self._count_lookup(seq)
@@ -209,18 +242,11 @@ class Scheduler:
     def _share_budget(self) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens: single tokens first, so that running streams go on
         smoothly, then prompts with what is left."""
-        budget = self.limits.max_tokens
-        shares: list[tuple[Sequence, int]] = []
-        prompts: list[Sequence] = []
-        for seq in self.running.values():
-            if len(seq.tokens) - seq.num_computed > 1:
-                if seq.blocks:
-                    prompts.append(seq)
-            elif budget:
-                shares.append((seq, 1))
-                budget -= 1
+        shares = [(seq, 1) for seq in self.running.values() if seq.num_pending == 1]
+        del shares[self.limits.max_tokens :]
         num_single = len(shares)
-        for seq in prompts:
+        budget = self.limits.max_tokens - num_single
+        for seq in [seq for seq in self.running.values() if seq.num_pending > 1]:
             num_tokens = min(seq.num_pending, budget)
             if num_tokens < seq.num_pending and not self.limits.chunked:
                 if len(shares) == num_single:
@@ -232,26 +258,47 @@ class Scheduler:
             budget -= num_tokens
         return shares
 
-    def _plan(self, shares: list[tuple[Sequence, int]]) -> Plan:
+    def _plan(self, shares: list[tuple[Sequence, int]], now: float) -> Plan | None:
+        """The step in which each sequence computes its share, if there is any."""
+        if not shares:
+            return None
         chunks: list[Chunk] = []
         rows: list[SamplingRow] = []
         prompt_rows: list[PromptRow] = []
         for seq, num_tokens in shares:
-            tokens, start = seq.tokens, seq.num_computed
+            start = seq.num_computed
             end = start + num_tokens
-            samples = end == len(tokens) and seq.max_tokens > 0
-            if start + 1 < seq.num_prompt and self._wants_prompt_logprobs(seq):
-                prompt_rows.append(self._prompt_row(seq, len(chunks), start, end))
+            tokens = tuple(seq.tokens[start:end]) or JUST_UNDRAWN
+            if seq.prompt_logprobs is not None and start + 1 < seq.num_prompt:
+                prompt_rows += self._prompt_rows(seq, len(chunks), start, end)
+            samples = num_tokens == seq.num_pending and seq.max_tokens > 0
             if samples:
-                rows.append(SamplingRow(seq.id, seq.sampling, tokens, seq.num_prompt, seq.seed))
-            chunks.append(Chunk(seq.id, tuple(tokens[start:end]), start, seq.blocks, samples))
-            seq.in_flight += 1
+                rows.append(seq.row)
+            chunks.append(Chunk(seq.id, tokens, start, seq.blocks, samples))
+            self._advance(seq, num_tokens)
+            if seq.scheduled_at is None:
+                seq.scheduled_at = now
+        self.counters.steps += 1
         return Plan(self.counters.steps, tuple(chunks), tuple(rows), tuple(prompt_rows))
 
-    @staticmethod
-    def _prompt_row(seq: Sequence, chunk: int, start: int, end: int) -> PromptRow:
-        targets = tuple(seq.tokens[start + 1 : min(end + 1, seq.num_prompt)])
-        return PromptRow(seq.id, chunk, targets, seq.sampling.prompt_logprobs or 0)
+    def _advance(self, seq: Sequence, num_tokens: int) -> None:
+        """Count a planned chunk as computed, and say what is pending then."""
+        seq.in_flight += 1
+        seq.num_computed += num_tokens
+        seq.num_pending -= num_tokens
+        if seq.num_pending:
+            return
+        if seq.num_computed + 1 < seq.num_prompt + seq.max_tokens:
+            seq.num_pending = 1  # the one being drawn
+            if seq.num_computed % self.pool.block_size == 0:
+                self._full.append(seq)
+        else:  # the one being drawn is its last: somebody else may run
+            self._leave(seq)
+
+    def _prompt_rows(self, seq: Sequence, chunk: int, start: int, end: int) -> Iterable[PromptRow]:
+        if self._wants_prompt_logprobs(seq):
+            targets = tuple(seq.tokens[start + 1 : min(end + 1, seq.num_prompt)])
+            yield PromptRow(seq.id, chunk, targets, seq.sampling.prompt_logprobs or 0)
 
     @staticmethod
     def _wants_prompt_logprobs(seq: Sequence) -> bool:
@@ -261,25 +308,26 @@ class Scheduler:
 
     def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
         """Take in what a step drew: append tokens, publish blocks, finish sequences."""
+        self._num_committed += 1
+        assert plan.step == self._num_committed, "steps are committed in order"
         emissions = []
         drawn = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
-            tokens, logprobs = next(drawn) if chunk.samples else ((), None)
+            tokens, logprobs = next(drawn) if chunk.samples else NOTHING_DRAWN
             seq = self.sequences[chunk.seq_id]
             seq.in_flight -= 1
-            if seq.finish is not None:  # aborted meanwhile
-                self._forget(seq)
+            if seq.finish is not None:  # it ended while this step was under way
+                self._end(seq)
                 continue
             if seq.id in result.errors:
                 emission: Emission | None = self._fail(seq, result.errors[seq.id])
             else:
-                self._advance(seq, chunk, result)
-                emission = self._accept(seq, tokens, logprobs)
-            if seq.finish is not None:
-                del self.running[seq.id]
-                self._forget(seq)
+                self._store(seq, chunk, result)
+                emission = self._accept(seq, chunk, tokens, logprobs)
             if emission is not None:
                 emissions.append(emission)
+                if seq.finish is not None:
+                    self._end(seq)
         return emissions
 
     @staticmethod
@@ -287,12 +335,11 @@ class Scheduler:
         seq.finish = "error"
         return Emission(seq.id, seq.index, (), finish="error", error=error)
 
-    def _advance(self, seq: Sequence, chunk: Chunk, result: StepResult) -> None:
+    def _store(self, seq: Sequence, chunk: Chunk, result: StepResult) -> None:
         """The chunk's tokens are in the cache now."""
-        seq.num_computed = chunk.start + len(chunk.tokens)
         if seq.prompt_logprobs is not None:
             seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
-        num_full = seq.num_computed // self.pool.block_size
+        num_full = (chunk.start + len(chunk.tokens)) // self.pool.block_size
         if num_full > seq.num_published and self.limits.caching:
             self._publish(seq, num_full)
 
@@ -304,53 +351,56 @@ class Scheduler:
             self._computing.pop(seq.keys[i], None)
         seq.num_published = num_full
 
+    @staticmethod
     def _accept(
-        self, seq: Sequence, tokens: tuple[int, ...], logprobs: tuple[TokenLogprobs, ...] | None
+        seq: Sequence,
+        chunk: Chunk,
+        tokens: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...] | None,
     ) -> Emission | None:
-        """Append what was drawn, as far as the sequence goes; None if there is no news of it."""
-        for num_taken, token in enumerate(tokens, 1):
-            seq.tokens.append(token)
-            seq.finish = self._finish_reason(seq, token)
-            if seq.finish is not None:
-                tokens, logprobs = tokens[:num_taken], logprobs and logprobs[:num_taken]
-                break
-        if not tokens:
-            if seq.max_tokens > 0 or seq.num_computed < seq.num_prompt:
-                return None
-            seq.finish = "length"
-        emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
-        if seq.finish == "stop":
-            emission.stop_token = tokens[-1]
-        if seq.prompt_logprobs is not None and len(seq.tokens) - len(tokens) == seq.num_prompt:
-            emission.prompt_logprobs = tuple(seq.prompt_logprobs)
-        return emission
-
-    def _finish_reason(self, seq: Sequence, token: int) -> FinishReason | None:
-        """Why the sequence ends with this token, if it does.
+        """Append what was drawn; None if there is no news of the sequence.
 
         That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
         """
-        if token in self._eos_token_ids and not seq.sampling.ignore_eos:
-            return "stop"
-        if token in seq.sampling.stop_token_ids:
-            return "stop"
-        return "length" if len(seq.tokens) - seq.num_prompt >= seq.max_tokens else None
+        seq.tokens += tokens
+        end = chunk.start + len(chunk.tokens)
+        num_output = end - seq.num_prompt + len(tokens)
+        if tokens and tokens[0] in seq.stop_ids:
+            seq.finish = "stop"
+        elif num_output >= seq.max_tokens:
+            seq.finish = "length"
+        elif not tokens:
+            return None
+        emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
+        if seq.finish == "stop":
+            emission.stop_token = tokens[0]
+        if seq.prompt_logprobs is not None and end == seq.num_prompt:
+            emission.prompt_logprobs = tuple(seq.prompt_logprobs)
+        return emission
 
     # ------------------------------------------------------------------ freeing
 
-    def _forget(self, seq: Sequence) -> None:
-        """A sequence is over: nothing of it stays but its published blocks."""
-        del self.sequences[seq.id]
-        self._free(seq)
+    def _leave(self, seq: Sequence) -> None:
+        """A sequence runs no more, if it did; it keeps its blocks."""
+        if self.running.pop(seq.id, None) is not None:
+            self._num_holding -= bool(seq.blocks)
+
+    def _end(self, seq: Sequence) -> None:
+        """A sequence is over, and nothing of it stays but its published blocks; not before its last
+        step has been committed."""
+        self._leave(seq)
+        if not seq.in_flight:
+            del self.sequences[seq.id]
+            self._free(seq)
 
     def _free(self, seq: Sequence) -> None:
         """Give back a sequence's blocks, and its claim to be computing some."""
         for key in seq.keys[seq.num_published :]:
             if self._computing.get(key) == seq.id:
                 del self._computing[key]
-        self._num_holding -= bool(seq.blocks)
         self.pool.release(seq.blocks)
         seq.blocks = []  # a new list: a plan may still hold the old one
         seq.num_computed = 0
+        seq.num_pending = 0
         seq.num_published = 0
         seq.awaits = None

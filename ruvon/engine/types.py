@@ -16,6 +16,10 @@ from typing import Literal, TypeAlias
 
 FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
 
+UNDRAWN = -1
+"""In a chunk, in place of a token that the step before is drawing while this one is planned: the
+runner, which computes one step after another, knows it in time."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -62,12 +66,44 @@ class Job:
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
 
 
+@dataclass(slots=True)
+class SamplingRow:
+    """What the sampler needs to know of a sequence.
+
+    One serves all steps of a sequence, for ``history`` is the sequence's own list of tokens: what
+    has been committed when it is read. The runner gives the sampler a row with a list of its own,
+    which ends where the step's chunk ends, unless the row is ``plain`` and nobody reads it.
+    """
+
+    seq_id: int
+    sampling: SamplingParams
+    history: list[int]
+    num_prompt: int
+    seed: int
+    plain: bool = field(init=False)  # the likeliest token, whatever came before, is all it wants
+
+    def __post_init__(self) -> None:
+        wanted = self.sampling
+        self.plain = wanted.temperature == 0 and not (
+            wanted.logprobs is not None
+            or wanted.allowed_token_ids is not None
+            or wanted.bad_words
+            or wanted.min_tokens
+            or wanted.logit_bias
+            or wanted.repetition_penalty != 1
+            or wanted.presence_penalty
+            or wanted.frequency_penalty
+        )
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One completion on its way, owned by the scheduler.
 
-    ``tokens`` is prompt plus output; ``num_computed`` of them are in the cache. Scheduling closes
-    the gap, whether it is a prompt, a chunk of one, one new token or a recompute after preemption.
+    ``tokens`` is prompt plus output, as far as it is known. ``num_computed`` tokens are in the
+    cache, or will be when the launched steps are done; scheduling closes the gap to the rest,
+    ``num_pending``, whether that is a prompt, a chunk of one, a new token or a recompute after
+    preemption. The last pending token may be one that a launched step still draws.
     """
 
     id: int
@@ -77,9 +113,11 @@ class Sequence:
     num_prompt: int
     max_tokens: int  # resolved against the context length
     seed: int
+    stop_ids: frozenset[int] = frozenset()  # tokens that end it
     priority: int = 0
     salt: str = ""
     num_computed: int = 0
+    num_pending: int = 0  # 0 as long as it has no blocks, and once its last token is being drawn
     num_cached: int = 0  # prompt tokens found in the prefix cache at first scheduling
     num_preempted: int = 0
     in_flight: int = 0  # steps launched with a chunk of it and not committed yet
@@ -88,18 +126,17 @@ class Sequence:
     num_published: int = 0  # leading blocks already offered to the prefix cache
     awaits: bytes | None = None  # key of a prefix block that another sequence computes right now
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # so far; None if not wanted
-    arrived_at: float = 0.0  # seconds, monotonic; set by the engine, never read by the scheduler
-    scheduled_at: float | None = None
-    first_token_at: float | None = None
+    arrived_at: float = 0.0  # seconds, monotonic
+    scheduled_at: float | None = None  # when a step was first planned with a chunk of it
     finish: FinishReason | None = None
+    row: SamplingRow = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.row = SamplingRow(self.id, self.sampling, self.tokens, self.num_prompt, self.seed)
 
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
-
-    @property
-    def num_pending(self) -> int:
-        return len(self.tokens) - self.num_computed
 
 
 @dataclass(slots=True)
@@ -108,22 +145,10 @@ class Chunk:
     nothing else to build its batch."""
 
     seq_id: int
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # or `UNDRAWN` alone
     start: int  # position of the first
-    blocks: list[int]  # the sequence's own block table: read it during the step, never keep it
+    blocks: list[int]  # the sequence's own block table, which may grow while the step runs
     samples: bool  # whether the last token's logits are drawn from
-
-
-@dataclass(slots=True)
-class SamplingRow:
-    """What the sampler needs for one chunk that samples. ``history`` is the sequence's own token
-    list, read during the step and not changed until its result is committed."""
-
-    seq_id: int
-    sampling: SamplingParams
-    history: list[int]
-    num_prompt: int
-    seed: int
 
 
 @dataclass(frozen=True, slots=True)

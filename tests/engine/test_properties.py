@@ -1,10 +1,13 @@
 """The property of this project: whatever the policy, the chunking, the cache pressure or what
-else is running, a request gets the same tokens; and in the end every block is free."""
+else is running, and whether a step is launched before the one before is collected, a request gets
+the same tokens; and in the end every block is free."""
 
 from __future__ import annotations
 
 import random
+from collections import deque
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 from fakes import ByteTokenizer, FakeRunner, last_three
@@ -12,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Engine
-from ruvon.engine.types import Job, SamplingParams
+from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.types import Emission, Job, Plan, SamplingParams
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
 MAX_MODEL_LEN = 60
@@ -50,11 +53,23 @@ class Arrival:
 
 
 class Run:
-    """One engine fed with arrivals, its invariants checked after every step."""
+    """One engine fed with arrivals, its invariants checked after every step.
 
-    def __init__(self, arrivals: list[Arrival], num_blocks: int, config: EngineConfig) -> None:
+    Of two steps under way, the first is computed when it is collected, or, if ``eager``, both are
+    at once.
+    """
+
+    def __init__(
+        self,
+        arrivals: list[Arrival],
+        num_blocks: int,
+        config: EngineConfig,
+        depth: int = 1,
+        eager: bool = False,
+    ) -> None:
+        self.runner = FakeRunner(config.block_size, ALPHABET, by_hand=not eager, depth=depth)
         self.engine = Engine(
-            FakeRunner(config.block_size, ALPHABET, by_hand=True),
+            self.runner,
             config,
             max_model_len=MAX_MODEL_LEN,
             num_blocks=num_blocks,
@@ -66,6 +81,7 @@ class Run:
         self.outputs: dict[int, list[int]] = {}
         self.scored: dict[int, list[int | None]] = {}  # the tokens that prompt logprobs are of
         self.finished: dict[int, str] = {}
+        self.pending: deque[Pending] = deque()
         self.step = 0
 
     def go(self, most_steps: int = 20_000) -> Run:
@@ -89,44 +105,64 @@ class Run:
                 self.engine.abort(self.ids[number])
 
     def _step(self) -> None:
-        pending = self.engine.launch(0.0)
-        if pending is None:
+        while (pending := self.engine.launch(0.0)) is not None:
+            self._check_plan(pending.plan)
+            self.pending.append(pending)
+        check(self.engine)
+        self._abort(self.step + 0.5)  # in flight
+        if not self.pending:
             return
-        plan = pending.plan
+        if not self.pending[0].future.done():
+            self.runner.finish_step()
+        for emission in self.engine.collect(self.pending.popleft()):
+            self._take_in(emission)
+        check(self.engine)
+
+    def _check_plan(self, plan: Plan) -> None:
         limit = self.engine.config.max_num_batched_tokens
         assert plan.num_tokens > 0
         assert plan.num_tokens <= limit or (
             not self.engine.config.enable_chunked_prefill and len(plan.chunks) == 1
         )
         assert len(plan.chunks) <= self.engine.config.max_num_seqs
-        self._abort(self.step + 0.5)  # in flight
-        self.engine._runner.finish_step()
-        for emission in self.engine.collect(pending, 0.0):
-            assert emission.seq_id not in self.finished
-            if emission.prompt_logprobs is not None:
-                assert self.outputs[emission.seq_id] == []
-                scored = [entry and entry.token for entry in emission.prompt_logprobs]
-                self.scored[emission.seq_id] = scored
-            self.outputs[emission.seq_id] += emission.tokens
-            if emission.finish:
-                self.finished[emission.seq_id] = emission.finish
-        check(self.engine)
+
+    def _take_in(self, emission: Emission) -> None:
+        assert emission.seq_id not in self.finished
+        if emission.prompt_logprobs is not None:
+            assert self.outputs[emission.seq_id] == []
+            scored = [entry and entry.token for entry in emission.prompt_logprobs]
+            self.scored[emission.seq_id] = scored
+        self.outputs[emission.seq_id] += emission.tokens
+        if emission.finish:
+            self.finished[emission.seq_id] = emission.finish
 
 
 def check(engine: Engine) -> None:
     scheduler = engine._scheduler
-    tables = [seq.blocks for seq in scheduler.sequences.values()]
-    scheduler.pool.check(tables)
+    pool, sequences = scheduler.pool, scheduler.sequences.values()
+    pool.check([seq.blocks for seq in sequences])
     assert list(scheduler.running) == [
         seq.id for seq in sorted(scheduler.running.values(), key=scheduler.limits.order)
     ]
-    assert scheduler._num_holding == sum(1 for table in tables if table)
-    for seq in scheduler.sequences.values():
-        assert len(seq.blocks) <= scheduler.pool.blocks_for(len(seq.tokens))
-        assert seq.num_published <= len(seq.blocks)
-        assert (seq.id in scheduler.running) != (seq in scheduler.waiting)
+    assert scheduler._num_holding == sum(1 for seq in scheduler.running.values() if seq.blocks)
+    assert max((seq.in_flight for seq in sequences), default=0) <= scheduler.num_in_flight
+    for seq in sequences:
+        assert (
+            seq.num_published <= len(seq.blocks) <= pool.blocks_for(seq.num_prompt + seq.max_tokens)
+        )
+        if seq in scheduler.waiting:
+            assert seq.id not in scheduler.running
+            assert not seq.in_flight
+        elif seq.id not in scheduler.running:
+            assert seq.in_flight, "it is over"
+        elif seq.blocks:
+            num_drawing = seq.num_computed + seq.num_pending - len(seq.tokens)
+            assert 0 <= num_drawing <= seq.in_flight
+            assert seq.num_pending > 0
+        else:
+            assert seq.num_pending == 0
     for key, owner in scheduler._computing.items():
-        seq = scheduler.running[owner]
+        seq = scheduler.sequences[owner]
         assert key in seq.keys[seq.num_published :]
 
 
@@ -185,7 +221,7 @@ def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
 
 
 @st.composite
-def worlds(draw: st.DrawFn) -> tuple[EngineConfig, int]:
+def worlds(draw: st.DrawFn) -> dict[str, Any]:
     block_size = draw(st.sampled_from([1, 2, 4, 16]))
     budget = draw(st.sampled_from([1, 3, 8, 20, 512]))
     config = EngineConfig(
@@ -198,14 +234,20 @@ def worlds(draw: st.DrawFn) -> tuple[EngineConfig, int]:
         enable_chunked_prefill=draw(st.booleans()),
     )
     fewest = -(-MAX_MODEL_LEN // block_size)
-    return config, fewest + draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
+    more = draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
+    depth = draw(st.sampled_from([1, 2, 2]))
+    return {
+        "config": config,
+        "num_blocks": fewest + more,
+        "depth": depth,
+        "eager": draw(st.booleans()),
+    }
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=250, deadline=None)
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
-    config, num_blocks = world
-    verify(Run(load, num_blocks, config).go())
+    verify(Run(load, **world).go())
 
 
 def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arrival]:
@@ -228,8 +270,9 @@ def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arriva
     return load
 
 
+@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_a_long_run_under_pressure(policy):
+def test_a_long_run_under_pressure(policy, depth):
     """Several hundred jobs through a cache that holds two or three: preemption all the time."""
     load = mixed_load(random.Random(7), num_jobs=400, num_steps=150)
     config = EngineConfig(
@@ -239,7 +282,7 @@ def test_a_long_run_under_pressure(policy):
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    run = Run(load, 20, config).go()
+    run = Run(load, 20, config, depth).go()
     verify(run)
     counters = run.engine._scheduler.counters
     assert counters.preempted > 100

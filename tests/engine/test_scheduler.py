@@ -18,11 +18,10 @@ def make(num_blocks=64, block_size=4, *, order="fcfs", policy="continuous", **li
     return Scheduler(
         BlockPool(num_blocks, block_size),
         Limits(policy=POLICIES[policy], order=ORDERS[order], **limits),
-        [EOS],
     )
 
 
-def sequence(id, tokens, max_tokens=8, *, priority=0, **sampling):
+def sequence(id, tokens, max_tokens=8, *, stop_ids=(EOS,), priority=0, **sampling):
     wants = sampling.get("prompt_logprobs") is not None
     return Sequence(
         id=id,
@@ -32,6 +31,7 @@ def sequence(id, tokens, max_tokens=8, *, priority=0, **sampling):
         num_prompt=len(tokens),
         max_tokens=max_tokens,
         seed=0,
+        stop_ids=frozenset(stop_ids),
         priority=priority,
         prompt_logprobs=[None] if wants else None,
     )
@@ -45,7 +45,7 @@ def result(plan, token=9, **fields):
 
 def step(scheduler, token=9):
     """Plan and commit one step: the shares it had by sequence, and its emissions."""
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     shares = {chunk.seq_id: len(chunk.tokens) for chunk in plan.chunks}
     return shares, scheduler.commit(plan, result(plan, token))
 
@@ -65,14 +65,14 @@ def run_out(scheduler, most=200):
 def test_a_prompt_then_one_token_a_step():
     scheduler = make()
     scheduler.add(sequence(0, range(10, 20), max_tokens=2))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     (chunk,), (row,) = plan.chunks, plan.rows
     assert chunk.tokens == tuple(range(10, 20))
     assert (chunk.start, chunk.samples, len(chunk.blocks)) == (0, True, 3)
     assert (row.history, row.num_prompt) == (list(range(10, 20)), 10)
     (emission,) = scheduler.commit(plan, result(plan))
     assert (emission.tokens, emission.finish) == ((9,), None)
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert (plan.chunks[0].tokens, plan.chunks[0].start) == ((9,), 10)
     (emission,) = scheduler.commit(plan, result(plan))
     assert emission.finish == "length"
@@ -85,7 +85,7 @@ def test_a_long_prompt_is_computed_in_chunks_and_draws_after_the_last():
     scheduler.add(sequence(0, range(20, 39)))
     plans = []
     for _ in range(3):
-        plans.append(scheduler.schedule())
+        plans.append(scheduler.schedule(0.0))
         scheduler.commit(plans[-1], result(plans[-1]))
     assert [(p.chunks[0].start, len(p.chunks[0].tokens)) for p in plans] == [
         (0, 8),
@@ -163,7 +163,7 @@ def test_a_later_sequence_finds_the_prefix_but_computes_the_last_token():
     scheduler.add(sequence(0, range(10, 18), max_tokens=1))
     step(scheduler)
     scheduler.add(sequence(1, range(10, 18), max_tokens=1))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert (plan.chunks[0].start, plan.chunks[0].tokens) == (4, (14, 15, 16, 17))
     (emission,) = scheduler.commit(plan, result(plan))
     assert emission.num_cached == 4
@@ -204,7 +204,7 @@ def test_those_who_wait_compute_the_prompt_if_the_first_goes_away(end):
     scheduler = make(max_tokens=8)
     scheduler.add(sequence(0, range(10, 24)))
     scheduler.add(sequence(1, range(10, 24)))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     if end == "abort":
         scheduler.abort(0)
         scheduler.commit(plan, result(plan))
@@ -249,7 +249,7 @@ def test_a_prompt_preempted_half_way_starts_its_logprobs_again():
     scheduler.add(sequence(1, prompt, max_tokens=1, prompt_logprobs=0))
     emissions = []
     while scheduler.has_work:
-        plan = scheduler.schedule()
+        plan = scheduler.schedule(0.0)
         scored = {
             row.seq_id: tuple(fake_logprobs(token, 0) for token in row.targets)
             for row in plan.prompt_rows
@@ -314,17 +314,17 @@ def test_a_sequence_that_could_never_fit_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("sampling", "tokens", "finish", "stop_token"),
+    ("stop_ids", "tokens", "finish", "stop_token"),
     [
-        ({}, [9, EOS], "stop", EOS),
-        ({"ignore_eos": True}, [9, EOS, 9], "length", None),
-        ({"stop_token_ids": (7,)}, [9, 7], "stop", 7),
-        ({"stop_token_ids": (7,), "ignore_eos": True}, [EOS, 7], "stop", 7),
+        ((EOS,), [9, EOS], "stop", EOS),
+        ((), [9, EOS, 9], "length", None),
+        ((EOS, 7), [9, 7], "stop", 7),
+        ((EOS,), [9, 9, EOS], "stop", EOS),
     ],
 )
-def test_reasons_to_finish(sampling, tokens, finish, stop_token):
+def test_reasons_to_finish(stop_ids, tokens, finish, stop_token):
     scheduler = make()
-    scheduler.add(sequence(0, [5, 6], max_tokens=3, **sampling))
+    scheduler.add(sequence(0, [5, 6], max_tokens=3, stop_ids=stop_ids))
     for token in tokens:
         _, (emission,) = step(scheduler, token)
     assert emission.tokens == (tokens[-1],)
@@ -332,26 +332,15 @@ def test_reasons_to_finish(sampling, tokens, finish, stop_token):
     assert not scheduler.has_work
 
 
-def test_several_tokens_of_a_step_end_where_the_sequence_ends():
-    scheduler = make()
-    scheduler.add(sequence(0, [5, 6], logprobs=0))
-    plan = scheduler.schedule()
-    logprobs = tuple(fake_logprobs(token, 0) for token in (9, EOS, 9))
-    (emission,) = scheduler.commit(plan, StepResult(((9, EOS, 9),), (logprobs,)))
-    assert emission.tokens == (9, EOS)
-    assert emission.logprobs == logprobs[:2]
-    assert emission.finish == "stop"
-
-
 def test_nothing_to_generate_computes_the_prompt_and_ends():
     scheduler = make(max_tokens=4)
     scheduler.add(sequence(0, [5, 6, 7, 8, 9, 10], max_tokens=0, prompt_logprobs=1))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan.rows == ()
     assert plan.prompt_rows[0].targets == (6, 7, 8, 9)
     one = tuple(fake_logprobs(token, 1) for token in plan.prompt_rows[0].targets)
     assert scheduler.commit(plan, result(plan, prompt_logprobs={0: one})) == []
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan.prompt_rows[0].targets == (10,)
     two = (fake_logprobs(10, 1),)
     (emission,) = scheduler.commit(plan, result(plan, prompt_logprobs={0: two}))
@@ -365,14 +354,14 @@ def test_prompt_logprobs_skip_the_prefix_cache_and_come_once():
     step(scheduler)
     seq = sequence(1, range(10, 20), max_tokens=2, prompt_logprobs=0)
     scheduler.add(seq)
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan.chunks[0].start == 0
     targets = plan.prompt_rows[0].targets
     assert targets == tuple(range(11, 20))
     scored = {1: tuple(fake_logprobs(token, 0) for token in targets)}
     (emission,) = scheduler.commit(plan, result(plan, prompt_logprobs=scored))
     assert [entry and entry.token for entry in emission.prompt_logprobs] == [None, *targets]
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert plan.prompt_rows == ()
     (emission,) = scheduler.commit(plan, result(plan))
     assert emission.prompt_logprobs is None
@@ -382,7 +371,7 @@ def test_an_error_ends_its_sequence_and_no_other():
     scheduler = make()
     scheduler.add(sequence(0, [5, 6]))
     scheduler.add(sequence(1, [7, 8]))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     drawn = StepResult(((), (9,)), (None, None), errors={0: "not a number"})
     bad, good = scheduler.commit(plan, drawn)
     assert (bad.seq_id, bad.finish, bad.error) == (0, "error", "not a number")
@@ -415,7 +404,7 @@ def test_abort_between_steps_frees_at_once():
 def test_abort_in_flight_keeps_the_blocks_until_the_commit():
     scheduler = make()
     scheduler.add(sequence(0, range(10, 20)))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     scheduler.abort(0)
     scheduler.abort(0)
     assert not scheduler.has_work
@@ -437,7 +426,7 @@ def test_abort_of_the_preempted_the_awaiting_the_unknown_and_the_finished():
     scheduler.abort(0)
     scheduler.add(sequence(2, [5, 7, 7, 7], max_tokens=2))
     scheduler.add(sequence(3, [5, 7, 7, 7], max_tokens=2))
-    plan = scheduler.schedule()
+    plan = scheduler.schedule(0.0)
     assert scheduler.running[3].awaits is not None
     scheduler.abort(3)
     scheduler.commit(plan, result(plan))

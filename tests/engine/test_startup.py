@@ -43,7 +43,7 @@ def drain(engine) -> list[int]:
     """Run what is queued to its end; all tokens."""
     tokens = []
     while (pending := engine.launch(0.0)) is not None:
-        for emission in engine.collect(pending, 0.0):
+        for emission in engine.collect(pending):
             assert emission.error is None
             tokens += emission.tokens
     return tokens
