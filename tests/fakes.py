@@ -160,6 +160,8 @@ class FakeRunner:
     def finish_step(self) -> None:
         """Complete the oldest launched step."""
         plan, future = self._held.pop(0)
+        if not future.set_running_or_notify_cancel():
+            return
         try:
             future.set_result(self._compute(plan))
         except Exception as error:

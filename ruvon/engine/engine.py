@@ -225,16 +225,16 @@ class Engine:
     @property
     def load(self) -> tuple[int, int, float]:
         """At this moment: sequences running, sequences waiting, share of cache blocks in use."""
-        scheduler = self._scheduler
-        used = 1 - scheduler.pool.num_free / scheduler.pool.num_blocks
-        return len(scheduler.running), len(scheduler.waiting), used
+        pool, num_waiting = self._scheduler.pool, len(self._scheduler.waiting)
+        used = 1 - pool.num_free / pool.num_blocks
+        return len(self._scheduler.sequences) - num_waiting, num_waiting, used
 
     def _measure(self, plan: Plan, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler
         return StepStats(
             step=plan.step,
             num_tokens=plan.num_tokens,
-            num_running=len(scheduler.running),
+            num_running=len(scheduler.sequences) - len(scheduler.waiting),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.pool.num_free,
             num_blocks=scheduler.pool.num_blocks,

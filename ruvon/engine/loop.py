@@ -194,9 +194,9 @@ class EngineLoop:
         self._work.set()
         done, _ = await asyncio.wait([self._task], timeout=patience)
         if not done:
-            log.error("step_stuck", seconds=patience)
             self._task.cancel()
             await asyncio.wait([self._task])
+            self._die(TimeoutError(f"a step takes more than {patience:g} seconds"))
 
     # ---------------------------------------------------------------- requests
 

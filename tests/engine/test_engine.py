@@ -186,3 +186,39 @@ def test_what_the_runner_raises_comes_out_of_collect(make_engine):
 
 def test_an_idle_engine_launches_nothing(make_engine):
     assert make_engine().launch(0.0) is None
+
+
+def test_no_more_is_launched_than_the_runner_takes(make_engine):
+    engine = make_engine(FakeRunner(16, depth=2))
+    engine.add(Job((97,), SamplingParams(max_tokens=4, ignore_eos=True)), 0.0)
+    first, second = engine.launch(0.0), engine.launch(0.0)
+    assert engine.launch(0.0) is None
+    assert len(engine.collect(first)) == 1
+    third = engine.launch(0.0)
+    assert [len(engine.collect(step)) for step in (second, third)] == [1, 1]
+
+
+def test_statistics_of_steps_that_overlap_are_each_their_own(make_engine):
+    engine = make_engine(FakeRunner(16, depth=2), num_blocks=8, max_num_seqs=1)
+    for token in (97, 98):
+        engine.add(Job((token,) * 20, SamplingParams(max_tokens=1)), 0.0)
+    pending, stats = [engine.launch(0.0), engine.launch(0.0)], []
+    for step in pending:
+        engine.collect(step)
+        stats.append(engine.stats)
+    assert [(s.step, s.num_tokens, s.num_queried, s.num_cached) for s in stats] == [
+        (1, 20, 20, 0),
+        (2, 20, 20, 0),
+    ]
+    assert [(s.num_running, s.num_waiting) for s in stats] == [(1, 0), (0, 0)]
+
+
+def test_a_lone_step_ahead_is_work_to_be_collected(make_engine):
+    engine = make_engine(FakeRunner(16, depth=2))
+    (seq_id,) = engine.add(Job((97,)), 0.0)
+    pending = engine.launch(0.0)
+    engine.abort([seq_id])
+    assert engine.has_work
+    assert engine.launch(0.0) is None
+    engine.collect(pending)
+    assert not engine.has_work

@@ -6,7 +6,7 @@ import asyncio
 from contextlib import aclosing, asynccontextmanager
 
 import pytest
-from fakes import FakeMetrics, FakeRunner
+from fakes import LETTERS, FakeMetrics, FakeRunner
 
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.types import Job, SamplingParams
@@ -31,13 +31,19 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(params=[1, 2], ids=["depth 1", "depth 2"])
+def depth(request) -> int:
+    """How many steps are launched at once."""
+    return request.param
+
+
 @pytest.fixture
-def running(make_engine):
+def running(make_engine, depth):
     """A running loop over a `FakeRunner`; checks that nothing is left behind."""
 
     @asynccontextmanager
     async def start(runner=None, *, by_hand=False, **config):
-        runner = runner or FakeRunner(16, by_hand=by_hand)
+        runner = runner or FakeRunner(16, by_hand=by_hand, depth=depth)
         loop = EngineLoop(make_engine(runner, **config), FakeMetrics(), Clock())
         loop.start()
         yield loop, runner
@@ -188,6 +194,53 @@ async def test_the_event_loop_turns_while_a_step_runs(running):
         assert len(await read(stream)) == 1
 
 
+# -------------------------------------------------------------------- a step ahead
+
+
+async def test_as_many_steps_are_under_way_as_the_runner_takes(running, depth):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=5, ignore_eos=True))])
+        await turn()
+        under_way = []
+        while runner._held:
+            under_way.append(len(runner._held))
+            await turn(runner)
+        assert under_way == [depth] * (6 - depth) + [1] * (depth - 1)
+        assert len(tokens(await read(stream))) == len(runner.plans) == 5
+
+
+async def test_a_newcomer_joins_the_next_launch(running, depth):
+    async with running(by_hand=True) as (loop, runner):
+        first = loop.generate([Job((97,), LONG)])
+        await turn(runner)
+        num_plans = len(runner.plans)
+        second = loop.generate([Job((98,), LONG)])
+        await turn()
+        assert len(runner.plans) == num_plans
+        await turn(runner)
+        assert [len(plan.chunks) for plan in runner.plans[num_plans:]] == [2]
+        for _ in range(depth):
+            assert not second._news
+            await turn(runner)
+        assert len(await anext(second)) == 1
+        await first.aclose()
+        await second.aclose()
+
+
+async def test_what_is_drawn_after_the_end_reaches_nobody(running, depth):
+    """The second token is a stop token, which nobody knows when the third is launched."""
+    counting = FakeRunner(16, by_hand=True, depth=depth, next_token=lambda tokens, _: len(tokens))
+    async with running(counting) as (loop, runner):
+        sampling = SamplingParams(max_tokens=9, stop_token_ids=(LETTERS[2],))
+        stream = loop.generate([Job((97,), sampling)])
+        emissions = await read_while(runner, stream)
+        assert tokens(emissions) == [LETTERS[1], LETTERS[2]]
+        assert [e.finish for e in emissions] == [None, "stop"]
+        assert len(runner.plans) == depth + 1
+        await turn(runner)
+        assert_clean(loop)
+
+
 # -------------------------------------------------------------------- leaving
 
 
@@ -201,7 +254,7 @@ async def test_leaving_while_waiting(running):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 5])
-async def test_leaving_in_flight_frees_the_blocks_with_that_step(running, num_steps):
+async def test_leaving_in_flight_frees_the_blocks_with_the_last_step(running, depth, num_steps):
     """A prompt of three chunks: aborted in each of them, and while decoding."""
     async with running(by_hand=True, max_num_batched_tokens=64) as (loop, runner):
         pool = loop.engine._scheduler.pool
@@ -209,13 +262,14 @@ async def test_leaving_in_flight_frees_the_blocks_with_that_step(running, num_st
             await turn()
             for _ in range(num_steps):
                 await turn(runner)
-        assert pool.num_free < pool.num_blocks
-        await turn(runner)
+        for _ in range(depth):
+            assert pool.num_free < pool.num_blocks
+            await turn(runner)
         assert pool.num_free == pool.num_blocks
         assert_clean(loop)
         num_plans = len(runner.plans)
         await turn()
-        assert len(runner.plans) == num_plans == num_steps + 1
+        assert len(runner.plans) == num_plans == num_steps + depth
 
 
 async def test_blocks_in_flight_are_not_given_to_the_next_request(running):
@@ -347,7 +401,7 @@ async def test_stopping_waits_for_what_runs_and_takes_no_more(running):
         assert [e.finish for e in await read(stream)] == [None, None, "length"]
 
 
-async def test_stopping_aborts_what_takes_too_long(running):
+async def test_stopping_aborts_what_takes_too_long(running, depth):
     async with running(by_hand=True) as (loop, runner):
         stream = loop.generate([Job((97,), LONG, n=2)])
         await turn(runner)
@@ -355,9 +409,21 @@ async def test_stopping_aborts_what_takes_too_long(running):
         emissions = await read(stream)  # ends only because of the abort: the step is held
         assert [e.finish for e in emissions if e.finish] == ["abort", "abort"]
         assert {e.index for e in emissions if e.finish} == {0, 1}
-        assert not stopping.done()
-        await turn(runner)
+        for _ in range(depth):
+            assert not stopping.done()
+            await turn(runner)
         await stopping
+
+
+async def test_stopping_gives_up_on_a_step_that_is_stuck(running):
+    async with running(by_hand=True) as (loop, _):
+        stream = loop.generate([Job((97,), LONG)])
+        await turn()
+        await loop.stop(0, patience=0.01)
+        assert [e.finish for e in await read(stream)] == ["abort"]
+        assert isinstance(loop.dead, TimeoutError)
+        with pytest.raises(EngineDeadError):
+            loop.generate([Job((97,))])
 
 
 async def test_stopping_an_idle_loop(running):

@@ -8,7 +8,7 @@ from fakes import fake_logprobs
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Limits, Scheduler
-from ruvon.engine.types import SamplingParams, Sequence, StepResult
+from ruvon.engine.types import UNDRAWN, SamplingParams, Sequence, StepResult
 
 EOS = 2
 
@@ -377,6 +377,136 @@ def test_an_error_ends_its_sequence_and_no_other():
     assert (bad.seq_id, bad.finish, bad.error) == (0, "error", "not a number")
     assert (good.seq_id, good.tokens, good.finish) == (1, (9,), None)
     scheduler.pool.check([scheduler.sequences[1].blocks])
+
+
+# -------------------------------------------------------------------- a step ahead
+
+
+def test_a_step_ahead_computes_the_token_being_drawn():
+    scheduler = make()
+    seq = sequence(0, [5, 6, 7, 8], max_tokens=3)
+    scheduler.add(seq)
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    (chunk,) = second.chunks
+    assert (chunk.tokens, chunk.start, chunk.samples) == ((UNDRAWN,), 4, True)
+    assert len(chunk.blocks) == 2
+    assert seq.tokens == [5, 6, 7, 8]
+    (emission,) = scheduler.commit(first, result(first, 9))
+    assert emission.tokens == (9,)
+    third = scheduler.schedule(0.0)
+    assert (third.chunks[0].tokens, third.chunks[0].start) == ((UNDRAWN,), 5)
+    (emission,) = scheduler.commit(second, result(second, 10))
+    assert (emission.tokens, emission.finish) == ((10,), None)
+    assert scheduler.schedule(0.0) is None
+    (emission,) = scheduler.commit(third, result(third, 11))
+    assert (emission.tokens, emission.finish) == ((11,), "length")
+    scheduler.pool.check([])
+
+
+def test_the_token_is_known_again_when_nothing_is_under_way():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6]))
+    step(scheduler)
+    assert scheduler.schedule(0.0).chunks[0].tokens == (9,)
+
+
+def test_steps_are_committed_in_order():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6]))
+    scheduler.schedule(0.0)
+    second = scheduler.schedule(0.0)
+    with pytest.raises(AssertionError, match="in order"):
+        scheduler.commit(second, result(second))
+
+
+def test_chunks_of_a_prompt_follow_each_other_without_waiting():
+    scheduler = make(max_tokens=8)
+    prompt = range(10, 24)
+    scheduler.add(sequence(0, prompt, prompt_logprobs=0))
+    plans = [scheduler.schedule(0.0), scheduler.schedule(0.0)]
+    assert [plan.chunks[0].tokens for plan in plans] == [tuple(prompt[:8]), tuple(prompt[8:])]
+    emissions = []
+    for plan in plans:
+        (row,) = plan.prompt_rows
+        scored = {0: tuple(fake_logprobs(token, 0) for token in row.targets)}
+        emissions += scheduler.commit(plan, result(plan, prompt_logprobs=scored))
+    (emission,) = emissions
+    assert [entry and entry.token for entry in emission.prompt_logprobs] == [None, *prompt[1:]]
+
+
+@pytest.mark.parametrize("end", ["stop", "error", "abort"])
+def test_what_is_computed_beyond_the_end_is_dropped_and_its_blocks_kept_so_long(end):
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6, 7, 8]))
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    if end == "stop":
+        (emission,) = scheduler.commit(first, result(first, EOS))
+        assert (emission.tokens, emission.finish) == ((EOS,), "stop")
+    elif end == "error":
+        (emission,) = scheduler.commit(first, result(first, errors={0: "broken"}))
+        assert (emission.tokens, emission.finish) == ((), "error")
+    else:
+        scheduler.abort(0)
+        assert scheduler.commit(first, result(first)) == []
+    assert not scheduler.has_work
+    assert scheduler.schedule(0.0) is None
+    assert scheduler.pool.num_free == 62
+    assert scheduler.commit(second, result(second)) == []
+    scheduler.pool.check([])
+
+
+def test_a_sequence_that_ends_is_given_no_more_blocks():
+    scheduler = make(num_blocks=3, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=4))
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    scheduler.commit(first, result(first))
+    third = scheduler.schedule(0.0)  # fills its second block
+    scheduler.abort(0)
+    assert scheduler.schedule(0.0) is None
+    assert scheduler.pool.num_free == 1
+    scheduler.commit(second, result(second))
+    scheduler.commit(third, result(third))
+    scheduler.pool.check([])
+
+
+def test_a_place_is_free_while_the_last_token_is_drawn():
+    scheduler = make(max_seqs=1)
+    scheduler.add(sequence(0, [5], max_tokens=2))
+    scheduler.add(sequence(1, [6], max_tokens=2))
+    plans = [scheduler.schedule(0.0)]
+    for _ in range(3):
+        plans.append(scheduler.schedule(0.0))
+        scheduler.commit(plans[-2], result(plans[-2]))
+    assert [plan.chunks[0].seq_id for plan in plans] == [0, 0, 1, 1]
+
+
+def test_nobody_is_preempted_while_a_step_is_under_way():
+    """Two need a block, and one is left."""
+    scheduler = make(num_blocks=5, block_size=2)
+    scheduler.add(sequence(0, [5, 6, 7], max_tokens=5))
+    scheduler.add(sequence(1, [8, 9, 10], max_tokens=5))
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    scheduler.commit(first, result(first))
+    assert scheduler.schedule(0.0) is None
+    assert list(scheduler.running) == [0, 1]
+    scheduler.commit(second, result(second))
+    plan = scheduler.schedule(0.0)
+    assert [chunk.seq_id for chunk in plan.chunks] == [0]
+    assert scheduler.counters.preempted == 1
+    scheduler.commit(plan, result(plan))
+    assert len(run_out(scheduler)) == 10 - 2 * 2 - 1
+
+
+def test_nobody_is_preempted_if_a_step_under_way_frees_enough():
+    scheduler = make(num_blocks=5, block_size=2)
+    scheduler.add(sequence(0, [5, 6, 7], max_tokens=5))
+    scheduler.add(sequence(1, [8, 9, 10], max_tokens=5))
+    first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
+    scheduler.commit(first, result(first))
+    assert scheduler.schedule(0.0) is None
+    scheduler.commit(second, StepResult(((9,), (EOS,)), (None, None)))
+    run_out(scheduler)
+    assert scheduler.counters.preempted == 0
 
 
 # -------------------------------------------------------------------- aborting
