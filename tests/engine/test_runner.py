@@ -9,7 +9,7 @@ import torch
 from ruvon.engine.batch import build_batch
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
-from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
+from ruvon.engine.types import UNDRAWN, Chunk, Plan, PromptRow, SamplingParams, SamplingRow
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -134,6 +134,85 @@ def test_steps_run_in_the_order_of_launching(make_runner, forward):
         ((n + 1,),) for n in range(20)
     ]
     assert [int(batch.token_ids[0]) for batch in forward.batches] == list(range(20))
+
+
+def decode(*tokens):
+    """A step of one token for each sequence, at position 1."""
+    return tuple(Chunk(seq_id, (token,), 1, [seq_id], True) for seq_id, token in enumerate(tokens))
+
+
+def test_a_step_ahead_computes_what_the_step_before_drew(make_runner, forward):
+    runner = make_runner()
+    rows = tuple(greedy(n, [n]) for n in (0, 1))
+    first = tuple(Chunk(n, (n,), 0, [n], True) for n in (0, 1))
+    futures = [
+        runner.launch(Plan(1, first, rows)),
+        runner.launch(Plan(2, decode(UNDRAWN, UNDRAWN)[::-1], rows[::-1])),
+        runner.launch(Plan(3, decode(7, 8), rows)),
+    ]
+    assert [future.result(timeout=10).tokens for future in futures] == [
+        ((1,), (2,)),
+        ((3,), (2,)),
+        ((8,), (9,)),
+    ]
+    assert [batch.token_ids.tolist() for batch in forward.batches] == [[0, 1], [2, 1], [7, 8]]
+
+
+@pytest.mark.parametrize("committed", [True, False])
+def test_the_sampler_gets_the_history_up_to_its_step(forward, committed):
+    """Whatever the scheduler has appended meanwhile."""
+    seen = []
+
+    def sampler(logits, rows):
+        seen.append([list(row.history) for row in rows])
+        return sample(logits, rows, ())
+
+    runner = Runner(forward, sampler, block_size=4, device=CPU, max_logit_rows=100)
+    history = [4, 5]
+    row = greedy(0, history, presence_penalty=1)
+    runner.launch(Plan(1, (Chunk(0, (4, 5), 0, [0], True),), (row,))).result(timeout=10)
+    if committed:
+        history += [6, 7]
+    ahead = Plan(2, (Chunk(0, (UNDRAWN,), 2, [0], True),), (row,))
+    assert runner.launch(ahead).result(timeout=10).tokens == ((7,),)
+    runner.close()
+    assert seen == [[[4, 5]], [[4, 5, 6]]]
+
+
+def test_a_failed_row_fails_nothing_after_it(forward):
+    def broken_at_first(batch):
+        logits = forward(batch)
+        if len(forward.batches) == 1:
+            logits[0] = float("nan")
+        return logits
+
+    runner = Runner(
+        broken_at_first, partial(sample, eos_token_ids=()),
+        block_size=4, device=CPU, max_logit_rows=100,
+    )  # fmt: skip
+    rows = (greedy(0, [0], presence_penalty=1), greedy(1, [1]))
+    first = runner.launch(Plan(1, tuple(Chunk(n, (n,), 0, [n], True) for n in (0, 1)), rows))
+    second = runner.launch(Plan(2, decode(UNDRAWN, UNDRAWN), rows))
+    assert list(first.result(timeout=10).errors) == [0]
+    assert second.result(timeout=10).tokens[1] == (3,)
+    runner.close()
+
+
+def test_closing_does_not_wait_for_a_step_that_is_stuck(monkeypatch):
+    monkeypatch.setattr("ruvon.engine.runner.PATIENCE", 0.01)
+    let_go, closed = threading.Event(), []
+    runner = Runner(
+        lambda batch: let_go.wait(), partial(sample, eos_token_ids=()),
+        block_size=4, device=CPU, max_logit_rows=100, at_close=lambda: closed.append(1),
+    )  # fmt: skip
+    future = runner.launch(mixed_plan())
+    runner.close()
+    assert not closed  # it might still be in use
+    let_go.set()
+    assert future.exception(timeout=10)
+    monkeypatch.setattr("ruvon.engine.runner.PATIENCE", 10)
+    runner.close()
+    assert closed
 
 
 def test_the_batch_is_the_plans(make_runner, forward):
