@@ -127,15 +127,15 @@ def test_many_equal_intervals_count_as_so_many_observations(metrics):
     metrics.record_inter_token(0.0025, 3)  # a bucket holds its own bound
     metrics.record_inter_token(0.0026)
     metrics.record_inter_token(1000.0, 2)
-    found, base = lines(metrics), 'engine="0",{}model_name="m"}'
-    name = "vllm:inter_token_latency_seconds"
-    counts = {
-        bound: float(found[f"{name}_bucket{{" + base.format(f'le="{bound}",')])
+    name, base = "vllm:inter_token_latency_seconds", 'engine="0",model_name="m"}'
+    found = {key: float(value) for key, value in lines(metrics).items()}
+    buckets = [
+        found[f'{name}_bucket{{engine="0",le="{bound}",model_name="m"}}']
         for bound in ("0.001", "0.0025", "0.005", "80.0", "+Inf")
-    }
-    assert counts == {"0.001": 0, "0.0025": 3, "0.005": 4, "80.0": 4, "+Inf": 6}
-    assert float(found[f"{name}_count{{" + base.format("")]) == 6
-    assert float(found[f"{name}_sum{{" + base.format("")]) == pytest.approx(2000.0101)
+    ]
+    assert buckets == [0, 3, 4, 4, 6]
+    assert found[f"{name}_count{{{base}"] == 6
+    assert found[f"{name}_sum{{{base}"] == pytest.approx(2000.0101)
     assert metrics.totals.output_tokens == 6
 
 
