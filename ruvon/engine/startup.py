@@ -45,12 +45,15 @@ class Started:
     """A loaded model, ready to run, and what was decided on the way."""
 
     engine: Engine
+    runner: Runner | GpuRunner  # other engines may take turns with ``engine`` on it
+    eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     chat: ChatFormat
     memory: MemoryPlan
     device: str
     kernels: str  # the table's name
+    batch_invariant: bool  # whether they promise the same bits in any batch
     dtype: str  # of the computation
     threads: int
     close: Callable[[], None]  # ends the threads; nothing runs afterwards
@@ -113,12 +116,15 @@ def assemble(
             vocab_size=model.spec.vocab_size,
             eos_token_ids=eos_token_ids,
         ),
+        runner=runner,
+        eos_token_ids=eos_token_ids,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         chat=chat,
         memory=memory,
         device=str(backend.ops.device),
         kernels=backend.ops.name,
+        batch_invariant=backend.ops.batch_invariant,
         dtype=str(backend.ops.dtype).removeprefix("torch."),
         threads=threads,
         close=ending.close,

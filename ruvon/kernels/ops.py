@@ -30,6 +30,9 @@ Activation: TypeAlias = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "si
 """``*_gated``: the first half of the outputs gates the second, ``act(gate) * up``; halves N."""
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's work as tensors: a ragged batch of prompt chunks and single decode tokens.
@@ -163,5 +166,9 @@ class Ops:
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""
 
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     """Where every tensor given to these functions lies."""
+
+    batch_invariant: bool = False
+    """Whether a row's result has the same bits whatever other rows there are, and however many
+    threads compute them: what `ruvon verify` checks."""

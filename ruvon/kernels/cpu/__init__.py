@@ -74,6 +74,7 @@ class CpuKernels:
             attention=functools.partial(self._operate, Recording.attention),
             take=functools.partial(self._operate, Recording.take),
             logits=functools.partial(self._operate, Recording.logits),
+            batch_invariant=True,
         )
 
     def record(
