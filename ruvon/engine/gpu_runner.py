@@ -10,7 +10,7 @@ What the device cannot do (`needs_host`) goes the slow way, with nothing else un
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, cycle
@@ -65,17 +65,20 @@ class Staging:
     words: Tensor
     results: Tensor  # as `Graphs.results`
     done: Any  # torch.cuda.Event; None on a CPU, where nothing is asynchronous
+    inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
 
     def wait(self) -> None:
         if self.done is not None:
             self.done.synchronize()
 
 
-def make_staging(graphs: Graphs) -> Staging:
+def make_staging(graphs: Graphs, captured: Mapping[Bucket, Captured]) -> Staging:
     cuda = graphs.words.is_cuda
     words = torch.zeros(graphs.words.shape, dtype=torch.int32, pin_memory=cuda)
     results = torch.zeros(graphs.results.shape, dtype=torch.int32, pin_memory=cuda)
-    return Staging(words, results, torch.cuda.Event() if cuda else None)  # type: ignore[no-untyped-call]
+    done = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+    inputs = {bucket: step.layout.views(words.numpy()) for bucket, step in captured.items()}
+    return Staging(words, results, done, inputs)
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,9 @@ class GpuRunner:
         )
         with torch.inference_mode():
             self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
-        self._staging = cycle([make_staging(self._graphs) for _ in range(STAGES)])
+        self._staging = cycle(
+            [make_staging(self._graphs, self._captured) for _ in range(STAGES)]
+        )
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
         self._last: tuple[Plan, Future[StepResult]] | None = None
         self._drawn_on_host: dict[int, int] = {}  # by the last step, if it ran there
@@ -159,7 +164,7 @@ class GpuRunner:
         captured = self._captured[bucket]
         seating = self._seats.assign(plan.chunks, bucket.sequences)
         self._work.move(seating.moves)
-        inputs = captured.layout.views(staging.words.numpy())
+        inputs = staging.inputs[bucket]
         clear(inputs)
         self._fill(plan, seating, inputs)
         size = captured.layout.size
@@ -173,28 +178,26 @@ class GpuRunner:
 
     def _fill(self, plan: Plan, seating: Seating, inputs: dict[str, Words]) -> None:
         """Write a step's inputs. Tokens lie in the order of seats, one sequence after another."""
-        chunks, num = plan.chunks, len(plan.chunks)
+        chunks = plan.chunks
         seats = np.array(seating.seats, dtype=np.int32)
-        queries = np.fromiter((len(chunk.tokens) for chunk in chunks), np.int32, num)
-        starts = np.fromiter((chunk.start for chunk in chunks), np.int32, num)
+        queries = np.array([len(chunk.tokens) for chunk in chunks], dtype=np.int32)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
         inputs["context_lens"][seats] = starts + queries
-        counts = np.zeros_like(inputs["context_lens"])
-        counts[seats] = queries
-        np.cumsum(counts, out=inputs["query_starts"][1:])
+        ends = inputs["query_starts"][1:]
+        ends[seats] = queries
+        np.cumsum(ends, out=ends)
         first = inputs["query_starts"][seats]
         self._fill_tokens(plan, seating, (seats, queries, starts, first), inputs)
         self._fill_patches(seating, inputs["patches"])
-        samples = np.fromiter((chunk.samples for chunk in chunks), np.bool_, num)
-        num_rows = len(plan.rows)
+        samples = np.array([chunk.samples for chunk in chunks])
+        num_rows, row_seats = len(plan.rows), seats[samples]
         inputs["logit_rows"][:num_rows] = (first + queries - 1)[samples]
-        newcomers = {seating.seats[i] for i in seating.newcomers}
-        row_seats = seats[samples]
         self._work.fill(
             inputs["params"][:num_rows],
             plan.rows,
             row_seats,
             inputs["context_lens"][row_seats],
-            newcomers,
+            {seating.seats[i] for i in seating.newcomers},
             self._drawn_on_host,
         )
 
@@ -205,13 +208,15 @@ class GpuRunner:
         layout: tuple[Words, Words, Words, Words],
         inputs: dict[str, Words],
     ) -> None:
+        """``layout``: each chunk's seat, number of tokens, first position and first token."""
         seats, queries, starts, first = layout
         order = np.argsort(seats)
         owner = np.repeat(order, queries[order])  # a token's chunk
         total = len(owner)
         positions = np.arange(total, dtype=np.int32) + (starts - first)[owner]
-        ids = np.fromiter(
-            chain.from_iterable(plan.chunks[i].tokens for i in order.tolist()), np.int32, total
+        chunks = plan.chunks
+        ids = np.array(
+            list(chain.from_iterable([chunks[i].tokens for i in order.tolist()])), dtype=np.int32
         )
         undrawn = ids == UNDRAWN
         if undrawn.any():

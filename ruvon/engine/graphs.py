@@ -11,6 +11,7 @@ Padding has no queries, no context and no slot, and so is not computed with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -78,17 +79,18 @@ class Layout:
             "params": (sequences, sample.PARAMS),
             "patches": (self.num_patches, 2),
         }
-        self._places: dict[str, tuple[int, tuple[int, ...]]] = {}
+        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
         for name, shape in shapes.items():
-            self._places[name] = (self.size, shape)
-            self.size += -(-int(np.prod(shape)) // 4) * 4
+            num_words = math.prod(shape)
+            self._places[name] = (self.size, self.size + num_words, shape)
+            self.size += -(-num_words // 4) * 4
 
     def views(self, words: Any) -> dict[str, Any]:
         """The inputs by name, in a tensor or an array of at least ``size`` words."""
         return {
-            name: words[first : first + int(np.prod(shape))].reshape(shape)
-            for name, (first, shape) in self._places.items()
+            name: words[first:end].reshape(shape)
+            for name, (first, end, shape) in self._places.items()
         }
 
 

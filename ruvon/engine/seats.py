@@ -39,25 +39,30 @@ class Seats:
         self._seat_of: dict[int, int] = {}
         self._free = list(range(num_seats))  # a heap
         self._blocks: list[list[int] | None] = [None] * num_seats  # whose table is mirrored
-        self._num_blocks = [0] * num_seats  # how much of it
+        self._capacity = [0] * num_seats  # how much of it, in tokens
 
     def assign(self, chunks: Sequence[Chunk], highest: int) -> Seating:
         """Seat a step's sequences below ``highest``, which is at least their number."""
         self._leave({chunk.seq_id for chunk in chunks})
         moves = self._move_below(highest)
-        seats, newcomers, patches = [], [], []
+        seats: list[int] = []
+        newcomers: list[int] = []
+        patches: list[tuple[int, int]] = []
+        seat_of, mirrored, capacity = self._seat_of, self._blocks, self._capacity
         for i, chunk in enumerate(chunks):
-            seat = self._seat_of.get(chunk.seq_id)
-            if seat is None or chunk.blocks is not self._blocks[seat]:  # other: it was preempted
+            seat = seat_of.get(chunk.seq_id)
+            if seat is None or chunk.blocks is not mirrored[seat]:  # other: it was preempted
                 newcomers.append(i)
                 seat = self._sit(chunk, seat)
             seats.append(seat)
-            needed = -(-(chunk.start + len(chunk.tokens)) // self._block_size)
-            if needed > self._num_blocks[seat]:
-                patches += self._patch(seat, chunk.blocks, needed)
+            end = chunk.start + len(chunk.tokens)
+            if end > capacity[seat]:
+                patches += self._patch(seat, chunk.blocks, end)
         return Seating(seats, newcomers, moves, patches)
 
     def _leave(self, present: set[int]) -> None:
+        if self._seat_of.keys() == present:
+            return
         for seq_id in self._seat_of.keys() - present:
             self._vacate(self._seat_of.pop(seq_id))
 
@@ -75,16 +80,17 @@ class Seats:
     def _sit(self, chunk: Chunk, seat: int | None) -> int:
         if seat is None:
             seat = self._seat_of[chunk.seq_id] = heapq.heappop(self._free)
-        self._blocks[seat], self._num_blocks[seat] = chunk.blocks, 0
+        self._blocks[seat], self._capacity[seat] = chunk.blocks, 0
         return seat
 
     def _vacate(self, seat: int) -> None:
         heapq.heappush(self._free, seat)
-        self._blocks[seat], self._num_blocks[seat] = None, 0
+        self._blocks[seat], self._capacity[seat] = None, 0
 
-    def _patch(self, seat: int, blocks: list[int], needed: int) -> list[tuple[int, int]]:
-        known = self._num_blocks[seat]
+    def _patch(self, seat: int, blocks: list[int], end: int) -> list[tuple[int, int]]:
+        """Mirror as many more blocks as hold ``end`` tokens."""
+        known, needed = self._capacity[seat] // self._block_size, -(-end // self._block_size)
         self.tables[seat, known:needed] = blocks[known:needed]
-        self._num_blocks[seat] = needed
+        self._capacity[seat] = needed * self._block_size
         first = seat * self.tables.shape[1]
         return [(first + i, blocks[i]) for i in range(known, needed)]

@@ -271,15 +271,16 @@ class SkinnyTile(NamedTuple):
 def skinny_tile(m: int, n: int, k: int, gated: bool) -> SkinnyTile:
     """As measured on an H100 (docs/log.md)."""
     rows = max(16, triton.next_power_of_2(m))
+    few = rows == 16
     if rows > 64:
         return SkinnyTile(128, 128, 64, 1, 4, 8)
     if gated:
-        return SkinnyTile(rows, 32 if rows < 64 else 16, 64 if rows < 64 else 128, 1, 4)
+        return SkinnyTile(rows, 32, 64, 1, 4) if few else SkinnyTile(rows, 16, 128, 1, 4)
     if n > 16384:
         return SkinnyTile(rows, 32, 256 if rows < 64 else 128, 1, 4)
-    tiles = triton.cdiv(n, 32)
-    splits = min(6, k // 256) if k > 1024 and tiles <= 32 else 1
-    return SkinnyTile(rows, 32, 128 if rows == 64 or splits > 1 else 256, splits, 4)
+    if k > 1024 and n <= 1024:
+        return SkinnyTile(rows, 32, 128, min(6, k // 256), 4)
+    return SkinnyTile(rows, 32, 256 if few and n > 1024 else 128, 1, 4)
 
 
 def streams(n: int, k: int) -> bool:

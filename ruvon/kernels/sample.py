@@ -59,33 +59,47 @@ def load_scores(row, at, inside):
     """A row's scores after everything but temperature. ``row``: see `_sample_kernel`."""
     logits_ptr, counts_ptr, bias_ptr, history, bias, repetition, presence, frequency = row
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
-    # Masks and no branches, which would keep the loads of a loop from overlapping.
-    z += tl.load(bias_ptr + at, mask=inside & (bias >= 0), other=0.0).to(tl.float32)
-    seen = tl.load(counts_ptr + at, mask=inside & (history >= 0), other=0).to(tl.int32)
-    count = (seen & COUNT).to(tl.float32)
-    z = tl.where(seen != 0, tl.where(z > 0, z / repetition, z * repetition), z)
-    return z - (count * frequency + tl.where(count > 0, presence, 0.0))
+    if bias >= 0:
+        z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    if history >= 0:
+        seen = tl.load(counts_ptr + at, mask=inside, other=0).to(tl.int32)
+        count = (seen & COUNT).to(tl.float32)
+        z = tl.where(seen != 0, tl.where(z > 0, z / repetition, z * repetition), z)
+        z -= count * frequency + tl.where(count > 0, presence, 0.0)
+    return z
 
 
 @triton.jit
-def survey(row, V, BLOCK: tl.constexpr):
-    """The best score and the first token that has it, the lowest finite one, and whether any is
-    not a number."""
+def finite(z):
+    return tl.where(z == float("-inf"), 0.0, z)
+
+
+@triton.jit
+def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
+    """The first pass: the best score and the first token that has it, the lowest finite score,
+    whether any is not a number, and by lane the mass relative to the best. Greedy rows (not
+    ``sampled``) need no masses."""
     lanes = tl.arange(0, BLOCK)
     best_N = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at_N = tl.zeros([BLOCK], tl.int32)
     lowest_N = tl.full([BLOCK], float("inf"), tl.float32)
+    mass_N = tl.zeros([BLOCK], tl.float32)
     broken_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK, loop_unroll_factor=4):  # several loads in flight
+    for start in tl.range(0, V, BLOCK):
         at = start + lanes
         z = load_scores(row, at, at < V)
         broken_N |= (z != z).to(tl.int32)
+        new_N = tl.maximum(best_N, z)
         best_at_N = tl.where(z > best_N, at, best_at_N)
-        best_N = tl.maximum(best_N, z)
-        lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
+        if sampled:
+            base = finite(new_N)
+            mass_N = mass_N * tl.exp2((best_N - base) * rate) + tl.exp2((z - base) * rate)
+            lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
+        best_N = new_N
     best = tl.max(best_N, axis=0)
     token = tl.min(tl.where(best_N == best, best_at_N, V), axis=0)
-    return best, token, tl.min(lowest_N, axis=0), tl.max(broken_N, axis=0)
+    mass_N *= tl.exp2((best_N - finite(best)) * rate)
+    return best, token, tl.min(lowest_N, axis=0), tl.max(broken_N, axis=0), mass_N
 
 
 @triton.jit
@@ -162,7 +176,7 @@ def score_drawn(logits_ptr, token, V, BLOCK: tl.constexpr):
         at = start + lanes
         z = tl.load(logits_ptr + at, mask=at < V, other=float("-inf"))
         new_N = tl.maximum(top_N, z)
-        base = tl.where(new_N == float("-inf"), 0.0, new_N)
+        base = finite(new_N)
         weight_N = weight_N * tl.exp(top_N - base) + tl.exp(z - base)
         ahead_N += (z > chosen).to(tl.int32)
         top_N = new_N
@@ -210,14 +224,15 @@ def _sample_kernel(
     )
     V = tl.where(seat >= 0, V, 0)  # padding has nothing to look at
     rate = 1.4426950408889634 / tl.where(temperature > 0.0, temperature, 1.0)
-    top, token, lowest, broken = survey(row, V, BLOCK)
+    top, token, lowest, broken, mass_N = survey(row, V, rate, temperature > 0.0, BLOCK)
 
     if (temperature > 0.0) & (top < float("inf")) & (top > float("-inf")):
         floor = tl.where(min_p > 0.0, top + tl.log2(tl.maximum(min_p, 1e-30)) / rate, float("-inf"))
         if (top_k > 0) & (top_k < V):
             floor = tl.maximum(floor, kth_score(row, V, top_k, lowest, top, BLOCK))
         pivot = tl.full([], float("-inf"), tl.float32)
-        mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
+        if floor > float("-inf"):
+            mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
         kept = tl.sum(mass_N, axis=0)
         low_seed = tl.load(ints + 7).to(tl.uint32, bitcast=True).to(tl.uint64)
         high_seed = tl.load(ints + 8).to(tl.uint32, bitcast=True).to(tl.uint64)
@@ -301,6 +316,6 @@ def sample(
         COLUMNS=triton.next_power_of_2(triton.cdiv(vocab, block)),
         PARAMS=PARAMS,
         PDL=pdl,
-        num_warps=16,
+        num_warps=8,
         launch_pdl=pdl,
     )
