@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import Target, machine, measure, mixed_load, write
-from process import Server, free_port, running
+from process import Neighbours, Server, free_port, running
 
 from ruvon.bench import Backend, find_model, open_session
 from ruvon.models.checkpoint import find_embedded
@@ -139,6 +139,7 @@ ROWS = {
     "ready_s": ("ready", "s", False),
     "ready_memory_mb": ("memory when ready", "MB", False),
     "peak_memory_mb": ("peak memory", "MB", False),
+    "others_pct": ("of the machine used by others", "%", False),
 }
 
 
@@ -221,8 +222,10 @@ def quiet(command: Sequence[str]) -> None:
 def one_round(peer: Peer, setting: Setting, quick: bool) -> dict[str, Any]:
     command = peer.command(peer.python, setting)
     log = HOME / f"{peer.name}.log"
+    neighbours = Neighbours()
     with running(command, setting.port, peer.ready, peer.env(setting), log) as server:
-        return asyncio.run(run(peer, setting, server, quick))
+        numbers = asyncio.run(run(peer, setting, server, quick))
+    return numbers | {"others_pct": 100 * neighbours.share()}
 
 
 async def run(peer: Peer, setting: Setting, server: Server, quick: bool) -> dict[str, Any]:
@@ -258,6 +261,7 @@ def render(outcomes: Mapping[str, Outcome]) -> str:
         ratios = [
             [label(row), *(ratio(outcomes["ruvon"], outcomes[name], row) for name in others)]
             for row in rows
+            if row != "others_pct"
         ]
         lines += table(["", *others], ratios)
     notes = [f"{peer.name}: {peer.note}." for peer in PEERS if peer.name in names]

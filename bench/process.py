@@ -31,6 +31,35 @@ class Server:
         return memory(self.pid, "VmHWM")
 
 
+class Neighbours:
+    """How much of the machine others have used since this was made: a benchmark beside a build or
+    a backup measures those too. Everything started by this process counts as its own."""
+
+    def __init__(self) -> None:
+        self._busy, self._own, self._time = busy_ticks(), own_ticks(), time.perf_counter()
+
+    def share(self) -> float:
+        """Of all cores, 0 to 1. Servers must be over by then, or they count as others."""
+        spent = (busy_ticks() - self._busy) - (own_ticks() - self._own)
+        all_ticks = (time.perf_counter() - self._time) * TICKS * (os.cpu_count() or 1)
+        return max(spent / all_ticks, 0.0)
+
+
+TICKS = os.sysconf("SC_CLK_TCK")
+
+
+def busy_ticks() -> int:
+    """What all processors have worked since the machine started."""
+    user, nice, system = map(int, Path("/proc/stat").read_text().split()[1:4])
+    return user + nice + system
+
+
+def own_ticks() -> float:
+    """What this process and its finished children have worked."""
+    times = os.times()
+    return TICKS * (times.user + times.system + times.children_user + times.children_system)
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

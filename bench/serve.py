@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from measure import CONCURRENCIES, Target, machine, measure, mixed_load, write
-from process import Server, free_port, running
+from process import Neighbours, Server, free_port, running
 
 from ruvon.bench import find_model, open_session
 
@@ -29,6 +29,7 @@ ROWS = {
     "ready_s": ("ready after", "s"),
     "ready_memory_mb": ("memory when ready", "MB"),
     "peak_memory_mb": ("peak memory", "MB"),
+    "others_pct": ("of the machine used by other programs", "%"),
 }
 
 
@@ -40,8 +41,10 @@ def main() -> None:
     port = free_port()
     command = [sys.executable, "-m", "ruvon", "serve", *([args.model] if args.model else [])]
     command += ["--port", str(port), "--log-level", "warning", *args.options]
+    neighbours = Neighbours()
     with running(command, port) as server:
         numbers = asyncio.run(run(server))
+    numbers["others_pct"] = 100 * neighbours.share()
     print_table(numbers)
     path = write("serve", {"machine": machine(), "command": command[1:], "numbers": numbers})
     print(f"\nWrote {path}")
