@@ -16,6 +16,8 @@ import os
 import platform
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from llvmlite import ir
@@ -34,8 +36,8 @@ SCRATCH_BYTES = 1 << 18  # for each thread
 FETCH_AT, FETCH_END = SCRATCH_BYTES - 64, SCRATCH_BYTES - 56  # in a thread's scratch space
 MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
 
-SPINS_AT_BARRIER = 4000
-SPINS_BEFORE_SLEEP = 20000
+SPINS = 1000  # of some 20 ns, before a waiting thread gives way at each further turn
+TURNS_BEFORE_SLEEP = 3000  # spins included
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
 FUTEX_WAIT, FUTEX_WAKE = 128, 129  # the private kind
 
@@ -145,15 +147,20 @@ def wait_for_all(control, threads, scratch):
         write_atomic(control + ARRIVED, 0)
         write_atomic(control + GENERATION, generation + 1)
         return
-    spins = 0
+    turns = 0
     while read_atomic(control + GENERATION) == generation:
-        if fetch_some(scratch, 4):
-            continue
-        if spins < SPINS_AT_BARRIER:
-            spins += 1
-            pause()
-        else:
-            give_way()
+        if not fetch_some(scratch, 4):
+            wait_a_little(turns)
+            turns += 1
+
+
+@njit
+def wait_a_little(turns):
+    """One turn of waiting: busily at first, then letting others have the core."""
+    if turns < SPINS:
+        pause()
+    else:
+        give_way()
 
 
 @njit
@@ -196,11 +203,11 @@ def run_program(control, thread, threads):
 @njit
 def wait_for_program(control, epoch):
     """Spin a little, then sleep, until the epoch moves on from ``epoch``."""
-    spins = 0
+    turns = 0
     while read_atomic(control + EPOCH) == epoch:
-        if spins < SPINS_BEFORE_SLEEP:
-            spins += 1
-            pause()
+        if turns < TURNS_BEFORE_SLEEP:
+            wait_a_little(turns)
+            turns += 1
         else:
             fetch_add(control + SLEEPING, 1)
             futex(control + EPOCH, FUTEX_WAIT, epoch)
@@ -229,8 +236,9 @@ def follow(control, thread, threads):
 class Team:
     """The threads, their scratch space, and the control block they meet at.
 
-    Thread 0 is whoever calls `run`; the others are parked. On Linux each is pinned to a core of
-    those this process may use, the caller at its first `run`.
+    Thread 0 is whoever calls `run`; the others are parked. Each is held to a core of its own where
+    the operating system allows that (the caller while it runs): two that meet on one core would
+    wait for each other at every barrier.
     """
 
     def __init__(self, threads: int, lead: int, follow: int) -> None:
@@ -243,7 +251,7 @@ class Team:
         self._follow = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(follow)
         self._address = self._control.data_ptr()
         self._busy = threading.Lock()
-        self._cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self._cores = cores_for(threads)
         self._others = [
             threading.Thread(target=self._park, args=(thread,), name=f"ruvon-{thread}", daemon=True)
             for thread in range(1, threads)
@@ -253,7 +261,7 @@ class Team:
 
     def run(self, program: int, count: int, params: int) -> None:
         """Run ``count`` instructions at address ``program``; returns when all are done."""
-        with self._busy:
+        with self._busy, held_to(self._cores[0]):
             assert self.threads, "the team was closed"
             self._control[PROGRAM // 8] = program
             self._control[COUNT // 8] = count
@@ -271,6 +279,25 @@ class Team:
             self.threads = 0
 
     def _park(self, thread: int) -> None:
-        if len(self._cores) >= self.threads:
-            os.sched_setaffinity(0, {self._cores[thread]})
-        self._follow(self._address, thread, self.threads)
+        with held_to(self._cores[thread]):
+            self._follow(self._address, thread, self.threads)
+
+
+def cores_for(threads: int) -> list[int | None]:
+    """A core for each thread; None where there are too few, or the system does not say."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    return [*cores[:threads]] if 1 < threads <= len(cores) else [None] * threads
+
+
+@contextmanager
+def held_to(core: int | None) -> Iterator[None]:
+    """Keep the calling thread on this core meanwhile."""
+    if core is None:
+        yield
+        return
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
