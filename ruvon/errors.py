@@ -37,7 +37,7 @@ class PeerError(RuvonError):
 
 
 class RequestError(RuvonError):
-    """The request is wrong. ``param`` names the field in OpenAI's notation (``messages[0].role``)."""
+    """The request is wrong. ``param`` names the field as OpenAI does (``messages[0].role``)."""
 
     status = 400
     type = "invalid_request_error"

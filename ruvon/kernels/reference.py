@@ -97,7 +97,7 @@ def linear(x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Acti
 
 
 def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
-    """Rotate-half on the first ``2 * cos.shape[-1]`` dims; the rest pass through. float32 inside."""
+    """Rotate-half on the first ``2 * cos.shape[-1]`` dims, in float32; the rest pass through."""
     half = cos_TD.shape[-1]
     wide = x_THD.float()
     a, b, rest = wide[..., :half], wide[..., half : 2 * half], wide[..., 2 * half :]
