@@ -1,6 +1,6 @@
 """Write docs/reference/flags.md from the config's fields; tests check that it is current.
 
-    python scripts/make_flags.py
+python scripts/make_flags.py
 """
 
 from __future__ import annotations
