@@ -118,12 +118,14 @@ def test_argmax_takes_the_first_of_equals(cpu):
     rows = torch.randn(VOCAB, 333)
     rows[:, [7, 200, 332]] = 9.0
     rows[1, 7] = rows[2, 7] = rows[2, 200] = 0.0
+    rows[3, 50] = torch.nan  # found before anything larger, as numpy does
+    rows[4, [100, 300]] = torch.inf
     table = cpu.ops.pack(Dense(rows))
     tape = cpu.record(flat, [], LIMITS)
-    prompts = Prompts([3])
-    prompts.tokens[0] = [0, 1, 2]
-    tape.replay(prompts.batch((0, 0, 3)))
-    assert tape.argmax.tolist() == [7, 200, 332]
+    prompts = Prompts([5])
+    prompts.tokens[0] = [0, 1, 2, 3, 4]
+    tape.replay(prompts.batch((0, 0, 5)))
+    assert tape.argmax.tolist() == [7, 200, 332, 50, 100]
 
 
 def test_no_logit_rows(cpu):

@@ -11,6 +11,7 @@ from numba import njit
 from ruvon.kernels.cpu.program import Field, get
 from ruvon.kernels.cpu.simd import (
     absolute,
+    any_equal,
     exp16,
     fma,
     keep_first,
@@ -280,27 +281,42 @@ def make_embed(kind):
     return embed
 
 
+@njit
+def first_in_row(x, width, wanted):
+    """Where a row first has this number, or a NaN if that is what is wanted."""
+    at, sought = 0, splat16(wanted)
+    if wanted == wanted:
+        while at + 16 <= width and not any_equal(load(x + 4 * at), sought):
+            at += 16
+    while at < width - 1:
+        value = read_f32(x + 4 * at)
+        if value == wanted or (wanted != wanted and value != value):
+            return at
+        at += 1
+    return at
+
+
 def argmax(instruction, params, start, stop, scratch):
-    """Where each row is largest, the first place if there are several, as int64."""
-    width = get(instruction, Field.WIDTH)
+    """Where each row is largest, the first place if there are several, as int64. A NaN counts as
+    larger than any number, as in numpy."""
+    width, stride = get(instruction, Field.WIDTH), get(instruction, Field.X_STRIDE)
+    low, zeros = splat16(-np.inf), splat16(0.0)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        best, start = read_f32(x), 0
-        for c in range(0, width, 64):
-            peak = peak_of(x + 4 * c, width - c)
-            if peak > best:
-                best, start = peak, c
-        while read_f32(x + 4 * start) != best and start < width - 1:
-            start += 1
-        write_i64(get(instruction, Field.OUT) + 8 * row, start)
+        x = get(instruction, Field.X) + row * stride
+        whole = width // 16 * 16
+        best = keep_first(load(x + 4 * whole), width - whole, low)
+        nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
+        for c in range(0, 4 * whole, 64):
+            value = load(x + c)
+            best = larger(best, value)
+            nothing = fma(value, zeros, nothing)
+        wanted = max_lanes(best)
+        if sum_lanes(nothing) != 0:  # a NaN or an infinity
+            for at in range(width):
+                wanted = wanted if wanted != wanted else max_or_nan(wanted, read_f32(x + 4 * at))
+        write_i64(get(instruction, Field.OUT) + 8 * row, first_in_row(x, width, wanted))
 
 
 @njit
-def peak_of(x, count):
-    """The largest of the next 64 floats, or of ``count`` if fewer are left."""
-    low = splat16(-np.inf)
-    peak = keep_first(load(x), count, low)
-    for c in range(16, 64, 16):
-        if c < count:
-            peak = larger(peak, keep_first(load(x + 4 * c), count - c, low))
-    return max_lanes(peak)
+def max_or_nan(x, y):
+    return y if y != y or y > x else x

@@ -216,6 +216,17 @@ def keep_between(typing, x, start, stop, other):
     return define(f32x16, (f32x16, types.intp, types.intp, f32x16), emit)
 
 
+@intrinsic
+def any_equal(typing, x, y):
+    """Whether x and y agree in any lane."""
+
+    def emit(b, x, y):
+        lanes = b.bitcast(b.fcmp_ordered("==", x, y), ir.IntType(LANES))
+        return b.icmp_unsigned("!=", lanes, ir.Constant(ir.IntType(LANES), 0))
+
+    return define(types.boolean, (f32x16, f32x16), emit)
+
+
 def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
     """Fold 16 lanes into one, halves upon halves: the same order on every machine."""
     width = LANES
