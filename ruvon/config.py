@@ -49,6 +49,9 @@ class EngineConfig:
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(
         "auto", "Which table of kernels computes; torch is the plain reference."
     )
+    deterministic: bool = setting(
+        False, "The same bits for a request in any batch. On a CPU always so; slower on a GPU."
+    )
     threads: int = setting(0, "Compute threads on a CPU. 0: one for each core given.", least=0)
     max_model_len: int | None = setting(
         None,

@@ -72,18 +72,31 @@ def choose_device(config: EngineConfig) -> torch.device:
 def choose_backend(
     spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
 ) -> Backend:
-    """What ``--kernels`` names, or the fastest for the device that can run the model."""
+    """What ``--kernels`` names, or the fastest for the device that can run the model.
+
+    Raises ConfigError if they cannot run it, or cannot promise what ``--deterministic`` asks.
+    """
+    backend = find_backend(spec, config, device, threads)
+    if config.deterministic and not backend.ops.batch_invariant:
+        backend.close()
+        raise ConfigError(f"--deterministic: the kernels '{backend.ops.name}' do not promise that")
+    return backend
+
+
+def find_backend(
+    spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
+) -> Backend:
     default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
             return eager(make_torch_ops(dtype, device))
         case "triton":
-            return triton_backend(dtype, device)
+            return triton_backend(dtype, device, config)
         case "cpu":
             return cpu_backend(spec, config, threads)
         case "auto" if device.type == "cuda":
-            return triton_backend(dtype, device)
+            return triton_backend(dtype, device, config)
         case _:
             try:
                 return cpu_backend(spec, config, threads)
@@ -101,10 +114,11 @@ def eager(ops: Ops) -> Backend:
     )
 
 
-def triton_backend(dtype: torch.dtype, device: torch.device) -> Backend:
+def triton_backend(dtype: torch.dtype, device: torch.device, config: EngineConfig) -> Backend:
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
-    return replace(eager(make_triton_ops(dtype, device)), graphs=True)
+    ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
+    return replace(eager(ops), graphs=True)
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

@@ -4,11 +4,14 @@
 a millisecond; a thread waits for the device and takes the tokens down. Where a chunk has `UNDRAWN`
 for a token, the device fills in what the sequence's seat drew last.
 
-What the device cannot do (`needs_host`) goes the slow way, with nothing else under way.
+What only the host can do, it does with the logits such a step leaves behind, before anything else
+is launched: draws that look at all drawn tokens or sort the vocabulary (`draws_on_host`), and
+prompt logprobs, for which the chunks in question are computed once more.
 """
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -30,16 +33,17 @@ from ruvon.engine.graphs import (
     mixed_buckets,
     single_buckets,
 )
-from ruvon.engine.runner import Runner
+from ruvon.engine.runner import Runner, Sampler, complete_rows
 from ruvon.engine.sampler import LOWEST_LOGPROB
 from ruvon.engine.seats import Seating, Seats
 from ruvon.engine.seatwork import SeatWork
-from ruvon.engine.types import UNDRAWN, Plan, StepResult, TokenLogprobs
+from ruvon.engine.types import UNDRAWN, Plan, SamplingRow, StepResult, TokenLogprobs
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.telemetry import Progress
 
+SWITCH_INTERVAL = 0.0005  # seconds for which a thread may keep the interpreter to itself
 STAGES = 3  # steps whose pinned memory is in use: two under way, one being prepared
 
 ERRORS = {
@@ -50,12 +54,8 @@ ERRORS = {
 }
 
 
-def needs_host(plan: Plan) -> bool:
-    """Prompt logprobs want many rows of logits; bad words look at all drawn tokens; typical_p
-    sorts the vocabulary."""
-    return bool(plan.prompt_rows) or any(
-        row.sampling.typical_p < 1 or row.sampling.bad_words for row in plan.rows
-    )
+def draws_on_host(row: SamplingRow) -> bool:
+    return row.sampling.typical_p < 1 or bool(row.sampling.bad_words)
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +89,7 @@ class Flight:
     staging: Staging
     began: float
     tops: dict[int, tuple[Tensor, Tensor]]  # row → log-probabilities and ids of alternatives
+    logits_LV: Tensor  # until the next is launched
 
 
 class GpuRunner:
@@ -99,7 +100,8 @@ class GpuRunner:
     def __init__(  # noqa: PLR0913, what a runner depends on
         self,
         forward: Callable[[ForwardBatch], Tensor],
-        on_host: Runner,
+        sampler: Sampler,
+        scorer: Runner,
         *,
         device: torch.device,
         block_size: int,
@@ -110,8 +112,10 @@ class GpuRunner:
         eos_token_ids: Sequence[int],
         progress: Progress,
     ) -> None:
-        """``on_host`` runs the plans that graphs cannot; ``max_tokens`` bounds a step."""
-        self._on_host = on_host
+        """``sampler`` draws what the device cannot, ``scorer`` runs chunks for their prompt
+        logprobs alone; ``max_tokens`` bounds a step."""
+        self._sampler = sampler
+        self._scorer = scorer
         self._block_size = block_size
         self._singles = single_buckets(max_seqs)
         self._mixed = mixed_buckets(max_tokens, max_seqs)
@@ -129,31 +133,30 @@ class GpuRunner:
         )
         with torch.inference_mode():
             self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
-        self._staging = cycle(
-            [make_staging(self._graphs, self._captured) for _ in range(STAGES)]
-        )
+        self._staging = cycle([make_staging(self._graphs, self._captured) for _ in range(STAGES)])
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
+        # That thread must get to say that a step is over, however busy the others are.
+        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
         self._last: tuple[Plan, Future[StepResult]] | None = None
-        self._drawn_on_host: dict[int, int] = {}  # by the last step, if it ran there
-        self.num_misses = 0  # steps that no graph could run
+        self.num_misses = 0  # steps that a graph alone was not enough for
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Begin a step. The future holds its result, or whatever went wrong."""
         bucket = choose_bucket(self._singles, self._mixed, plan.num_tokens, len(plan.chunks))
-        if bucket is None or needs_host(plan):
-            future = self._run_on_host(plan)
-        else:
-            with torch.inference_mode():
-                flight = self._launch(plan, bucket)
-            self._drawn_on_host = {}
-            future = self._waiter.submit(land, flight)
+        assert bucket is not None, "no step is larger than the limits"
+        with torch.inference_mode():
+            flight = self._launch(plan, bucket)
+            if plan.prompt_rows or any(map(draws_on_host, plan.rows)):
+                future = self._complete(flight)
+            else:
+                future = self._waiter.submit(land, flight)
         self._last = (plan, future)
         return future
 
     def close(self) -> None:
         """Finish the steps under way and end the threads."""
         self._waiter.shutdown()
-        self._on_host.close()
+        self._scorer.close()
 
     # ---------------------------------------------------------------- on the device
 
@@ -174,7 +177,7 @@ class GpuRunner:
         tops = alternatives(plan, captured.logits_LV)
         if staging.done is not None:
             staging.done.record()
-        return Flight(plan, staging, began, tops)
+        return Flight(plan, staging, began, tops, captured.logits_LV)
 
     def _fill(self, plan: Plan, seating: Seating, inputs: dict[str, Words]) -> None:
         """Write a step's inputs. Tokens lie in the order of seats, one sequence after another."""
@@ -198,7 +201,6 @@ class GpuRunner:
             row_seats,
             inputs["context_lens"][row_seats],
             {seating.seats[i] for i in seating.newcomers},
-            self._drawn_on_host,
         )
 
     def _fill_tokens(
@@ -210,31 +212,24 @@ class GpuRunner:
     ) -> None:
         """``layout``: each chunk's seat, number of tokens, first position and first token."""
         seats, queries, starts, first = layout
-        order = np.argsort(seats)
-        owner = np.repeat(order, queries[order])  # a token's chunk
-        total = len(owner)
-        positions = np.arange(total, dtype=np.int32) + (starts - first)[owner]
         chunks = plan.chunks
-        ids = np.array(
-            list(chain.from_iterable([chunks[i].tokens for i in order.tolist()])), dtype=np.int32
-        )
+        if plan.num_tokens == len(chunks):
+            owner, places = np.arange(len(chunks)), first
+            ids = np.array([chunk.tokens[0] for chunk in chunks], dtype=np.int32)
+        else:
+            order = np.argsort(seats)
+            owner = np.repeat(order, queries[order])  # a token's chunk
+            places = np.arange(len(owner), dtype=np.int32)
+            tokens = chain.from_iterable([chunks[i].tokens for i in order.tolist()])
+            ids = np.array(list(tokens), dtype=np.int32)
+        positions = places + (starts - first)[owner]
         undrawn = ids == UNDRAWN
         if undrawn.any():
-            ids[undrawn] = self._sources(plan, seating)[owner[undrawn]]
+            ids[undrawn] = -1 - sources(seating)[owner[undrawn]]
         blocks = self._seats.tables[seats[owner], positions // self._block_size]
-        inputs["token_ids"][:total] = ids
-        inputs["positions"][:total] = positions
-        inputs["slots"][:total] = blocks * self._block_size + positions % self._block_size
-
-    def _sources(self, plan: Plan, seating: Seating) -> Words:
-        """For each chunk, what stands for its undrawn token: where its sequence sat before."""
-        sources = -1 - np.array(seating.seats, dtype=np.int32)
-        old_of = {new: old for old, new in seating.moves}
-        if old_of or self._drawn_on_host:
-            for i, (chunk, seat) in enumerate(zip(plan.chunks, seating.seats, strict=True)):
-                old = -1 - old_of.get(seat, seat)
-                sources[i] = self._drawn_on_host.get(chunk.seq_id, old)
-        return sources
+        inputs["token_ids"][places] = ids
+        inputs["positions"][places] = positions
+        inputs["slots"][places] = blocks * self._block_size + positions % self._block_size
 
     def _fill_patches(self, seating: Seating, patches_N2: Words) -> None:
         num = len(seating.patches)
@@ -245,36 +240,58 @@ class GpuRunner:
 
     # ---------------------------------------------------------------- on the host
 
-    def _run_on_host(self, plan: Plan) -> Future[StepResult]:
-        """One step with nothing else under way; what the step before drew is awaited."""
+    def _complete(self, flight: Flight) -> Future[StepResult]:
+        """Wait for a step, and do what the device could not."""
         self.num_misses += 1
-        drawn = self._await_last()
-        chunks = tuple(
-            replace(chunk, tokens=(drawn[chunk.seq_id],)) if UNDRAWN in chunk.tokens else chunk
-            for chunk in plan.chunks
-        )
-        known = {c.seq_id: drawn[c.seq_id] for c in plan.chunks if UNDRAWN in c.tokens}
-        rows = tuple(
-            replace(row, history=[*row.history, known[row.seq_id]]) if row.seq_id in known else row
-            for row in plan.rows
-        )
-        future = self._on_host.launch(replace(plan, chunks=chunks, rows=rows))
-        result = future.result()
-        self._seats.assign((), 0)
-        self._drawn_on_host = {
-            row.seq_id: tokens[-1]
-            for row, tokens in zip(plan.rows, result.tokens, strict=True)
-            if tokens
-        }
+        drawn = self._last_drawn()  # before it is this step that is the last
+        result = self._draw(flight, land(flight), drawn)
+        if flight.plan.prompt_rows:
+            scores = self._scorer.launch(for_scores(flight.plan)).result()
+            errors = {**scores.errors, **result.errors}
+            result = replace(result, prompt_logprobs=scores.prompt_logprobs, errors=errors)
+        future: Future[StepResult] = Future()
+        future.set_result(result)
         return future
 
-    def _await_last(self) -> dict[int, int]:
-        """By sequence, the last token of the step before this."""
+    def _draw(self, flight: Flight, result: StepResult, drawn: Mapping[int, int]) -> StepResult:
+        """The result with the host's own draws in place of the device's."""
+        rows = complete_rows(flight.plan, drawn)
+        places = [i for i, row in enumerate(rows) if draws_on_host(row)]
+        if not places:
+            return result
+        own = self._sampler(flight.logits_LV[places], [rows[i] for i in places])
+        tokens, logprobs, errors = list(result.tokens), list(result.logprobs), dict(result.errors)
+        for i, token, score in zip(places, own.tokens, own.logprobs, strict=True):
+            tokens[i], logprobs[i] = token, score
+            errors.pop(rows[i].seq_id, None)
+            if token:
+                self._work.replace_last(self._seats.seat_of(rows[i].seq_id), token[0])
+        return replace(
+            result, tokens=tuple(tokens), logprobs=tuple(logprobs), errors={**errors, **own.errors}
+        )
+
+    def _last_drawn(self) -> dict[int, int]:
+        """By sequence, what the step launched last has drawn."""
         if self._last is None:
             return {}
         plan, future = self._last
         drawn = zip(plan.rows, future.result().tokens, strict=True)
-        return {row.seq_id: tokens[-1] for row, tokens in drawn if tokens}
+        return {row.seq_id: tokens[0] for row, tokens in drawn if tokens}
+
+
+def sources(seating: Seating) -> Words:
+    """For each chunk, where its sequence sat in the step before."""
+    seats = np.array(seating.seats, dtype=np.int32)
+    for old, new in seating.moves:
+        seats[seats == new] = old
+    return seats
+
+
+def for_scores(plan: Plan) -> Plan:
+    """The chunks of a plan whose prompt logprobs are wanted, and nothing else of it."""
+    rows = tuple(replace(row, chunk=i) for i, row in enumerate(plan.prompt_rows))
+    chunks = tuple(replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows)
+    return Plan(plan.step, chunks, (), rows)
 
 
 def alternatives(plan: Plan, logits_LV: Tensor) -> dict[int, tuple[Tensor, Tensor]]:

@@ -60,6 +60,10 @@ class Seats:
                 patches += self._patch(seat, chunk.blocks, end)
         return Seating(seats, newcomers, moves, patches)
 
+    def seat_of(self, seq_id: int) -> int:
+        """Where a sequence of the step assigned last sits."""
+        return self._seat_of[seq_id]
+
     def _leave(self, present: set[int]) -> None:
         if self._seat_of.keys() == present:
             return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -50,24 +50,26 @@ class SeatWork:
         seats: Words,
         contexts: Words,
         newcomers: Collection[int],
-        drawn_on_host: Mapping[int, int],
     ) -> None:
         """Write the parameters of a step's rows. ``contexts`` are tokens before the one drawn;
-        tokens in ``drawn_on_host`` are not in the rows' histories yet."""
+        ``newcomers`` are seats that hold nothing yet of those who sit there now."""
         self._unprepared.update(newcomers)
         for seat in newcomers:
             self._waits.pop(seat, None)
         if self._unprepared:
             for row, seat in zip(rows, seats.tolist(), strict=True):
                 if seat in self._unprepared:
-                    late = drawn_on_host.get(row.seq_id)
-                    self._prepare(seat, row, [] if late is None else [late])
+                    self._prepare(seat, row)
         params[:] = self._params[seats]
         params[:, sample.DRAW] = contexts - self._num_prompt[seats]
         if self._waits:
             self._end_waits(seats, params)
 
-    def _prepare(self, seat: int, row: SamplingRow, late: list[int]) -> None:
+    def replace_last(self, seat: int, token: int) -> None:
+        """The host has drawn a token itself, for whoever sits there."""
+        self._state.last_tokens[seat] = token
+
+    def _prepare(self, seat: int, row: SamplingRow) -> None:
         self._unprepared.discard(seat)
         sampling = row.sampling
         words = self._params[seat]
@@ -75,7 +77,7 @@ class SeatWork:
         words[sample.SEAT] = seat
         self._num_prompt[seat] = row.num_prompt
         if words[sample.HISTORY] >= 0:
-            counts = count_tokens(row, late, self._state.counts.shape[1])
+            counts = count_tokens(row, self._state.counts.shape[1])
             self._state.counts[seat].copy_(torch.from_numpy(counts))
         if sampling.min_tokens:
             self._waits[seat] = row
@@ -130,9 +132,9 @@ def write_params(words: Words, sampling: SamplingParams, seed: int) -> None:
     words[sample.WANTS_LOGPROB] = sampling.logprobs is not None
 
 
-def count_tokens(row: SamplingRow, late: Sequence[int], vocab_size: int) -> Counts:
+def count_tokens(row: SamplingRow, vocab_size: int) -> Counts:
     """int16 [V]: how often the output holds each token, flagged where the prompt does."""
-    output = [*row.history[row.num_prompt :], *late]
+    output = row.history[row.num_prompt :]
     counts: Counts = np.minimum(
         np.bincount(output, minlength=vocab_size), sample.COUNT.value
     ).astype(np.int16)

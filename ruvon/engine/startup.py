@@ -142,9 +142,10 @@ def make_runner(
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device)
+    sampler = partial(sample, eos_token_ids=eos_token_ids)
     runner = Runner(
         backend.make_forward(model, cache, limits, progress),
-        partial(sample, eos_token_ids=eos_token_ids),
+        sampler,
         block_size=config.block_size,
         device=backend.ops.device,
         max_logit_rows=limits.logit_rows,
@@ -155,6 +156,7 @@ def make_runner(
 
     return GpuRunner(
         partial(model.forward, cache=cache),
+        sampler,
         runner,
         device=backend.ops.device,
         block_size=config.block_size,

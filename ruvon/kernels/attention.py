@@ -353,6 +353,7 @@ def _prefill_kernel(
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    FEWEST: tl.constexpr,  # queries of the sequences to take
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -382,7 +383,7 @@ def _prefill_kernel(
     queries = tl.load(query_starts_ptr + s + 1) - token
     context = tl.load(context_lens_ptr + s)
     first_query = (tile - token // BLOCK_Q - s) * BLOCK_Q
-    if (queries > 1) & (first_query < queries):
+    if (queries >= FEWEST) & (first_query < queries):
         query = first_query + rows // GROUP
         heads = group * GROUP + rows % GROUP
         used = (rows < BLOCK_Q * GROUP) & (query < queries)
@@ -423,12 +424,21 @@ def attention(
     sinks_H: Tensor | None,
     workspace: Workspace,
     pdl: bool = False,
+    steady: bool = False,
 ) -> Tensor:
-    """As the reference. Rows of padding (sequences with no queries) are left as they are."""
+    """As the reference. Rows of padding (sequences with no queries) are left as they are.
+
+    Where ``steady``, the prefill kernel takes all sequences: then neither how many there are nor
+    how a prompt is cut into chunks changes a bit.
+    """
     out_TE = q_THD.new_empty(q_THD.shape[0], spec.num_heads * spec.head_dim)
+    caches = k_cache_BGPD, v_cache_BGPD
+    if steady:
+        launch_prefill(q_THD, *caches, batch, spec, sinks_H, out_TE, pdl, fewest=1)
+        return out_TE
     if batch.max_query > 1:
-        launch_prefill(q_THD, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, pdl)
-    launch_decode(q_THD, k_cache_BGPD, v_cache_BGPD, batch, spec, sinks_H, out_TE, workspace, pdl)
+        launch_prefill(q_THD, *caches, batch, spec, sinks_H, out_TE, pdl, fewest=2)
+    launch_decode(q_THD, *caches, batch, spec, sinks_H, out_TE, workspace, pdl)
     return out_TE
 
 
@@ -466,10 +476,10 @@ class DecodeTile(NamedTuple):
     stages: int
 
 
-def decode_tile(share: int, block_d: int, programs: int) -> DecodeTile:
+def decode_tile(share: int, block_d: int, many: bool) -> DecodeTile:
     """On an H100 two stages of 64 keys were best or within 5 % for 1 to 256 sequences: more need
     more registers, and then fewer programs share a multiprocessor."""
-    if share > 1 and programs <= PROGRAMS and block_d <= 64:
+    if share > 1 and not many and block_d <= 64:
         return DecodeTile(128, 4, 2)
     return DecodeTile(64 if block_d <= 128 else 32, 4, 2)
 
@@ -495,7 +505,8 @@ def launch_decode(
     context = min(batch.max_context, spec.window or batch.max_context)
     splits = num_splits(sequences, groups, context)
     block_d = triton.next_power_of_2(spec.head_dim)
-    tile = tile or decode_tile(share, block_d, sequences * groups * splits)
+    many = sequences * groups * splits > PROGRAMS
+    tile = tile or decode_tile(share, block_d, many)
     q_norm_D, k_norm_D, eps = norms or (None, None, 0.0)
     _decode_kernel[(groups, splits, sequences)](
         q,
@@ -563,8 +574,10 @@ def launch_prefill(
     sinks_H: Tensor | None,
     out_TE: Tensor,
     pdl: bool,
+    fewest: int,
     tile: PrefillTile | None = None,
 ) -> None:
+    """Takes the sequences with at least ``fewest`` queries."""
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
     share = spec.num_heads // groups
     block_d = triton.next_power_of_2(spec.head_dim)
@@ -591,6 +604,7 @@ def launch_prefill(
         PAGE=k_cache_BGPD.shape[2],
         WINDOW=spec.window,
         HAS_SINKS=sinks_H is not None,
+        FEWEST=fewest,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_N=tile.keys,

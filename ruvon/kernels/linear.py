@@ -270,17 +270,25 @@ class SkinnyTile(NamedTuple):
 
 def skinny_tile(m: int, n: int, k: int, gated: bool) -> SkinnyTile:
     """As measured on an H100 (docs/log.md)."""
-    rows = max(16, triton.next_power_of_2(m))
-    few = rows == 16
-    if rows > 64:
-        return SkinnyTile(128, 128, 64, 1, 4, 8)
-    if gated:
-        return SkinnyTile(rows, 32, 64, 1, 4) if few else SkinnyTile(rows, 16, 128, 1, 4)
+    if m > 64:
+        return steady_tile(m, gated)
+    few = m <= 16
+    rows = 16 if few else 64  # the matrix unit takes 64, and is slower with 32
     if n > 16384:
-        return SkinnyTile(rows, 32, 256 if rows < 64 else 128, 1, 4)
+        return SkinnyTile(rows, 32, 256, 1, 4) if few else steady_tile(m, gated)
+    if gated:
+        return SkinnyTile(rows, 32, 64, 1, 4) if few else steady_tile(m, gated)
     if k > 1024 and n <= 1024:
         return SkinnyTile(rows, 32, 128, min(6, k // 256), 4)
     return SkinnyTile(rows, 32, 256 if few and n > 1024 else 128, 1, 4)
+
+
+def steady_tile(m: int, gated: bool) -> SkinnyTile:
+    """Tiles of one kind of matrix instruction, which adds up a row's products in one order: so a
+    row comes out the same to the last bit among however many others."""
+    if m <= 64:
+        return SkinnyTile(64, 16 if gated else 32, 128, 1, 4)
+    return SkinnyTile(128, 64 if gated else 128, 64, 1, 3 if gated else 4, 8)
 
 
 def streams(n: int, k: int) -> bool:
@@ -360,6 +368,19 @@ def linear(
     return apply_activation(F.linear(x_TK, dense_NK, bias_N), activation, pdl)
 
 
+def steady_linear(
+    x_TK: Tensor,
+    weight: Packed,
+    bias_N: Tensor | None,
+    activation: Activation,
+    workspace: Workspace,
+    pdl: bool = False,
+) -> Tensor:
+    """`linear`, with the same bits for a row whatever the others are, and how many."""
+    tile = steady_tile(x_TK.shape[0], activation == "silu_gated")
+    return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl, tile)
+
+
 def norm_linear(
     x_TK: Tensor,
     residual_TK: Tensor | None,
@@ -387,3 +408,9 @@ def logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) 
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_LC, None, None, head, None, "none", torch.float32, pdl)[0]
     return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl)
+
+
+def steady_logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) -> Tensor:
+    """`logits`, as `steady_linear` is `linear`."""
+    tile = steady_tile(x_LC.shape[0], gated=False)
+    return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl, tile)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -11,8 +12,17 @@ from ruvon.kernels.ops import Ops, Packed, Quantized, Weight
 from ruvon.kernels.pdl import supports_pdl
 
 
-def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None = None) -> Ops:
+def make_triton_ops(
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    pdl: bool | None = None,
+    batch_invariant: bool = False,
+) -> Ops:
     """The table computing in ``dtype`` on ``device``. ``pdl`` None takes it where there is any.
+
+    Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
+    has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
     Quantized weights are multiplied out: nothing here reads codes yet.
     """
@@ -25,7 +35,7 @@ def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None =
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 
-    return Ops(
+    ops = Ops(
         name="triton",
         pack=pack,
         embed=partial(embed.embed, pdl=pdl),
@@ -34,11 +44,23 @@ def make_triton_ops(dtype: torch.dtype, device: torch.device, pdl: bool | None =
         layer_norm=partial(norm.layer_norm, pdl=pdl),
         linear=partial(linear.linear, workspace=sums, pdl=pdl),
         write_kv=partial(kv.write_kv, pdl=pdl),
-        attention=partial(attention.attention, workspace=workspace, pdl=pdl),
+        attention=partial(
+            attention.attention, workspace=workspace, pdl=pdl, steady=batch_invariant
+        ),
         take=partial(embed.take, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
         dtype=dtype,
         device=device,
+    )
+    if not batch_invariant:
+        return ops
+    return replace(
+        ops,
+        linear=partial(linear.steady_linear, workspace=sums, pdl=pdl),
+        logits=partial(linear.steady_logits, workspace=sums, pdl=pdl),
+        norm_linear=None,
+        attend=None,
+        batch_invariant=True,
     )

@@ -1,6 +1,7 @@
 """The GPU's runner: on a GPU as it is, without one over Triton's interpreter and no graphs."""
 
 from concurrent.futures import Future
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, si
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.seats import Seats
-from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingParams, SamplingRow
+from ruvon.engine.types import (
+    UNDRAWN,
+    Chunk,
+    Plan,
+    PromptRow,
+    SamplingParams,
+    SamplingRow,
+)
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
@@ -82,16 +90,18 @@ def make_cache(model):
 def gpu_runner(triton_device):
     model = build_model(make_triton_ops(torch.float32, DEVICE))
     forward = partial(model.forward, cache=make_cache(model))
-    on_host = Runner(
+    sampler = partial(sample, eos_token_ids=(2,))
+    scorer = Runner(
         forward,
-        partial(sample, eos_token_ids=(2,)),
+        sampler,
         block_size=PAGE,
         device=DEVICE,
         max_logit_rows=64,
     )
     runner = GpuRunner(
         forward,
-        on_host,
+        sampler,
+        scorer,
         device=DEVICE,
         block_size=PAGE,
         vocab_size=97,
@@ -198,23 +208,39 @@ def test_steps_overlap_and_mix(gpu_runner, expected):
         assert story.tokens[len(prompt) :] == expected(prompt, count)
 
 
-def test_what_graphs_cannot_do_runs_in_between(gpu_runner, expected):
-    """Bad words need the host: the steps before and after are on the device."""
-    story = Story(50, PROMPTS[0], [1, 2, 3])
-    first = plan_of((story, story.chunk()))
-    future = gpu_runner.launch(first)
-    story.sampling = SamplingParams(temperature=0, bad_words=((96, 95),))
-    second = plan_of((story, story.chunk(undrawn=True)))
-    misses = gpu_runner.num_misses
-    second_future = gpu_runner.launch(second)
-    assert gpu_runner.num_misses == misses + 1
-    take([story], first, future.result())
-    story.sampling = SamplingParams(temperature=0)
-    third = plan_of((story, story.chunk(undrawn=True)))
-    third_future = gpu_runner.launch(third)
-    take([story], second, second_future.result())
-    take([story], third, third_future.result())
-    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 3)
+def test_the_host_draws_what_the_device_cannot(gpu_runner, expected):
+    """Bad words look at all drawn tokens. Other rows of the step, and later ones, do not notice."""
+    banned = expected(PROMPTS[0], 2)
+    sampling = SamplingParams(temperature=0, bad_words=(tuple(banned),))
+    story, other = Story(50, PROMPTS[0], [1, 2], sampling), Story(51, PROMPTS[2], [3, 4])
+    misses, results = gpu_runner.num_misses, []
+    plan = plan_of((story, story.chunk()), (other, other.chunk()))
+    for _ in range(4):
+        results.append((plan, gpu_runner.launch(plan).result()))
+        if len(results) > 1:  # one step late, as an engine would
+            take([story, other], *results[-2])
+        plan = plan_of(*((s, s.chunk(undrawn=True)) for s in (story, other)))
+    take([story, other], *results[-1])
+    assert gpu_runner.num_misses == misses + 4
+    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
+    assert story.tokens[len(PROMPTS[0]) :][:2] != banned
+    assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
+
+
+def test_prompt_logprobs(gpu_runner):
+    prompt, beside = Story(60, PROMPTS[2], [1, 2]), Story(61, PROMPTS[0], [3])
+    beside_plan = plan_of((beside, beside.chunk()))
+    drawn = gpu_runner.launch(beside_plan).result().tokens[0][0]
+    chunk = prompt.chunk()
+    plan = replace(
+        plan_of((beside, beside.chunk(undrawn=True)), (prompt, chunk)),
+        prompt_rows=(PromptRow(60, 1, chunk.tokens[1:], 2),),
+    )
+    result = gpu_runner.launch(plan).result()
+    scores = result.prompt_logprobs[60]
+    assert [score.token for score in scores] == PROMPTS[2][1:]
+    assert len(result.tokens) == 2
+    assert drawn == gpu_runner.launch(beside_plan).result().tokens[0][0]
 
 
 @pytest.mark.parametrize(

@@ -268,3 +268,50 @@ def test_the_workspace_holds_any_split():
             assert splits == 1 or sequences * groups * splits <= attention_kernels.PROGRAMS
             if splits > 1:
                 assert sequences * groups <= space.counters.numel()
+
+
+# --------------------------------------------------------------------------------- batch-invariant
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
+@pytest.mark.parametrize("activation", ["none", "silu_gated"])
+def test_rows_do_not_depend_on_other_rows(dtype, activation):
+    """To the last bit: alone, among few, among many, and at another place."""
+    ops = make_triton_ops(dtype, DEVICE, batch_invariant=True)
+    x = randn(150, 320, dtype=dtype)
+    weight, bias = ops.pack(Dense(randn(192, 320) * 0.05)), randn(192, dtype=dtype)
+    head = ops.pack(Dense(randn(333, 320)))
+    many, many_logits = ops.linear(x, weight, bias, activation), ops.logits(x, head)
+    for rows in (slice(0, 1), slice(3, 20), slice(60, 130)):
+        assert torch.equal(ops.linear(x[rows], weight, bias, activation), many[rows])
+        assert torch.equal(ops.logits(x[rows], head), many_logits[rows])
+
+
+@pytest.mark.parametrize("window", [0, 20])
+def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(dtype, window):
+    ops = make_triton_ops(dtype, DEVICE, batch_invariant=True)
+    batch = make_batch((1, 130, 40), (700, 150, 90), 16)
+    k_cache, v_cache = make_cache(batch, 16, 2, 64, dtype)
+    spec, q = AttentionSpec(6, 2, 64, 0.125, window), randn(171, 6, 64, dtype=dtype)
+    together = ops.attention(q, k_cache, v_cache, batch, spec, None)
+    assert_close(together, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
+    last = replace(
+        batch,
+        block_tables=batch.block_tables[1:2],
+        query_starts=batch.query_starts[:2],
+        context_lens=batch.context_lens[1:2],
+        max_query=1,
+    )
+    alone = ops.attention(q[130:131], k_cache, v_cache, last, spec, None)
+    assert torch.equal(alone, together[130:131])
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu", "silu_gated"])
+def test_invariant_products_are_right(dtype, activation):
+    ops = make_triton_ops(dtype, DEVICE, batch_invariant=True)
+    weight, bias = ops.pack(Dense(randn(192, 320) * 0.05)), randn(192, dtype=dtype)
+    for rows in (3, 70):
+        x = randn(rows, 320, dtype=dtype)
+        expected = reference.linear(x, weight, bias, activation)
+        assert_close(ops.linear(x, weight, bias, activation), expected, dtype)
