@@ -1,0 +1,390 @@
+"""Measure ruvon on an NVIDIA GPU beside vLLM's recorded figures and beside what the chip allows.
+
+    python bench/gpu.py steps|prefill|sampling|offline|serve [--models gpt2,xl,smollm2]
+                        [--batches 1,32,256] [--options ...]
+
+Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens. ``steps`` is
+the time of a decode step's graph; the floor is the bytes it must read over 3.35 TB/s. ``offline``
+drives `ruvon.LLM`, token ids in. ``serve`` streams /v1/completions to clients in other processes.
+
+vLLM's figures: 0.25.1 (torch 2.11, FlashAttention 3, CUDA graphs) on one H100 80GB HBM3, the same
+work. GPT-2's vocabulary is read from --vocab (vocab.json and merges.txt), if given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from measure import write
+from process import free_port, running
+
+from ruvon import LLM, SamplingParams
+from ruvon.bench import Load, Sample, find_model, open_session, run_load
+from ruvon.engine.graphs import Bucket, Graphs, clear
+from ruvon.kernels import sample
+from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.triton_ops import make_triton_ops
+from ruvon.models import MODELS, Model
+from ruvon.models.quantize import SCHEMES
+from ruvon.models.spec import spec_from_config
+from ruvon.models.weights import RandomTensors, Weights
+from ruvon.telemetry import silent
+
+DEVICE = torch.device("cuda")
+BANDWIDTH = 3.35e12  # bytes a second, of an H100 by its datasheet
+PAGE = 16
+CONTEXT = 192  # tokens in the middle of such a decode
+
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "model_type": "gpt2",
+    "n_positions": 1024,
+    "vocab_size": 50257,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "eos_token_id": 50256,
+    "bos_token_id": 50256,
+    "torch_dtype": "bfloat16",
+}
+CONFIGS: dict[str, dict[str, Any]] = {
+    "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
+    "xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "smollm2": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "max_position_embeddings": 8192,
+        "vocab_size": 49152,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 100000,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+        "eos_token_id": 2,
+        "bos_token_id": 1,
+        "torch_dtype": "bfloat16",
+    },
+}
+BATCHES = {"gpt2": (1, 8, 32, 128, 256), "xl": (1, 8, 64, 256), "smollm2": (1, 8, 64, 256)}
+
+VLLM_STEP_MS = {
+    "gpt2": {1: 2.36, 8: 2.42, 32: 2.41, 128: 4.97, 256: 7.78},
+    "xl": {1: 2.96, 8: 3.19, 64: 5.46, 256: 12.6},
+    "smollm2": {1: 1.99, 8: 2.51, 64: 3.00, 256: 6.66},
+}
+VLLM_TOK_S = {
+    "gpt2": {1: 417, 8: 3016, 32: 12069, 128: 23990, 256: 30549},
+    "xl": {1: 326, 8: 2173, 64: 10518, 256: 17722},
+    "smollm2": {1: 487, 8: 2666, 64: 18792, 256: 34121},
+}
+VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400}
+VLLM_SERVE = {  # concurrency → output tok/s, TTFT p50 and p99, inter-token p50 and p99, ms
+    1: (408, 11.8, 21, 2.40, 3.07),
+    32: (8164, 100, 169, 3.00, 3.51),
+    256: (12300, 355, 1970, 18.6, 19.8),
+}
+
+
+class DeviceTensors(RandomTensors):
+    """Random weights drawn where they are used."""
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        if len(shape) == 1:
+            return super().read(name, shape)
+        return (torch.randn(shape, device=DEVICE) * 0.02).to(torch.bfloat16)
+
+
+def build(name: str) -> Model:
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    spec = spec_from_config(CONFIGS[name])
+    family = MODELS[spec.architecture]
+    source = DeviceTensors(Path(name), 0, torch.bfloat16)
+    weights = Weights(source, family.rules, SCHEMES["none"], ops, spec.num_layers)
+    return family.build(spec, weights, ops)
+
+
+def make_cache(model: Model, num_blocks: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    spec = model.spec
+    shape = (2, num_blocks, spec.num_kv_heads, PAGE, spec.head_dim)
+    layers = [torch.randn(shape, device=DEVICE, dtype=torch.bfloat16) for _ in spec.windows]
+    return [(layer[0], layer[1]) for layer in layers]
+
+
+def milliseconds(run: Callable[[], object], repeat: int = 50) -> float:
+    """Of one run, in a row of them; the median of five rows."""
+    times = []
+    for _ in range(5):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(repeat):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / repeat)
+    return statistics.median(times)
+
+
+# ---------------------------------------------------------------------------------- one step
+
+
+def measure_steps(name: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    model, numbers = build(name), {}
+    print("| model | batch | floor ms | ruvon ms | vLLM ms | share of floor |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for batch in batches:
+        per_seq = -(-CONTEXT // PAGE)
+        cache = make_cache(model, batch * per_seq)
+        replay = decode_step(model, cache, batch, per_seq)
+        step, floor = milliseconds(replay), floor_ms(model, batch)
+        vllm = VLLM_STEP_MS[name].get(batch, float("nan"))
+        print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
+        numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
+    return numbers
+
+
+def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Callable[[], object]:
+    """A captured step of ``batch`` sequences of `CONTEXT` tokens, sampled greedily."""
+    bucket = Bucket(True, batch, batch)
+    state = sample.make_state(batch, model.spec.vocab_size, DEVICE)
+    graphs = Graphs(
+        partial(model.forward, cache=cache),
+        state,
+        table_width=per_seq,
+        max_context=1024,
+        buckets=[bucket],
+        pdl=True,
+    )
+    with torch.inference_mode():
+        captured = graphs.capture_all(silent)[bucket]
+        tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
+        graphs.tables.copy_(tables)
+        words = np.zeros(captured.layout.size, dtype=np.int32)
+        inputs = captured.layout.views(words)
+        clear(inputs)
+        seats = np.arange(batch)
+        inputs["token_ids"][:] = 5
+        inputs["positions"][:] = CONTEXT - 1
+        inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
+        inputs["query_starts"][:] = np.arange(batch + 1)
+        inputs["context_lens"][:] = CONTEXT
+        inputs["logit_rows"][:] = seats
+        inputs["params"][:, sample.SEAT] = seats
+        inputs["params"][:, [sample.HISTORY, sample.BIAS]] = -1
+        graphs.words[: len(words)].copy_(torch.from_numpy(words))
+    return captured.replay
+
+
+def floor_ms(model: Model, batch: int) -> float:
+    spec = model.spec
+    width = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
+    gates = 2 if spec.architecture == "LlamaForCausalLM" else 1
+    layer = spec.hidden_size * (width + spec.num_heads * spec.head_dim)
+    layer += (1 + gates) * spec.hidden_size * spec.intermediate_size
+    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    cached = batch * CONTEXT * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
+    return 2 * (weights + cached) / BANDWIDTH * 1e3
+
+
+def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
+    """Eight prompts of 1,000 tokens in one step."""
+    model, num, length = build(name), 8, 1000
+    per_seq = -(-length // PAGE)
+    cache = make_cache(model, num * per_seq)
+    tables = torch.randperm(num * per_seq, dtype=torch.int32).view(num, per_seq)
+    positions = torch.arange(length, dtype=torch.int32).repeat(num)
+    owner = torch.arange(num).repeat_interleave(length)
+    slots = tables[owner, positions // PAGE] * PAGE + positions % PAGE
+    batch = ForwardBatch(
+        token_ids=torch.full((num * length,), 5, dtype=torch.int32, device=DEVICE),
+        positions=positions.to(DEVICE),
+        slots=slots.to(DEVICE),
+        block_tables=tables.to(DEVICE),
+        query_starts=torch.arange(num + 1, dtype=torch.int32, device=DEVICE) * length,
+        context_lens=torch.full((num,), length, dtype=torch.int32, device=DEVICE),
+        logit_rows=torch.arange(1, num + 1, dtype=torch.int32, device=DEVICE) * length - 1,
+        max_query=length,
+        max_context=length,
+    )
+    with torch.inference_mode():
+        model.forward(batch, cache)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            model.forward(batch, cache)
+        rate = num * length / milliseconds(graph.replay, 5) * 1e3
+    print(f"prefill {name}: {rate:,.0f} tok/s (vLLM {VLLM_PREFILL_TOK_S[name]:,})")
+    return {"tok_s": rate, "vllm_tok_s": VLLM_PREFILL_TOK_S[name]}
+
+
+def measure_sampling(_: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    """Drawing alone, from GPT-2's vocabulary."""
+    numbers, vocab = {}, GPT2["vocab_size"]
+    for batch in batches:
+        logits = torch.randn(batch, vocab, device=DEVICE) * 2
+        state, drawn = sample.make_state(batch, vocab, DEVICE), sample.make_drawn(batch, DEVICE)
+        for label, (temperature, top_k, top_p) in {
+            "greedy": (0.0, 0, 1.0),
+            "temperature": (0.8, 0, 1.0),
+            "top_p": (0.8, 0, 0.95),
+            "top_k": (0.8, 50, 1.0),
+        }.items():
+            words = np.zeros((batch, sample.PARAMS), dtype=np.int32)
+            words.view(np.float32)[:, [sample.TEMPERATURE, sample.TOP_P]] = temperature, top_p
+            words[:, sample.TOP_K] = top_k
+            words[:, [sample.HISTORY, sample.BIAS]] = -1
+            words[:, sample.SEAT] = np.arange(batch)
+            params = torch.from_numpy(words).to(DEVICE)
+            sample.sample(logits, params, state, drawn)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                sample.sample(logits, params, state, drawn)
+            numbers[f"{label} {batch}"] = time_us = milliseconds(graph.replay) * 1e3
+            print(f"sampling {label}, batch {batch}: {time_us:.1f} us")
+    return numbers
+
+
+# ---------------------------------------------------------------------------------- the engine
+
+
+def model_folder(name: str, vocab: Path | None) -> Path:
+    folder = Path(tempfile.mkdtemp()) / name
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    if vocab is not None and name != "smollm2":
+        for file in ("vocab.json", "merges.txt"):
+            shutil.copy(vocab / file, folder / file)
+    return folder
+
+
+def measure_offline(name: str, batches: tuple[int, ...], folder: Path) -> dict[str, Any]:
+    began, numbers = time.perf_counter(), {}
+    llm = LLM(
+        str(folder),
+        load_format="dummy",
+        max_num_seqs=256,
+        max_num_batched_tokens=8192,
+        enable_prefix_caching=False,
+    )
+    print(f"{name}: started in {time.perf_counter() - began:.1f} s")
+    print("| model | batch | ruvon tok/s | vLLM tok/s | ms a step |\n|---|---:|---:|---:|---:|")
+    rng = random.Random(0)
+    sampling = SamplingParams(temperature=0, max_tokens=128, ignore_eos=True)
+    for batch in batches:
+        times = []
+        for _ in range(3):
+            prompts = [[rng.randrange(49000) for _ in range(128)] for _ in range(batch)]
+            began = time.perf_counter()
+            llm.generate(prompts, sampling, use_tqdm=False)
+            times.append(time.perf_counter() - began)
+        seconds = statistics.median(times)
+        rate, vllm = batch * 128 / seconds, VLLM_TOK_S[name].get(batch, 0)
+        print(f"| {name} | {batch} | {rate:,.0f} | {vllm:,} | {seconds / 128e-3:.3f} |")
+        numbers[str(batch)] = {"tok_s": rate, "vllm_tok_s": vllm}
+    llm.close()
+    return numbers
+
+
+# ---------------------------------------------------------------------------------- over HTTP
+
+
+def measure_serve(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
+    port = free_port()
+    command = [sys.executable, "-m", "ruvon", "serve", str(folder), "--load-format", "dummy"]
+    command += ["--port", str(port), "--log-level", "warning", "--no-log-requests"]
+    command += ["--max-num-seqs", "256", "--max-num-batched-tokens", "8192"]
+    command += ["--no-enable-prefix-caching", *options]
+    numbers: dict[str, Any] = {}
+    with running(command, port) as server:
+        print(f"{name}: ready after {server.ready_seconds:.1f} s")
+        print("| concurrency | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms | vLLM |")
+        print("|---:|---:|---:|---:|---|")
+        for concurrency in (1, 32, 256):
+            load_server(server.url, concurrency, 1)
+            rate, row = load_server(server.url, concurrency, 8 if concurrency == 1 else 3)
+            ttft, gap = f"{row[0]:.1f} / {row[1]:.0f}", f"{row[2]:.2f} / {row[3]:.2f}"
+            print(f"| {concurrency} | {rate:,.0f} | {ttft} | {gap} | {VLLM_SERVE[concurrency]} |")
+            numbers[str(concurrency)] = {"tok_s": rate, "latencies_ms": row}
+        numbers["ready_s"] = server.ready_seconds
+    return numbers
+
+
+def load_server(url: str, concurrency: int, rounds: int) -> tuple[float, list[float]]:
+    """Output tokens a second, and latencies: TTFT p50 and p99, inter-token p50 and p99."""
+    num_clients = min(8, concurrency)
+    share = concurrency // num_clients
+    with multiprocessing.get_context("spawn").Pool(num_clients) as pool:
+        arguments = [(url, share, share * rounds, i) for i in range(num_clients)]
+        samples = [s for part in pool.starmap(run_client, arguments) for s in part]
+    errors = [s.error for s in samples if s.error]
+    assert not errors, errors[:3]
+    seconds = max(s.ended for s in samples) - min(s.started for s in samples)
+    ttfts = [s.ttft * 1e3 for s in samples]
+    gaps = [gap * 1e3 for s in samples for gap in s.gaps]
+    row = [float(np.percentile(v, q)) for v in (ttfts, gaps) for q in (50, 99)]
+    return sum(s.num_output for s in samples) / seconds, row
+
+
+def run_client(url: str, concurrency: int, num_requests: int, seed: int) -> list[Sample]:
+    """One process of the load. `time.perf_counter` is the same clock in all of a machine's."""
+    rng = random.Random(f"{seed} {time.time_ns()}")
+    prompts: Any = [[rng.randrange(49000) for _ in range(128)] for _ in range(num_requests)]
+
+    async def run() -> list[Sample]:
+        async with open_session() as session:
+            model = await find_model(session, url)
+            requests = [(prompt, 128) for prompt in prompts]
+            load = Load(model, requests, max_concurrency=concurrency)
+            return (await run_load(session, url, load))[0]
+
+    return asyncio.run(run())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("part", choices=("steps", "prefill", "sampling", "offline", "serve"))
+    parser.add_argument("--models", default="gpt2,xl,smollm2")
+    parser.add_argument("--batches", help="Default: those of vLLM's figures.")
+    parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="For ruvon serve.")
+    args = parser.parse_args()
+    given = tuple(map(int, args.batches.split(","))) if args.batches else None
+    numbers: Mapping[str, Any] = {
+        name: measure_part(args, name, given or BATCHES[name]) for name in args.models.split(",")
+    }
+    path = write(f"gpu-{args.part}", {"device": torch.cuda.get_device_name(), "numbers": numbers})
+    print(f"\nWrote {path}")
+
+
+def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) -> dict[str, Any]:
+    match args.part:
+        case "offline":
+            return measure_offline(name, batches, model_folder(name, args.vocab))
+        case "serve":
+            return measure_serve(name, model_folder(name, args.vocab), args.options)
+        case "steps":
+            return measure_steps(name, batches)
+        case "prefill":
+            return measure_prefill(name, batches)
+        case _:
+            return measure_sampling(name, batches)
+
+
+if __name__ == "__main__":
+    main()
