@@ -13,7 +13,7 @@ import ruvon
 ROOT = Path(ruvon.__file__).parent
 LEAVES = {"config", "errors", "telemetry"}
 LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
-FRONT = {"", "__main__", "bench", "cli", "llm"}  # may use everything
+FRONT = {"", "__main__", "bench", "cli", "llm", "quality", "verify"}  # may use everything
 
 OPTIONAL = {
     "gguf", "huggingface_hub", "llvmlite", "numba", "tqdm", "transformers", "triton", "uvloop",
@@ -24,6 +24,7 @@ DEFERRED = {
     "__init__": "`ruvon --help` does not wait for torch",
     "cli": "a command imports what it runs: `ruvon --help` does not wait for torch",
     "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
+    "engine/startup": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""
 
