@@ -311,7 +311,7 @@ def measure_serve(name: str, folder: Path, options: list[str]) -> dict[str, Any]
     command += ["--max-num-seqs", "256", "--max-num-batched-tokens", "8192"]
     command += ["--no-enable-prefix-caching", *options]
     numbers: dict[str, Any] = {}
-    with running(command, port) as server:
+    with running(command, port, log=folder / "log") as server:
         print(f"{name}: ready after {server.ready_seconds:.1f} s")
         print("| concurrency | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms | vLLM |")
         print("|---:|---:|---:|---:|---|")

@@ -78,22 +78,27 @@ class Growing:
 
     def push(self, emission: Emission) -> str:
         """Take in an emission; returns the text it adds. A stop string finishes it here."""
-        sampling, options = self.job.sampling, self.job.text
-        hidden = emission.stop_token is not None and not options.include_stop
-        piece = self.stream.push(emission.tokens[:-1] if hidden else emission.tokens)
-        self.tokens += emission.tokens
-        self.logprobs += emission.logprobs or ()
-        self.prompt_logprobs = self.prompt_logprobs or emission.prompt_logprobs
-        self.num_cached = emission.num_cached
-        self.finish, self.error = emission.finish, emission.error
+        tokens, self.num_cached = emission.tokens, emission.num_cached
+        self.tokens += tokens
+        if emission.logprobs:
+            self.logprobs += emission.logprobs
+        if emission.prompt_logprobs:
+            self.prompt_logprobs = emission.prompt_logprobs
+        hidden = emission.stop_token is not None and not self.job.text.include_stop
+        piece = self.stream.push(tokens[:-1] if hidden else tokens)
         if self.stream.stopped is not None:
             self.finish, self.stop = "stop", self.stream.stopped
-        elif self.finish is not None:
-            piece += self.stream.finish()
-            if emission.stop_token in sampling.stop_token_ids:
-                self.stop = emission.stop_token
+        elif emission.finish is not None:
+            piece += self._finish(emission)
         self.text += piece
         return piece
+
+    def _finish(self, emission: Emission) -> str:
+        """Note how the engine finished it; returns the rest of its text."""
+        self.finish, self.error = emission.finish, emission.error
+        if emission.stop_token in self.job.sampling.stop_token_ids:
+            self.stop = emission.stop_token
+        return self.stream.finish()
 
     def completion(self) -> Completion:
         assert self.finish is not None, "still growing"
@@ -254,9 +259,9 @@ class LLM:
             for emission in emissions:
                 self._push(growing, emission)
                 num_tokens += len(emission.tokens)
-                rate = num_tokens / (time.monotonic() - began)
-                advance = growing[emission.index].finish is not None
-                bar.update(task, advance=advance, rate=f"{rate:,.0f} tokens/s")
+                if growing[emission.index].finish is not None:
+                    rate = num_tokens / (time.monotonic() - began)
+                    bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
         done = iter(growing)
         return [[next(done).completion() for _ in range(job.n)] for job in jobs]
 

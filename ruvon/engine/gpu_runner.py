@@ -169,7 +169,7 @@ class GpuRunner:
         self._work.move(seating.moves)
         inputs = staging.inputs[bucket]
         clear(inputs)
-        self._fill(plan, seating, inputs)
+        self._fill(plan, seating, bucket.single, inputs)
         size = captured.layout.size
         self._graphs.words[:size].copy_(staging.words[:size], non_blocking=True)
         captured.replay()
@@ -179,18 +179,20 @@ class GpuRunner:
             staging.done.record()
         return Flight(plan, staging, began, tops, captured.logits_LV)
 
-    def _fill(self, plan: Plan, seating: Seating, inputs: dict[str, Words]) -> None:
-        """Write a step's inputs. Tokens lie in the order of seats, one sequence after another."""
+    def _fill(self, plan: Plan, seating: Seating, single: bool, inputs: dict[str, Words]) -> None:
+        """Write a step's inputs; ``single``: every chunk has one token. Tokens lie in the order of
+        seats, one sequence after another."""
         chunks = plan.chunks
         seats = np.array(seating.seats, dtype=np.int32)
-        queries = np.array([len(chunk.tokens) for chunk in chunks], dtype=np.int32)
+        lengths = [1] * len(chunks) if single else [len(chunk.tokens) for chunk in chunks]
+        queries = np.array(lengths, dtype=np.int32)
         starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
         inputs["context_lens"][seats] = starts + queries
         ends = inputs["query_starts"][1:]
         ends[seats] = queries
         np.cumsum(ends, out=ends)
         first = inputs["query_starts"][seats]
-        self._fill_tokens(plan, seating, (seats, queries, starts, first), inputs)
+        self._fill_tokens(plan, seating, single, (seats, queries, starts, first), inputs)
         self._fill_patches(seating, inputs["patches"])
         samples = np.array([chunk.samples for chunk in chunks])
         num_rows, row_seats = len(plan.rows), seats[samples]
@@ -207,13 +209,14 @@ class GpuRunner:
         self,
         plan: Plan,
         seating: Seating,
+        single: bool,
         layout: tuple[Words, Words, Words, Words],
         inputs: dict[str, Words],
     ) -> None:
         """``layout``: each chunk's seat, number of tokens, first position and first token."""
         seats, queries, starts, first = layout
         chunks = plan.chunks
-        if plan.num_tokens == len(chunks):
+        if single:
             owner, places = np.arange(len(chunks)), first
             ids = np.array([chunk.tokens[0] for chunk in chunks], dtype=np.int32)
         else:

@@ -57,7 +57,8 @@ class Tokenizer:
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max([backend.get_vocab_size(False), *(id + 1 for id in added)])
         self._byte_level, self.strips_space = _spelling(backend)
-        self._added = {id: self._spell_added(token.content) for id, token in added.items()}
+        # Of the tokens asked for so far; the added ones from the start.
+        self._bytes = {id: self._spell_added(token.content) for id, token in added.items()}
         self._parsing = backend  # finds special tokens in text
         self._literal = _sibling(backend, literal=True)  # takes them for text
         self._inner = _sibling(backend, literal=True, inner=True)  # the same, amid a longer text
@@ -121,8 +122,12 @@ class Tokenizer:
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes a token stands for, perhaps only a part of a character; empty if unknown."""
-        if (added := self._added.get(id)) is not None:
-            return added
+        found = self._bytes.get(id)
+        if found is None:
+            found = self._bytes[id] = self._spell(id)
+        return found
+
+    def _spell(self, id: int) -> bytes:
         token = self._parsing.id_to_token(id) if 0 <= id < 1 << 32 else None
         if token is None:
             return b""
