@@ -1,11 +1,13 @@
 """Measure ruvon on an NVIDIA GPU beside vLLM's recorded figures and beside what the chip allows.
 
-    python bench/gpu.py steps|prefill|sampling|offline|serve [--models gpt2,xl,smollm2]
+    python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
                         [--batches 1,32,256] [--options ...]
 
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens. ``steps`` is
 the time of a decode step's graph; the floor is the bytes it must read over 3.35 TB/s. ``offline``
-drives `ruvon.LLM`, token ids in. ``serve`` streams /v1/completions to clients in other processes.
+drives `ruvon.LLM`, token ids in. ``serve`` streams /v1/completions to clients in other processes;
+``load`` does so at several rates of arrival (Poisson), with prompts of 16 to 500 tokens and outputs
+of 16 to 500, drawn at temperature 0.8 and top-p 0.95.
 
 vLLM's figures: 0.25.1 (torch 2.11, FlashAttention 3, CUDA graphs) on one H100 80GB HBM3, the same
 work. GPT-2's vocabulary is read from --vocab (vocab.json and merges.txt), if given.
@@ -16,6 +18,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import multiprocessing
 import random
 import shutil
@@ -23,7 +26,9 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,7 +36,7 @@ from typing import Any
 import numpy as np
 import torch
 from measure import write
-from process import free_port, running
+from process import Server, free_port, running
 
 from ruvon import LLM, SamplingParams
 from ruvon.bench import Load, Sample, find_model, open_session, run_load
@@ -305,60 +310,113 @@ def measure_offline(name: str, batches: tuple[int, ...], folder: Path) -> dict[s
 
 
 def measure_serve(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    with serving(name, folder, options) as server:
+        print("| concurrency | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms | vLLM |")
+        print("|---:|---:|---:|---:|---|")
+        for concurrency in (1, 32, 256):
+            load_server(server.url, Client(concurrency, concurrency))
+            rounds = 8 if concurrency == 1 else 3
+            row = load_server(server.url, Client(concurrency, concurrency * rounds))
+            print(f"| {concurrency} | {show(row)} | {VLLM_SERVE[concurrency]} |", flush=True)
+            numbers[str(concurrency)] = row
+        numbers["ready_s"] = server.ready_seconds
+    return numbers
+
+
+def measure_load(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
+    numbers: dict[str, Any] = {}
+    with serving(name, folder, options) as server:
+        print("| requests/s | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms |")
+        print("|---:|---:|---:|---:|")
+        load_server(server.url, Client(64, 64))
+        for rate in (16, 48, 96):
+            numbers[str(rate)] = row = load_server(server.url, Client(None, 5 * rate, rate))
+            print(f"| {rate} | {show(row)} |", flush=True)
+    return numbers
+
+
+def show(row: list[float]) -> str:
+    return f"{row[0]:,.0f} | {row[1]:.1f} / {row[2]:.0f} | {row[3]:.2f} / {row[4]:.2f}"
+
+
+@contextmanager
+def serving(name: str, folder: Path, options: list[str]) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "ruvon", "serve", str(folder), "--load-format", "dummy"]
     command += ["--port", str(port), "--log-level", "warning", "--no-log-requests"]
     command += ["--max-num-seqs", "256", "--max-num-batched-tokens", "8192"]
     command += ["--no-enable-prefix-caching", *options]
-    numbers: dict[str, Any] = {}
     with running(command, port, log=folder / "log") as server:
         print(f"{name}: ready after {server.ready_seconds:.1f} s")
-        print("| concurrency | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms | vLLM |")
-        print("|---:|---:|---:|---:|---|")
-        for concurrency in (1, 32, 256):
-            load_server(server.url, concurrency, 1)
-            rate, row = load_server(server.url, concurrency, 8 if concurrency == 1 else 3)
-            ttft, gap = f"{row[0]:.1f} / {row[1]:.0f}", f"{row[2]:.2f} / {row[3]:.2f}"
-            print(f"| {concurrency} | {rate:,.0f} | {ttft} | {gap} | {VLLM_SERVE[concurrency]} |")
-            numbers[str(concurrency)] = {"tok_s": rate, "latencies_ms": row}
-        numbers["ready_s"] = server.ready_seconds
-    return numbers
+        yield server
 
 
-def load_server(url: str, concurrency: int, rounds: int) -> tuple[float, list[float]]:
-    """Output tokens a second, and latencies: TTFT p50 and p99, inter-token p50 and p99."""
-    num_clients = min(8, concurrency)
-    share = concurrency // num_clients
+@dataclass(frozen=True, slots=True)
+class Client:
+    """What all client processes do together."""
+
+    concurrency: int | None
+    num_requests: int
+    rate: float = math.inf  # requests a second; finite: of mixed lengths, and drawn
+
+    def share(self, num_clients: int) -> Client:
+        each = self.concurrency and self.concurrency // num_clients
+        return Client(each, self.num_requests // num_clients, self.rate / num_clients)
+
+    def requests(self, rng: random.Random) -> list[Any]:
+        mixed = math.isfinite(self.rate)
+        lengths = [
+            (rng.randint(16, 500), rng.randint(16, 500)) if mixed else (128, 128)
+            for _ in range(self.num_requests)
+        ]
+        return [([rng.randrange(49000) for _ in range(n)], out) for n, out in lengths]
+
+    def sampling(self) -> dict[str, float]:
+        drawn = math.isfinite(self.rate)
+        return {"temperature": 0.8, "top_p": 0.95} if drawn else {"temperature": 0.0}
+
+
+def load_server(url: str, client: Client) -> list[float]:
+    """Output tokens a second, and in ms TTFT p50 and p99, inter-token p50 and p99."""
+    num_clients = min(8, client.concurrency or 8)
     with multiprocessing.get_context("spawn").Pool(num_clients) as pool:
-        arguments = [(url, share, share * rounds, i) for i in range(num_clients)]
+        arguments = [(url, client.share(num_clients), i) for i in range(num_clients)]
         samples = [s for part in pool.starmap(run_client, arguments) for s in part]
     errors = [s.error for s in samples if s.error]
     assert not errors, errors[:3]
     seconds = max(s.ended for s in samples) - min(s.started for s in samples)
     ttfts = [s.ttft * 1e3 for s in samples]
     gaps = [gap * 1e3 for s in samples for gap in s.gaps]
-    row = [float(np.percentile(v, q)) for v in (ttfts, gaps) for q in (50, 99)]
-    return sum(s.num_output for s in samples) / seconds, row
+    latencies = [float(np.percentile(v, q)) for v in (ttfts, gaps) for q in (50, 99)]
+    return [sum(s.num_output for s in samples) / seconds, *latencies]
 
 
-def run_client(url: str, concurrency: int, num_requests: int, seed: int) -> list[Sample]:
+def run_client(url: str, client: Client, seed: int) -> list[Sample]:
     """One process of the load. `time.perf_counter` is the same clock in all of a machine's."""
-    rng = random.Random(f"{seed} {time.time_ns()}")
-    prompts: Any = [[rng.randrange(49000) for _ in range(128)] for _ in range(num_requests)]
+    requests = client.requests(random.Random(f"{seed} {time.time_ns()}"))
 
     async def run() -> list[Sample]:
         async with open_session() as session:
-            model = await find_model(session, url)
-            requests = [(prompt, 128) for prompt in prompts]
-            load = Load(model, requests, max_concurrency=concurrency)
+            load = Load(
+                await find_model(session, url),
+                requests,
+                rate=client.rate,
+                max_concurrency=client.concurrency,
+                sampling=client.sampling(),
+                seed=seed,
+            )
             return (await run_load(session, url, load))[0]
 
     return asyncio.run(run())
 
 
+PARTS = ("steps", "prefill", "sampling", "offline", "serve", "load")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("part", choices=("steps", "prefill", "sampling", "offline", "serve"))
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--models", default="gpt2,xl,smollm2")
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
@@ -378,6 +436,8 @@ def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) 
             return measure_offline(name, batches, model_folder(name, args.vocab))
         case "serve":
             return measure_serve(name, model_folder(name, args.vocab), args.options)
+        case "load":
+            return measure_load(name, model_folder(name, args.vocab), args.options)
         case "steps":
             return measure_steps(name, batches)
         case "prefill":
