@@ -120,6 +120,45 @@ def models(url: str | None, api_key: str | None) -> None:
         print_local()
 
 
+VARIED = (
+    "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
+    "kv_cache_memory", "gpu_memory_utilization", "enable_prefix_caching",
+    "enable_chunked_prefill", "batching", "scheduling_policy",
+)  # fmt: skip
+"""What `verify` chooses itself."""
+
+
+@main.command(cls=SettingsCommand)
+@click.argument("name", metavar="[MODEL]", required=False)
+@click.option("--requests", type=click.IntRange(min=8), default=32, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=3, max=64),
+    default=16,
+    show_default=True,
+    help="New tokens of a request, on average.",
+)
+@click.option(
+    "--reference/--no-reference",
+    default=True,
+    show_default=True,
+    help="Compare the kernels with plain torch too; takes 4 bytes of memory a weight.",
+)
+@settings(EngineConfig, without=VARIED)
+def verify(name: str | None, requests: int, tokens: int, reference: bool, **given: Any) -> None:
+    """Show that the same request gives the same bytes: alone or among others, under every policy.
+
+    Exits with 1 and names the first difference if there is one and the kernels promise none.
+    """
+    from rich.console import Console
+
+    from ruvon.cli.verify import print_verification
+
+    given["model"] = one_model(name, given["model"])
+    config = load(EngineConfig, given, toml=read_settings(given.pop("config")))
+    print_verification(config, requests, tokens, reference, Console())
+
+
 def build_both(given: Mapping[str, Any], config: Path | None) -> tuple[EngineConfig, ServerConfig]:
     """Both configs of a server."""
     toml = read_settings(config)
