@@ -1,7 +1,8 @@
 """GpuRunner: steps as graph replays, launched without waiting for the step before.
 
 `launch` turns a plan into words, sends them and replays a graph, which takes the host a fraction of
-a millisecond; a thread waits for the device and takes the tokens down. Where a chunk has `UNDRAWN`
+a millisecond. Whoever asks for the result waits for the device and takes the tokens down; a thread
+waits only for those who want to be called. Where a chunk has `UNDRAWN`
 for a token, the device fills in what the sequence's seat drew last.
 
 What only the host can do, it does with the logits such a step leaves behind, before anything else
@@ -13,10 +14,12 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from itertools import chain, cycle
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -86,10 +89,43 @@ class Flight:
     """A launched step."""
 
     plan: Plan
+    special: list[tuple[int, SamplingRow]]  # rows that want more than their likeliest token
     staging: Staging
     began: float
     tops: dict[int, tuple[Tensor, Tensor]]  # row → log-probabilities and ids of alternatives
     logits_LV: Tensor  # until the next is launched
+
+
+class StepFuture(Future[StepResult]):
+    """A step under way. It is over when the device says so, whoever looks first."""
+
+    def __init__(self, flight: Flight, waiter: Executor) -> None:
+        super().__init__()
+        self._flight = flight
+        self._waiter = waiter
+        self._landing = Lock()
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Waits for the device, however long that takes."""
+        self.land()
+        return super().result(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[StepResult]], object]) -> None:
+        super().add_done_callback(fn)
+        if not self.done():
+            self._waiter.submit(self.land)
+
+    def land(self) -> None:
+        """Take the results down, once the device has them, if nobody has."""
+        with self._landing:
+            if self.done():
+                return
+            try:
+                result = land(self._flight)
+            except BaseException as error:
+                self.set_exception(error)
+            else:
+                self.set_result(result)
 
 
 class GpuRunner:
@@ -135,8 +171,9 @@ class GpuRunner:
             self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
         self._staging = cycle([make_staging(self._graphs, self._captured) for _ in range(STAGES)])
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
-        # That thread must get to say that a step is over, however busy the others are.
+        # That thread must get to say that a step is over, however busy others are.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
+        self._aloft: deque[StepFuture] = deque()
         self._last: tuple[Plan, Future[StepResult]] | None = None
         self.num_misses = 0  # steps that a graph alone was not enough for
 
@@ -146,10 +183,11 @@ class GpuRunner:
         assert bucket is not None, "no step is larger than the limits"
         with torch.inference_mode():
             flight = self._launch(plan, bucket)
-            if plan.prompt_rows or any(map(draws_on_host, plan.rows)):
+            if plan.prompt_rows or any(draws_on_host(row) for _, row in flight.special):
                 future = self._complete(flight)
             else:
-                future = self._waiter.submit(land, flight)
+                future = StepFuture(flight, self._waiter)
+                self._aloft.append(future)
         self._last = (plan, future)
         return future
 
@@ -162,6 +200,8 @@ class GpuRunner:
 
     def _launch(self, plan: Plan, bucket: Bucket) -> Flight:
         began = time.perf_counter()
+        if len(self._aloft) == STAGES - 1:
+            self._aloft.popleft().land()  # its memory is next
         staging = next(self._staging)
         staging.wait()
         captured = self._captured[bucket]
@@ -174,10 +214,11 @@ class GpuRunner:
         self._graphs.words[:size].copy_(staging.words[:size], non_blocking=True)
         captured.replay()
         staging.results.copy_(self._graphs.results, non_blocking=True)
-        tops = alternatives(plan, captured.logits_LV)
+        special = [(i, row) for i, row in enumerate(plan.rows) if not row.plain]
+        tops = alternatives(special, captured.logits_LV)
         if staging.done is not None:
             staging.done.record()
-        return Flight(plan, staging, began, tops, captured.logits_LV)
+        return Flight(plan, special, staging, began, tops, captured.logits_LV)
 
     def _fill(self, plan: Plan, seating: Seating, single: bool, inputs: dict[str, Words]) -> None:
         """Write a step's inputs; ``single``: every chunk has one token. Tokens lie in the order of
@@ -297,11 +338,13 @@ def for_scores(plan: Plan) -> Plan:
     return Plan(plan.step, chunks, (), rows)
 
 
-def alternatives(plan: Plan, logits_LV: Tensor) -> dict[int, tuple[Tensor, Tensor]]:
+def alternatives(
+    special: Sequence[tuple[int, SamplingRow]], logits_LV: Tensor
+) -> dict[int, tuple[Tensor, Tensor]]:
     """For rows that want them, the likeliest tokens and their log-probabilities, on the way to
     the host."""
     tops = {}
-    for i, row in enumerate(plan.rows):
+    for i, row in special:
         if row.sampling.logprobs:
             values, ids = logits_LV[i].log_softmax(-1).topk(row.sampling.logprobs)
             tops[i] = (to_host(values), to_host(ids))
@@ -321,18 +364,19 @@ def land(flight: Flight) -> StepResult:
     tokens, logprobs, ranks = flight.staging.results[:, : len(rows)]
     drawn = tokens.tolist()
     scores: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
-    if any(row.sampling.logprobs is not None for row in rows):
+    scored = [i for i, row in flight.special if row.sampling.logprobs is not None]
+    if scored:
         values, places = logprobs.view(torch.float32).tolist(), ranks.tolist()
-        for i, row in enumerate(rows):
-            if row.sampling.logprobs is not None and drawn[i] >= 0:
-                top = flight.tops.get(i)
-                scores[i] = (score(drawn[i], values[i], places[i], top),)
+        for i in scored:
+            scores[i] = (score(drawn[i], values[i], places[i], flight.tops.get(i)),)
+    errors = {}
+    if drawn and min(drawn) < 0:
+        failed = [(i, code) for i, code in enumerate(drawn) if code < 0]
+        errors = {rows[i].seq_id: ERRORS[code] for i, code in failed}
     return StepResult(
-        tokens=tuple((token,) if token >= 0 else () for token in drawn),
+        tokens=tuple([(token,) if token >= 0 else () for token in drawn]),
         logprobs=tuple(scores),
-        errors={
-            row.seq_id: ERRORS[token] for row, token in zip(rows, drawn, strict=True) if token < 0
-        },
+        errors=errors,
         seconds=time.perf_counter() - flight.began,
     )
 
