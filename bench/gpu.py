@@ -314,9 +314,8 @@ def measure_serve(name: str, folder: Path, options: list[str]) -> dict[str, Any]
     with serving(name, folder, options) as server:
         print("| concurrency | tok/s | TTFT p50 / p99 ms | inter-token p50 / p99 ms | vLLM |")
         print("|---:|---:|---:|---:|---|")
-        for concurrency in (1, 32, 256):
+        for concurrency, rounds in ((1, 16), (32, 24), (256, 8)):
             load_server(server.url, Client(concurrency, concurrency))
-            rounds = 8 if concurrency == 1 else 3
             row = load_server(server.url, Client(concurrency, concurrency * rounds))
             print(f"| {concurrency} | {show(row)} | {VLLM_SERVE[concurrency]} |", flush=True)
             numbers[str(concurrency)] = row
@@ -352,6 +351,9 @@ def serving(name: str, folder: Path, options: list[str]) -> Iterator[Server]:
         yield server
 
 
+SECONDS_TO_IMPORT = 5.0
+
+
 @dataclass(frozen=True, slots=True)
 class Client:
     """What all client processes do together."""
@@ -359,10 +361,12 @@ class Client:
     concurrency: int | None
     num_requests: int
     rate: float = math.inf  # requests a second; finite: of mixed lengths, and drawn
+    start: float = 0.0  # when to begin, all at once, by `time.perf_counter`
 
     def share(self, num_clients: int) -> Client:
         each = self.concurrency and self.concurrency // num_clients
-        return Client(each, self.num_requests // num_clients, self.rate / num_clients)
+        num, rate = self.num_requests // num_clients, self.rate / num_clients
+        return Client(each, num, rate, time.perf_counter() + SECONDS_TO_IMPORT)
 
     def requests(self, rng: random.Random) -> list[Any]:
         mixed = math.isfinite(self.rate)
@@ -381,7 +385,8 @@ def load_server(url: str, client: Client) -> list[float]:
     """Output tokens a second, and in ms TTFT p50 and p99, inter-token p50 and p99."""
     num_clients = min(8, client.concurrency or 8)
     with multiprocessing.get_context("spawn").Pool(num_clients) as pool:
-        arguments = [(url, client.share(num_clients), i) for i in range(num_clients)]
+        share = client.share(num_clients)
+        arguments = [(url, share, i) for i in range(num_clients)]
         samples = [s for part in pool.starmap(run_client, arguments) for s in part]
     errors = [s.error for s in samples if s.error]
     assert not errors, errors[:3]
@@ -398,8 +403,10 @@ def run_client(url: str, client: Client, seed: int) -> list[Sample]:
 
     async def run() -> list[Sample]:
         async with open_session() as session:
+            model = await find_model(session, url)
+            await asyncio.sleep(max(0.0, client.start - time.perf_counter()))
             load = Load(
-                await find_model(session, url),
+                model,
                 requests,
                 rate=client.rate,
                 max_concurrency=client.concurrency,

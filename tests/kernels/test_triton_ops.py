@@ -74,7 +74,7 @@ def test_small_moves(ops, dtype):
     assert torch.equal(ops.add(x, x), x + x)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 40, 65])
+@pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 40, 65] if GPU else [1, 2, 9, 70])
 @pytest.mark.parametrize(("n", "k"), [(24, 48), (70, 130), (130, 576)])
 @pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated"])
 def test_linear(ops, dtype, rows, n, k, activation):
@@ -112,7 +112,7 @@ def test_logits_are_float32(ops, dtype, rows):
     assert_close(actual, expected, torch.float32 if dtype == torch.float32 else torch.float16)
 
 
-@pytest.mark.parametrize("rows", [1, 3, 8, 9])
+@pytest.mark.parametrize("rows", [1, 2, 9])
 @pytest.mark.parametrize("centered", [False, True])
 @pytest.mark.parametrize("residual", [False, True])
 def test_norm_inside_a_product(ops, dtype, rows, centered, residual):
@@ -182,6 +182,8 @@ SHAPES = [  # heads, groups, head size, page
     (5, 1, 128, 64),
     (2, 2, 256, 16),
 ]
+if not GPU:
+    SHAPES = [SHAPES[i] for i in (1, 2, 4)]  # the interpreter is slow
 CASES = [  # queries and contexts of each sequence
     ((1, 1, 1), (1, 17, 300)),
     ((1,), (700,)),
