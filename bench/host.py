@@ -32,6 +32,7 @@ class Drawer:
     """Draws a 1 for every row. ``build`` is how long it took to build the last plan's batch."""
 
     depth = 1
+    long_step = 0
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         began = time.perf_counter_ns()

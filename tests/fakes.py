@@ -128,9 +128,11 @@ class FakeRunner:
         seconds: float = 0.0,
         by_hand: bool = False,
         depth: int = 1,
+        long_step: int = 1 << 20,
     ) -> None:
         self.block_size = block_size
         self.depth = depth
+        self.long_step = long_step
         self.plans: list[Plan] = []
         self.broken: Exception | None = None  # raised by the next step
         self.errors: dict[int, str] = {}  # seq id → why its rows fail

@@ -32,6 +32,11 @@ class Runner(Protocol):
     def depth(self) -> int:
         """How many steps may be launched and not collected: 1, or 2 if it fills in `UNDRAWN`."""
 
+    @property
+    def long_step(self) -> int:
+        """Behind a step of more tokens than this no other is launched until it is collected: it
+        would gain little, and whoever arrives meanwhile would miss it."""
+
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Start computing. Plans are computed in the order they are launched."""
 
@@ -41,6 +46,7 @@ class Pending:
     """A step that has been launched. ``future`` is ready when `Engine.collect` will not block."""
 
     plan: Plan
+    num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
 
@@ -76,7 +82,8 @@ class Engine:
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ids = count()
         self._counted = Counters()  # up to the latest launch
-        self.stats = self._measure(Plan(0, (), ()), Counters(), 0.0)  # of the step collected last
+        self._num_launched = 0  # tokens of the latest step
+        self.stats = self._measure(0, 0, Counters(), 0.0)  # of the step collected last
 
     @property
     def has_work(self) -> bool:
@@ -127,21 +134,31 @@ class Engine:
         """Plan a step and start it; None if there is nothing to do, or nothing before a launched
         step has been collected."""
         scheduler = self._scheduler
-        if not scheduler.has_work or scheduler.num_in_flight >= self._runner.depth:
+        if not (scheduler.has_work and self._has_room()):
             return None
         plan = scheduler.schedule(now)
         if plan is None:
             return None
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
-        return Pending(plan, self._runner.launch(plan), counted)
+        self._num_launched = plan.num_tokens
+        return Pending(plan, self._num_launched, self._runner.launch(plan), counted)
+
+    def _has_room(self) -> bool:
+        """Whether the runner takes another step now."""
+        num_in_flight, runner = self._scheduler.num_in_flight, self._runner
+        return not num_in_flight or (
+            num_in_flight < runner.depth and self._num_launched <= runner.long_step
+        )
 
     def collect(self, pending: Pending) -> list[Emission]:
         """Take in the result of the oldest launched step, waiting for it if need be. Raises what it
         raised."""
         result = pending.future.result()
         emissions = self._scheduler.commit(pending.plan, result)
-        self.stats = self._measure(pending.plan, pending.counted, result.seconds)
+        self.stats = self._measure(
+            pending.plan.step, pending.num_tokens, pending.counted, result.seconds
+        )
         return emissions
 
     def reset_prefix_cache(self) -> None:
@@ -229,11 +246,11 @@ class Engine:
         used = 1 - pool.num_free / pool.num_blocks
         return len(self._scheduler.sequences) - num_waiting, num_waiting, used
 
-    def _measure(self, plan: Plan, counted: Counters, seconds: float) -> StepStats:
+    def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler
         return StepStats(
-            step=plan.step,
-            num_tokens=plan.num_tokens,
+            step=step,
+            num_tokens=num_tokens,
             num_running=len(scheduler.sequences) - len(scheduler.waiting),
             num_waiting=len(scheduler.waiting),
             num_free_blocks=scheduler.pool.num_free,

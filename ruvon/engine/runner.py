@@ -35,6 +35,8 @@ class Runner:
     the logits in memory at once, and is at least the most sequences of a step.
     """
 
+    long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
+
     def __init__(
         self,
         forward: Forward,

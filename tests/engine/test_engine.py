@@ -198,6 +198,16 @@ def test_no_more_is_launched_than_the_runner_takes(make_engine):
     assert [len(engine.collect(step)) for step in (second, third)] == [1, 1]
 
 
+def test_nothing_is_launched_behind_a_long_step(make_engine):
+    engine = make_engine(FakeRunner(16, depth=2, long_step=2))
+    engine.add(Job((97,) * 3, SamplingParams(max_tokens=4, ignore_eos=True)), 0.0)
+    long = engine.launch(0.0)
+    assert engine.launch(0.0) is None
+    engine.collect(long)
+    short, ahead = engine.launch(0.0), engine.launch(0.0)
+    assert [step.plan.num_tokens for step in (short, ahead)] == [1, 1]
+
+
 def test_statistics_of_steps_that_overlap_are_each_their_own(make_engine):
     engine = make_engine(FakeRunner(16, depth=2), num_blocks=8, max_num_seqs=1)
     for token in (97, 98):
