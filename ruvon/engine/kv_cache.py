@@ -145,8 +145,9 @@ def free_for_cache(device: torch.device, config: EngineConfig, spec: ModelSpec) 
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
-    """A generous estimate of one step's temporaries on a GPU: for each token some ten vectors as
-    wide as the hidden state and four as the MLP, and logits for each sequence twice, in float32."""
+    """A generous estimate of one step's temporaries on a GPU, in float32: for each token some ten
+    vectors as wide as the hidden state and four as the MLP, and for each sequence its logits twice,
+    and what the sampler keeps about each token of the vocabulary."""
     per_token = 10 * spec.hidden_size + 4 * spec.intermediate_size
-    logits = 2 * config.max_num_seqs * spec.vocab_size
+    logits = 3 * config.max_num_seqs * spec.vocab_size
     return 4 * (config.max_num_batched_tokens * per_token + logits)
