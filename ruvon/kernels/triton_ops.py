@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, embed, kv, linear, norm
+from ruvon.kernels import attention, decode, embed, kv, linear, norm
 from ruvon.kernels.ops import Ops, Packed, Quantized, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -27,7 +27,7 @@ def make_triton_ops(
     Quantized weights are multiplied out: nothing here reads codes yet.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
-    workspace = attention.make_workspace(device)
+    workspace = decode.make_workspace(device)
     sums = linear.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:

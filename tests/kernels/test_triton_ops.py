@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ruvon.kernels import attention as attention_kernels
-from ruvon.kernels import reference
+from ruvon.kernels import decode, reference
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Rope
 from ruvon.kernels.triton_ops import make_triton_ops
 
@@ -263,11 +262,11 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
 
 
 def test_the_workspace_holds_any_split():
-    space = attention_kernels.make_workspace(torch.device("cpu"))
+    space = decode.make_workspace(torch.device("cpu"))
     for sequences in (1, 2, 3, 7, 64, 200):
         for groups in (1, 2, 3, 8, 12, 25, 64):
-            splits = attention_kernels.num_splits(sequences, groups, 1 << 20)
-            assert splits == 1 or sequences * groups * splits <= attention_kernels.PROGRAMS
+            splits = decode.num_splits(sequences, groups, 1 << 20)
+            assert splits == 1 or sequences * groups * splits <= decode.PROGRAMS
             if splits > 1:
                 assert sequences * groups <= space.counters.numel()
 
