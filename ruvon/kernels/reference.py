@@ -117,6 +117,7 @@ def write_kv(
     eps: float,
 ) -> Tensor:
     heads, groups, dim = spec.num_heads, spec.num_kv_heads, spec.head_dim
+    q: Tensor
     q, k, v = qkv_TE.view(-1, heads + 2 * groups, dim).split((heads, groups, groups), dim=1)
     if q_norm_D is not None:
         q = rms_norm(q, None, q_norm_D, eps)[0]
