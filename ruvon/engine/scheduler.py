@@ -310,7 +310,7 @@ class Scheduler:
         """Take in what a step drew: append tokens, publish blocks, finish sequences."""
         self._num_committed += 1
         assert plan.step == self._num_committed, "steps are committed in order"
-        emissions = []
+        emissions, size = [], self.pool.block_size
         drawn = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
             tokens, logprobs = next(drawn) if chunk.samples else NOTHING_DRAWN
@@ -322,8 +322,12 @@ class Scheduler:
             if seq.id in result.errors:
                 emission: Emission | None = self._fail(seq, result.errors[seq.id])
             else:
-                self._store(seq, chunk, result)
-                emission = self._accept(seq, chunk, tokens, logprobs)
+                end = chunk.start + len(chunk.tokens)
+                if end >= (seq.num_published + 1) * size and self.limits.caching:
+                    self._publish(seq, end // size)
+                if seq.prompt_logprobs is not None:
+                    seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
+                emission = self._accept(seq, end, tokens, logprobs)
             if emission is not None:
                 emissions.append(emission)
                 if seq.finish is not None:
@@ -334,14 +338,6 @@ class Scheduler:
     def _fail(seq: Sequence, error: str) -> Emission:
         seq.finish = "error"
         return Emission(seq.id, seq.index, (), finish="error", error=error)
-
-    def _store(self, seq: Sequence, chunk: Chunk, result: StepResult) -> None:
-        """The chunk's tokens are in the cache now."""
-        if seq.prompt_logprobs is not None:
-            seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
-        num_full = (chunk.start + len(chunk.tokens)) // self.pool.block_size
-        if num_full > seq.num_published and self.limits.caching:
-            self._publish(seq, num_full)
 
     def _publish(self, seq: Sequence, num_full: int) -> None:
         """Let others find a sequence's first ``num_full`` blocks."""
@@ -354,16 +350,16 @@ class Scheduler:
     @staticmethod
     def _accept(
         seq: Sequence,
-        chunk: Chunk,
+        end: int,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...] | None,
     ) -> Emission | None:
-        """Append what was drawn; None if there is no news of the sequence.
+        """Append what was drawn after the first ``end`` tokens; None if there is no news of the
+        sequence.
 
         That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
         """
         seq.tokens += tokens
-        end = chunk.start + len(chunk.tokens)
         num_output = end - seq.num_prompt + len(tokens)
         if tokens and tokens[0] in seq.stop_ids:
             seq.finish = "stop"
