@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 
@@ -11,7 +12,7 @@ import uvloop
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
-from ruvon.engine.startup import start_engine
+from ruvon.engine.startup import Started, start_engine
 from ruvon.errors import ConfigError
 from ruvon.server import admin
 from ruvon.server.chat import chat_completions
@@ -19,7 +20,7 @@ from ruvon.server.completions import completions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.state import STATE, State
-from ruvon.telemetry import configure_logging
+from ruvon.telemetry import Progress, configure_logging
 
 log = structlog.get_logger(__name__)
 
@@ -65,9 +66,19 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     address cannot be listened on."""
     configure_logging(server.log_level, server.log_format)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(create_app(config, server)))
+        runner.run(run(create_app(config, server, start_for_good)))
     if still_loading():  # in native code, which does not survive the interpreter's tidying up
         os._exit(0)
+
+
+def start_for_good(config: EngineConfig, progress: Progress) -> Started:
+    """Start an engine that lives as long as the process. So does most of what was made on the way:
+    the garbage collector, which else would stop everything to look through it every now and then
+    (for 0.2 s), leaves it alone."""
+    started = start_engine(config, progress)
+    gc.collect()
+    gc.freeze()
+    return started
 
 
 async def run(app: web.Application) -> None:
