@@ -269,15 +269,15 @@ class Scheduler:
             start = seq.num_computed
             end = start + num_tokens
             tokens = tuple(seq.tokens[start:end]) or JUST_UNDRAWN
-            if seq.prompt_logprobs is not None and start + 1 < seq.num_prompt:
+            if start < seq.num_prompt:
                 prompt_rows += self._prompt_rows(seq, len(chunks), start, end)
+                if seq.scheduled_at is None:
+                    seq.scheduled_at = now
             samples = num_tokens == seq.num_pending and seq.max_tokens > 0
             if samples:
                 rows.append(seq.row)
             chunks.append(Chunk(seq.id, tokens, start, seq.blocks, samples))
             self._advance(seq, num_tokens)
-            if seq.scheduled_at is None:
-                seq.scheduled_at = now
         self.counters.steps += 1
         return Plan(self.counters.steps, tuple(chunks), tuple(rows), tuple(prompt_rows))
 
@@ -296,7 +296,7 @@ class Scheduler:
             self._leave(seq)
 
     def _prompt_rows(self, seq: Sequence, chunk: int, start: int, end: int) -> Iterable[PromptRow]:
-        if self._wants_prompt_logprobs(seq):
+        if self._wants_prompt_logprobs(seq) and start + 1 < seq.num_prompt:
             targets = tuple(seq.tokens[start + 1 : min(end + 1, seq.num_prompt)])
             yield PromptRow(seq.id, chunk, targets, seq.sampling.prompt_logprobs or 0)
 
