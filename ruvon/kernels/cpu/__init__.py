@@ -13,9 +13,9 @@
 Outside of `record`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
 From the outside in: `tape` replays a program, `recorder` writes one from a model's calls, `team`
-runs it on pinned threads, `program` says what an instruction is; `linear`, `attention` and `rows`
-are the kernels, on top of `tiles` (the innermost loops), `layout` (how data lies in memory) and
-`simd` (vectors for numba); `compiled` keeps machine code between starts.
+runs it on its threads (`sync` is how they meet), `program` says what an instruction is; `linear`,
+`attention` and `rows` are the kernels, on top of `tiles` (the innermost loops), `layout` (how data
+lies in memory) and `simd` (vectors for numba); `compiled` keeps machine code between starts.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ Key: TypeAlias = tuple[str, int | None]
 KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "lead": (team.lead, types.void(*[types.intp] * 2)),
-    "follow": (team.follow, types.void(*[types.intp] * 3)),
+    "follow": (team.follow, types.void(*[types.intp] * 4)),
     "quantize": (rows.quantize, KERNEL),
     "interleave": (rows.interleave, KERNEL),
     "rms_norm": (rows.rms_norm, KERNEL),

@@ -1,8 +1,7 @@
 """What an instruction is: fields by name, the same names for every kernel.
 
-A *program* is an array of instructions, each 512 bytes: int64 fields (addresses, sizes, a float64
-here and there) and, alone in its last cache line, the counter from which threads draw units of
-work. A kernel is a compiled function over addresses:
+A *program* is an array of instructions, each 384 bytes of int64 fields: addresses, sizes, a
+float64 here and there. A kernel is a compiled function over addresses:
 
     kernel(instruction, params, start, stop, scratch)
 
@@ -16,12 +15,13 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.simd import read_i64
+from ruvon.kernels.cpu.simd import I64, define, read_i64
 
-INSTRUCTION_BYTES = 512
-COUNTER_BYTE = 448
+INSTRUCTION_BYTES = 384
 
 
 class Field(IntEnum):
@@ -30,7 +30,7 @@ class Field(IntEnum):
     KERNEL = 0  # address of the compiled kernel
     COUNT = 1  # where in params the number of rows (or what is counted) stands
     PER_COUNT = 2  # units for each of them
-    DRAWN = 3  # 1: threads draw units one by one; 0: they are dealt out, as far as they go evenly
+    DRAWN = 3  # 1: units cost so unlike that threads draw them one by one; 0: each has its own
 
     X = 4  # float32 rows in, or packed activations
     X_STRIDE = 5  # bytes; all strides are
@@ -90,3 +90,14 @@ class Param(IntEnum):
 def get(instruction, field):
     """An instruction's field, or a step's parameter."""
     return read_i64(instruction + 8 * field)
+
+
+@intrinsic
+def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
+    """Call the C function at an address."""
+
+    def emit(b, kernel, *arguments):
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 5)
+        b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
+
+    return define(types.void, (types.intp,) * 6, emit)

@@ -51,17 +51,14 @@ class Program:
             line[Field.KERNEL] = compiled.address(instruction.kernel)
             for field, number in instruction.fields.items():
                 line[field] = number
-        self._params = np.zeros(len(Param), dtype=np.int64)
 
     def run(self, sizes: dict[Param, int], lines: Tensor | None = None) -> None:
         """One step of these sizes; returns when all threads are done.
 
         ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
         """
-        for param, size in sizes.items():
-            self._params[param] = size
-        memory = self._memory if lines is None else lines
-        self._team.run(memory.data_ptr(), memory.shape[0], int(self._params.ctypes.data))
+        params = [sizes[param] for param in Param]
+        self._team.run(self._memory if lines is None else lines, params)
 
     def pick(self, numbers: Sequence[int]) -> Tensor:
         """A copy of the instructions of these numbers."""

@@ -1,121 +1,101 @@
 """A team of threads that runs a program together: the CPU's answer to a kernel launch.
 
-Every thread walks the whole program (see `program`). Each instruction's units of work are shared
-out, most of them beforehand, the rest from a counter, and a barrier stands between instructions.
-One native call runs all of it with the GIL released: what a step costs beside its arithmetic is a
-barrier of about 0.2 µs an instruction.
+Every thread walks the whole program (see `program`). An instruction's units of work are cut into
+*parts*; a thread claims the parts that are its own, then those that others have not come to, and
+goes on when all parts are done. One native call runs everything with the GIL released: what a
+step costs beside its arithmetic is some 0.2 µs an instruction.
 
-Waiting threads spin for a few microseconds, then give their core away (`sched_yield`): the event
-loop and the clients share the cores. Between programs they sleep on a futex.
+Nobody waits for a thread, only for parts. Cores are shared with the event loop, clients and other
+programs, and a thread that the operating system holds up would hold up all others at a barrier;
+here they do its work meanwhile, and when it returns it finds that its claims come too late and
+catches up. So that it is not held up with a part in hand, it offers its core from time to time
+between instructions.
+
+Claims and completions are counted in words that carry the number of their instruction (ever
+increasing, over all programs), so that a late thread cannot take them for its own, and a few of
+them serve all instructions in turn.
 """
 
 from __future__ import annotations
 
 import ctypes
 import os
-import platform
-import sys
 import threading
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
+import numpy as np
 import torch
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
+from numba import njit
+from torch import Tensor
 
 from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.program import COUNTER_BYTE, INSTRUCTION_BYTES, Field, get
-from ruvon.kernels.cpu.simd import I32, I64, call, define, pointer, prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, Field, call_kernel, get
+from ruvon.kernels.cpu.simd import prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.sync import (
+    EVERYBODY,
+    FUTEX_WAIT,
+    FUTEX_WAKE,
+    clock,
+    exchange,
+    fetch_add,
+    futex,
+    give_way,
+    read_atomic,
+    replace_if,
+    wait_a_little,
+)
 
-# The control block, one cache line (8 int64) a field that threads write.
-EPOCH, ARRIVED, GENERATION, SLEEPING, PROGRAM = 0, 64, 128, 192, 256
-COUNT, PARAMS, SCRATCH, STOP = PROGRAM + 8, PROGRAM + 16, PROGRAM + 24, PROGRAM + 32
-CONTROL_BYTES = 320
+# The control block, in bytes. What threads write has a cache line to itself.
+EPOCH = 0  # programs begun so far
+SLEEPING = 64  # threads asleep
+STOP = 128
+SCRATCH = 136  # address of the threads' scratch space
+ORDERS, ORDER_BYTES = 192, 128  # two of them, the newest is number EPOCH % 2
+PROGRAM, COUNT, FIRST, PARAMS = 0, 8, 16, 64  # in an order; FIRST numbers its first instruction
+COUNTERS = 448  # SLOTS times (a word of parts done, then a word of parts claimed for each thread)
+SLOTS = 8
+
+PARTS_EACH = 2  # parts of an instruction that are a thread's own
+PART_BITS = 16  # of a counter; above them is the instruction's number
+MOST_PARTS = (1 << PART_BITS) - 1
+
 SCRATCH_BYTES = 1 << 18  # for each thread
-FETCH_AT, FETCH_END = SCRATCH_BYTES - 64, SCRATCH_BYTES - 56  # in a thread's scratch space
+# A thread's own notes, at the end of its scratch space.
+FETCH_AT, FETCH_END, OFFERED, CLOCK = (SCRATCH_BYTES - 64 + 8 * n for n in range(4))
 MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
 
-SPINS = 1000  # of some 20 ns, before a waiting thread gives way at each further turn
-TURNS_BEFORE_SLEEP = 3000  # spins included
-FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
-FUTEX_WAIT, FUTEX_WAKE = 128, 129  # the private kind
+TURNS_BEFORE_SLEEP = 4000
+OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating system
 
 
-@intrinsic
-def fetch_add(typing, address, amount):
-    """Atomically add; returns the old value."""
-
-    def emit(b, address, amount):
-        return b.atomic_rmw("add", pointer(b, address, I64), amount, "seq_cst")
-
-    return define(types.intp, (types.intp, types.intp), emit)
-
-
-@intrinsic
-def read_atomic(typing, address):
-    def emit(b, address):
-        return b.load_atomic(pointer(b, address, I64), "acquire", 8)
-
-    return define(types.intp, (types.intp,), emit)
+@njit
+def claim(word, number, parts):
+    """The next unclaimed part of ``parts`` counted at ``word``; -1 if there is none."""
+    while True:
+        seen = read_atomic(word)
+        newest = seen >> PART_BITS
+        claimed = seen & MOST_PARTS if newest == number else 0
+        if newest > number or claimed == parts:
+            return -1
+        if replace_if(word, seen, (number << PART_BITS) + claimed + 1):
+            return claimed
 
 
-@intrinsic
-def write_atomic(typing, address, value):
-    def emit(b, address, value):
-        b.store_atomic(value, pointer(b, address, I64), "release", 8)
-
-    return define(types.void, (types.intp, types.intp), emit)
-
-
-@intrinsic
-def pause(typing):
-    """Tell the core that this is a spin loop."""
-
-    def emit(b):
-        machine = platform.machine()
-        if machine in ("x86_64", "AMD64"):
-            call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
-        elif machine in ("aarch64", "arm64"):
-            call(b, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
-
-    return define(types.void, (), emit)
+@njit
+def count_done(word, number):
+    """One more part is done. Its claim keeps ``number`` the newest meanwhile."""
+    seen = read_atomic(word)
+    if seen >> PART_BITS == number or not replace_if(word, seen, (number << PART_BITS) + 1):
+        fetch_add(word, 1)
 
 
-@intrinsic
-def give_way(typing):
-    """Let the operating system run something else on this core."""
-    return define(types.void, (), lambda b: void(call(b, "sched_yield", I32, [])))
-
-
-@intrinsic
-def futex(typing, address, operation, value):
-    """Sleep while the low 32 bits at ``address`` are ``value``, or wake ``value`` sleepers."""
-
-    def emit(b, address, operation, value):
-        if not FUTEX:
-            call(b, "sched_yield", I32, [])
-            return
-        zero = ir.Constant(I64, 0)
-        arguments = [ir.Constant(I64, FUTEX), address, operation, value, zero, zero, zero]
-        call(b, "syscall", I64, arguments)
-
-    return define(types.void, (types.intp,) * 3, emit)
-
-
-def void(_: ir.Value) -> None:
-    """Drop an LLVM value."""
-
-
-@intrinsic
-def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
-    """Call the C function at an address."""
-
-    def emit(b, kernel, *arguments):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 5)
-        b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
-
-    return define(types.void, (types.intp,) * 6, emit)
+@njit
+def is_done(word, number, parts):
+    seen = read_atomic(word)
+    return seen >> PART_BITS > number or seen == (number << PART_BITS) + parts
 
 
 @njit
@@ -140,69 +120,85 @@ def fetch_some(scratch, lines):
 
 
 @njit
-def wait_for_all(control, threads, scratch):
-    """Return once every thread of the team is here. Who waits fetches weights meanwhile."""
-    generation = read_atomic(control + GENERATION)
-    if fetch_add(control + ARRIVED, 1) == threads - 1:
-        write_atomic(control + ARRIVED, 0)
-        write_atomic(control + GENERATION, generation + 1)
-        return
+def run_parts(control, epoch, instruction, params, number, thread, threads, scratch):
+    """This thread's share of one instruction; returns when all of it is done.
+
+    A thread's own parts lie side by side, so that it streams through its weights and meets the
+    same ones every step. Who computes a part does not change its result.
+    """
+    kernel = get(instruction, Field.KERNEL)
+    units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    if read_atomic(control + EPOCH) != epoch:
+        return  # what was read may belong to a newer order
+    counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
+    own, owners = PARTS_EACH, threads
+    if get(instruction, Field.DRAWN):  # all parts are everybody's
+        own, owners, thread = min(units, MOST_PARTS), 1, 0
+    parts = own * owners
+    for turn in range(owners):
+        owner = (thread + turn) % owners
+        while True:
+            part = claim(counters + 64 * (1 + owner), number, own)
+            if part < 0:
+                break
+            part += owner * own
+            start, stop = part * units // parts, (part + 1) * units // parts
+            if start < stop:
+                call_kernel(kernel, instruction, params, start, stop, scratch)
+            count_done(counters, number)
     turns = 0
-    while read_atomic(control + GENERATION) == generation:
+    while parts and not is_done(counters, number, parts):
         if not fetch_some(scratch, 4):
             wait_a_little(turns)
             turns += 1
 
 
 @njit
-def wait_a_little(turns):
-    """One turn of waiting: busily at first, then letting others have the core."""
-    if turns < SPINS:
-        pause()
-    else:
-        give_way()
-
-
-@njit
-def run_instruction(instruction, params, thread, threads, scratch):
-    """This thread's share of one instruction.
-
-    Units are dealt out beforehand in equal runs, so that a thread streams through its weights and
-    meets the same ones every step; what does not go evenly is drawn one by one. Who computes a
-    unit does not change its result.
-    """
-    kernel = get(instruction, Field.KERNEL)
+def run_alone(instruction, params, scratch):
     units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
-    if threads == 1:
-        call_kernel(kernel, instruction, params, 0, units, scratch)
-        return
-    share = 0 if get(instruction, Field.DRAWN) else units // threads
-    if share > 0:
-        call_kernel(kernel, instruction, params, thread * share, (thread + 1) * share, scratch)
-    while True:
-        unit = threads * share + fetch_add(instruction + COUNTER_BYTE, 1)
-        if unit >= units:
-            return
-        call_kernel(kernel, instruction, params, unit, unit + 1, scratch)
+    if units:
+        call_kernel(get(instruction, Field.KERNEL), instruction, params, 0, units, scratch)
 
 
 @njit
-def run_program(control, thread, threads):
-    program, params = read_i64(control + PROGRAM), read_i64(control + PARAMS)
+def offer_core(scratch):
+    """Give way if that is due. Where programs compete for the cores, steps then take two thirds
+    of the time they took when threads were interrupted with parts in hand."""
+    now = clock(scratch + CLOCK)
+    if now - read_i64(scratch + OFFERED) > OFFER_EVERY:
+        give_way()
+        write_i64(scratch + OFFERED, clock(scratch + CLOCK))
+
+
+@njit
+def run_program(control, order, epoch, thread, threads):
+    """All instructions of an order, unless a newer one is under way: then this one is done."""
+    program, params = read_i64(order + PROGRAM), order + PARAMS
+    count, first = read_i64(order + COUNT), read_i64(order + FIRST)
     scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
-    for index in range(read_i64(control + COUNT)):
+    for index in range(count):
         instruction = program + index * INSTRUCTION_BYTES
+        if threads == 1:
+            run_alone(instruction, params, scratch)
+            continue
+        if read_atomic(control + EPOCH) != epoch:
+            return
         plan_fetching(instruction, thread, threads, scratch)
-        run_instruction(instruction, params, thread, threads, scratch)
-        if threads > 1:
-            wait_for_all(control, threads, scratch)
-        if thread == 0:
-            write_i64(instruction + COUNTER_BYTE, 0)
+        run_parts(control, epoch, instruction, params, first + index, thread, threads, scratch)
+        offer_core(scratch)
+
+
+def lead(control, threads):
+    """The calling thread's part: publish the order that was written, run it as thread 0."""
+    epoch = fetch_add(control + EPOCH, 1) + 1
+    if read_atomic(control + SLEEPING) > 0:
+        futex(control + EPOCH, FUTEX_WAKE, EVERYBODY)
+    run_program(control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, 0, threads)
 
 
 @njit
-def wait_for_program(control, epoch):
-    """Spin a little, then sleep, until the epoch moves on from ``epoch``."""
+def wait_for_order(control, epoch):
+    """Spin a little, then sleep, until the epoch moves on from ``epoch``; returns the new one."""
     turns = 0
     while read_atomic(control + EPOCH) == epoch:
         if turns < TURNS_BEFORE_SLEEP:
@@ -212,44 +208,46 @@ def wait_for_program(control, epoch):
             fetch_add(control + SLEEPING, 1)
             futex(control + EPOCH, FUTEX_WAIT, epoch)
             fetch_add(control + SLEEPING, -1)
+    return read_atomic(control + EPOCH)
 
 
-def lead(control, threads):
-    """The calling thread's part: publish the program, run it as thread 0."""
-    fetch_add(control + EPOCH, 1)
-    if read_atomic(control + SLEEPING) > 0:
-        futex(control + EPOCH, FUTEX_WAKE, 1 << 30)
-    run_program(control, 0, threads)
-
-
-def follow(control, thread, threads):
-    """A parked thread's whole life."""
+def follow(control, presence, thread, threads):
+    """A parked thread's whole life. ``presence`` tells which program's memory it may look at."""
     epoch = 0
     while True:
-        wait_for_program(control, epoch)
-        epoch += 1
+        epoch = wait_for_order(control, epoch)
         if read_atomic(control + STOP) != 0:
             return
-        run_program(control, thread, threads)
+        exchange(presence, epoch)
+        if read_atomic(control + EPOCH) == epoch:  # else that memory may be gone already
+            run_program(
+                control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, thread, threads
+            )
+        exchange(presence, 0)
 
 
 class Team:
     """The threads, their scratch space, and the control block they meet at.
 
     Thread 0 is whoever calls `run`; the others are parked. Each is held to a core of its own where
-    the operating system allows that (the caller while it runs): two that meet on one core would
-    wait for each other at every barrier.
+    the operating system allows that (the caller while it runs), lest two meet on one.
     """
 
     def __init__(self, threads: int, lead: int, follow: int) -> None:
         """``lead`` and ``follow`` are the addresses of the compiled entries of this file."""
         self.threads = threads
-        self._control = aligned_bytes(CONTROL_BYTES).view(torch.int64)
+        counters = SLOTS * 64 * (1 + threads)
+        control = aligned_bytes(COUNTERS + counters + 64 * threads).view(torch.int64)
+        self._control = control.numpy()
+        self._presence = self._control[(COUNTERS + counters) // 8 :: 8]
         self._scratch = aligned_bytes(threads * SCRATCH_BYTES)
         self._control[SCRATCH // 8] = self._scratch.data_ptr()
-        self._lead = ctypes.CFUNCTYPE(None, ctypes.c_ssize_t, ctypes.c_ssize_t)(lead)
-        self._follow = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 3)(follow)
-        self._address = self._control.data_ptr()
+        self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(lead)
+        self._follow = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(follow)
+        self._address = int(self._control.ctypes.data)
+        self._epoch = 0
+        self._first = 1  # number of the next program's first instruction
+        self._in_use: deque[tuple[int, Tensor]] = deque()
         self._busy = threading.Lock()
         self._cores = cores_for(threads)
         self._others = [
@@ -259,28 +257,48 @@ class Team:
         for other in self._others:
             other.start()
 
-    def run(self, program: int, count: int, params: int) -> None:
-        """Run ``count`` instructions at address ``program``; returns when all are done."""
+    def run(self, program: Tensor, params: Sequence[int]) -> None:
+        """Run a program's instructions [count, int64 fields]; returns when all are done."""
         with self._busy, held_to(self._cores[0]):
             assert self.threads, "the team was closed"
-            self._control[PROGRAM // 8] = program
-            self._control[COUNT // 8] = count
-            self._control[PARAMS // 8] = params
+            order = self._next_order()
+            order[PROGRAM // 8] = program.data_ptr()
+            order[COUNT // 8] = program.shape[0]
+            order[FIRST // 8] = self._first
+            order[PARAMS // 8 : PARAMS // 8 + len(params)] = params
+            self._first += program.shape[0]
+            self._in_use.append((self._epoch, program))
             self._lead(self._address, self.threads)
+            self._forget_finished()
+
+    def _next_order(self) -> np.ndarray[Any, Any]:
+        """The one that no thread reads: of two, the older."""
+        self._epoch += 1
+        start = (ORDERS + ORDER_BYTES * (self._epoch % 2)) // 8
+        return self._control[start : start + ORDER_BYTES // 8]
+
+    def _forget_finished(self) -> None:
+        """A thread that was held up may still look at a program that the others have finished, so
+        its memory stays until none of them is in it. Whoever comes now sees the newest one."""
+        present = self._presence[self._presence > 0]
+        oldest = int(present.min()) if present.size else self._epoch
+        while self._in_use[0][0] < oldest:
+            self._in_use.popleft()
 
     def close(self) -> None:
         """End the parked threads."""
         with self._busy:
             self._control[STOP // 8] = 1
-            self._control[COUNT // 8] = 0
+            self._next_order()[COUNT // 8] = 0
             self._lead(self._address, 1)  # nothing to run, but the epoch moves on
             for other in self._others:
                 other.join()
             self.threads = 0
 
     def _park(self, thread: int) -> None:
+        presence = self._presence[thread:].ctypes.data
         with held_to(self._cores[thread]):
-            self._follow(self._address, thread, self.threads)
+            self._follow(self._address, presence, thread, self.threads)
 
 
 def cores_for(threads: int) -> list[int | None]:
