@@ -55,23 +55,33 @@ def has_vnni() -> bool:
     return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels lie: ``$RUVON_CACHE_DIR``, or the user's cache folder."""
-    home = os.environ.get("RUVON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    root = Path(home) if home else Path.home() / ".cache"
-    digest = hashlib.sha256()
+def digest_of_sources() -> str:
+    """Of all files here and the versions of what compiles them."""
+    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sys.version)).encode())
     for source in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(source.read_bytes())
-    digest.update(repr((numba.__version__, llvmlite.__version__, sys.version)).encode())
-    return root / "ruvon" / f"kernels-{digest.hexdigest()[:16]}"
+    return digest.hexdigest()[:16]
+
+
+IMPORTED = digest_of_sources()
+
+
+def cache_folder() -> Path | None:
+    """Where compiled kernels lie: in ``$RUVON_CACHE_DIR``, or the user's cache folder. None, which
+    is nowhere, if the sources have been edited since this process imported them."""
+    if digest_of_sources() != IMPORTED:
+        return None
+    home = os.environ.get("RUVON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    root = Path(home) if home else Path.home() / ".cache"
+    return root / "ruvon" / f"kernels-{IMPORTED}"
 
 
 class Compiled:
     """Addresses of kernels. Holds what keeps their code alive."""
 
-    def __init__(self, folder: Path | None = None) -> None:
-        """``folder`` keeps them on disk; None is `cache_folder`, if it can be written to."""
-        self._folder = writable(folder or cache_folder())
+    def __init__(self) -> None:
+        folder = cache_folder()
+        self._folder = folder if folder is not None and is_writable(folder) else None
         self._functions: dict[Key, Any] = {}
 
     def __contains__(self, key: Key) -> bool:
@@ -94,12 +104,13 @@ class Compiled:
             return made(function)
 
 
-def writable(folder: Path) -> Path | None:
+def is_writable(folder: Path) -> bool:
+    """Whether files can be kept in a folder, which is made if need be."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
-        return None
-    return folder if os.access(folder, os.W_OK) else None
+        return False
+    return os.access(folder, os.W_OK)
 
 
 @contextmanager
