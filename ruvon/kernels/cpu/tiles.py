@@ -207,9 +207,9 @@ def counted_loop(
 
 def dot_bytes(b: ir.IRBuilder, sums: ir.Value, u: ir.Value, s: ir.Value, vnni: bool) -> ir.Value:
     """Add to each int32 lane the four products of its unsigned and its signed bytes, exactly."""
-    u, s = (b.bitcast(value, vector(I8, 4 * LANES)) for value in (u, s))
     if vnni:
         return call(b, "llvm.x86.avx512.vpdpbusd.512", I32V, [sums, u, s])
+    u, s = (b.bitcast(value, vector(I8, 4 * LANES)) for value in (u, s))
     u16, s16 = b.zext(u, vector(I16, 4 * LANES)), b.sext(s, vector(I16, 4 * LANES))
     for j in range(2):  # pairs first: what LLVM knows as one multiply-add of 16-bit pairs
         pairs = [
