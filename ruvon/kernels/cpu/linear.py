@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from ruvon.kernels.cpu.program import Field, Param, get
+from ruvon.kernels.cpu.program import FETCH_AT, OWN_END, Field, Param, get
 from ruvon.kernels.cpu.rows import (
     NONE,
     PACK,
@@ -17,7 +17,7 @@ from ruvon.kernels.cpu.rows import (
     pack_of,
     sigmoid_times,
 )
-from ruvon.kernels.cpu.simd import load, store
+from ruvon.kernels.cpu.simd import load, read_i64, store, write_i64
 from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, multiply_tile, quantize_group
 
 PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
@@ -51,6 +51,19 @@ def finish_row(instruction, sums, row, column):
         quantize_group(a, b, block + column * PACK)
 
 
+@njit
+def next_tiles(scratch, unit, own, size):
+    """Where this thread's tiles behind those of ``unit``, at ``own``, lie: in this product or, at
+    the end of its share, in the next. So memory never rests while products follow each other."""
+    if unit + 1 < read_i64(scratch + OWN_END):
+        return own + size
+    at = read_i64(scratch + FETCH_AT)
+    if at == 0:
+        return own
+    write_i64(scratch + FETCH_AT, at + size)
+    return at
+
+
 def make_linear(kind):
     """The product with weights of this kind, packed activations in, see `Field` for the rest."""
     x_step = ROWS * (BLOCK if KINDS[kind].quantized else 4)
@@ -70,17 +83,32 @@ def make_linear(kind):
         for unit in range(start, stop):
             column, panel = unit % columns, unit // columns
             w = get(instruction, Field.WEIGHT) + 2 * column * tile_bytes
+            fetch = next_tiles(scratch, unit, w, 2 * tile_bytes)
             for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), ROWS):
                 count = min(ROWS, rows - first)
                 x = get(instruction, Field.X) + first // ROWS * steps * x_step
                 sums = scratch
                 if plain:
                     sums = get(instruction, Field.OUT) + first * stride + 128 * column
-                multiply_tile(kind, w, x, steps, sums, stride, count)
-                multiply_tile(kind, w + tile_bytes, x, steps, sums + 64, stride, count)
+                multiply_tile(kind, w, x, steps, sums, stride, count, fetch)
+                multiply_tile(
+                    kind, w + tile_bytes, x, steps, sums + 64, stride, count, fetch + tile_bytes
+                )
                 if gate != 0:
-                    multiply_tile(kind, w + gate, x, steps, sums + 128, stride, count)
-                    multiply_tile(kind, w + gate + tile_bytes, x, steps, sums + 192, stride, count)
+                    partner = w + gate
+                    fetch = next_tiles(scratch, unit, partner, 2 * tile_bytes)
+                    multiply_tile(kind, partner, x, steps, sums + 128, stride, count, fetch)
+                    multiply_tile(
+                        kind,
+                        partner + tile_bytes,
+                        x,
+                        steps,
+                        sums + 192,
+                        stride,
+                        count,
+                        fetch + tile_bytes,
+                    )
+                fetch = w  # there is nothing left to fetch for the unit's other rows
                 if not plain:
                     for row in range(count):
                         finish_row(instruction, sums + row * stride, first + row, column)

@@ -70,7 +70,7 @@ class Field(IntEnum):
     WINDOW = 38
     SINKS = 39
 
-    NEXT = 40  # the tiles of the next product, for threads that wait to fetch into their cache
+    NEXT = 40  # the tiles of the next product, to be fetched into the cache ahead of time
     NEXT_UNITS = 41
     NEXT_UNIT_BYTES = 42
 
@@ -84,6 +84,15 @@ class Param(IntEnum):
     LOGIT_PANELS = 3
     SEQUENCES = 4
     QUERY_TILES = 5  # see `attention`
+
+
+# A thread's scratch space, and its own notes at the end of it.
+SCRATCH_BYTES = 1 << 18
+FETCH_AT, FETCH_END, FETCH_FOR, OWN_END, OFFERED, CLOCK = (
+    SCRATCH_BYTES - 64 + 8 * n for n in range(6)
+)
+"""Which weights it will fetch next and up to where; whose they are; the unit behind its own last
+one in this instruction; when it last offered its core, and what the clock says."""
 
 
 @njit

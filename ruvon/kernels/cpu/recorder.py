@@ -91,9 +91,10 @@ class Recording:
         return made
 
     def foresee(self) -> None:
-        """Tell each instruction which product follows, once all are there."""
+        """Tell each instruction which product follows, once all are there; after the last one
+        comes the first, of the next step."""
         following: dict[Field, int] = {}
-        for line in reversed(self.instructions):
+        for line in [*self.instructions, *self.instructions][::-1]:
             line.fields.update(following)
             if line.kernel[0] == "linear":
                 following = {

@@ -32,7 +32,19 @@ from numba import njit
 from torch import Tensor
 
 from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, Field, call_kernel, get
+from ruvon.kernels.cpu.program import (
+    CLOCK,
+    FETCH_AT,
+    FETCH_END,
+    FETCH_FOR,
+    INSTRUCTION_BYTES,
+    OFFERED,
+    OWN_END,
+    SCRATCH_BYTES,
+    Field,
+    call_kernel,
+    get,
+)
 from ruvon.kernels.cpu.simd import prefetch, read_i64, write_i64
 from ruvon.kernels.cpu.sync import (
     EVERYBODY,
@@ -62,9 +74,6 @@ PARTS_EACH = 2  # parts of an instruction that are a thread's own
 PART_BITS = 16  # of a counter; above them is the instruction's number
 MOST_PARTS = (1 << PART_BITS) - 1
 
-SCRATCH_BYTES = 1 << 18  # for each thread
-# A thread's own notes, at the end of its scratch space.
-FETCH_AT, FETCH_END, OFFERED, CLOCK = (SCRATCH_BYTES - 64 + 8 * n for n in range(4))
 MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
 
 TURNS_BEFORE_SLEEP = 4000
@@ -99,12 +108,17 @@ def is_done(word, number, parts):
 
 
 @njit
-def plan_fetching(instruction, thread, threads, scratch):
-    """Note which tiles this thread will multiply next, for `fetch_some`."""
-    size = get(instruction, Field.NEXT_UNITS) // threads * get(instruction, Field.NEXT_UNIT_BYTES)
-    start = get(instruction, Field.NEXT) + thread * size
-    write_i64(scratch + FETCH_AT, start)
-    write_i64(scratch + FETCH_END, start + min(size, MOST_FETCHED))
+def plan_fetching(instruction, thread, threads, units, scratch):
+    """Note which tiles this thread will multiply next, unless it began to fetch them before."""
+    write_i64(scratch + OWN_END, (thread + 1) * units // threads)
+    tiles = get(instruction, Field.NEXT)
+    if tiles == read_i64(scratch + FETCH_FOR):
+        return
+    next_units, size = get(instruction, Field.NEXT_UNITS), get(instruction, Field.NEXT_UNIT_BYTES)
+    first, last = thread * next_units // threads, (thread + 1) * next_units // threads
+    write_i64(scratch + FETCH_FOR, tiles)
+    write_i64(scratch + FETCH_AT, tiles + first * size)
+    write_i64(scratch + FETCH_END, tiles + min(last * size, first * size + MOST_FETCHED))
 
 
 @njit
@@ -130,6 +144,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
     if read_atomic(control + EPOCH) != epoch:
         return  # what was read may belong to a newer order
+    plan_fetching(instruction, thread, threads, units, scratch)
     counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
     own, owners = PARTS_EACH, threads
     if get(instruction, Field.DRAWN):  # all parts are everybody's
@@ -157,6 +172,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
 def run_alone(instruction, params, scratch):
     units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
     if units:
+        plan_fetching(instruction, 0, 1, units, scratch)
         call_kernel(get(instruction, Field.KERNEL), instruction, params, 0, units, scratch)
 
 
@@ -183,7 +199,6 @@ def run_program(control, order, epoch, thread, threads):
             continue
         if read_atomic(control + EPOCH) != epoch:
             return
-        plan_fetching(instruction, thread, threads, scratch)
         run_parts(control, epoch, instruction, params, first + index, thread, threads, scratch)
         offer_core(scratch)
 

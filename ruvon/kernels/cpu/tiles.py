@@ -330,35 +330,47 @@ def dense_step(
     return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
 
 
-def fetch_ahead(b: ir.IRBuilder, w: ir.Value, s: ir.Value, ahead: ir.Value, kind: TileKind) -> None:
-    """Ask for the same place in the next tile. What the hardware fetches by itself ends at each
-    4 KB; this doubles what one row's product gets out of memory, into the second-level cache:
-    the first has too few requests in flight."""
-    lines = [offset(b, w, line) for line in range(0, kind.step_bytes, 64)]
-    for line in [*lines, s] if kind.quantized else lines:
-        emit_prefetch(b, b.add(line, ahead))
+def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind) -> None:
+    """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
+    by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
+    second-level cache: the first has too few requests in flight."""
+    size = kind.step_bytes + (kind.group_scale_bytes if kind.quantized else 0)
+    for line in range(0, size, 64):
+        emit_prefetch(b, offset(b, address, line))
 
 
 def emit_product(
-    b: ir.IRBuilder, kind: TileKind, rows: int, w: ir.Value, x: ir.Value, steps: ir.Value
+    b: ir.IRBuilder,
+    kind: TileKind,
+    rows: int,
+    w: ir.Value,
+    x: ir.Value,
+    steps: ir.Value,
+    fetch: ir.Value,
 ) -> list[ir.Value]:
     """The sums of ``rows`` rows of packed activations by one tile."""
     x_bytes = ROWS * (BLOCK if kind.quantized else 4)
+    scale_bytes = kind.group_scale_bytes if kind.quantized else 0
 
     def body(carried: list[ir.Value]) -> list[ir.Value]:
-        w, s, x, *outs = carried
-        fetch_ahead(b, w, s, ahead, kind)
+        w, s, x, fetch, *outs = carried
+        emit_fetch(b, fetch, kind)
         if kind.quantized:
             outs = quantized_step(b, w, s, x, outs, kind)
         else:
             x_rows = [offset(b, x, 4 * row) for row in range(rows)]
             outs = dense_step(b, [w], x_rows, outs, kind.storage)
-        s = offset(b, s, kind.group_scale_bytes if kind.quantized else 0)
-        return [offset(b, w, kind.step_bytes), s, offset(b, x, x_bytes), *outs]
+        fetch = offset(b, fetch, kind.step_bytes + scale_bytes)
+        return [
+            offset(b, w, kind.step_bytes),
+            offset(b, s, scale_bytes),
+            offset(b, x, x_bytes),
+            fetch,
+            *outs,
+        ]
 
     scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
-    ahead = b.mul(steps, number(kind.step_bytes + kind.group_scale_bytes))
-    _, _, _, *outs = counted_loop(b, steps, [w, scales, x, *[ZEROS] * rows], body)
+    _, _, _, _, *outs = counted_loop(b, steps, [w, scales, x, fetch, *[ZEROS] * rows], body)
     return outs
 
 
@@ -376,21 +388,22 @@ def for_each_count(b: ir.IRBuilder, rows: ir.Value, emit: Callable[[int], None])
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(typing, kind, w, x, steps, out, out_stride, rows):
+def multiply_tile(typing, kind, w, x, steps, out, out_stride, rows, fetch):
     """``rows`` (1 to 8) rows of packed activations by one tile of weights.
 
-    ``kind`` indexes `KINDS` and is a constant of the kernel. ``out_stride`` is in bytes.
+    ``kind`` indexes `KINDS` and is a constant of the kernel. ``out_stride`` is in bytes. From
+    ``fetch`` on, as many bytes as the tile has are brought into the cache meanwhile.
     """
     tile = KINDS[kind.literal_value]
 
-    def emit(b, _, w, x, steps, out, out_stride, rows):
+    def emit(b, _, w, x, steps, out, out_stride, rows, fetch):
         def of(count):
-            for row, value in enumerate(emit_product(b, tile, count, w, x, steps)):
+            for row, value in enumerate(emit_product(b, tile, count, w, x, steps, fetch)):
                 store_as(b, b.add(out, b.mul(out_stride, number(row))), value, 4)
 
         for_each_count(b, rows, of)
 
-    return define(types.void, (kind, *(types.intp,) * 6), emit)
+    return define(types.void, (kind, *(types.intp,) * 7), emit)
 
 
 TILES = 4  # tiles that attention multiplies at once
