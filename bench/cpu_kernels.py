@@ -136,7 +136,7 @@ def work_of(line: Instruction, tokens: int, rows: int) -> tuple[int, int]:
 def report(name: str, tape: Tape, batch: ForwardBatch) -> dict[str, float]:
     step = timed(lambda: tape.replay(batch))
     program, tokens = tape.program, batch.token_ids.numel()
-    sizes = sizes_of(tokens, tape.num_rows, np.diff(batch.query_starts.numpy()))
+    sizes = sizes_of(batch.query_starts.numpy(), tape.num_rows)
     groups = defaultdict(list)
     for number, line in enumerate(program.instructions):
         groups[kind_of_work(line)].append(number)

@@ -54,6 +54,7 @@ class Backend:
     kv: KVFormat
     make_forward: Callable[[Model, Cache, StepLimits, Progress], Forward]
     close: Callable[[], None]  # to be called when nothing runs any more
+    settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
 
 
@@ -147,4 +148,4 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         )
         return kernels.record(model.forward, cache, largest, progress).replay
 
-    return Backend(kernels.ops, kv, record, kernels.close)
+    return Backend(kernels.ops, kv, record, kernels.close, kernels.settle)

@@ -1,16 +1,21 @@
-"""`Plan` to `ForwardBatch`: one step's work as the tensors a model reads."""
+"""`Plan` to `ForwardBatch`: one step's work as the tensors a model reads.
+
+In two parts, for a step may be planned before the tokens of the one before it are drawn: `lay_out`
+does all that does not need them, while that step still runs.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from itertools import chain, islice
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
-from ruvon.engine.types import UNDRAWN, Plan
+from ruvon.engine.types import UNDRAWN, Chunk, Plan
 from ruvon.kernels.ops import ForwardBatch
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
@@ -18,60 +23,120 @@ Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
+@dataclass(slots=True)
+class Layout:
+    """A `ForwardBatch` in the making: its arrays, and which tokens are missing."""
+
+    token_ids: Ints
+    positions: Ints
+    slots: Ints
+    block_tables: Ints
+    query_starts: Ints
+    context_lens: Ints
+    logit_rows: Ints
+    max_query: int
+    max_context: int
+    undrawn: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
+
+    def to_batch(self, device: torch.device, drawn: Mapping[int, int] = NOTHING) -> ForwardBatch:
+        """``drawn`` has, by sequence, the tokens that were undrawn when the plan was made; one
+        that is not in there has failed, and anything may stand for it."""
+        for place, seq_id in self.undrawn:
+            self.token_ids[place] = drawn.get(seq_id, 0)
+        arrays = (
+            self.token_ids,
+            self.positions,
+            self.slots,
+            self.block_tables,
+            self.query_starts,
+            self.context_lens,
+            self.logit_rows,
+        )
+        tensors = to_device(arrays, device)
+        return ForwardBatch(
+            token_ids=tensors[0],
+            positions=tensors[1],
+            slots=tensors[2],
+            block_tables=tensors[3],
+            query_starts=tensors[4],
+            context_lens=tensors[5],
+            logit_rows=tensors[6],
+            max_query=self.max_query,
+            max_context=self.max_context,
+        )
+
+
 def build_batch(
     plan: Plan, block_size: int, device: torch.device, drawn: Mapping[int, int] = NOTHING
 ) -> ForwardBatch:
-    """The batch for a plan of at least one chunk.
+    """The batch for a plan of at least one chunk, all at once."""
+    return lay_out(plan, block_size).to_batch(device, drawn)
+
+
+def lay_out(plan: Plan, block_size: int) -> Layout:
+    """All of the batch for a plan of at least one chunk, but undrawn tokens.
 
     ``logit_rows`` starts with the rows of ``plan.rows``, in order; those of ``plan.prompt_rows``
-    follow. ``drawn`` has, by sequence, the tokens that were undrawn when the plan was made; one
-    that is not in there has failed, and anything may stand for it.
+    follow.
     """
     chunks = plan.chunks
-    queries = ints([len(chunk.tokens) for chunk in chunks])
-    starts = ints([chunk.start for chunk in chunks])
+    queries = [len(chunk.tokens) for chunk in chunks]
+    contexts = [chunk.start + query for chunk, query in zip(chunks, queries, strict=True)]
     query_starts = np.zeros(len(chunks) + 1, dtype=np.int32)
     np.cumsum(queries, out=query_starts[1:])
-    contexts = starts + queries
-    total = int(query_starts[-1])
-    owner = np.repeat(np.arange(len(chunks)), queries)
-    positions = np.arange(total, dtype=np.int32) + (starts - query_starts[:-1])[owner]
-    tables = block_tables([chunk.blocks for chunk in chunks], -(-contexts // block_size))
-    slots = tables[owner, positions // block_size] * block_size + positions % block_size
-    tokens = np.fromiter(chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, total)
-    for at in np.flatnonzero(tokens == UNDRAWN):
-        tokens[at] = drawn.get(chunks[owner[at]].seq_id, 0)
-    rows = logit_rows(plan, query_starts)
-    tensors = to_device((tokens, positions, slots, tables, query_starts, contexts, rows), device)
-    return ForwardBatch(
-        token_ids=tensors[0],
-        positions=tensors[1],
-        slots=tensors[2],
-        block_tables=tensors[3],
-        query_starts=tensors[4],
-        context_lens=tensors[5],
-        logit_rows=tensors[6],
-        max_query=int(queries.max()),
-        max_context=int(contexts.max()),
+    token_ids = np.fromiter(
+        chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, int(query_starts[-1])
     )
+    tables = block_tables(chunks, [-(-context // block_size) for context in contexts])
+    positions, slots = places(chunks, query_starts, tables, block_size)
+    return Layout(
+        token_ids=token_ids,
+        positions=positions,
+        slots=slots,
+        block_tables=tables,
+        query_starts=query_starts,
+        context_lens=ints(contexts),
+        logit_rows=logit_rows(plan, query_starts),
+        max_query=max(queries),
+        max_context=max(contexts),
+        undrawn=[
+            (int(place), chunk.seq_id)
+            for place, chunk in zip(query_starts, chunks, strict=False)
+            if chunk.tokens == (UNDRAWN,)
+        ],
+    )
+
+
+def places(
+    chunks: Sequence[Chunk], query_starts: Ints, tables: Ints, block_size: int
+) -> tuple[Ints, Ints]:
+    """Each token's position in its sequence and its slot in the cache."""
+    total, starts = int(query_starts[-1]), ints([chunk.start for chunk in chunks])
+    if total == len(chunks):  # decodes only: one token each
+        owner, positions = np.arange(total), starts
+    else:
+        owner = np.repeat(np.arange(len(chunks)), np.diff(query_starts))
+        positions = np.arange(total, dtype=np.int32) + (starts - query_starts[:-1])[owner]
+    return positions, tables[owner, positions // block_size] * block_size + positions % block_size
 
 
 def ints(values: list[int]) -> Ints:
     return np.array(values, dtype=np.int32)
 
 
-def block_tables(blocks: list[list[int]], num_needed: Ints) -> Ints:
+def block_tables(chunks: Sequence[Chunk], num_needed: Sequence[int]) -> Ints:
     """One row a sequence, as wide as the longest, padded with 0."""
-    tables = np.zeros((len(blocks), int(num_needed.max())), dtype=np.int32)
-    filled = np.arange(tables.shape[1]) < num_needed[:, None]
-    needed = chain.from_iterable(map(islice, blocks, num_needed.tolist()))
-    tables[filled] = np.fromiter(needed, np.int32, int(num_needed.sum()))
+    tables = np.zeros((len(chunks), max(num_needed)), dtype=np.int32)
+    for table, chunk, needed in zip(tables, chunks, num_needed, strict=True):
+        table[:needed] = chunk.blocks[:needed]
     return tables
 
 
 def logit_rows(plan: Plan, query_starts: Ints) -> Ints:
-    samples = np.array([chunk.samples for chunk in plan.chunks])
-    last: Ints = query_starts[1:][samples] - 1
+    if all(chunk.samples for chunk in plan.chunks):
+        last = query_starts[1:] - 1
+    else:
+        last = query_starts[1:][np.array([chunk.samples for chunk in plan.chunks])] - 1
     if not plan.prompt_rows:
         return last
     scored = [

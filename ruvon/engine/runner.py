@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import build_batch
+from ruvon.engine.batch import Layout, lay_out
 from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
@@ -32,7 +32,8 @@ class Runner:
     meanwhile: torch and numpy let go of the interpreter while they compute.
 
     ``depth`` is how many steps it takes before the first is done, 1 or 2; ``max_logit_rows`` bounds
-    the logits in memory at once, and is at least the most sequences of a step.
+    the logits in memory at once, and is at least the most sequences of a step. ``at_start`` is
+    called first in that thread.
     """
 
     long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
@@ -46,7 +47,7 @@ class Runner:
         device: torch.device,
         max_logit_rows: int,
         depth: int = 2,
-        at_close: Callable[[], None] = lambda: None,
+        at_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.depth = depth
         self._forward = forward
@@ -54,34 +55,38 @@ class Runner:
         self._block_size = block_size
         self._device = device
         self._max_logit_rows = max_logit_rows
-        self._at_close = at_close
-        self._launched: SimpleQueue[tuple[Plan, Future[StepResult]] | None] = SimpleQueue()
+        self._at_start = at_start
+        self._launched: SimpleQueue[tuple[Plan, Layout, Future[StepResult]] | None] = SimpleQueue()
         # A daemon, for a step that is stuck must not keep the process alive.
         self._worker = Thread(target=self._work, name="ruvon-step", daemon=True)
         self._worker.start()
 
     def launch(self, plan: Plan) -> Future[StepResult]:
-        """Begin a step, or line it up. The future holds its result, or whatever went wrong."""
+        """Begin a step, or line it up. The future holds its result, or whatever went wrong.
+
+        The batch is laid out here, by the calling thread: the step before may still run.
+        """
         future: Future[StepResult] = Future()
-        self._launched.put((plan, future))
+        try:
+            self._launched.put((plan, lay_out(plan, self._block_size), future))
+        except Exception as error:
+            future.set_exception(error)
         return future
 
     def close(self) -> None:
-        """Finish what has been launched, end the thread and whatever ``forward`` runs on; unless
-        the thread is stuck, which then keeps what it uses."""
+        """Finish what has been launched and end the thread, unless that is stuck."""
         self._launched.put(None)
         self._worker.join(PATIENCE)
-        if not self._worker.is_alive():
-            self._at_close()
 
     def _work(self) -> None:
+        self._at_start()
         drawn: Mapping[int, int] = {}
         while (launched := self._launched.get()) is not None:
-            plan, future = launched
+            plan, layout, future = launched
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                result = self._run(plan, drawn)
+                result = self._run(plan, layout, drawn)
             except BaseException as error:
                 future.set_exception(error)
             else:
@@ -92,11 +97,11 @@ class Runner:
                     if tokens
                 }
 
-    def _run(self, plan: Plan, drawn: Mapping[int, int]) -> StepResult:
+    def _run(self, plan: Plan, layout: Layout, drawn: Mapping[int, int]) -> StepResult:
         """Compute a step; ``drawn`` are the tokens of the step before, by sequence."""
         began = time.perf_counter()
         with torch.inference_mode():
-            batch = build_batch(plan, self._block_size, self._device, drawn)
+            batch = layout.to_batch(self._device, drawn)
             pieces = self._logits(batch)
             first = next(pieces)
             sampled = self._sampler(first[: len(plan.rows)], complete_rows(plan, drawn))
@@ -114,6 +119,9 @@ class Runner:
         Only prompt logprobs want more than one row a sequence. For them the step is computed
         again: it writes the same keys and values to the same slots, and memory stays bounded.
         """
+        if len(batch.logit_rows) <= self._max_logit_rows:
+            yield self._forward(batch)
+            return
         for rows in torch.split(batch.logit_rows, self._max_logit_rows):
             yield self._forward(replace(batch, logit_rows=rows))
 

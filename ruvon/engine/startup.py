@@ -149,6 +149,7 @@ def make_runner(
         block_size=config.block_size,
         device=backend.ops.device,
         max_logit_rows=limits.logit_rows,
+        at_start=backend.settle,
     )
     if not backend.graphs:
         return runner

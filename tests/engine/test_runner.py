@@ -200,19 +200,30 @@ def test_a_failed_row_fails_nothing_after_it(forward):
 
 def test_closing_does_not_wait_for_a_step_that_is_stuck(monkeypatch):
     monkeypatch.setattr("ruvon.engine.runner.PATIENCE", 0.01)
-    let_go, closed = threading.Event(), []
+    let_go = threading.Event()
     runner = Runner(
         lambda batch: let_go.wait(), partial(sample, eos_token_ids=()),
-        block_size=4, device=CPU, max_logit_rows=100, at_close=lambda: closed.append(1),
+        block_size=4, device=CPU, max_logit_rows=100,
     )  # fmt: skip
     future = runner.launch(mixed_plan())
     runner.close()
-    assert not closed  # it might still be in use
+    assert not future.done()
     let_go.set()
     assert future.exception(timeout=10)
-    monkeypatch.setattr("ruvon.engine.runner.PATIENCE", 10)
+
+
+def test_the_thread_that_runs_steps_makes_itself_at_home_first():
+    calls = []
+    runner = Runner(
+        lambda batch: calls.append(threading.get_ident()) or torch.zeros(2, 8),
+        partial(sample, eos_token_ids=()),
+        block_size=4, device=CPU, max_logit_rows=100,
+        at_start=lambda: calls.append(threading.get_ident()),
+    )  # fmt: skip
+    runner.launch(mixed_plan()).result(timeout=10)
     runner.close()
-    assert closed
+    assert len(calls) == 2
+    assert calls[0] == calls[1] != threading.get_ident()
 
 
 def test_the_batch_is_the_plans(make_runner, forward):

@@ -1,5 +1,6 @@
 """Whole models on the tape: right, and the same to the last bit however the work is cut."""
 
+import os
 import threading
 
 import pytest
@@ -177,6 +178,33 @@ def test_closing_ends_the_threads():
     assert threading.active_count() == before + 2
     kernels.close()
     assert threading.active_count() == before
+
+
+def test_a_thread_that_settles_stays_on_its_core():
+    if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("needs two cores")
+    kernels, seen = CpuKernels(2), []
+
+    def work():
+        kernels.settle()
+        seen.append(os.sched_getaffinity(0))
+        kernels.ops.add(torch.zeros(1, 32), torch.zeros(1, 32))
+        seen.append(os.sched_getaffinity(0))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    kernels.close()
+    assert seen == [{min(os.sched_getaffinity(0))}] * 2
+
+
+def test_closing_leaves_a_program_that_is_stuck_alone():
+    kernels = CpuKernels(2)
+    with kernels._team._busy:
+        kernels.close()
+    assert kernels._team.threads == 2
+    kernels.close()
+    assert kernels._team.threads == 0
 
 
 def test_a_crowd_of_threads_on_few_cores(cpu):

@@ -97,6 +97,10 @@ class CpuKernels:
         finally:
             self._recording = None
 
+    def settle(self) -> None:
+        """Keep the calling thread on the first core from now on: it will run every step."""
+        self._team.settle()
+
     def close(self) -> None:
         """End the threads."""
         self._team.close()
@@ -118,9 +122,8 @@ class CpuKernels:
         for tensor in result if isinstance(result, tuple) else (result,):
             recording.floats(recording.value_of(tensor))
         batches = [a for a in arguments if isinstance(a, ForwardBatch)]
-        starts = batches[0].query_starts.numpy() if batches else np.zeros(1, np.int32)
-        program = self._finish(None, recording)
-        program.run(sizes_of(tokens, logit_rows, np.diff(starts)))
+        starts = batches[0].query_starts.numpy() if batches else np.array([0, tokens], np.int32)
+        self._finish(None, recording).run(sizes_of(starts, logit_rows))
         return result
 
     def _finish(self, progress: Progress | None, recording: Recording) -> Program:

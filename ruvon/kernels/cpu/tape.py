@@ -52,13 +52,12 @@ class Program:
             for field, number in instruction.fields.items():
                 line[field] = number
 
-    def run(self, sizes: dict[Param, int], lines: Tensor | None = None) -> None:
+    def run(self, sizes: Sequence[int], lines: Tensor | None = None) -> None:
         """One step of these sizes; returns when all threads are done.
 
         ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
         """
-        params = [sizes[param] for param in Param]
-        self._team.run(self._memory if lines is None else lines, params)
+        self._team.run(self._memory if lines is None else lines, sizes)
 
     def pick(self, numbers: Sequence[int]) -> Tensor:
         """A copy of the instructions of these numbers."""
@@ -68,16 +67,23 @@ class Program:
         return lines
 
 
-def sizes_of(tokens: int, logit_rows: int, query_lens: np.ndarray[Any, Any]) -> dict[Param, int]:
-    """The parameters of a step; ``query_lens`` [S] are its sequences' new tokens."""
-    return {
-        Param.TOKENS: tokens,
-        Param.TOKEN_PANELS: -(-tokens // PANEL),
-        Param.LOGIT_ROWS: logit_rows,
-        Param.LOGIT_PANELS: -(-logit_rows // PANEL),
-        Param.SEQUENCES: len(query_lens),
-        Param.QUERY_TILES: int((-(-query_lens // QUERY_TOKENS)).sum()),
-    }
+def sizes_of(query_starts: np.ndarray[Any, Any], logit_rows: int) -> list[int]:
+    """The parameters of a step, in the order of `Param`; ``query_starts`` [S + 1] as in a batch."""
+    tokens, sequences = int(query_starts[-1]), len(query_starts) - 1
+    tiles = tokens
+    if tokens != sequences:
+        tiles = int((-(-np.diff(query_starts) // QUERY_TOKENS)).sum())
+    return [tokens, -(-tokens // PANEL), logit_rows, -(-logit_rows // PANEL), sequences, tiles]
+
+
+assert [*Param] == [
+    Param.TOKENS,
+    Param.TOKEN_PANELS,
+    Param.LOGIT_ROWS,
+    Param.LOGIT_PANELS,
+    Param.SEQUENCES,
+    Param.QUERY_TILES,
+]
 
 
 class Tape:
@@ -110,9 +116,8 @@ class Tape:
         for name, array in zip(COPIED, self._arrays, strict=True):
             given = getattr(batch, name).numpy()
             array[: given.size] = given
-        tokens, self.num_rows = batch.token_ids.shape[0], batch.logit_rows.shape[0]
-        query_lens = np.diff(batch.query_starts.numpy())
-        self.program.run(sizes_of(tokens, self.num_rows, query_lens))
+        self.num_rows = batch.logit_rows.shape[0]
+        self.program.run(sizes_of(batch.query_starts.numpy(), self.num_rows))
         return self._logits[: self.num_rows]
 
     @property

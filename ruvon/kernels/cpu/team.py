@@ -76,6 +76,7 @@ MOST_PARTS = (1 << PART_BITS) - 1
 
 MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
 
+MOST_IN_USE = 16  # programs that are kept before it is looked which are still in use
 TURNS_BEFORE_SLEEP = 4000
 OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating system
 
@@ -245,7 +246,8 @@ class Team:
     """The threads, their scratch space, and the control block they meet at.
 
     Thread 0 is whoever calls `run`; the others are parked. Each is held to a core of its own where
-    the operating system allows that (the caller while it runs), lest two meet on one.
+    the operating system allows that (the caller while it runs, unless it has settled), lest two
+    meet on one.
     """
 
     def __init__(self, threads: int, lead: int, follow: int) -> None:
@@ -265,6 +267,7 @@ class Team:
         self._in_use: deque[tuple[int, Tensor]] = deque()
         self._busy = threading.Lock()
         self._cores = cores_for(threads)
+        self._settled: int | None = None  # the thread that stays on the first core
         self._others = [
             threading.Thread(target=self._park, args=(thread,), name=f"ruvon-{thread}", daemon=True)
             for thread in range(1, threads)
@@ -274,7 +277,7 @@ class Team:
 
     def run(self, program: Tensor, params: Sequence[int]) -> None:
         """Run a program's instructions [count, int64 fields]; returns when all are done."""
-        with self._busy, held_to(self._cores[0]):
+        with self._busy, held_to(self._core_to_take()):
             assert self.threads, "the team was closed"
             order = self._next_order()
             order[PROGRAM // 8] = program.data_ptr()
@@ -284,7 +287,18 @@ class Team:
             self._first += program.shape[0]
             self._in_use.append((self._epoch, program))
             self._lead(self._address, self.threads)
-            self._forget_finished()
+            if len(self._in_use) > MOST_IN_USE:
+                self._forget_finished()
+
+    def settle(self) -> None:
+        """Keep the calling thread on thread 0's core for good, which saves `run` from moving it
+        there and back each time."""
+        if self._cores[0] is not None:
+            os.sched_setaffinity(0, {self._cores[0]})
+            self._settled = threading.get_ident()
+
+    def _core_to_take(self) -> int | None:
+        return None if threading.get_ident() == self._settled else self._cores[0]
 
     def _next_order(self) -> np.ndarray[Any, Any]:
         """The one that no thread reads: of two, the older."""
@@ -301,14 +315,17 @@ class Team:
             self._in_use.popleft()
 
     def close(self) -> None:
-        """End the parked threads."""
-        with self._busy:
-            self._control[STOP // 8] = 1
-            self._next_order()[COUNT // 8] = 0
-            self._lead(self._address, 1)  # nothing to run, but the epoch moves on
-            for other in self._others:
-                other.join()
-            self.threads = 0
+        """End the parked threads; unless a program still runs, which can only be stuck. Its threads
+        keep what they use, and as daemons they do not keep the process."""
+        if not self._busy.acquire(blocking=False):
+            return
+        self._control[STOP // 8] = 1
+        self._next_order()[COUNT // 8] = 0
+        self._lead(self._address, 1)  # nothing to run, but the epoch moves on
+        for other in self._others:
+            other.join()
+        self.threads = 0
+        self._busy.release()
 
     def _park(self, thread: int) -> None:
         presence = self._presence[thread:].ctypes.data
