@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from types import MappingProxyType
 from typing import Any, TypeAlias
 
@@ -82,8 +82,7 @@ def lay_out(plan: Plan, block_size: int) -> Layout:
     chunks = plan.chunks
     queries = [len(chunk.tokens) for chunk in chunks]
     contexts = [chunk.start + query for chunk, query in zip(chunks, queries, strict=True)]
-    query_starts = np.zeros(len(chunks) + 1, dtype=np.int32)
-    np.cumsum(queries, out=query_starts[1:])
+    query_starts = ints([*accumulate(queries, initial=0)])
     token_ids = np.fromiter(
         chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, int(query_starts[-1])
     )
