@@ -62,7 +62,7 @@ def open_scorer(
         )
         limits = step_limits(model.spec, config, memory)
         cache = allocate_cache(model.spec, memory, device)
-        forward = backend.make_forward(model, cache, limits, progress)
+        forward = backend.make_step(model, cache, limits, progress).forward
         most = min(limits.logit_rows, limits.tokens)
         yield partial(score, forward, most, config.block_size, device)
 

@@ -1,17 +1,21 @@
 """Which kernels run a model: a table of operations, the form it wants the cache in, and how model
-and cache become the runner's ``forward``."""
+and cache become what the runner does in a step."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import Cache, KVFormat, MemoryPlan
 from ruvon.engine.runner import Forward
+from ruvon.engine.sampler import sample
+from ruvon.engine.types import SamplingRow, StepResult
 from ruvon.errors import ConfigError
 from ruvon.kernels.ops import Ops
 from ruvon.kernels.reference import make_torch_ops
@@ -46,13 +50,24 @@ def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> St
     )
 
 
+Draw: TypeAlias = Callable[[Tensor, Sequence[SamplingRow], Sequence[int]], StepResult]
+"""`ruvon.engine.sampler.sample`, or the same faster."""
+
+
+class Step(NamedTuple):
+    """What a runner does with a batch: compute logits, then draw from them."""
+
+    forward: Forward
+    draw: Draw
+
+
 @dataclass(frozen=True, slots=True)
 class Backend:
     """One way to run any model."""
 
     ops: Ops
     kv: KVFormat
-    make_forward: Callable[[Model, Cache, StepLimits, Progress], Forward]
+    make_step: Callable[[Model, Cache, StepLimits, Progress], Step]
     close: Callable[[], None]  # to be called when nothing runs any more
     settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
@@ -110,7 +125,9 @@ def eager(ops: Ops) -> Backend:
     return Backend(
         ops=ops,
         kv=KVFormat(ops.dtype),
-        make_forward=lambda model, cache, limits, progress: partial(model.forward, cache=cache),
+        make_step=lambda model, cache, limits, progress: Step(
+            partial(model.forward, cache=cache), sample
+        ),
         close=lambda: None,
     )
 
@@ -128,7 +145,8 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
 
     Raises ConfigError for a model or setting that they do not do.
     """
-    from ruvon.kernels.cpu import CpuKernels, Limits  # numba takes a while to import
+    from ruvon.engine.cpu_sampler import CpuSampler  # numba takes a while to import
+    from ruvon.kernels.cpu import CpuKernels, Limits
     from ruvon.kernels.cpu.recorder import check_attention
     from ruvon.kernels.cpu.simd import LANES
 
@@ -139,13 +157,15 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
     kernels = CpuKernels(threads, dense_dtype=asked)
 
-    def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Forward:
+    def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(
             tokens=limits.tokens,
             sequences=limits.sequences,
             logit_rows=limits.logit_rows,
             blocks_per_sequence=limits.blocks_per_sequence,
         )
-        return kernels.record(model.forward, cache, largest, progress).replay
+        tape = kernels.record(model.forward, cache, largest, progress)
+        drawer = kernels.drawer(spec.vocab_size, limits.sequences, progress)
+        return Step(tape.replay, CpuSampler(drawer, lambda: tape.argmax))
 
     return Backend(kernels.ops, kv, record, kernels.close, kernels.settle)

@@ -52,14 +52,15 @@ def sample(
     """
     if all(row.plain for row in rows):
         return sample_greedy(logits_LV, rows)
-    active = [transforms_of(row) for row in rows]
-    with np.errstate(over="ignore"):  # a tiny temperature sends scores to -inf, as it should
-        draws = [
-            sample_row(logits_V, row, transforms, eos_token_ids)
-            for logits_V, row, transforms in zip(
-                logits_LV.numpy(force=True), rows, active, strict=True
-            )
-        ]
+    draws = [
+        sample_row(logits_V, row, transforms_of(row), eos_token_ids)
+        for logits_V, row in zip(logits_LV.numpy(force=True), rows, strict=True)
+    ]
+    return join_draws(rows, draws)
+
+
+def join_draws(rows: Sequence[SamplingRow], draws: Sequence[RowDraw]) -> StepResult:
+    """A step's result out of its rows' (one at least)."""
     tokens, logprobs, errors = zip(*draws, strict=True)
     failed = {row.seq_id: error for row, error in zip(rows, errors, strict=True) if error}
     return StepResult(tokens, logprobs, errors=failed)
@@ -73,6 +74,11 @@ def sample_greedy(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
         logits = logits_LV.numpy()
         ids_L = logits.argmax(axis=-1)
         best_L = logits[np.arange(len(rows)), ids_L]
+    return greedy_result(rows, ids_L, best_L)
+
+
+def greedy_result(rows: Sequence[SamplingRow], ids_L: Indices, best_L: Floats) -> StepResult:
+    """What the likeliest tokens and their logits come to."""
     tokens: list[tuple[int, ...]] = list(zip(ids_L.tolist()))
     errors = {}
     for at in np.flatnonzero(~np.isfinite(best_L)).tolist():
@@ -129,17 +135,25 @@ def allow(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> N
 
 def ban_words(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     """A word is banned where its last token would complete it, wherever it began."""
-    for word in row.sampling.bad_words:
-        *head, last = word
-        if not head or row.history[-len(head) :] == head:
-            scores_V[last] = -np.inf
+    scores_V[completing_ids(row)] = -np.inf
+
+
+def completing_ids(row: SamplingRow) -> list[int]:
+    return [
+        last
+        for *head, last in row.sampling.bad_words
+        if not head or row.history[-len(head) :] == head
+    ]
 
 
 def delay_stop(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     """Nothing that would stop the sequence is drawn before its ``min_tokens``."""
-    scores_V[list(row.sampling.stop_token_ids)] = -np.inf
-    if not row.sampling.ignore_eos:
-        scores_V[list(eos_token_ids)] = -np.inf
+    scores_V[stopping_ids(row, eos_token_ids)] = -np.inf
+
+
+def stopping_ids(row: SamplingRow, eos_token_ids: Sequence[int]) -> list[int]:
+    eos = () if row.sampling.ignore_eos else eos_token_ids
+    return [*row.sampling.stop_token_ids, *eos]
 
 
 def bias(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
@@ -157,11 +171,16 @@ def penalize_repetition(scores_V: Floats, row: SamplingRow, eos_token_ids: Seque
 
 def penalize_output(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     """OpenAI's rule, over the output: once for being there, and once for every time it is."""
-    sampling = row.sampling
+    ids, penalties = output_penalties(row)
+    scores_V[ids] -= penalties
+
+
+def output_penalties(row: SamplingRow) -> tuple[Indices, Floats]:
+    """The output's distinct tokens, and what to take from the score of each."""
     output = np.array(row.history[row.num_prompt :], dtype=np.int64)
     ids, counts = np.unique(output, return_counts=True)
-    penalty = counts * sampling.frequency_penalty + sampling.presence_penalty
-    scores_V[ids] -= penalty.astype(scores_V.dtype)
+    penalties = counts * row.sampling.frequency_penalty + row.sampling.presence_penalty
+    return ids, penalties.astype(np.float32)
 
 
 TRANSFORMS: tuple[tuple[Callable[[SamplingParams, int], bool], Transform], ...] = (
@@ -188,11 +207,16 @@ def transforms_of(row: SamplingRow) -> list[Transform]:
 
 def draw(scores_V: Floats, row: SamplingRow) -> int:
     """One token out of scores whose maximum is finite."""
-    if row.sampling.temperature == 0:
+    if np.float32(row.sampling.temperature) == 0:  # what divides float32 scores
         return int(scores_V.argmax())
     ids_K, weights_K = distribution(scores_V, row.sampling)
     picked = invert(weights_K, uniform(row.seed, len(row.history) - row.num_prompt))
     return picked if ids_K is None else int(ids_K[picked])
+
+
+def is_greedy(sampling: SamplingParams) -> bool:
+    """Whether the temperature is 0 to those who compute in float32."""
+    return float(np.float32(sampling.temperature)) == 0
 
 
 def distribution(scores_V: Floats, sampling: SamplingParams) -> tuple[Indices | None, Floats]:
@@ -205,7 +229,8 @@ def distribution(scores_V: Floats, sampling: SamplingParams) -> tuple[Indices | 
         ids = largest(scores_V, sampling.top_k)
     scores = scores_V if ids is None else scores_V[ids]
     weights = scores - scores.max()
-    weights /= weights.dtype.type(sampling.temperature)
+    with np.errstate(over="ignore"):  # a tiny temperature sends scores to -inf, as it should
+        weights /= np.float32(sampling.temperature)
     np.exp(weights, out=weights)
     for threshold, off, keep in (
         (sampling.min_p, 0.0, likely),

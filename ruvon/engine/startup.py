@@ -24,8 +24,7 @@ from ruvon.engine.kv_cache import (
 )
 from ruvon.engine.machine import available_cores
 from ruvon.engine.runner import Runner
-from ruvon.engine.sampler import sample
-from ruvon.engine.types import Chunk, Plan, SamplingParams, SamplingRow
+from ruvon.engine.types import Chunk, Plan, SamplingParams, SamplingRow, StepResult
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
@@ -142,9 +141,13 @@ def make_runner(
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device)
-    sampler = partial(sample, eos_token_ids=eos_token_ids)
+    step = backend.make_step(model, cache, limits, progress)
+
+    def sampler(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
+        return step.draw(logits_LV, rows, eos_token_ids)
+
     runner = Runner(
-        backend.make_forward(model, cache, limits, progress),
+        step.forward,
         sampler,
         block_size=config.block_size,
         device=backend.ops.device,

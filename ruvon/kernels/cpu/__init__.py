@@ -8,14 +8,16 @@
     tape = cpu.record(model.forward, cache, Limits(512, 64, 64, 128), progress)
     logits_LV = tape.replay(batch)                                 # the runner's forward
     tape.argmax                                                    # greedy tokens [L], computed
+    cpu.drawer(vocab_size, 64)(rows)                               # drawn tokens, see `draw`
     cpu.close()
 
 Outside of `record`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
-From the outside in: `tape` replays a program, `recorder` writes one from a model's calls, `team`
-runs it on its threads (`sync` is how they meet), `program` says what an instruction is; `linear`,
-`attention` and `rows` are the kernels, on top of `tiles` (the innermost loops), `layout` (how data
-lies in memory) and `simd` (vectors for numba); `compiled` keeps machine code between starts.
+From the outside in: `tape` replays a program and `draw` has one for sampling, `recorder` writes one
+from a model's calls, `team` runs it on its threads (`sync` is how they meet), `program` says what
+an instruction is; `linear`, `attention`, `rows` and `sample` are the kernels, on top of `tiles`
+(the innermost loops), `layout` (how data lies in memory) and `simd` (vectors for numba); `compiled`
+keeps machine code between starts.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu.compiled import Compiled, has_vnni
+from ruvon.kernels.cpu.draw import Drawer
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.program import Param
 from ruvon.kernels.cpu.recorder import Recording
@@ -37,7 +40,7 @@ from ruvon.kernels.cpu.tape import Forward, Limits, Program, Progress, Tape, siz
 from ruvon.kernels.cpu.team import Team
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
 
-__all__ = ["CpuKernels", "Limits", "Tape", "allocate_cache"]
+__all__ = ["CpuKernels", "Drawer", "Limits", "Tape", "allocate_cache"]
 
 
 class CpuKernels:
@@ -96,6 +99,11 @@ class CpuKernels:
             )
         finally:
             self._recording = None
+
+    def drawer(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Drawer:
+        """Draws tokens for up to ``max_rows`` rows of logits at once. Compiles like `record`."""
+        finish = functools.partial(self._finish, progress)
+        return Drawer(vocab_size, max_rows, self._team.threads, finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""

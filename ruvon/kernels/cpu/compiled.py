@@ -21,7 +21,7 @@ import numba
 from llvmlite import binding
 from numba import cfunc, types
 
-from ruvon.kernels.cpu import attention, linear, rows, team
+from ruvon.kernels.cpu import attention, linear, rows, sample, team
 
 Key: TypeAlias = tuple[str, int | None]
 """A kernel's name, and the kind of weight or cache it is made for if it has one (see `KINDS`)."""
@@ -38,6 +38,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "add": (rows.add, KERNEL),
     "take": (rows.take, KERNEL),
     "argmax": (rows.argmax, KERNEL),
+    "draw": (sample.draw, KERNEL),
 }
 FACTORIES: dict[str, Callable[[int], Callable[..., None]]] = {
     "embed": rows.make_embed,

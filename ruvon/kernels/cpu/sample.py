@@ -1,0 +1,529 @@
+"""The kernel that draws tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
+
+A unit of work is a *workspace*, which serves every so many rows one after the other: a row's
+weights, V floats, stay in the cache of whoever works on it. Nothing is sorted. A filter's threshold
+is found digit by digit (`find_cut`): sum up what falls in each bin of 2048, walk down from the top
+to the bin where the goal is reached, and look at that bin alone, twice more. Most of a vocabulary
+cannot matter and is passed over sixteen at a time.
+
+All sums have one order, so a row's token depends on that row alone.
+"""
+
+from __future__ import annotations
+
+import math
+from enum import IntEnum
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
+
+from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
+from ruvon.kernels.cpu.rows import first_in_row, max_or_nan
+from ruvon.kernels.cpu.simd import (
+    I32,
+    I64,
+    any_equal,
+    define,
+    exp16,
+    f32x16,
+    fma,
+    keep_first,
+    larger,
+    load,
+    max_lanes,
+    read_f32,
+    read_f64,
+    read_i32,
+    read_u8,
+    splat16,
+    store,
+    store_as,
+    sum_lanes,
+    write_f32,
+    write_i32,
+    write_i64,
+)
+
+TILE = 128  # numbers summed up, or represented by their largest, at once
+BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
+PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
+MOST_TOKENS = 8 * (SCRATCH_BYTES // 2)
+"""The largest vocabulary: the marks of tokens seen before, a bit for each, lie in scratch."""
+
+BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
+
+
+class Word(IntEnum):
+    """Index of an int64, or a float64 where said, in a row's parameters."""
+
+    LOGITS = 0  # address of float32 [V]
+    TEMPERATURE = 1  # float64; 0 is greedy
+    TOP_K = 2  # 0 is off
+    MIN_P = 3  # float64
+    TOP_P = 4  # float64; 1 is off
+    SEED = 5
+    POSITION = 6  # in the output
+    IDS = 7  # address of int32 token ids: allowed, banned, biased, seen, counted ones
+    AMOUNTS = 8  # address of float32 amounts to add to biased and counted ones
+    NUM_ALLOWED = 9  # -1: all are
+    NUM_BANNED = 10
+    NUM_BIASED = 11
+    NUM_SEEN = 12  # with repetitions
+    NUM_COUNTED = 13
+    REPETITION = 14  # float64, for those seen
+    NUM_TOP = 15  # how many of the likeliest are wanted; -1: no logprobs at all
+    TOP = 16  # address of int32 [NUM_TOP]
+
+
+class Result(IntEnum):
+    """Index of an int64, or a float64 where said, in what is told of a row."""
+
+    TOKEN = 0
+    RANK = 1  # 1 is the likeliest; with logprobs only
+    NORM = 2  # float64, with logprobs only: a logit less this is a log-probability
+
+
+# Vectors and bits
+
+
+@intrinsic
+def where_at_least(typing, x, cut, kept, other):
+    """Lanes of ``kept`` where x reaches ``cut``, the rest of ``other``."""
+
+    def emit(b, x, cut, kept, other):
+        return b.select(b.fcmp_ordered(">=", x, cut), kept, other)
+
+    return define(f32x16, (f32x16,) * 4, emit)
+
+
+@intrinsic
+def any_within(typing, x, low, high):
+    """Whether any lane lies from ``low`` to ``high``."""
+
+    def emit(b, x, low, high):
+        inside = b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high))
+        lanes = b.bitcast(inside, ir.IntType(16))
+        return b.icmp_unsigned("!=", lanes, ir.Constant(ir.IntType(16), 0))
+
+    return define(types.boolean, (f32x16,) * 3, emit)
+
+
+@intrinsic
+def order_of(typing, x):
+    """An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same."""
+
+    def emit(b, x):
+        x = b.fadd(x, ir.Constant(ir.FloatType(), 0.0))  # which makes -0 a 0
+        bits = b.sext(b.bitcast(x, I32), I64)
+        flipped = b.xor(bits, ir.Constant(I64, 0x7FFFFFFF))
+        ordered = b.select(b.icmp_signed("<", bits, ir.Constant(I64, 0)), flipped, bits)
+        return b.add(ordered, ir.Constant(I64, 1 << 31))
+
+    return define(types.intp, (types.float32,), emit)
+
+
+@intrinsic
+def float_at(typing, order):
+    """The float that `order_of` gave this number."""
+
+    def emit(b, order):
+        ordered = b.sub(order, ir.Constant(I64, 1 << 31))
+        flipped = b.xor(ordered, ir.Constant(I64, 0x7FFFFFFF))
+        bits = b.select(b.icmp_signed("<", ordered, ir.Constant(I64, 0)), flipped, ordered)
+        return b.bitcast(b.trunc(bits, I32), ir.FloatType())
+
+    return define(types.float32, (types.intp,), emit)
+
+
+@intrinsic
+def write_f64(typing, address, x):
+    return define(types.void, (types.intp, types.float64), lambda b, a, x: store_as(b, a, x, 8))
+
+
+@intrinsic
+def write_u8(typing, address, x):
+    def emit(b, address, x):
+        store_as(b, address, b.trunc(x, ir.IntType(8)), 1)
+
+    return define(types.void, (types.intp, types.intp), emit)
+
+
+def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
+    """The upper and lower 64 bits of an unsigned product."""
+    wide = ir.IntType(128)
+    product = b.mul(b.zext(x, wide), ir.Constant(wide, factor))
+    return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
+
+
+@intrinsic
+def uniform(typing, seed, position):
+    """A number in [0, 1) out of Philox4x64-10, as `ruvon.engine.sampler` draws it: numpy counts
+    one on before it draws."""
+
+    def emit(b, seed, position):
+        zero = ir.Constant(I64, 0)
+        words = [b.add(position, ir.Constant(I64, 1)), zero, zero, zero]
+        keys = [seed, zero]
+        for _ in range(10):
+            high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
+            other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
+            words = [
+                b.xor(b.xor(other_high, words[1]), keys[0]),
+                other_low,
+                b.xor(b.xor(high, words[3]), keys[1]),
+                low,
+            ]
+            steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+            keys = [b.add(key, ir.Constant(I64, by)) for key, by in zip(keys, steps, strict=True)]
+        bits = b.lshr(words[0], ir.Constant(I64, 16))
+        scale = ir.Constant(ir.DoubleType(), 2.0**-48)
+        return b.fmul(b.uitofp(bits, ir.DoubleType()), scale)
+
+    return define(types.float64, (types.intp, types.intp), emit)
+
+
+# Thresholds
+
+
+@njit
+def fill_bins(x, width, low, high, above, shift, by_mass, bins):
+    """Sum up those from ``low`` to ``high`` that begin with the digits ``above``, by their next
+    digit. By mass each counts as much as it is, else 1."""
+    for bin in range(1 << BIN_BITS):
+        write_f64(bins + 8 * bin, 0.0)
+    least, most, mask = splat16(low), splat16(high), (1 << BIN_BITS) - 1
+    for start in range(0, width, 16):
+        if not any_within(load(x + 4 * start), least, most):
+            continue
+        for at in range(start, min(start + 16, width)):
+            value = read_f32(x + 4 * at)
+            order = order_of(value)
+            if low <= value <= high and order >> (shift + BIN_BITS) == above:
+                bin = bins + 8 * (order >> shift & mask)
+                write_f64(bin, read_f64(bin) + (np.float64(value) if by_mass else 1.0))
+
+
+@njit
+def walk_down(bins, goal):
+    """The highest bin at which the sum from the top reaches ``goal``, and what is still wanted
+    there. Rounding may leave a little wanted in the end: then it is the last that has anything."""
+    last, wanted = 0, goal
+    for bin in range((1 << BIN_BITS) - 1, -1, -1):
+        inside = read_f64(bins + 8 * bin)
+        if inside != 0:
+            last, wanted = bin, min(goal, inside)
+            if inside >= goal:
+                break
+            goal -= inside
+    return last, wanted
+
+
+@njit
+def find_cut(x, width, low, high, goal, by_mass, scratch):
+    """Of the numbers from ``low`` to ``high`` (there must be one), going down from the largest:
+    the number at which their sum or count reaches ``goal``, and how much of that is contributed by
+    those equal to it."""
+    bins, above = scratch + BINS, 0
+    for shift in (2 * BIN_BITS, BIN_BITS, 0):
+        fill_bins(x, width, low, high, above, shift, by_mass, bins)
+        digit, goal = walk_down(bins, goal)
+        above = (above << BIN_BITS) + digit
+        low = max(low, float_at(above << shift))
+        high = min(high, float_at((above + 1) << shift))
+    return low, goal
+
+
+@njit
+def max_of(x, width):
+    """The largest of some numbers that are no NaN."""
+    low = splat16(-np.inf)
+    whole = width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, low)
+    for at in range(0, whole, 16):
+        best = larger(load(x + 4 * at), best)
+    return max_lanes(best)
+
+
+@njit
+def cut_of_largest(x, width, count, scratch):
+    """The ``count``-th largest number, and how many equal to it are among the largest.
+
+    As many numbers as tiles reach the count-th highest peak, so nothing below that is looked at.
+    """
+    tiles, peaks = (width + TILE - 1) // TILE, scratch + PEAKS
+    low, high, goal = np.float32(-np.inf), np.float32(np.inf), np.float64(count)
+    if count <= tiles:
+        for tile in range(tiles):
+            first = tile * TILE
+            write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
+        low, _ = find_cut(peaks, tiles, low, high, goal, False, scratch)
+    cut, ties = find_cut(x, width, low, high, goal, False, scratch)
+    return cut, int(ties)
+
+
+@njit
+def drop_ties(x, width, cut, kept, instead):
+    """Replace those equal to ``cut``, all but the first ``kept``."""
+    for start in range(0, width, 16):
+        if any_equal(load(x + 4 * start), splat16(cut)):
+            for at in range(start, min(start + 16, width)):
+                if read_f32(x + 4 * at) == cut:
+                    kept -= 1
+                    if kept < 0:
+                        write_f32(x + 4 * at, instead)
+
+
+# Scores
+
+
+@njit
+def best_of(x, width):
+    """The largest number, or NaN if there is one."""
+    zeros = splat16(0.0)
+    whole = width // 16 * 16
+    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
+    for at in range(0, whole, 16):
+        nothing = fma(load(x + 4 * at), zeros, nothing)
+    found = max_of(x, width)
+    if sum_lanes(nothing) != 0:  # a NaN or an infinity
+        for at in range(width):
+            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
+    return found
+
+
+@njit
+def trouble(best):
+    """What to say instead of a token if the best score is this; 0 if it is a number."""
+    if best != best:
+        return BROKEN
+    if best == np.inf:
+        return INFINITE
+    return NOTHING_LEFT if best == -np.inf else 0
+
+
+@njit
+def is_edited(row):
+    """Whether scores differ from logits, or will be marked by top_k."""
+    edits = get(row, Word.NUM_BANNED) + get(row, Word.NUM_BIASED) + get(row, Word.NUM_SEEN)
+    edits += get(row, Word.NUM_COUNTED) + get(row, Word.TOP_K)
+    return edits > 0 or get(row, Word.NUM_ALLOWED) >= 0
+
+
+@njit
+def copy_allowed(row, x, width, ids, out):
+    """The scores of those allowed. Returns where the ids that follow begin."""
+    allowed, low = get(row, Word.NUM_ALLOWED), splat16(-np.inf)
+    for at in range(0, width, 16):
+        store(out + 4 * at, low if allowed >= 0 else load(x + 4 * at))
+    for n in range(allowed):
+        token = read_i32(ids + 4 * n)
+        write_f32(out + 4 * token, read_f32(x + 4 * token))
+    return ids + 4 * max(allowed, 0)
+
+
+@njit
+def add_amounts(ids, amounts, count, x):
+    for n in range(count):
+        at = x + 4 * read_i32(ids + 4 * n)
+        write_f32(at, read_f32(at) + read_f32(amounts + 4 * n))
+
+
+@njit
+def penalize_seen(ids, count, penalty, width, x, marks):
+    """Make tokens less likely, whatever the sign of their score; once each."""
+    for at in range((width + 7) // 8):
+        write_u8(marks + at, 0)
+    for n in range(count):
+        token = read_i32(ids + 4 * n)
+        mark, bit = read_u8(marks + token // 8), 1 << token % 8
+        if mark & bit == 0:
+            write_u8(marks + token // 8, mark | bit)
+            score = read_f32(x + 4 * token)
+            write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
+
+
+@njit
+def edit(row, x, width, out, scratch):
+    """Write a row's scores after all that the request bans, adds and penalizes."""
+    ids, amounts = get(row, Word.IDS), get(row, Word.AMOUNTS)
+    ids = copy_allowed(row, x, width, ids, out)
+    for _ in range(get(row, Word.NUM_BANNED)):
+        write_f32(out + 4 * read_i32(ids), -np.inf)
+        ids += 4
+    biased, seen = get(row, Word.NUM_BIASED), get(row, Word.NUM_SEEN)
+    add_amounts(ids, amounts, biased, out)
+    ids += 4 * biased
+    if seen > 0:
+        penalty = np.float32(read_f64(row + 8 * Word.REPETITION))
+        penalize_seen(ids, seen, penalty, width, out, scratch)
+    add_amounts(ids + 4 * seen, amounts + 4 * biased, get(row, Word.NUM_COUNTED), out)
+
+
+# Weights and draws
+
+
+@njit
+def weigh(row, x, width, best, out, scratch):
+    """What remains to draw from after temperature, top_k and min_p: weights, 1 for the best."""
+    cut, top_k = np.float32(-np.inf), get(row, Word.TOP_K)
+    if 0 < top_k < width:  # then x is a copy, see `is_edited`
+        cut, ties = cut_of_largest(x, width, top_k, scratch)
+        drop_ties(x, width, cut, ties, -np.inf)
+    temperature = splat16(np.float32(read_f64(row + 8 * Word.TEMPERATURE)))
+    least, zeros = splat16(np.float32(read_f64(row + 8 * Word.MIN_P))), splat16(0.0)
+    lowest, highest = splat16(cut), splat16(best)
+    for at in range(0, width, 16):
+        score = load(x + 4 * at)
+        weight = exp16((score - highest) / temperature)
+        weight = where_at_least(weight, least, weight, zeros)
+        weight = where_at_least(score, lowest, weight, zeros)
+        store(out + 4 * at, keep_first(weight, width - at, zeros))
+
+
+@njit
+def sum_of_tile(x, tile, least):
+    """Of a tile's weights that reach ``least``."""
+    at, lowest, zeros = x + 4 * TILE * tile, splat16(least), splat16(0.0)
+    sums = zeros
+    for c in range(0, 4 * TILE, 64):
+        weight = load(at + c)
+        sums = sums + where_at_least(weight, lowest, weight, zeros)
+    return np.float64(sum_lanes(sums))
+
+
+@njit
+def sum_of(x, tiles, least):
+    total = 0.0
+    for tile in range(tiles):
+        total += sum_of_tile(x, tile, least)
+    return total
+
+
+@njit
+def keep_nucleus(x, width, tiles, top_p, scratch):
+    """Zero all weights but the fewest, heaviest first, that add up to ``top_p`` of their sum.
+
+    The lightest of them is sought where it must be: between two rungs of a ladder.
+    """
+    low, high, above = np.float32(0.125), np.float32(np.inf), 0.0
+    goal = top_p * sum_of(x, tiles, 0.0)
+    mass = sum_of(x, tiles, low)
+    while mass < goal:  # ends when the rung is 0, if not before
+        high, above = low, mass
+        low = np.float32(low * np.float32(0.125))
+        mass = sum_of(x, tiles, low)
+    cut, left = find_cut(x, width, low, high, goal - above, True, scratch)
+    lowest, zeros = splat16(cut), splat16(0.0)
+    for at in range(0, width, 16):
+        weight = load(x + 4 * at)
+        store(x + 4 * at, where_at_least(weight, lowest, weight, zeros))
+    drop_ties(x, width, cut, max(math.ceil(left / np.float64(cut)), 1), 0.0)
+
+
+@njit
+def invert(x, tiles, share):
+    """The token at which the running sum of weights passes ``share`` of their total: first among
+    tiles, then inside one."""
+    target, before, tile = share * sum_of(x, tiles, 0.0), 0.0, 0
+    while tile < tiles - 1 and before + sum_of_tile(x, tile, 0.0) <= target:
+        before += sum_of_tile(x, tile, 0.0)
+        tile += 1
+    first, inside = tile * TILE, 0.0
+    for at in range(first, first + TILE):
+        inside += np.float64(read_f32(x + 4 * at))
+    # The tile's sum was rounded to float32, so what is left is a share of it, kept below all of it.
+    rest = min((target - before) / sum_of_tile(x, tile, 0.0), 1 - 2.0**-48) * inside
+    at, passed = first, np.float64(read_f32(x + 4 * first))
+    while passed <= rest:
+        at += 1
+        passed += np.float64(read_f32(x + 4 * at))
+    return at
+
+
+@njit
+def draw_one(row, width, work, scratch):
+    """A token, or why there is none. ``work``: float32 [tiles * TILE], zeros from V on."""
+    x = get(row, Word.LOGITS)
+    best = best_of(x, width)
+    error = trouble(best)
+    if error == 0 and is_edited(row):
+        edit(row, x, width, work, scratch)
+        x, best = work, best_of(work, width)
+        error = trouble(best)
+    if error != 0:
+        return error
+    if read_f64(row + 8 * Word.TEMPERATURE) == 0:
+        return first_in_row(x, width, best)
+    tiles, top_p = (width + TILE - 1) // TILE, read_f64(row + 8 * Word.TOP_P)
+    weigh(row, x, width, best, work, scratch)
+    if top_p != 1:
+        keep_nucleus(work, width, tiles, top_p, scratch)
+    return invert(work, tiles, uniform(get(row, Word.SEED), get(row, Word.POSITION)))
+
+
+# Logprobs
+
+
+@njit
+def log_norm(x, width):
+    """The logarithm of the sum of exponentials."""
+    best, low = best_of(x, width), splat16(-np.inf)
+    highest, total = splat16(best), 0.0
+    for start in range(0, width, TILE):
+        sums = splat16(0.0)
+        for at in range(start, min(start + TILE, width), 16):
+            sums = sums + exp16(keep_first(load(x + 4 * at), width - at, low) - highest)
+        total += np.float64(sum_lanes(sums))
+    return np.float64(best) + math.log(total)
+
+
+@njit
+def count_above(x, width, value):
+    low, limit = splat16(-np.inf), splat16(value)
+    one, zeros = splat16(1.0), splat16(0.0)
+    counts = zeros
+    for at in range(0, width, 16):
+        numbers = keep_first(load(x + 4 * at), width - at, low)
+        counts = counts + where_at_least(limit, numbers, zeros, one)
+    return int(sum_lanes(counts))
+
+
+@njit
+def list_largest(x, width, count, ids, scratch):
+    """Write where the ``count`` largest numbers are, in order of index; of equals the first."""
+    cut, ties = cut_of_largest(x, width, count, scratch)
+    for start in range(0, width, 16):
+        if any_within(load(x + 4 * start), splat16(cut), splat16(np.inf)):
+            for at in range(start, min(start + 16, width)):
+                value = read_f32(x + 4 * at)
+                ties -= 1 if value == cut else 0
+                if value > cut or (value == cut and ties >= 0):
+                    write_i32(ids, at)
+                    ids += 4
+
+
+@njit
+def score(row, width, token, result, scratch):
+    """How likely the model found a token, and which it found likeliest."""
+    x, top = get(row, Word.LOGITS), get(row, Word.NUM_TOP)
+    write_i64(result + 8 * Result.RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
+    write_f64(result + 8 * Result.NORM, log_norm(x, width))
+    if top > 0:
+        list_largest(x, width, top, get(row, Word.TOP), scratch)
+
+
+def draw(instruction, params, start, stop, scratch):
+    """Draw for all rows; X: their parameters, OUT: results, TOTAL: workspaces."""
+    rows, spaces = get(params, Param.LOGIT_ROWS), get(params, Param.SEQUENCES)
+    width = get(instruction, Field.WIDTH)
+    for space in range(start, stop):
+        work = get(instruction, Field.TOTAL) + space * ((width + TILE - 1) // TILE * TILE * 4)
+        for n in range(space, rows, spaces):
+            row = get(instruction, Field.X) + n * get(instruction, Field.X_STRIDE)
+            result = get(instruction, Field.OUT) + n * get(instruction, Field.OUT_STRIDE)
+            token = draw_one(row, width, work, scratch)
+            write_i64(result + 8 * Result.TOKEN, token)
+            if token >= 0 and get(row, Word.NUM_TOP) >= 0:
+                score(row, width, token, result, scratch)
