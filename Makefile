@@ -24,10 +24,10 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 
-.PHONY: help setup run-api run-cli test-all test fmt lint bench bench-peers clean
+.PHONY: help setup run-api run-cli test-all test fmt lint bench bench-peers bench-quality clean
 
 help: ## List the targets.
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 setup: $(RUN_STAMP) ## Install what running needs into .venv.
 	@echo "ruvon is installed in $(VENV); make run-api serves"
@@ -55,6 +55,9 @@ bench: $(RUN_STAMP) ## Measure the server; prints a table, writes bench/results/
 
 bench-peers: $(RUN_STAMP) ## Compare with other servers, each in its own environment.
 	$(BIN)/python bench/peers.py $(ARGS)
+
+bench-quality: $(RUN_STAMP) ## Measure what formats and kernels cost in quality.
+	$(BIN)/python bench/quality.py $(ARGS)
 
 clean: ## Remove .venv, caches and results.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info bench/results
