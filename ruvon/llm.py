@@ -33,6 +33,7 @@ from ruvon.engine.types import (
 )
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options
+from ruvon.models.checkpoint import sampling_defaults
 from ruvon.models.text_stream import TextStream
 from ruvon.telemetry import silent
 
@@ -40,7 +41,6 @@ Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 """Messages as the OpenAI API has them: role, content ..."""
 
-CHAT_SAMPLING = SamplingParams(max_tokens=None)  # an answer ends when the model says so
 PLAIN_TEXT = TextOptions()
 
 
@@ -165,8 +165,9 @@ class LLM:
     ) -> list[list[Completion]]:
         """Complete prompts, given as text or token ids: a list of ``n`` completions for each.
 
-        One ``sampling`` is for all prompts, a list has one for each. ``use_tqdm`` shows a progress
-        bar on a terminal. Raises RequestError, before anything is computed, for what cannot run.
+        One ``sampling`` is for all prompts, a list has one for each; without it the model's own
+        defaults hold. ``use_tqdm`` shows a progress bar on a terminal. Raises RequestError, before
+        anything is computed, for what cannot run.
         """
         encoded = [self._encode(prompt) for prompt in _listed(prompts)]
         return self._finish(self._jobs(encoded, sampling, text, n), use_tqdm)
@@ -182,9 +183,11 @@ class LLM:
         **template: Unpack[Options],
     ) -> list[list[Completion]]:
         """Answer one conversation or several, rendered with the model's chat template and its
-        options. Without ``sampling`` answers are as long as the model likes."""
+        options. Without ``sampling`` the model's own defaults hold, and answers are as long as
+        it likes."""
         encoded = [self.encode_chat(talk, **template) for talk in _listed_talks(messages)]
-        return self._finish(self._jobs(encoded, sampling or CHAT_SAMPLING, text, n), use_tqdm)
+        sampling = sampling or self.default_sampling(max_tokens=None)
+        return self._finish(self._jobs(encoded, sampling, text, n), use_tqdm)
 
     def stream(
         self,
@@ -200,6 +203,11 @@ class LLM:
             for emission in emissions:
                 yield self._push(growing, emission)
         return growing[0].completion()
+
+    def default_sampling(self, **fields: Any) -> SamplingParams:
+        """What the model's generation_config.json asks for, with ``fields`` of `SamplingParams`
+        over it."""
+        return SamplingParams(**sampling_defaults(self.started.checkpoint.generation) | fields)
 
     def encode_chat(self, messages: Conversation, **template: Unpack[Options]) -> list[int]:
         """The token ids that a conversation becomes."""
@@ -222,7 +230,7 @@ class LLM:
     ) -> list[Job]:
         """Jobs that the engine will take, sooner or later."""
         if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or SamplingParams()] * len(prompts)
+            sampling = [sampling or self.default_sampling()] * len(prompts)
         if len(sampling) != len(prompts):
             raise RequestError(f"{len(sampling)} sampling for {len(prompts)} prompts", "sampling")
         jobs = [

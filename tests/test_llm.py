@@ -35,6 +35,7 @@ def fake(make_engine, runner):
         engine=make_engine(runner, max_num_queued_reqs=3, max_num_seqs=2),
         tokenizer=ByteTokenizer(),
         chat=Chat(),
+        checkpoint=SimpleNamespace(generation={"top_k": 3, "temperature": 0.7, "pad": 1}),
         close=lambda: closed.append(True),
     )
     with LLM.over(started) as llm:
@@ -118,6 +119,17 @@ def test_logprobs_come_with_tokens(fake):
     ((plain,),) = fake.generate("hi", GREEDY, use_tqdm=False)
     assert plain.logprobs is None
     assert plain.prompt_logprobs is None
+
+
+def test_the_models_sampling_defaults_apply_where_none_are_given(fake, monkeypatch):
+    added, add = [], fake.engine.add
+    monkeypatch.setattr(fake.engine, "add", lambda job, *rest: added.append(job) or add(job, *rest))
+    fake.generate("one")
+    fake.chat([{"role": "user", "content": "hi"}])
+    fake.generate("one", SamplingParams(max_tokens=1))
+    drawn = [(job.sampling.top_k, job.sampling.temperature) for job in added]
+    assert drawn == [(3, 0.7), (3, 0.7), (0, 1.0)]
+    assert [job.sampling.max_tokens for job in added][1:] == [None, 1]
 
 
 def test_chat_takes_one_conversation_or_several(fake):

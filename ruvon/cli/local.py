@@ -14,11 +14,10 @@ from ruvon import telemetry
 from ruvon.cli.answers import Message, Options, Piece
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
-from ruvon.engine.types import SamplingParams, TextOptions
+from ruvon.engine.types import TextOptions
 from ruvon.errors import RuvonError
 from ruvon.llm import LLM, Completion, Prompt
 from ruvon.models.chat import Delta, Parser, PlainParser
-from ruvon.server.requests import sampling_defaults
 
 COMPLETION_TOKENS = 128  # of `complete` when --max-tokens is not given; a chat may use all
 
@@ -48,10 +47,9 @@ class Local:
         return self._answer(prompt, PlainParser(), {"max_tokens": COMPLETION_TOKENS, **options})
 
     def _answer(self, prompt: Prompt, parser: Parser, options: Options) -> Generator[Piece]:
-        fields: dict[str, Any] = sampling_defaults(self.llm.started.checkpoint.generation)
-        fields |= {name: value for name, value in options.items() if name != "stop"}
+        fields: dict[str, Any] = {key: value for key, value in options.items() if key != "stop"}
         text = TextOptions(stop=tuple(options.get("stop", ())))
-        with closing(self.llm.stream(prompt, SamplingParams(**fields), text)) as pieces:
+        with closing(self.llm.stream(prompt, self.llm.default_sampling(**fields), text)) as pieces:
             completion = yield from parse(pieces, parser)
         if completion.error:
             raise RuvonError(completion.error)

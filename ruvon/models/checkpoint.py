@@ -29,6 +29,9 @@ HUB_IGNORED = ("*/*", "consolidated*")  # other formats of the same weights
 QUANTIZATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
+SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """A model on disk, not yet read but for its description."""
@@ -39,6 +42,12 @@ class Checkpoint:
     spec: ModelSpec
     config: Mapping[str, Any]  # config.json, or GGUF metadata
     generation: Mapping[str, Any]  # generation_config.json, or empty
+
+
+def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
+    """What a generation_config.json says about how tokens are drawn, as `SamplingParams` fields; it
+    applies where a request is silent."""
+    return {name: generation[name] for name in SAMPLING_KEYS if generation.get(name) is not None}
 
 
 def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:

@@ -24,7 +24,7 @@ from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import Started
 from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
-from ruvon.server.requests import sampling_defaults
+from ruvon.models.checkpoint import sampling_defaults
 from ruvon.server.state import STATE, Service, State
 from ruvon.telemetry import Metrics, Progress, Totals, stats_line
 

@@ -7,8 +7,8 @@ queues the jobs: before the first byte of an answer.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import ContextLengthError, RequestError
@@ -29,16 +29,7 @@ PASSED = (
 )  # fmt: skip
 """Fields that mean the same in a request and in `SamplingParams`."""
 
-SERVED_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
-"""Entries of a generation_config.json that change how tokens are drawn."""
-
 T = TypeVar("T")
-
-
-def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
-    """What a model's generation_config.json says about sampling; it applies where a request is
-    silent."""
-    return {name: generation[name] for name in SERVED_DEFAULTS if generation.get(name) is not None}
 
 
 async def prepare_completion(
