@@ -1,6 +1,7 @@
 """What each kernel of a CPU step costs, next to what the machine could do.
 
     python bench/cpu_kernels.py [--threads 2] [--model FILE] [--json FILE]
+    python bench/cpu_kernels.py --model gpt2/config.json --load-format dummy --dtype bfloat16
 
 For decodes of 1 to 32 sequences and for a prompt of 512 tokens: milliseconds a step spends in each
 kind of instruction (all layers), the memory it reads and the multiply-adds it does. Ceilings are
@@ -36,15 +37,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--model", default=None)
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--dtype", default="auto", help="of weights that are not quantized")
+    parser.add_argument("--quantization", default="auto")
     parser.add_argument("--json", default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    kernels = CpuKernels(args.threads)
+    config = EngineConfig(
+        model=args.model,
+        load_format=args.load_format,
+        dtype=args.dtype,
+        quantization=args.quantization,
+    )
+    dense = None if args.dtype == "auto" else getattr(torch, args.dtype)
+    kernels = CpuKernels(args.threads, dense_dtype=dense)
     ceilings = measure_ceilings()
     print(f"{kernels.ops.name}, {args.threads} threads; torch ", end="")
     print(f"reads {ceilings['GB/s']:.1f} GB/s, ", end="")
     print(f"multiplies {ceilings['GOP/s']:.0f} GOP/s (int8)\n")
-    tape = load_tape(kernels, args.model)
+    tape = load_tape(kernels, config)
     results = {"ceilings": ceilings}
     for name, batch in batches().items():
         results[name] = report(name, tape, batch)
@@ -54,8 +65,7 @@ def main() -> None:
             json.dump(results, file, indent=1)
 
 
-def load_tape(kernels: CpuKernels, model_name: str | None) -> Tape:
-    config = EngineConfig(model=model_name)
+def load_tape(kernels: CpuKernels, config: EngineConfig) -> Tape:
     model = load_model(open_checkpoint(config, silent), config, kernels.ops, silent)
     spec = model.spec
     cache = allocate_cache(
