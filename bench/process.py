@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import socket
@@ -10,12 +11,15 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 START_TIMEOUT = 600.0  # seconds; a first start may compile
+STOP_TIMEOUT = 10.0  # seconds that a server has to end, and then those that it leaves behind
+SET_CHILD_SUBREAPER = 36  # of prctl(2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +43,7 @@ class Neighbours:
         self._busy, self._own, self._time = busy_ticks(), own_ticks(), time.perf_counter()
 
     def share(self) -> float:
-        """Of all cores, 0 to 1. Servers must be over by then, or they count as others."""
+        """Of all cores, 0 to 1. Servers must be over by then (`running`), or count as others."""
         spent = (busy_ticks() - self._busy) - (own_ticks() - self._own)
         all_ticks = (time.perf_counter() - self._time) * TICKS * (os.cpu_count() or 1)
         return max(spent / all_ticks, 0.0)
@@ -55,7 +59,7 @@ def busy_ticks() -> int:
 
 
 def own_ticks() -> float:
-    """What this process and its finished children have worked."""
+    """What this process has worked, and every process below it that was waited for."""
     times = os.times()
     return TICKS * (times.user + times.system + times.children_user + times.children_system)
 
@@ -81,6 +85,7 @@ def running(
     """
     url = f"http://127.0.0.1:{port}"
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stop it then too
+    adopt_orphans()
     started = time.perf_counter()
     with open(log or os.devnull, "wb") as output:
         process = subprocess.Popen(
@@ -118,16 +123,34 @@ def answers(url: str) -> bool:
         return False
 
 
+def adopt_orphans() -> None:
+    """Become the parent of what our children leave behind, instead of init. What workers of a
+    server have done can only be told from others' work by whoever waits for them."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """Ask first, insist after ten seconds; children too, as they share its session."""
+    """Ask first, insist later; children too, most of which share its session."""
+    members = family(process.pid)
     for ask in (signal.SIGTERM, signal.SIGKILL):
-        try:
+        with suppress(ProcessLookupError):
             os.killpg(process.pid, ask)
-            process.wait(timeout=10)
-        except subprocess.TimeoutExpired:
-            continue
-        except ProcessLookupError:
-            return
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(timeout=STOP_TIMEOUT)
+            break
+    deadline = time.monotonic() + STOP_TIMEOUT
+    for pid in members:
+        reap(pid, deadline)
+
+
+def reap(pid: int, deadline: float) -> None:
+    """Wait for an orphan, which makes its work ours (`own_ticks`); after ``deadline``, kill it."""
+    with suppress(ChildProcessError):  # it was waited for already
+        while os.waitpid(pid, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+            time.sleep(0.02)
 
 
 def memory(pid: int, field: str) -> int:
@@ -143,8 +166,21 @@ def memory(pid: int, field: str) -> int:
 
 
 def family(pid: int) -> list[int]:
-    try:
-        text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
-    except OSError:
-        return [pid]
-    return [pid, *(member for child in text.split() for member in family(int(child)))]
+    """A process and all below it, parents first."""
+    children = defaultdict(list)
+    for child, parent in parents().items():
+        children[parent].append(child)
+    found = [pid]
+    for member in found:  # grows as it goes
+        found += children[member]
+    return found
+
+
+def parents() -> dict[int, int]:
+    """The parent of each process. Not every kernel lists children, but all tell parents."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended since
+            after_name = path.read_text(errors="replace").rpartition(")")[2].split()
+            found[int(path.parent.name)] = int(after_name[1])
+    return found
