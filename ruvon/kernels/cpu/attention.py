@@ -13,7 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import literally, njit
 
-from ruvon.kernels.cpu.program import Field, Param, get
+from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
 from ruvon.kernels.cpu.rows import PACK, pack_of
 from ruvon.kernels.cpu.simd import (
     exp16,
@@ -35,7 +35,15 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import KINDS, ROWS, TILES, TileKind, attend_tiles, quantize_group
+from ruvon.kernels.cpu.tiles import (
+    KINDS,
+    ROWS,
+    TILES,
+    TileKind,
+    attend_tiles,
+    load_dense,
+    quantize_group,
+)
 
 QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
@@ -52,6 +60,8 @@ PEAKS = SUMS + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS]
 MASSES = PEAKS + TILE_ROWS * 4  # float32 [TILE_ROWS, 16]: sums of numerators, by lanes
 HEAD = MASSES + TILE_ROWS * 64  # float32 [MOST_DIMS]: one head of one token
 ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
+WIDENED = ADDRESSES + 64  # float32 [TILES, MOST_DIMS, 16]: tiles of the cache
+assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - 64
 
 F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
 CACHE_BYTES = tuple(kind.step_bytes // 16 for kind in KINDS)  # of one number
@@ -268,6 +278,36 @@ def cached_at(instruction, table, key):
 
 
 @njit
+def place_tile(cache, tile, vectors, many, t, scratch):
+    """Note where tile ``t`` lies; widened to float32 first if ``many`` rows will multiply it: then
+    that costs less than to widen it for every eight of them. It is exact."""
+    cache = literally(cache)
+    if many and CACHE_BYTES[cache] < 4:
+        wide = scratch + WIDENED + 64 * MOST_DIMS * t
+        for n in range(vectors):
+            store(wide + 64 * n, load_dense(cache, tile + 16 * CACHE_BYTES[cache] * n))
+        tile = wide
+    write_i64(scratch + ADDRESSES + 8 * t, tile)
+
+
+@njit
+def attend_rows(cache, fresh, many, x_stride, out_stride, scratch, x, steps, out, rows):
+    """All rows by the tiles that were placed, see `attend_tiles`."""
+    cache = literally(cache)
+    addresses = scratch + ADDRESSES
+    for row in range(0, rows, ROWS):
+        x_row, out_row, count = x + row * x_stride, out + row * out_stride, min(ROWS, rows - row)
+        if many:
+            attend_tiles(
+                F32_CACHE, fresh, x_stride, out_stride, addresses, x_row, steps, out_row, count
+            )
+        else:
+            attend_tiles(
+                cache, fresh, x_stride, out_stride, addresses, x_row, steps, out_row, count
+            )
+
+
+@njit
 def score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
     """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``.
 
@@ -275,21 +315,18 @@ def score_span(cache, instruction, scratch, table, group, at, skipped, keys, row
     """
     cache = literally(cache)
     page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-    addresses = scratch + ADDRESSES
+    many = rows > ROWS
     for c in range(skipped, keys, 16 * TILES):
         for t in range(TILES):
             key = at + min(c + 16 * t, (keys - 1) // 16 * 16)
             place = cached_at(instruction, table, key) + group * page + key % page
             tile = get(instruction, Field.KEYS) + CACHE_BYTES[cache] * place * dim
-            write_i64(addresses + 8 * t, tile)
+            place_tile(cache, tile, dim, many, t, scratch)
             value = get(instruction, Field.VALUES) + (tile - get(instruction, Field.KEYS))
             for line in range(0, CACHE_BYTES[cache] * 16 * dim, 64):
                 prefetch(value + line)
-        for row in range(0, rows, ROWS):
-            queries = scratch + QUERIES + row * ROW_BYTES
-            scores = scratch + SCORES + row * SPAN_BYTES + 4 * c
-            count = min(ROWS, rows - row)
-            attend_tiles(cache, 1, ROW_BYTES, SPAN_BYTES, addresses, queries, dim, scores, count)
+        x, out = scratch + QUERIES, scratch + SCORES + 4 * c
+        attend_rows(cache, 1, many, ROW_BYTES, SPAN_BYTES, scratch, x, dim, out, rows)
 
 
 @njit
@@ -298,7 +335,7 @@ def mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
     fewer are left."""
     cache = literally(cache)
     page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-    addresses = scratch + ADDRESSES
+    many = rows > ROWS
     for c in range(skipped, keys, 16):
         place = (cached_at(instruction, table, at + c) + group * page) * dim
         place += (at + c) % page * 16
@@ -307,14 +344,9 @@ def mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
             for t in range(TILES):
                 column = page * min(d + 16 * t, dim - 16)
                 tile = get(instruction, Field.VALUES) + CACHE_BYTES[cache] * (place + column)
-                write_i64(addresses + 8 * t, tile)
-            for row in range(0, rows, ROWS):
-                weights = scratch + SCORES + row * SPAN_BYTES + 4 * c
-                sums = scratch + SUMS + row * ROW_BYTES + 4 * d
-                count = min(ROWS, rows - row)
-                attend_tiles(
-                    cache, 0, SPAN_BYTES, ROW_BYTES, addresses, weights, steps, sums, count
-                )
+                place_tile(cache, tile, steps, many, t, scratch)
+            x, out = scratch + SCORES + 4 * c, scratch + SUMS + 4 * d
+            attend_rows(cache, 0, many, SPAN_BYTES, ROW_BYTES, scratch, x, steps, out, rows)
 
 
 @njit

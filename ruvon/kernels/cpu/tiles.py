@@ -312,6 +312,18 @@ def quantized_step(
     return following
 
 
+DENSE = {"f32": vector(F32), "f16": vector(F16), "bf16": vector(I16)}  # as they are in memory
+
+
+@intrinsic(prefer_literal=True)
+def load_dense(typing, kind, address):
+    """Sixteen numbers of a dense tile."""
+    element = DENSE[KINDS[kind.literal_value].storage]
+    return define(
+        f32x16, (kind, types.intp), lambda b, _, address: widen(b, load_as(b, address, element, 2))
+    )
+
+
 def dense_step(
     b: ir.IRBuilder,
     tiles: list[ir.Value],
@@ -323,8 +335,7 @@ def dense_step(
 
     ``sums`` is row by row, a row's tiles side by side.
     """
-    element = vector({"f32": F32, "f16": F16, "bf16": I16}[storage])
-    weights = [widen(b, load_as(b, tile, element, 32)) for tile in tiles]
+    weights = [widen(b, load_as(b, tile, DENSE[storage], 32)) for tile in tiles]
     numbers = [broadcast(b, x, F32) for x in x_rows]
     pairs = [(weight, x) for x in numbers for weight in weights]
     return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
