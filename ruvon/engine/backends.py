@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
+import structlog
 import torch
 from torch import Tensor
 
@@ -23,6 +24,8 @@ from ruvon.models import Model
 from ruvon.models.layers import attention_spec
 from ruvon.models.spec import ModelSpec
 from ruvon.telemetry import Progress
+
+log = structlog.get_logger(__name__)
 
 LOGITS_BYTES = 64 << 20  # at once; only prompt logprobs want that many
 
@@ -116,7 +119,8 @@ def find_backend(
         case _:
             try:
                 return cpu_backend(spec, config, threads)
-            except ConfigError:  # a kind of model these kernels do not know: slower, but right
+            except ConfigError as error:  # slower, but right
+                log.warning("slow_kernels", kernels="torch", reason=str(error))
                 return eager(make_torch_ops(dtype, device))
 
 

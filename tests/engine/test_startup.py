@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from ruvon.config import EngineConfig
 from ruvon.engine import startup
@@ -105,11 +106,14 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
     """The CPU kernels read the cache sixteen tokens at a time."""
     with pytest.raises(ConfigError, match="--block-size 8"):
         start_engine(settings(folder, kernels="cpu", block_size=8), lambda phase, share: None)
-    started = start_engine(
-        settings(folder, kernels="auto", device="cpu", block_size=8), lambda phase, share: None
-    )
+    given = settings(folder, kernels="auto", device="cpu", block_size=8)
+    with capture_logs() as logs:
+        started = start_engine(given, lambda phase, share: None)
     started.close()
     assert started.kernels == "torch"
+    (warning,) = logs
+    assert (warning["log_level"], warning["event"]) == ("warning", "slow_kernels")
+    assert "--block-size 8" in warning["reason"]
 
 
 def test_what_is_not_there_is_said(tmp_path):
