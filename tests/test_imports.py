@@ -16,7 +16,7 @@ LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those
 FRONT = {"", "__main__", "bench", "cli", "llm", "quality", "verify"}  # may use everything
 
 OPTIONAL = {
-    "gguf", "huggingface_hub", "llvmlite", "numba", "tqdm", "transformers", "triton", "uvloop",
+    "huggingface_hub", "llvmlite", "numba", "tqdm", "transformers", "triton", "uvloop",
 }  # fmt: skip
 """Heavy, or absent on some machines: may be imported inside a function by whoever needs them."""
 
