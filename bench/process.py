@@ -177,7 +177,7 @@ def family(pid: int) -> list[int]:
 
 
 def parents() -> dict[int, int]:
-    """The parent of each process. Not every kernel lists children, but all tell parents."""
+    """The parent of each process. Children are listed by thread, and not by every kernel."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended since
