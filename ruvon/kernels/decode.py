@@ -114,6 +114,24 @@ def stream_group(
 
 
 @triton.jit
+def prefetch_pages(
+    k_cache_ptr, v_cache_ptr, table_ptr, first, last, group, G,
+    PAGE: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Ask for the pages that hold keys ``first .. last`` of a group; the first 64 of them."""
+    pages = first // PAGE + tl.arange(0, 64)
+    wanted = pages * PAGE < last
+    block = tl.load(table_ptr + pages, mask=wanted, other=0).to(tl.int64)
+    start = (block * G + group) * PAGE * D
+    num_bytes = PAGE * D * (k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+    nothing = start * 0
+    k_at = (k_cache_ptr + start).to(tl.int64)
+    prefetch(tl.where(wanted, k_at, nothing), num_bytes, PDL)
+    v_at = (v_cache_ptr + start).to(tl.int64)
+    prefetch(tl.where(wanted, v_at, nothing), num_bytes, PDL)
+
+
+@triton.jit
 def _decode_kernel(
     q_ptr,  # q of [T, H, D], or if FUSED the whole qkv
     k_cache_ptr,
@@ -152,6 +170,7 @@ def _decode_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     STAGES: tl.constexpr,
+    ASK: tl.constexpr,  # whether to ask for keys before the wait
     PDL: tl.constexpr,
 ):
     release(PDL)
@@ -177,17 +196,10 @@ def _decode_kernel(
     end = tl.minimum(begin + per_split, last)
     table = tables_ptr + s.to(tl.int64) * table_stride
     if FUSED:
-        if (queries == 1) & (split < active):
-            pages = begin // PAGE + tl.arange(0, 64)
-            wanted = pages * PAGE < end
-            block = tl.load(table + pages, mask=wanted, other=0).to(tl.int64)
-            start = (block * G + group) * PAGE * D
-            num_bytes = PAGE * D * (k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            nothing = start * 0
-            k_at = (k_cache_ptr + start).to(tl.int64)
-            prefetch(tl.where(wanted, k_at, nothing), num_bytes, PDL)
-            v_at = (v_cache_ptr + start).to(tl.int64)
-            prefetch(tl.where(wanted, v_at, nothing), num_bytes, PDL)
+        if ASK & (queries == 1) & (split < active):
+            prefetch_pages(
+                k_cache_ptr, v_cache_ptr, table, begin, end, group, G, PAGE, D, PDL
+            )  # fmt: skip
         wait(PDL)
     if (queries == 1) & (split < active):
         row = q_ptr + token * q_stride
@@ -277,14 +289,19 @@ class DecodeTile(NamedTuple):
     keys: int
     warps: int
     stages: int
+    ask: bool = True
 
 
-def decode_tile(share: int, block_d: int, many: bool) -> DecodeTile:
-    """On an H100 two stages of 64 keys were best or within 5 % for 1 to 256 sequences: more need
-    more registers, and then fewer programs share a multiprocessor."""
-    if share > 1 and not many and block_d <= 64:
+def decode_tile(share: int, block_d: int, programs: int) -> DecodeTile:
+    """As measured on an H100. More keys or stages need more registers, and then fewer programs
+    share a multiprocessor. Programs that all start at once ask for their keys before they wait; of
+    more, each would ask for what it is about to read anyway, which costs a tenth."""
+    few = programs <= PROGRAMS
+    if share > 1 and few and block_d <= 64:
         return DecodeTile(128, 4, 2)
-    return DecodeTile(64 if block_d <= 128 else 32, 4, 2)
+    if share == 1 and programs > 6 * PROGRAMS and block_d <= 64:
+        return DecodeTile(32, 4, 3, ask=False)
+    return DecodeTile(64 if block_d <= 128 else 32, 4, 2, ask=few)
 
 
 def launch_decode(
@@ -308,8 +325,7 @@ def launch_decode(
     context = min(batch.max_context, spec.window or batch.max_context)
     splits = num_splits(sequences, groups, context)
     block_d = triton.next_power_of_2(spec.head_dim)
-    many = sequences * groups * splits > PROGRAMS
-    tile = tile or decode_tile(share, block_d, many)
+    tile = tile or decode_tile(share, block_d, sequences * groups * splits)
     q_norm_D, k_norm_D, eps = norms or (None, None, 0.0)
     _decode_kernel[(groups, splits, sequences)](
         q,
@@ -349,6 +365,7 @@ def launch_decode(
         BLOCK_N=tile.keys,
         BLOCK_D=block_d,
         STAGES=tile.stages,
+        ASK=tile.ask,
         PDL=pdl,
         num_warps=tile.warps,
         launch_pdl=pdl,

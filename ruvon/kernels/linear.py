@@ -5,7 +5,8 @@ program a few weight rows, loads them whole into registers *before* it waits for
 of it (see `ruvon.kernels.pdl`), and can apply the residual addition and the norm in front of the
 product itself, so that a layer is five launches. With up to `SKINNY_ROWS` rows `_skinny_kernel`
 uses tensor cores, asks for its weights before it waits, and splits long sums over programs; so do
-logits of any number of rows, in float32. Both finish with bias and activation.
+logits of any number of rows, in float32. Both finish with bias and activation. Large weights and 33
+to 64 rows go to `ruvon.kernels.stream`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from ruvon.kernels.activation import KINDS, activate, apply_activation
 from ruvon.kernels.norm import add_norm
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.stream import stream, stream_tile
 
 GEMV_ROWS = 2
 GEMV_COLUMNS = 8192  # a weight row longer than this does not fit the registers
@@ -362,6 +364,9 @@ def linear(
         return gemv(x_TK, None, None, weight, bias_N, activation, x_TK.dtype, pdl)[0]
     if rows <= SKINNY_ROWS and streams(*weight.shape):
         return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl)
+    tile = stream_tile(rows, *weight.shape, activation == "silu_gated")
+    if tile is not None and x_TK.is_contiguous() and x_TK.dtype != torch.float32:
+        return stream(x_TK, weight, bias_N, activation, workspace, pdl, tile)
     dense_NK = weight.tensors[0]
     if activation == "gelu_tanh" and bias_N is not None and x_TK.is_cuda:
         return torch._addmm_activation(bias_N, x_TK, dense_NK.T, use_gelu=True)  # cuBLAS's is tanh

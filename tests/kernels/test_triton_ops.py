@@ -6,8 +6,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ruvon.kernels import decode, reference
-from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Rope
+from ruvon.kernels import decode, linear, reference
+from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, Rope
+from ruvon.kernels.pdl import supports_pdl
+from ruvon.kernels.stream import StreamTile, stream
 from ruvon.kernels.triton_ops import make_triton_ops
 
 pytestmark = pytest.mark.usefixtures("triton_device")
@@ -316,3 +318,22 @@ def test_invariant_products_are_right(dtype, activation):
         x = randn(rows, 320, dtype=dtype)
         expected = reference.linear(x, weight, bias, activation)
         assert_close(ops.linear(x, weight, bias, activation), expected, dtype)
+
+
+@pytest.mark.parametrize(
+    ("rows", "outputs", "columns", "tile"),
+    [
+        (5, 100, 96, StreamTile(16, 32, 64, 1, 3)),
+        (13, 70, 200, StreamTile(16, 32, 64, 3, 3)),
+        (50, 70, 200, StreamTile(64, 32, 64, 1, 3, ahead=128)),
+    ],
+)
+def test_streamed_product(dtype, rows, outputs, columns, tile):
+    """Rows, outputs and columns that fill no tile; the second splits its sums."""
+    x, weight = randn(rows, columns, dtype=dtype), randn(outputs, columns, dtype=dtype)
+    bias, sums = randn(outputs, dtype=dtype), linear.make_workspace(DEVICE)
+    packed = Packed("dense", (outputs, columns), (weight,))
+    actual = stream(x, packed, bias, "relu", sums, supports_pdl(DEVICE), tile)
+    expected = (x.double() @ weight.double().T + bias.double()).relu()
+    assert_close(actual, expected, dtype)
+    assert not sums.counters.any(), "they are zero between uses"
