@@ -6,8 +6,8 @@
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens. ``steps`` is
 the time of a decode step's graph; the floor is the bytes it must read over 3.35 TB/s. ``offline``
 drives `ruvon.LLM`, token ids in. ``serve`` streams /v1/completions to clients in other processes;
-``load`` does so at several rates of arrival (Poisson), with prompts of 16 to 500 tokens and outputs
-of 16 to 500, drawn at temperature 0.8 and top-p 0.95.
+``load`` does so at several rates of arrival (Poisson), with prompts of 16 to 900 tokens and outputs
+of 16 to 500 or what the context leaves, drawn at temperature 0.8 and top-p 0.95.
 
 vLLM's figures: 0.25.1 (torch 2.11, FlashAttention 3, CUDA graphs) on one H100 80GB HBM3, the same
 work. GPT-2's vocabulary is read from --vocab (vocab.json and merges.txt), if given.
@@ -26,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -320,7 +321,19 @@ def measure_serve(name: str, folder: Path, options: list[str]) -> dict[str, Any]
             print(f"| {concurrency} | {show(row)} | {VLLM_SERVE[concurrency]} |", flush=True)
             numbers[str(concurrency)] = row
         numbers["ready_s"] = server.ready_seconds
+        check_counters(server.url)
     return numbers
+
+
+def check_counters(url: str) -> None:
+    """Every step was one graph, and nothing was compiled on the way."""
+    with urllib.request.urlopen(f"{url}/metrics") as answer:
+        lines = answer.read().decode().splitlines()
+    for name in ("graph_misses", "kernel_compilations"):
+        (line,) = (line for line in lines if line.startswith(f"ruvon_{name}_total"))
+        value = float(line.rsplit(" ", 1)[1])
+        print(f"{name}: {value:.0f}")
+        assert value == 0, line
 
 
 def measure_load(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
@@ -332,6 +345,7 @@ def measure_load(name: str, folder: Path, options: list[str]) -> dict[str, Any]:
         for rate in (16, 48, 96):
             numbers[str(rate)] = row = load_server(server.url, Client(None, 5 * rate, rate))
             print(f"| {rate} | {show(row)} |", flush=True)
+        check_counters(server.url)
     return numbers
 
 
@@ -370,15 +384,18 @@ class Client:
 
     def requests(self, rng: random.Random) -> list[Any]:
         mixed = math.isfinite(self.rate)
-        lengths = [
-            (rng.randint(16, 500), rng.randint(16, 500)) if mixed else (128, 128)
-            for _ in range(self.num_requests)
-        ]
+        lengths = [mixed_lengths(rng) if mixed else (128, 128) for _ in range(self.num_requests)]
         return [([rng.randrange(49000) for _ in range(n)], out) for n, out in lengths]
 
     def sampling(self) -> dict[str, float]:
         drawn = math.isfinite(self.rate)
         return {"temperature": 0.8, "top_p": 0.95} if drawn else {"temperature": 0.0}
+
+
+def mixed_lengths(rng: random.Random) -> tuple[int, int]:
+    """Of a prompt and its output, which together fit GPT-2's context."""
+    prompt = rng.randint(16, 900)
+    return prompt, rng.randint(16, min(500, 1024 - prompt))
 
 
 def load_server(url: str, client: Client) -> list[float]:

@@ -17,7 +17,7 @@ from typing import Literal, TypeAlias
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -125,6 +125,20 @@ class Tally(Collector):
         buckets = list(zip(names, map(float, accumulate(self._counts)), strict=True))
         family = HistogramMetricFamily(self._name, self._help, labels=list(self._labels))
         family.add_metric(list(self._labels.values()), buckets, self._sum)
+        yield family
+
+
+class Watched(Collector):
+    """A counter that somebody else keeps, read when it is asked for."""
+
+    def __init__(
+        self, name: str, help: str, read: Callable[[], int], labels: Mapping[str, str]
+    ) -> None:
+        self._name, self._help, self._read, self._labels = name, help, read, labels
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = CounterMetricFamily(self._name, self._help, labels=list(self._labels))
+        family.add_metric(list(self._labels.values()), self._read())
         yield family
 
 
@@ -238,6 +252,10 @@ class Metrics:
             "vllm:cache_config_info", "Settings of the KV cache.", list(labels),
             registry=self.registry,
         ).labels(**labels).set(1)  # fmt: skip
+
+    def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
+        """Publish ``vllm:{name}_total``, counted elsewhere. ``read`` is called on any thread."""
+        self.registry.register(Watched(f"vllm:{name}", help, read, self._labels))
 
     def record_step(
         self,

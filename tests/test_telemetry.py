@@ -210,3 +210,11 @@ def test_console_lines(stderr):
     ours, theirs = stderr()
     assert ours.endswith("number=1")
     assert "beware" in theirs
+
+
+def test_what_others_count_is_read_when_asked_for(metrics):
+    misses = [0]
+    metrics.watch("graph_misses", "Steps.", lambda: misses[0])
+    misses[0] = 3
+    found = lines(metrics)
+    assert [found[name] for name in found if name.startswith("ruvon_graph_misses_total")] == ["3.0"]

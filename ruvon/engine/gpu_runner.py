@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import triton
 from torch import Tensor
 
 from ruvon.engine.graphs import (
@@ -128,6 +129,26 @@ class StepFuture(Future[StepResult]):
                 self.set_result(result)
 
 
+class Compilations:
+    """Counts kernels that are compiled, or loaded from Triton's cache, from now on: each holds up
+    the step that needs it."""
+
+    def __init__(self) -> None:
+        self.num = 0
+        self._others = triton.knobs.runtime.jit_post_compile_hook
+        triton.knobs.runtime.jit_post_compile_hook = self
+
+    def __call__(self, **facts: Any) -> bool | None:
+        """As Triton calls its hook."""
+        self.num += 1
+        return self._others(**facts) if self._others is not None else None
+
+    def close(self) -> None:
+        """Stop counting."""
+        if triton.knobs.runtime.jit_post_compile_hook is self:
+            triton.knobs.runtime.jit_post_compile_hook = self._others
+
+
 class GpuRunner:
     """Implements the engine's `Runner` protocol."""
 
@@ -177,6 +198,22 @@ class GpuRunner:
         self._aloft: deque[StepFuture] = deque()
         self._last: tuple[Plan, Future[StepResult]] | None = None
         self.num_misses = 0  # steps that a graph alone was not enough for
+        self._compilations = Compilations()
+
+    @property
+    def num_compilations(self) -> int:
+        """Kernels compiled or loaded since all graphs were captured."""
+        return self._compilations.num
+
+    @property
+    def counters(self) -> dict[str, tuple[str, Callable[[], int]]]:
+        """What a server tells of it: by name, help and value."""
+        return {
+            "graph_misses": ("Steps a captured graph was not enough for.", lambda: self.num_misses),
+            "kernel_compilations": (
+                "Kernels compiled or loaded since the start.", lambda: self.num_compilations,
+            ),
+        }  # fmt: skip
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Begin a step. The future holds its result, or whatever went wrong."""
@@ -195,6 +232,7 @@ class GpuRunner:
     def close(self) -> None:
         """Finish the steps under way and end the threads."""
         self._waiter.shutdown()
+        self._compilations.close()
         self._scorer.close()
 
     # ---------------------------------------------------------------- on the device

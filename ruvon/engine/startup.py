@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -56,6 +56,8 @@ class Started:
     dtype: str  # of the computation
     threads: int
     close: Callable[[], None]  # ends the threads; nothing runs afterwards
+    counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
+    """What the runner counts, for metrics: by name, help and value."""
 
 
 def start_engine(config: EngineConfig, progress: Progress) -> Started:
@@ -127,6 +129,7 @@ def assemble(
         dtype=str(backend.ops.dtype).removeprefix("torch."),
         threads=threads,
         close=ending.close,
+        counters={} if isinstance(runner, Runner) else runner.counters,
     )
 
 

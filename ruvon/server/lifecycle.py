@@ -84,6 +84,8 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
         enable_prefix_caching=engine.config.enable_prefix_caching,
         gpu_memory_utilization=engine.config.gpu_memory_utilization,
     )
+    for name, (help, read) in started.counters.items():
+        metrics.watch(name, help, read)
     generation = checkpoint.generation if server.generation_config == "auto" else {}
     return Service(
         names=names,

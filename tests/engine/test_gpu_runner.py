@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import triton
 
-from ruvon.engine.gpu_runner import GpuRunner
+from ruvon.engine.gpu_runner import Compilations, GpuRunner
 from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, single_buckets
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
@@ -316,3 +317,12 @@ def test_seats_stay_low_and_send_changes_only():
     assert (back.seats, back.newcomers) == ([1, 0], [0])
     blocks[3] = list(blocks[3])
     assert seats.assign([chunk(0, 34), chunk(3, 34)], 2).newcomers == [1]
+
+
+def test_compilations_are_counted_until_closed():
+    before = triton.knobs.runtime.jit_post_compile_hook
+    compilations = Compilations()
+    triton.knobs.runtime.jit_post_compile_hook(key="", repr="", fn=None)
+    assert compilations.num == 1
+    compilations.close()
+    assert triton.knobs.runtime.jit_post_compile_hook is before
