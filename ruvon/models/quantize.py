@@ -4,6 +4,8 @@ Only matrices are quantized: projections, and the embedding table and head, whos
 up or scored one by one and suffer more, so they get eight bits even under int4. Norms, biases and
 learned positions stay as they are.
 
+Four bits are few enough that scale and offset are worth a search: `quantize_search`.
+
 A new format is a row in `SCHEMES` here and a layout in the tables of kernels that pack it.
 """
 
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Dense, Quantized, Weight
+from ruvon.models.quantize_search import search_grids
 
 GROUP = 32  # weights that share a scale; the same as Q8_0 and Q4_1
 
@@ -48,12 +51,20 @@ def to_int8(weight: Weight) -> Quantized:
 
 
 def to_int4(weight: Weight) -> Quantized:
-    """With an offset: codes 0 to 15 span the group from its least to its greatest value."""
+    """With an offset: codes 0 to 15, scale and offset searched for the least squared error.
+
+    A weight that is in this form already stays as it is: nothing found could be nearer.
+    """
+    if isinstance(weight, Quantized) and _is_int4(weight):
+        return weight
     values = _groups(weight)
-    least, greatest = values.aminmax(dim=-1, keepdim=True)
-    scales, offsets = ((greatest - least) / 15).half(), least.half()
-    codes = _divide(values - offsets.float(), scales).round().clamp(0, 15)
-    return _quantized(codes, scales, offsets, 4)
+    codes, scales, offsets = search_grids(values.flatten(0, 1))
+    return _quantized(
+        codes.view_as(values),
+        scales.view(*values.shape[:2], 1),
+        offsets.view(*values.shape[:2], 1),
+        4,
+    )
 
 
 SCHEMES: Mapping[str, Scheme] = {
@@ -62,6 +73,10 @@ SCHEMES: Mapping[str, Scheme] = {
     "int8": Scheme(to_int8, to_int8),
     "int4": Scheme(to_int4, to_int8),
 }
+
+
+def _is_int4(weight: Quantized) -> bool:
+    return weight.bits == 4 and weight.group == GROUP and weight.scales.dtype == torch.float16
 
 
 def _groups(weight: Weight) -> Tensor:

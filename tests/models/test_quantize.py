@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from gguf import GGMLQuantizationType
@@ -13,6 +15,7 @@ from ruvon.errors import LoadError
 from ruvon.kernels.ops import Dense, Quantized
 from ruvon.models.gguf import GgufFile
 from ruvon.models.quantize import SCHEMES, dequantize, stack, to_int4, to_int8
+from ruvon.models.quantize_search import AT_ONCE
 
 
 @pytest.fixture
@@ -29,18 +32,57 @@ def test_int8_is_within_half_a_step(weight):
     assert ((packed.dequantize() - weight).abs() <= step * 0.51 + 1e-6).all()
 
 
-def test_int4_is_within_half_a_step(weight):
-    packed = to_int4(Dense(weight + 3.0))  # far from symmetric
-    assert (packed.bits, packed.group) == (4, 32)
-    assert packed.codes_NK.amin() == 0
-    assert packed.codes_NK.amax() == 15
-    step = packed.scales.float().repeat_interleave(32, dim=1)
-    assert ((packed.dequantize() - weight - 3.0).abs() <= step * 0.52 + 2e-3).all()
+class TestInt4:
+    def test_form(self, weight):
+        packed = to_int4(Dense(weight))
+        assert (packed.bits, packed.group) == (4, 32)
+        assert (packed.codes_NK.amin(), packed.codes_NK.amax()) == (0, 15)
+        assert packed.scales.dtype == packed.offsets.dtype == torch.float16
+        assert packed.scales.shape == packed.offsets.shape == (10, 3)
+
+    @pytest.mark.parametrize("centre", [0.0, 3.0])
+    def test_error_is_a_tenth_less_than_rounding_to_nearest(self, centre):
+        groups = torch.randn(2000, 32, generator=torch.Generator().manual_seed(0)) + centre
+        least, greatest = groups.aminmax(dim=1, keepdim=True)
+        step, least = ((greatest - least) / 15).half().float(), least.half().float()
+        nearest = ((groups - least) / step).round().clamp(0, 15) * step + least
+        before = (nearest - groups).square().sum(1)
+        after = (to_int4(Dense(groups)).dequantize() - groups).square().sum(1)
+        assert after.sum().sqrt() < 0.9 * before.sum().sqrt()
+        assert (after <= before * 1.0001).all()
+
+    @pytest.mark.parametrize("top", [7, 12, 15])
+    def test_weights_on_a_grid_are_found_exactly(self, top):
+        """Whichever of the codes it uses, from 0 up."""
+        draws = torch.Generator().manual_seed(0)
+        scales = (torch.rand(50, 3, 1, generator=draws) / 100 + 0.001).half().float()
+        offsets = (torch.randn(50, 3, 1, generator=draws) / 10).half().float()
+        codes = torch.randint(0, top + 1, (50, 3, 32), generator=draws)
+        codes[..., 0], codes[..., 5] = top, 0
+        weight = (codes * scales + offsets).flatten(1)
+        packed = to_int4(Dense(weight))
+        assert torch.equal(packed.dequantize(), weight)
+        assert torch.equal(packed.codes_NK, codes.flatten(1).to(torch.int8))
+
+    def test_groups_do_not_depend_on_others(self, weight):
+        """Nor on how many are searched at once."""
+        many = weight.repeat(AT_ONCE // 10, 1)
+        packed, alone = to_int4(Dense(many)), to_int4(Dense(weight[-1:]))
+        assert len(many) * 3 > AT_ONCE
+        assert torch.equal(
+            packed.dequantize()[9::10], alone.dequantize().expand(len(many) // 10, -1)
+        )
+
+    def test_quantized_weight_in_this_form_is_kept(self, weight):
+        packed = to_int4(Dense(weight))
+        assert to_int4(packed) is packed
+        coarse = replace(packed, codes_NK=packed.codes_NK * 8, bits=8)
+        assert to_int4(coarse).bits == 4
 
 
 @pytest.mark.parametrize("scheme", [to_int8, to_int4])
 def test_constant_groups(scheme):
-    for value in (0.0, 0.25):
+    for value in (0.0, 0.25, -0.5):
         plain = torch.full((2, 32), value)
         torch.testing.assert_close(scheme(Dense(plain)).dequantize(), plain, atol=2e-4, rtol=0)
 
