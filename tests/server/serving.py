@@ -95,6 +95,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             kernels="fake",
             dtype="float32",
             threads=1,
+            counters={},
             close=runner.close,
         )
 
