@@ -75,6 +75,10 @@ class Staging:
         if self.done is not None:
             self.done.synchronize()
 
+    def is_over(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.done is None or bool(self.done.query())
+
 
 def make_staging(graphs: Graphs, captured: Mapping[Bucket, Captured]) -> Staging:
     cuda = graphs.words.is_cuda
@@ -106,6 +110,10 @@ class StepFuture(Future[StepResult]):
         self._waiter = waiter
         self._landing = Lock()
 
+    def done(self) -> bool:
+        """Whether the device is: then `result` takes down what it left, without waiting."""
+        return super().done() or self._flight.staging.is_over()
+
     def result(self, timeout: float | None = None) -> StepResult:
         """Waits for the device, however long that takes."""
         self.land()
@@ -113,13 +121,13 @@ class StepFuture(Future[StepResult]):
 
     def add_done_callback(self, fn: Callable[[Future[StepResult]], object]) -> None:
         super().add_done_callback(fn)
-        if not self.done():
+        if not super().done():
             self._waiter.submit(self.land)
 
     def land(self) -> None:
         """Take the results down, once the device has them, if nobody has."""
         with self._landing:
-            if self.done():
+            if super().done():
                 return
             try:
                 result = land(self._flight)

@@ -2,9 +2,11 @@
 
 The loop waits for work, launches as many steps as the runner takes at once, lets the event loop
 turn until the oldest is done, and wakes each stream that has news: once a step, however many
-sequences it has. A stream gathers what
-has arrived since its reader last asked, so a slow reader gets larger pieces and stalls nobody;
-what it gathers is bounded by the tokens it asked for.
+sequences it has. A stream gathers what has arrived since its reader last asked, so a slow reader
+gets larger pieces and stalls nobody; what it gathers is bounded by the tokens it asked for.
+
+Where steps are faster than all readers together, they do not wait for them: steps that are done
+already are taken in first, a few in a row, and each reader then writes several tokens at once.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError, Unavail
 log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
+MOST_IN_A_ROW, MOST_TIME_IN_A_ROW = 4, 0.004  # steps and seconds before readers get a turn
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
@@ -161,6 +164,7 @@ class EngineLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
+        self._in_a_row, self._turned_at = 0, clock()  # steps taken in since others had a turn
 
     # ---------------------------------------------------------------- life
 
@@ -286,11 +290,19 @@ class EngineLoop:
             self._die(error)
 
     async def _finish(self, pending: Pending) -> None:
-        await asyncio.wrap_future(pending.future)
+        if self._others_turn() or not pending.future.done():
+            await asyncio.wrap_future(pending.future)
+            self._in_a_row, self._turned_at = 0, self._clock()
+        self._in_a_row += 1
         emissions = self.engine.collect(pending)
         self.progressed_at = now = self._clock()
         self._record_step()
         self._deliver(emissions, now)
+
+    def _others_turn(self) -> bool:
+        """Whether readers and new requests have waited long enough."""
+        time_in_a_row = self._clock() - self._turned_at
+        return self._in_a_row >= MOST_IN_A_ROW or time_in_a_row > MOST_TIME_IN_A_ROW
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions; each stream wakes once."""

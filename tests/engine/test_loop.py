@@ -8,7 +8,7 @@ from contextlib import aclosing, asynccontextmanager
 import pytest
 from fakes import LETTERS, FakeMetrics, FakeRunner
 
-from ruvon.engine.loop import EngineLoop
+from ruvon.engine.loop import MOST_IN_A_ROW, EngineLoop
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import (
     ContextLengthError,
@@ -167,6 +167,15 @@ async def test_a_reader_wakes_once_a_step_however_many_sequences_it_has(running)
         reading = asyncio.create_task(anext(stream))
         await turn(runner)
         assert len(await reading) == 8
+        await stream.aclose()
+
+
+async def test_steps_that_are_done_already_do_not_wait_for_readers(running):
+    async with running() as (loop, _):  # whose steps are done when they are launched
+        stream = loop.generate([Job((97,), LONG)])
+        await anext(stream)
+        sizes = [len(tokens(await anext(stream))) for _ in range(5)]
+        assert sizes == [MOST_IN_A_ROW] * 5
         await stream.aclose()
 
 
