@@ -6,7 +6,8 @@ sequences it has. A stream gathers what has arrived since its reader last asked,
 gets larger pieces and stalls nobody; what it gathers is bounded by the tokens it asked for.
 
 Where steps are faster than all readers together, they do not wait for them: steps that are done
-already are taken in first, a few in a row, and each reader then writes several tokens at once.
+already are taken in first, a few in a row, and each reader then writes several tokens at once. A
+first token ends the row.
 """
 
 from __future__ import annotations
@@ -312,6 +313,7 @@ class EngineLoop:
             if emission.tokens:
                 if ticket.first_token_at is None:
                     ticket.first_token_at = now
+                    self._in_a_row = MOST_IN_A_ROW  # it is waited for
                     self._metrics.record_first_token(now - ticket.seq.arrived_at)
                 else:
                     intervals[ticket.token_at] = intervals.get(ticket.token_at, 0) + 1
