@@ -23,27 +23,12 @@ from ruvon.kernels.activation import KINDS, activate, apply_activation
 from ruvon.kernels.norm import add_norm
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.splits import Workspace, join_splits, plan_splits
 from ruvon.kernels.stream import stream, stream_tile
 
 GEMV_ROWS = 2
 GEMV_COLUMNS = 8192  # a weight row longer than this does not fit the registers
 SKINNY_ROWS = 64
-SPLIT_PROGRAMS = 640  # at most, where sums are split
-
-
-class Workspace(NamedTuple):
-    """Where programs that share an output tile leave their sums. Counters are zero between uses."""
-
-    counters: Tensor  # int32, one a tile
-    partial: Tensor  # float32 [tile, split, rows, outputs]
-
-
-def make_workspace(device: torch.device) -> Workspace:
-    """Enough for `SPLIT_PROGRAMS` programs of the largest tile."""
-    return Workspace(
-        torch.zeros(SPLIT_PROGRAMS, dtype=torch.int32, device=device),
-        torch.empty(SPLIT_PROGRAMS * 64 * 64, dtype=torch.float32, device=device),
-    )
 
 
 @triton.jit
@@ -165,19 +150,9 @@ def _skinny_kernel(
         if GATED:
             up = tl.load(weight_at[:, None] + offset + columns[None, :], mask=inside, other=0.0)
             ups = tl.dot(x, up.T, ups, input_precision="ieee")
-    finishing = tile >= 0
-    if SPLITS > 1:
-        tile_ptr = partial_ptr + tile * SPLITS * BLOCK_M * BLOCK_N
-        cells = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(tile_ptr + split * BLOCK_M * BLOCK_N + cells, sums)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        finishing = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if finishing:
-            tl.store(counters_ptr + tile, 0)
-            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for other in tl.static_range(SPLITS):  # in order, whoever came last
-                its = tile_ptr + other * BLOCK_M * BLOCK_N + cells
-                sums += tl.load(its, cache_modifier=".cg")
+    sums, finishing = join_splits(
+        sums, tile, split, counters_ptr, partial_ptr, SPLITS, BLOCK_M, BLOCK_N
+    )
     if finishing:
         if HAS_BIAS:
             sums += tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)[None, :]
@@ -318,10 +293,7 @@ def skinny(
     n = weight.shape[0] // (2 if gated else 1)
     tile = tile or skinny_tile(rows, n, k, gated)
     columns = min(tile.columns, max(16, triton.next_power_of_2(k)))
-    per_split = triton.cdiv(triton.cdiv(k, tile.splits), columns) * columns
-    splits = triton.cdiv(k, per_split)
-    tiles = triton.cdiv(n, tile.outputs)
-    assert splits == 1 or tiles * splits <= SPLIT_PROGRAMS
+    tiles, splits, per_split = plan_splits(n, k, tile.outputs, columns, tile.splits)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
     _skinny_kernel[(tiles, splits, triton.cdiv(rows, tile.rows))](
         x_TK,

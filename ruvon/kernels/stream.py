@@ -19,6 +19,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.splits import Workspace, join_splits, plan_splits
 
 
 @triton.jit
@@ -62,19 +63,9 @@ def _stream_kernel(
         x = x_desc.load([first_row, k])
         weight = weight_desc.load([first_output, k])
         sums = tl.dot(x, weight.T, sums, input_precision="ieee")
-    finishing = tile >= 0
-    if SPLITS > 1:
-        tile_ptr = partial_ptr + tile * SPLITS * BLOCK_M * BLOCK_N
-        cells = tl.arange(0, BLOCK_M)[:, None] * BLOCK_N + tl.arange(0, BLOCK_N)[None, :]
-        tl.store(tile_ptr + split * BLOCK_M * BLOCK_N + cells, sums)
-        tl.debug_barrier()  # every thread's part is written before one thread says so
-        finishing = tl.atomic_add(counters_ptr + tile, 1, sem="acq_rel") == SPLITS - 1
-        if finishing:
-            tl.store(counters_ptr + tile, 0)
-            sums = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-            for other in tl.static_range(SPLITS):  # in order, whoever came last
-                its = tile_ptr + other * BLOCK_M * BLOCK_N + cells
-                sums += tl.load(its, cache_modifier=".cg")
+    sums, finishing = join_splits(
+        sums, tile, split, counters_ptr, partial_ptr, SPLITS, BLOCK_M, BLOCK_N
+    )
     if finishing:
         if HAS_BIAS:
             sums += tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)[None, :]
@@ -110,16 +101,14 @@ def stream(
     weight: Packed,
     bias_N: Tensor | None,
     activation: Activation,
-    sums: tuple[Tensor, Tensor],
+    workspace: Workspace,
     pdl: bool,
     tile: StreamTile,
 ) -> Tensor:
-    """act(x Wᵀ + b). ``sums``: counters, zero between uses, and room for split sums."""
+    """act(x Wᵀ + b)."""
     rows, k = x_TK.shape
     n = weight.shape[0]
-    per_split = triton.cdiv(triton.cdiv(k, tile.splits), tile.columns) * tile.columns
-    splits = triton.cdiv(k, per_split)
-    tiles = triton.cdiv(n, tile.outputs)
+    tiles, splits, per_split = plan_splits(n, k, tile.outputs, tile.columns, tile.splits)
     out_TN = torch.empty(rows, n, dtype=x_TK.dtype, device=x_TK.device)
     weight_NK = weight.tensors[0]
     _stream_kernel[(tiles, splits, triton.cdiv(rows, tile.rows))](
@@ -128,7 +117,8 @@ def stream(
         weight_NK,
         bias_N,
         out_TN,
-        *sums,
+        workspace.counters,
+        workspace.partial,
         rows,
         n,
         K=k,

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, kv, linear, norm
+from ruvon.kernels import attention, decode, embed, kv, linear, norm, splits
 from ruvon.kernels.ops import Ops, Packed, Quantized, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -28,7 +28,7 @@ def make_triton_ops(
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
-    sums = linear.make_workspace(device)
+    sums = splits.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
         dense = weight.dequantize() if isinstance(weight, Quantized) else weight.weight_NK

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from ruvon.kernels import decode, linear, reference
+from ruvon.kernels import decode, reference, splits
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, Rope
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.stream import StreamTile, stream
@@ -331,7 +331,7 @@ def test_invariant_products_are_right(dtype, activation):
 def test_streamed_product(dtype, rows, outputs, columns, tile):
     """Rows, outputs and columns that fill no tile; the second splits its sums."""
     x, weight = randn(rows, columns, dtype=dtype), randn(outputs, columns, dtype=dtype)
-    bias, sums = randn(outputs, dtype=dtype), linear.make_workspace(DEVICE)
+    bias, sums = randn(outputs, dtype=dtype), splits.make_workspace(DEVICE)
     packed = Packed("dense", (outputs, columns), (weight,))
     actual = stream(x, packed, bias, "relu", sums, supports_pdl(DEVICE), tile)
     expected = (x.double() @ weight.double().T + bias.double()).relu()

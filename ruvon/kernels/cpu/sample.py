@@ -39,11 +39,12 @@ from ruvon.kernels.cpu.simd import (
     read_u8,
     splat16,
     store,
-    store_as,
     sum_lanes,
     write_f32,
+    write_f64,
     write_i32,
     write_i64,
+    write_u8,
 )
 
 TILE = 128  # numbers summed up, or represented by their largest, at once
@@ -135,19 +136,6 @@ def float_at(typing, order):
         return b.bitcast(b.trunc(bits, I32), ir.FloatType())
 
     return define(types.float32, (types.intp,), emit)
-
-
-@intrinsic
-def write_f64(typing, address, x):
-    return define(types.void, (types.intp, types.float64), lambda b, a, x: store_as(b, a, x, 8))
-
-
-@intrinsic
-def write_u8(typing, address, x):
-    def emit(b, address, x):
-        store_as(b, address, b.trunc(x, ir.IntType(8)), 1)
-
-    return define(types.void, (types.intp, types.intp), emit)
 
 
 def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:

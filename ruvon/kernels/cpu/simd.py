@@ -367,6 +367,19 @@ def write_f32(typing, address, x):
 
 
 @intrinsic
+def write_f64(typing, address, x):
+    return define(types.void, (types.intp, types.float64), lambda b, a, x: store_as(b, a, x, 8))
+
+
+@intrinsic
+def write_u8(typing, address, x):
+    def emit(b, address, x):
+        store_as(b, address, b.trunc(x, I8), 1)
+
+    return define(types.void, (types.intp, types.intp), emit)
+
+
+@intrinsic
 def write_i32(typing, address, x):
     def emit(b, address, x):
         store_as(b, address, b.trunc(x, I32), 4)
