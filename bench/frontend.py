@@ -17,7 +17,7 @@ from collections import Counter
 from pathlib import Path
 
 from measure import Target
-from process import TICKS, free_port, running
+from process import TICKS, free_port, running, stat_fields
 
 from ruvon.bench import find_model, open_session
 
@@ -69,8 +69,8 @@ def ticks(pid: int) -> dict[int, int]:
     """What each thread of a process has worked."""
     found = {}
     for path in Path(f"/proc/{pid}/task").iterdir():
-        numbers = (path / "stat").read_text().rpartition(")")[2].split()
-        found[int(path.name)] = int(numbers[11]) + int(numbers[12])
+        fields = stat_fields(path / "stat")
+        found[int(path.name)] = int(fields[11]) + int(fields[12])
     return found
 
 

@@ -181,6 +181,10 @@ def parents() -> dict[int, int]:
     found = {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # it has ended since
-            after_name = path.read_text(errors="replace").rpartition(")")[2].split()
-            found[int(path.parent.name)] = int(after_name[1])
+            found[int(path.parent.name)] = int(stat_fields(path)[1])
     return found
+
+
+def stat_fields(path: Path) -> list[str]:
+    """What a ``stat`` of /proc says of a process or thread, from behind its name on."""
+    return path.read_text(errors="replace").rpartition(")")[2].split()
