@@ -1,13 +1,7 @@
-"""EngineLoop: the one task that runs the engine, and the streams that carry its news.
+"""EngineLoop: the one task that runs the engine.
 
 The loop waits for work, launches as many steps as the runner takes at once, lets the event loop
-turn until the oldest is done, and wakes each stream that has news: once a step, however many
-sequences it has. A stream gathers what has arrived since its reader last asked, so a slow reader
-gets larger pieces and stalls nobody; what it gathers is bounded by the tokens it asked for.
-
-Where steps are faster than all readers together, they do not wait for them: steps that are done
-already are taken in first, a few in a row, and each reader then writes several tokens at once. A
-first token ends the row.
+turn until the oldest is done, and hands its news to the streams (`ruvon.engine.stream`).
 """
 
 from __future__ import annotations
@@ -17,19 +11,20 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Protocol
 
 import structlog
 
 from ruvon.engine import types
 from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.stream import Stream, Wakes
 from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError, UnavailableError
+from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError
 
 log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
-MOST_IN_A_ROW, MOST_TIME_IN_A_ROW = 4, 0.004  # steps and seconds before readers get a turn
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
@@ -71,68 +66,6 @@ class LoopMetrics(Protocol):
     ) -> None: ...
 
 
-class Stream:
-    """News of one request's sequences: an async iterator of lists of emissions.
-
-    Ends when all sequences have finished. Leave it early through ``aclose`` (use
-    ``contextlib.aclosing``): that aborts what is unfinished. One reader at a time.
-    """
-
-    def __init__(self, end: Callable[[Stream, Iterable[int], FinishReason], None]) -> None:
-        self.open: set[int] = set()  # ids of the unfinished sequences
-        self._end = end
-        self._news: list[Emission] = []
-        self._error: UnavailableError | None = None
-        self._reader: asyncio.Future[None] | None = None
-
-    def __aiter__(self) -> Stream:
-        return self
-
-    async def __anext__(self) -> list[Emission]:
-        """All emissions since the last call, at least one. Raises the engine's error if it died."""
-        while not self._news:
-            if self._error is not None:
-                raise self._error
-            if not self.open:
-                raise StopAsyncIteration
-            self._reader = asyncio.get_running_loop().create_future()
-            try:
-                await self._reader
-            finally:
-                self._reader = None
-        news, self._news = self._news, []
-        return news
-
-    def stop(self, seq_id: int) -> None:
-        """End one sequence as finished, for its reader found a stop string; the others go on."""
-        if seq_id in self.open:
-            self._end(self, [seq_id], "stop")
-
-    async def aclose(self) -> None:
-        """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
-        self._end(self, list(self.open), "abort")
-        self._news.clear()
-        self.wake()
-
-    def put(self, emission: Emission) -> None:
-        """Take news in. The reader runs when the loop turns, and so finds all of a step."""
-        self._news.append(emission)
-        if emission.finish is not None:
-            self.open.discard(emission.seq_id)
-        self.wake()
-
-    def fail(self, error: UnavailableError) -> None:
-        """End with an error, after the news that has already arrived."""
-        self._error = error
-        self.open.clear()
-        self.wake()
-
-    def wake(self) -> None:
-        """Let the reader, if one waits, look for news."""
-        if self._reader is not None and not self._reader.done():
-            self._reader.set_result(None)
-
-
 @dataclass(slots=True)
 class _Ticket:
     """Where one sequence's emissions go, and when they came."""
@@ -165,7 +98,8 @@ class EngineLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
-        self._in_a_row, self._turned_at = 0, clock()  # steps taken in since others had a turn
+        self._numbers = count()  # of streams
+        self._wakes = Wakes()
 
     # ---------------------------------------------------------------- life
 
@@ -218,7 +152,7 @@ class EngineLoop:
         except QueueFullError as error:
             error.retry_after = self._seconds_until_room(sum(job.n for job in jobs), now)
             raise
-        stream = Stream(self._end)
+        stream = Stream(self._end, next(self._numbers))
         for job in jobs:
             self._admit(job, stream, now)
         if not self._work.is_set():
@@ -269,6 +203,7 @@ class EngineLoop:
             for seq in (ticket.seq for ticket in self._tickets.values())
         ]
         self._deliver(emissions, self._clock())
+        self._wakes.end_step()
 
     def _note_idle(self) -> None:
         if not self._tickets:
@@ -291,29 +226,28 @@ class EngineLoop:
             self._die(error)
 
     async def _finish(self, pending: Pending) -> None:
-        if self._others_turn() or not pending.future.done():
+        behind = pending.future.done()
+        if behind:
+            await asyncio.sleep(0)  # a turn for readers and newcomers, but no waiting
+        else:
             await asyncio.wrap_future(pending.future)
-            self._in_a_row, self._turned_at = 0, self._clock()
-        self._in_a_row += 1
         emissions = self.engine.collect(pending)
         self.progressed_at = now = self._clock()
         self._record_step()
+        self._wakes.begin_step(behind)
         self._deliver(emissions, now)
-
-    def _others_turn(self) -> bool:
-        """Whether readers and new requests have waited long enough."""
-        time_in_a_row = self._clock() - self._turned_at
-        return self._in_a_row >= MOST_IN_A_ROW or time_in_a_row > MOST_TIME_IN_A_ROW
+        self._wakes.end_step()
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
-        """One pass over a step's emissions; each stream wakes once."""
+        """One pass over a step's emissions."""
         intervals: dict[float, int] = {}  # since when, and how many sequences
         for emission in emissions:
             ticket = self._tickets[emission.seq_id]
+            urgent = emission.finish is not None
             if emission.tokens:
                 if ticket.first_token_at is None:
+                    urgent = True
                     ticket.first_token_at = now
-                    self._in_a_row = MOST_IN_A_ROW  # it is waited for
                     self._metrics.record_first_token(now - ticket.seq.arrived_at)
                 else:
                     intervals[ticket.token_at] = intervals.get(ticket.token_at, 0) + 1
@@ -322,8 +256,9 @@ class EngineLoop:
                 self._record_finished(ticket, emission.finish, now)
                 del self._tickets[emission.seq_id]
             ticket.stream.put(emission)
-        for since, count in intervals.items():
-            self._metrics.record_inter_token(now - since, count)
+            self._wakes.add(ticket.stream, urgent)
+        for since, num in intervals.items():
+            self._metrics.record_inter_token(now - since, num)
         self._note_idle()
 
     def _die(self, error: Exception) -> None:

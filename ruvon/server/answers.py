@@ -13,7 +13,7 @@ from uuid import uuid4
 import orjson
 from aiohttp import web
 
-from ruvon.engine.loop import Stream
+from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.server.choices import Choices, Piece, joined
 from ruvon.server.events import Envelope, send_events

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from ruvon.engine.loop import Stream
+from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job, TokenLogprobs
 from ruvon.errors import GenerationError, NotReadyError
 from ruvon.models.tokenizer import Tokenizer

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import aclosing, asynccontextmanager
+from itertools import chain, groupby
 
 import pytest
 from fakes import LETTERS, FakeMetrics, FakeRunner
 
-from ruvon.engine.loop import MOST_IN_A_ROW, EngineLoop
+from ruvon.engine.loop import EngineLoop
+from ruvon.engine.stream import MOST_STEPS, Stream, Wakes
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import (
     ContextLengthError,
@@ -170,13 +172,69 @@ async def test_a_reader_wakes_once_a_step_however_many_sequences_it_has(running)
         await stream.aclose()
 
 
-async def test_steps_that_are_done_already_do_not_wait_for_readers(running):
+async def test_where_steps_outrun_readers_each_takes_several_tokens_at_once(running):
     async with running() as (loop, _):  # whose steps are done when they are launched
         stream = loop.generate([Job((97,), LONG)])
-        await anext(stream)
-        sizes = [len(tokens(await anext(stream))) for _ in range(5)]
-        assert sizes == [MOST_IN_A_ROW] * 5
+        sizes = [len(tokens(await anext(stream))) for _ in range(12)]
+        assert sizes[0] == 1  # the first token waits for no other
+        assert sizes[-4:] == [MOST_STEPS] * 4
         await stream.aclose()
+
+
+def test_readers_that_are_outrun_take_turns():
+    wakes, heard = Wakes(), []
+    streams = [listener(number, heard) for number in range(8)]
+    for _ in range(4 * MOST_STEPS):
+        wakes.begin_step(behind=True)
+        for stream in streams:
+            wakes.add(stream, urgent=False)
+        wakes.end_step()
+        heard.append(None)
+    rounds = [list(group) for new, group in groupby(heard, lambda item: item is None) if not new]
+    assert [len(numbers) for numbers in rounds[-MOST_STEPS:]] == [2] * MOST_STEPS
+    assert sorted(chain(*rounds[-MOST_STEPS:])) == list(range(8))
+
+
+def test_readers_that_keep_up_are_woken_every_step():
+    wakes, heard = Wakes(), []
+    streams = [listener(number, heard) for number in range(3)]
+    for behind in [True] * 9 + [False] * 9:
+        wakes.begin_step(behind)
+        heard.clear()
+        for stream in streams:
+            wakes.add(stream, urgent=False)
+        wakes.end_step()
+    assert sorted(heard) == [0, 1, 2]
+
+
+def test_news_that_wait_go_out_though_no_others_follow():
+    wakes, heard = Wakes(), []
+    for _ in range(MOST_STEPS):
+        wakes.begin_step(behind=True)
+    for number in range(MOST_STEPS):
+        wakes.add(listener(number, heard), urgent=False)
+    for _ in range(MOST_STEPS):
+        wakes.end_step()
+        wakes.begin_step(behind=True)
+    assert sorted(heard) == list(range(MOST_STEPS))
+
+
+def listener(number, heard):
+    """A stream that tells when its reader is woken."""
+    stream = Stream(lambda *_: None, number)
+    stream.wake = lambda: heard.append(number)
+    return stream
+
+
+async def test_a_first_token_overtakes_what_others_gather(running):
+    async with running() as (loop, _):
+        first = loop.generate([Job((97,), LONG)])
+        for _ in range(8):
+            await anext(first)
+        second = loop.generate([Job((98,), LONG)])
+        assert len(tokens(await anext(second))) == 1
+        await first.aclose()
+        await second.aclose()
 
 
 async def test_a_reader_that_gave_up_waiting_loses_nothing(running):
