@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
 from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -245,3 +247,17 @@ def test_alternatives_are_compared_too() -> None:
 @pytest.mark.parametrize(("threads", "others"), [(1, [2]), (2, [1]), (3, [1, 2]), (8, [1, 7])])
 def test_other_teams(threads: int, others: list[int]) -> None:
     assert other_teams(threads) == others
+
+
+def test_plain_torch_need_not_keep_the_promise(tmp_path: Path) -> None:
+    """It is what kernels that do are compared with."""
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 2, "max_position_embeddings": 64}
+    model = {"architectures": ["LlamaForCausalLM"], "rms_norm_eps": 1e-5, "eos_token_id": 7}
+    (tmp_path / "config.json").write_text(json.dumps(model | shape | heads))
+    config = EngineConfig(
+        str(tmp_path), load_format="dummy", device="cpu", kernels="cpu", threads=1,
+        deterministic=True,
+    )  # fmt: skip
+    comparison = verification.compare_with_torch(config, [3, 1, 4, 1, 5], silent)
+    assert comparison.most_divergence < 1e-4
