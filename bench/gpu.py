@@ -284,8 +284,6 @@ def measure_offline(name: str, batches: tuple[int, ...], folder: Path) -> dict[s
     llm = LLM(
         str(folder),
         load_format="dummy",
-        max_num_seqs=256,
-        max_num_batched_tokens=8192,
         enable_prefix_caching=False,
     )
     print(f"{name}: started in {time.perf_counter() - began:.1f} s")
@@ -358,7 +356,6 @@ def serving(name: str, folder: Path, options: list[str]) -> Iterator[Server]:
     port = free_port()
     command = [sys.executable, "-m", "ruvon", "serve", str(folder), "--load-format", "dummy"]
     command += ["--port", str(port), "--log-level", "warning", "--no-log-requests"]
-    command += ["--max-num-seqs", "256", "--max-num-batched-tokens", "8192"]
     command += ["--no-enable-prefix-caching", *options]
     with running(command, port, log=folder / "log") as server:
         print(f"{name}: ready after {server.ready_seconds:.1f} s")

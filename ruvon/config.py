@@ -17,7 +17,7 @@ import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from ruvon.errors import ConfigError
 
@@ -28,6 +28,17 @@ def setting(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field that carries its help text and what else its checks need: ``least`` and
     ``most`` bound a number, ``unit="size"`` marks a string that `parse_size` must accept."""
     return field(default=default, metadata={"help": help, **extra})
+
+
+class StepSize(NamedTuple):
+    """How much one step may hold."""
+
+    sequences: int
+    tokens: int
+
+
+CPU_STEP = StepSize(64, 512)
+GPU_STEP = StepSize(256, 8192)  # small steps leave a GPU idle
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,9 +69,17 @@ class EngineConfig:
         "Longest prompt plus completion, tokens. Default: the model's own, or what fits.",
         least=2,
     )
-    max_num_seqs: int = setting(64, "Most sequences in one step.", least=1)
-    max_num_batched_tokens: int = setting(
-        512, "Token budget of one step, prompts and decodes.", least=1
+    max_num_seqs: int | None = setting(
+        None,
+        "Most sequences in one step. Default: 64 on a CPU, 256 on a GPU; fewer under a smaller "
+        "token budget.",
+        least=1,
+    )
+    max_num_batched_tokens: int | None = setting(
+        None,
+        "Token budget of one step, prompts and decodes. Default: 512 on a CPU, 8192 on a GPU; more "
+        "for more sequences.",
+        least=1,
     )
     block_size: int = setting(16, "Tokens in one block of the KV cache.", least=1)
     kv_cache_memory: str | None = setting(
@@ -86,15 +105,28 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.max_num_seqs > self.max_num_batched_tokens:
+        sequences, tokens = self.largest_step
+        if sequences > tokens:
             raise ConfigError(
-                f"max_num_seqs {self.max_num_seqs} must not exceed max_num_batched_tokens "
-                f"{self.max_num_batched_tokens}: every running sequence needs a token of the budget"
+                f"max_num_seqs {sequences} must not exceed max_num_batched_tokens {tokens}: every "
+                "running sequence needs a token of the budget"
             )
         if self.device == "cpu" and self.kernels == "triton":
             raise ConfigError("kernels 'triton' need device 'cuda', not 'cpu'")
         if self.device == "cuda" and self.kernels == "cpu":
             raise ConfigError("kernels 'cpu' need device 'cpu', not 'cuda'")
+
+    @property
+    def largest_step(self) -> StepSize:
+        """The largest step: as given, and what is not given as suits ``device``, a CPU as long as
+        that is still ``auto``. Of one alone, the other follows where it must."""
+        usual = GPU_STEP if self.device == "cuda" else CPU_STEP
+        sequences, tokens = self.max_num_seqs, self.max_num_batched_tokens
+        if tokens is None:
+            tokens = max(usual.tokens, sequences or 0)
+        if sequences is None:
+            sequences = min(usual.sequences, tokens)
+        return StepSize(sequences, tokens)
 
 
 @dataclass(frozen=True, slots=True)

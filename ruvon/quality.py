@@ -58,7 +58,7 @@ def open_scorer(
             config,
             backend.kv,
             weight_bytes=0,
-            free_bytes=free_for_cache(device, config, model.spec),
+            free_bytes=free_for_cache(backend.ops, config, model.spec),
         )
         limits = step_limits(model.spec, config, memory)
         cache = allocate_cache(model.spec, memory, device)

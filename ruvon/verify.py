@@ -247,8 +247,8 @@ def run(case: Case, started: Started, jobs: Requests) -> Outcome:
     settings = dict(case.settings)
     if case.crowded:
         jobs, num_blocks = crowd(jobs, config.block_size)
-    budget = settings.get("max_num_batched_tokens", config.max_num_batched_tokens)
-    settings.setdefault("max_num_seqs", min(config.max_num_seqs, budget))
+    budget = settings.get("max_num_batched_tokens", config.largest_step.tokens)
+    settings.setdefault("max_num_seqs", min(config.largest_step.sequences, budget))
     engine = Engine(
         started.runner,
         replace(config, **settings),

@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 
 from ruvon.config import (
+    CPU_STEP,
+    GPU_STEP,
     EngineConfig,
     ServerConfig,
     load,
@@ -67,6 +69,24 @@ def test_a_bad_variable_is_named_with_its_choices(environ, told):
 def test_a_config_built_in_python_gets_the_same_checks(fields):
     with pytest.raises(ConfigError, match=list(fields)[-1]):
         EngineConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    ("device", "given", "largest"),
+    [
+        ("cpu", {}, CPU_STEP),
+        ("cuda", {}, GPU_STEP),
+        ("auto", {}, CPU_STEP),
+        ("cuda", {"max_num_batched_tokens": 128}, (128, 128)),
+        ("cuda", {"max_num_batched_tokens": 1024}, (256, 1024)),
+        ("cuda", {"max_num_seqs": 8}, (8, 8192)),
+        ("cpu", {"max_num_seqs": 600}, (600, 600)),
+        ("cpu", {"max_num_seqs": 7, "max_num_batched_tokens": 9}, (7, 9)),
+    ],
+)
+def test_the_largest_step_suits_the_device_and_what_is_given(device, given, largest):
+    assert EngineConfig(device=device, **given).largest_step == largest
+    assert (CPU_STEP, GPU_STEP) == ((64, 512), (256, 8192))  # as the help says
 
 
 def test_toml_is_read_and_a_misspelt_key_is_named(tmp_path: Path):

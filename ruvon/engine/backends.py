@@ -43,12 +43,13 @@ class StepLimits:
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
     """A prompt that may not be chunked is one step, however long."""
     whole_prompt = 0 if config.enable_chunked_prefill else memory.max_model_len
-    tokens = max(config.max_num_batched_tokens, whole_prompt)
+    sequences, budget = config.largest_step
+    tokens = max(budget, whole_prompt)
     bounded = min(LOGITS_BYTES // (4 * spec.vocab_size), tokens)
     return StepLimits(
         tokens=tokens,
-        sequences=config.max_num_seqs,
-        logit_rows=max(bounded, config.max_num_seqs),
+        sequences=sequences,
+        logit_rows=max(bounded, sequences),
         blocks_per_sequence=-(-memory.max_model_len // memory.block_size),
     )
 

@@ -70,8 +70,8 @@ class Engine:
         self.max_model_len = min(max_model_len, num_blocks * config.block_size)
         self.vocab_size = vocab_size
         limits = Limits(
-            max_seqs=config.max_num_seqs,
-            max_tokens=config.max_num_batched_tokens,
+            max_seqs=config.largest_step.sequences,
+            max_tokens=config.largest_step.tokens,
             policy=POLICIES[config.batching],
             order=ORDERS[config.scheduling_policy],
             chunked=config.enable_chunked_prefill,
@@ -210,7 +210,7 @@ class Engine:
     @property
     def _bound(self) -> int:
         """Most live sequences: the queue's bound counts those beyond what could run at once."""
-        return self.config.max_num_queued_reqs + self.config.max_num_seqs
+        return self.config.max_num_queued_reqs + self.config.largest_step.sequences
 
     def _check_queue(self, num_new: int) -> None:
         if num_new > self._bound:

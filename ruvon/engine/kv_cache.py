@@ -13,6 +13,7 @@ from torch import Tensor
 from ruvon.config import EngineConfig, parse_size
 from ruvon.engine.machine import available_memory
 from ruvon.errors import ConfigError
+from ruvon.kernels.ops import Ops
 from ruvon.models.spec import ModelSpec
 
 CPU_SHARE = 0.25
@@ -82,7 +83,7 @@ def plan_memory(
     block_bytes = config.block_size * bytes_per_token
     if config.kv_cache_memory is None:
         # Nothing could use more than every sequence at its longest.
-        useful = config.max_num_seqs * math.ceil(longest / config.block_size)
+        useful = config.largest_step.sequences * math.ceil(longest / config.block_size)
         num_blocks = min(free_bytes // block_bytes, useful)
     else:
         num_blocks = parse_size(config.kv_cache_memory) // block_bytes
@@ -135,19 +136,34 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
 
 
-def free_for_cache(device: torch.device, config: EngineConfig, spec: ModelSpec) -> int:
-    """Bytes that a cache of no stated size may take, now that the weights are in place."""
-    if device.type == "cpu":
+def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
+    """Bytes that a cache of no stated size may take, now that the weights are in place.
+
+    Raises ConfigError where steps alone take more than a GPU has left.
+    """
+    if ops.device.type == "cpu":
         return int(CPU_SHARE * available_memory())
-    free, total = torch.cuda.mem_get_info(device)
+    free, total = torch.cuda.mem_get_info(ops.device)
     planned = int(total * config.gpu_memory_utilization) - (total - free)
-    return max(planned - step_bytes(spec, config), 0)
+    needed = step_bytes(spec, config, ops.dtype)
+    if planned <= needed and config.kv_cache_memory is None:
+        sequences, tokens = config.largest_step
+        raise ConfigError(
+            f"steps of {sequences} sequences and {tokens} tokens take some {needed:,} bytes, and "
+            f"--gpu-memory-utilization leaves {max(planned, 0):,} beside the weights; give smaller "
+            "--max-num-seqs and --max-num-batched-tokens"
+        )
+    return max(planned - needed, 0)
 
 
-def step_bytes(spec: ModelSpec, config: EngineConfig) -> int:
-    """A generous estimate of one step's temporaries on a GPU, in float32: for each token some ten
-    vectors as wide as the hidden state and four as the MLP, and for each sequence its logits twice,
-    and what the sampler keeps about each token of the vocabulary."""
-    per_token = 10 * spec.hidden_size + 4 * spec.intermediate_size
-    logits = 3 * config.max_num_seqs * spec.vocab_size
-    return 4 * (config.max_num_batched_tokens * per_token + logits)
+def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
+    """A generous estimate of the largest step's temporaries on a GPU. All of it there is twice, for
+    graphs have memory of their own and so have steps without one: for each token some ten vectors
+    as wide as the hidden state and four as the MLP, and for each sequence its float32 logits.
+    Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence."""
+    sequences, tokens = config.largest_step
+    if not config.enable_chunked_prefill:
+        tokens = max(tokens, longest_sequence(spec, config))
+    per_token = (10 * spec.hidden_size + 4 * spec.intermediate_size) * dtype.itemsize
+    per_sequence = 4 * spec.vocab_size
+    return 2 * (tokens * per_token + sequences * per_sequence) + sequences * per_sequence

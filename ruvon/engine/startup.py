@@ -63,11 +63,12 @@ class Started:
 def start_engine(config: EngineConfig, progress: Progress) -> Started:
     """Load what ``config`` names and make an engine of it.
 
-    Raises `ConfigError` for a setting that cannot be honoured here, and `LoadError` for a
-    checkpoint that cannot be used.
+    The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
+    honoured here, and `LoadError` for a checkpoint that cannot be used.
     """
     progress("opening model", 0.0)
     device = choose_device(config)
+    config = dataclasses.replace(config, device="cuda" if device.type == "cuda" else "cpu")
     threads = config.threads or available_cores()
     checkpoint = open_checkpoint(config, progress)
     longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
@@ -101,7 +102,7 @@ def assemble(
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(backend.ops.device, config, model.spec),
+        free_bytes=free_for_cache(backend.ops, config, model.spec),
     )
     eos_token_ids = tuple(dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids)))
     runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
@@ -169,7 +170,7 @@ def make_runner(
         block_size=config.block_size,
         vocab_size=model.spec.vocab_size,
         max_model_len=memory.max_model_len,
-        max_seqs=config.max_num_seqs,
+        max_seqs=limits.sequences,
         max_tokens=limits.tokens,
         eos_token_ids=eos_token_ids,
         progress=progress,
@@ -179,7 +180,7 @@ def make_runner(
 def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
     """Run a short step, so that what happens once happens before any request: kernels compile,
     threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
-    tokens = [0] * min(config.block_size, config.max_num_batched_tokens)
+    tokens = [0] * min(config.block_size, config.largest_step.tokens)
     row = SamplingRow(0, SamplingParams(temperature=0), tokens, len(tokens), 0)
     chunk = Chunk(0, tuple(tokens), 0, [0], True)
     runner.launch(Plan(0, (chunk,), (row,))).result()

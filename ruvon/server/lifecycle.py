@@ -173,6 +173,7 @@ def announce(started: Started, service: Service, seconds: float) -> None:
 def summary(started: Started, service: Service) -> dict[str, str]:
     """What start-up decided, in words."""
     memory, spec = started.memory, started.checkpoint.spec
+    step = started.engine.config.largest_step
     return {
         "model": ", ".join(service.names),
         "weights": f"{size(memory.weight_bytes)}, {spec.architecture}, {spec.num_layers} layers",
@@ -182,6 +183,7 @@ def summary(started: Started, service: Service) -> dict[str, str]:
         f" {memory.block_size} tokens",
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
         " fit at once",
+        "steps": f"of at most {step.sequences} sequences and {step.tokens} tokens",
     }
 
 

@@ -1,6 +1,7 @@
 """How much fits, with numbers a reader can check by hand."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from ruvon.engine.kv_cache import (
     KVFormat,
     MemoryPlan,
     allocate_cache,
+    free_for_cache,
     lazy_zeros,
     plan_memory,
+    step_bytes,
 )
 from ruvon.errors import ConfigError
 from ruvon.models.spec import ModelSpec
@@ -93,6 +96,39 @@ def test_the_greatest_length_shrinks_to_what_fits_unless_it_was_asked_for():
 def test_no_block_at_all_is_an_error():
     with pytest.raises(ConfigError, match="--kv-cache-memory"):
         plan(kv_cache_memory="1KiB")
+
+
+def test_a_step_on_a_gpu_is_counted_by_its_tokens_sequences_and_dtype():
+    def size(dtype=torch.bfloat16, **settings):
+        return step_bytes(SPEC, EngineConfig(device="cuda", **settings), dtype)
+
+    token = 10 * SPEC.hidden_size + 4 * SPEC.intermediate_size
+    logits = 4 * SPEC.vocab_size
+    assert size() == 2 * 8192 * 2 * token + 3 * 256 * logits
+    assert size(max_num_batched_tokens=4096) == 2 * 4096 * 2 * token + 3 * 256 * logits
+    assert size(max_num_seqs=8) == 2 * 8192 * 2 * token + 3 * 8 * logits
+    assert size(torch.float32) - size() == 2 * 8192 * 2 * token
+    few = {"max_num_batched_tokens": 300, "max_num_seqs": 1}
+    whole = size(enable_chunked_prefill=False, **few)
+    assert whole - size(**few) == 2 * 2 * token * (SPEC.max_positions - 300)
+    assert size(enable_chunked_prefill=False, max_model_len=200, **few) == size(**few)
+
+
+def test_a_cache_on_a_gpu_takes_what_weights_and_steps_leave(monkeypatch):
+    ops = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    config = EngineConfig(device="cuda", gpu_memory_utilization=0.5)
+    step = step_bytes(SPEC, config, torch.bfloat16)
+    used = 1000
+
+    def free(total, config=config):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (total - used, total))
+        return free_for_cache(ops, config, SPEC)
+
+    assert free(2 * (step + used + 7)) == 7
+    with pytest.raises(ConfigError, match=r"256 sequences and 8192 tokens.*--max-num-batched"):
+        free(2 * (step + used))
+    given = dataclasses.replace(config, kv_cache_memory="1MiB")
+    assert free(2 * step, given) == 0  # nobody asks for it
 
 
 def test_more_positions_than_the_model_has_are_refused():

@@ -119,12 +119,12 @@ class Run:
         check(self.engine)
 
     def _check_plan(self, plan: Plan) -> None:
-        limit = self.engine.config.max_num_batched_tokens
+        limit = self.engine.config.largest_step.tokens
         assert plan.num_tokens > 0
         assert plan.num_tokens <= limit or (
             not self.engine.config.enable_chunked_prefill and len(plan.chunks) == 1
         )
-        assert len(plan.chunks) <= self.engine.config.max_num_seqs
+        assert len(plan.chunks) <= self.engine.config.largest_step.sequences
 
     def _take_in(self, emission: Emission) -> None:
         assert emission.seq_id not in self.finished

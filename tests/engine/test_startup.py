@@ -62,6 +62,7 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
     rope = 2 * 128 * 8
     assert started.memory.weight_bytes == 4 * (embedding + 2 * layer + 64 + rope)
     assert started.engine.max_model_len == 128
+    assert started.engine.config.device == "cpu"
     assert list(dict.fromkeys(phase for phase, _ in phases)) == [
         "opening model",
         "loading weights",
@@ -75,7 +76,7 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
 
 
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(startup, "free_for_cache", lambda device, config, spec: 100 * 512)
+    monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
     started = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
     started.close()
     assert started.memory.num_tokens == 96

@@ -104,6 +104,7 @@ async def test_log_lines_of_a_run(serve, monkeypatch):
     entries = {entry["event"]: entry for entry in logs}
     assert entries["loading"]["phase"] == "pretending"
     assert entries["ready"]["model"] == "org/fake"
+    assert entries["ready"]["steps"] == "of at most 64 sequences and 512 tokens"
     request = entries["request"]
     assert request["ttft_ms"] > 0
     del request["ttft_ms"], request["ms"], request["id"]
