@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -154,7 +155,7 @@ class Graphs:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._step(bucket, inputs)
-        return Captured(layout, graph.replay, logits)
+        return Captured(layout, graph.replay, borrow(logits))
 
     def _step(self, bucket: Bucket, inputs: dict[str, Tensor]) -> Tensor:
         ids = self._ids[: bucket.tokens]
@@ -176,6 +177,12 @@ class Graphs:
         drawn = sample.Drawn(tokens, logprobs.view(torch.float32), ranks)
         sample.sample(logits_LV, inputs["params"], self._state, drawn, self._pdl)
         return logits_LV
+
+
+def borrow(tensor: Tensor) -> Tensor:
+    """The same memory on the device, but no claim to it: the next capture may use it too."""
+    place = SimpleNamespace(__cuda_array_interface__=tensor.__cuda_array_interface__)
+    return torch.as_tensor(place, device=tensor.device)
 
 
 def clear(inputs: dict[str, Any]) -> None:

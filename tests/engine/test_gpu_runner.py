@@ -288,6 +288,12 @@ def test_buckets():
     assert choose_bucket(singles, mixed, 101, 5) is None
 
 
+@pytest.mark.skipif(not GPU, reason="only captured steps have memory of their own")
+def test_captured_steps_share_memory(gpu_runner):
+    places = [step.logits_LV.data_ptr() for step in gpu_runner._captured.values()]
+    assert len(set(places)) < len(places)
+
+
 def test_layout_keeps_inputs_apart_and_aligned():
     layout = Layout(Bucket(False, 19, 3))
     words = np.zeros(layout.size, dtype=np.int32)
