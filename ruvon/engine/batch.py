@@ -6,6 +6,7 @@ does all that does not need them, while that step still runs.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain
@@ -149,6 +150,28 @@ def to_device(arrays: tuple[Ints, ...], device: torch.device) -> list[torch.Tens
     """As tensors; for another device in a single copy, which costs as much as each would."""
     if device.type == "cpu":
         return [torch.from_numpy(array) for array in arrays]
-    joined = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).pin_memory()
-    parts = torch.split(joined.to(device, non_blocking=True), [array.size for array in arrays])
-    return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+    joined = torch.from_numpy(join(arrays)).pin_memory().to(device, non_blocking=True)
+    return part(joined, [array.shape for array in arrays])
+
+
+def join(arrays: Sequence[Ints]) -> Ints:
+    """One after another, each on a boundary of 16 bytes: kernels are compiled anew for others."""
+    words = np.zeros(sum(padded(array.size) for array in arrays), dtype=np.int32)
+    start = 0
+    for array in arrays:
+        words[start : start + array.size] = array.ravel()
+        start += padded(array.size)
+    return words
+
+
+def part(joined: torch.Tensor, shapes: Sequence[tuple[int, ...]]) -> list[torch.Tensor]:
+    """What was joined, given its shapes."""
+    sizes = [math.prod(shape) for shape in shapes]
+    pieces = torch.split(joined, [padded(size) for size in sizes])
+    parts = zip(pieces, sizes, shapes, strict=True)
+    return [piece[:size].view(shape) for piece, size, shape in parts]
+
+
+def padded(size: int) -> int:
+    """Words up to the next boundary of 16 bytes."""
+    return -(-size // 4) * 4

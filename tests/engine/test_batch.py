@@ -2,10 +2,11 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 
-from ruvon.engine.batch import build_batch
+from ruvon.engine.batch import build_batch, join, part
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
 
 CPU = torch.device("cpu")
@@ -85,6 +86,15 @@ def test_every_tensor_is_contiguous_int32():
         tensor = getattr(batch, name)
         assert tensor.dtype == torch.int32
         assert tensor.is_contiguous()
+
+
+def test_joined_arrays_come_apart_and_begin_on_boundaries():
+    shapes = [(3,), (2, 5), (0,), (4,), (1,)]
+    arrays = [np.full(shape, i, dtype=np.int32) for i, shape in enumerate(shapes, 1)]
+    joined = torch.from_numpy(join(arrays))
+    parts = part(joined, shapes)
+    assert [p.tolist() for p in parts] == [a.tolist() for a in arrays]
+    assert all((p.data_ptr() - joined.data_ptr()) % 16 == 0 for p in parts)
 
 
 def test_a_plan_that_samples_nothing_wants_no_logits():
