@@ -336,13 +336,20 @@ class GpuRunner:
         self.num_misses += 1
         drawn = self._last_drawn()  # before it is this step that is the last
         result = self._draw(flight, land(flight), drawn)
-        if flight.plan.prompt_rows:
-            scores = self._scorer.launch(for_scores(flight.plan)).result()
-            errors = {**scores.errors, **result.errors}
-            result = replace(result, prompt_logprobs=scores.prompt_logprobs, errors=errors)
         future: Future[StepResult] = Future()
-        future.set_result(result)
+        future.set_result(self._score(flight.plan, result))
         return future
+
+    def _score(self, plan: Plan, result: StepResult) -> StepResult:
+        """The result with the prompt logprobs that are wanted."""
+        launched = [self._scorer.launch(one) for one in for_scores(plan)]
+        for scores in [future.result() for future in launched]:
+            result = replace(
+                result,
+                prompt_logprobs={**result.prompt_logprobs, **scores.prompt_logprobs},
+                errors={**scores.errors, **result.errors},
+            )
+        return result
 
     def _draw(self, flight: Flight, result: StepResult, drawn: Mapping[int, int]) -> StepResult:
         """The result with the host's own draws in place of the device's."""
@@ -378,11 +385,14 @@ def sources(seating: Seating) -> Words:
     return seats
 
 
-def for_scores(plan: Plan) -> Plan:
-    """The chunks of a plan whose prompt logprobs are wanted, and nothing else of it."""
-    rows = tuple(replace(row, chunk=i) for i, row in enumerate(plan.prompt_rows))
-    chunks = tuple(replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows)
-    return Plan(plan.step, chunks, (), rows)
+def for_scores(plan: Plan) -> list[Plan]:
+    """The chunks of a plan whose prompt logprobs are wanted, and nothing else of it. One at a time:
+    kernels are compiled for numbers of sequences, and the host scores a row at a time anyway."""
+    chunks = [replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows]
+    rows = [replace(row, chunk=0) for row in plan.prompt_rows]
+    return [
+        Plan(plan.step, (chunk,), (), (row,)) for chunk, row in zip(chunks, rows, strict=True)
+    ]
 
 
 def alternatives(

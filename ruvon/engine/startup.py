@@ -23,8 +23,8 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.machine import available_cores
-from ruvon.engine.runner import Runner
-from ruvon.engine.types import Chunk, Plan, SamplingParams, SamplingRow, StepResult
+from ruvon.engine.runner import Forward, Runner
+from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
@@ -150,8 +150,9 @@ def make_runner(
     def sampler(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
         return step.draw(logits_LV, rows, eos_token_ids)
 
+    forward = for_longest(step.forward, memory.max_model_len) if backend.graphs else step.forward
     runner = Runner(
-        step.forward,
+        forward,
         sampler,
         block_size=config.block_size,
         device=backend.ops.device,
@@ -162,6 +163,9 @@ def make_runner(
         return runner
     from ruvon.engine.gpu_runner import GpuRunner  # triton is not on every platform
 
+    progress("compiling kernels", 0.0)
+    for plan in scoring_plans(min(limits.tokens, memory.max_model_len), config.block_size):
+        runner.launch(plan).result()
     return GpuRunner(
         partial(model.forward, cache=cache),
         sampler,
@@ -175,6 +179,26 @@ def make_runner(
         eos_token_ids=eos_token_ids,
         progress=progress,
     )
+
+
+def for_longest(forward: Forward, max_context: int) -> Forward:
+    """``forward`` as if a context were always the longest, as it is for graphs: some kernels are
+    compiled for it."""
+    return lambda batch: forward(dataclasses.replace(batch, max_context=max_context))
+
+
+SCORED = (1, 2, 16, 32, 64, 128)
+"""Numbers of rows for which a GPU's products differ; beyond the last they do not."""
+
+
+def scoring_plans(longest: int, block_size: int) -> Iterator[Plan]:
+    """Prompts to score which between them need every variant of a kernel that scoring ever will,
+    so that none is compiled while somebody waits: graphs need those of their own sizes only."""
+    for num_tokens in sorted({min(size, longest) for size in SCORED}):
+        tokens = (0,) * num_tokens
+        blocks = list(range(-(-num_tokens // block_size)))
+        chunk = Chunk(0, tokens, 0, blocks, False)
+        yield Plan(0, (chunk,), (), (PromptRow(0, 0, tokens, 0),))
 
 
 def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:

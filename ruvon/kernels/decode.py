@@ -131,7 +131,7 @@ def prefetch_pages(
     prefetch(tl.where(wanted, v_at, nothing), num_bytes, PDL)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "table_stride"])  # one variant for all shapes of tables
 def _decode_kernel(
     q_ptr,  # q of [T, H, D], or if FUSED the whole qkv
     k_cache_ptr,

@@ -10,7 +10,7 @@ from ruvon.kernels.ops import Packed
 from ruvon.kernels.pdl import release, wait
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # they may begin anywhere
 def _take_kernel(table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
     out_row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)

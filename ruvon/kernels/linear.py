@@ -101,7 +101,7 @@ def _gemv_kernel(
         tl.store(out_ptr + row * N + outputs, y.to(out_ptr.dtype.element_ty), mask=used)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one variant for all numbers of rows
 def _skinny_kernel(
     x_ptr,
     weight_ptr,

@@ -44,7 +44,7 @@ def attend_tile(
     return top_M, weight_M, sum_MD
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "table_stride"])  # one variant for all shapes of tables
 def _prefill_kernel(
     q_ptr,
     k_cache_ptr,

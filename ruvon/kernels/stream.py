@@ -22,7 +22,7 @@ from ruvon.kernels.pdl import prefetch, release, wait
 from ruvon.kernels.splits import Workspace, join_splits, plan_splits
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # one variant for all numbers of rows
 def _stream_kernel(
     x_desc,  # [M, K] in boxes of [BLOCK_M, BLOCK_K]
     weight_desc,  # [N, K] in boxes of [BLOCK_N, BLOCK_K]

@@ -1,0 +1,87 @@
+"""Prompt logprobs on a GPU: what is compiled at start is all that they ever need."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ruvon.engine.startup import SCORED, scoring_plans
+from ruvon.kernels.linear import GEMV_ROWS, SKINNY_ROWS, skinny_tile, steady_tile
+from ruvon.kernels.stream import stream_tile
+
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 2048,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+GPT2 = {
+    "architectures": ["GPT2LMHeadModel"],
+    "vocab_size": 321,
+    "n_embd": 64,
+    "n_layer": 2,
+    "n_head": 4,
+    "n_positions": 2048,
+    "n_ctx": 2048,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("shape", "options"), [(LLAMA, ["8"]), (GPT2, ["1"]), (LLAMA, ["8", "--deterministic"])]
+)
+def test_serving_needs_no_more_variants_of_kernels(tmp_path, shape, options):
+    (tmp_path / "config.json").write_text(json.dumps(shape))
+    script = Path(__file__).parent / "kernel_variants.py"
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(tmp_path), *options],
+        env=environ | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["start"] > 10
+    assert not found["more"]
+
+
+def test_the_plans_score_whole_chunks_of_these_sizes():
+    plans = list(scoring_plans(1000, 16))
+    assert [plan.num_tokens for plan in plans] == list(SCORED)
+    for plan in plans:
+        (chunk,), (row,) = plan.chunks, plan.prompt_rows
+        assert len(row.targets) == len(chunk.tokens) <= 16 * len(chunk.blocks)
+        assert not plan.rows
+    assert [plan.num_tokens for plan in scoring_plans(40, 16)] == [1, 2, 16, 32, 40]
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k"), [(768, 768), (768, 3072), (2304, 768), (4800, 1600), (1600, 6400), (50257, 1600)]
+)
+def test_every_number_of_rows_is_multiplied_as_one_of_these(n, k, gated):
+    def choices(rows):
+        return (
+            rows if rows <= GEMV_ROWS else None,
+            rows <= SKINNY_ROWS,
+            skinny_tile(rows, n, k, gated),
+            steady_tile(rows, gated),
+            stream_tile(rows, n, k, gated),
+        )
+
+    known = {choices(rows) for rows in SCORED}
+    assert {choices(rows) for rows in range(1, 600)} == known
