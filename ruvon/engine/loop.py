@@ -18,7 +18,8 @@ import structlog
 
 from ruvon.engine import types
 from ruvon.engine.engine import Engine, Pending
-from ruvon.engine.stream import Stream, Wakes
+from ruvon.engine.stream import Stream
+from ruvon.engine.turns import MOST_NEWCOMERS, Gate, Wakes
 from ruvon.engine.types import Emission, FinishReason, Job
 from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError
 
@@ -99,7 +100,9 @@ class EngineLoop:
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
         self._numbers = count()  # of streams
+        self._pending: deque[Pending] = deque()  # launched steps, oldest first
         self._wakes = Wakes()
+        self._gate = Gate(lambda: bool(self._pending) and self._pending[0].future.done())
 
     # ---------------------------------------------------------------- life
 
@@ -138,6 +141,10 @@ class EngineLoop:
             self._die(TimeoutError(f"a step takes more than {patience:g} seconds"))
 
     # ---------------------------------------------------------------- requests
+
+    async def turn(self) -> None:
+        """Wait until reading a new request keeps no step waiting; then make haste."""
+        await self._gate.enter()
 
     def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
@@ -212,31 +219,38 @@ class EngineLoop:
     # ---------------------------------------------------------------- the task
 
     async def _run(self) -> None:
-        pending: deque[Pending] = deque()
+        pending = self._pending
         try:
             while pending or self._tickets or not self.draining:
                 while (step := self.engine.launch(self._clock())) is not None:
                     pending.append(step)
                 if pending:
-                    await self._finish(pending.popleft())
+                    await self._finish(pending[0])
                 else:
+                    self._gate.open_all()
                     self._work.clear()
                     await self._work.wait()
         except Exception as error:  # whatever it is, no stream may wait for ever
             self._die(error)
+        finally:
+            pending.clear()
+            self._gate.open_all()
 
     async def _finish(self, pending: Pending) -> None:
         behind = pending.future.done()
         if behind:
             await asyncio.sleep(0)  # a turn for readers and newcomers, but no waiting
         else:
+            self._gate.open_meanwhile()
             await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
+        self._pending.popleft()
         self.progressed_at = now = self._clock()
         self._record_step()
         self._wakes.begin_step(behind)
         self._deliver(emissions, now)
         self._wakes.end_step()
+        self._gate.open(MOST_NEWCOMERS)
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""

@@ -25,6 +25,13 @@ HEADERS = {
 }
 
 
+class EventResponse(web.StreamResponse):
+    """A response of events. Its headers travel with the first of them: a write of their own would
+    cost as much as a step's news of all other streams."""
+
+    _send_headers_immediately = False  # aiohttp's, for its own `web.Response`
+
+
 class Envelope:
     """What every chunk of one answer shares, written once.
 
@@ -60,7 +67,7 @@ async def send_events(
     A client that leaves cancels this task (aiohttp's ``handler_cancellation``), and the caller's
     ``aclosing`` frees what it held; a write that finds the connection gone just ends here.
     """
-    response = web.StreamResponse(headers={**HEADERS, **headers})
+    response = EventResponse(headers={**HEADERS, **headers})
     with suppress(ConnectionResetError):
         await response.prepare(http)
         with Pulse(response, keep_alive) as pulse:

@@ -10,7 +10,8 @@ import pytest
 from fakes import LETTERS, FakeMetrics, FakeRunner
 
 from ruvon.engine.loop import EngineLoop
-from ruvon.engine.stream import MOST_STEPS, Stream, Wakes
+from ruvon.engine.stream import Stream
+from ruvon.engine.turns import MOST_NEWCOMERS, MOST_STEPS, Gate, Wakes
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import (
     ContextLengthError,
@@ -217,6 +218,67 @@ def test_news_that_wait_go_out_though_no_others_follow():
         wakes.end_step()
         wakes.begin_step(behind=True)
     assert sorted(heard) == list(range(MOST_STEPS))
+
+
+# -------------------------------------------------------------------- newcomers
+
+
+class Newcomers:
+    """As many as there are at a gate; ``let_in`` are the numbers of those that passed."""
+
+    def __init__(self, gate, number):
+        self.let_in = []
+        self._gate = gate
+        self.tasks = [asyncio.create_task(self._come(i)) for i in range(number)]
+
+    async def _come(self, i):
+        await self._gate.enter()
+        self.let_in.append(i)
+
+
+async def test_newcomers_wait_for_a_step_that_is_over_and_come_in_a_few_at_a_time():
+    gate = Gate(lambda: True)
+    newcomers = Newcomers(gate, 5)
+    await settle()
+    assert newcomers.let_in == []
+    newcomers.tasks[0].cancel()
+    await settle()
+    gate.open(2)
+    await settle()
+    assert newcomers.let_in == [1, 2]
+    gate.open_all()
+    await settle()
+    assert newcomers.let_in == [1, 2, 3, 4]
+
+
+async def test_newcomers_come_in_one_by_one_while_no_step_is_over():
+    over = iter([True, False, False, False, True])
+    gate = Gate(lambda: next(over))
+    newcomers = Newcomers(gate, 5)
+    await settle()
+    gate.open_meanwhile()
+    await settle()
+    assert newcomers.let_in == [0, 1, 2]
+
+
+async def test_nobody_is_left_at_the_gate_when_the_engine_is_idle_or_dead(running, depth):
+    async with running(by_hand=True) as (loop, runner):
+        stream = loop.generate([Job((97,), SamplingParams(max_tokens=1))])
+        await turn()
+        newcomers = Newcomers(loop._gate, 3 * MOST_NEWCOMERS)
+        await settle()
+        assert len(newcomers.let_in) == 3 * MOST_NEWCOMERS  # no step is over
+        runner.finish_step()
+        late = Newcomers(loop._gate, 3 * MOST_NEWCOMERS)
+        await turn()
+        assert len(late.let_in) == 3 * MOST_NEWCOMERS  # nothing is left to do
+        await stream.aclose()
+        stream = loop.generate([Job((97,), LONG)])
+        runner.broken = RuntimeError("broken")
+        await turn(runner)
+        await turn(runner)
+        assert loop.dead
+        await asyncio.wait_for(loop.turn(), 5)
 
 
 def listener(number, heard):
