@@ -390,9 +390,7 @@ def for_scores(plan: Plan) -> list[Plan]:
     kernels are compiled for numbers of sequences, and the host scores a row at a time anyway."""
     chunks = [replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows]
     rows = [replace(row, chunk=0) for row in plan.prompt_rows]
-    return [
-        Plan(plan.step, (chunk,), (), (row,)) for chunk, row in zip(chunks, rows, strict=True)
-    ]
+    return [Plan(plan.step, (chunk,), (), (row,)) for chunk, row in zip(chunks, rows, strict=True)]
 
 
 def alternatives(
