@@ -16,10 +16,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from itertools import chain, cycle
-from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -27,6 +26,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ruvon.engine.flight import Flight, StepFuture, alternatives, land, make_staging
 from ruvon.engine.graphs import (
     Bucket,
     Captured,
@@ -38,10 +38,9 @@ from ruvon.engine.graphs import (
     single_buckets,
 )
 from ruvon.engine.runner import Runner, Sampler, complete_rows
-from ruvon.engine.sampler import LOWEST_LOGPROB
 from ruvon.engine.seats import Seating, Seats
 from ruvon.engine.seatwork import SeatWork
-from ruvon.engine.types import UNDRAWN, Plan, SamplingRow, StepResult, TokenLogprobs
+from ruvon.engine.types import UNDRAWN, Plan, SamplingRow, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.pdl import supports_pdl
@@ -50,91 +49,9 @@ from ruvon.telemetry import Progress
 SWITCH_INTERVAL = 0.0005  # seconds for which a thread may keep the interpreter to itself
 STAGES = 3  # steps whose pinned memory is in use: two under way, one being prepared
 
-ERRORS = {
-    sample.NOT_A_NUMBER: "the model computed logits that are not numbers (NaN)",
-    sample.INFINITE: "the model computed an infinite logit",
-    sample.NOTHING_LEFT: "no token is left: every one is ruled out by what the request bans or "
-    "allows",
-}
-
 
 def draws_on_host(row: SamplingRow) -> bool:
     return row.sampling.typical_p < 1 or bool(row.sampling.bad_words)
-
-
-@dataclass(frozen=True, slots=True)
-class Staging:
-    """Pinned memory of one step under way, and the event that says it is over."""
-
-    words: Tensor
-    results: Tensor  # as `Graphs.results`
-    done: Any  # torch.cuda.Event; None on a CPU, where nothing is asynchronous
-    inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
-
-    def wait(self) -> None:
-        if self.done is not None:
-            self.done.synchronize()
-
-    def is_over(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.done is None or bool(self.done.query())
-
-
-def make_staging(graphs: Graphs, captured: Mapping[Bucket, Captured]) -> Staging:
-    cuda = graphs.words.is_cuda
-    words = torch.zeros(graphs.words.shape, dtype=torch.int32, pin_memory=cuda)
-    results = torch.zeros(graphs.results.shape, dtype=torch.int32, pin_memory=cuda)
-    done = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-    inputs = {bucket: step.layout.views(words.numpy()) for bucket, step in captured.items()}
-    return Staging(words, results, done, inputs)
-
-
-@dataclass(frozen=True, slots=True)
-class Flight:
-    """A launched step."""
-
-    plan: Plan
-    special: list[tuple[int, SamplingRow]]  # rows that want more than their likeliest token
-    staging: Staging
-    began: float
-    tops: dict[int, tuple[Tensor, Tensor]]  # row → log-probabilities and ids of alternatives
-    logits_LV: Tensor  # until the next is launched
-
-
-class StepFuture(Future[StepResult]):
-    """A step under way. It is over when the device says so, whoever looks first."""
-
-    def __init__(self, flight: Flight, waiter: Executor) -> None:
-        super().__init__()
-        self._flight = flight
-        self._waiter = waiter
-        self._landing = Lock()
-
-    def done(self) -> bool:
-        """Whether the device is: then `result` takes down what it left, without waiting."""
-        return super().done() or self._flight.staging.is_over()
-
-    def result(self, timeout: float | None = None) -> StepResult:
-        """Waits for the device, however long that takes."""
-        self.land()
-        return super().result(timeout)
-
-    def add_done_callback(self, fn: Callable[[Future[StepResult]], object]) -> None:
-        super().add_done_callback(fn)
-        if not super().done():
-            self._waiter.submit(self.land)
-
-    def land(self) -> None:
-        """Take the results down, once the device has them, if nobody has."""
-        with self._landing:
-            if super().done():
-                return
-            try:
-                result = land(self._flight)
-            except BaseException as error:
-                self.set_exception(error)
-            else:
-                self.set_result(result)
 
 
 class Compilations:
@@ -391,54 +308,3 @@ def for_scores(plan: Plan) -> list[Plan]:
     chunks = [replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows]
     rows = [replace(row, chunk=0) for row in plan.prompt_rows]
     return [Plan(plan.step, (chunk,), (), (row,)) for chunk, row in zip(chunks, rows, strict=True)]
-
-
-def alternatives(
-    special: Sequence[tuple[int, SamplingRow]], logits_LV: Tensor
-) -> dict[int, tuple[Tensor, Tensor]]:
-    """For rows that want them, the likeliest tokens and their log-probabilities, on the way to
-    the host."""
-    tops = {}
-    for i, row in special:
-        if row.sampling.logprobs:
-            values, ids = logits_LV[i].log_softmax(-1).topk(row.sampling.logprobs)
-            tops[i] = (to_host(values), to_host(ids))
-    return tops
-
-
-def to_host(values: Tensor) -> Tensor:
-    if not values.is_cuda:
-        return values
-    return torch.empty_like(values, device="cpu", pin_memory=True).copy_(values, non_blocking=True)
-
-
-def land(flight: Flight) -> StepResult:
-    """Wait for a step and take its results down."""
-    flight.staging.wait()
-    rows = flight.plan.rows
-    tokens, logprobs, ranks = flight.staging.results[:, : len(rows)]
-    drawn = tokens.tolist()
-    scores: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
-    scored = [i for i, row in flight.special if row.sampling.logprobs is not None]
-    if scored:
-        values, places = logprobs.view(torch.float32).tolist(), ranks.tolist()
-        for i in scored:
-            scores[i] = (score(drawn[i], values[i], places[i], flight.tops.get(i)),)
-    errors = {}
-    if drawn and min(drawn) < 0:
-        failed = [(i, code) for i, code in enumerate(drawn) if code < 0]
-        errors = {rows[i].seq_id: ERRORS[code] for i, code in failed}
-    return StepResult(
-        tokens=tuple([(token,) if token >= 0 else () for token in drawn]),
-        logprobs=tuple(scores),
-        errors=errors,
-        seconds=time.perf_counter() - flight.began,
-    )
-
-
-def score(
-    token: int, logprob: float, rank: int, top: tuple[Tensor, Tensor] | None
-) -> TokenLogprobs:
-    pairs: Any = () if top is None else zip(top[1].tolist(), top[0].tolist(), strict=True)
-    alternatives = tuple((i, max(value, LOWEST_LOGPROB)) for i, value in pairs)
-    return TokenLogprobs(token, max(logprob, LOWEST_LOGPROB), rank, alternatives)
