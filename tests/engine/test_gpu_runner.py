@@ -1,5 +1,6 @@
 """The GPU's runner: on a GPU as it is, without one over Triton's interpreter and no graphs."""
 
+from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,8 @@ import pytest
 import torch
 import triton
 
+from ruvon.config import EngineConfig
+from ruvon.engine.engine import Engine
 from ruvon.engine.gpu_runner import Compilations, GpuRunner
 from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, single_buckets
 from ruvon.engine.runner import Runner
@@ -18,6 +21,7 @@ from ruvon.engine.seats import Seats
 from ruvon.engine.types import (
     UNDRAWN,
     Chunk,
+    Job,
     Plan,
     PromptRow,
     SamplingParams,
@@ -273,6 +277,90 @@ def test_logprobs(gpu_runner):
     assert scores.rank == 1
     assert scores.top[0] == (scores.token, pytest.approx(scores.logprob, abs=1e-4))
     assert [value for _, value in scores.top] == sorted((v for _, v in scores.top), reverse=True)
+
+
+# ------------------------------------------------------------------- driven by an engine
+
+STOPS = tuple(range(0, 97, 4))
+SAMPLINGS = (
+    SamplingParams(temperature=0, max_tokens=4),
+    SamplingParams(temperature=1.5, seed=5, max_tokens=20, stop_token_ids=STOPS),
+    SamplingParams(temperature=0, max_tokens=12),  # to be aborted
+    SamplingParams(temperature=1, seed=2, max_tokens=5, top_p=0.9, presence_penalty=1.0),
+    SamplingParams(temperature=2, seed=3, max_tokens=20, stop_token_ids=STOPS, logprobs=0),
+)
+LENGTHS = (3, 17, 5, 20, 4)  # of prompts
+ABORTED, LATE = 2, 3  # from the latter on they come later
+
+
+class Watched:
+    """A runner of one depth, and what it was given."""
+
+    long_step = GpuRunner.long_step
+
+    def __init__(self, runner, depth):
+        self._runner, self.depth, self.plans = runner, depth, []
+
+    def launch(self, plan):
+        self.plans.append(plan)
+        return self._runner.launch(plan)
+
+    @property
+    def undrawn(self):
+        """(sequence, position) of tokens that nobody knew yet when they were given to it."""
+        chunks = (chunk for plan in self.plans for chunk in plan.chunks)
+        return {(chunk.seq_id, chunk.start) for chunk in chunks if chunk.tokens == (UNDRAWN,)}
+
+
+def drive(gpu_runner, depth):
+    """More jobs than seats; some join when others are under way and one is aborted under way.
+    Tokens and finish by job, and the runner, which knows sequences by the numbers of their jobs."""
+    runner = Watched(gpu_runner, depth)
+    config = EngineConfig(block_size=PAGE, max_num_seqs=SEATS, max_num_batched_tokens=40)
+    engine = Engine(
+        runner, config,
+        max_model_len=LONGEST, num_blocks=BLOCKS, vocab_size=97, eos_token_ids=(),
+    )  # fmt: skip
+    jobs = [
+        Job(tuple(range(i + 3, i + 3 + length)), sampling)
+        for i, (length, sampling) in enumerate(zip(LENGTHS, SAMPLINGS, strict=True))
+    ]
+    tokens, finishes, pending = {i: [] for i in range(len(jobs))}, {}, deque()
+    for i, job in enumerate(jobs[:LATE]):
+        assert engine.add(job, 0.0, i) == [i]
+    while engine.has_work or pending:
+        while (step := engine.launch(0.0)) is not None:
+            pending.append(step)
+            if step.plan.step == 4:
+                for i, job in enumerate(jobs[LATE:], LATE):
+                    assert engine.add(job, 0.0, i) == [i]
+            if step.plan.step == 5:
+                engine.abort([ABORTED])
+        for emission in engine.collect(pending.popleft()):
+            assert emission.error is None
+            tokens[emission.index] += emission.tokens
+            finishes[emission.index] = emission.finish
+    return tokens, finishes, runner
+
+
+@pytest.mark.slow
+def test_launched_ahead_or_not_the_same_is_drawn(gpu_runner):
+    tokens, finishes, one_by_one = drive(gpu_runner, 1)
+    tokens_ahead, finishes_ahead, ahead = drive(gpu_runner, 2)
+    aborted, aborted_ahead = tokens.pop(ABORTED), tokens_ahead.pop(ABORTED)
+    assert tokens_ahead == tokens
+    assert finishes_ahead == finishes
+    assert 0 < min(len(aborted), len(aborted_ahead)) < SAMPLINGS[ABORTED].max_tokens
+    assert all(a == b for a, b in zip(aborted, aborted_ahead, strict=False))
+    # What this is about has happened: stops in the middle, found when one token too many was
+    # under way, and only then.
+    stopped = {i for i, finish in finishes.items() if finish == "stop"}
+    assert stopped
+    assert all(1 < len(tokens[i]) < SAMPLINGS[i].max_tokens for i in stopped)
+    assert not one_by_one.undrawn
+    for i in stopped:
+        last = LENGTHS[i] + len(tokens[i]) - 1
+        assert (i, last) in ahead.undrawn
 
 
 # ------------------------------------------------------------------------------------- parts
