@@ -2,10 +2,10 @@
 
     python bench/gpu_kernels.py [--models gpt2,xl,smollm2,gpt-oss]
 
-Shapes are those of the models, bfloat16; of gpt-oss, attention only: 64 query and 8 key heads,
-sinks, a window of 128 or none. Each kernel runs in a CUDA graph over several copies of what it
-reads, so that L2 holds none of it. Bytes are the least that must move; the ceilings are a copy
-(bytes read and written) and a product of 8192 by 8192.
+Shapes are those of the models, bfloat16; of gpt-oss, attention and the cache alone: 64 query and 8
+key heads, sinks, a window of 128 or none. Each kernel runs in a CUDA graph over several copies of
+what it reads, so that L2 holds none of it. Bytes are the least that must move; the ceilings are a
+copy (bytes read and written) and a product of 8192 by 8192.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from gpu import CONTEXT, DEVICE, PAGE, milliseconds
 from measure import write
 from torch import Tensor
 
-from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed
+from ruvon.kernels.begin import begin
+from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
+from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.triton_ops import make_triton_ops
 
 BATCHES = (1, 8, 64, 256)
@@ -33,15 +35,17 @@ class Shape(NamedTuple):
     groups: int
     inner: int  # 0: attention only
     activation: Activation
+    vocab: int = 0
+    rotated: bool = False
     windows: tuple[int, ...] = (0,)
     sinks: bool = False
 
 
 SHAPES = {
-    "gpt2": Shape(768, 12, 12, 3072, "gelu_tanh"),
-    "xl": Shape(1600, 25, 25, 6400, "gelu_tanh"),
-    "smollm2": Shape(576, 9, 3, 1536, "silu_gated"),
-    "gpt-oss": Shape(2880, 64, 8, 0, "none", windows=(0, 128), sinks=True),
+    "gpt2": Shape(768, 12, 12, 3072, "gelu_tanh", 50257),
+    "xl": Shape(1600, 25, 25, 6400, "gelu_tanh", 50257),
+    "smollm2": Shape(576, 9, 3, 1536, "silu_gated", 49152, rotated=True),
+    "gpt-oss": Shape(2880, 64, 8, 0, "none", rotated=True, windows=(0, 128), sinks=True),
 }
 
 
@@ -94,6 +98,46 @@ def measure_ceilings() -> Report:
     return report
 
 
+def measure_begin(report: Report) -> None:
+    """The start of a step: ids into place, those that the last step drew among them, and a new
+    block for every sequence."""
+    for tokens, sequences in ((1, 1), (256, 256), (8192, 256)):
+        tables = torch.zeros(sequences, 128, dtype=torch.int32, device=DEVICE)
+        last_tokens = torch.zeros(sequences, dtype=torch.int32, device=DEVICE)
+        ids = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
+        ids[:sequences] = -1 - torch.arange(sequences, device=DEVICE)
+        patches = torch.full((tokens + sequences, 2), -1, dtype=torch.int32, device=DEVICE)
+        patches[:sequences, 0] = torch.arange(sequences, device=DEVICE) * 128
+        out = torch.empty_like(ids)
+
+        def run(i: int) -> None:
+            begin(ids, last_tokens, out, patches, tables, supports_pdl(DEVICE))  # noqa: B023
+
+        num_bytes = 2 * ids.nbytes + last_tokens.nbytes + patches.nbytes + 4 * sequences
+        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), num_bytes)
+
+
+def measure_rows(name: str, shape: Shape, report: Report) -> None:
+    """Rows out of tables: embeddings at a step's start, and before its end the rows to go on with,
+    of 8192 tokens."""
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    table = Packed("dense", (shape.vocab, shape.hidden), (normal(shape.vocab, shape.hidden),))
+    for rows in (1, 256, 8192):
+        num_bytes = 2 * 2 * rows * shape.hidden
+        ids = [indices(rows, shape.vocab) for _ in range(spread(num_bytes))]
+        took = seconds(lambda i: ops.embed(ids[i], table), len(ids))  # noqa: B023
+        report.add(f"{name} embedding, {rows} rows", took, num_bytes)
+    for rows in (1, 256):
+        x = [normal(8192, shape.hidden) for _ in range(spread(2 * 8192 * shape.hidden))]
+        wanted = indices(rows, 8192)
+        took = seconds(lambda i: ops.take(x[i], wanted), len(x))  # noqa: B023
+        report.add(f"{name} take, {rows} rows", took, 2 * 2 * rows * shape.hidden)
+
+
+def indices(count: int, below: int) -> Tensor:
+    return torch.randint(below, (count,), device=DEVICE, dtype=torch.int32)
+
+
 def measure_products(name: str, shape: Shape, report: Report) -> None:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     width = 64 * (shape.heads + 2 * shape.groups)
@@ -142,6 +186,33 @@ def pages(sequences: int, queries: int, context: int) -> ForwardBatch:
     return ForwardBatch(*on_device, max_query=queries, max_context=context)
 
 
+def measure_writes(name: str, shape: Shape, report: Report) -> None:
+    """A prompt's keys and values into the cache, rotated where the model does that; queries then
+    are written too."""
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    spec = AttentionSpec(shape.heads, shape.groups, 64, 0.125)
+    angles = torch.randn(1024, 32, device=DEVICE)
+    rope = Rope(angles.cos(), angles.sin()) if shape.rotated else None
+    for sequences, queries in ((1, 100), (8, 1000)):
+        batch = pages(sequences, queries, queries)
+        blocks = batch.block_tables.numel()
+        tokens, cache = sequences * queries, (blocks, shape.groups, PAGE, 64)
+        width = 64 * (shape.heads + 2 * shape.groups)
+        moved = width if shape.rotated else 2 * 64 * shape.groups  # numbers, each way
+        num_bytes = 2 * 2 * tokens * moved
+        copies = [
+            (normal(tokens, width), normal(*cache), normal(*cache))
+            for _ in range(spread(num_bytes))
+        ]
+
+        def run(i: int) -> object:
+            qkv, keys, values = copies[i]  # noqa: B023
+            return ops.write_kv(qkv, batch, keys, values, spec, rope, None, None, 0.0)  # noqa: B023
+
+        took = seconds(run, len(copies))
+        report.add(f"{name} cache write, {sequences} x {queries}", took, num_bytes)
+
+
 def measure_attention(name: str, shape: Shape, report: Report) -> None:
     """A step's attention with the new tokens' rotation (none here) and storing in it."""
     ops = make_triton_ops(torch.bfloat16, DEVICE)
@@ -178,13 +249,16 @@ def main() -> None:
     names = parser.parse_args().models.split(",")
     with torch.inference_mode():
         report = measure_ceilings()
+        measure_begin(report)
         for name in names:
             if SHAPES[name].inner:
+                measure_rows(name, SHAPES[name], report)
                 measure_norm(name, SHAPES[name], report)
                 measure_products(name, SHAPES[name], report)
+            measure_writes(name, SHAPES[name], report)
             measure_attention(name, SHAPES[name], report)
-    numbers = {"bandwidth": report.bandwidth, "peak": report.peak, "rows": report.rows}
-    path = write("gpu-kernels", {"device": torch.cuda.get_device_name(), "numbers": numbers})
+    results = {"bandwidth": report.bandwidth, "peak": report.peak, "rows": report.rows}
+    path = write("gpu-kernels", {"device": torch.cuda.get_device_name(), "numbers": results})
     print(f"\nWrote {path}")
 
 
