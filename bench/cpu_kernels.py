@@ -21,10 +21,10 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.kernels.cpu import CpuKernels, Limits, Tape, allocate_cache
+from ruvon.kernels.cpu.kinds import KINDS
 from ruvon.kernels.cpu.program import Field
 from ruvon.kernels.cpu.recorder import Instruction
 from ruvon.kernels.cpu.tape import sizes_of
-from ruvon.kernels.cpu.tiles import KINDS
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint

@@ -16,8 +16,8 @@ Outside of `record`, every operation of `cpu.ops` computes at once, so tests can
 From the outside in: `tape` replays a program and `draw` has one for sampling, `recorder` writes one
 from a model's calls, `team` runs it on its threads (`sync` is how they meet), `program` says what
 an instruction is; `linear`, `attention`, `rows` and `sample` are the kernels, on top of `tiles`
-(the innermost loops), `layout` (how data lies in memory) and `simd` (vectors for numba); `compiled`
-keeps machine code between starts.
+(the innermost loops), `kinds` and `layout` (how data lies in memory) and `simd` (vectors for
+numba); `compiled` keeps machine code between starts.
 """
 
 from __future__ import annotations

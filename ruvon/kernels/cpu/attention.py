@@ -13,6 +13,7 @@ from __future__ import annotations
 import numpy as np
 from numba import literally, njit
 
+from ruvon.kernels.cpu.kinds import KINDS, ROWS, TileKind
 from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
 from ruvon.kernels.cpu.rows import PACK, pack_of
 from ruvon.kernels.cpu.simd import (
@@ -35,15 +36,7 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import (
-    KINDS,
-    ROWS,
-    TILES,
-    TileKind,
-    attend_tiles,
-    load_dense,
-    quantize_group,
-)
+from ruvon.kernels.cpu.tiles import TILES, attend_tiles, load_dense, quantize_group
 
 QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile

@@ -26,8 +26,8 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, TileKind
 from ruvon.kernels.cpu.simd import LANES
-from ruvon.kernels.cpu.tiles import GROUP, KINDS, TileKind
 from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input

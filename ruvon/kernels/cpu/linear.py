@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from numba import njit
 
+from ruvon.kernels.cpu.kinds import BLOCK, KINDS, ROWS
 from ruvon.kernels.cpu.program import FETCH_AT, OWN_END, Field, Param, get
 from ruvon.kernels.cpu.rows import (
     NONE,
@@ -18,7 +19,7 @@ from ruvon.kernels.cpu.rows import (
     sigmoid_times,
 )
 from ruvon.kernels.cpu.simd import load, read_i64, store, write_i64
-from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, multiply_tile, quantize_group
+from ruvon.kernels.cpu.tiles import multiply_tile, quantize_group
 
 PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
 

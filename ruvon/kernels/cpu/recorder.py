@@ -23,11 +23,11 @@ from torch import Tensor
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu.attention import BF16_CACHE, F16_CACHE, F32_CACHE, MOST_DIMS, TILE_ROWS
 from ruvon.kernels.cpu.compiled import Key
+from ruvon.kernels.cpu.kinds import BLOCK, GROUP, ROWS
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, kind_of, round_up
 from ruvon.kernels.cpu.program import Field, Param
 from ruvon.kernels.cpu.rows import ACTIVATIONS
 from ruvon.kernels.cpu.simd import LANES
-from ruvon.kernels.cpu.tiles import BLOCK, GROUP, ROWS
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
 CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}

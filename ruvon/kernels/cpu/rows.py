@@ -8,6 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ruvon.kernels.cpu.kinds import BLOCK, KINDS, ROWS
 from ruvon.kernels.cpu.program import Field, get
 from ruvon.kernels.cpu.simd import (
     absolute,
@@ -30,7 +31,7 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import BLOCK, KINDS, ROWS, quantize_group
+from ruvon.kernels.cpu.tiles import quantize_group
 
 PACK = BLOCK * ROWS  # bytes of one group of 8 packed rows
 NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
