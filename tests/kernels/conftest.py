@@ -16,8 +16,8 @@ def cpu():
 
 @pytest.fixture(scope="session")
 def portable():
-    """The kernels as they are on a CPU without the 8-bit dot product, on one thread."""
-    kernels = CpuKernels(threads=1, vnni=False)
+    """The kernels as they are on a CPU without dot products, on one thread."""
+    kernels = CpuKernels(threads=1, vnni=False, bf16=False)
     yield kernels
     kernels.close()
 

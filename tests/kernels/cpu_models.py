@@ -55,6 +55,7 @@ class Shape:
     layers: int = 2
     window: int = 0
     quantized: bool = True
+    dtype: torch.dtype = torch.float32  # of weights that are not quantized
     gpt: bool = False  # layer norms, biases, learned positions, no gate
     qk_norm: bool = False
     sinks: bool = False
@@ -77,7 +78,7 @@ class SmallModel:
 
     def pack(self, n, k, bits):
         if not self.shape.quantized:
-            return self.ops.pack(Dense(torch.randn(n, k) / k**0.5))
+            return self.ops.pack(Dense((torch.randn(n, k) / k**0.5).to(self.shape.dtype)))
         return self.ops.pack(random_quantized(n, k, bits, offsets=bits == 4))
 
     def norm(self):

@@ -31,6 +31,17 @@ def test_kinds_of_a_kernel_are_kept_apart(tmp_path, monkeypatch):
     assert len(addresses) == len(kept(tmp_path)) == 2
 
 
+@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
+def test_each_dot_product_is_used_where_the_cpu_has_it(monkeypatch, machine):
+    features = {"avx512f": True, "avx512bw": True, "avx512vnni": True}
+    monkeypatch.setattr(compiled.platform, "machine", lambda: machine)
+    monkeypatch.setattr(compiled.binding, "get_host_cpu_features", lambda: features)
+    assert compiled.has_vnni() == (machine == "x86_64")
+    assert not compiled.has_bf16()
+    features["avx512bf16"] = True
+    assert compiled.has_bf16() == (machine == "x86_64")
+
+
 @pytest.mark.parametrize("folder", ["/proc/nowhere", None])
 def test_without_a_place_to_keep_it_code_is_compiled_anyway(folder, tmp_path, monkeypatch):
     if folder is None:  # the sources have changed since they were imported

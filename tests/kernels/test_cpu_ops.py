@@ -5,6 +5,7 @@ import torch
 from cpu_models import ints, random_quantized, round_activations
 
 from ruvon.errors import LoadError
+from ruvon.kernels.cpu.compiled import has_bf16
 from ruvon.kernels.ops import Dense, Quantized
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated")
@@ -47,15 +48,40 @@ def test_norms(cpu, reference, width, with_residual):
     assert torch.equal(got[1], expected[1])
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "portable"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("shape", [(1, 3, 5), (9, 70, 50), (130, 64, 96)])
-def test_dense_linear(cpu, reference, dtype, shape):
+@pytest.mark.parametrize("shape", [(1, 3, 5), (9, 70, 51), (130, 64, 96)])
+def test_dense_linear(request, reference, kernels, dtype, shape):
     m, n, k = shape
+    ops = request.getfixturevalue(kernels).ops
     x, weight, bias = torch.randn(m, k), Dense(torch.randn(n, k).to(dtype)), torch.randn(n)
-    packed, plain = cpu.ops.pack(weight), reference.pack(weight)
+    packed, plain = ops.pack(weight), reference.pack(weight)
+    rounds = dtype == torch.bfloat16 and kernels == "cpu" and has_bf16()
+    seen = x.bfloat16().float() if rounds else x
     for activation in ACTIVATIONS if n % 2 == 0 else ("none",):
-        got = cpu.ops.linear(x, packed, bias, activation)
-        assert_close(got, reference.linear(x, plain, bias, activation))
+        got = ops.linear(x, packed, bias, activation)
+        assert_close(got, reference.linear(seen, plain, bias, activation))
+
+
+@pytest.mark.skipif(not has_bf16(), reason="the CPU has no dot product of bfloat16")
+def test_activations_become_the_nearest_bfloat16(cpu):
+    """Of two that are equally near, the even one."""
+    step = 2.0**-7  # between neighbours from 1 to 2
+    x = torch.tensor([[1.0, 1 + step / 2, 1 + 1.5 * step, -1 - step / 2, 1 + 0.51 * step, 3e38]])
+    same = cpu.ops.pack(Dense(torch.eye(6, dtype=torch.bfloat16)))
+    got = cpu.ops.linear(x, same, None, "none")
+    assert got[0, :5].tolist() == [1, 1, 1 + 2 * step, -1, 1 + step]
+    assert torch.equal(got, x.bfloat16().float())
+
+
+@pytest.mark.parametrize("kernels", ["cpu", "portable"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_dense_rows_do_not_depend_on_others(request, kernels, dtype):
+    ops = request.getfixturevalue(kernels).ops
+    x, weight = torch.randn(150, 77), ops.pack(Dense(torch.randn(70, 77).to(dtype)))
+    together = ops.linear(x, weight, None, "none")
+    for first, last in ((0, 1), (5, 8), (126, 130), (140, 149)):
+        assert torch.equal(ops.linear(x[first:last], weight, None, "none"), together[first:last])
 
 
 @pytest.mark.parametrize("name", FORMATS)
@@ -109,9 +135,10 @@ def test_embed_reads_back_what_was_packed(cpu, name):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_embed_dense(cpu, dtype):
-    table, ids = torch.randn(70, 50).to(dtype), ints([3, 69, 0])
-    assert torch.equal(cpu.ops.embed(ids, cpu.ops.pack(Dense(table))), table[ids].float())
+def test_embed_dense(cpu, portable, dtype):
+    table, ids = torch.randn(70, 51).to(dtype), ints([3, 69, 0])
+    for ops in (cpu.ops, portable.ops):
+        assert torch.equal(ops.embed(ids, ops.pack(Dense(table))), table[ids].float())
 
 
 def test_pack_keeps_shape_and_converts_on_demand(cpu):

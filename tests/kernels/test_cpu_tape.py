@@ -16,6 +16,8 @@ SHAPES = {
     "dense llama": Shape(quantized=False),
     "gpt2": Shape(gpt=True, groups=4),
     "dense gpt2": Shape(gpt=True, groups=4, quantized=False),
+    "bfloat16 llama": Shape(hidden=50, dim=8, quantized=False, dtype=torch.bfloat16),
+    "bfloat16 gpt2": Shape(gpt=True, groups=4, quantized=False, dtype=torch.bfloat16),
     "qwen3, windowed": Shape(qk_norm=True, window=9, dim=32),
     "sinks, odd sizes": Shape(sinks=True, hidden=50, wide=40, dim=8, quantized=False),
     "whole groups": Shape(hidden=128, wide=192, dim=64, heads=3, groups=1),
@@ -50,6 +52,8 @@ def test_logits_equal_the_reference(cpu, reference, shape):
     expected = SmallModel(reference, shape).forward(batch, plain)
     if shape.quantized:  # activations are rounded to 8 bits here
         assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.995
+    elif shape.dtype == torch.bfloat16:  # and to 8 bits and an exponent here
+        assert torch.nn.functional.cosine_similarity(got, expected).min() > 0.9999
     else:
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
@@ -95,7 +99,9 @@ def test_any_number_of_threads_gives_the_same_bits(cpu, shape, threads):
         kernels.close()
 
 
-def test_portable_kernels_give_the_same_bits(cpu, portable, shape):
+@pytest.mark.parametrize("name", [n for n in SHAPES if not n.startswith("bfloat16")])
+def test_portable_kernels_give_the_same_bits(cpu, portable, name):
+    shape = SHAPES[name]
     batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
     expected = record(cpu, shape).replay(batch).clone()
     assert torch.equal(record(portable, shape).replay(batch), expected)

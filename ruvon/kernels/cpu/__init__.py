@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.compiled import Compiled, has_vnni
+from ruvon.kernels.cpu.compiled import Compiled, has_bf16, has_vnni
 from ruvon.kernels.cpu.draw import Drawer
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.program import Param
@@ -47,17 +47,25 @@ class CpuKernels:
     """The table of operations, the threads that run them, and the compiled code."""
 
     def __init__(
-        self, threads: int, *, dense_dtype: torch.dtype | None = None, vnni: bool | None = None
+        self,
+        threads: int,
+        *,
+        dense_dtype: torch.dtype | None = None,
+        vnni: bool | None = None,
+        bf16: bool | None = None,
     ) -> None:
         """
         Args:
             threads: how many compute, the caller's among them; each has a core to itself.
             dense_dtype: what weights that are not quantized are kept in; None keeps their own.
-                They are multiplied in float32 either way.
+                Products are float32, but see ``bf16``.
             vnni: use the CPU's 8-bit dot product; None if it has one. Results are the same.
+            bf16: use the CPU's dot product of bfloat16 for weights of that type; None if it has
+                one. Activations are rounded to bfloat16 for it; sums are float32.
         """
         self._compiled = Compiled()
         self._vnni = has_vnni() if vnni is None else vnni
+        self._bf16 = has_bf16() if bf16 is None else bf16
         self._dense_dtype = dense_dtype
         self._team = Team(
             threads,
@@ -114,7 +122,7 @@ class CpuKernels:
         self._team.close()
 
     def _pack(self, weight: Weight) -> Packed:
-        return pack(weight, self._dense_dtype, self._vnni)
+        return pack(weight, self._dense_dtype, self._vnni, self._bf16)
 
     def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         if self._recording is not None:

@@ -15,7 +15,7 @@ from numba import literally, njit
 
 from ruvon.kernels.cpu.kinds import KINDS, ROWS, TileKind
 from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
-from ruvon.kernels.cpu.rows import PACK, pack_of
+from ruvon.kernels.cpu.rows import write_packs
 from ruvon.kernels.cpu.simd import (
     exp16,
     fma,
@@ -36,7 +36,7 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import TILES, attend_tiles, load_dense, quantize_group
+from ruvon.kernels.cpu.tiles import TILES, attend_tiles, load_dense
 
 QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
@@ -243,7 +243,7 @@ def finish_query(instruction, scratch, row, token, head):
         by = splat16(np.float32(fade / mass))
     else:
         by = splat16(np.float32(np.float32(1.0) / mass))
-    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
+    out = get(instruction, Field.OUT)
     if out != 0:
         out += token * get(instruction, Field.OUT_STRIDE) + 4 * head * dim
         for c in range(0, dim - 15, 16):
@@ -254,12 +254,10 @@ def finish_query(instruction, scratch, row, token, head):
             store(last, load(last) * by)
             for c in range(dim - rest, dim):
                 write_f32(out + 4 * c, read_f32(sums + 4 * c))
-    if packs != 0:
-        block = pack_of(packs, token, get(instruction, Field.GROUPS)) + head * dim // 32 * PACK
+    if get(instruction, Field.GROUPS) != 0:
         for c in range(0, dim, 32):
-            quantize_group(
-                load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by, block + c // 32 * PACK
-            )
+            a, b = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
+            write_packs(instruction, token, (head * dim + c) // 32, a, b)
 
 
 @njit

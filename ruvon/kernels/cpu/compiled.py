@@ -30,7 +30,7 @@ KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "lead": (team.lead, types.void(*[types.intp] * 2)),
     "follow": (team.follow, types.void(*[types.intp] * 4)),
-    "quantize": (rows.quantize, KERNEL),
+    "pack": (rows.pack, KERNEL),
     "interleave": (rows.interleave, KERNEL),
     "rms_norm": (rows.rms_norm, KERNEL),
     "layer_norm": (rows.layer_norm, KERNEL),
@@ -50,10 +50,19 @@ FACTORIES: dict[str, Callable[[int], Callable[..., None]]] = {
 
 def has_vnni() -> bool:
     """Whether this CPU multiplies and adds bytes 64 at a time."""
+    return has_features("avx512f", "avx512bw", "avx512vnni")
+
+
+def has_bf16() -> bool:
+    """Whether this CPU multiplies and adds bfloat16 numbers 32 at a time."""
+    return has_features("avx512f", "avx512bw", "avx512bf16")
+
+
+def has_features(*names: str) -> bool:
     if platform.machine() not in ("x86_64", "AMD64"):
         return False
     features = binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in ("avx512f", "avx512bw", "avx512vnni"))
+    return all(features.get(name, False) for name in names)
 
 
 def digest_of_sources() -> str:

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from ruvon.kernels.cpu.simd import LANES
 
 ROWS = 8  # activation rows a tile takes at once: 2 * 8 sums, 8 weights and scales fill 32 registers
-GROUP = 32  # values along k that share an activation scale
+GROUP = 32  # values along k that are packed together, with one scale if quantized
 
 # One group of one quantized activation row, in bytes: 32 codes, then four numbers.
 BLOCK = 48
 SCALE, TOTAL, NEGATED, NEGATED_HALF = 32, 36, 40, 44
 """float32 scale, float32 sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
+
+BRAIN_BLOCK = 64  # bytes of a group of a row in bfloat16
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +27,7 @@ class TileKind:
     wide: bool = False  # q: scales and offsets are float32, else float16
     half: bool = False  # q: a scale for each 16 values, not 32
     vnni: bool = False  # q: the CPU has the 8-bit dot product
+    pairs: bool = False  # bf16: two k side by side, for the CPU's dot product of bfloat16
 
     @property
     def quantized(self) -> bool:
@@ -49,15 +52,22 @@ class TileKind:
 
     @property
     def step(self) -> int:
-        """How many k one turn of the loop takes: a group if quantized, else one."""
-        return GROUP if self.quantized else 1
+        """How many k one turn of the loop takes: a packed group, or one."""
+        return GROUP if self.quantized or self.pairs else 1
 
     @property
     def step_bytes(self) -> int:
         """Bytes of codes, or of plain values, of a tile for one step."""
         if self.quantized:
             return self.code_bytes
-        return LANES * (4 if self.storage == "f32" else 2)
+        return LANES * self.step * (4 if self.storage == "f32" else 2)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a packed row of activations for one step."""
+        if self.quantized:
+            return BLOCK
+        return BRAIN_BLOCK if self.pairs else 4
 
     def tile_bytes(self, steps: int) -> int:
         """Bytes of a whole tile: the codes of all steps, then their scales, to a cache line."""
@@ -82,5 +92,6 @@ KINDS: tuple[TileKind, ...] = (
     TileKind("f32"),
     TileKind("f16"),
     TileKind("bf16"),
+    TileKind("bf16", pairs=True),
 )
 """A kernel is told its kind by the index here: an integer is all that a cached kernel may hold."""

@@ -6,12 +6,12 @@ holds its codes step by step along k, sixteen rows side by side, then the scales
     4 bits   a group of 32 k is 4 x 64 bytes: vector q, lane r, byte j holds row r's codes of
              k = 8q + j (low half) and k = 8q + 4 + j (high half)
     8 bits   a group is 8 x 64 bytes: vector q, lane r, byte j is row r's code of k = 4q + j, + 128
-    dense    each k is 16 numbers
+    dense    each k is 16 numbers; of bfloat16 for the CPU's dot product, each two k are 16 pairs
 
 N is padded to 32, K to 32, with zeros, so kernels meet no tails.
 
-**Activations** are packed by 8 rows: quantized, a group of 32 k is 8 x 48 bytes (see `tiles`);
-dense, each k is 8 floats.
+**Activations** are packed by 8 rows: quantized, a group of 32 k is 8 x 48 bytes (see `kinds`);
+for pairs, a group is 8 x 32 bfloat16; otherwise each k is 8 floats.
 
 **Rows** of plain activations are float32 with a stride of a multiple of 32, zeros behind the end.
 
@@ -55,19 +55,25 @@ def pad(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))
 
 
-def pack(weight: Weight, dense_dtype: torch.dtype | None, vnni: bool) -> Packed:
-    """Lay a weight out in tiles. ``dense_dtype`` converts dense weights; None keeps them."""
+def pack(weight: Weight, dense_dtype: torch.dtype | None, vnni: bool, bf16: bool) -> Packed:
+    """Lay a weight out in tiles. ``dense_dtype`` converts dense weights; None keeps them.
+
+    ``vnni`` and ``bf16`` say which dot products the CPU has.
+    """
     if isinstance(weight, Dense):
-        return pack_dense(weight.weight_NK, dense_dtype)
+        return pack_dense(weight.weight_NK, dense_dtype, bf16)
     return pack_quantized(weight, vnni)
 
 
-def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None) -> Packed:
+def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Packed:
     padded = pad(weight_NK if dtype is None else weight_NK.to(dtype), COLUMNS, GROUP)
     n, k = padded.shape
-    memory, packed = new_tiles(TileKind(STORAGES[padded.dtype]), weight_NK.shape, n, k)
-    tiles = memory[:, : LANES * k * padded.itemsize].view(padded.dtype).unflatten(1, (k, LANES))
-    tiles.copy_(padded.view(n // LANES, LANES, k).transpose(1, 2))
+    kind = TileKind(STORAGES[padded.dtype], pairs=bf16 and padded.dtype == torch.bfloat16)
+    memory, packed = new_tiles(kind, weight_NK.shape, n, k)
+    words = padded.view(torch.int32) if kind.pairs else padded
+    rows = words.unflatten(0, (-1, LANES))  # tile, row, word
+    tiles = memory[:, : LANES * k * padded.itemsize].view(words.dtype).unflatten(1, (-1, LANES))
+    tiles.copy_(rows.transpose(1, 2))
     return packed
 
 

@@ -8,25 +8,24 @@ from __future__ import annotations
 
 from numba import njit
 
-from ruvon.kernels.cpu.kinds import BLOCK, KINDS, ROWS
+from ruvon.kernels.cpu.kinds import KINDS, ROWS
 from ruvon.kernels.cpu.program import FETCH_AT, OWN_END, Field, Param, get
 from ruvon.kernels.cpu.rows import (
     NONE,
-    PACK,
     SILU_GATED,
     activate16,
-    pack_of,
     sigmoid_times,
+    write_packs,
 )
 from ruvon.kernels.cpu.simd import load, read_i64, store, write_i64
-from ruvon.kernels.cpu.tiles import multiply_tile, quantize_group
+from ruvon.kernels.cpu.tiles import multiply_tile
 
 PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
 
 
 @njit
 def finish_row(instruction, sums, row, column):
-    """Bias, activation, then out as floats, as packed int8 or both: 32 outputs of one row."""
+    """Bias, activation, then out as floats, packed, or both: 32 outputs of one row."""
     a, b = load(sums), load(sums + 64)
     bias, activation = get(instruction, Field.BIAS), get(instruction, Field.ACTIVATION)
     if bias != 0:
@@ -42,14 +41,12 @@ def finish_row(instruction, sums, row, column):
         a, b = sigmoid_times(a) * c, sigmoid_times(b) * d
     elif activation != NONE:
         a, b = activate16(a, activation), activate16(b, activation)
-    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
+    out = get(instruction, Field.OUT)
     if out != 0:
         out += row * get(instruction, Field.OUT_STRIDE) + 128 * column
         store(out, a)
         store(out + 64, b)
-    if packs != 0:
-        block = pack_of(packs, row, get(instruction, Field.GROUPS))
-        quantize_group(a, b, block + column * PACK)
+    write_packs(instruction, row, column, a, b)
 
 
 @njit
@@ -67,7 +64,7 @@ def next_tiles(scratch, unit, own, size):
 
 def make_linear(kind):
     """The product with weights of this kind, packed activations in, see `Field` for the rest."""
-    x_step = ROWS * (BLOCK if KINDS[kind].quantized else 4)
+    x_step = ROWS * KINDS[kind].row_bytes
 
     def linear(instruction, params, start, stop, scratch):
         counted = get(instruction, Field.COUNT)
@@ -78,7 +75,8 @@ def make_linear(kind):
         plain = (
             get(instruction, Field.BIAS) == 0
             and get(instruction, Field.ACTIVATION) == NONE
-            and get(instruction, Field.PACKS) == 0
+            and get(instruction, Field.INT8) == 0
+            and get(instruction, Field.BF16) == 0
         )
         stride = get(instruction, Field.OUT_STRIDE) if plain else 256
         for unit in range(start, stop):

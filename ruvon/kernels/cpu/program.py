@@ -37,7 +37,7 @@ class Field(IntEnum):
     Y = 6  # a second input of the same shape
     OUT = 7  # float32 rows out
     OUT_STRIDE = 8
-    PACKS = 9  # packed int8 rows out
+    INT8 = 9  # packed rows out, quantized
     GROUPS = 10  # groups of 32 in a packed row
     TOTAL = 11  # x + residual out
     WIDTH = 12  # numbers in a row that are not padding
@@ -73,6 +73,8 @@ class Field(IntEnum):
     NEXT = 40  # the tiles of the next product, to be fetched into the cache ahead of time
     NEXT_UNITS = 41
     NEXT_UNIT_BYTES = 42
+
+    BF16 = 43  # packed rows out, bfloat16
 
 
 class Param(IntEnum):

@@ -6,9 +6,10 @@ tensor. Buffers go back to a pool when their tensor is dropped by the model, as 
 decide, so a model of any depth needs a handful.
 
 Outputs are made in the form that is asked for. A product with quantized weights wants its input
-as int8 with scales; if that input is the output of a norm, of attention or of a gated product,
-that instruction is told to write int8 while it has the numbers in its registers, and writes floats
-only if somebody else reads them. Nothing else is fused, and models say nothing about any of it.
+as int8 with scales, one with pairs of bfloat16 wants bfloat16; if that input is the output of a
+norm, of attention or of another product, that instruction is told to write this form while it has
+the numbers in its registers, and writes floats only if somebody else reads them. Nothing else is
+fused, and models say nothing about any of it.
 """
 
 from __future__ import annotations
@@ -23,12 +24,16 @@ from torch import Tensor
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu.attention import BF16_CACHE, F16_CACHE, F32_CACHE, MOST_DIMS, TILE_ROWS
 from ruvon.kernels.cpu.compiled import Key
-from ruvon.kernels.cpu.kinds import BLOCK, GROUP, ROWS
+from ruvon.kernels.cpu.kinds import BLOCK, BRAIN_BLOCK, GROUP, ROWS, TileKind
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, kind_of, round_up
 from ruvon.kernels.cpu.program import Field, Param
 from ruvon.kernels.cpu.rows import ACTIVATIONS
 from ruvon.kernels.cpu.simd import LANES
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
+
+BLOCKS = {Field.INT8: BLOCK, Field.BF16: BRAIN_BLOCK, Field.OUT: 4 * GROUP}
+"""Forms of packed activations, by the field that holds their address in the instruction that makes
+them: bytes of a row's group. Sources of values can make the first two themselves."""
 
 CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}
 PANELS = {Param.TOKENS: Param.TOKEN_PANELS, Param.LOGIT_ROWS: Param.LOGIT_PANELS}
@@ -50,12 +55,16 @@ class Value:
     width: int
     floats: Tensor  # [capacity, width rounded up]
     source: Instruction | None = None  # to be told which forms are wanted; None: floats are there
-    int8: Tensor | None = None  # packed for a quantized product
-    dense: Tensor | None = None  # packed for a dense product
+    packs: dict[Field, Tensor] = field(default_factory=dict)  # packed rows, by form
+    offered: dict[Field, Tensor] = field(default_factory=dict)  # memory for those it can make too
 
     @property
     def stride(self) -> int:
         return self.floats.stride(0) * 4
+
+    @property
+    def groups(self) -> int:
+        return round_up(self.width, GROUP) // GROUP
 
 
 class Pool:
@@ -128,17 +137,15 @@ class Recording:
         height = self.capacity[rows]
         memory = self.pool.take("floats", rows, width, height * padded * 4)
         value = Value(rows, width, memory.view(torch.float32).view(height, padded))
-        if packable:
-            value.int8 = self.packs("int8", value)
+        for form in (Field.INT8, Field.BF16) if packable else ():
+            value.offered[form] = self.memory_for(form, value)
         self.values[value.floats.data_ptr()] = value
         return value
 
-    def packs(self, purpose: str, value: Value) -> Tensor:
+    def memory_for(self, form: Field, value: Value) -> Tensor:
         """Memory for a value's packed rows."""
-        groups = round_up(value.width, GROUP) // GROUP
-        per_group = BLOCK if purpose == "int8" else 4 * GROUP
-        size = round_up(self.capacity[value.rows], ROWS) * groups * per_group
-        return self.pool.take(purpose, value.rows, value.width, size)
+        size = round_up(self.capacity[value.rows], ROWS) * value.groups * BLOCKS[form]
+        return self.pool.take(form.name, value.rows, value.width, size)
 
     def hand_out(self, value: Value, view: Tensor | None = None) -> Tensor:
         """The value as a tensor for the model (``view`` of its floats, if that differs). When the
@@ -150,9 +157,9 @@ class Recording:
     def _release(self, value: Value) -> None:
         self.values.pop(value.floats.data_ptr(), None)
         floats = value.floats.view(-1).view(torch.uint8)
-        for purpose, memory in (("floats", floats), ("int8", value.int8), ("dense", value.dense)):
-            if memory is not None:
-                self.pool.give(purpose, value.rows, value.width, memory)
+        packs = {form.name: memory for form, memory in (value.packs | value.offered).items()}
+        for purpose, memory in {"floats": floats, **packs}.items():
+            self.pool.give(purpose, value.rows, value.width, memory)
 
     # Forms of a value
 
@@ -172,41 +179,20 @@ class Recording:
             value.source.fields[Field.OUT_STRIDE] = value.stride
         return value.floats.data_ptr()
 
-    def quantized(self, value: Value) -> int:
-        """The address of its int8 packs: made by its source if that can, else from its floats."""
-        groups = round_up(value.width, GROUP) // GROUP
-        if value.int8 is None:
-            value.int8 = self.packs("int8", value)
-            self.append(
-                ("quantize", None),
-                value.rows,
-                {
-                    Field.X: self.floats(value),
-                    Field.X_STRIDE: value.stride,
-                    Field.PACKS: value.int8.data_ptr(),
-                    Field.GROUPS: groups,
-                },
-            )
-        elif value.source is not None and Field.PACKS not in value.source.fields:
-            value.source.fields[Field.PACKS] = value.int8.data_ptr()
-            value.source.fields[Field.GROUPS] = groups
-        return value.int8.data_ptr()
-
-    def interleaved(self, value: Value) -> int:
-        """The address of its packs for a dense product."""
-        if value.dense is None:
-            value.dense = self.packs("dense", value)
-            self.append(
-                ("interleave", None),
-                value.rows,
-                {
-                    Field.X: self.floats(value),
-                    Field.X_STRIDE: value.stride,
-                    Field.PACKS: value.dense.data_ptr(),
-                    Field.WIDTH: round_up(value.width, GROUP),
-                },
-            )
-        return value.dense.data_ptr()
+    def packed(self, value: Value, kind: TileKind) -> int:
+        """The address of its packs for a product with such weights: made by its source if that
+        can, else from its floats."""
+        form = Field.INT8 if kind.quantized else Field.BF16 if kind.pairs else Field.OUT
+        if form not in value.packs:
+            maker, memory = value.source, value.offered.pop(form, None)
+            if maker is None or memory is None:
+                fields = {Field.X: self.floats(value), Field.X_STRIDE: value.stride}
+                kernel = "interleave" if form == Field.OUT else "pack"
+                maker = self.append((kernel, None), value.rows, fields)
+                memory = self.memory_for(form, value)
+            maker.fields.update({form: memory.data_ptr(), Field.GROUPS: value.groups})
+            value.packs[form] = memory
+        return value.packs[form].data_ptr()
 
     # Operations; what they mean is in `Ops`
 
@@ -306,7 +292,7 @@ class Recording:
             both = self.linear(x_TK, weight, bias_N, "none")
             return self._activate(both, width, activation)
         fields = self._weight(weight) | {
-            Field.X: self.quantized(x) if kind.quantized else self.interleaved(x),
+            Field.X: self.packed(x, kind),
             Field.BIAS: self.constant(bias_N),
             Field.ACTIVATION: ACTIVATIONS[activation],
             Field.COUNT: PANELS[x.rows],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ruvon.kernels.cpu.kinds import BLOCK, KINDS, ROWS
+from ruvon.kernels.cpu.kinds import BLOCK, BRAIN_BLOCK, GROUP, KINDS, ROWS
 from ruvon.kernels.cpu.program import Field, get
 from ruvon.kernels.cpu.simd import (
     absolute,
@@ -27,13 +27,13 @@ from ruvon.kernels.cpu.simd import (
     read_u8,
     splat16,
     store,
+    store_lanes,
     sum_lanes,
     write_f32,
     write_i64,
 )
 from ruvon.kernels.cpu.tiles import quantize_group
 
-PACK = BLOCK * ROWS  # bytes of one group of 8 packed rows
 NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
 ACTIVATIONS = {
     "none": NONE,
@@ -49,27 +49,32 @@ ACTIVATIONS = {
 
 
 @njit
-def pack_of(packs, row, groups):
-    """Where row's first group lies in quantized packed activations; groups are PACK bytes apart."""
-    return packs + (row // ROWS) * groups * PACK + (row % ROWS) * BLOCK
+def write_packs(instruction, row, group, a, b):
+    """32 numbers of a row, in each packed form that is asked for."""
+    int8, bf16 = get(instruction, Field.INT8), get(instruction, Field.BF16)
+    block = (row // ROWS * get(instruction, Field.GROUPS) + group) * ROWS + row % ROWS
+    if int8 != 0:
+        quantize_group(a, b, int8 + block * BLOCK)
+    if bf16 != 0:
+        store_lanes(16, 1, bf16 + block * BRAIN_BLOCK, a)
+        store_lanes(16, 1, bf16 + block * BRAIN_BLOCK + 32, b)
 
 
-def quantize(instruction, params, start, stop, scratch):
+def pack(instruction, params, start, stop, scratch):
+    """Pack rows for a product that takes them by groups of 32."""
     for row in range(start, stop):
         x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        groups = get(instruction, Field.GROUPS)
-        block = pack_of(get(instruction, Field.PACKS), row, groups)
-        for group in range(groups):
+        for group in range(get(instruction, Field.GROUPS)):
             at = x + 128 * group
-            quantize_group(load(at), load(at + 64), block + group * PACK)
+            write_packs(instruction, row, group, load(at), load(at + 64))
 
 
 def interleave(instruction, params, start, stop, scratch):
-    """Pack rows for a dense product: eight side by side for each k."""
-    width = get(instruction, Field.WIDTH)
+    """Pack rows for a product in float32: eight side by side for each k."""
+    width = get(instruction, Field.GROUPS) * GROUP
     for row in range(start, stop):
         x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        pack = get(instruction, Field.PACKS) + (row // ROWS) * width * 4 * ROWS + (row % ROWS) * 4
+        pack = get(instruction, Field.OUT) + (row // ROWS) * width * 4 * ROWS + (row % ROWS) * 4
         for k in range(width):
             write_f32(pack + 4 * ROWS * k, read_f32(x + 4 * k))
 
@@ -88,8 +93,12 @@ def sum_with_residual(x, residual, total, stride):
 
 
 @njit
-def finish_norm(source, out, block, stride, weight, bias, scale, shift):
-    """(source - shift) * scale * weight (+ bias), as floats, as packed int8 or both."""
+def finish_norm(instruction, source, row, scale, shift):
+    """(source - shift) * scale * weight (+ bias), as floats, packed, or both."""
+    weight, bias = get(instruction, Field.WEIGHT), get(instruction, Field.BIAS)
+    out, stride = get(instruction, Field.OUT), get(instruction, Field.X_STRIDE)
+    if out != 0:
+        out += row * stride
     minus, by = splat16(shift), splat16(scale)
     for c in range(0, stride, 128):
         a = (load(source + c) - minus) * by * load(weight + c)
@@ -100,8 +109,7 @@ def finish_norm(source, out, block, stride, weight, bias, scale, shift):
         if out != 0:
             store(out + c, a)
             store(out + c + 64, b)
-        if block != 0:
-            quantize_group(a, b, block + c // 128 * PACK)
+        write_packs(instruction, row, c // 128, a, b)
 
 
 @njit
@@ -123,13 +131,7 @@ def norm_row(instruction, row, centered):
         squares = fma(away, away, squares)
     eps = read_f64(instruction + 8 * Field.EPS)
     scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(width) + eps))
-    out, packs = get(instruction, Field.OUT), get(instruction, Field.PACKS)
-    if out != 0:
-        out += row * stride
-    if packs != 0:
-        packs = pack_of(packs, row, get(instruction, Field.GROUPS))
-    weight, bias = get(instruction, Field.WEIGHT), get(instruction, Field.BIAS)
-    finish_norm(source, out, packs, stride, weight, bias, scale, mean)
+    finish_norm(instruction, source, row, scale, mean)
 
 
 def rms_norm(instruction, params, start, stop, scratch):
@@ -248,7 +250,9 @@ def coded_value(tile, lane, steps, k, four_bits, zero, has_offsets, wide, half):
 
 
 @njit
-def dense_value(tile, lane, k, single, brain):
+def dense_value(tile, lane, k, single, brain, pairs):
+    if pairs:
+        return read_bf16(tile + k // 2 * 64 + lane * 4 + k % 2 * 2)
     if single:
         return read_f32(tile + k * 64 + lane * 4)
     if brain:
@@ -261,7 +265,7 @@ def make_embed(kind):
     form = KINDS[kind]
     quantized, four_bits, zero = form.quantized, form.storage == "q4", form.zero
     has_offsets, wide, half = form.offsets, form.wide, form.half
-    single, brain = form.storage == "f32", form.storage == "bf16"
+    single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
 
     def embed(instruction, params, start, stop, scratch):
         width, steps = get(instruction, Field.WIDTH), get(instruction, Field.STEPS)
@@ -276,7 +280,7 @@ def make_embed(kind):
                         tile, token % 16, steps, k, four_bits, zero, has_offsets, wide, half
                     )
                 else:
-                    value = dense_value(tile, token % 16, k, single, brain)
+                    value = dense_value(tile, token % 16, k, single, brain, pairs)
                 write_f32(out + 4 * k, value)
 
     return embed

@@ -27,6 +27,18 @@ I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
+class BrainType(ir.Type):  # type: ignore[misc]
+    """LLVM's bfloat16, which llvmlite does not name. Only the CPU's dot product takes it."""
+
+    intrinsic_name = "bf16"
+
+    def __str__(self) -> str:
+        return "bfloat"
+
+
+BF16 = BrainType()
+
+
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
     return ir.VectorType(element, lanes)
 

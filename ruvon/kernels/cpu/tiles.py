@@ -7,7 +7,8 @@ or the machine: this is where ruvon's determinism on the CPU comes from.
 
 Quantized weights meet activations quantized to int8 in groups of 32 (`BLOCK`): one instruction
 multiplies 64 bytes pairwise and adds them by fours into 16 exact integers; scales are applied
-once a group. See `layout` for how both lie in memory.
+once a group. Weights in pairs of bfloat16 meet activations rounded to bfloat16: one instruction
+adds both products of each pair to 16 float32 sums. See `layout` for how all of them lie in memory.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.kinds import (
     BLOCK,
+    BRAIN_BLOCK,
+    GROUP,
     KINDS,
     NEGATED,
     NEGATED_HALF,
@@ -29,6 +32,7 @@ from ruvon.kernels.cpu.kinds import (
     TileKind,
 )
 from ruvon.kernels.cpu.simd import (
+    BF16,
     F16,
     F32,
     I8,
@@ -50,7 +54,7 @@ from ruvon.kernels.cpu.simd import (
     widen,
 )
 
-F32V, I32V = vector(F32), vector(I32)
+F32V, I32V, PAIRS = vector(F32), vector(I32), vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
 
@@ -269,12 +273,34 @@ def dense_step(
     return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
 
 
-def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind) -> None:
+PAIRS_LATENCY = 6  # cycles until the sums of `dot_pairs` can be added to
+
+
+def dot_pairs(b: ir.IRBuilder, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """Add to each float32 lane the two products of its bfloat16 pairs. Subnormals count as zero."""
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32V, [sums, w, b.bitcast(x, PAIRS)])
+
+
+def pairs_step(b: ir.IRBuilder, w: ir.Value, x: ir.Value, outs: list[ir.Value]) -> list[ir.Value]:
+    """One group of k for all rows. Row r's block lies ``r * BRAIN_BLOCK`` bytes behind x."""
+    for q in range(GROUP // 2):
+        weights = load_as(b, offset(b, w, 64 * q), PAIRS, 64)
+        places = [offset(b, x, row * BRAIN_BLOCK + 4 * q) for row in range(len(outs))]
+        numbers = [broadcast(b, place, I32) for place in places]
+        outs = [dot_pairs(b, out, weights, x) for out, x in zip(outs, numbers, strict=True)]
+    return outs
+
+
+def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) -> None:
     """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
     by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
-    second-level cache: the first has too few requests in flight."""
+    second-level cache: the first has too few requests in flight.
+
+    A few rows of pairs take no longer than one, as an instruction waits for the one before it. Then
+    loads run far ahead, and the hardware fetches best: asking for every line would be in its way.
+    """
     size = kind.step_bytes + (kind.group_scale_bytes if kind.quantized else 0)
-    for line in range(0, size, 64):
+    for line in range(0, size, 256 if kind.pairs and rows <= PAIRS_LATENCY else 64):
         emit_prefetch(b, offset(b, address, line))
 
 
@@ -288,14 +314,15 @@ def emit_product(
     fetch: ir.Value,
 ) -> list[ir.Value]:
     """The sums of ``rows`` rows of packed activations by one tile."""
-    x_bytes = ROWS * (BLOCK if kind.quantized else 4)
     scale_bytes = kind.group_scale_bytes if kind.quantized else 0
 
     def body(carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, fetch, *outs = carried
-        emit_fetch(b, fetch, kind)
+        emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
             outs = quantized_step(b, w, s, x, outs, kind)
+        elif kind.pairs:
+            outs = pairs_step(b, w, x, outs)
         else:
             x_rows = [offset(b, x, 4 * row) for row in range(rows)]
             outs = dense_step(b, [w], x_rows, outs, kind.storage)
@@ -303,7 +330,7 @@ def emit_product(
         return [
             offset(b, w, kind.step_bytes),
             offset(b, s, scale_bytes),
-            offset(b, x, x_bytes),
+            offset(b, x, ROWS * kind.row_bytes),
             fetch,
             *outs,
         ]
