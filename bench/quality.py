@@ -1,6 +1,6 @@
 """What formats and kernels cost in quality: against float32 on the same, dequantized weights.
 
-    python bench/quality.py [--windows 8] [--text FILE] [--no-peer]
+    python bench/quality.py [--windows 8] [--text FILE] [--only bfloat16] [--no-peer]
 
 Every position of some windows of text is scored: the Kullback-Leibler divergence of the reference's
 distribution from the row's, in nats; how often both have the same likeliest token; and perplexity.
@@ -74,7 +74,7 @@ def main() -> None:
     rows = {"reference: float32, plain torch": measure(iter(references), references, texts)}
     with tempfile.TemporaryDirectory() as folder:
         off_grid(Path(folder))
-        for variant in VARIANTS:
+        for variant in (variant for variant in VARIANTS if args.only in variant.name):
             say(variant.name)
             model = folder if variant.dense else None
             with open_scorer(
@@ -92,6 +92,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--windows", type=int, default=8, help=f"Pieces of {WINDOW} tokens.")
     parser.add_argument("--text", type=Path, help="Default: this project's own docs/series.")
+    parser.add_argument("--only", default="", help="A part of the names of the rows to measure.")
     parser.add_argument("--peer", action=argparse.BooleanOptionalAction, default=True)
     return parser.parse_args()
 
