@@ -19,7 +19,12 @@ def attend_tile(
     group, G, scale, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over keys ``first .. last``; unless ``MASKED`` all see all of them."""
+    """A tile of queries over keys ``first .. last``; unless ``MASKED`` all see all of them.
+
+    Maxima are of products before ``scale``. Where a prompt is cut decides which keys are masked, so
+    both ways must round alike: what a compiler could fuse in one of them and not in the other is
+    fused by name.
+    """
     dims = tl.arange(0, BLOCK_D)
     for start in tl.range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
@@ -28,17 +33,17 @@ def attend_tile(
         mask = inside[:, None] & (dims < D)[None, :]
         k = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
         v = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
-        scores = tl.dot(q, k.T, input_precision="ieee") * scale
+        products = tl.dot(q, k.T, input_precision="ieee")
         if MASKED:
             seen = (keys[None, :] <= positions_M[:, None]) & inside[None, :]
             if WINDOW > 0:
                 seen &= keys[None, :] > positions_M[:, None] - WINDOW
-            scores = tl.where(seen, scores, float("-inf"))
-        new_M = tl.maximum(top_M, tl.max(scores, axis=1))
+            products = tl.where(seen, products, float("-inf"))
+        new_M = tl.maximum(top_M, tl.max(products, axis=1))
         base_M = finite(new_M)
-        p = tl.exp2(scores - base_M[:, None])
-        keep_M = tl.exp2(top_M - base_M)
-        weight_M = weight_M * keep_M + tl.sum(p, axis=1)
+        p = tl.exp2(tl.fma(products, scale, (base_M * -scale)[:, None]))
+        keep_M = tl.exp2((top_M - base_M) * scale)
+        weight_M = tl.fma(weight_M, keep_M, tl.sum(p, axis=1))
         sum_MD = tl.dot(p.to(v.dtype), v, sum_MD * keep_M[:, None], input_precision="ieee")
         top_M = new_M
     return top_M, weight_M, sum_MD
@@ -121,7 +126,7 @@ def _prefill_kernel(
             q, top, weight, total, k_cache_ptr, v_cache_ptr, table, clear, last, positions_M,
             group, G, scale, D, PAGE, WINDOW, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        y = finish(top, weight, total, sinks_ptr, heads, used, HAS_SINKS)
+        y = finish(top * scale, weight, total, sinks_ptr, heads, used, HAS_SINKS)
         out_at = out_ptr + ((token + query).to(tl.int64) * H + heads)[:, None] * D + dims[None, :]
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=inside)
 

@@ -1,7 +1,13 @@
 """Every Triton operation against its plain torch meaning: compiled where there is a GPU, in
 Triton's interpreter (float32 only) where there is none."""
 
+import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
@@ -299,15 +305,36 @@ def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(dtype, windo
     spec, q = AttentionSpec(6, 2, 64, 0.125, window), randn(171, 6, 64, dtype=dtype)
     together = ops.attention(q, k_cache, v_cache, batch, spec, None)
     assert_close(together, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
-    last = replace(
-        batch,
-        block_tables=batch.block_tables[1:2],
-        query_starts=batch.query_starts[:2],
-        context_lens=batch.context_lens[1:2],
-        max_query=1,
+    whole = together[1:131]  # of 130 queries at the end of 150 tokens, cut anywhere:
+    for cuts in ((0, 129, 130), (0, 1, 63, 64, 130), (0, 50, 100, 130)):
+        for first, end in pairwise(cuts):
+            chunk = replace(
+                batch,
+                block_tables=batch.block_tables[1:2],
+                query_starts=torch.tensor([0, end - first], dtype=torch.int32, device=DEVICE),
+                context_lens=batch.context_lens[1:2] - 130 + end,
+                max_query=end - first,
+            )
+            part = ops.attention(q[1 + first : 1 + end], k_cache, v_cache, chunk, spec, None)
+            assert torch.equal(part, whole[first:end]), (first, end)
+
+
+@pytest.mark.slow
+def test_masked_keys_are_computed_with_as_others_are():
+    """What a prompt's cuts change on a GPU is which keys go through the loop that masks."""
+    script = Path(__file__).parent / "prefill_arithmetic.py"
+    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, str(script)],
+        env=environ | {"PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=100,
     )
-    alone = ops.attention(q[130:131], k_cache, v_cache, last, spec, None)
-    assert torch.equal(alone, together[130:131])
+    assert done.returncode == 0, done.stderr
+    unmasked, masked = json.loads(done.stdout)
+    assert unmasked
+    assert unmasked == masked
 
 
 @pytest.mark.parametrize("activation", ["none", "gelu", "silu_gated"])
