@@ -247,7 +247,7 @@ class EngineLoop:
         self._pending.popleft()
         self.progressed_at = now = self._clock()
         self._record_step()
-        self._wakes.begin_step(behind)
+        self._wakes.begin_step(behind, len(self._tickets))
         self._deliver(emissions, now)
         self._wakes.end_step()
         self._gate.open(MOST_NEWCOMERS)

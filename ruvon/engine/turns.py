@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ruvon.engine.stream import Stream
 
 MOST_STEPS = 4  # whose news a stream may gather before its reader hears of them
+FEW_READERS = 16  # to whom writing takes less time than a step; for each so many, a step more
 MOST_NEWCOMERS = 16  # between two steps; reading one takes a millisecond
 
 
@@ -21,9 +22,9 @@ class Wakes:
     """Decides when readers hear of their streams' news: once a step at most, and at once as long as
     the event loop keeps up with the steps.
 
-    Where it is behind, what costs most is not the steps but a write to a socket for each reader and
-    step. Then readers take turns: each is woken every few steps and writes several tokens at once.
-    First tokens and ends are urgent, and go out at once.
+    Where it is behind and readers are many, what costs most is not the steps but a write to a
+    socket for each reader and step. Then readers take turns: each is woken every few steps and
+    writes several tokens at once. First tokens and ends are urgent, and go out at once.
     """
 
     def __init__(self) -> None:
@@ -32,10 +33,11 @@ class Wakes:
         self._urgent: list[Stream] = []
         self._due: deque[list[Stream]] = deque([] for _ in range(MOST_STEPS))  # by steps to go
 
-    def begin_step(self, behind: bool) -> None:
+    def begin_step(self, behind: bool, num_readers: int) -> None:
         """``behind``: the step was over before anybody asked for it."""
         self._step += 1
-        self._spread = min(self._spread + 1, MOST_STEPS) if behind else max(self._spread - 1, 1)
+        most = min(num_readers // FEW_READERS, MOST_STEPS) if behind else self._spread - 1
+        self._spread = max(min(self._spread + 1, most), 1)
 
     def add(self, stream: Stream, urgent: bool) -> None:
         """The stream has news of this step."""

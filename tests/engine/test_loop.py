@@ -11,7 +11,7 @@ from fakes import LETTERS, FakeMetrics, FakeRunner
 
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.stream import Stream
-from ruvon.engine.turns import MOST_NEWCOMERS, MOST_STEPS, Gate, Wakes
+from ruvon.engine.turns import FEW_READERS, MOST_NEWCOMERS, MOST_STEPS, Gate, Wakes
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import (
     ContextLengthError,
@@ -22,6 +22,7 @@ from ruvon.errors import (
 )
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
+MANY = MOST_STEPS * FEW_READERS
 
 
 class Clock:
@@ -173,12 +174,22 @@ async def test_a_reader_wakes_once_a_step_however_many_sequences_it_has(running)
         await stream.aclose()
 
 
-async def test_where_steps_outrun_readers_each_takes_several_tokens_at_once(running):
-    async with running() as (loop, _):  # whose steps are done when they are launched
-        stream = loop.generate([Job((97,), LONG)])
-        sizes = [len(tokens(await anext(stream))) for _ in range(12)]
+async def test_where_steps_outrun_many_readers_each_takes_several_tokens_at_once(running):
+    async with running(max_num_seqs=MANY, num_blocks=8 * MANY) as (loop, _):
+        streams = [loop.generate([Job((97,), LONG)]) for _ in range(MANY)]
+        # Steps of this runner are done when they are launched.
+        sizes = [len(tokens(await anext(streams[0]))) for _ in range(12)]
         assert sizes[0] == 1  # the first token waits for no other
         assert sizes[-4:] == [MOST_STEPS] * 4
+        for stream in streams:
+            await stream.aclose()
+
+
+async def test_a_few_readers_hear_of_every_step(running):
+    async with running() as (loop, _):
+        stream = loop.generate([Job((97,), LONG)])
+        sizes = [len(tokens(await anext(stream))) for _ in range(12)]
+        assert sizes == [1] * 12
         await stream.aclose()
 
 
@@ -186,7 +197,7 @@ def test_readers_that_are_outrun_take_turns():
     wakes, heard = Wakes(), []
     streams = [listener(number, heard) for number in range(8)]
     for _ in range(4 * MOST_STEPS):
-        wakes.begin_step(behind=True)
+        wakes.begin_step(behind=True, num_readers=MANY)
         for stream in streams:
             wakes.add(stream, urgent=False)
         wakes.end_step()
@@ -200,7 +211,7 @@ def test_readers_that_keep_up_are_woken_every_step():
     wakes, heard = Wakes(), []
     streams = [listener(number, heard) for number in range(3)]
     for behind in [True] * 9 + [False] * 9:
-        wakes.begin_step(behind)
+        wakes.begin_step(behind, num_readers=MANY)
         heard.clear()
         for stream in streams:
             wakes.add(stream, urgent=False)
@@ -211,12 +222,12 @@ def test_readers_that_keep_up_are_woken_every_step():
 def test_news_that_wait_go_out_though_no_others_follow():
     wakes, heard = Wakes(), []
     for _ in range(MOST_STEPS):
-        wakes.begin_step(behind=True)
+        wakes.begin_step(behind=True, num_readers=MANY)
     for number in range(MOST_STEPS):
         wakes.add(listener(number, heard), urgent=False)
     for _ in range(MOST_STEPS):
         wakes.end_step()
-        wakes.begin_step(behind=True)
+        wakes.begin_step(behind=True, num_readers=MANY)
     assert sorted(heard) == list(range(MOST_STEPS))
 
 
