@@ -12,6 +12,20 @@ from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult, To
 
 LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
 
+TINY_LLAMA = {  # a config.json for random weights
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "eos_token_id": 7,
+}
+
 
 class ByteTokenizer:
     """Bytes are their own ids; ids from 256 on are special: bos, eos, and chat markers."""

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.engine.batch import padded
 from ruvon.kernels import sample
 from ruvon.kernels.begin import begin
 from ruvon.kernels.ops import ForwardBatch
@@ -85,7 +86,7 @@ class Layout:
         for name, shape in shapes.items():
             num_words = math.prod(shape)
             self._places[name] = (self.size, self.size + num_words, shape)
-            self.size += -(-num_words // 4) * 4
+            self.size += padded(num_words)
 
     def views(self, words: Any) -> dict[str, Any]:
         """The inputs by name, in a tensor or an array of at least ``size`` words."""

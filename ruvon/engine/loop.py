@@ -219,13 +219,12 @@ class EngineLoop:
     # ---------------------------------------------------------------- the task
 
     async def _run(self) -> None:
-        pending = self._pending
         try:
-            while pending or self._tickets or not self.draining:
+            while self._pending or self._tickets or not self.draining:
                 while (step := self.engine.launch(self._clock())) is not None:
-                    pending.append(step)
-                if pending:
-                    await self._finish(pending[0])
+                    self._pending.append(step)
+                if self._pending:
+                    await self._finish(self._pending[0])
                 else:
                     self._gate.open_all()
                     self._work.clear()
@@ -233,7 +232,7 @@ class EngineLoop:
         except Exception as error:  # whatever it is, no stream may wait for ever
             self._die(error)
         finally:
-            pending.clear()
+            self._pending.clear()
             self._gate.open_all()
 
     async def _finish(self, pending: Pending) -> None:

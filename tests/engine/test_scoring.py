@@ -1,30 +1,17 @@
 """Prompt logprobs on a GPU: what is compiled at start is all that they ever need."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from compiled import run_compiled
+from fakes import TINY_LLAMA
 
 from ruvon.engine.startup import SCORED, scoring_plans
 from ruvon.kernels.linear import GEMV_ROWS, SKINNY_ROWS, skinny_tile, steady_tile
 from ruvon.kernels.stream import stream_tile
 
-LLAMA = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 320,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 2048,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "eos_token_id": 7,
-}
+LLAMA = TINY_LLAMA | {"max_position_embeddings": 2048}
 GPT2 = {
     "architectures": ["GPT2LMHeadModel"],
     "vocab_size": 321,
@@ -45,16 +32,7 @@ GPT2 = {
 def test_serving_needs_no_more_variants_of_kernels(tmp_path, shape, options):
     (tmp_path / "config.json").write_text(json.dumps(shape))
     script = Path(__file__).parent / "kernel_variants.py"
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script), str(tmp_path), *options],
-        env=environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
+    found = run_compiled(script, str(tmp_path), *options)
     assert found["start"] > 10
     assert not found["more"]
 

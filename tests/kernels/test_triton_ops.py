@@ -1,16 +1,13 @@
 """Every Triton operation against its plain torch meaning: compiled where there is a GPU, in
 Triton's interpreter (float32 only) where there is none."""
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from compiled import run_compiled
 
 from ruvon.kernels import decode, reference, splits
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, Rope
@@ -322,17 +319,7 @@ def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(dtype, windo
 @pytest.mark.slow
 def test_masked_keys_are_computed_with_as_others_are():
     """What a prompt's cuts change on a GPU is which keys go through the loop that masks."""
-    script = Path(__file__).parent / "prefill_arithmetic.py"
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script)],
-        env=environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert done.returncode == 0, done.stderr
-    unmasked, masked = json.loads(done.stdout)
+    unmasked, masked = run_compiled(Path(__file__).parent / "prefill_arithmetic.py")
     assert unmasked
     assert unmasked == masked
 
