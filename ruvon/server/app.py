@@ -13,18 +13,17 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import Started, start_engine
-from ruvon.errors import ConfigError
 from ruvon.server import admin
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
+from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress, configure_logging
 
 log = structlog.get_logger(__name__)
 
-BACKLOG = 1024  # connections that may wait to be accepted
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
 ROUTES = (
@@ -88,26 +87,15 @@ async def run(app: web.Application) -> None:
     await runner.setup()
     try:
         watch_signals(state)
-        await listen(runner, state.server)
+        host, port = await listen(runner, state.server.host, state.server.port)
+        shown = f"[{host}]" if ":" in host else host
+        log.info("listening", url=f"http://{shown}:{port}", port=port)
         await state.ended.wait()
         await drain(state)
     finally:
         await runner.cleanup()
     if state.failure is not None:
         raise state.failure
-
-
-async def listen(runner: web.AppRunner, server: ServerConfig) -> None:
-    """Open the socket and say where."""
-    try:
-        await web.TCPSite(runner, server.host, server.port, backlog=BACKLOG).start()
-    except OSError as error:
-        raise ConfigError(
-            f"cannot listen on {server.host} port {server.port}: {error.strerror or error}"
-        ) from error
-    host, port = runner.addresses[0][:2]
-    shown = f"[{host}]" if ":" in host else host
-    log.info("listening", url=f"http://{shown}:{port}", port=port)
 
 
 def watch_signals(state: State) -> None:

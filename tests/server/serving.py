@@ -23,6 +23,7 @@ from ruvon.models.tokenizer import Tokenizer
 from ruvon.models.vocab import Vocab, byte_vocab
 from ruvon.server.app import create_app, make_runner
 from ruvon.server.lifecycle import Start
+from ruvon.server.listen import listen
 from ruvon.server.state import STATE, Service, State
 
 BOS, EOS, START, END = range(256, 260)
@@ -214,8 +215,7 @@ async def open_server(
     app_runner = make_runner(app)
     await app_runner.setup()
     stack.push_async_callback(app_runner.cleanup)
-    await web.TCPSite(app_runner, "127.0.0.1", 0).start()
-    port = app_runner.addresses[0][1]
+    _, port = await listen(app_runner, "127.0.0.1", 0)
     session = await stack.enter_async_context(aiohttp.ClientSession())
     opened = Server(app, f"http://127.0.0.1:{port}", session, runner, app_runner, stack)
     if wait:

@@ -10,13 +10,16 @@ import threading
 import aiohttp
 import orjson
 import pytest
+import uvloop
+from aiohttp import web
 from serving import ScriptRunner, fake_start
 from structlog.testing import capture_logs
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.errors import ConfigError, LoadError
 from ruvon.server import lifecycle
-from ruvon.server.app import create_app, drain, listen, make_runner, run
+from ruvon.server.app import create_app, drain, make_runner, run
+from ruvon.server.listen import listen
 
 
 class Slow:
@@ -135,8 +138,40 @@ async def test_a_taken_port_is_named():
         runner = make_runner(create_app(EngineConfig(), ServerConfig(), Slow()))
         await runner.setup()
         with pytest.raises(ConfigError, match=f"port {port}"):
-            await listen(runner, ServerConfig(port=port))
+            await listen(runner, "127.0.0.1", port)
         await runner.cleanup()
+
+
+async def test_an_address_of_another_machine_is_named():
+    runner = make_runner(web.Application())
+    await runner.setup()
+    with pytest.raises(ConfigError, match=r"192\.0\.2\.1 port 80"):
+        await listen(runner, "192.0.2.1", 80)
+    with pytest.raises(ConfigError, match=r"nowhere\.invalid"):
+        await listen(runner, "nowhere.invalid", 0)
+    await runner.cleanup()
+
+
+def test_many_connections_are_accepted_in_one_turn_of_the_loop():
+    """uvloop alone takes one for each listener and turn, and a turn may hold a step."""
+
+    async def turns_to_accept(count):
+        runner = make_runner(web.Application())
+        await runner.setup()
+        address = await listen(runner, "127.0.0.1", 0)
+        clients = [socket.create_connection(address) for _ in range(count)]
+        turns = 0
+        while len(runner.server.connections) < count:
+            turns += 1
+            await asyncio.sleep(0)
+        for client in clients:
+            client.close()
+        await runner.cleanup()
+        return turns
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        turns = [runner.run(turns_to_accept(count)) for count in (1, 64)]
+    assert turns[1] - turns[0] <= 4
 
 
 # ------------------------------------------------------------------------------ leaving clients

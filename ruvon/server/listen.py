@@ -1,0 +1,64 @@
+"""The listening sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import socket
+
+from aiohttp import web
+
+from ruvon.errors import ConfigError
+
+BACKLOG = 1024  # connections that may wait to be accepted
+ACCEPTED = 16  # of them, in one turn of the event loop
+
+LACKING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})  # no such address on this machine
+
+
+async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]:
+    """Take connections; returns the address, with the port that was chosen for port 0.
+
+    uvloop accepts one connection for each listener and turn of its loop. Here a turn may hold a
+    step of the engine, and hundreds of clients who come at once would wait for as many steps. So
+    each socket has several listeners.
+
+    Raises:
+        ConfigError: the address cannot be listened on.
+    """
+    try:
+        sockets = await bind(host, port)
+        for sock in sockets:
+            with sock:
+                for _ in range(ACCEPTED):
+                    await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
+    except OSError as error:
+        reason = error.strerror or error
+        raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
+    shown_host, shown_port = runner.addresses[0][:2]
+    return shown_host, shown_port
+
+
+async def bind(host: str, port: int) -> list[socket.socket]:
+    """A socket for each address that ``host`` stands for, but for kinds this machine lacks."""
+    loop = asyncio.get_running_loop()
+    infos = await loop.getaddrinfo(
+        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+    )
+    sockets: list[socket.socket] = []
+    lacking: OSError | None = None
+    try:
+        for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
+            try:
+                sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
+            except OSError as error:
+                if error.errno not in LACKING:
+                    raise
+                lacking = error
+        if not sockets and lacking is not None:
+            raise lacking
+    except OSError:
+        for sock in sockets:
+            sock.close()
+        raise
+    return sockets
