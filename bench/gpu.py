@@ -33,7 +33,7 @@ from gpu_serve import ROOT, measure_load, measure_serve
 from measure import write
 
 from ruvon import LLM, SamplingParams
-from ruvon.engine.graphs import Bucket, Graphs, clear
+from ruvon.engine.graphs import Bucket, Graphs
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -169,19 +169,17 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Callable[
         captured = graphs.capture_all(silent)[bucket]
         tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
         graphs.tables.copy_(tables)
-        words = np.zeros(captured.layout.size, dtype=np.int32)
-        inputs = captured.layout.views(words)
-        clear(inputs)
         seats = np.arange(batch)
-        inputs["token_ids"][:] = 5
-        inputs["positions"][:] = CONTEXT - 1
-        inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
-        inputs["query_starts"][:] = np.arange(batch + 1)
-        inputs["context_lens"][:] = CONTEXT
-        inputs["logit_rows"][:] = seats
-        inputs["params"][:, sample.SEAT] = seats
-        inputs["params"][:, [sample.HISTORY, sample.BIAS]] = -1
-        graphs.words[: len(words)].copy_(torch.from_numpy(words))
+        for box in graphs.boxes():
+            inputs = box.inputs[bucket]
+            inputs["token_ids"][:] = 5
+            inputs["positions"][:] = CONTEXT - 1
+            inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
+            inputs["query_starts"][:] = np.arange(batch + 1)
+            inputs["context_lens"][:] = CONTEXT
+            inputs["logit_rows"][:] = seats
+            inputs["params"][:, sample.SEAT] = seats
+            inputs["params"][:, [sample.HISTORY, sample.BIAS]] = -1
     return captured.replay
 
 

@@ -13,14 +13,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from gpu import CONTEXT, DEVICE, PAGE, milliseconds
 from measure import write
 from torch import Tensor
 
-from ruvon.kernels.begin import begin
+from ruvon.engine.graphs import Bucket, Layout
+from ruvon.kernels.begin import begin, end
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -99,22 +102,29 @@ def measure_ceilings() -> Report:
 
 
 def measure_begin(report: Report) -> None:
-    """The start of a step: ids into place, those that the last step drew among them, and a new
-    block for every sequence."""
+    """The start of a step: its words out of the host's memory, and a new block for every sequence;
+    and its end, the results into the host's memory."""
+    pdl = supports_pdl(DEVICE)
     for tokens, sequences in ((1, 1), (256, 256), (8192, 256)):
-        tables = torch.zeros(sequences, 128, dtype=torch.int32, device=DEVICE)
-        last_tokens = torch.zeros(sequences, dtype=torch.int32, device=DEVICE)
-        ids = torch.zeros(tokens, dtype=torch.int32, device=DEVICE)
-        ids[:sequences] = -1 - torch.arange(sequences, device=DEVICE)
-        patches = torch.full((tokens + sequences, 2), -1, dtype=torch.int32, device=DEVICE)
-        patches[:sequences, 0] = torch.arange(sequences, device=DEVICE) * 128
-        out = torch.empty_like(ids)
+        layout = Layout(Bucket(tokens == sequences, tokens, sequences))
+        inputs = layout.views(layout.blank)
+        inputs["token_ids"][:sequences] = -1 - np.arange(sequences)
+        inputs["patches"][:sequences, 0] = np.arange(sequences) * 128
+        boxes = torch.from_numpy(layout.blank).view(1, -1).pin_memory()
+        zeros = partial(torch.zeros, dtype=torch.int32, device=DEVICE)
+        turn, words, last_tokens = zeros(1), zeros(layout.size), zeros(sequences)
+        tables, results = zeros(sequences, 128), zeros(3, sequences)
+        outboxes = torch.zeros(1, 3, sequences, dtype=torch.int32).pin_memory()
 
         def run(i: int) -> None:
-            begin(ids, last_tokens, out, patches, tables, supports_pdl(DEVICE))  # noqa: B023
+            begin(boxes, turn, words, last_tokens, tables, tokens, layout.patches, pdl)  # noqa: B023
 
-        num_bytes = 2 * ids.nbytes + last_tokens.nbytes + patches.nbytes + 4 * sequences
-        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), num_bytes)
+        def finish(i: int) -> None:
+            end(results, outboxes, turn, pdl)  # noqa: B023
+
+        moved = 2 * words.nbytes + last_tokens.nbytes + 4 * sequences
+        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), moved)
+        report.add(f"end, {sequences} sequences", seconds(finish, 48), 2 * results.nbytes)
 
 
 def measure_rows(name: str, shape: Shape, report: Report) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.engine.graphs import Bucket, Captured, Graphs, Words
+from ruvon.engine.graphs import Box
 from ruvon.engine.sampler import LOWEST_LOGPROB
 from ruvon.engine.types import Plan, SamplingRow, StepResult, TokenLogprobs
 from ruvon.kernels import sample
@@ -26,42 +27,23 @@ ERRORS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Staging:
-    """Pinned memory of one step under way, and the event that says it is over."""
-
-    words: Tensor
-    results: Tensor  # as `Graphs.results`
-    done: Any  # torch.cuda.Event; None on a CPU, where nothing is asynchronous
-    inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
-
-    def wait(self) -> None:
-        if self.done is not None:
-            self.done.synchronize()
-
-    def is_over(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.done is None or bool(self.done.query())
-
-
-def make_staging(graphs: Graphs, captured: Mapping[Bucket, Captured]) -> Staging:
-    cuda = graphs.words.is_cuda
-    words = torch.zeros(graphs.words.shape, dtype=torch.int32, pin_memory=cuda)
-    results = torch.zeros(graphs.results.shape, dtype=torch.int32, pin_memory=cuda)
-    done = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-    inputs = {bucket: step.layout.views(words.numpy()) for bucket, step in captured.items()}
-    return Staging(words, results, done, inputs)
-
-
-@dataclass(frozen=True, slots=True)
 class Flight:
     """A launched step."""
 
     plan: Plan
     special: list[tuple[int, SamplingRow]]  # rows that want more than their likeliest token
-    staging: Staging
+    box: Box
     began: float
     tops: dict[int, tuple[Tensor, Tensor]]  # row → log-probabilities and ids of alternatives
     logits_LV: Tensor  # until the next is launched
+
+    def wait(self) -> None:
+        if self.box.done is not None:
+            self.box.done.synchronize()
+
+    def is_over(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.box.done is None or bool(self.box.done.query())
 
 
 class StepFuture(Future[StepResult]):
@@ -75,7 +57,7 @@ class StepFuture(Future[StepResult]):
 
     def done(self) -> bool:
         """Whether the device is: then `result` takes down what it left, without waiting."""
-        return super().done() or self._flight.staging.is_over()
+        return super().done() or self._flight.is_over()
 
     def result(self, timeout: float | None = None) -> StepResult:
         """Waits for the device, however long that takes."""
@@ -106,10 +88,11 @@ def alternatives(
     """For rows that want them, the likeliest tokens and their log-probabilities, on the way to
     the host."""
     tops = {}
-    for i, row in special:
-        if row.sampling.logprobs:
-            values, ids = logits_LV[i].log_softmax(-1).topk(row.sampling.logprobs)
-            tops[i] = (to_host(values), to_host(ids))
+    with torch.inference_mode():
+        for i, row in special:
+            if row.sampling.logprobs:
+                values, ids = logits_LV[i].log_softmax(-1).topk(row.sampling.logprobs)
+                tops[i] = (to_host(values), to_host(ids))
     return tops
 
 
@@ -121,14 +104,14 @@ def to_host(values: Tensor) -> Tensor:
 
 def land(flight: Flight) -> StepResult:
     """Wait for a step and take its results down."""
-    flight.staging.wait()
+    flight.wait()
     rows = flight.plan.rows
-    tokens, logprobs, ranks = flight.staging.results[:, : len(rows)]
-    drawn = tokens.tolist()
+    tokens, logprobs, ranks = flight.box.results
+    drawn = tokens[: len(rows)].tolist()
     scores: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
     scored = [i for i, row in flight.special if row.sampling.logprobs is not None]
     if scored:
-        values, places = logprobs.view(torch.float32).tolist(), ranks.tolist()
+        values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
         for i in scored:
             scores[i] = (score(drawn[i], values[i], places[i], flight.tops.get(i)),)
     errors = {}

@@ -1,9 +1,9 @@
 """GpuRunner: steps as graph replays, launched without waiting for the step before.
 
-`launch` turns a plan into words, sends them and replays a graph, which takes the host a fraction of
-a millisecond. Whoever asks for the result waits for the device and takes the tokens down; a thread
-waits only for those who want to be called. Where a chunk has `UNDRAWN`
-for a token, the device fills in what the sequence's seat drew last.
+`launch` writes a plan's words where the device finds them and replays a graph, which takes the host
+a fraction of a millisecond. Whoever asks for the result waits for the device and takes the tokens
+down; a thread waits only for those who want to be called. Where a chunk has `UNDRAWN` for a token,
+the device fills in what the sequence's seat drew last.
 
 What only the host can do, it does with the logits such a step leaves behind, before anything else
 is launched: draws that look at all drawn tokens or sort the vocabulary (`draws_on_host`), and
@@ -18,36 +18,33 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
-from itertools import chain, cycle
+from itertools import cycle
 from typing import Any
 
-import numpy as np
 import torch
 import triton
 from torch import Tensor
 
-from ruvon.engine.flight import Flight, StepFuture, alternatives, land, make_staging
+from ruvon.engine.flight import Flight, StepFuture, alternatives, land
 from ruvon.engine.graphs import (
+    BOXES,
     Bucket,
     Captured,
     Graphs,
-    Words,
-    choose_bucket,
-    clear,
     mixed_buckets,
     single_buckets,
 )
+from ruvon.engine.inputs import StepInputs
 from ruvon.engine.runner import Runner, Sampler, complete_rows
-from ruvon.engine.seats import Seating, Seats
+from ruvon.engine.seats import Seats
 from ruvon.engine.seatwork import SeatWork
-from ruvon.engine.types import UNDRAWN, Plan, SamplingRow, StepResult
+from ruvon.engine.types import Plan, SamplingRow, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.telemetry import Progress
 
 SWITCH_INTERVAL = 0.0005  # seconds for which a thread may keep the interpreter to itself
-STAGES = 3  # steps whose pinned memory is in use: two under way, one being prepared
 
 
 def draws_on_host(row: SamplingRow) -> bool:
@@ -99,24 +96,26 @@ class GpuRunner:
         logprobs alone; ``max_tokens`` bounds a step."""
         self._sampler = sampler
         self._scorer = scorer
-        self._block_size = block_size
-        self._singles = single_buckets(max_seqs)
+        singles = single_buckets(max_seqs)
+        self._singles = [next(b for b in singles if b.tokens >= n) for n in range(max_seqs + 1)]
         self._mixed = mixed_buckets(max_tokens, max_seqs)
         width = -(-max_model_len // block_size)
         state = sample.make_state(max_seqs, vocab_size, device)
         self._seats = Seats(max_seqs, width, block_size)
         self._work = SeatWork(state, eos_token_ids)
-        self._graphs = Graphs(
+        graphs = Graphs(
             forward,
             state,
             table_width=width,
             max_context=max_model_len,
-            buckets=self._singles + self._mixed,
+            buckets=singles + self._mixed,
             pdl=supports_pdl(device),
         )
         with torch.inference_mode():
-            self._captured: dict[Bucket, Captured] = self._graphs.capture_all(progress)
-        self._staging = cycle([make_staging(self._graphs, self._captured) for _ in range(STAGES)])
+            self._captured: dict[Bucket, Captured] = graphs.capture_all(progress)
+        self._boxes = cycle(graphs.boxes())
+        self._inputs = StepInputs(self._seats, self._work, graphs)
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
         # That thread must get to say that a step is over, however busy others are.
         sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
@@ -142,17 +141,22 @@ class GpuRunner:
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Begin a step. The future holds its result, or whatever went wrong."""
-        bucket = choose_bucket(self._singles, self._mixed, plan.num_tokens, len(plan.chunks))
-        assert bucket is not None, "no step is larger than the limits"
-        with torch.inference_mode():
-            flight = self._launch(plan, bucket)
-            if plan.prompt_rows or any(draws_on_host(row) for _, row in flight.special):
+        flight = self._launch(plan, self._choose_bucket(plan.num_tokens, len(plan.chunks)))
+        future: Future[StepResult]
+        if plan.prompt_rows or any(draws_on_host(row) for _, row in flight.special):
+            with torch.inference_mode():
                 future = self._complete(flight)
-            else:
-                future = StepFuture(flight, self._waiter)
-                self._aloft.append(future)
+        else:
+            future = StepFuture(flight, self._waiter)
+            self._aloft.append(future)
         self._last = (plan, future)
         return future
+
+    def _choose_bucket(self, tokens: int, sequences: int) -> Bucket:
+        """The smallest that holds a step; if counts are equal, each sequence has one token."""
+        if tokens == sequences:
+            return self._singles[sequences]
+        return next(b for b in self._mixed if b.tokens >= tokens and b.sequences >= sequences)
 
     def close(self) -> None:
         """Finish the steps under way and end the threads."""
@@ -164,87 +168,17 @@ class GpuRunner:
 
     def _launch(self, plan: Plan, bucket: Bucket) -> Flight:
         began = time.perf_counter()
-        if len(self._aloft) == STAGES - 1:
-            self._aloft.popleft().land()  # its memory is next
-        staging = next(self._staging)
-        staging.wait()
+        if len(self._aloft) == BOXES - 1:
+            self._aloft.popleft().land()  # its box is next
+        box = next(self._boxes)
         captured = self._captured[bucket]
-        seating = self._seats.assign(plan.chunks, bucket.sequences)
-        self._work.move(seating.moves)
-        inputs = staging.inputs[bucket]
-        clear(inputs)
-        self._fill(plan, seating, bucket.single, inputs)
-        size = captured.layout.size
-        self._graphs.words[:size].copy_(staging.words[:size], non_blocking=True)
+        self._inputs.write(plan, bucket, box)
         captured.replay()
-        staging.results.copy_(self._graphs.results, non_blocking=True)
         special = [(i, row) for i, row in enumerate(plan.rows) if not row.plain]
-        tops = alternatives(special, captured.logits_LV)
-        if staging.done is not None:
-            staging.done.record()
-        return Flight(plan, special, staging, began, tops, captured.logits_LV)
-
-    def _fill(self, plan: Plan, seating: Seating, single: bool, inputs: dict[str, Words]) -> None:
-        """Write a step's inputs; ``single``: every chunk has one token. Tokens lie in the order of
-        seats, one sequence after another."""
-        chunks = plan.chunks
-        seats = np.array(seating.seats, dtype=np.int32)
-        lengths = [1] * len(chunks) if single else [len(chunk.tokens) for chunk in chunks]
-        queries = np.array(lengths, dtype=np.int32)
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
-        inputs["context_lens"][seats] = starts + queries
-        ends = inputs["query_starts"][1:]
-        ends[seats] = queries
-        np.cumsum(ends, out=ends)
-        first = inputs["query_starts"][seats]
-        self._fill_tokens(plan, seating, single, (seats, queries, starts, first), inputs)
-        self._fill_patches(seating, inputs["patches"])
-        samples = np.array([chunk.samples for chunk in chunks])
-        num_rows, row_seats = len(plan.rows), seats[samples]
-        inputs["logit_rows"][:num_rows] = (first + queries - 1)[samples]
-        self._work.fill(
-            inputs["params"][:num_rows],
-            plan.rows,
-            row_seats,
-            inputs["context_lens"][row_seats],
-            {seating.seats[i] for i in seating.newcomers},
-        )
-
-    def _fill_tokens(
-        self,
-        plan: Plan,
-        seating: Seating,
-        single: bool,
-        layout: tuple[Words, Words, Words, Words],
-        inputs: dict[str, Words],
-    ) -> None:
-        """``layout``: each chunk's seat, number of tokens, first position and first token."""
-        seats, queries, starts, first = layout
-        chunks = plan.chunks
-        if single:
-            owner, places = np.arange(len(chunks)), first
-            ids = np.array([chunk.tokens[0] for chunk in chunks], dtype=np.int32)
-        else:
-            order = np.argsort(seats)
-            owner = np.repeat(order, queries[order])  # a token's chunk
-            places = np.arange(len(owner), dtype=np.int32)
-            tokens = chain.from_iterable([chunks[i].tokens for i in order.tolist()])
-            ids = np.array(list(tokens), dtype=np.int32)
-        positions = places + (starts - first)[owner]
-        undrawn = ids == UNDRAWN
-        if undrawn.any():
-            ids[undrawn] = -1 - sources(seating)[owner[undrawn]]
-        blocks = self._seats.tables[seats[owner], positions // self._block_size]
-        inputs["token_ids"][places] = ids
-        inputs["positions"][places] = positions
-        inputs["slots"][places] = blocks * self._block_size + positions % self._block_size
-
-    def _fill_patches(self, seating: Seating, patches_N2: Words) -> None:
-        num = len(seating.patches)
-        if num <= len(patches_N2):
-            patches_N2[:num] = np.array(seating.patches, dtype=np.int32).reshape(num, 2)
-        else:  # many blocks out of the prefix cache: rare, and then a copy of all costs little
-            self._graphs.tables.copy_(torch.from_numpy(self._seats.tables))
+        tops = alternatives(special, captured.logits_LV) if special else {}
+        if box.done is not None:
+            box.done.record(self._stream)
+        return Flight(plan, special, box, began, tops, captured.logits_LV)
 
     # ---------------------------------------------------------------- on the host
 
@@ -292,14 +226,6 @@ class GpuRunner:
         plan, future = self._last
         drawn = zip(plan.rows, future.result().tokens, strict=True)
         return {row.seq_id: tokens[0] for row, tokens in drawn if tokens}
-
-
-def sources(seating: Seating) -> Words:
-    """For each chunk, where its sequence sat in the step before."""
-    seats = np.array(seating.seats, dtype=np.int32)
-    for old, new in seating.moves:
-        seats[seats == new] = old
-    return seats
 
 
 def for_scores(plan: Plan) -> list[Plan]:

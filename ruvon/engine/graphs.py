@@ -1,10 +1,11 @@
 """A step as one CUDA graph: captured for a few sizes at start, replayed with data in fixed places.
 
 A step of any composition is padded to the next size, a `Bucket`. Everything it reads lies in one
-device buffer of 32-bit words (`Layout`), filled by a single copy; everything it leaves (the drawn
-tokens, the cache, the block tables) lies in buffers that outlive it. So a step can be launched
-before the host has seen the tokens of the one before: an id of ``-1 - seat`` stands for what that
-seat drew last.
+device buffer of 32-bit words (`Layout`), which its first kernel fetches out of the host's memory
+(a `Box`); everything it leaves (the cache, the block tables, the drawn tokens, which its last
+kernel puts into the same box) lies in buffers that outlive it. So a step can be launched before the
+host has seen the tokens of the one before: an id of ``-1 - seat`` stands for what that seat drew
+last.
 
 Padding has no queries, no context and no slot, and so is not computed with.
 """
@@ -14,6 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
@@ -23,11 +25,13 @@ from torch import Tensor
 
 from ruvon.engine.batch import padded
 from ruvon.kernels import sample
-from ruvon.kernels.begin import begin
+from ruvon.kernels.begin import begin, end
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.telemetry import Progress
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+BOXES = 3  # two steps are under way, and one is being prepared
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -56,15 +60,6 @@ def mixed_buckets(max_tokens: int, max_seqs: int) -> list[Bucket]:
     ]
 
 
-def choose_bucket(
-    singles: list[Bucket], mixed: list[Bucket], tokens: int, sequences: int
-) -> Bucket | None:
-    """The smallest that holds a step; all its sequences have one token if counts are equal."""
-    candidates = singles if tokens == sequences else mixed
-    fitting = (b for b in candidates if b.tokens >= tokens and b.sequences >= sequences)
-    return next(fitting, None)
-
-
 class Layout:
     """Where a bucket's inputs lie in the buffer of words, each on a boundary of 16 bytes."""
 
@@ -87,6 +82,9 @@ class Layout:
             num_words = math.prod(shape)
             self._places[name] = (self.size, self.size + num_words, shape)
             self.size += padded(num_words)
+        self.patches = self._places["patches"][:2]
+        self.blank: Words = np.zeros(self.size, dtype=np.int32)
+        clear(self.views(self.blank))
 
     def views(self, words: Any) -> dict[str, Any]:
         """The inputs by name, in a tensor or an array of at least ``size`` words."""
@@ -94,6 +92,16 @@ class Layout:
             name: words[first:end].reshape(shape)
             for name, (first, end, shape) in self._places.items()
         }
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """Memory of the host's that one step reads its inputs from and leaves its results in."""
+
+    words: Words
+    inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
+    results: Words  # [3, rows]: tokens, log-probabilities (float32 by their bits), ranks
+    done: Any  # torch.cuda.Event, to be recorded after the step; None on a CPU, where it is over
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,47 +131,65 @@ class Graphs:
         self._state = state
         self._max_context = max_context
         self._pdl = pdl
-        self._layouts = {bucket: Layout(bucket) for bucket in buckets}
-        self.num_words = max(layout.size for layout in self._layouts.values())
-        self.words = torch.zeros(self.num_words, dtype=torch.int32, device=device)
-        self.tables = torch.zeros(seats, table_width, dtype=torch.int32, device=device)
-        self.results = torch.zeros(3, seats, dtype=torch.int32, device=device)
-        self._ids = torch.zeros(max(b.tokens for b in buckets), dtype=torch.int32, device=device)
+        self.layouts = {bucket: Layout(bucket) for bucket in buckets}
+        self.num_words = max(layout.size for layout in self.layouts.values())
+        zeros = partial(torch.zeros, dtype=torch.int32)
+        self.words = zeros(self.num_words, device=device)
+        self.tables = zeros(seats, table_width, device=device)
+        self._results = zeros(3, seats, device=device)
+        self._turn = zeros(1, device=device)
+        self._inboxes = zeros(BOXES, self.num_words, pin_memory=device.type == "cuda")
+        self._outboxes = zeros(BOXES, 3, seats, pin_memory=device.type == "cuda")
 
     def capture_all(self, progress: Progress) -> dict[Bucket, Captured]:
         """Largest first, so that all can use the memory of the first."""
-        self._clear()
         pool = torch.cuda.graph_pool_handle() if self.words.is_cuda else None
         captured = {}
-        for i, bucket in enumerate(sorted(self._layouts, key=lambda b: -b.tokens * b.sequences)):
-            progress("capturing steps", i / len(self._layouts))
+        for i, bucket in enumerate(sorted(self.layouts, key=lambda b: -b.tokens * b.sequences)):
+            progress("capturing steps", i / len(self.layouts))
             captured[bucket] = self._capture(bucket, pool)
+        self._turn.zero_()
         return captured
 
-    def _clear(self) -> None:
-        """As padding: nothing to read, nothing to write."""
-        for layout in self._layouts.values():
-            clear(layout.views(self.words))
+    def boxes(self) -> list[Box]:
+        """In the order in which steps use them, over and over, from the first step on."""
+        cuda = self.words.is_cuda
+        boxes = []
+        for inbox, outbox in zip(self._inboxes.numpy(), self._outboxes.numpy(), strict=True):
+            inputs = {bucket: layout.views(inbox) for bucket, layout in self.layouts.items()}
+            done = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+            boxes.append(Box(inbox, inputs, outbox, done))
+        return boxes
 
     def _capture(self, bucket: Bucket, pool: Any) -> Captured:
-        layout = self._layouts[bucket]
-        inputs = layout.views(self.words)
-        clear(inputs)
-        logits = self._step(bucket, inputs)  # compiles kernels, and lets cuBLAS make up its mind
+        layout = self.layouts[bucket]
+        self._inboxes[:, : layout.size] = torch.from_numpy(layout.blank)
+        logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
         if not self.words.is_cuda:
-            return Captured(layout, lambda: logits.copy_(self._step(bucket, inputs)), logits)
+            replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
+            return Captured(layout, replay, logits)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._step(bucket, inputs)
+            logits = self._step(bucket)
         return Captured(layout, graph.replay, borrow(logits))
 
-    def _step(self, bucket: Bucket, inputs: dict[str, Tensor]) -> Tensor:
-        ids = self._ids[: bucket.tokens]
-        last_tokens = self._state.last_tokens
-        begin(inputs["token_ids"], last_tokens, ids, inputs["patches"], self.tables, self._pdl)
+    def _step(self, bucket: Bucket) -> Tensor:
+        layout = self.layouts[bucket]
+        words = self.words[: layout.size]
+        inputs = layout.views(words)
+        begin(
+            self._inboxes,
+            self._turn,
+            words,
+            self._state.last_tokens,
+            self.tables,
+            bucket.tokens,
+            layout.patches,
+            self._pdl,
+        )
         batch = ForwardBatch(
-            token_ids=ids,
+            token_ids=inputs["token_ids"],
             positions=inputs["positions"],
             slots=inputs["slots"],
             block_tables=self.tables[: bucket.sequences],
@@ -174,9 +200,10 @@ class Graphs:
             max_context=self._max_context,
         )
         logits_LV = self._forward(batch)
-        tokens, logprobs, ranks = self.results
+        tokens, logprobs, ranks = self._results
         drawn = sample.Drawn(tokens, logprobs.view(torch.float32), ranks)
         sample.sample(logits_LV, inputs["params"], self._state, drawn, self._pdl)
+        end(self._results, self._outboxes, self._turn, self._pdl)
         return logits_LV
 
 

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from ruvon.engine.blocks import BlockPool, block_key, root_key
 from ruvon.engine.policies import Policy, Rank, WaitingQueue
 from ruvon.engine.types import (
-    UNDRAWN,
+    JUST_UNDRAWN,
     Chunk,
     Emission,
     Plan,
@@ -38,7 +38,6 @@ from ruvon.engine.types import (
     TokenLogprobs,
 )
 
-JUST_UNDRAWN = (UNDRAWN,)
 NOTHING_DRAWN = ((), None)
 
 

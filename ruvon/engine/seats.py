@@ -35,7 +35,7 @@ class Seats:
 
     def __init__(self, num_seats: int, width: int, block_size: int) -> None:
         self.tables: Ints = np.zeros((num_seats, width), dtype=np.int32)
-        self._block_size = block_size
+        self.block_size = block_size
         self._seat_of: dict[int, int] = {}
         self._free = list(range(num_seats))  # a heap
         self._blocks: list[list[int] | None] = [None] * num_seats  # whose table is mirrored
@@ -55,10 +55,19 @@ class Seats:
                 newcomers.append(i)
                 seat = self._sit(chunk, seat)
             seats.append(seat)
-            end = chunk.start + len(chunk.tokens)
-            if end > capacity[seat]:
-                patches += self._patch(seat, chunk.blocks, end)
+            if chunk.start + len(chunk.tokens) > capacity[seat]:
+                patches += self.extend(chunk)
         return Seating(seats, newcomers, moves, patches)
+
+    def extend(self, chunk: Chunk) -> list[tuple[int, int]]:
+        """Mirror as many more blocks as hold all tokens of a sequence that sits; the patches."""
+        seat, blocks = self._seat_of[chunk.seq_id], chunk.blocks
+        known = self._capacity[seat] // self.block_size
+        needed = -(-(chunk.start + len(chunk.tokens)) // self.block_size)
+        self.tables[seat, known:needed] = blocks[known:needed]
+        self._capacity[seat] = needed * self.block_size
+        first = seat * self.tables.shape[1]
+        return [(first + i, blocks[i]) for i in range(known, needed)]
 
     def seat_of(self, seq_id: int) -> int:
         """Where a sequence of the step assigned last sits."""
@@ -90,11 +99,3 @@ class Seats:
     def _vacate(self, seat: int) -> None:
         heapq.heappush(self._free, seat)
         self._blocks[seat], self._capacity[seat] = None, 0
-
-    def _patch(self, seat: int, blocks: list[int], end: int) -> list[tuple[int, int]]:
-        """Mirror as many more blocks as hold ``end`` tokens."""
-        known, needed = self._capacity[seat] // self._block_size, -(-end // self._block_size)
-        self.tables[seat, known:needed] = blocks[known:needed]
-        self._capacity[seat] = needed * self._block_size
-        first = seat * self.tables.shape[1]
-        return [(first + i, blocks[i]) for i in range(known, needed)]

@@ -28,6 +28,11 @@ class SeatWork:
         self._unprepared: set[int] = set()
         self._waits: dict[int, SamplingRow] = {}  # seats whose min_tokens have not been drawn
 
+    @property
+    def waiting(self) -> bool:
+        """Whether some row's parameters will change with what is drawn."""
+        return bool(self._waits)
+
     def move(self, moves: Sequence[tuple[int, int]]) -> None:
         """Sequences changed from the first seat of each pair to the second."""
         for old, new in moves:

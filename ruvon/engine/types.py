@@ -20,6 +20,9 @@ UNDRAWN = -1
 """In a chunk, in place of a token that the step before is drawing while this one is planned: the
 runner, which computes one step after another, knows it in time."""
 
+JUST_UNDRAWN = (UNDRAWN,)
+"""The tokens of every such chunk: this very object, so that a runner can tell by its identity."""
+
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
@@ -145,7 +148,7 @@ class Chunk:
     nothing else to build its batch."""
 
     seq_id: int
-    tokens: tuple[int, ...]  # or `UNDRAWN` alone
+    tokens: tuple[int, ...]  # or `JUST_UNDRAWN`
     start: int  # position of the first
     blocks: list[int]  # the sequence's own block table, which may grow while the step runs
     samples: bool  # whether the last token's logits are drawn from
@@ -170,10 +173,11 @@ class Plan:
     chunks: tuple[Chunk, ...]
     rows: tuple[SamplingRow, ...]  # one for each chunk with ``samples``, in order
     prompt_rows: tuple[PromptRow, ...] = ()
+    num_tokens: int = field(init=False)  # of all chunks
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(chunk.tokens) for chunk in self.chunks)
+    def __post_init__(self) -> None:
+        num_tokens = sum([len(chunk.tokens) for chunk in self.chunks])
+        object.__setattr__(self, "num_tokens", num_tokens)
 
 
 @dataclass(slots=True)

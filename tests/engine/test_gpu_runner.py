@@ -14,12 +14,12 @@ import triton
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
 from ruvon.engine.gpu_runner import Compilations, GpuRunner
-from ruvon.engine.graphs import Bucket, Layout, choose_bucket, mixed_buckets, single_buckets
+from ruvon.engine.graphs import Bucket, Layout, mixed_buckets, single_buckets
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.seats import Seats
 from ruvon.engine.types import (
-    UNDRAWN,
+    JUST_UNDRAWN,
     Chunk,
     Job,
     Plan,
@@ -155,7 +155,7 @@ class Story:
     def chunk(self, limit=None, *, undrawn=False):
         """What is pending, or ``limit`` tokens of it; or a token that nobody knows yet."""
         start = self.num_computed
-        tokens = (UNDRAWN,) if undrawn else tuple(self.tokens[start:][:limit])
+        tokens = JUST_UNDRAWN if undrawn else tuple(self.tokens[start:][:limit])
         self.num_computed += len(tokens)
         samples = undrawn or self.num_computed == len(self.tokens)
         return Chunk(self.id, tokens, start, self.blocks, samples)
@@ -309,7 +309,7 @@ class Watched:
     def undrawn(self):
         """(sequence, position) of tokens that nobody knew yet when they were given to it."""
         chunks = (chunk for plan in self.plans for chunk in plan.chunks)
-        return {(chunk.seq_id, chunk.start) for chunk in chunks if chunk.tokens == (UNDRAWN,)}
+        return {(chunk.seq_id, chunk.start) for chunk in chunks if chunk.tokens is JUST_UNDRAWN}
 
 
 def drive(gpu_runner, depth):
@@ -370,10 +370,13 @@ def test_buckets():
     singles, mixed = single_buckets(20), mixed_buckets(100, 20)
     assert [b.tokens for b in singles] == [1, 2, 4, 8, 16, 20]
     assert {b.tokens for b in mixed} == {16, 32, 64, 100}
-    assert choose_bucket(singles, mixed, 5, 5) == Bucket(True, 8, 8)
-    assert choose_bucket(singles, mixed, 33, 17) == Bucket(False, 64, 20)
-    assert choose_bucket(singles, mixed, 6, 5) == Bucket(False, 16, 16)
-    assert choose_bucket(singles, mixed, 101, 5) is None
+
+
+def test_a_step_runs_in_the_smallest_bucket_that_holds_it(gpu_runner):
+    """Of `SEATS` = 3 sequences and 40 tokens at most."""
+    choose = gpu_runner._choose_bucket
+    assert [choose(n, n) for n in (1, 2, 3)] == [Bucket(True, n, n) for n in (1, 2, 3)]
+    assert [choose(n, 2).tokens for n in (3, 16, 17, 33, 40)] == [16, 16, 32, 40, 40]
 
 
 @pytest.mark.skipif(not GPU, reason="only captured steps have memory of their own")

@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
-from ruvon.kernels.begin import begin
+from ruvon.kernels.begin import begin, end
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -162,11 +162,25 @@ def test_penalties_and_bias():
 
 
 def test_a_step_begins_with_what_only_the_device_knows():
+    ids, patches = [5, -1, -3, 0], [3, 9, -1, 4, 0, 7]
+    boxes = torch.full((2, 12), -1, dtype=torch.int32, device=DEVICE)
+    boxes[1] = torch.tensor([*ids, -7, 8, *patches], dtype=torch.int32)
+    turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    words = torch.zeros(12, dtype=torch.int32, device=DEVICE)
     last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
-    ids = torch.tensor([5, -1, -3, 0], dtype=torch.int32, device=DEVICE)
-    patches = torch.tensor([[3, 9], [-1, 4], [0, 7]], dtype=torch.int32, device=DEVICE)
     tables = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
-    out = torch.empty_like(ids)
-    begin(ids, last, out, patches, tables)
-    assert out.tolist() == [5, 50, 70, 0]
+    begin(boxes, turn, words, last, tables, 4, (6, 12))
+    assert words.tolist() == [5, 50, 70, 0, -7, 8, *patches]
     assert tables.tolist() == [[7, 0, 0], [9, 0, 0]]
+
+
+def test_a_step_ends_in_its_box_and_passes_the_turn_on():
+    results = torch.arange(600, dtype=torch.int32, device=DEVICE)
+    boxes = torch.zeros(3, 600, dtype=torch.int32, device=DEVICE)
+    turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
+    end(results, boxes, turn)
+    end(results + 1, boxes, turn)
+    assert turn.tolist() == [0]
+    assert [box[1].item() for box in boxes] == [0, 1, 2]
+    assert torch.equal(boxes[1], results)
+    assert torch.equal(boxes[2], results + 1)
