@@ -162,11 +162,11 @@ JSON = {"Content-Type": "application/json"}
 
 
 def open_session(api_key: str | None = None) -> aiohttp.ClientSession:
-    """A session without limits of its own, and with a connection for each request, as different
-    users have: some servers close idle ones just when they are used again."""
+    """A session without limits of its own. It keeps connections, as users' clients do, but drops
+    idle ones soon: some servers close theirs just when they are used again."""
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, force_close=True),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0),
         timeout=aiohttp.ClientTimeout(total=None, sock_read=600),
         headers=headers,
     )

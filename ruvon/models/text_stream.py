@@ -33,11 +33,10 @@ class TextStream:
         self._token_bytes = token_bytes
         self._hidden = hidden
         self._strip = strip
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._rest = b""  # of a character whose other bytes are still to come
         self._stops = StopStrings(stop, include_stop) if stop else None
         self.num_tokens = 0
-        for id in prompt_ids[-4:]:  # a character has at most four bytes
-            self._decode(id)
+        self._decode(prompt_ids[-4:])  # a character has at most four bytes
 
     @property
     def stopped(self) -> str | None:
@@ -46,15 +45,15 @@ class TextStream:
     def push(self, ids: Iterable[int]) -> str:
         """The text that is certain now. After a stop string it stays empty."""
         if self._stops is None and not self._strip:  # most streams, for most of their time
-            pieces = [self._decode(id) for id in ids]
-            self.num_tokens += len(pieces)
-            return "".join(pieces)
+            ids = tuple(ids)
+            self.num_tokens += len(ids)
+            return self._decode(ids)
         pieces = []
         for id in ids:
             if self.stopped is not None:
                 break
             self.num_tokens += 1
-            pieces.append(self._release(self._decode(id)))
+            pieces.append(self._release(self._decode((id,))))
         return "".join(pieces)
 
     def finish(self) -> str:
@@ -62,11 +61,15 @@ class TextStream:
         never came. Empty after a stop string."""
         if self.stopped is not None:
             return ""
-        text = self._release(self._utf8.decode(b"", final=True))
+        text = self._release(self._rest.decode(errors="replace"))
         return text + self._stops.finish() if self._stops else text
 
-    def _decode(self, id: int) -> str:
-        return "" if id in self._hidden else self._utf8.decode(self._token_bytes(id))
+    def _decode(self, ids: Sequence[int]) -> str:
+        spelled = [self._token_bytes(id) for id in ids if id not in self._hidden]
+        data = self._rest + b"".join(spelled)
+        text, num_decoded = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[num_decoded:]
+        return text
 
     def _release(self, text: str) -> str:
         if self._strip and text:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job, TokenLogprobs
@@ -64,27 +64,28 @@ class Choice:
         self.num_tokens = 0
         self.done = False
 
-    def push(self, emission: Emission, piece: Piece) -> None:
-        """Add an emission's tokens to ``piece``; a stop string may end the choice here."""
-        hidden = emission.stop_token is not None and not self.include_stop
-        taken = 0
-        for token in emission.tokens:
-            taken += 1
-            if hidden and taken == len(emission.tokens):
-                break
-            piece.text += self.text.push((token,))
-            if self.text.stopped is not None:
-                break
-        piece.tokens += emission.tokens[:taken]
-        piece.logprobs += (emission.logprobs or ())[:taken]
-        if emission.prompt_logprobs is not None:
-            piece.prompt_logprobs = emission.prompt_logprobs
-        self.num_tokens += taken
+    def push(self, index: int, emissions: Sequence[Emission]) -> Piece:
+        """What this choice, the request's ``index``-th, gains; a stop string may end it here."""
+        first, last = emissions[0], emissions[-1]
+        tokens = first.tokens
+        if len(emissions) > 1:
+            tokens = tuple(chain.from_iterable([emission.tokens for emission in emissions]))
+        hidden = last.stop_token is not None and not self.include_stop
+        before = self.text.num_tokens
+        piece = Piece(index, self.text.push(tokens[:-1] if hidden else tokens))
         if self.text.stopped is not None:
+            tokens = tokens[: self.text.num_tokens - before]
             piece.finish, piece.stop_reason = "stop", self.text.stopped
-        elif emission.finish is not None:
-            self._finish(emission, piece)
+        elif last.finish is not None:
+            self._finish(last, piece)
+        piece.tokens += tokens
+        if first.logprobs is not None:
+            scores = chain.from_iterable([emission.logprobs or () for emission in emissions])
+            piece.logprobs += islice(scores, len(tokens))
+        piece.prompt_logprobs = first.prompt_logprobs
+        self.num_tokens += len(tokens)
         self.done = piece.finish is not None
+        return piece
 
     def _finish(self, emission: Emission, piece: Piece) -> None:
         if emission.finish == "error":
@@ -111,21 +112,20 @@ class Choices:
 
         Raises `UnavailableError` when the engine gave a sequence up.
         """
-        pieces: dict[int, Piece] = {}
+        news: dict[int, list[Emission]] = {}
         for emission in emissions:
-            index = emission.index
+            news.setdefault(emission.index, []).append(emission)
+        pieces = []
+        for index, mine in news.items():
             choice = self._choices[index]
             if choice.done:
                 continue
-            piece = pieces.get(index)
-            if piece is None:
-                piece = pieces[index] = Piece(index)
             if index in self._firsts:
-                self._cached.setdefault(index, emission.num_cached)
-            choice.push(emission, piece)
-            if choice.done and emission.finish is None:
-                stream.stop(emission.seq_id)
-        return list(pieces.values())
+                self._cached.setdefault(index, mine[0].num_cached)
+            pieces.append(choice.push(index, mine))
+            if choice.done and mine[-1].finish is None:
+                stream.stop(mine[-1].seq_id)
+        return pieces
 
     def usage(self) -> Usage:
         """Token counts so far."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -91,30 +91,36 @@ class Pulse:
         self._interval = interval
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
-        self._task: asyncio.Task[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._comment: asyncio.Task[None] | None = None  # being written
 
     def __enter__(self) -> Pulse:
         if self._interval > 0:
-            self._task = self._loop.create_task(self._beat())
+            self._timer = self._loop.call_later(self._interval, self._beat)
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._task is not None:
-            self._task.cancel()
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._comment is not None:
+            self._comment.cancel()
 
-    async def write(self, data: bytes) -> None:
+    def write(self, data: bytes) -> Awaitable[None]:
         """Send ``data``; waits while the client is slower than we are."""
         self._written_at = self._loop.time()
-        await self._response.write(data)
+        return self._response.write(data)
 
-    async def _beat(self) -> None:
+    def _beat(self) -> None:
+        quiet = self._loop.time() - self._written_at
+        if quiet >= self._interval:
+            quiet = 0.0
+            if self._comment is None or self._comment.done():
+                self._comment = self._loop.create_task(self._write_comment())
+        self._timer = self._loop.call_later(self._interval - quiet, self._beat)
+
+    async def _write_comment(self) -> None:
         with suppress(ConnectionResetError):
-            while True:
-                quiet = self._loop.time() - self._written_at
-                if quiet < self._interval:
-                    await asyncio.sleep(self._interval - quiet)
-                else:
-                    await self.write(KEEP_ALIVE)
+            await self.write(KEEP_ALIVE)
 
 
 def error_answer(error: Exception) -> ErrorAnswer:
