@@ -46,6 +46,7 @@ def engine(tmp_path):
         EngineConfig(
             str(tmp_path),
             load_format="dummy",
+            device="cpu",
             threads=1,
             kernels="torch",
             block_size=4,

@@ -23,7 +23,8 @@ def folder(tmp_path):
 
 
 def settings(folder, **given) -> EngineConfig:
-    given = {"threads": 1, "kernels": "torch", "kv_cache_memory": "1MiB"} | given
+    fixed = {"device": "cpu", "threads": 1, "kernels": "torch", "kv_cache_memory": "1MiB"}
+    given = fixed | given
     return EngineConfig(model=str(folder), load_format="dummy", **given)
 
 
