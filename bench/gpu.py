@@ -33,7 +33,7 @@ from gpu_serve import ROOT, measure_load, measure_serve
 from measure import write
 
 from ruvon import LLM, SamplingParams
-from ruvon.engine.graphs import Bucket, Graphs
+from ruvon.engine.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -145,16 +145,16 @@ def measure_steps(name: str, batches: tuple[int, ...]) -> dict[str, Any]:
     for batch in batches:
         per_seq = -(-CONTEXT // PAGE)
         cache = make_cache(model, batch * per_seq)
-        replay = decode_step(model, cache, batch, per_seq)
-        step, floor = milliseconds(replay), floor_ms(model, batch)
+        captured = decode_step(model, cache, batch, per_seq)
+        step, floor = milliseconds(captured.replay), floor_ms(model, batch)
         vllm = VLLM_STEP_MS[name].get(batch, float("nan"))
         print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
         numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
     return numbers
 
 
-def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Callable[[], object]:
-    """A captured step of ``batch`` sequences of `CONTEXT` tokens, sampled greedily."""
+def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
+    """A step of ``batch`` sequences of `CONTEXT` tokens, sampled greedily."""
     bucket = Bucket(True, batch, batch)
     state = sample.make_state(batch, model.spec.vocab_size, DEVICE)
     graphs = Graphs(
@@ -180,7 +180,7 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Callable[
             inputs["logit_rows"][:] = seats
             inputs["params"][:, sample.SEAT] = seats
             inputs["params"][:, [sample.HISTORY, sample.BIAS]] = -1
-    return captured.replay
+    return captured
 
 
 def floor_ms(model: Model, batch: int) -> float:

@@ -111,6 +111,7 @@ class Captured:
     layout: Layout
     replay: Callable[[], object]
     logits_LV: Tensor  # of the last replay; all buckets share the memory
+    graphs: Graphs  # which holds the memory that a replay works in
 
 
 class Graphs:
@@ -167,12 +168,12 @@ class Graphs:
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
         if not self.words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
-            return Captured(layout, replay, logits)
+            return Captured(layout, replay, logits, self)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._step(bucket)
-        return Captured(layout, graph.replay, borrow(logits))
+        return Captured(layout, graph.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
         layout = self.layouts[bucket]
