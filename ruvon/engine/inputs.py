@@ -8,7 +8,7 @@ whatever the number of sequences.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -77,64 +77,76 @@ class StepInputs:
         self._patch(patches, inputs["patches"])
 
     def _start(self, plan: Plan, bucket: Bucket, box: Box) -> None:
-        layout, chunks = self._layouts[bucket], plan.chunks
+        layout = self._layouts[bucket]
         box.words[: layout.size] = layout.blank
         self._num_patches = 0
         inputs = box.inputs[bucket]
-        seating = self._seats.assign(chunks, bucket.sequences)
+        seating = self._seats.assign(plan.chunks, bucket.sequences)
+        order = sorted(range(len(plan.chunks)), key=seating.seats.__getitem__)
+        chunks = [plan.chunks[i] for i in order]
+        seats = np.array([seating.seats[i] for i in order], dtype=np.int32)
+        lengths = np.ones_like(seats)
+        if not bucket.single:
+            lengths[:] = [len(chunk.tokens) for chunk in chunks]
+        ends = inputs["query_starts"][1:]
+        ends[seats] = lengths
+        np.cumsum(ends, out=ends)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        inputs["context_lens"][seats] = starts + lengths
+        self._fill_tokens(chunks, sources(seats.tolist(), seating), bucket.single, inputs)
+        self._patch(seating.patches, inputs["patches"])
+        samples = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
+        row_seats = np.array([seating.seats[i] for i in samples], dtype=np.int32)
+        inputs["logit_rows"][: len(samples)] = ends[row_seats] - 1
         with torch.inference_mode():
             self._work.move(seating.moves)
-        seats = np.array(seating.seats, dtype=np.int32)
-        lengths = [1] * len(chunks) if bucket.single else [len(c.tokens) for c in chunks]
-        queries = np.array(lengths, dtype=np.int32)
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
-        inputs["context_lens"][seats] = starts + queries
-        ends = inputs["query_starts"][1:]
-        ends[seats] = queries
-        np.cumsum(ends, out=ends)
-        first = inputs["query_starts"][seats]
-        distances: Words = starts - first
-        order: Words = np.argsort(seats).astype(np.int32)  # a chunk by its rank
-        self._fill_tokens(chunks, seating, (seats, queries, distances, order), inputs)
-        self._patch(seating.patches, inputs["patches"])
-        samples = np.array([chunk.samples for chunk in chunks])
-        num_rows, row_seats = len(plan.rows), seats[samples]
-        inputs["logit_rows"][:num_rows] = (first + queries - 1)[samples]
-        with torch.inference_mode():
             self._work.fill(
-                inputs["params"][:num_rows],
+                inputs["params"][: len(samples)],
                 plan.rows,
                 row_seats,
                 inputs["context_lens"][row_seats],
                 {seating.seats[i] for i in seating.newcomers},
             )
         self._round = None
-        if bucket.single and num_rows == len(chunks):
-            seq_ids = [chunk.seq_id for chunk in chunks]
-            self._round = Round(bucket, seq_ids, order.tolist(), seats[order])
+        if bucket.single and len(samples) == len(chunks):
+            self._round = Round(bucket, [chunk.seq_id for chunk in plan.chunks], order, seats)
 
     def _fill_tokens(
-        self,
-        chunks: tuple[Chunk, ...],
-        seating: Seating,
-        layout: tuple[Words, Words, Words, Words],
-        inputs: dict[str, Words],
+        self, chunks: list[Chunk], sources: list[int], single: bool, inputs: dict[str, Words]
     ) -> None:
-        """``layout``: each chunk's seat, number of tokens, and distance from a token's place to its
-        position; and the chunks' order by seat."""
-        seats, queries, distances, order = layout
-        tokens = chain.from_iterable([chunks[i].tokens for i in order.tolist()])
-        ids = np.array(list(tokens), dtype=np.int32)
-        num = len(ids)
-        owner = np.repeat(order, queries[order])  # a token's chunk
-        undrawn = ids == UNDRAWN
-        if undrawn.any():
-            ids[undrawn] = -1 - sources(seating)[owner[undrawn]]
-        positions = np.arange(num, dtype=np.int32) + distances[owner]
-        blocks = self._seats.tables[seats[owner], positions // self._seats.block_size]
-        inputs["token_ids"][:num] = ids
-        inputs["positions"][:num] = positions
-        inputs["slots"][:num] = blocks * self._seats.block_size + positions % self._seats.block_size
+        """Write tokens in the order of ``chunks``; ``sources``: where each one's sequence sat in
+        the step before."""
+        size = self._seats.block_size
+        places: slice | list[int] = slice(len(chunks))
+        if not single:
+            firsts = accumulate([len(chunk.tokens) for chunk in chunks], initial=0)
+            begun = list(zip(chunks, firsts, sources, strict=False))
+            for chunk, first, _ in begun:
+                if len(chunk.tokens) > 1:
+                    self._fill_run(chunk, first, inputs)
+            ones = [one for one in begun if len(one[0].tokens) == 1]
+            if not ones:
+                return
+            chunks, places, sources = (list(column) for column in zip(*ones, strict=True))
+        ids = [chunk.tokens[0] for chunk in chunks]
+        inputs["token_ids"][places] = [
+            -1 - seat if token == UNDRAWN else token
+            for token, seat in zip(ids, sources, strict=True)
+        ]
+        inputs["positions"][places] = [chunk.start for chunk in chunks]
+        inputs["slots"][places] = [
+            chunk.blocks[chunk.start // size] * size + chunk.start % size for chunk in chunks
+        ]
+
+    def _fill_run(self, chunk: Chunk, place: int, inputs: dict[str, Words]) -> None:
+        size, start, num = self._seats.block_size, chunk.start, len(chunk.tokens)
+        first = start // size
+        blocks = np.array(chunk.blocks[first : -(-(start + num) // size)], dtype=np.int32)
+        slots = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()
+        run = slice(place, place + num)
+        inputs["token_ids"][run] = chunk.tokens
+        inputs["positions"][run] = np.arange(start, start + num)
+        inputs["slots"][run] = slots[start - first * size :][:num]
 
     def _patch(self, patches: list[tuple[int, int]], patches_N2: Words) -> None:
         if self._num_patches:
@@ -148,9 +160,9 @@ class StepInputs:
             patches_N2[: len(patches)] = patches
 
 
-def sources(seating: Seating) -> Words:
-    """For each chunk, where its sequence sat in the step before."""
-    seats = np.array(seating.seats, dtype=np.int32)
-    for old, new in seating.moves:
-        seats[seats == new] = old
-    return seats
+def sources(seats: list[int], seating: Seating) -> list[int]:
+    """Where those who sit on ``seats`` sat in the step before."""
+    if not seating.moves:
+        return seats
+    old_of = {new: old for old, new in seating.moves}
+    return [old_of.get(seat, seat) for seat in seats]

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ruvon.engine.stream import Stream
 
 MOST_STEPS = 4  # whose news a stream may gather before its reader hears of them
-FEW_READERS = 16  # to whom writing takes less time than a step; for each so many, a step more
+FEW_READERS = 8  # to whom writing takes less time than a step; for each so many, a step more
 MOST_NEWCOMERS = 16  # between two steps; reading one takes a millisecond
 
 
