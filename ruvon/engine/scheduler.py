@@ -266,8 +266,13 @@ class Scheduler:
         prompt_rows: list[PromptRow] = []
         for seq, num_tokens in shares:
             start = seq.num_computed
+            if num_tokens == 1 and start == len(seq.tokens):  # what most steps are made of
+                rows.append(seq.row)
+                chunks.append(Chunk(seq.id, JUST_UNDRAWN, start, seq.blocks, True))
+                self._advance(seq, 1)
+                continue
             end = start + num_tokens
-            tokens = tuple(seq.tokens[start:end]) or JUST_UNDRAWN
+            tokens = tuple(seq.tokens[start:end])
             if start < seq.num_prompt:
                 prompt_rows += self._prompt_rows(seq, len(chunks), start, end)
                 if seq.scheduled_at is None:
