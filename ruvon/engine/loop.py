@@ -236,10 +236,9 @@ class EngineLoop:
             self._gate.open_all()
 
     async def _finish(self, pending: Pending) -> None:
+        await asyncio.sleep(0)  # a turn for readers and newcomers
         behind = pending.future.done()
-        if behind:
-            await asyncio.sleep(0)  # a turn for readers and newcomers, but no waiting
-        else:
+        if not behind:
             self._gate.open_meanwhile()
             await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)

@@ -34,7 +34,7 @@ class Wakes:
         self._due: deque[list[Stream]] = deque([] for _ in range(MOST_STEPS))  # by steps to go
 
     def begin_step(self, behind: bool, num_readers: int) -> None:
-        """``behind``: the step was over before anybody asked for it."""
+        """``behind``: the step was over before the readers of the one before were through."""
         self._step += 1
         most = min(num_readers // FEW_READERS, MOST_STEPS) if behind else self._spread - 1
         self._spread = max(min(self._spread + 1, most), 1)

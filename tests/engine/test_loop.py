@@ -185,6 +185,29 @@ async def test_where_steps_outrun_many_readers_each_takes_several_tokens_at_once
             await stream.aclose()
 
 
+async def test_a_step_that_ends_while_readers_write_has_outrun_them(running):
+    async with running(by_hand=True, max_num_seqs=MANY, num_blocks=8 * MANY) as (loop, runner):
+        streams = [loop.generate([Job((97,), LONG)]) for _ in range(MANY)]
+
+        async def write(stream):
+            async for news in stream:
+                sizes.append(len(tokens(news)))
+                if runner._held:
+                    runner.finish_step()
+
+        sizes = []
+        writers = [asyncio.create_task(write(stream)) for stream in streams]
+        await turn(runner)
+        while len(sizes) < 12 * MANY:
+            await asyncio.sleep(0)
+        assert sizes[-MANY:] == [MOST_STEPS] * MANY
+        for writer in writers:
+            writer.cancel()
+        await asyncio.gather(*writers, return_exceptions=True)
+        for stream in streams:
+            await stream.aclose()
+
+
 async def test_a_few_readers_hear_of_every_step(running):
     async with running() as (loop, _):
         stream = loop.generate([Job((97,), LONG)])
