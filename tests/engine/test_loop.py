@@ -192,14 +192,15 @@ async def test_a_step_that_ends_while_readers_write_has_outrun_them(running):
         async def write(stream):
             async for news in stream:
                 sizes.append(len(tokens(news)))
+                if len(sizes) == 12 * MANY:
+                    enough.set()
                 if runner._held:
                     runner.finish_step()
 
-        sizes = []
+        sizes, enough = [], asyncio.Event()
         writers = [asyncio.create_task(write(stream)) for stream in streams]
         await turn(runner)
-        while len(sizes) < 12 * MANY:
-            await asyncio.sleep(0)
+        await asyncio.wait_for(enough.wait(), 30)
         assert sizes[-MANY:] == [MOST_STEPS] * MANY
         for writer in writers:
             writer.cancel()
