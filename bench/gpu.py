@@ -33,7 +33,7 @@ from gpu_serve import ROOT, measure_load, measure_serve
 from measure import write
 
 from ruvon import LLM, SamplingParams
-from ruvon.engine.graphs import Bucket, Captured, Graphs
+from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.triton_ops import make_triton_ops

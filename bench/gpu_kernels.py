@@ -22,7 +22,7 @@ from gpu import CONTEXT, DEVICE, PAGE, milliseconds
 from measure import write
 from torch import Tensor
 
-from ruvon.engine.graphs import Bucket, Layout
+from ruvon.engine.gpu.graphs import Bucket, Layout
 from ruvon.kernels.begin import begin, end
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 from ruvon.kernels.pdl import supports_pdl

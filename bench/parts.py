@@ -19,10 +19,10 @@ from typing import Any
 from aiohttp.http_writer import StreamWriter
 
 from ruvon.cli import main
-from ruvon.engine import flight
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu_runner import GpuRunner
-from ruvon.engine.inputs import StepInputs
+from ruvon.engine.gpu import flight
+from ruvon.engine.gpu.inputs import StepInputs
+from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.scheduler import Scheduler
 from ruvon.server import answers, completions

@@ -32,7 +32,7 @@ from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
-    from ruvon.engine.gpu_runner import GpuRunner
+    from ruvon.engine.gpu.runner import GpuRunner
 
 SMALL_MODEL = 1 << 30
 """Bytes of weights below which one thread loads them best: tensors are small, and for each
@@ -161,7 +161,7 @@ def make_runner(
     )
     if not backend.graphs:
         return runner
-    from ruvon.engine.gpu_runner import GpuRunner  # triton is not on every platform
+    from ruvon.engine.gpu.runner import GpuRunner  # triton is not on every platform
 
     progress("compiling kernels", 0.0)
     for plan in scoring_plans(min(limits.tokens, memory.max_model_len), config.block_size):

@@ -18,7 +18,7 @@ from triton.runtime.jit import JITFunction
 from ruvon.config import EngineConfig
 from ruvon.engine import batch, startup
 from ruvon.engine.backends import eager
-from ruvon.engine.gpu_runner import GpuRunner
+from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.kv_cache import plan_memory
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
 from ruvon.kernels.triton_ops import make_triton_ops

@@ -13,11 +13,11 @@ import triton
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu_runner import Compilations, GpuRunner
-from ruvon.engine.graphs import Bucket, Layout, mixed_buckets, single_buckets
+from ruvon.engine.gpu.graphs import Bucket, Layout, mixed_buckets, single_buckets
+from ruvon.engine.gpu.runner import Compilations, GpuRunner
+from ruvon.engine.gpu.seats import Seats
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
-from ruvon.engine.seats import Seats
 from ruvon.engine.types import (
     JUST_UNDRAWN,
     Chunk,

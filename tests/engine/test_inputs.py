@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from ruvon.engine.graphs import Box, Bucket, Layout
-from ruvon.engine.inputs import StepInputs
-from ruvon.engine.seats import Seats
-from ruvon.engine.seatwork import SeatWork
+from ruvon.engine.gpu.graphs import Box, Bucket, Layout
+from ruvon.engine.gpu.inputs import StepInputs
+from ruvon.engine.gpu.seats import Seats
+from ruvon.engine.gpu.seatwork import SeatWork
 from ruvon.engine.types import JUST_UNDRAWN, Chunk, Plan, SamplingParams, Sequence
 from ruvon.kernels import sample
 

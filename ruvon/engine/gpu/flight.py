@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.engine.graphs import Box
+from ruvon.engine.gpu.graphs import Box
 from ruvon.engine.sampler import LOWEST_LOGPROB
 from ruvon.engine.types import Plan, SamplingRow, StepResult, TokenLogprobs
 from ruvon.kernels import sample

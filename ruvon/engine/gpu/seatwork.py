@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ruvon.engine.graphs import Words
+from ruvon.engine.gpu.graphs import Words
 from ruvon.engine.types import SamplingParams, SamplingRow
 from ruvon.kernels import sample
 

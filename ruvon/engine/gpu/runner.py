@@ -25,8 +25,8 @@ import torch
 import triton
 from torch import Tensor
 
-from ruvon.engine.flight import Flight, StepFuture, alternatives, land
-from ruvon.engine.graphs import (
+from ruvon.engine.gpu.flight import Flight, StepFuture, alternatives, land
+from ruvon.engine.gpu.graphs import (
     BOXES,
     Bucket,
     Captured,
@@ -34,10 +34,10 @@ from ruvon.engine.graphs import (
     mixed_buckets,
     single_buckets,
 )
-from ruvon.engine.inputs import StepInputs
+from ruvon.engine.gpu.inputs import StepInputs
+from ruvon.engine.gpu.seats import Seats
+from ruvon.engine.gpu.seatwork import SeatWork
 from ruvon.engine.runner import Runner, Sampler, complete_rows
-from ruvon.engine.seats import Seats
-from ruvon.engine.seatwork import SeatWork
 from ruvon.engine.types import Plan, SamplingRow, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch

@@ -13,9 +13,9 @@ from itertools import accumulate
 import numpy as np
 import torch
 
-from ruvon.engine.graphs import Box, Bucket, Graphs, Words
-from ruvon.engine.seats import Seating, Seats
-from ruvon.engine.seatwork import SeatWork
+from ruvon.engine.gpu.graphs import Box, Bucket, Graphs, Words
+from ruvon.engine.gpu.seats import Seating, Seats
+from ruvon.engine.gpu.seatwork import SeatWork
 from ruvon.engine.types import JUST_UNDRAWN, UNDRAWN, Chunk, Plan
 from ruvon.kernels import sample
 
