@@ -14,7 +14,6 @@ from ruvon.errors import LoadError
 from ruvon.kernels.ops import ForwardBatch, Ops
 from ruvon.models import gpt2, llama
 from ruvon.models.checkpoint import Checkpoint
-from ruvon.models.gguf import GgufFile
 from ruvon.models.quantize import SCHEMES
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import RandomTensors, Rule, SafetensorsFolder, TensorSource, Weights
@@ -77,12 +76,12 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress:
 
 
 def _open_source(checkpoint: Checkpoint, config: EngineConfig) -> TensorSource:
+    if checkpoint.gguf is not None:
+        return checkpoint.gguf
     match checkpoint.format:
         case "safetensors":
             return SafetensorsFolder(checkpoint.path)
-        case "gguf":
-            return GgufFile(checkpoint.path)
-        case "dummy":
+        case _:
             return RandomTensors(checkpoint.path, config.seed, _dtype(checkpoint))
 
 

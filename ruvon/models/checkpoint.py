@@ -10,7 +10,7 @@ import importlib.util
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class Checkpoint:
     spec: ModelSpec
     config: Mapping[str, Any]  # config.json, or GGUF metadata
     generation: Mapping[str, Any]  # generation_config.json, or empty
+    gguf: GgufFile | None = field(default=None, repr=False)  # the open file, if it is one
 
 
 def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
@@ -117,7 +118,7 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         spec = spec_from_gguf(file.metadata, file.names(), file.rope_divisors())
     except LoadError as error:
         raise LoadError(f"{path}: {error}") from None
-    return Checkpoint(name, "gguf", path, spec, file.metadata, {})
+    return Checkpoint(name, "gguf", path, spec, file.metadata, {}, file)
 
 
 def _open_folder(folder: Path, name: str, *, dummy: bool) -> Checkpoint:

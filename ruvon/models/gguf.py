@@ -42,6 +42,9 @@ class TensorEntry:
     offset: int
 
 
+LENGTH = struct.Struct("<Q")  # of a string, in front of it
+
+
 class Cursor:
     """Reads values one after another from a buffer."""
 
@@ -55,12 +58,21 @@ class Cursor:
         return value
 
     def string(self) -> str:
-        length = self.scalar("<Q")
-        raw = self.data[self.at : self.at + length]
-        if len(raw) < length:
-            raise ValueError("the file ends inside a string")
-        self.at += length
-        return raw.decode()
+        (text,) = self.strings(1)
+        return text
+
+    def strings(self, count: int) -> list[str]:
+        """So many in a row: a vocabulary has tens of thousands."""
+        data, at, texts = self.data, self.at, []
+        for _ in range(count):
+            (length,) = LENGTH.unpack_from(data, at)
+            end = at + LENGTH.size + length
+            if end > len(data):
+                raise ValueError("the file ends inside a string")
+            texts.append(data[at + LENGTH.size : end].decode())
+            at = end
+        self.at = at
+        return texts
 
     def value(self, kind: int) -> Any:
         if kind == STRING:
@@ -69,6 +81,8 @@ class Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        if kind == STRING:
+            return self.strings(count)
         if kind not in SCALARS:
             return [self.value(kind) for _ in range(count)]
         dtype = np.dtype(SCALARS[kind])
