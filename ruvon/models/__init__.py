@@ -76,12 +76,13 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress:
 
 
 def _open_source(checkpoint: Checkpoint, config: EngineConfig) -> TensorSource:
-    if checkpoint.gguf is not None:
-        return checkpoint.gguf
     match checkpoint.format:
         case "safetensors":
             return SafetensorsFolder(checkpoint.path)
-        case _:
+        case "gguf":
+            assert checkpoint.gguf is not None
+            return checkpoint.gguf
+        case "dummy":
             return RandomTensors(checkpoint.path, config.seed, _dtype(checkpoint))
 
 

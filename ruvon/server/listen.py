@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+from collections.abc import Iterable
+from contextlib import ExitStack
+from typing import Any
 
 from aiohttp import web
 
@@ -26,10 +29,13 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
     Raises:
         ConfigError: the address cannot be listened on.
     """
+    loop = asyncio.get_running_loop()
     try:
-        sockets = await bind(host, port)
-        for sock in sockets:
-            with sock:
+        infos = await loop.getaddrinfo(
+            host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        with ExitStack() as stack:
+            for sock in bind(dict.fromkeys((info[0], info[4]) for info in infos), stack):
                 for _ in range(ACCEPTED):
                     await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
     except OSError as error:
@@ -39,26 +45,21 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
     return shown_host, shown_port
 
 
-async def bind(host: str, port: int) -> list[socket.socket]:
-    """A socket for each address that ``host`` stands for, but for kinds this machine lacks."""
-    loop = asyncio.get_running_loop()
-    infos = await loop.getaddrinfo(
-        host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )
+def bind(
+    addresses: Iterable[tuple[socket.AddressFamily, Any]], stack: ExitStack
+) -> list[socket.socket]:
+    """A socket for each address, open as long as ``stack``, but for kinds this machine lacks."""
     sockets: list[socket.socket] = []
     lacking: OSError | None = None
-    try:
-        for family, address in dict.fromkeys((info[0], info[4]) for info in infos):
-            try:
-                sockets.append(socket.create_server(address, family=family, backlog=BACKLOG))
-            except OSError as error:
-                if error.errno not in LACKING:
-                    raise
-                lacking = error
-        if not sockets and lacking is not None:
-            raise lacking
-    except OSError:
-        for sock in sockets:
-            sock.close()
-        raise
+    for family, address in addresses:
+        try:
+            sock = socket.create_server(address, family=family, backlog=BACKLOG)
+        except OSError as error:
+            if error.errno not in LACKING:
+                raise
+            lacking = error
+        else:
+            sockets.append(stack.enter_context(sock))
+    if not sockets and lacking is not None:
+        raise lacking
     return sockets

@@ -4,25 +4,14 @@ import json
 from collections import defaultdict
 
 import pytest
+from fakes import TINY_LLAMA
 
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.telemetry import silent
 
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "eos_token_id": 7,
-}
+CONFIG = TINY_LLAMA | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
 
 SAMPLINGS = (
     {"temperature": 0},

@@ -65,7 +65,6 @@ class Layout:
 
     def __init__(self, bucket: Bucket) -> None:
         tokens, sequences = bucket.tokens, bucket.sequences
-        self.num_patches = tokens + sequences
         shapes = {
             "token_ids": (tokens,),
             "positions": (tokens,),
@@ -74,7 +73,7 @@ class Layout:
             "context_lens": (sequences,),
             "logit_rows": (sequences,),
             "params": (sequences, sample.PARAMS),
-            "patches": (self.num_patches, 2),
+            "patches": (tokens + sequences, 2),
         }
         self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
@@ -83,8 +82,10 @@ class Layout:
             self._places[name] = (self.size, self.size + num_words, shape)
             self.size += padded(num_words)
         self.patches = self._places["patches"][:2]
-        self.blank: Words = np.zeros(self.size, dtype=np.int32)
-        clear(self.views(self.blank))
+        self.blank: Words = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
+        inputs = self.views(self.blank)
+        for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SEAT]):
+            values[...] = -1
 
     def views(self, words: Any) -> dict[str, Any]:
         """The inputs by name, in a tensor or an array of at least ``size`` words."""
@@ -108,7 +109,6 @@ class Box:
 class Captured:
     """A bucket's step, ready to run."""
 
-    layout: Layout
     replay: Callable[[], object]
     logits_LV: Tensor  # of the last replay; all buckets share the memory
     graphs: Graphs  # which holds the memory that a replay works in
@@ -133,18 +133,18 @@ class Graphs:
         self._max_context = max_context
         self._pdl = pdl
         self.layouts = {bucket: Layout(bucket) for bucket in buckets}
-        self.num_words = max(layout.size for layout in self.layouts.values())
+        num_words = max(layout.size for layout in self.layouts.values())
         zeros = partial(torch.zeros, dtype=torch.int32)
-        self.words = zeros(self.num_words, device=device)
+        self._words = zeros(num_words, device=device)
         self.tables = zeros(seats, table_width, device=device)
         self._results = zeros(3, seats, device=device)
         self._turn = zeros(1, device=device)
-        self._inboxes = zeros(BOXES, self.num_words, pin_memory=device.type == "cuda")
+        self._inboxes = zeros(BOXES, num_words, pin_memory=device.type == "cuda")
         self._outboxes = zeros(BOXES, 3, seats, pin_memory=device.type == "cuda")
 
     def capture_all(self, progress: Progress) -> dict[Bucket, Captured]:
         """Largest first, so that all can use the memory of the first."""
-        pool = torch.cuda.graph_pool_handle() if self.words.is_cuda else None
+        pool = torch.cuda.graph_pool_handle() if self._words.is_cuda else None
         captured = {}
         for i, bucket in enumerate(sorted(self.layouts, key=lambda b: -b.tokens * b.sequences)):
             progress("capturing steps", i / len(self.layouts))
@@ -154,7 +154,7 @@ class Graphs:
 
     def boxes(self) -> list[Box]:
         """In the order in which steps use them, over and over, from the first step on."""
-        cuda = self.words.is_cuda
+        cuda = self._words.is_cuda
         boxes = []
         for inbox, outbox in zip(self._inboxes.numpy(), self._outboxes.numpy(), strict=True):
             inputs = {bucket: layout.views(inbox) for bucket, layout in self.layouts.items()}
@@ -166,18 +166,18 @@ class Graphs:
         layout = self.layouts[bucket]
         self._inboxes[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
-        if not self.words.is_cuda:
+        if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
-            return Captured(layout, replay, logits, self)
+            return Captured(replay, logits, self)
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             logits = self._step(bucket)
-        return Captured(layout, graph.replay, borrow(logits), self)
+        return Captured(graph.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
         layout = self.layouts[bucket]
-        words = self.words[: layout.size]
+        words = self._words[: layout.size]
         inputs = layout.views(words)
         begin(
             self._inboxes,
@@ -212,10 +212,3 @@ def borrow(tensor: Tensor) -> Tensor:
     """The same memory on the device, but no claim to it: the next capture may use it too."""
     place = SimpleNamespace(__cuda_array_interface__=tensor.__cuda_array_interface__)
     return torch.as_tensor(place, device=tensor.device)
-
-
-def clear(inputs: dict[str, Any]) -> None:
-    """Make all of a step's inputs, tensors or arrays, padding."""
-    for name, values in inputs.items():
-        values[...] = -1 if name in ("slots", "patches") else 0
-    inputs["params"][:, sample.SEAT] = -1
