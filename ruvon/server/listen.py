@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import os
 import socket
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -39,7 +40,9 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
                 for _ in range(ACCEPTED):
                     await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
     except OSError as error:
-        reason = error.strerror or error
+        # `socket.create_server` says the address a second time in its own text.
+        resolving = isinstance(error, socket.gaierror)
+        reason = error.strerror if resolving else os.strerror(error.errno or 0)
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     shown_host, shown_port = runner.addresses[0][:2]
     return shown_host, shown_port

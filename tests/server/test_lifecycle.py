@@ -137,7 +137,7 @@ async def test_a_taken_port_is_named():
         port = taken.getsockname()[1]
         runner = make_runner(create_app(EngineConfig(), ServerConfig(), Slow()))
         await runner.setup()
-        with pytest.raises(ConfigError, match=f"port {port}"):
+        with pytest.raises(ConfigError, match=f"port {port}: Address already in use$"):
             await listen(runner, "127.0.0.1", port)
         await runner.cleanup()
 
