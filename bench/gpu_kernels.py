@@ -113,17 +113,21 @@ def measure_begin(report: Report) -> None:
         boxes = torch.from_numpy(layout.blank).view(1, -1).pin_memory()
         zeros = partial(torch.zeros, dtype=torch.int32, device=DEVICE)
         turn, words, last_tokens = zeros(1), zeros(layout.size), zeros(sequences)
-        tables, results = zeros(sequences, 128), zeros(3, sequences)
-        outboxes = torch.zeros(1, 3, sequences, dtype=torch.int32).pin_memory()
+        tables = zeros(sequences, 128)
 
         def run(i: int) -> None:
             begin(boxes, turn, words, last_tokens, tables, tokens, layout.patches, pdl)  # noqa: B023
 
+        moved = 2 * words.nbytes + last_tokens.nbytes + 4 * sequences
+        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), moved)
+    for sequences in (1, 256):
+        results = torch.zeros(3, sequences, dtype=torch.int32, device=DEVICE)
+        outboxes = torch.zeros(1, 3, sequences, dtype=torch.int32).pin_memory()
+        turn = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+
         def finish(i: int) -> None:
             end(results, outboxes, turn, pdl)  # noqa: B023
 
-        moved = 2 * words.nbytes + last_tokens.nbytes + 4 * sequences
-        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), moved)
         report.add(f"end, {sequences} sequences", seconds(finish, 48), 2 * results.nbytes)
 
 
