@@ -150,10 +150,10 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
 
     Raises ConfigError for a model or setting that they do not do.
     """
-    from ruvon.engine.cpu_sampler import CpuSampler  # numba takes a while to import
+    from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
     from ruvon.kernels.cpu import CpuKernels, Limits
     from ruvon.kernels.cpu.recorder import check_attention
-    from ruvon.kernels.cpu.simd import LANES
+    from ruvon.kernels.cpu.kinds import LANES
 
     asked = None if config.dtype == "auto" else getattr(torch, config.dtype)
     kv = KVFormat(asked or torch.float16, multiple=LANES)

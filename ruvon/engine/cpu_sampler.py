@@ -31,8 +31,7 @@ from ruvon.engine.sampler import (
     undrawable,
 )
 from ruvon.engine.types import SamplingRow, StepResult, TokenLogprobs
-from ruvon.kernels.cpu.draw import ROW, Drawer
-from ruvon.kernels.cpu.sample import BROKEN, INFINITE, NOTHING_LEFT
+from ruvon.kernels.cpu.draw import BROKEN, INFINITE, NOTHING_LEFT, ROW, Drawer
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 

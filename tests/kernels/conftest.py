@@ -17,7 +17,7 @@ def cpu():
 @pytest.fixture(scope="session")
 def portable():
     """The kernels as they are on a CPU without dot products, on one thread."""
-    kernels = CpuKernels(threads=1, vnni=False, bf16=False)
+    kernels = CpuKernels(threads=1, isa="portable")
     yield kernels
     kernels.close()
 

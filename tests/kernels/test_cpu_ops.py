@@ -5,7 +5,7 @@ import torch
 from cpu_models import ints, random_quantized, round_activations
 
 from ruvon.errors import LoadError
-from ruvon.kernels.cpu.compiled import has_bf16
+from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.ops import Dense, Quantized
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated")
@@ -56,14 +56,14 @@ def test_dense_linear(request, reference, kernels, dtype, shape):
     ops = request.getfixturevalue(kernels).ops
     x, weight, bias = torch.randn(m, k), Dense(torch.randn(n, k).to(dtype)), torch.randn(n)
     packed, plain = ops.pack(weight), reference.pack(weight)
-    rounds = dtype == torch.bfloat16 and kernels == "cpu" and has_bf16()
+    rounds = dtype == torch.bfloat16 and kernels == "cpu" and choose(None).bf16
     seen = x.bfloat16().float() if rounds else x
     for activation in ACTIVATIONS if n % 2 == 0 else ("none",):
         got = ops.linear(x, packed, bias, activation)
         assert_close(got, reference.linear(seen, plain, bias, activation))
 
 
-@pytest.mark.skipif(not has_bf16(), reason="the CPU has no dot product of bfloat16")
+@pytest.mark.skipif(not choose(None).bf16, reason="the CPU has no dot product of bfloat16")
 def test_activations_become_the_nearest_bfloat16(cpu):
     """Of two that are equally near, the even one."""
     step = 2.0**-7  # between neighbours from 1 to 2

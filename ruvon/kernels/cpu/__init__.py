@@ -14,10 +14,9 @@
 Outside of `record`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
 From the outside in: `tape` replays a program and `draw` has one for sampling, `recorder` writes one
-from a model's calls, `team` runs it on its threads (`sync` is how they meet), `program` says what
-an instruction is; `linear`, `attention`, `rows` and `sample` are the kernels, on top of `tiles`
-(the innermost loops), `kinds` and `layout` (how data lies in memory) and `simd` (vectors for
-numba); `compiled` keeps machine code between starts.
+from a model's calls, `team` runs it on its threads, `program` says what an instruction is, `isa`
+what the CPU can do, `kinds` and `layout` how data lies in memory; `compiled` keeps machine code
+between starts. The kernels are in `jit`, and so is numba: they are imported to be compiled, no more.
 """
 
 from __future__ import annotations
@@ -30,12 +29,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.compiled import Compiled, has_bf16, has_vnni
+from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.draw import Drawer
+from ruvon.kernels.cpu.isa import choose
+from ruvon.kernels.cpu.kinds import LANES
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.program import Param
 from ruvon.kernels.cpu.recorder import Recording
-from ruvon.kernels.cpu.simd import LANES
 from ruvon.kernels.cpu.tape import Forward, Limits, Program, Progress, Tape, sizes_of
 from ruvon.kernels.cpu.team import Team
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
@@ -51,21 +51,21 @@ class CpuKernels:
         threads: int,
         *,
         dense_dtype: torch.dtype | None = None,
-        vnni: bool | None = None,
-        bf16: bool | None = None,
+        isa: str | None = None,
     ) -> None:
         """
         Args:
             threads: how many compute, the caller's among them; each has a core to itself.
             dense_dtype: what weights that are not quantized are kept in; None keeps their own.
-                Products are float32, but see ``bf16``.
-            vnni: use the CPU's 8-bit dot product; None if it has one. Results are the same.
-            bf16: use the CPU's dot product of bfloat16 for weights of that type; None if it has
-                one. Activations are rounded to bfloat16 for it; sums are float32.
+                Products are float32, but with an instruction set that has a dot product of
+                bfloat16, activations are rounded to it for weights of that type.
+            isa: the name of an instruction set, see `isa`; None takes the CPU's best. All give the
+                same results, but for weights in bfloat16.
+
+        Raises ConfigError if the CPU does not have that instruction set.
         """
-        self._compiled = Compiled()
-        self._vnni = has_vnni() if vnni is None else vnni
-        self._bf16 = has_bf16() if bf16 is None else bf16
+        self.isa = choose(isa)
+        self._compiled = Compiled(self.isa)
         self._dense_dtype = dense_dtype
         self._team = Team(
             threads,
@@ -74,7 +74,7 @@ class CpuKernels:
         )
         self._recording: Recording | None = None
         self.ops = Ops(
-            name="cpu-vnni" if self._vnni else "cpu",
+            name=f"cpu, {self.isa.name}",
             pack=self._pack,
             embed=functools.partial(self._operate, Recording.embed),
             add=functools.partial(self._operate, Recording.add),
@@ -100,7 +100,7 @@ class CpuKernels:
         Kernels that are not on disk yet are compiled here, a few seconds each.
         """
         capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
-        self._recording = Recording(capacity)
+        self._recording = Recording(capacity, self.isa)
         try:
             return Tape(
                 forward, cache, limits, self._recording, functools.partial(self._finish, progress)
@@ -111,7 +111,7 @@ class CpuKernels:
     def drawer(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Drawer:
         """Draws tokens for up to ``max_rows`` rows of logits at once. Compiles like `record`."""
         finish = functools.partial(self._finish, progress)
-        return Drawer(vocab_size, max_rows, self._team.threads, finish)
+        return Drawer(vocab_size, max_rows, self._team.threads, Recording({}, self.isa), finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""
@@ -122,7 +122,7 @@ class CpuKernels:
         self._team.close()
 
     def _pack(self, weight: Weight) -> Packed:
-        return pack(weight, self._dense_dtype, self._vnni, self._bf16)
+        return pack(weight, self._dense_dtype, self.isa.bf16)
 
     def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         if self._recording is not None:
@@ -133,7 +133,7 @@ class CpuKernels:
         """One operation, now."""
         tokens = arguments[0].shape[0]
         logit_rows = arguments[1].shape[0] if operation is Recording.take else 0
-        recording = Recording({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows})
+        recording = Recording({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows}, self.isa)
         result = operation(recording, *arguments)
         for tensor in result if isinstance(result, tuple) else (result,):
             recording.floats(recording.value_of(tensor))

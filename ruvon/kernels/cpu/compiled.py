@@ -1,74 +1,39 @@
 """Kernels as machine code: compiled when first asked for, and kept on disk for the next start.
 
-numba would keep them beside the sources, and would not notice when a function that a kernel calls
-has changed. So they lie in the user's cache folder, under a name made of all sources here and the
-versions of the compilers; numba itself adds the processor to it.
+They lie in the user's cache folder as object files, under a name made of all sources here, the
+versions of the compilers and the CPU. Loading one takes a millisecond, and nothing of numba.
+What is kept is a convenience: a folder that is full, damaged or read-only costs time, no more.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
-import platform
+import shutil
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import tempfile
+import time
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeAlias
 
-import llvmlite
-import numba
-from llvmlite import binding
-from numba import cfunc, types
+import structlog
+from llvmlite import binding, ir
 
-from ruvon.kernels.cpu import attention, linear, rows, sample, team
+from ruvon.kernels.cpu.isa import Isa, target_features
 
-Key: TypeAlias = tuple[str, int | None]
+log = structlog.get_logger(__name__)
+
+Key = tuple[str, int | None]
 """A kernel's name, and the kind of weight or cache it is made for if it has one (see `KINDS`)."""
 
-KERNEL = types.void(*[types.intp] * 5)
-FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
-    "lead": (team.lead, types.void(*[types.intp] * 2)),
-    "follow": (team.follow, types.void(*[types.intp] * 4)),
-    "pack": (rows.pack, KERNEL),
-    "interleave": (rows.interleave, KERNEL),
-    "rms_norm": (rows.rms_norm, KERNEL),
-    "layer_norm": (rows.layer_norm, KERNEL),
-    "activate": (rows.activate, KERNEL),
-    "add": (rows.add, KERNEL),
-    "take": (rows.take, KERNEL),
-    "argmax": (rows.argmax, KERNEL),
-    "draw": (sample.draw, KERNEL),
-}
-FACTORIES: dict[str, Callable[[int], Callable[..., None]]] = {
-    "embed": rows.make_embed,
-    "linear": linear.make_linear,
-    "write_kv": attention.make_write_kv,
-    "attention": attention.make_attention,
-}
-
-
-def has_vnni() -> bool:
-    """Whether this CPU multiplies and adds bytes 64 at a time."""
-    return has_features("avx512f", "avx512bw", "avx512vnni")
-
-
-def has_bf16() -> bool:
-    """Whether this CPU multiplies and adds bfloat16 numbers 32 at a time."""
-    return has_features("avx512f", "avx512bw", "avx512bf16")
-
-
-def has_features(*names: str) -> bool:
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return False
-    features = binding.get_host_cpu_features()
-    return all(features.get(name, False) for name in names)
+FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds that the code of another version lies unused
 
 
 def digest_of_sources() -> str:
     """Of all files here and the versions of what compiles them."""
-    digest = hashlib.sha256(repr((numba.__version__, llvmlite.__version__, sys.version)).encode())
-    for source in sorted(Path(__file__).parent.glob("*.py")):
+    digest = hashlib.sha256(repr((version("numba"), version("llvmlite"), sys.version)).encode())
+    for source in sorted(Path(__file__).parent.rglob("*.py")):
         digest.update(source.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -76,59 +41,113 @@ def digest_of_sources() -> str:
 IMPORTED = digest_of_sources()
 
 
-def cache_folder() -> Path | None:
-    """Where compiled kernels lie: in ``$RUVON_CACHE_DIR``, or the user's cache folder. None, which
-    is nowhere, if the sources have been edited since this process imported them."""
-    if digest_of_sources() != IMPORTED:
+def cache_root() -> Path | None:
+    """The folder for what is kept between starts; None if the user has no home."""
+    given = os.environ.get("RUVON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given) if given else Path.home() / ".cache"
+    except RuntimeError:
         return None
-    home = os.environ.get("RUVON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    root = Path(home) if home else Path.home() / ".cache"
-    return root / "ruvon" / f"kernels-{IMPORTED}"
+
+
+class Store:
+    """Object files on disk, by name. Whatever goes wrong with the disk is logged once and costs
+    nothing but the time to compile again."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def read(self, name: str) -> bytes | None:
+        """What was kept under this name, if it is whole."""
+        if self._folder is None:
+            return None
+        try:
+            kept = (self._folder / name).read_bytes()
+        except OSError:
+            return None
+        digest, code = kept[:32], kept[32:]
+        return code if hashlib.sha256(code).digest() == digest else None
+
+    def write(self, name: str, code: bytes) -> None:
+        """Keep it, whole or not at all: others may read and write the same at this moment."""
+        if self._folder is None:
+            return
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+                try:
+                    file.write(hashlib.sha256(code).digest() + code)
+                    file.close()
+                    os.replace(file.name, self._folder / name)
+                except OSError:
+                    os.unlink(file.name)
+                    raise
+        except OSError as error:
+            log.warning("kernels_not_kept", folder=str(self._folder), error=error.strerror)
+            self._folder = None
+
+    def forget_others(self) -> None:
+        """Note that this version is in use, and remove what others left behind long ago."""
+        if self._folder is None:
+            return
+        with suppress(OSError):
+            os.utime(self._folder)
+            for folder in self._folder.parent.glob("kernels-*"):
+                if time.time() - folder.stat().st_mtime > FORGOTTEN_AFTER:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
+def open_store() -> Store:
+    """Where kernels of these sources lie; nowhere if they have been edited since this process
+    imported them."""
+    root = cache_root()
+    if root is None or digest_of_sources() != IMPORTED:
+        return Store(None)
+    store = Store(root / "ruvon" / f"kernels-{IMPORTED}")
+    store.forget_others()
+    return store
 
 
 class Compiled:
-    """Addresses of kernels. Holds what keeps their code alive."""
+    """Addresses of kernels for one instruction set. Holds what keeps their code alive."""
 
-    def __init__(self) -> None:
-        folder = cache_folder()
-        self._folder = folder if folder is not None and is_writable(folder) else None
-        self._functions: dict[Key, Any] = {}
+    def __init__(self, isa: Isa) -> None:
+        self._isa = isa
+        self._store = open_store()
+        self._target = hashlib.sha256(
+            f"{binding.get_host_cpu_name()} {isa} {target_features(isa)}".encode()
+        ).hexdigest()[:8]
+        self._engine = empty_engine()
+        self._addresses: dict[Key, int] = {}
 
     def __contains__(self, key: Key) -> bool:
-        return key in self._functions
+        return key in self._addresses
 
     def address(self, key: Key) -> int:
         """Of the compiled kernel; loads or compiles it at first use."""
-        if key not in self._functions:
-            self._functions[key] = self._compile(key)
-        return int(self._functions[key].address)
+        if key not in self._addresses:
+            self._addresses[key] = self._load(key)
+        return self._addresses[key]
 
-    def _compile(self, key: Key) -> Any:
-        name, kind = key
-        if kind is None:
-            function, signature = FUNCTIONS[name]
-        else:
-            function, signature = FACTORIES[name](kind), KERNEL
-        with cache_in(self._folder):
-            made = cfunc(signature, cache=self._folder is not None, error_model="numpy")
-            return made(function)
+    def _load(self, key: Key) -> int:
+        symbol = "_".join(str(part) for part in ("ruvon", *key) if part is not None)
+        name = f"{symbol}-{self._target}.o"
+        code = self._store.read(name)
+        if code is None:
+            from ruvon.kernels.cpu.jit.build import build  # imports numba, which takes a second
 
-
-def is_writable(folder: Path) -> bool:
-    """Whether files can be kept in a folder, which is made if need be."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return False
-    return os.access(folder, os.W_OK)
+            code = build(key, self._isa, symbol)
+            self._store.write(name, code)
+        self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
+        self._engine.finalize_object()
+        return int(self._engine.get_function_address(symbol))
 
 
-@contextmanager
-def cache_in(folder: Path | None) -> Iterator[None]:
-    """numba asks a global setting where to keep code: set it while it looks, then put it back."""
-    before = numba.config.CACHE_DIR
-    numba.config.CACHE_DIR = str(folder or "")
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
+def empty_engine() -> binding.ExecutionEngine:
+    """What puts object files into memory, with nothing in it yet."""
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    machine = binding.Target.from_default_triple().create_target_machine(jit=True)
+    module = ir.Module()
+    module.triple = binding.get_process_triple()
+    return binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)

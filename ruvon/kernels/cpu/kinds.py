@@ -1,32 +1,51 @@
-"""The kinds of tiles: how a weight is stored, and what multiplies it."""
+"""The kinds of tiles: how a weight is stored, and how the activations that it meets are packed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import Enum
+from typing import Literal
 
-from ruvon.kernels.cpu.simd import LANES
+from ruvon.kernels.cpu.program import Field
 
-ROWS = 8  # activation rows a tile takes at once: 2 * 8 sums, 8 weights and scales fill 32 registers
+LANES = 16  # rows of weight in a tile, floats in a vector of the kernels
+ROWS = 8  # rows of activations that are packed together
 GROUP = 32  # values along k that are packed together, with one scale if quantized
 
-# One group of one quantized activation row, in bytes: 32 codes, then four numbers.
-BLOCK = 48
-SCALE, TOTAL, NEGATED, NEGATED_HALF = 32, 36, 40, 44
-"""float32 scale, float32 sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
 
-BRAIN_BLOCK = 64  # bytes of a group of a row in bfloat16
+class Form(Enum):
+    """How rows of activations are packed. The value is the field that holds the address of such
+    rows in the instruction that makes them."""
+
+    INT8 = Field.INT8  # a group is 32 codes of 8 bits, then `Tail`
+    INT16 = Field.INT16  # the same codes in 16 bits, ordered as `layout` says, then `Tail`
+    BF16 = Field.BF16  # a group is 32 numbers
+    FLOAT = Field.OUT  # each k is eight rows' numbers, side by side
+
+    @property
+    def group_bytes(self) -> int:
+        """Of one row's group."""
+        return {Form.INT8: 48, Form.INT16: 80, Form.BF16: 64, Form.FLOAT: 128}[self]
+
+    @property
+    def tail(self) -> int:
+        """Where four numbers stand in a quantized group, behind its codes: float32 scale, float32
+        sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
+        return {Form.INT8: 32, Form.INT16: 64}[self]
+
+
+SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
 
 
 @dataclass(frozen=True, slots=True)
 class TileKind:
-    """How a weight is stored, and which instructions multiply it."""
+    """How a weight is stored."""
 
-    storage: str  # "q4", "q8": codes and scales; "f32", "f16", "bf16": as they are
+    storage: Literal["q4", "q5", "q6", "q8", "f32", "f16", "bf16"]  # q: codes of so many bits
     offsets: bool = False  # q: value = (stored code - zero) * scale + offset
-    zero: int = 0  # q: what to take from a stored code: 0 or 8 for q4, 128 for q8
-    wide: bool = False  # q: scales and offsets are float32, else float16
+    zero: int = 0  # q: what to take from a stored code
+    scales: Literal["f16", "f32", "two"] = "f16"  # q: "two": see `SUPER`
     half: bool = False  # q: a scale for each 16 values, not 32
-    vnni: bool = False  # q: the CPU has the 8-bit dot product
     pairs: bool = False  # bf16: two k side by side, for the CPU's dot product of bfloat16
 
     @property
@@ -34,21 +53,27 @@ class TileKind:
         return self.storage.startswith("q")
 
     @property
-    def scale_bytes(self) -> int:
-        return LANES * (4 if self.wide else 2)
+    def bits(self) -> int:
+        return int(self.storage.strip("qbf"))
 
     @property
     def scales_per_group(self) -> int:
         return 2 if self.half else 1
 
     @property
-    def code_bytes(self) -> int:
-        return LANES * GROUP // (2 if self.storage == "q4" else 1)
+    def tables(self) -> int:
+        """Vectors of scales and of offsets in a group."""
+        return self.scales_per_group * (2 if self.offsets else 1)
+
+    @property
+    def table_bytes(self) -> int:
+        """Of one such vector."""
+        return LANES * {"f16": 2, "f32": 4, "two": 1}[self.scales]
 
     @property
     def group_scale_bytes(self) -> int:
         """Bytes of all scales and offsets of one group of a tile."""
-        return self.scale_bytes * self.scales_per_group * (2 if self.offsets else 1)
+        return self.table_bytes * self.tables if self.quantized else 0
 
     @property
     def step(self) -> int:
@@ -58,29 +83,18 @@ class TileKind:
     @property
     def step_bytes(self) -> int:
         """Bytes of codes, or of plain values, of a tile for one step."""
-        if self.quantized:
-            return self.code_bytes
-        return LANES * self.step * (4 if self.storage == "f32" else 2)
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of a packed row of activations for one step."""
-        if self.quantized:
-            return BLOCK
-        return BRAIN_BLOCK if self.pairs else 4
+        return LANES * self.step * self.bits // 8
 
     def tile_bytes(self, steps: int) -> int:
         """Bytes of a whole tile: the codes of all steps, then their scales, to a cache line."""
-        scales = self.group_scale_bytes if self.quantized else 0
-        return -(-steps * (self.step_bytes + scales) // 64) * 64
+        return -(-steps * (self.step_bytes + self.group_scale_bytes) // 64) * 64
 
 
 KINDS: tuple[TileKind, ...] = (
     *(
-        TileKind(storage, offsets, zero, wide, half, vnni)
-        for vnni in (False, True)
+        TileKind(storage, offsets, zero, scales, half)
         for half in (False, True)
-        for wide in (False, True)
+        for scales in ("f16", "f32")
         for storage, offsets, zero in (
             ("q4", True, 0),
             ("q4", False, 0),
@@ -94,4 +108,7 @@ KINDS: tuple[TileKind, ...] = (
     TileKind("bf16"),
     TileKind("bf16", pairs=True),
 )
-"""A kernel is told its kind by the index here: an integer is all that a cached kernel may hold."""
+"""A kernel is told its kind by the index here."""
+
+F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
+"""How keys and values are stored."""

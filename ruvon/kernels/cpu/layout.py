@@ -10,8 +10,9 @@ holds its codes step by step along k, sixteen rows side by side, then the scales
 
 N is padded to 32, K to 32, with zeros, so kernels meet no tails.
 
-**Activations** are packed by 8 rows: quantized, a group of 32 k is 8 x 48 bytes (see `kinds`);
-for pairs, a group is 8 x 32 bfloat16; otherwise each k is 8 floats.
+**Activations** are packed by 8 rows, in one of the forms of `kinds`: quantized, a group of 32 k is
+8 x 48 bytes, or 8 x 80 with codes of 16 bits, of each four the first, the third, the second and the
+fourth; for pairs, a group is 8 x 32 bfloat16; otherwise each k is 8 floats.
 
 **Rows** of plain activations are float32 with a stride of a multiple of 32, zeros behind the end.
 
@@ -26,8 +27,7 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, TileKind
-from ruvon.kernels.cpu.simd import LANES
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, TileKind
 from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input
@@ -55,14 +55,14 @@ def pad(x: Tensor, rows: int, columns: int) -> Tensor:
     return torch.nn.functional.pad(x, (0, -k % columns, 0, -n % rows))
 
 
-def pack(weight: Weight, dense_dtype: torch.dtype | None, vnni: bool, bf16: bool) -> Packed:
+def pack(weight: Weight, dense_dtype: torch.dtype | None, bf16: bool) -> Packed:
     """Lay a weight out in tiles. ``dense_dtype`` converts dense weights; None keeps them.
 
-    ``vnni`` and ``bf16`` say which dot products the CPU has.
+    ``bf16`` says whether the CPU has a dot product of bfloat16.
     """
     if isinstance(weight, Dense):
         return pack_dense(weight.weight_NK, dense_dtype, bf16)
-    return pack_quantized(weight, vnni)
+    return pack_quantized(weight)
 
 
 def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Packed:
@@ -77,7 +77,7 @@ def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Pack
     return packed
 
 
-def pack_quantized(weight: Quantized, vnni: bool) -> Packed:
+def pack_quantized(weight: Quantized) -> Packed:
     scales, offsets = regroup(weight)
     zero = 128 if weight.bits == 8 else 0
     if zero == 0 and offsets is not None and torch.equal(offsets, -8 * scales):
@@ -88,9 +88,10 @@ def pack_quantized(weight: Quantized, vnni: bool) -> Packed:
     storage = "q4" if weight.bits == 4 else "q8"
     codes = pad(weight.codes_NK, COLUMNS, GROUP)
     n, k = codes.shape
-    kind = TileKind(storage, offsets is not None, zero, wide, scales.shape[1] > k // GROUP, vnni)
+    half = scales.shape[1] > k // GROUP
+    kind = TileKind(storage, offsets is not None, zero, "f32" if wide else "f16", half)
     memory, packed = new_tiles(kind, weight.codes_NK.shape, n, k)
-    code_bytes = k // GROUP * kind.code_bytes
+    code_bytes = k // GROUP * kind.step_bytes
     write_codes(codes, memory[:, :code_bytes], kind)
     write_scales(scales, offsets, memory[:, code_bytes:], kind)
     return packed
@@ -136,7 +137,7 @@ def write_codes(codes_NK: Tensor, memory: Tensor, kind: TileKind) -> None:
 def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: TileKind) -> None:
     """For each group of a tile its scales, then its offsets."""
     tables = [scales] if offsets is None else [scales, offsets]
-    dtype = torch.float32 if kind.wide else torch.float16
+    dtype = torch.float32 if kind.scales == "f32" else torch.float16
     x = torch.stack([table.unflatten(0, (-1, LANES)) for table in tables], dim=-1)
     x = x.unflatten(2, (-1, kind.scales_per_group)).permute(0, 2, 4, 3, 1)  # ..., table, part, row
     size = x[0].numel() * dtype.itemsize

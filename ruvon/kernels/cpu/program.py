@@ -15,12 +15,6 @@ from __future__ import annotations
 
 from enum import IntEnum
 
-from llvmlite import ir
-from numba import njit, types
-from numba.extending import intrinsic
-
-from ruvon.kernels.cpu.simd import I64, define, read_i64
-
 INSTRUCTION_BYTES = 384
 
 
@@ -75,18 +69,36 @@ class Field(IntEnum):
     NEXT_UNIT_BYTES = 42
 
     BF16 = 43  # packed rows out, bfloat16
+    INT16 = 44  # packed rows out, quantized, in 16 bits
 
 
 class Param(IntEnum):
     """Index of an int64 in params: what differs from step to step."""
 
     TOKENS = 0
-    TOKEN_PANELS = 1  # panels of activation rows, see `linear`
+    TOKEN_PANELS = 1  # panels of `PANEL` activation rows
     LOGIT_ROWS = 2
     LOGIT_PANELS = 3
     SEQUENCES = 4
-    QUERY_TILES = 5  # see `attention`
+    QUERY_TILES = 5  # of `QUERY_TOKENS` tokens of one sequence
 
+
+PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
+
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
+ACTIVATIONS = {
+    "none": NONE,
+    "gelu_tanh": GELU_TANH,
+    "gelu": GELU,
+    "relu": RELU,
+    "silu": SILU,
+    "silu_gated": SILU_GATED,
+}
+
+# What attention can do
+QUERY_TOKENS = 16
+TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
+MOST_DIMS = 256
 
 # A thread's scratch space, and its own notes at the end of it.
 SCRATCH_BYTES = 1 << 18
@@ -95,20 +107,3 @@ FETCH_AT, FETCH_END, FETCH_FOR, OWN_END, OFFERED, CLOCK = (
 )
 """Which weights it will fetch next and up to where; whose they are; the unit behind its own last
 one in this instruction; when it last offered its core, and what the clock says."""
-
-
-@njit
-def get(instruction, field):
-    """An instruction's field, or a step's parameter."""
-    return read_i64(instruction + 8 * field)
-
-
-@intrinsic
-def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
-    """Call the C function at an address."""
-
-    def emit(b, kernel, *arguments):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 5)
-        b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
-
-    return define(types.void, (types.intp,) * 6, emit)

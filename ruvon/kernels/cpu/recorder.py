@@ -22,18 +22,24 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import ConfigError
-from ruvon.kernels.cpu.attention import BF16_CACHE, F16_CACHE, F32_CACHE, MOST_DIMS, TILE_ROWS
 from ruvon.kernels.cpu.compiled import Key
-from ruvon.kernels.cpu.kinds import BLOCK, BRAIN_BLOCK, GROUP, ROWS, TileKind
+from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.kinds import (
+    BF16_CACHE,
+    F16_CACHE,
+    F32_CACHE,
+    GROUP,
+    LANES,
+    ROWS,
+    Form,
+    TileKind,
+)
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, kind_of, round_up
-from ruvon.kernels.cpu.program import Field, Param
-from ruvon.kernels.cpu.rows import ACTIVATIONS
-from ruvon.kernels.cpu.simd import LANES
+from ruvon.kernels.cpu.program import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Field, Param
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
-BLOCKS = {Field.INT8: BLOCK, Field.BF16: BRAIN_BLOCK, Field.OUT: 4 * GROUP}
-"""Forms of packed activations, by the field that holds their address in the instruction that makes
-them: bytes of a row's group. Sources of values can make the first two themselves."""
+MADE_ON_THE_WAY = (Form.INT8, Form.INT16, Form.BF16)
+"""Forms of packed activations that a source of values can make itself."""
 
 CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}
 PANELS = {Param.TOKENS: Param.TOKEN_PANELS, Param.LOGIT_ROWS: Param.LOGIT_PANELS}
@@ -55,8 +61,8 @@ class Value:
     width: int
     floats: Tensor  # [capacity, width rounded up]
     source: Instruction | None = None  # to be told which forms are wanted; None: floats are there
-    packs: dict[Field, Tensor] = field(default_factory=dict)  # packed rows, by form
-    offered: dict[Field, Tensor] = field(default_factory=dict)  # memory for those it can make too
+    packs: dict[Form, Tensor] = field(default_factory=dict)  # packed rows, by form
+    offered: dict[Form, Tensor] = field(default_factory=dict)  # memory for those it can make too
 
     @property
     def stride(self) -> int:
@@ -84,9 +90,10 @@ class Pool:
 
 @dataclass(slots=True)
 class Recording:
-    """A program in the making, for steps of at most ``capacity`` rows."""
+    """A program in the making, for steps of at most ``capacity`` rows, on CPUs that have ``isa``."""
 
     capacity: dict[Param, int]
+    isa: Isa
     instructions: list[Instruction] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)  # what instructions point at
     values: dict[int, Value] = field(default_factory=dict)  # by address of their floats
@@ -137,14 +144,14 @@ class Recording:
         height = self.capacity[rows]
         memory = self.pool.take("floats", rows, width, height * padded * 4)
         value = Value(rows, width, memory.view(torch.float32).view(height, padded))
-        for form in (Field.INT8, Field.BF16) if packable else ():
+        for form in MADE_ON_THE_WAY if packable else ():
             value.offered[form] = self.memory_for(form, value)
         self.values[value.floats.data_ptr()] = value
         return value
 
-    def memory_for(self, form: Field, value: Value) -> Tensor:
+    def memory_for(self, form: Form, value: Value) -> Tensor:
         """Memory for a value's packed rows."""
-        size = round_up(self.capacity[value.rows], ROWS) * value.groups * BLOCKS[form]
+        size = round_up(self.capacity[value.rows], ROWS) * value.groups * form.group_bytes
         return self.pool.take(form.name, value.rows, value.width, size)
 
     def hand_out(self, value: Value, view: Tensor | None = None) -> Tensor:
@@ -182,15 +189,15 @@ class Recording:
     def packed(self, value: Value, kind: TileKind) -> int:
         """The address of its packs for a product with such weights: made by its source if that
         can, else from its floats."""
-        form = Field.INT8 if kind.quantized else Field.BF16 if kind.pairs else Field.OUT
+        form = self.isa.form(kind)
         if form not in value.packs:
             maker, memory = value.source, value.offered.pop(form, None)
             if maker is None or memory is None:
                 fields = {Field.X: self.floats(value), Field.X_STRIDE: value.stride}
-                kernel = "interleave" if form == Field.OUT else "pack"
+                kernel = "interleave" if form == Form.FLOAT else "pack"
                 maker = self.append((kernel, None), value.rows, fields)
                 memory = self.memory_for(form, value)
-            maker.fields.update({form: memory.data_ptr(), Field.GROUPS: value.groups})
+            maker.fields.update({form.value: memory.data_ptr(), Field.GROUPS: value.groups})
             value.packs[form] = memory
         return value.packs[form].data_ptr()
 

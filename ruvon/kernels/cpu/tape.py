@@ -14,11 +14,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.attention import QUERY_TOKENS
 from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.linear import PANEL
-from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, Field, Param
+from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, PANEL, QUERY_TOKENS, Field, Param
 from ruvon.kernels.cpu.recorder import Recording
 from ruvon.kernels.cpu.team import Team
 from ruvon.kernels.ops import ForwardBatch

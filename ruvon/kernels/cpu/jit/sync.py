@@ -10,10 +10,10 @@ import platform
 import sys
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.simd import I32, I64, call, define, load_as, pointer
+from ruvon.kernels.cpu.jit.simd import I32, I64, call, define, helper, load_as, pointer
 
 SPINS = 2000  # of some 20 ns, before a waiting thread gives way at each further turn
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0
@@ -123,7 +123,7 @@ def futex(typing, address, operation, value):
     return define(types.void, (types.intp,) * 3, emit)
 
 
-@njit
+@helper
 def wait_a_little(turns):
     """One turn of waiting: busily at first, then letting others have the core."""
     if turns < SPINS:

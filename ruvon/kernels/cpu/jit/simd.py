@@ -21,10 +21,14 @@ from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
-LANES = 16
+from ruvon.kernels.cpu.kinds import LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
+
+
+helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
+"""What a kernel calls: only other compiled code does, so nothing else is made of it."""
 
 
 class BrainType(ir.Type):  # type: ignore[misc]
@@ -74,6 +78,19 @@ def store_as(b: ir.IRBuilder, address: ir.Value, value: ir.Value, align: int) ->
     b.store(value, pointer(b, address, value.type), align=align)
 
 
+def number(value: int) -> ir.Constant:
+    return ir.Constant(I64, value)
+
+
+def offset(b: ir.IRBuilder, address: ir.Value, value: int) -> ir.Value:
+    return b.add(address, number(value)) if value else address
+
+
+def broadcast(b: ir.IRBuilder, address: ir.Value, kind: ir.Type) -> ir.Value:
+    """One number from memory in all lanes: part of the instruction that uses it, on AVX-512."""
+    return splat(b, load_as(b, address, kind, 4))
+
+
 def splat(b: ir.IRBuilder, scalar: ir.Value, lanes: int = LANES) -> ir.Value:
     undefined = ir.Constant(vector(scalar.type, lanes), ir.Undefined)
     first = b.insert_element(undefined, scalar, ir.Constant(I32, 0))
@@ -117,6 +134,23 @@ def narrow(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     odd = b.and_(b.lshr(bits, constant(16)), constant(1))
     rounded = b.add(bits, b.add(odd, constant(0x7FFF)))
     return b.trunc(b.lshr(rounded, constant(16)), vector(I16, lanes))
+
+
+def outlined(
+    b: ir.IRBuilder, name: str, arguments: list[ir.Value], emit: Callable[..., None]
+) -> None:
+    """Call a function of this module, which ``emit`` writes at first use: large unrolled code
+    stands, and is compiled, once."""
+    function = b.module.globals.get(name)
+    if function is None:
+        kind = ir.FunctionType(ir.VoidType(), [argument.type for argument in arguments])
+        function = ir.Function(b.module, kind, name)
+        function.linkage = "internal"
+        function.attributes.add("noinline")
+        inner = ir.IRBuilder(function.append_basic_block())
+        emit(inner, *function.args)
+        inner.ret_void()
+    b.call(function, arguments)
 
 
 def greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
@@ -404,13 +438,19 @@ def write_i64(typing, address, x):
     return define(types.void, (types.intp, types.intp), lambda b, a, x: store_as(b, a, x, 8))
 
 
+@helper
+def get(instruction, field):
+    """An instruction's field, or a step's parameter."""
+    return read_i64(instruction + 8 * field)
+
+
 # Functions of vectors
 
 LOG2_E = 1.4426950408889634
 LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440054690583e-4  # their sum is ln 2 to 2 ** -39
 
 
-@njit
+@helper
 def exp16(x):
     """e ** x to about 1e-7 of itself; exactly 1 at 0, exactly 0 at and below -88."""
     x = larger(x, splat16(-88.0))

@@ -12,16 +12,15 @@ All sums have one order, so a row's token depends on that row alone.
 from __future__ import annotations
 
 import math
-from enum import IntEnum
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
-from ruvon.kernels.cpu.rows import first_in_row, max_or_nan
-from ruvon.kernels.cpu.simd import (
+from ruvon.kernels.cpu.draw import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Word
+from ruvon.kernels.cpu.jit.rows import first_in_row, max_or_nan
+from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
     any_equal,
@@ -29,6 +28,8 @@ from ruvon.kernels.cpu.simd import (
     exp16,
     f32x16,
     fma,
+    get,
+    helper,
     keep_first,
     larger,
     load,
@@ -46,44 +47,10 @@ from ruvon.kernels.cpu.simd import (
     write_i64,
     write_u8,
 )
+from ruvon.kernels.cpu.program import Field, Param
 
-TILE = 128  # numbers summed up, or represented by their largest, at once
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
 PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
-MOST_TOKENS = 8 * (SCRATCH_BYTES // 2)
-"""The largest vocabulary: the marks of tokens seen before, a bit for each, lie in scratch."""
-
-BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
-
-
-class Word(IntEnum):
-    """Index of an int64, or a float64 where said, in a row's parameters."""
-
-    LOGITS = 0  # address of float32 [V]
-    TEMPERATURE = 1  # float64; 0 is greedy
-    TOP_K = 2  # 0 is off
-    MIN_P = 3  # float64
-    TOP_P = 4  # float64; 1 is off
-    SEED = 5
-    POSITION = 6  # in the output
-    IDS = 7  # address of int32 token ids: allowed, banned, biased, seen, counted ones
-    AMOUNTS = 8  # address of float32 amounts to add to biased and counted ones
-    NUM_ALLOWED = 9  # -1: all are
-    NUM_BANNED = 10
-    NUM_BIASED = 11
-    NUM_SEEN = 12  # with repetitions
-    NUM_COUNTED = 13
-    REPETITION = 14  # float64, for those seen
-    NUM_TOP = 15  # how many of the likeliest are wanted; -1: no logprobs at all
-    TOP = 16  # address of int32 [NUM_TOP]
-
-
-class Result(IntEnum):
-    """Index of an int64, or a float64 where said, in what is told of a row."""
-
-    TOKEN = 0
-    RANK = 1  # 1 is the likeliest; with logprobs only
-    NORM = 2  # float64, with logprobs only: a logit less this is a log-probability
 
 
 # Vectors and bits
@@ -175,7 +142,7 @@ def uniform(typing, seed, position):
 # Thresholds
 
 
-@njit
+@helper
 def fill_bins(x, width, low, high, above, shift, by_mass, bins):
     """Sum up those from ``low`` to ``high`` that begin with the digits ``above``, by their next
     digit. By mass each counts as much as it is, else 1."""
@@ -193,7 +160,7 @@ def fill_bins(x, width, low, high, above, shift, by_mass, bins):
                 write_f64(bin, read_f64(bin) + (np.float64(value) if by_mass else 1.0))
 
 
-@njit
+@helper
 def walk_down(bins, goal):
     """The highest bin at which the sum from the top reaches ``goal``, and what is still wanted
     there. Rounding may leave a little wanted in the end: then it is the last that has anything."""
@@ -208,7 +175,7 @@ def walk_down(bins, goal):
     return last, wanted
 
 
-@njit
+@helper
 def find_cut(x, width, low, high, goal, by_mass, scratch):
     """Of the numbers from ``low`` to ``high`` (there must be one), going down from the largest:
     the number at which their sum or count reaches ``goal``, and how much of that is contributed by
@@ -223,7 +190,7 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
     return low, goal
 
 
-@njit
+@helper
 def max_of(x, width):
     """The largest of some numbers that are no NaN."""
     low = splat16(-np.inf)
@@ -234,7 +201,7 @@ def max_of(x, width):
     return max_lanes(best)
 
 
-@njit
+@helper
 def cut_of_largest(x, width, count, scratch):
     """The ``count``-th largest number, and how many equal to it are among the largest.
 
@@ -251,7 +218,7 @@ def cut_of_largest(x, width, count, scratch):
     return cut, int(ties)
 
 
-@njit
+@helper
 def drop_ties(x, width, cut, kept, instead):
     """Replace those equal to ``cut``, all but the first ``kept``."""
     for start in range(0, width, 16):
@@ -266,7 +233,7 @@ def drop_ties(x, width, cut, kept, instead):
 # Scores
 
 
-@njit
+@helper
 def best_of(x, width):
     """The largest number, or NaN if there is one."""
     zeros = splat16(0.0)
@@ -281,7 +248,7 @@ def best_of(x, width):
     return found
 
 
-@njit
+@helper
 def trouble(best):
     """What to say instead of a token if the best score is this; 0 if it is a number."""
     if best != best:
@@ -291,7 +258,7 @@ def trouble(best):
     return NOTHING_LEFT if best == -np.inf else 0
 
 
-@njit
+@helper
 def is_edited(row):
     """Whether scores differ from logits, or will be marked by top_k."""
     edits = get(row, Word.NUM_BANNED) + get(row, Word.NUM_BIASED) + get(row, Word.NUM_SEEN)
@@ -299,7 +266,7 @@ def is_edited(row):
     return edits > 0 or get(row, Word.NUM_ALLOWED) >= 0
 
 
-@njit
+@helper
 def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
     allowed, low = get(row, Word.NUM_ALLOWED), splat16(-np.inf)
@@ -311,14 +278,14 @@ def copy_allowed(row, x, width, ids, out):
     return ids + 4 * max(allowed, 0)
 
 
-@njit
+@helper
 def add_amounts(ids, amounts, count, x):
     for n in range(count):
         at = x + 4 * read_i32(ids + 4 * n)
         write_f32(at, read_f32(at) + read_f32(amounts + 4 * n))
 
 
-@njit
+@helper
 def penalize_seen(ids, count, penalty, width, x, marks):
     """Make tokens less likely, whatever the sign of their score; once each."""
     for at in range((width + 7) // 8):
@@ -332,7 +299,7 @@ def penalize_seen(ids, count, penalty, width, x, marks):
             write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
 
 
-@njit
+@helper
 def edit(row, x, width, out, scratch):
     """Write a row's scores after all that the request bans, adds and penalizes."""
     ids, amounts = get(row, Word.IDS), get(row, Word.AMOUNTS)
@@ -352,7 +319,7 @@ def edit(row, x, width, out, scratch):
 # Weights and draws
 
 
-@njit
+@helper
 def weigh(row, x, width, best, out, scratch):
     """What remains to draw from after temperature, top_k and min_p: weights, 1 for the best."""
     cut, top_k = np.float32(-np.inf), get(row, Word.TOP_K)
@@ -370,7 +337,7 @@ def weigh(row, x, width, best, out, scratch):
         store(out + 4 * at, keep_first(weight, width - at, zeros))
 
 
-@njit
+@helper
 def sum_of_tile(x, tile, least):
     """Of a tile's weights that reach ``least``."""
     at, lowest, zeros = x + 4 * TILE * tile, splat16(least), splat16(0.0)
@@ -381,7 +348,7 @@ def sum_of_tile(x, tile, least):
     return np.float64(sum_lanes(sums))
 
 
-@njit
+@helper
 def sum_of(x, tiles, least):
     total = 0.0
     for tile in range(tiles):
@@ -389,7 +356,7 @@ def sum_of(x, tiles, least):
     return total
 
 
-@njit
+@helper
 def keep_nucleus(x, width, tiles, top_p, scratch):
     """Zero all weights but the fewest, heaviest first, that add up to ``top_p`` of their sum.
 
@@ -410,7 +377,7 @@ def keep_nucleus(x, width, tiles, top_p, scratch):
     drop_ties(x, width, cut, max(math.ceil(left / np.float64(cut)), 1), 0.0)
 
 
-@njit
+@helper
 def invert(x, tiles, share):
     """The token at which the running sum of weights passes ``share`` of their total: first among
     tiles, then inside one."""
@@ -430,7 +397,7 @@ def invert(x, tiles, share):
     return at
 
 
-@njit
+@helper
 def draw_one(row, width, work, scratch):
     """A token, or why there is none. ``work``: float32 [tiles * TILE], zeros from V on."""
     x = get(row, Word.LOGITS)
@@ -454,7 +421,7 @@ def draw_one(row, width, work, scratch):
 # Logprobs
 
 
-@njit
+@helper
 def log_norm(x, width):
     """The logarithm of the sum of exponentials."""
     best, low = best_of(x, width), splat16(-np.inf)
@@ -467,7 +434,7 @@ def log_norm(x, width):
     return np.float64(best) + math.log(total)
 
 
-@njit
+@helper
 def count_above(x, width, value):
     low, limit = splat16(-np.inf), splat16(value)
     one, zeros = splat16(1.0), splat16(0.0)
@@ -478,7 +445,7 @@ def count_above(x, width, value):
     return int(sum_lanes(counts))
 
 
-@njit
+@helper
 def list_largest(x, width, count, ids, scratch):
     """Write where the ``count`` largest numbers are, in order of index; of equals the first."""
     cut, ties = cut_of_largest(x, width, count, scratch)
@@ -492,7 +459,7 @@ def list_largest(x, width, count, ids, scratch):
                     ids += 4
 
 
-@njit
+@helper
 def score(row, width, token, result, scratch):
     """How likely the model found a token, and which it found likeliest."""
     x, top = get(row, Word.LOGITS), get(row, Word.NUM_TOP)

@@ -6,24 +6,23 @@ within a panel stay in the second-level cache while one unit after another strea
 
 from __future__ import annotations
 
-from numba import njit
-
-from ruvon.kernels.cpu.kinds import KINDS, ROWS
-from ruvon.kernels.cpu.program import FETCH_AT, OWN_END, Field, Param, get
-from ruvon.kernels.cpu.rows import (
+from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_packs
+from ruvon.kernels.cpu.jit.simd import get, helper, load, read_i64, store, write_i64
+from ruvon.kernels.cpu.jit.tiles import multiply_tile
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, Form
+from ruvon.kernels.cpu.program import (
+    FETCH_AT,
     NONE,
+    OWN_END,
+    PANEL,
     SILU_GATED,
-    activate16,
-    sigmoid_times,
-    write_packs,
+    Field,
+    Param,
 )
-from ruvon.kernels.cpu.simd import load, read_i64, store, write_i64
-from ruvon.kernels.cpu.tiles import multiply_tile
-
-PANEL = 128  # rows: 128 x 1536 int8 with scales is 0.3 MB
 
 
-@njit
+@helper
 def finish_row(instruction, sums, row, column):
     """Bias, activation, then out as floats, packed, or both: 32 outputs of one row."""
     a, b = load(sums), load(sums + 64)
@@ -49,7 +48,7 @@ def finish_row(instruction, sums, row, column):
     write_packs(instruction, row, column, a, b)
 
 
-@njit
+@helper
 def next_tiles(scratch, unit, own, size):
     """Where this thread's tiles behind those of ``unit``, at ``own``, lie: in this product or, at
     the end of its share, in the next. So memory never rests while products follow each other."""
@@ -62,52 +61,52 @@ def next_tiles(scratch, unit, own, size):
     return at
 
 
-def make_linear(kind):
+@helper
+def is_plain(instruction):
+    """Whether sums are what is wanted, as floats."""
+    more = get(instruction, Field.BIAS) | get(instruction, Field.INT8)
+    more |= get(instruction, Field.INT16) | get(instruction, Field.BF16)
+    return more == 0 and get(instruction, Field.ACTIVATION) == NONE
+
+
+def make_linear(kind, isa):
     """The product with weights of this kind, packed activations in, see `Field` for the rest."""
-    x_step = ROWS * KINDS[kind].row_bytes
+    form, most = ISAS[isa].form(KINDS[kind]), ISAS[isa].rows
+    x_row = 4 if form == Form.FLOAT else form.group_bytes  # from one row to the next
+    x_step = ROWS * form.group_bytes * KINDS[kind].step // GROUP
+
+    @helper
+    def multiply(w, x, steps, out, out_stride, rows, fetch):
+        """One tile by up to `ROWS` rows; those that come first fetch what comes next."""
+        for row in range(0, rows, most):
+            count, at = min(most, rows - row), out + row * out_stride
+            multiply_tile(isa, kind, w, x + row * x_row, steps, at, out_stride, count, fetch)
+            fetch = w
 
     def linear(instruction, params, start, stop, scratch):
         counted = get(instruction, Field.COUNT)
         rows = get(params, counted - 1)  # the count of panels stands behind the count of rows
         columns = get(instruction, Field.PER_COUNT)
         steps, tile_bytes = get(instruction, Field.STEPS), get(instruction, Field.TILE_BYTES)
-        gate = get(instruction, Field.GATE_BYTES)
-        plain = (
-            get(instruction, Field.BIAS) == 0
-            and get(instruction, Field.ACTIVATION) == NONE
-            and get(instruction, Field.INT8) == 0
-            and get(instruction, Field.BF16) == 0
-        )
+        gate, plain = get(instruction, Field.GATE_BYTES), is_plain(instruction)
         stride = get(instruction, Field.OUT_STRIDE) if plain else 256
         for unit in range(start, stop):
             column, panel = unit % columns, unit // columns
             w = get(instruction, Field.WEIGHT) + 2 * column * tile_bytes
             fetch = next_tiles(scratch, unit, w, 2 * tile_bytes)
+            partner = next_tiles(scratch, unit, w + gate, 2 * tile_bytes) if gate != 0 else 0
             for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), ROWS):
                 count = min(ROWS, rows - first)
                 x = get(instruction, Field.X) + first // ROWS * steps * x_step
                 sums = scratch
                 if plain:
                     sums = get(instruction, Field.OUT) + first * stride + 128 * column
-                multiply_tile(kind, w, x, steps, sums, stride, count, fetch)
-                multiply_tile(
-                    kind, w + tile_bytes, x, steps, sums + 64, stride, count, fetch + tile_bytes
-                )
-                if gate != 0:
-                    partner = w + gate
-                    fetch = next_tiles(scratch, unit, partner, 2 * tile_bytes)
-                    multiply_tile(kind, partner, x, steps, sums + 128, stride, count, fetch)
-                    multiply_tile(
-                        kind,
-                        partner + tile_bytes,
-                        x,
-                        steps,
-                        sums + 192,
-                        stride,
-                        count,
-                        fetch + tile_bytes,
-                    )
-                fetch = w  # there is nothing left to fetch for the unit's other rows
+                for tile in range(4 if gate != 0 else 2):
+                    behind = (tile & 1) * tile_bytes + (tile >> 1) * gate
+                    ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
+                    if first > panel * PANEL:  # there is nothing left to fetch
+                        ahead = w + behind
+                    multiply(w + behind, x, steps, sums + 64 * tile, stride, count, ahead)
                 if not plain:
                     for row in range(count):
                         finish_row(instruction, sums + row * stride, first + row, column)

@@ -6,15 +6,14 @@ A unit of work is one row, in all of them (see `program`).
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
-
-from ruvon.kernels.cpu.kinds import BLOCK, BRAIN_BLOCK, GROUP, KINDS, ROWS
-from ruvon.kernels.cpu.program import Field, get
-from ruvon.kernels.cpu.simd import (
+from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
+from ruvon.kernels.cpu.jit.simd import (
     absolute,
     any_equal,
     exp16,
     fma,
+    get,
+    helper,
     keep_first,
     larger,
     load,
@@ -32,32 +31,29 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import quantize_group
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, Form
+from ruvon.kernels.cpu.program import GELU, GELU_TANH, RELU, SILU, SILU_GATED, Field
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
-ACTIVATIONS = {
-    "none": NONE,
-    "gelu_tanh": GELU_TANH,
-    "gelu": GELU,
-    "relu": RELU,
-    "silu": SILU,
-    "silu_gated": SILU_GATED,
-}
-
+INT8_BYTES, INT16_BYTES, BF16_BYTES = (
+    form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
+)
 
 # Packing
 
 
-@njit
+@helper
 def write_packs(instruction, row, group, a, b):
     """32 numbers of a row, in each packed form that is asked for."""
-    int8, bf16 = get(instruction, Field.INT8), get(instruction, Field.BF16)
+    int8, int16 = get(instruction, Field.INT8), get(instruction, Field.INT16)
+    bf16 = get(instruction, Field.BF16)
     block = (row // ROWS * get(instruction, Field.GROUPS) + group) * ROWS + row % ROWS
     if int8 != 0:
-        quantize_group(a, b, int8 + block * BLOCK)
+        quantize_bytes(a, b, int8 + block * INT8_BYTES)
+    if int16 != 0:
+        quantize_words(a, b, int16 + block * INT16_BYTES)
     if bf16 != 0:
-        store_lanes(16, 1, bf16 + block * BRAIN_BLOCK, a)
-        store_lanes(16, 1, bf16 + block * BRAIN_BLOCK + 32, b)
+        store_lanes(16, 1, bf16 + block * BF16_BYTES, a)
+        store_lanes(16, 1, bf16 + block * BF16_BYTES + 32, b)
 
 
 def pack(instruction, params, start, stop, scratch):
@@ -82,7 +78,7 @@ def interleave(instruction, params, start, stop, scratch):
 # Norms
 
 
-@njit
+@helper
 def sum_with_residual(x, residual, total, stride):
     """Write x + residual where there is one; returns where the sum can be read."""
     if residual == 0:
@@ -92,7 +88,7 @@ def sum_with_residual(x, residual, total, stride):
     return total
 
 
-@njit
+@helper
 def finish_norm(instruction, source, row, scale, shift):
     """(source - shift) * scale * weight (+ bias), as floats, packed, or both."""
     weight, bias = get(instruction, Field.WEIGHT), get(instruction, Field.BIAS)
@@ -112,7 +108,7 @@ def finish_norm(instruction, source, row, scale, shift):
         write_packs(instruction, row, c // 128, a, b)
 
 
-@njit
+@helper
 def norm_row(instruction, row, centered):
     stride, width = get(instruction, Field.X_STRIDE), get(instruction, Field.WIDTH)
     x, residual = get(instruction, Field.X) + row * stride, get(instruction, Field.Y)
@@ -147,13 +143,13 @@ def layer_norm(instruction, params, start, stop, scratch):
 # Activations
 
 
-@njit
+@helper
 def sigmoid_times(x):
     one = splat16(1.0)
     return x / (one + exp16(splat16(0.0) - x))
 
 
-@njit
+@helper
 def erf16(x):
     """Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
     one, size = splat16(1.0), absolute(x)
@@ -167,7 +163,7 @@ def erf16(x):
     return (one - tail) * (x / (size + splat16(1e-30)))
 
 
-@njit
+@helper
 def activate16(x, activation):
     if activation == RELU:
         return larger(x, splat16(0.0))
@@ -182,7 +178,7 @@ def activate16(x, activation):
     return x
 
 
-@njit
+@helper
 def sigmoid_of(x, inner):
     return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
 
@@ -224,12 +220,12 @@ def take(instruction, params, start, stop, scratch):
             store(out + c, load(x + c))
 
 
-@njit
+@helper
 def table_number(address, lane, wide):
     return read_f32(address + 4 * lane) if wide else read_f16(address + 2 * lane)
 
 
-@njit
+@helper
 def coded_value(tile, lane, steps, k, four_bits, zero, has_offsets, wide, half):
     """One value of a quantized tile (see `layout`)."""
     group, within = k // 32, k % 32
@@ -249,7 +245,7 @@ def coded_value(tile, lane, steps, k, four_bits, zero, has_offsets, wide, half):
     return value
 
 
-@njit
+@helper
 def dense_value(tile, lane, k, single, brain, pairs):
     if pairs:
         return read_bf16(tile + k // 2 * 64 + lane * 4 + k % 2 * 2)
@@ -260,11 +256,11 @@ def dense_value(tile, lane, k, single, brain, pairs):
     return read_f16(tile + k * 32 + lane * 2)
 
 
-def make_embed(kind):
+def make_embed(kind, isa):
     """The kernel that reads rows out of a table in tiles of this kind."""
     form = KINDS[kind]
     quantized, four_bits, zero = form.quantized, form.storage == "q4", form.zero
-    has_offsets, wide, half = form.offsets, form.wide, form.half
+    has_offsets, wide, half = form.offsets, form.scales == "f32", form.half
     single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
 
     def embed(instruction, params, start, stop, scratch):
@@ -286,7 +282,7 @@ def make_embed(kind):
     return embed
 
 
-@njit
+@helper
 def first_in_row(x, width, wanted):
     """Where a row first has this number, or a NaN if that is what is wanted."""
     at, sought = 0, splat16(wanted)
@@ -322,6 +318,6 @@ def argmax(instruction, params, start, stop, scratch):
         write_i64(get(instruction, Field.OUT) + 8 * row, first_in_row(x, width, wanted))
 
 
-@njit
+@helper
 def max_or_nan(x, y):
     return y if y != y or y > x else x

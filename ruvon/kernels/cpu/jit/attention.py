@@ -11,14 +11,14 @@ chunk it came in, its neighbours in the tile, or the batch.
 from __future__ import annotations
 
 import numpy as np
-from numba import literally, njit
 
-from ruvon.kernels.cpu.kinds import KINDS, ROWS, TileKind
-from ruvon.kernels.cpu.program import SCRATCH_BYTES, Field, Param, get
-from ruvon.kernels.cpu.rows import write_packs
-from ruvon.kernels.cpu.simd import (
+from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.cpu.jit.rows import write_packs
+from ruvon.kernels.cpu.jit.simd import (
     exp16,
     fma,
+    get,
+    helper,
     keep_between,
     keep_first,
     larger,
@@ -36,13 +36,19 @@ from ruvon.kernels.cpu.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.tiles import TILES, attend_tiles, load_dense
+from ruvon.kernels.cpu.jit.tiles import TILES, attend_tiles, load_dense
+from ruvon.kernels.cpu.kinds import F32_CACHE, KINDS, LANES
+from ruvon.kernels.cpu.program import (
+    MOST_DIMS,
+    QUERY_TOKENS,
+    SCRATCH_BYTES,
+    TILE_ROWS,
+    Field,
+    Param,
+)
 
-QUERY_TOKENS = 16
-TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
 SPAN = 128  # keys
 SPAN_BYTES = 4 * SPAN + 64  # one cache line more, so that rows do not compete for cache sets
-MOST_DIMS = 256
 ROW_BYTES = 4 * MOST_DIMS + 64
 
 # A thread's scratch space.
@@ -56,12 +62,12 @@ ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
 WIDENED = ADDRESSES + 64  # float32 [TILES, MOST_DIMS, 16]: tiles of the cache
 assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - 64
 
-F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
-CACHE_BYTES = tuple(kind.step_bytes // 16 for kind in KINDS)  # of one number
+CACHE_BYTES = tuple(kind.step_bytes // LANES for kind in KINDS)  # of one number
+FEW_ROWS = 8  # that multiply a tile of the cache as it is
 LOWEST = np.float32(-1e30)  # below every score; not infinite, so that differences stay numbers
 
 
-@njit
+@helper
 def normalize_head(head, dim, weight, eps):
     """RMS norm of one head in place; lanes behind its end stay zero."""
     squares, zeros = splat16(0.0), splat16(0.0)
@@ -74,7 +80,7 @@ def normalize_head(head, dim, weight, eps):
         store(head + 4 * c, keep_first(value, dim - c, zeros))
 
 
-@njit
+@helper
 def rotate_head(head, pairs, cos, sin):
     """Rotate dims (i, i + pairs) in place."""
     high = head + 4 * pairs
@@ -91,7 +97,7 @@ def rotate_head(head, pairs, cos, sin):
         write_f32(high + c, np.float32(b * x) + np.float32(a * y))
 
 
-@njit
+@helper
 def prepare_head(instruction, source, token, norm, head):
     """Copy one head to ``head``, norm and rotate it there."""
     dim, zeros = get(instruction, Field.HEAD_DIM), splat16(0.0)
@@ -105,12 +111,12 @@ def prepare_head(instruction, source, token, norm, head):
         rotate_head(head, pairs, get(instruction, Field.COS) + at, get(instruction, Field.SIN) + at)
 
 
-def make_write_kv(cache):
+def make_write_kv(cache, isa):
     """The kernel that splits q | k | v, norms and rotates q and k, and fills the cache.
 
     A unit is one token's query heads and key/value head of one group.
     """
-    size = KINDS[cache].step_bytes // 16
+    size = CACHE_BYTES[cache]
     bits, brain = 8 * size, int(KINDS[cache].storage == "bf16")
 
     def write_kv(instruction, params, start, stop, scratch):
@@ -146,18 +152,18 @@ def make_write_kv(cache):
     return write_kv
 
 
-@njit
+@helper
 def round_lanes(count):
     return (count + 15) // 16 * 16
 
 
-@njit
+@helper
 def tile_tokens(share):
     """Tokens of a query tile when ``share`` query heads share a key/value head."""
     return max(1, min(QUERY_TOKENS, TILE_ROWS // share))
 
 
-@njit
+@helper
 def find_tile(instruction, params, tile):
     """(sequence, its first token in this tile): tiles are numbered sequence by sequence."""
     starts = get(instruction, Field.STARTS)
@@ -171,7 +177,7 @@ def find_tile(instruction, params, tile):
     return 0, 0
 
 
-@njit
+@helper
 def gather_queries(instruction, scratch, group, first, count):
     """Copy the tile's query rows together and clear its running state."""
     share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
@@ -189,7 +195,7 @@ def gather_queries(instruction, scratch, group, first, count):
             store(scratch + MASSES + 64 * row, zeros)
 
 
-@njit
+@helper
 def seen(x, c, seen_from, seen_to, other):
     """Lanes of x that stand for keys from ``seen_from`` to ``seen_to``, x starting at key c."""
     if seen_from <= c and c + 16 <= seen_to:
@@ -197,7 +203,7 @@ def seen(x, c, seen_from, seen_to, other):
     return keep_between(x, seen_from - c, seen_to - c, other)
 
 
-@njit
+@helper
 def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
     """One row of one span: scores to numerators, in step with the running peak and mass.
 
@@ -228,7 +234,7 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
     store(scratch + MASSES + 64 * row, mass)
 
 
-@njit
+@helper
 def finish_query(instruction, scratch, row, token, head):
     """Divide by the softmax's denominator, a sink's share in it, and write the result."""
     peak = read_f32(scratch + PEAKS + 4 * row)
@@ -260,7 +266,7 @@ def finish_query(instruction, scratch, row, token, head):
             write_packs(instruction, token, (head * dim + c) // 32, a, b)
 
 
-@njit
+@helper
 def cached_at(instruction, table, key):
     """Where a key's block of the head group starts, counted in tokens of all heads."""
     page = get(instruction, Field.PAGE)
@@ -268,98 +274,117 @@ def cached_at(instruction, table, key):
     return block * get(instruction, Field.KV_HEADS) * page
 
 
-@njit
-def place_tile(cache, tile, vectors, many, t, scratch):
-    """Note where tile ``t`` lies; widened to float32 first if ``many`` rows will multiply it: then
-    that costs less than to widen it for every eight of them. It is exact."""
-    cache = literally(cache)
-    if many and CACHE_BYTES[cache] < 4:
-        wide = scratch + WIDENED + 64 * MOST_DIMS * t
-        for n in range(vectors):
-            store(wide + 64 * n, load_dense(cache, tile + 16 * CACHE_BYTES[cache] * n))
-        tile = wide
+@helper
+def note_address(scratch, t, tile):
     write_i64(scratch + ADDRESSES + 8 * t, tile)
 
 
-@njit
-def attend_rows(cache, fresh, many, x_stride, out_stride, scratch, x, steps, out, rows):
-    """All rows by the tiles that were placed, see `attend_tiles`."""
-    cache = literally(cache)
-    addresses = scratch + ADDRESSES
-    for row in range(0, rows, ROWS):
-        x_row, out_row, count = x + row * x_stride, out + row * out_stride, min(ROWS, rows - row)
-        if many:
-            attend_tiles(
-                F32_CACHE, fresh, x_stride, out_stride, addresses, x_row, steps, out_row, count
-            )
-        else:
-            attend_tiles(
-                cache, fresh, x_stride, out_stride, addresses, x_row, steps, out_row, count
-            )
+def make_spans(cache, isa):
+    """The two products of a span of keys, for a cache of this kind: ``score_span``, ``mix_span``.
 
-
-@njit
-def score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
-    """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``.
-
-    Four blocks at once; where fewer are left, the last one again: nobody looks at its scores.
+    Each takes `TILES` tiles at once and notes first where they lie. If ``many`` rows will multiply
+    a tile it is widened to float32 there: that costs less than to do so for every few of them, and
+    is exact.
     """
-    cache = literally(cache)
-    page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-    many = rows > ROWS
-    for c in range(skipped, keys, 16 * TILES):
-        for t in range(TILES):
-            key = at + min(c + 16 * t, (keys - 1) // 16 * 16)
-            place = cached_at(instruction, table, key) + group * page + key % page
-            tile = get(instruction, Field.KEYS) + CACHE_BYTES[cache] * place * dim
-            place_tile(cache, tile, dim, many, t, scratch)
-            value = get(instruction, Field.VALUES) + (tile - get(instruction, Field.KEYS))
-            for line in range(0, CACHE_BYTES[cache] * 16 * dim, 64):
-                prefetch(value + line)
-        x, out = scratch + QUERIES, scratch + SCORES + 4 * c
-        attend_rows(cache, 1, many, ROW_BYTES, SPAN_BYTES, scratch, x, dim, out, rows)
+    size, most = CACHE_BYTES[cache], ISAS[isa].rows
 
+    @helper
+    def place_tile(tile, vectors, many, t, scratch):
+        if many and size < 4:
+            wide = scratch + WIDENED + 64 * MOST_DIMS * t
+            for n in range(vectors):
+                store(wide + 64 * n, load_dense(cache, tile + 16 * size * n))
+            tile = wide
+        note_address(scratch, t, tile)
 
-@njit
-def mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows):
-    """sums[row] += numerator[row, key] * value[key]: 64 dims at once, the last ones again where
-    fewer are left."""
-    cache = literally(cache)
-    page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-    many = rows > ROWS
-    for c in range(skipped, keys, 16):
-        place = (cached_at(instruction, table, at + c) + group * page) * dim
-        place += (at + c) % page * 16
-        steps = min(16, keys - c)  # what lies behind may be anything, even not a number
-        for d in range(0, dim, 16 * TILES):
+    @helper
+    def score_rows(many, scratch, x, steps, out, rows):
+        at = scratch + ADDRESSES
+        for row in range(0, rows, most):
+            x_row, out_row, count = x + row * ROW_BYTES, out + row * SPAN_BYTES, min(most, rows - row)
+            if many:
+                attend_tiles(
+                    isa, F32_CACHE, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count
+                )
+            else:
+                attend_tiles(
+                    isa, cache, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count
+                )
+
+    @helper
+    def mix_rows(many, scratch, x, steps, out, rows):
+        at = scratch + ADDRESSES
+        for row in range(0, rows, most):
+            x_row, out_row, count = x + row * SPAN_BYTES, out + row * ROW_BYTES, min(most, rows - row)
+            if many:
+                attend_tiles(
+                    isa, F32_CACHE, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count
+                )
+            else:
+                attend_tiles(
+                    isa, cache, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count
+                )
+
+    @helper
+    def score_span(instruction, scratch, table, group, at, skipped, keys, rows):
+        """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``.
+
+        Four blocks at once; where fewer are left, the last one again: nobody looks at its scores.
+        """
+        page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
+        many = rows > FEW_ROWS
+        for c in range(skipped, keys, 16 * TILES):
             for t in range(TILES):
-                column = page * min(d + 16 * t, dim - 16)
-                tile = get(instruction, Field.VALUES) + CACHE_BYTES[cache] * (place + column)
-                place_tile(cache, tile, steps, many, t, scratch)
-            x, out = scratch + SCORES + 4 * c, scratch + SUMS + 4 * d
-            attend_rows(cache, 0, many, SPAN_BYTES, ROW_BYTES, scratch, x, steps, out, rows)
+                key = at + min(c + 16 * t, (keys - 1) // 16 * 16)
+                place = cached_at(instruction, table, key) + group * page + key % page
+                tile = get(instruction, Field.KEYS) + size * place * dim
+                place_tile(tile, dim, many, t, scratch)
+                value = get(instruction, Field.VALUES) + (tile - get(instruction, Field.KEYS))
+                for line in range(0, size * 16 * dim, 64):
+                    prefetch(value + line)
+            score_rows(many, scratch, scratch + QUERIES, dim, scratch + SCORES + 4 * c, rows)
+
+    @helper
+    def mix_span(instruction, scratch, table, group, at, skipped, keys, rows):
+        """sums[row] += numerator[row, key] * value[key]: 64 dims at once, the last ones again where
+        fewer are left."""
+        page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
+        many = rows > FEW_ROWS
+        for c in range(skipped, keys, 16):
+            place = (cached_at(instruction, table, at + c) + group * page) * dim
+            place += (at + c) % page * 16
+            steps = min(16, keys - c)  # what lies behind may be anything, even not a number
+            for d in range(0, dim, 16 * TILES):
+                for t in range(TILES):
+                    column = page * min(d + 16 * t, dim - 16)
+                    tile = get(instruction, Field.VALUES) + size * (place + column)
+                    place_tile(tile, steps, many, t, scratch)
+                x, out = scratch + SCORES + 4 * c, scratch + SUMS + 4 * d
+                mix_rows(many, scratch, x, steps, out, rows)
+
+    return score_span, mix_span
 
 
-@njit
-def attend_queries(cache, instruction, scratch, table, group, position, rows):
-    """All keys that the gathered rows may see; the first row stands at ``position``."""
-    share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
-    window, dim = get(instruction, Field.WINDOW), round_lanes(get(instruction, Field.HEAD_DIM))
-    scale = np.float32(read_f64(instruction + 8 * Field.SCALE))
-    end = position + (rows - 1) // share + 1
-    first_seen = max(0, position - window + 1) if window > 0 else 0
-    for at in range(first_seen // SPAN * SPAN, end, SPAN):
-        keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 64 * 64
-        score_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
-        for row in range(rows):
-            me = position + row // share - at
-            seen_from = max(0, me - window + 1) if window > 0 else 0
-            soften(scratch, row, seen_from, me + 1, keys, dim, scale)
-        mix_span(cache, instruction, scratch, table, group, at, skipped, keys, rows)
-
-
-def make_attention(cache):
+def make_attention(cache, isa):
     """The attention kernel for a cache of this kind. A unit is one query tile of one head group."""
+    score_span, mix_span = make_spans(cache, isa)
+
+    @helper
+    def attend_queries(instruction, scratch, table, group, position, rows):
+        """All keys that the gathered rows may see; the first row stands at ``position``."""
+        share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
+        window, dim = get(instruction, Field.WINDOW), round_lanes(get(instruction, Field.HEAD_DIM))
+        scale = np.float32(read_f64(instruction + 8 * Field.SCALE))
+        end = position + (rows - 1) // share + 1
+        first_seen = max(0, position - window + 1) if window > 0 else 0
+        for at in range(first_seen // SPAN * SPAN, end, SPAN):
+            keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 64 * 64
+            score_span(instruction, scratch, table, group, at, skipped, keys, rows)
+            for row in range(rows):
+                me = position + row // share - at
+                seen_from = max(0, me - window + 1) if window > 0 else 0
+                soften(scratch, row, seen_from, me + 1, keys, dim, scale)
+            mix_span(instruction, scratch, table, group, at, skipped, keys, rows)
 
     def attention(instruction, params, start, stop, scratch):
         groups = get(instruction, Field.KV_HEADS)
@@ -377,7 +402,7 @@ def make_attention(cache):
                 tokens = min(tile_tokens(share), tile_end - first)
                 gather_queries(instruction, scratch, group, first, tokens)
                 position, rows = context - (end - first), tokens * share
-                attend_queries(cache, instruction, scratch, table, group, position, rows)
+                attend_queries(instruction, scratch, table, group, position, rows)
                 for row in range(rows):
                     head = group * share + row % share
                     finish_query(instruction, scratch, row, first + row // share, head)

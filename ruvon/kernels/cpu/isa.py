@@ -1,0 +1,122 @@
+"""Instruction sets: what the vector unit of a CPU can do, and which one kernels are compiled for.
+
+What differs between them is how wide a register is, how many there are, and what multiplies bytes.
+Integer sums are exact and all else is done lane by lane in one order, so a product has the same
+bits under each of them; only ``bf16`` rounds activations where the others do not.
+"""
+
+from __future__ import annotations
+
+import functools
+import platform
+from dataclasses import dataclass
+from typing import Literal
+
+from llvmlite import binding
+
+from ruvon.errors import ConfigError
+from ruvon.kernels.cpu.kinds import Form, TileKind
+
+Dot = Literal["vpdpbusd", "maddubs", "usdot", "sdot", "plain"]
+"""What multiplies bytes: x86's dot product of unsigned and signed bytes (VNNI), its product that
+adds pairs into 16 bits, Arm's dot products of mixed (i8mm) and of signed bytes, or arithmetic that
+any CPU has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Isa:
+    """One instruction set. `ISAS` lists those there are."""
+
+    name: str
+    width: int  # bytes of a vector register
+    registers: int  # of these
+    dot: Dot
+    needs: tuple[str, ...] = ()  # LLVM's names of what the CPU must have
+    bf16: bool = False  # it multiplies pairs of bfloat16
+    machine: Literal["x86_64", "aarch64", "any"] = "x86_64"
+
+    @property
+    def rows(self) -> int:
+        """Rows of activations that meet a tile at once: their sums, integer and float, and what
+        they are made from fit the registers, or nearly so."""
+        return 8 if self.width == 64 else 4
+
+    def in_turn(self, rows: range) -> list[range]:
+        """Rows to be computed together. Wide registers hold a group's codes while one row after
+        another meets them; else a row's sums stay while codes come and go."""
+        if self.width == 64 and self.dot == "vpdpbusd":
+            return [range(row, row + 1) for row in rows]
+        return [rows]
+
+    def form(self, kind: TileKind) -> Form:
+        """How a product with such weights wants its activations packed."""
+        if kind.pairs:
+            return Form.BF16
+        if not kind.quantized:
+            return Form.FLOAT
+        wide = self.dot == "maddubs" and kind.bits == 8  # sums of two products overflow 16 bits
+        return Form.INT16 if wide else Form.INT8
+
+
+ISAS: tuple[Isa, ...] = (
+    Isa("avx512-bf16", 64, 32, "vpdpbusd", ("avx512bw", "avx512vnni", "avx512bf16"), bf16=True),
+    Isa("avx512-vnni", 64, 32, "vpdpbusd", ("avx512bw", "avx512vnni")),
+    Isa("avx512", 64, 32, "maddubs", ("avx512bw",)),
+    Isa("avx-vnni", 32, 16, "vpdpbusd", ("avx2", "fma", "f16c", "avxvnni")),
+    Isa("avx2", 32, 16, "maddubs", ("avx2", "fma", "f16c")),
+    Isa("i8mm", 16, 32, "usdot", ("i8mm",), machine="aarch64"),
+    Isa("dotprod", 16, 32, "sdot", ("dotprod",), machine="aarch64"),
+    Isa("portable", 16, 16, "plain", machine="any"),
+)
+"""The best one first. The index of one is what a kernel is told."""
+
+HIDDEN = ("avx512", "avxvnni", "avx10", "amx", "evex512", "i8mm", "dotprod", "sve", "sme")
+"""Beginnings of the names of features that a set must not use unless it needs them."""
+
+
+def machine() -> str:
+    """The architecture, under Linux's name for it."""
+    return {"AMD64": "x86_64", "arm64": "aarch64"}.get(platform.machine(), platform.machine())
+
+
+@functools.cache
+def host_features() -> dict[str, bool]:
+    """What the CPU has, by LLVM's names."""
+    return dict(binding.get_host_cpu_features())
+
+
+def supported() -> list[Isa]:
+    """Those that this CPU can run, the best one first."""
+    has = host_features()
+    return [
+        isa
+        for isa in ISAS
+        if isa.machine in ("any", machine()) and all(has.get(name, False) for name in isa.needs)
+    ]
+
+
+def choose(name: str | None) -> Isa:
+    """The instruction set of this name, or the best one here. Raises ConfigError if this CPU
+    cannot run it."""
+    known = supported()
+    if name is None:
+        return known[0]
+    for isa in known:
+        if isa.name == name:
+            return isa
+    raise ConfigError(
+        f"kernels 'cpu-{name}': this CPU has {', '.join(isa.name for isa in known)}"
+    )
+
+
+def target_features(isa: Isa) -> str:
+    """What LLVM may use, in its notation: what the CPU has, less what belongs to better sets."""
+    features = host_features()
+    if isa.width == 64 or isa.machine == "any":
+        allowed = features
+    else:
+        allowed = {
+            name: has and (name in isa.needs or not name.startswith(HIDDEN))
+            for name, has in features.items()
+        }
+    return ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(allowed.items()))

@@ -1,0 +1,108 @@
+"""One kernel to machine code: numba reads the Python, LLVM does the rest for a CPU we name.
+
+numba would compile for this very CPU, wrap what it compiles for Python, and keep code that only
+loads where numba is. So it is asked for LLVM's language only, without optimizing; what comes out
+here is an object file with one C function in it, that needs nothing but the C library.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numba
+from llvmlite import binding
+from numba import njit, types
+from numba.core.config import _OptLevel
+
+from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
+from ruvon.kernels.cpu.jit import attention, linear, rows, sample, threads
+
+Key = tuple[str, int | None]
+
+KERNEL = types.void(*[types.intp] * 5)
+FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
+    "lead": (threads.lead, types.void(*[types.intp] * 2)),
+    "follow": (threads.follow, types.void(*[types.intp] * 4)),
+    "pack": (rows.pack, KERNEL),
+    "interleave": (rows.interleave, KERNEL),
+    "rms_norm": (rows.rms_norm, KERNEL),
+    "layer_norm": (rows.layer_norm, KERNEL),
+    "activate": (rows.activate, KERNEL),
+    "add": (rows.add, KERNEL),
+    "take": (rows.take, KERNEL),
+    "argmax": (rows.argmax, KERNEL),
+    "draw": (sample.draw, KERNEL),
+}
+FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
+    "embed": rows.make_embed,
+    "linear": linear.make_linear,
+    "write_kv": attention.make_write_kv,
+    "attention": attention.make_attention,
+}
+SPEED = 3  # LLVM's -O3, less its search for loops to vectorize: ours are vectors already
+
+
+def build(key: Key, isa: Isa, symbol: str) -> bytes:
+    """An object file for this machine, with the kernel as a C function of that name."""
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(), features=target_features(isa), opt=SPEED, jit=True
+    )
+    module = to_llvm(key, isa, symbol)
+    optimize(module, machine)
+    return bytes(machine.emit_object(module))
+
+
+def to_llvm(key: Key, isa: Isa, symbol: str) -> binding.ModuleRef:
+    """The kernel in LLVM's language, as numba and the generators of this folder write it."""
+    name, kind = key
+    if kind is None:
+        function, signature = FUNCTIONS[name]
+    else:
+        function, signature = FACTORIES[name](kind, ISAS.index(isa)), KERNEL
+    with unoptimized():
+        compiled = njit(
+            signature, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
+        )(function)
+    (result,) = compiled.overloads.values()
+    text = result.library.get_llvm_str() + c_function(
+        symbol, result.fndesc.llvm_func_name, len(signature.args)
+    )
+    module = binding.parse_assembly(text)
+    for each in module.functions:
+        if not each.is_declaration and each.name != symbol:
+            each.linkage = "internal"  # so that what is inlined everywhere goes away
+    return module
+
+
+def c_function(symbol: str, target: str, arguments: int) -> str:
+    """A function in front of numba's own, which returns its result and errors through pointers.
+    There are none: kernels return nothing and raise nothing."""
+    given = ", ".join(f"i64 %{n}" for n in range(arguments))
+    return f"""
+define void @{symbol}({given}) {{
+  %result = alloca ptr
+  %error = alloca ptr
+  %status = call i32 @{target}(ptr %result, ptr %error, {given})
+  ret void
+}}
+"""
+
+
+def optimize(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
+    options = binding.create_pipeline_tuning_options(SPEED)
+    options.loop_vectorization = options.slp_vectorization = False
+    passes = binding.create_pass_builder(machine, options)
+    passes.getModulePassManager().run(module, passes)
+
+
+@contextmanager
+def unoptimized() -> Iterator[None]:
+    """numba asks a global setting how hard to try: set it while it looks, then put it back."""
+    before: Any = numba.config.OPT
+    numba.config.OPT = _OptLevel(0)
+    try:
+        yield
+    finally:
+        numba.config.OPT = before

@@ -1,0 +1,267 @@
+"""Products of bytes, added up by fours into 16 exact integers: what each instruction set does best.
+
+    vpdpbusd   one instruction multiplies unsigned by signed bytes and adds fours of them to int32
+    maddubs    one adds pairs of such products into int16; as many of those as cannot overflow are
+               added up, then one more instruction makes int32 of pairs. Eight bits would overflow
+               at once: such codes are multiplied in 16 bits
+    usdot      as vpdpbusd, on Arm; sdot: both signed
+    plain      bytes widened, multiplied and added like any integers
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from llvmlite import ir
+
+from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.jit.simd import (
+    F32,
+    I8,
+    I16,
+    I32,
+    broadcast,
+    call,
+    load_as,
+    offset,
+    splat,
+    vector,
+)
+from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, TOTAL, TileKind
+
+I32V, F32V = vector(I32), vector(F32)
+VECTORS = 8  # of four codes a lane, in a group
+
+
+def constant(value: int, lanes: int = LANES) -> ir.Constant:
+    """An int32 in all lanes."""
+    signed = value - (1 << 32) if value >= 1 << 31 else value
+    return ir.Constant(vector(I32, lanes), [signed] * lanes)
+
+
+@dataclass
+class Group:
+    """One group of a tile, its codes as they come out of memory."""
+
+    b: ir.IRBuilder
+    isa: Isa
+    kind: TileKind
+    w: ir.Value  # where it lies
+    loaded: dict[int, ir.Value] = field(default_factory=dict)
+
+    @property
+    def signed(self) -> bool:
+        """Whether codes of 8 bits are to be signed; they are stored with 128 on top."""
+        return self.isa.dot == "sdot" and self.kind.bits == 8
+
+    def load(self, number: int) -> ir.Value:
+        """The ``number``-th 64 bytes."""
+        if number not in self.loaded:
+            self.loaded[number] = load_as(self.b, offset(self.b, self.w, 64 * number), I32V, 64)
+        return self.loaded[number]
+
+    def codes(self, q: int) -> ir.Value:
+        """Lane = weight row, bytes = k of 4q to 4q + 3."""
+        b = self.b
+        if self.kind.bits == 8:
+            return b.xor(self.load(q), constant(0x80808080)) if self.signed else self.load(q)
+        pair = self.load(q // 2)
+        return b.and_(b.lshr(pair, constant(4)) if q % 2 else pair, constant(0x0F0F0F0F))
+
+
+def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
+    """For each row, at ``blocks``, int32 sums [16] of (code - zero) * activation over one part of
+    the group: all of it, or a half where each half has a scale."""
+    per_part = VECTORS // group.kind.scales_per_group
+    which = range(part * per_part, (part + 1) * per_part)
+    start = [bias_of_zero(group, block, part) for block in blocks]
+    if group.isa.dot == "maddubs":
+        if group.kind.bits == 8:
+            return madd_words(group, blocks, which, start)
+        return madd_bytes(group, blocks, which, start)
+    if group.isa.dot == "plain":
+        return plain(group, blocks, which, start)
+    return dot_bytes(group, blocks, which, start)
+
+
+def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
+    b, kind = group.b, group.kind
+    if not kind.zero or group.signed:
+        return constant(0)
+    negated = negated_sum(group, x, part)
+    shift = (128 // kind.zero).bit_length() - 1
+    return b.ashr(negated, constant(shift)) if shift else negated
+
+
+def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """-128 * sum of the activation codes in this part of the group."""
+    b, tail = group.b, group.isa.form(group.kind).tail
+    if not group.kind.half:
+        return broadcast(b, offset(b, x, tail + NEGATED), I32)
+    first = broadcast(b, offset(b, x, tail + NEGATED_HALF), I32)
+    if part == 0:
+        return first
+    return b.sub(broadcast(b, offset(b, x, tail + NEGATED), I32), first)
+
+
+def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """The sum of the activation codes in this part of the group, as a float."""
+    b = group.b
+    if not group.kind.half:
+        return broadcast(b, offset(b, x, group.isa.form(group.kind).tail + TOTAL), F32)
+    negated = b.sitofp(negated_sum(group, x, part), F32V)
+    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
+
+
+# In registers of the machine's own width
+
+
+def cut(b: ir.IRBuilder, x: ir.Value, element: ir.Type, width: int) -> list[ir.Value]:
+    """A vector's registers, of ``width`` bytes each, as vectors of ``element``."""
+    size = {I8: 1, I16: 2, I32: 4}[element]
+    lanes = width // 4
+    parts = [
+        pick(b, x, range(first, first + lanes)) if lanes < LANES else x
+        for first in range(0, LANES, lanes)
+    ]
+    return [b.bitcast(part, vector(element, width // size)) for part in parts]
+
+
+def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
+    """Vectors of int32, end to end."""
+    while len(parts) > 1:
+        lanes = 2 * parts[0].type.count
+        order = ir.Constant(vector(I32, lanes), list(range(lanes)))
+        parts = [
+            b.shuffle_vector(low, high, order)
+            for low, high in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    return parts[0]
+
+
+def pick(b: ir.IRBuilder, x: ir.Value, lanes: range) -> ir.Value:
+    return b.shuffle_vector(x, x, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+
+
+# maddubs
+
+MADD_BYTES = {32: "llvm.x86.avx2.pmadd.ub.sw", 64: "llvm.x86.avx512.pmaddubs.w.512"}
+MADD_WORDS = {32: "llvm.x86.avx2.pmadd.wd", 64: "llvm.x86.avx512.pmaddw.d.512"}
+
+
+def madd(b: ir.IRBuilder, names: dict[int, str], x: ir.Value, y: ir.Value) -> ir.Value:
+    """Products of neighbours, added by pairs, in elements twice as wide."""
+    element, lanes = x.type.element, x.type.count
+    wide = vector(ir.IntType(2 * element.width), lanes // 2)
+    return call(b, names[element.width * lanes // 8], wide, [x, y])
+
+
+def most_in_words(bits: int) -> int:
+    """How many sums of two products of a code and an activation an int16 is sure to hold."""
+    return (2**15 - 1) // (2 * 127 * (2**bits - 1))
+
+
+def madd_bytes(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
+    """Added up in 16 bits as long as that is sure to fit, then in 32."""
+    b, width = group.b, group.isa.width
+    ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
+    totals = [cut(b, value, I32, width) if group.kind.zero else None for value in start]
+    most = most_in_words(group.kind.bits)
+    for first in range(which.start, which.stop, most):
+        sums: list[list[ir.Value] | None] = [None] * len(blocks)
+        for q in range(first, min(first + most, which.stop)):
+            codes = cut(b, group.codes(q), I8, width)
+            for row, block in enumerate(blocks):
+                x = splat_bytes(b, offset(b, block, 4 * q), width)
+                sums[row] = add_all(b, sums[row], [madd(b, MADD_BYTES, c, x) for c in codes])
+        for row in range(len(blocks)):
+            wide = [madd(b, MADD_WORDS, part, ones) for part in sums[row] or []]
+            totals[row] = add_all(b, totals[row], wide)
+    return [join(b, total or []) for total in totals]
+
+
+def madd_words(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
+    """Codes and activations of 16 bits: of each four the first and third, then the others."""
+    b, width = group.b, group.isa.width
+    totals: list[list[ir.Value]] = [cut(b, value, I32, width) for value in start]
+    for q in which:
+        for odd in (0, 1):
+            codes = group.codes(q)
+            words = (
+                b.lshr(b.bitcast(codes, vector(I16, 2 * LANES)), splat_words(8))
+                if odd
+                else b.and_(codes, constant(0x00FF00FF))
+            )
+            parts = cut(b, b.bitcast(words, I32V), I16, width)
+            for row, block in enumerate(blocks):
+                x = splat_bytes(b, offset(b, block, 8 * q + 4 * odd), width, I16)
+                wide = [madd(b, MADD_WORDS, part, x) for part in parts]
+                totals[row] = add_all(b, totals[row], wide)
+    return [join(b, total) for total in totals]
+
+
+def splat_words(value: int) -> ir.Constant:
+    return ir.Constant(vector(I16, 2 * LANES), [value] * 2 * LANES)
+
+
+def splat_bytes(
+    b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8
+) -> ir.Value:
+    """Four bytes from memory, again and again through a register."""
+    lanes = splat(b, load_as(b, address, I32, 4), width // 4)
+    return b.bitcast(lanes, vector(element, 8 * width // element.width))
+
+
+def add_all(
+    b: ir.IRBuilder, totals: list[ir.Value] | None, parts: list[ir.Value]
+) -> list[ir.Value]:
+    if totals is None:
+        return parts
+    return [b.add(total, part) for total, part in zip(totals, parts, strict=True)]
+
+
+# Dot products
+
+DOT_BYTES = {
+    ("vpdpbusd", 64): "llvm.x86.avx512.vpdpbusd.512",
+    ("vpdpbusd", 32): "llvm.x86.avx512.vpdpbusd.256",
+    ("usdot", 16): "llvm.aarch64.neon.usdot.v4i32.v16i8",
+    ("sdot", 16): "llvm.aarch64.neon.sdot.v4i32.v16i8",
+}
+
+
+def dot_bytes(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
+    """Fours of products straight into 32 bits."""
+    b, isa = group.b, group.isa
+    name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
+    totals = [cut(b, value, I32, isa.width) for value in start]
+    for q in which:
+        codes = cut(b, group.codes(q), element, isa.width)
+        for row, block in enumerate(blocks):
+            x = splat_bytes(b, offset(b, block, 4 * q), isa.width, element)
+            totals[row] = [
+                call(b, name, total.type, [total, part, x])
+                for total, part in zip(totals[row], codes, strict=True)
+            ]
+    return [join(b, total) for total in totals]
+
+
+def plain(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
+    """Byte by byte, in int32."""
+    b, totals = group.b, [*start]
+    for q in which:
+        for j in range(4):
+            code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))
+            for row, block in enumerate(blocks):
+                x = b.sext(load_as(b, offset(b, block, 4 * q + j), I8, 1), I32)
+                totals[row] = b.add(totals[row], b.mul(code, splat(b, x)))
+    return totals

@@ -1,0 +1,228 @@
+"""What each thread of the team does, see `ruvon.kernels.cpu.team`: claim parts, run them, wait."""
+
+from __future__ import annotations
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ruvon.kernels.cpu.jit.simd import I64, define, get, helper, prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.jit.sync import (
+    EVERYBODY,
+    FUTEX_WAIT,
+    FUTEX_WAKE,
+    clock,
+    exchange,
+    fetch_add,
+    futex,
+    give_way,
+    read_atomic,
+    replace_if,
+    wait_a_little,
+)
+from ruvon.kernels.cpu.program import (
+    CLOCK,
+    FETCH_AT,
+    FETCH_END,
+    FETCH_FOR,
+    INSTRUCTION_BYTES,
+    OFFERED,
+    OWN_END,
+    SCRATCH_BYTES,
+    Field,
+)
+from ruvon.kernels.cpu.team import (
+    COUNT,
+    COUNTERS,
+    EPOCH,
+    FIRST,
+    ORDER_BYTES,
+    ORDERS,
+    PARAMS,
+    PROGRAM,
+    SCRATCH,
+    SLEEPING,
+    SLOTS,
+    STOP,
+)
+
+PARTS_EACH = 2  # parts of an instruction that are a thread's own
+PART_BITS = 16  # of a counter; above them is the instruction's number
+MOST_PARTS = (1 << PART_BITS) - 1
+
+MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
+
+TURNS_BEFORE_SLEEP = 4000
+OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating system
+
+
+@intrinsic
+def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
+    """Call the C function at an address."""
+
+    def emit(b, kernel, *arguments):
+        kind = ir.FunctionType(ir.VoidType(), [I64] * 5)
+        b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
+
+    return define(types.void, (types.intp,) * 6, emit)
+
+
+@helper
+def claim(word, number, parts):
+    """The next unclaimed part of ``parts`` counted at ``word``; -1 if there is none."""
+    while True:
+        seen = read_atomic(word)
+        newest = seen >> PART_BITS
+        claimed = seen & MOST_PARTS if newest == number else 0
+        if newest > number or claimed == parts:
+            return -1
+        if replace_if(word, seen, (number << PART_BITS) + claimed + 1):
+            return claimed
+
+
+@helper
+def count_done(word, number):
+    """One more part is done. Its claim keeps ``number`` the newest meanwhile."""
+    seen = read_atomic(word)
+    if seen >> PART_BITS == number or not replace_if(word, seen, (number << PART_BITS) + 1):
+        fetch_add(word, 1)
+
+
+@helper
+def is_done(word, number, parts):
+    seen = read_atomic(word)
+    return seen >> PART_BITS > number or seen == (number << PART_BITS) + parts
+
+
+@helper
+def plan_fetching(instruction, thread, threads, units, scratch):
+    """Note which tiles this thread will multiply next, unless it began to fetch them before."""
+    write_i64(scratch + OWN_END, (thread + 1) * units // threads)
+    tiles = get(instruction, Field.NEXT)
+    if tiles == read_i64(scratch + FETCH_FOR):
+        return
+    next_units, size = get(instruction, Field.NEXT_UNITS), get(instruction, Field.NEXT_UNIT_BYTES)
+    first, last = thread * next_units // threads, (thread + 1) * next_units // threads
+    write_i64(scratch + FETCH_FOR, tiles)
+    write_i64(scratch + FETCH_AT, tiles + first * size)
+    write_i64(scratch + FETCH_END, tiles + min(last * size, first * size + MOST_FETCHED))
+
+
+@helper
+def fetch_some(scratch, lines):
+    """Ask for the next few cache lines of what was planned; False if there are none left."""
+    at = read_i64(scratch + FETCH_AT)
+    if at >= read_i64(scratch + FETCH_END):
+        return False
+    for line in range(lines):
+        prefetch(at + 64 * line)
+    write_i64(scratch + FETCH_AT, at + 64 * lines)
+    return True
+
+
+@helper
+def run_parts(control, epoch, instruction, params, number, thread, threads, scratch):
+    """This thread's share of one instruction; returns when all of it is done.
+
+    A thread's own parts lie side by side, so that it streams through its weights and meets the
+    same ones every step. Who computes a part does not change its result.
+    """
+    kernel = get(instruction, Field.KERNEL)
+    units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    if read_atomic(control + EPOCH) != epoch:
+        return  # what was read may belong to a newer order
+    plan_fetching(instruction, thread, threads, units, scratch)
+    counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
+    own, owners = PARTS_EACH, threads
+    if get(instruction, Field.DRAWN):  # all parts are everybody's
+        own, owners, thread = min(units, MOST_PARTS), 1, 0
+    parts = own * owners
+    for turn in range(owners):
+        owner = (thread + turn) % owners
+        while True:
+            part = claim(counters + 64 * (1 + owner), number, own)
+            if part < 0:
+                break
+            part += owner * own
+            start, stop = part * units // parts, (part + 1) * units // parts
+            if start < stop:
+                call_kernel(kernel, instruction, params, start, stop, scratch)
+            count_done(counters, number)
+    turns = 0
+    while parts and not is_done(counters, number, parts):
+        if not fetch_some(scratch, 4):
+            wait_a_little(turns)
+            turns += 1
+
+
+@helper
+def run_alone(instruction, params, scratch):
+    units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    if units:
+        plan_fetching(instruction, 0, 1, units, scratch)
+        call_kernel(get(instruction, Field.KERNEL), instruction, params, 0, units, scratch)
+
+
+@helper
+def offer_core(scratch):
+    """Give way if that is due. Where programs compete for the cores, steps then take two thirds
+    of the time they took when threads were interrupted with parts in hand."""
+    now = clock(scratch + CLOCK)
+    if now - read_i64(scratch + OFFERED) > OFFER_EVERY:
+        give_way()
+        write_i64(scratch + OFFERED, clock(scratch + CLOCK))
+
+
+@helper
+def run_program(control, order, epoch, thread, threads):
+    """All instructions of an order, unless a newer one is under way: then this one is done."""
+    program, params = read_i64(order + PROGRAM), order + PARAMS
+    count, first = read_i64(order + COUNT), read_i64(order + FIRST)
+    scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
+    for index in range(count):
+        instruction = program + index * INSTRUCTION_BYTES
+        if threads == 1:
+            run_alone(instruction, params, scratch)
+            continue
+        if read_atomic(control + EPOCH) != epoch:
+            return
+        run_parts(control, epoch, instruction, params, first + index, thread, threads, scratch)
+        offer_core(scratch)
+
+
+def lead(control, threads):
+    """The calling thread's part: publish the order that was written, run it as thread 0."""
+    epoch = fetch_add(control + EPOCH, 1) + 1
+    if read_atomic(control + SLEEPING) > 0:
+        futex(control + EPOCH, FUTEX_WAKE, EVERYBODY)
+    run_program(control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, 0, threads)
+
+
+@helper
+def wait_for_order(control, epoch):
+    """Spin a little, then sleep, until the epoch moves on from ``epoch``; returns the new one."""
+    turns = 0
+    while read_atomic(control + EPOCH) == epoch:
+        if turns < TURNS_BEFORE_SLEEP:
+            wait_a_little(turns)
+            turns += 1
+        else:
+            fetch_add(control + SLEEPING, 1)
+            futex(control + EPOCH, FUTEX_WAIT, epoch)
+            fetch_add(control + SLEEPING, -1)
+    return read_atomic(control + EPOCH)
+
+
+def follow(control, presence, thread, threads):
+    """A parked thread's whole life. ``presence`` tells which program's memory it may look at."""
+    epoch = 0
+    while True:
+        epoch = wait_for_order(control, epoch)
+        if read_atomic(control + STOP) != 0:
+            return
+        exchange(presence, epoch)
+        if read_atomic(control + EPOCH) == epoch:  # else that memory may be gone already
+            run_program(
+                control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, thread, threads
+            )
+        exchange(presence, 0)

@@ -1,0 +1,323 @@
+"""The innermost loop of every matrix product: a few rows of activations by 16 rows of weight.
+
+Written as LLVM code by a Python function, because what makes it fast is unrolling over rows, and
+Python's own loop is the clearest way to say that. Sixteen weight rows lie across the lanes of a
+vector, so each lane sums one output in the order of k, whatever the batch, the number of threads
+or the machine: this is where ruvon's determinism on the CPU comes from. Where registers are
+narrower, LLVM makes two or four of each vector.
+
+Quantized weights meet activations quantized to int8 in groups of 32: products of bytes are added
+up in exact integers (see `dots`); scales are applied once a group. Weights in pairs of bfloat16
+meet activations rounded to bfloat16: one instruction adds both products of each pair to 16 float32
+sums. See `layout` for how all of them lie in memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from ruvon.kernels.cpu.isa import ISAS, Isa
+from ruvon.kernels.cpu.jit.dots import Group, float_sum, group_sums
+from ruvon.kernels.cpu.jit.simd import (
+    BF16,
+    F16,
+    F32,
+    I16,
+    I32,
+    I64,
+    broadcast,
+    call,
+    define,
+    emit_prefetch,
+    f32x16,
+    fused,
+    load_as,
+    number,
+    offset,
+    outlined,
+    store_as,
+    vector,
+    widen,
+)
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, ROWS, SCALE, Form, TileKind
+
+F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
+ZEROS = ir.Constant(F32V, [0.0] * LANES)
+
+
+def counted_loop(
+    b: ir.IRBuilder,
+    count: ir.Value,
+    start: list[ir.Value],
+    body: Callable[[list[ir.Value]], list[ir.Value]],
+) -> list[ir.Value]:
+    """``count`` (at least 1) turns of ``body``, which maps the carried values to their next."""
+    before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
+    b.branch(loop)
+    b.position_at_end(loop)
+    turn = b.phi(I64)
+    turn.add_incoming(number(0), before)
+    carried = [b.phi(value.type) for value in start]
+    for phi, value in zip(carried, start, strict=True):
+        phi.add_incoming(value, before)
+    following = body(carried)
+    next_turn = b.add(turn, number(1))
+    for phi, value in zip((turn, *carried), (next_turn, *following), strict=True):
+        phi.add_incoming(value, b.block)
+    b.cbranch(b.icmp_signed("<", next_turn, count), loop, after)
+    b.position_at_end(after)
+    return following
+
+
+def load_scales(b: ir.IRBuilder, s: ir.Value, kind: TileKind) -> list[ir.Value]:
+    """The scales of one group (two if halves), then its offsets if there are any."""
+    element = vector(F32 if kind.scales == "f32" else F16)
+    places = (offset(b, s, i * kind.table_bytes) for i in range(kind.tables))
+    return [widen(b, load_as(b, place, element, 32)) for place in places]
+
+
+def quantized_step(
+    b: ir.IRBuilder,
+    isa: Isa,
+    kind: TileKind,
+    w: ir.Value,
+    s: ir.Value,
+    x: ir.Value,
+    outs: list[ir.Value],
+) -> list[ir.Value]:
+    """One group of k for all rows. Rows' groups lie behind each other from x on."""
+    form = isa.form(kind)
+    group, scales = Group(b, isa, kind, w), load_scales(b, s, kind)
+    following = []
+    for rows in isa.in_turn(range(len(outs))):
+        blocks = [offset(b, x, row * form.group_bytes) for row in rows]
+        by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
+        sums = [outs[row] for row in rows]
+        for part in range(kind.scales_per_group):
+            products = group_products(group, blocks, scales, part)
+            sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
+        following += sums
+    return following
+
+
+def group_products(
+    group: Group, blocks: list[ir.Value], scales: list[ir.Value], part: int
+) -> list[ir.Value]:
+    """Each row's share of one group (or half a group), before the activation's scale."""
+    b, kind = group.b, group.kind
+    sums = group_sums(group, blocks, part)
+    products = [b.fmul(b.sitofp(each, F32V), scales[part]) for each in sums]
+    if not kind.offsets:
+        return products
+    shift = scales[kind.scales_per_group + part]
+    return [
+        fused(b, shift, float_sum(group, block, part), product)
+        for block, product in zip(blocks, products, strict=True)
+    ]
+
+
+DENSE = {"f32": vector(F32), "f16": vector(F16), "bf16": vector(I16)}  # as they are in memory
+
+
+@intrinsic(prefer_literal=True)
+def load_dense(typing, kind, address):
+    """Sixteen numbers of a dense tile."""
+    element = DENSE[KINDS[kind.literal_value].storage]
+    return define(
+        f32x16, (kind, types.intp), lambda b, _, address: widen(b, load_as(b, address, element, 2))
+    )
+
+
+def dense_step(
+    b: ir.IRBuilder,
+    tiles: list[ir.Value],
+    x_rows: list[ir.Value],
+    sums: list[ir.Value],
+    storage: str,
+) -> list[ir.Value]:
+    """One k: each row's number, at ``x_rows``, times each of the tiles' vectors.
+
+    ``sums`` is row by row, a row's tiles side by side.
+    """
+    weights = [widen(b, load_as(b, tile, DENSE[storage], 32)) for tile in tiles]
+    numbers = [broadcast(b, x, F32) for x in x_rows]
+    pairs = [(weight, x) for x in numbers for weight in weights]
+    return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
+
+
+PAIRS_LATENCY = 6  # cycles until the sums of `dot_pairs` can be added to
+
+
+def dot_pairs(b: ir.IRBuilder, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+    """Add to each float32 lane the two products of its bfloat16 pairs. Subnormals count as zero."""
+    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32V, [sums, w, b.bitcast(x, PAIRS)])
+
+
+def pairs_step(b: ir.IRBuilder, w: ir.Value, x: ir.Value, outs: list[ir.Value]) -> list[ir.Value]:
+    """One group of k for all rows. Rows' groups lie behind each other from x on."""
+    for q in range(GROUP // 2):
+        weights = load_as(b, offset(b, w, 64 * q), PAIRS, 64)
+        places = [offset(b, x, row * Form.BF16.group_bytes + 4 * q) for row in range(len(outs))]
+        numbers = [broadcast(b, place, I32) for place in places]
+        outs = [dot_pairs(b, out, weights, x) for out, x in zip(outs, numbers, strict=True)]
+    return outs
+
+
+def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) -> None:
+    """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
+    by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
+    second-level cache: the first has too few requests in flight.
+
+    A few rows of pairs take no longer than one, as an instruction waits for the one before it. Then
+    loads run far ahead, and the hardware fetches best: asking for every line would be in its way.
+    """
+    size = kind.step_bytes + kind.group_scale_bytes
+    for line in range(0, size, 256 if kind.pairs and rows <= PAIRS_LATENCY else 64):
+        emit_prefetch(b, offset(b, address, line))
+
+
+def emit_product(
+    b: ir.IRBuilder,
+    isa: Isa,
+    kind: TileKind,
+    rows: int,
+    w: ir.Value,
+    x: ir.Value,
+    steps: ir.Value,
+    fetch: ir.Value,
+) -> list[ir.Value]:
+    """The sums of ``rows`` rows of packed activations by one tile."""
+    x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
+
+    def body(carried: list[ir.Value]) -> list[ir.Value]:
+        w, s, x, fetch, *outs = carried
+        emit_fetch(b, fetch, kind, rows)
+        if kind.quantized:
+            outs = quantized_step(b, isa, kind, w, s, x, outs)
+        elif kind.pairs:
+            outs = pairs_step(b, w, x, outs)
+        else:
+            x_rows = [offset(b, x, 4 * row) for row in range(rows)]
+            outs = dense_step(b, [w], x_rows, outs, kind.storage)
+        return [
+            offset(b, w, kind.step_bytes),
+            offset(b, s, kind.group_scale_bytes),
+            offset(b, x, x_step),
+            offset(b, fetch, kind.step_bytes + kind.group_scale_bytes),
+            *outs,
+        ]
+
+    scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
+    _, _, _, _, *outs = counted_loop(b, steps, [w, scales, x, fetch, *[ZEROS] * rows], body)
+    return outs
+
+
+def for_each_count(
+    b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[int], None]
+) -> None:
+    """A copy of the code for each number of rows from 1 to ``most``, and a jump to the right
+    one."""
+    done = b.append_basic_block("done")
+    switch = b.switch(rows, done)
+    for count in range(1, most + 1):
+        case = b.append_basic_block(f"rows{count}")
+        switch.add_case(number(count), case)
+        b.position_at_end(case)
+        emit(count)
+        b.branch(done)
+    b.position_at_end(done)
+
+
+@intrinsic(prefer_literal=True)
+def multiply_tile(typing, isa, kind, w, x, steps, out, out_stride, rows, fetch):
+    """``rows`` (1 to as many as the instruction set takes) rows of packed activations by one tile
+    of weights.
+
+    ``isa`` and ``kind`` index `ISAS` and `KINDS` and are constants of the kernel. ``out_stride``
+    is in bytes. From ``fetch`` on, as many bytes as the tile has are brought into the cache
+    meanwhile.
+    """
+    chosen, tile = ISAS[isa.literal_value], KINDS[kind.literal_value]
+
+    def body(b, w, x, steps, out, out_stride, rows, fetch):
+        def of(count):
+            for row, value in enumerate(emit_product(b, chosen, tile, count, w, x, steps, fetch)):
+                store_as(b, b.add(out, b.mul(out_stride, number(row))), value, 4)
+
+        for_each_count(b, rows, chosen.rows, of)
+
+    def emit(b, _isa, _kind, *arguments):
+        outlined(b, f"tile_{kind.literal_value}", [*arguments], body)
+
+    return define(types.void, (isa, kind, *(types.intp,) * 7), emit)
+
+
+TILES = 4  # tiles that attention multiplies at once
+
+
+def emit_attend(
+    b: ir.IRBuilder,
+    storage: str,
+    tiles: list[ir.Value],
+    x_rows: list[ir.Value],
+    steps: ir.Value,
+    places: list[ir.Value],
+    fresh: bool,
+) -> None:
+    """``places`` (rows by tiles) = or += products of rows of plain floats with tiles."""
+    element_bytes = LANES * (4 if storage == "f32" else 2)
+
+    def body(carried: list[ir.Value]) -> list[ir.Value]:
+        at, *rest = carried
+        here, sums = rest[: len(tiles)], rest[len(tiles) :]
+        sums = dense_step(b, here, [b.add(row, at) for row in x_rows], sums, storage)
+        return [offset(b, at, 4), *(offset(b, tile, element_bytes) for tile in here), *sums]
+
+    start = [ZEROS if fresh else load_as(b, place, F32V, 4) for place in places]
+    after = counted_loop(b, steps, [number(0), *tiles, *start], body)
+    for place, value in zip(places, after[1 + len(tiles) :], strict=True):
+        store_as(b, place, value, 4)
+
+
+def tiles_at_once(isa: Isa, rows: int) -> int:
+    """Of `TILES`, so that sums fit the registers beside what they are made from."""
+    most = isa.registers * isa.width // 2 // (4 * LANES)
+    return next(n for n in (4, 2, 1) if rows * n <= most or n == 1)
+
+
+@intrinsic(prefer_literal=True)
+def attend_tiles(typing, isa, kind, fresh, x_stride, out_stride, addresses, x, steps, out, rows):
+    """out[row, 16 * t : 16 * t + 16] = or += sum over k of x[row, k] * tile t[k], for attention.
+
+    ``addresses`` points at those of `TILES` tiles. Here x is plain float32, a row every
+    ``x_stride`` bytes. Instruction set, kind, ``fresh`` (start from zero, not from out) and strides
+    are constants of the kernel.
+    """
+    chosen, storage = ISAS[isa.literal_value], KINDS[kind.literal_value].storage
+    x_bytes, out_bytes, new = (c.literal_value for c in (x_stride, out_stride, fresh))
+
+    def body(b, addresses, x, steps, out, rows):
+        tiles = [load_as(b, offset(b, addresses, 8 * t), I64, 8) for t in range(TILES)]
+
+        def of(count):
+            x_rows = [offset(b, x, x_bytes * row) for row in range(count)]
+            at_once = tiles_at_once(chosen, count)
+            for first in range(0, TILES, at_once):
+                some = range(first, first + at_once)
+                places = [
+                    offset(b, out, out_bytes * row + 64 * t) for row in range(count) for t in some
+                ]
+                emit_attend(b, storage, tiles[first : some.stop], x_rows, steps, places, bool(new))
+
+        for_each_count(b, rows, chosen.rows, of)
+
+    def emit(b, _i, _k, _f, _x, _o, *arguments):
+        outlined(b, f"attend_{storage}_{x_bytes}_{out_bytes}_{new}", [*arguments], body)
+
+    return define(
+        types.void, (isa, kind, fresh, x_stride, out_stride, *(types.intp,) * 5), emit
+    )
