@@ -60,6 +60,12 @@ class EngineConfig:
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(
         "auto", "Which table of kernels computes; torch is the plain reference."
     )
+    cpu_isa: Literal[
+        "auto", "avx512-bf16", "avx512-vnni", "avx512", "avx-vnni", "avx2", "i8mm", "dotprod",
+        "portable",
+    ] = setting(
+        "auto", "Instruction set of kernels 'cpu'. auto: the best that the CPU has; all agree."
+    )  # fmt: skip
     deterministic: bool = setting(
         False, "The same bits for a request in any batch. On a CPU always so; slower on a GPU."
     )
@@ -115,6 +121,8 @@ class EngineConfig:
             raise ConfigError("kernels 'triton' need device 'cuda', not 'cpu'")
         if self.device == "cuda" and self.kernels == "cpu":
             raise ConfigError("kernels 'cpu' need device 'cpu', not 'cuda'")
+        if self.cpu_isa != "auto" and self.kernels != "cpu":
+            raise ConfigError(f"cpu_isa '{self.cpu_isa}' needs kernels 'cpu', not '{self.kernels}'")
 
     @property
     def largest_step(self) -> StepSize:

@@ -152,15 +152,16 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
     from ruvon.kernels.cpu import CpuKernels, Limits
-    from ruvon.kernels.cpu.recorder import check_attention
     from ruvon.kernels.cpu.kinds import LANES
+    from ruvon.kernels.cpu.recorder import check_attention
 
     asked = None if config.dtype == "auto" else getattr(torch, config.dtype)
     kv = KVFormat(asked or torch.float16, multiple=LANES)
     shape = (0, spec.num_kv_heads, config.block_size, kv.head_dim(spec))
     for layer in range(spec.num_layers):
         check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
-    kernels = CpuKernels(threads, dense_dtype=asked)
+    isa = None if config.cpu_isa == "auto" else config.cpu_isa
+    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa)
 
     def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(

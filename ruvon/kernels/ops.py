@@ -64,27 +64,63 @@ class Dense:
 class Quantized:
     """A weight as small integers with a scale, and perhaps an offset, for each group along K.
 
-    ``value = code * scale + offset``. Covers Q4_0, Q4_1, Q8_0, the K-quants with their two-level
-    scales multiplied out, and ruvon's own int8 and int4.
+    ``value = (code - zero) * scale + offset``. Where there are ``blocks``, scales and offsets are
+    small integers themselves: those of a block of eight groups of 32 are multiplied by the block's.
+    Covers all of llama.cpp's formats that have a grid, and ruvon's own int8 and int4.
     """
 
-    codes_NK: Tensor  # int8; 0..15 where bits == 4, -128..127 where bits == 8
-    scales: Tensor  # float32 or float16 [N, K / group]
+    codes_NK: Tensor  # int8; from 0 to below 2 ** bits, but -128..127 where bits == 8
+    scales: Tensor  # float32 or float16, or int8 with blocks, [N, K / group]
     offsets: Tensor | None  # as scales
     group: int
-    bits: Literal[4, 8]
+    bits: Literal[4, 5, 6, 8]
+    zero: int = 0
+    blocks: Tensor | None = None  # float16 [N, K / 256, 1 or with offsets 2]
+
+    def tables(self) -> tuple[Tensor, Tensor | None]:
+        """float32 scales and offsets [N, K / group], multiplied out: exact."""
+        tables = [self.scales] if self.offsets is None else [self.scales, self.offsets]
+        wide = [table.float() for table in tables]
+        if self.blocks is not None:
+            groups = BLOCK // self.group
+            by = self.blocks.float().repeat_interleave(groups, dim=1)
+            wide = [table * by[..., number] for number, table in enumerate(wide)]
+        return wide[0], wide[1] if len(wide) > 1 else None
 
     def dequantize(self) -> Tensor:
         """The float32 values ``[N, K]``."""
         n, k = self.codes_NK.shape
-        values = self.codes_NK.float().view(n, k // self.group, self.group)
-        values = values * self.scales.float().unsqueeze(-1)
-        if self.offsets is not None:
-            values = values + self.offsets.float().unsqueeze(-1)
+        scales, offsets = self.tables()
+        values = self.codes_NK.float().view(n, k // self.group, self.group) - self.zero
+        values = values * scales.unsqueeze(-1)
+        if offsets is not None:
+            values = values + offsets.unsqueeze(-1)
         return values.view(n, k)
 
+    def is_like(self, other: Quantized) -> bool:
+        """Whether both are of one format, so that one may stand above the other."""
+        mine, theirs = (
+            (w.group, w.bits, w.zero, w.scales.dtype, w.offsets is None, w.blocks is None)
+            for w in (self, other)
+        )
+        return mine == theirs
 
-Weight: TypeAlias = Dense | Quantized
+
+BLOCK = 256  # values that share what multiplies scales that are small integers
+
+
+@dataclass(frozen=True, slots=True)
+class Stacked:
+    """Weights of different formats and equal K, one above the other."""
+
+    parts: tuple[Quantized, ...]
+
+    def dequantize(self) -> Tensor:
+        """The float32 values ``[N, K]``."""
+        return torch.cat([part.dequantize() for part in self.parts])
+
+
+Weight: TypeAlias = Dense | Quantized | Stacked
 
 
 @dataclass(frozen=True, slots=True)

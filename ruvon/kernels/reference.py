@@ -12,10 +12,10 @@ from torch import Tensor
 from ruvon.kernels.ops import (
     Activation,
     AttentionSpec,
+    Dense,
     ForwardBatch,
     Ops,
     Packed,
-    Quantized,
     Rope,
     Weight,
 )
@@ -25,7 +25,7 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
     """The table of this file, computing in ``dtype`` on ``device``."""
 
     def pack(weight: Weight) -> Packed:
-        dense = weight.dequantize() if isinstance(weight, Quantized) else weight.weight_NK
+        dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 

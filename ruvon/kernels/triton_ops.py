@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ruvon.kernels import attention, decode, embed, kv, linear, norm, splits
-from ruvon.kernels.ops import Ops, Packed, Quantized, Weight
+from ruvon.kernels.ops import Dense, Ops, Packed, Weight
 from ruvon.kernels.pdl import supports_pdl
 
 
@@ -31,7 +31,7 @@ def make_triton_ops(
     sums = splits.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
-        dense = weight.dequantize() if isinstance(weight, Quantized) else weight.weight_NK
+        dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -201,4 +201,11 @@ def _take_rows(values: Tensor | Quantized, rows: Tensor) -> Tensor | Quantized:
     if isinstance(values, Tensor):
         return values[rows]
     offsets = None if values.offsets is None else values.offsets[rows]
-    return Quantized(values.codes_NK[rows], values.scales[rows], offsets, values.group, values.bits)
+    blocks = None if values.blocks is None else values.blocks[rows]
+    return replace(
+        values,
+        codes_NK=values.codes_NK[rows],
+        scales=values.scales[rows],
+        offsets=offsets,
+        blocks=blocks,
+    )

@@ -4,14 +4,14 @@ A row of K weights is K / values blocks of ``bytes`` bytes each. Unpackers get a
 matrix, ``raw_NBX`` uint8 [N, blocks, bytes], and take fields by position. In 32-blocks the first
 16 bytes of codes hold weights 0 to 15 in their low halves and 16 to 31 in their high halves. The
 K-quants' 256-blocks have a scale (and minimum) for each 32 or 16 weights, of 6 or 8 bits, times a
-float16 for the block: here multiplied out in float32, which holds the product exactly.
+float16 for the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -52,10 +52,11 @@ def _fifth_bits(raw_NBX: Bytes, at: int) -> Bytes:
 
 
 def _quantized(
-    codes: NDArray[np.uint8] | NDArray[np.int8],
-    scales: Floats,
-    offsets: Floats | None,
-    bits: Literal[4, 8],
+    codes: NDArray[Any],
+    scales: NDArray[Any],
+    bits: Literal[4, 5, 6, 8],
+    offsets: NDArray[Any] | None = None,
+    **more: Any,
 ) -> Quantized:
     """Codes with any inner dimensions, scales of one per group, both [N, ...]."""
     n = codes.shape[0]
@@ -66,34 +67,35 @@ def _quantized(
         offsets=None if offsets is None else torch.from_numpy(offsets.reshape(n, -1).copy()),
         group=codes_NK.shape[1] // scales.shape[1],
         bits=bits,
+        **more,
     )
 
 
 def _q4_0(raw: Bytes) -> Quantized:
-    scale = _halves(raw, 0)
-    return _quantized(_nibbles(raw[..., 2:18]), scale, scale * np.float16(-8), 4)
+    return _quantized(_nibbles(raw[..., 2:18]), _halves(raw, 0), 4, zero=8)
 
 
 def _q4_1(raw: Bytes) -> Quantized:
-    return _quantized(_nibbles(raw[..., 4:20]), _halves(raw, 0), _halves(raw, 2), 4)
+    return _quantized(_nibbles(raw[..., 4:20]), _halves(raw, 0), 4, _halves(raw, 2))
 
 
 def _q5_0(raw: Bytes) -> Quantized:
-    codes = (_nibbles(raw[..., 6:22]) | _fifth_bits(raw, 2)).view(np.int8) - np.int8(16)
-    return _quantized(codes, _halves(raw, 0), None, 8)
+    codes = _nibbles(raw[..., 6:22]) | _fifth_bits(raw, 2)
+    return _quantized(codes, _halves(raw, 0), 5, zero=16)
 
 
 def _q5_1(raw: Bytes) -> Quantized:
     codes = _nibbles(raw[..., 8:24]) | _fifth_bits(raw, 4)
-    return _quantized(codes, _halves(raw, 0), _halves(raw, 2), 8)
+    return _quantized(codes, _halves(raw, 0), 5, _halves(raw, 2))
 
 
 def _q8_0(raw: Bytes) -> Quantized:
-    return _quantized(raw[..., 2:34], _halves(raw, 0), None, 8)
+    return _quantized(raw[..., 2:34], _halves(raw, 0), 8)
 
 
-def _six_bit_scales(raw_NBX: Bytes) -> tuple[Floats, Floats]:
-    """Eight scales and eight minimums of six bits out of bytes 4 to 15, float32 [N, B, 8] each.
+def _six_bit_scales(raw_NBX: Bytes) -> dict[str, Any]:
+    """Eight scales and eight minimums of six bits out of bytes 4 to 15, int8 [N, B, 8] each, and
+    what multiplies them.
 
     Four bytes of scales, four of minimums, each with the last four's upper two bits on top of the
     first four's six, then four bytes with the last four's lower halves, scale below minimum.
@@ -101,23 +103,25 @@ def _six_bit_scales(raw_NBX: Bytes) -> tuple[Floats, Floats]:
     first, second, both = (raw_NBX[..., at : at + 4] for at in (4, 8, 12))
     scales = np.concatenate((first & 63, (both & 15) | ((first >> 6) << 4)), axis=-1)
     minimums = np.concatenate((second & 63, (both >> 4) | ((second >> 6) << 4)), axis=-1)
-    block, least = (_halves(raw_NBX, at).astype(np.float32)[..., None] for at in (0, 2))
-    return block * scales, -(least * minimums)
+    blocks = np.stack((_halves(raw_NBX, 0), -_halves(raw_NBX, 2)), axis=-1)
+    return {
+        "scales": scales.view(np.int8),
+        "offsets": minimums.view(np.int8),
+        "blocks": torch.from_numpy(blocks),
+    }
 
 
 def _q4_k(raw: Bytes) -> Quantized:
-    scales, offsets = _six_bit_scales(raw)
     packed = raw[..., 16:144].reshape(*raw.shape[:2], 4, 32)  # 64 weights a row
-    return _quantized(_nibbles(packed), scales, offsets, 4)
+    return _quantized(_nibbles(packed), bits=4, **_six_bit_scales(raw))
 
 
 def _q5_k(raw: Bytes) -> Quantized:
-    scales, offsets = _six_bit_scales(raw)
     packed = raw[..., 48:176].reshape(*raw.shape[:2], 4, 32)
     low = _nibbles(packed).reshape(*raw.shape[:2], 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]  # bit g of byte i belongs to weight 32 g + i
     high = (raw[..., None, 16:48] >> shifts) & 1
-    return _quantized(low | (high << 4), scales, offsets, 8)
+    return _quantized(low | (high << 4), bits=5, **_six_bit_scales(raw))
 
 
 def _q6_k(raw: Bytes) -> Quantized:
@@ -125,9 +129,9 @@ def _q6_k(raw: Bytes) -> Quantized:
     low = _nibbles(packed).reshape(*raw.shape[:2], 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = (raw[..., 128:192].reshape(*raw.shape[:2], 2, 1, 32) >> shifts) & 3
-    codes = (low | (high << 4)).view(np.int8) - np.int8(32)
-    scales = np.ascontiguousarray(raw[..., 192:208]).view(np.int8).astype(np.float32)
-    return _quantized(codes, _halves(raw, 208).astype(np.float32)[..., None] * scales, None, 8)
+    scales = np.ascontiguousarray(raw[..., 192:208]).view(np.int8)
+    blocks = torch.from_numpy(_halves(raw, 208)[..., None])
+    return _quantized(low | (high << 4), scales, 6, zero=32, blocks=blocks)
 
 
 QUANTIZED: Mapping[int, Layout] = {

@@ -11,17 +11,17 @@ A new format is a row in `SCHEMES` here and a layout in the tables of kernels th
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Dense, Quantized, Weight
+from ruvon.kernels.ops import Dense, Quantized, Stacked, Weight
 from ruvon.models.quantize_search import search_grids
 
+UNIT = 32  # rows that kernels compute together
 GROUP = 32  # weights that share a scale; the same as Q8_0 and Q4_1
 
 
@@ -40,7 +40,7 @@ def keep(weight: Weight) -> Weight:
 
 def dequantize(weight: Weight) -> Dense:
     """Plain numbers: float32 where the checkpoint is quantized, else its own type."""
-    return Dense(weight.dequantize()) if isinstance(weight, Quantized) else weight
+    return weight if isinstance(weight, Dense) else Dense(weight.dequantize())
 
 
 def to_int8(weight: Weight) -> Quantized:
@@ -107,36 +107,37 @@ def _quantized(codes: Tensor, scales: Tensor, offsets: Tensor | None, bits: int)
 def stack(parts: Sequence[Weight]) -> Weight:
     """Weights of equal K, one above the other (q over k over v), without losing a bit.
 
-    Files mix formats (a Q4_K_M has its v in Q6_K). Quantized parts are restated in the narrowest
-    format that holds all: the widest codes, the smallest group with scales repeated, zero offsets
-    where one has none, float32 scales unless all are float16. A part that is not quantized makes
-    the whole plain numbers.
+    Files mix formats (a Q4_K_M has its v in Q6_K), and then each part keeps its own, if its rows
+    fill whole units of the kernels. If not, or if one is not quantized, the whole becomes plain
+    numbers.
     """
     if len(parts) == 1:
         return parts[0]
     quantized = [part for part in parts if isinstance(part, Quantized)]
-    if len(quantized) < len(parts):
+    aligned = all(part.codes_NK.shape[0] % UNIT == 0 for part in quantized[:-1])
+    if len(quantized) < len(parts) or not (aligned or all(map(quantized[0].is_like, quantized))):
         plain = [dequantize(part).weight_NK for part in parts]
         dtype = torch.float32 if len({p.dtype for p in plain}) > 1 else plain[0].dtype
         return Dense(torch.cat([p.to(dtype) for p in plain]))
-    group = math.gcd(*(part.group for part in quantized))
-    dtypes = {part.scales.dtype for part in quantized}
-    dtype = torch.float32 if len(dtypes) > 1 else dtypes.pop()
-    with_offsets = any(part.offsets is not None for part in quantized)
-    return Quantized(
-        codes_NK=torch.cat([part.codes_NK for part in quantized]),
-        scales=torch.cat([_regroup(part.scales, part, group).to(dtype) for part in quantized]),
-        offsets=torch.cat([_regroup(_offsets(part), part, group).to(dtype) for part in quantized])
-        if with_offsets
-        else None,
-        group=group,
-        bits=8 if any(part.bits == 8 for part in quantized) else 4,
+    joined: list[Quantized] = []
+    for part in quantized:
+        if joined and joined[-1].is_like(part):
+            joined[-1] = _join(joined[-1], part)
+        else:
+            joined.append(part)
+    return joined[0] if len(joined) == 1 else Stacked(tuple(joined))
+
+
+def _join(above: Quantized, below: Quantized) -> Quantized:
+    """Two of one format."""
+
+    def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
+        return None if one is None or other is None else torch.cat([one, other])
+
+    return replace(
+        above,
+        codes_NK=torch.cat([above.codes_NK, below.codes_NK]),
+        scales=torch.cat([above.scales, below.scales]),
+        offsets=both(above.offsets, below.offsets),
+        blocks=both(above.blocks, below.blocks),
     )
-
-
-def _offsets(part: Quantized) -> Tensor:
-    return torch.zeros_like(part.scales) if part.offsets is None else part.offsets
-
-
-def _regroup(scales: Tensor, part: Quantized, group: int) -> Tensor:
-    return scales.repeat_interleave(part.group // group, dim=1)

@@ -23,17 +23,22 @@ def ints(values):
     return torch.tensor(values, dtype=torch.int32)
 
 
-def random_quantized(n, k, bits, *, offsets=True, group=32, dtype=torch.float16):
-    """``offsets``: True, False, or "eight" for those of Q4_0."""
-    low, high = (0, 16) if bits == 4 else (-128, 128)
-    codes = torch.randint(low, high, (n, k)).to(torch.int8)
-    scales = (torch.rand(n, -(-k // group)) * 0.01 + 0.001).to(dtype)
+def random_quantized(
+    n, k, bits, *, offsets=True, group=32, dtype=torch.float16, zero=0, blocks=False
+):
+    """``blocks``: scales are small integers, times a float16 for each 256 values."""
+    low, high = (-128, 128) if bits == 8 else (0, 1 << bits)
+    codes, groups = torch.randint(low, high, (n, k)).to(torch.int8), -(-k // group)
+    if blocks:
+        scales = torch.randint(-128 if zero else 0, 128 if zero else 64, (n, groups))
+        over = (torch.rand(n, k // 256, 2 if offsets else 1) * 1e-4).half()
+        shift = torch.randint(0, 64, (n, groups)).to(torch.int8) if offsets else None
+        return Quantized(codes, scales.to(torch.int8), shift, group, bits, zero, over)
+    scales = (torch.rand(n, groups) * 0.01 + 0.001).to(dtype)
     shift = None
-    if offsets == "eight":
-        shift = -8 * scales
-    elif offsets:
+    if offsets:
         shift = (-7 * scales.float() + torch.rand_like(scales.float()) * 0.01).to(dtype)
-    return Quantized(codes, scales, shift, group, bits)
+    return Quantized(codes, scales, shift, group, bits, zero)
 
 
 def round_activations(x):

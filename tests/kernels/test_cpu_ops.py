@@ -6,18 +6,22 @@ from cpu_models import ints, random_quantized, round_activations
 
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu.isa import choose
-from ruvon.kernels.ops import Dense, Quantized
+from ruvon.kernels.ops import Dense, Quantized, Stacked
 
 ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated")
 FORMATS = {
     "q4_1": {"bits": 4},
-    "q4_0": {"bits": 4, "offsets": "eight"},
+    "q4_0": {"bits": 4, "offsets": False, "zero": 8},
     "q4 without offsets": {"bits": 4, "offsets": False},
+    "q5_0": {"bits": 5, "offsets": False, "zero": 16},
+    "q5_1": {"bits": 5},
     "q8_0": {"bits": 8, "offsets": False},
-    "q5_k": {"bits": 8, "dtype": torch.float32},
-    "q6_k": {"bits": 8, "offsets": False, "group": 16},
+    "q4_k": {"bits": 4, "blocks": True},
+    "q5_k": {"bits": 5, "blocks": True},
+    "q6_k": {"bits": 6, "offsets": False, "group": 16, "zero": 32, "blocks": True},
+    "halves": {"bits": 8, "offsets": False, "group": 16},
     "groups of 64": {"bits": 4, "group": 64, "dtype": torch.float32},
-    "one scale a row": {"bits": 8, "offsets": False, "group": 192, "dtype": torch.float32},
+    "one scale a row": {"bits": 8, "offsets": False, "group": 256, "dtype": torch.float32},
 }
 
 
@@ -87,8 +91,8 @@ def test_dense_rows_do_not_depend_on_others(request, kernels, dtype):
 @pytest.mark.parametrize("name", FORMATS)
 @pytest.mark.parametrize("rows", [1, 3, 8, 13, 150])
 def test_quantized_linear(cpu, reference, name, rows):
-    weight = random_quantized(96, 192, **FORMATS[name])
-    x = torch.randn(rows, 192) * torch.rand(rows, 1) * 10
+    weight = random_quantized(96, 512, **FORMATS[name])
+    x = torch.randn(rows, 512) * torch.rand(rows, 1) * 10
     x[rows // 2, 32:64] = 0  # a group without a largest value
     packed, plain = cpu.ops.pack(weight), reference.pack(weight)
     expected = reference.linear(round_activations(x), plain, None, "none")
@@ -105,9 +109,9 @@ def test_epilogues(cpu, reference, activation, n):
     assert_close(cpu.ops.linear(x, packed, bias, activation), expected)
 
 
-@pytest.mark.parametrize("name", ["q4_1", "q5_k", "q6_k"])
+@pytest.mark.parametrize("name", ["q4_1", "q5_k", "q6_k", "q8_0"])
 def test_portable_kernels_give_the_same_bits(cpu, portable, name):
-    weight, x = random_quantized(64, 192, **FORMATS[name]), torch.randn(13, 192)
+    weight, x = random_quantized(64, 256, **FORMATS[name]), torch.randn(13, 256)
     outs = [
         kernels.ops.linear(x, kernels.ops.pack(weight), None, "silu_gated")
         for kernels in (cpu, portable)
@@ -115,12 +119,23 @@ def test_portable_kernels_give_the_same_bits(cpu, portable, name):
     assert torch.equal(*outs)
 
 
-def test_extreme_codes_do_not_overflow(cpu, reference):
+@pytest.mark.parametrize("activation", ["none", "relu", "silu_gated"])
+def test_parts_of_different_formats(cpu, reference, activation):
+    """As q, k and v of a Q4_K_M file."""
+    parts = (random_quantized(64, 256, **FORMATS["q4_k"]), random_quantized(48, 256, 8))
+    weight, bias, x = Stacked(parts), torch.randn(112), torch.randn(11, 256)
+    packed, plain = cpu.ops.pack(weight), reference.pack(weight)
+    expected = reference.linear(round_activations(x), plain, bias, activation)
+    assert_close(cpu.ops.linear(x, packed, bias, activation), expected)
+
+
+@pytest.mark.parametrize("name", ["q4_0", "q5_0", "q6_k", "q8_0"])
+def test_extreme_codes_do_not_overflow(cpu, reference, name):
     """The largest integers that a group can sum to."""
-    codes = torch.full((32, 64), -128, dtype=torch.int8)
-    codes[::2] = 127
-    weight = Quantized(codes, torch.ones(32, 2), None, 32, 8)
-    x = torch.full((2, 64), 1.0)
+    weight = random_quantized(32, 256, **FORMATS[name])
+    high = 127 if weight.bits == 8 else 2**weight.bits - 1
+    weight.codes_NK[::2], weight.codes_NK[1::2] = high, -128 if weight.bits == 8 else 0
+    x = torch.full((2, 256), 1.0)
     x[1] = -1.0
     expected = reference.linear(x, reference.pack(weight), None, "none")
     assert_close(cpu.ops.linear(x, cpu.ops.pack(weight), None, "none"), expected)
@@ -128,7 +143,7 @@ def test_extreme_codes_do_not_overflow(cpu, reference):
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_embed_reads_back_what_was_packed(cpu, name):
-    weight = random_quantized(70, 192, **FORMATS[name])
+    weight = random_quantized(70, 256, **FORMATS[name])
     ids = ints([0, 69, 17, 17, 33])
     got = cpu.ops.embed(ids, cpu.ops.pack(weight))
     assert_close(got, weight.dequantize()[ids], 1e-6)

@@ -12,7 +12,7 @@ from tiny import load, make_reference
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Dense, Quantized
+from ruvon.kernels.ops import Dense, Quantized, Stacked
 from ruvon.models.gguf import GgufFile
 from ruvon.models.quantize import SCHEMES, dequantize, stack, to_int4, to_int8
 from ruvon.models.quantize_search import AT_ONCE
@@ -136,6 +136,9 @@ def test_quantized_file_to_another_scheme(tmp_path, scheme):
     assert torch.equal(model.layers[0].down.weight.tensors[0], dequantize(want).weight_NK)
 
 
+ROWS = 32  # a unit of the kernels
+
+
 class TestStack:
     @pytest.fixture
     def parts(self, tmp_path):
@@ -143,30 +146,37 @@ class TestStack:
         tensors = {}
         for kind in kinds:
             blocks = 2 if kind.endswith("K") else 16
-            raw = random_blocks(GGMLQuantizationType[kind], rows=3, blocks=blocks)
+            raw = random_blocks(GGMLQuantizationType[kind], rows=ROWS, blocks=blocks)
             tensors[kind] = (raw, GGMLQuantizationType[kind])
         write_tensors(tmp_path / "x.gguf", tensors)
         file = GgufFile(tmp_path / "x.gguf")
-        return {kind: file.read(kind, (3, 512)) for kind in kinds}
+        return {kind: file.read(kind, (ROWS, 512)) for kind in kinds}
 
-    @pytest.mark.parametrize(
-        ("kinds", "bits", "group", "dtype"),
-        [
-            (("Q4_0", "Q4_1", "Q4_1"), 4, 32, torch.float16),
-            (("Q8_0", "Q8_0"), 8, 32, torch.float16),
-            (("Q4_K", "Q4_K", "Q6_K"), 8, 16, torch.float32),
-            (("Q5_K", "Q8_0", "Q4_1"), 8, 32, torch.float32),
-        ],
-    )
-    def test_formats_are_joined_exactly(self, parts, kinds, bits, group, dtype):
-        chosen = [parts[kind] for kind in kinds]
+    def test_one_format_stays_one(self, parts):
+        for kind in parts:
+            whole = stack([parts[kind]] * 3)
+            assert isinstance(whole, Quantized)
+            assert torch.equal(whole.dequantize(), parts[kind].dequantize().repeat(3, 1))
+            assert whole.blocks is None or len(whole.blocks) == 3 * ROWS
+
+    def test_formats_side_by_side_keep_their_bits(self, parts):
+        """As q, k and v of a Q4_K_M file do."""
+        chosen = [parts[kind] for kind in ("Q4_K", "Q4_K", "Q6_K")]
         whole = stack(chosen)
-        assert isinstance(whole, Quantized)
-        assert (whole.bits, whole.group, whole.scales.dtype) == (bits, group, dtype)
+        assert isinstance(whole, Stacked)
+        assert [part.bits for part in whole.parts] == [4, 6]
         assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in chosen]))
 
-    def test_offsets_only_where_needed(self, parts):
-        assert stack([parts["Q8_0"], parts["Q6_K"]]).offsets is None
+    def test_what_fills_no_unit_becomes_plain(self, parts):
+        few = replace(
+            parts["Q4_0"],
+            codes_NK=parts["Q4_0"].codes_NK[:5],
+            scales=parts["Q4_0"].scales[:5],
+        )
+        whole = stack([few, parts["Q8_0"]])
+        assert isinstance(whole, Dense)
+        want = torch.cat([few.dequantize(), parts["Q8_0"].dequantize()])
+        assert torch.equal(whole.weight_NK, want)
 
     def test_plain_part_makes_all_plain(self, parts):
         plain = torch.randn(2, 512).half()

@@ -16,7 +16,7 @@ Outside of `record`, every operation of `cpu.ops` computes at once, so tests can
 From the outside in: `tape` replays a program and `draw` has one for sampling, `recorder` writes one
 from a model's calls, `team` runs it on its threads, `program` says what an instruction is, `isa`
 what the CPU can do, `kinds` and `layout` how data lies in memory; `compiled` keeps machine code
-between starts. The kernels are in `jit`, and so is numba: they are imported to be compiled, no more.
+between starts. The kernels are in `jit`, and so is numba: only imported to be compiled.
 """
 
 from __future__ import annotations

@@ -27,6 +27,9 @@ log = structlog.get_logger(__name__)
 Key = tuple[str, int | None]
 """A kernel's name, and the kind of weight or cache it is made for if it has one (see `KINDS`)."""
 
+DIFFER_BY_ISA = ("linear", "attention")
+"""Kernels written for an instruction set; of the others LLVM makes the best it can."""
+
 FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds that the code of another version lies unused
 
 
@@ -114,9 +117,6 @@ class Compiled:
     def __init__(self, isa: Isa) -> None:
         self._isa = isa
         self._store = open_store()
-        self._target = hashlib.sha256(
-            f"{binding.get_host_cpu_name()} {isa} {target_features(isa)}".encode()
-        ).hexdigest()[:8]
         self._engine = empty_engine()
         self._addresses: dict[Key, int] = {}
 
@@ -129,9 +129,14 @@ class Compiled:
             self._addresses[key] = self._load(key)
         return self._addresses[key]
 
+    def _target(self, key: Key) -> str:
+        """What tells apart code for one CPU from code for another."""
+        written_for = self._isa.name if key[0] in DIFFER_BY_ISA else "any"
+        return digest(f"{binding.get_host_cpu_name()} {written_for} {target_features(self._isa)}")
+
     def _load(self, key: Key) -> int:
         symbol = "_".join(str(part) for part in ("ruvon", *key) if part is not None)
-        name = f"{symbol}-{self._target}.o"
+        name = f"{symbol}-{self._target(key)}.o"
         code = self._store.read(name)
         if code is None:
             from ruvon.kernels.cpu.jit.build import build  # imports numba, which takes a second
@@ -141,6 +146,10 @@ class Compiled:
         self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         return int(self._engine.get_function_address(symbol))
+
+
+def digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def empty_engine() -> binding.ExecutionEngine:

@@ -104,9 +104,7 @@ def choose(name: str | None) -> Isa:
     for isa in known:
         if isa.name == name:
             return isa
-    raise ConfigError(
-        f"kernels 'cpu-{name}': this CPU has {', '.join(isa.name for isa in known)}"
-    )
+    raise ConfigError(f"--cpu-isa {name}: this CPU has {', '.join(isa.name for isa in known)}")
 
 
 def target_features(isa: Isa) -> str:

@@ -11,6 +11,8 @@ from ruvon.kernels.cpu.program import Field
 LANES = 16  # rows of weight in a tile, floats in a vector of the kernels
 ROWS = 8  # rows of activations that are packed together
 GROUP = 32  # values along k that are packed together, with one scale if quantized
+VECTORS = 8  # of four codes a lane, in a group
+SUPER = 8  # groups whose scales are small integers that one number multiplies
 
 
 class Form(Enum):
@@ -41,10 +43,10 @@ SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
 class TileKind:
     """How a weight is stored."""
 
-    storage: Literal["q4", "q5", "q6", "q8", "f32", "f16", "bf16"]  # q: codes of so many bits
+    storage: str  # "f32", "f16", "bf16", or codes: "q4", "q5", "q6", "q8"
     offsets: bool = False  # q: value = (stored code - zero) * scale + offset
     zero: int = 0  # q: what to take from a stored code
-    scales: Literal["f16", "f32", "two"] = "f16"  # q: "two": see `SUPER`
+    scales: Literal["f16", "f32", "two"] = "f16"  # q: "two": int8, times a float16
     half: bool = False  # q: a scale for each 16 values, not 32
     pairs: bool = False  # bf16: two k side by side, for the CPU's dot product of bfloat16
 
@@ -85,9 +87,15 @@ class TileKind:
         """Bytes of codes, or of plain values, of a tile for one step."""
         return LANES * self.step * self.bits // 8
 
+    @property
+    def super_bytes(self) -> int:
+        """Bytes of what multiplies the scales, and the offsets, of `SUPER` groups of a tile."""
+        return 2 * LANES * (2 if self.offsets else 1) if self.scales == "two" else 0
+
     def tile_bytes(self, steps: int) -> int:
         """Bytes of a whole tile: the codes of all steps, then their scales, to a cache line."""
-        return -(-steps * (self.step_bytes + self.group_scale_bytes) // 64) * 64
+        size = steps * (self.step_bytes + self.group_scale_bytes)
+        return -(-(size + -(-steps // SUPER) * self.super_bytes) // 64) * 64
 
 
 KINDS: tuple[TileKind, ...] = (
@@ -103,6 +111,11 @@ KINDS: tuple[TileKind, ...] = (
             ("q8", False, 128),
         )
     ),
+    TileKind("q5", offsets=True),
+    TileKind("q5", zero=16),
+    TileKind("q4", offsets=True, scales="two"),
+    TileKind("q5", offsets=True, scales="two"),
+    TileKind("q6", zero=32, scales="two", half=True),
     TileKind("f32"),
     TileKind("f16"),
     TileKind("bf16"),

@@ -5,10 +5,14 @@ holds its codes step by step along k, sixteen rows side by side, then the scales
 
     4 bits   a group of 32 k is 4 x 64 bytes: vector q, lane r, byte j holds row r's codes of
              k = 8q + j (low half) and k = 8q + 4 + j (high half)
+    5, 6     the lower four bits as above, then one or two vectors with the others: of vector v,
+    bits     those of k = 4q + j are at bit q - 8v, or at bits 2 (q - 4v), of lane r, byte j
     8 bits   a group is 8 x 64 bytes: vector q, lane r, byte j is row r's code of k = 4q + j, + 128
     dense    each k is 16 numbers; of bfloat16 for the CPU's dot product, each two k are 16 pairs
 
-N is padded to 32, K to 32, with zeros, so kernels meet no tails.
+Where scales are small integers, what multiplies those of eight groups stands behind them all: a
+float16 for each row, and another for offsets. N is padded to 32, K to 32, with zeros, so kernels
+meet no tails.
 
 **Activations** are packed by 8 rows, in one of the forms of `kinds`: quantized, a group of 32 k is
 8 x 48 bytes, or 8 x 80 with codes of 16 bits, of each four the first, the third, the second and the
@@ -22,12 +26,14 @@ a score), values by sixteens of dims as ``[P, 16]``.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, TileKind
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, VECTORS, TileKind
 from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input
@@ -56,13 +62,19 @@ def pad(x: Tensor, rows: int, columns: int) -> Tensor:
 
 
 def pack(weight: Weight, dense_dtype: torch.dtype | None, bf16: bool) -> Packed:
-    """Lay a weight out in tiles. ``dense_dtype`` converts dense weights; None keeps them.
+    """Lay a weight out in tiles, each part of a stacked one by itself. ``dense_dtype`` converts
+    dense weights; None keeps them.
 
     ``bf16`` says whether the CPU has a dot product of bfloat16.
     """
     if isinstance(weight, Dense):
         return pack_dense(weight.weight_NK, dense_dtype, bf16)
-    return pack_quantized(weight)
+    if isinstance(weight, Quantized):
+        return pack_quantized(weight)
+    parts = [pack_quantized(part) for part in weight.parts]
+    rows = sum(part.shape[0] for part in parts)
+    tiles = tuple(tensor for part in parts for tensor in part.tensors)
+    return Packed(",".join(part.kind for part in parts), (rows, parts[0].shape[1]), tiles)
 
 
 def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Packed:
@@ -78,23 +90,36 @@ def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Pack
 
 
 def pack_quantized(weight: Quantized) -> Packed:
-    scales, offsets = regroup(weight)
-    zero = 128 if weight.bits == 8 else 0
-    if zero == 0 and offsets is not None and torch.equal(offsets, -8 * scales):
-        zero, offsets = 8, None
-    wide = weight.scales.dtype != torch.float16 and not all(
-        torch.equal(table.half().float(), table) for table in (scales, offsets) if table is not None
-    )
-    storage = "q4" if weight.bits == 4 else "q8"
+    scales, offsets = spread_scales(weight)
     codes = pad(weight.codes_NK, COLUMNS, GROUP)
     n, k = codes.shape
-    half = scales.shape[1] > k // GROUP
-    kind = TileKind(storage, offsets is not None, zero, "f32" if wide else "f16", half)
+    kind = TileKind(
+        storage=f"q{weight.bits}",
+        offsets=offsets is not None,
+        zero=128 if weight.bits == 8 else weight.zero,
+        scales="two" if weight.blocks is not None else smallest(scales, offsets),
+        half=scales.shape[1] > k // GROUP,
+    )
     memory, packed = new_tiles(kind, weight.codes_NK.shape, n, k)
-    code_bytes = k // GROUP * kind.step_bytes
-    write_codes(codes, memory[:, :code_bytes], kind)
-    write_scales(scales, offsets, memory[:, code_bytes:], kind)
+    sizes = [k // GROUP * kind.step_bytes, k // GROUP * kind.group_scale_bytes]
+    for_codes, for_scales, rest = memory.tensor_split([sizes[0], sum(sizes)], dim=1)
+    write_codes(codes, for_codes, kind)
+    write_scales(scales, offsets, for_scales, kind)
+    if weight.blocks is not None:
+        blocks = pad(weight.blocks.flatten(1), COLUMNS, 1).view(torch.int16)
+        blocks = blocks.unflatten(0, (-1, LANES)).transpose(1, 2)
+        rest[:, : blocks[0].numel() * 2].view(torch.int16).view(blocks.shape).copy_(blocks)
     return packed
+
+
+def smallest(*tables: Tensor | None) -> Literal["f16", "f32"]:
+    """The type that holds these numbers exactly."""
+    fit = (
+        table.dtype == torch.float16 or torch.equal(table.half().float(), table)
+        for table in tables
+        if table is not None
+    )
+    return "f16" if all(fit) else "f32"
 
 
 def new_tiles(kind: TileKind, shape: torch.Size, n: int, k: int) -> tuple[Tensor, Packed]:
@@ -104,9 +129,9 @@ def new_tiles(kind: TileKind, shape: torch.Size, n: int, k: int) -> tuple[Tensor
     return memory, Packed(str(KINDS.index(kind)), (shape[0], shape[1]), (memory,))
 
 
-def regroup(weight: Quantized) -> tuple[Tensor, Tensor | None]:
-    """float32 scales and offsets for each 32 values (each 16 if the weight's groups need it),
-    padded like the weight. Scales of larger groups are repeated."""
+def spread_scales(weight: Quantized) -> tuple[Tensor, Tensor | None]:
+    """Scales and offsets for each 32 values (each 16 if the weight's groups need it), padded like
+    the weight. Those of larger groups are repeated."""
     k, group = weight.codes_NK.shape[1], weight.group
     unit = GROUP if group % GROUP == 0 or group >= k else GROUP // 2
     if group % unit and group < k:
@@ -114,11 +139,10 @@ def regroup(weight: Quantized) -> tuple[Tensor, Tensor | None]:
     columns = round_up(k, GROUP) // unit
 
     def spread(table: Tensor) -> Tensor:
-        wide = table.float()
         if group > unit:
-            wide = wide.repeat_interleave(-(-group // unit), dim=1)[:, :columns]
-        padding = (0, columns - wide.shape[1], 0, -wide.shape[0] % COLUMNS)
-        return torch.nn.functional.pad(wide, padding) if any(padding) else wide
+            table = table.repeat_interleave(-(-group // unit), dim=1)[:, :columns]
+        padding = (0, columns - table.shape[1], 0, -table.shape[0] % COLUMNS)
+        return torch.nn.functional.pad(table, padding) if any(padding) else table
 
     return spread(weight.scales), None if weight.offsets is None else spread(weight.offsets)
 
@@ -126,23 +150,34 @@ def regroup(weight: Quantized) -> tuple[Tensor, Tensor | None]:
 def write_codes(codes_NK: Tensor, memory: Tensor, kind: TileKind) -> None:
     """Four codes along k, in one 32-bit word, stay together all the way."""
     words = codes_NK.view(torch.int32).unflatten(0, (-1, LANES))  # tile, row, word
-    if kind.storage == "q4":
-        low, high = words.unflatten(2, (-1, 2)).unbind(-1)
-        words = low | (high << 4)
-    else:
+    if kind.bits == 8:
         words = words ^ int(np.array(0x80808080, np.uint32).view(np.int32))
+    else:
+        words = split_codes(words.unflatten(2, (-1, VECTORS)), kind.bits - 4).flatten(2)
     memory.view(torch.int32).unflatten(1, (-1, LANES)).copy_(words.transpose(1, 2))
+
+
+def split_codes(words: Tensor, extra: int) -> Tensor:
+    """Eight words of codes of 4 and ``extra`` bits [..., 8] as four of lower halves, side by side,
+    and as many as there are extra bits."""
+    low, high = (words & 0x0F0F0F0F).unflatten(-1, (-1, 2)).unbind(-1)
+    planes = [low | (high << 4)]
+    if extra:
+        more = ((words >> 4) & 0x0F0F0F0F).unflatten(-1, (extra, -1))
+        shifts = torch.arange(0, 8, extra, dtype=torch.int32)
+        planes.append((more << shifts).sum(-1, dtype=torch.int32))
+    return torch.cat(planes, dim=-1)
 
 
 def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: TileKind) -> None:
     """For each group of a tile its scales, then its offsets."""
     tables = [scales] if offsets is None else [scales, offsets]
-    dtype = torch.float32 if kind.scales == "f32" else torch.float16
+    dtype = {"f16": torch.float16, "f32": torch.float32, "two": torch.int8}[kind.scales]
     x = torch.stack([table.unflatten(0, (-1, LANES)) for table in tables], dim=-1)
     x = x.unflatten(2, (-1, kind.scales_per_group)).permute(0, 2, 4, 3, 1)  # ..., table, part, row
-    size = x[0].numel() * dtype.itemsize
-    memory[:, :size].view(dtype).view(x.shape).copy_(x)
+    memory.view(dtype).view(x.shape).copy_(x)
 
 
-def kind_of(weight: Packed) -> TileKind:
-    return KINDS[int(weight.kind)]
+def parts_of(weight: Packed) -> list[tuple[int, Tensor]]:
+    """The kind, as an index of `KINDS`, and the tiles of each of its parts."""
+    return [*zip(map(int, weight.kind.split(",")), weight.tensors, strict=True)]

@@ -29,12 +29,13 @@ from ruvon.kernels.cpu.kinds import (
     F16_CACHE,
     F32_CACHE,
     GROUP,
+    KINDS,
     LANES,
     ROWS,
     Form,
     TileKind,
 )
-from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, kind_of, round_up
+from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.program import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Field, Param
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
@@ -90,7 +91,7 @@ class Pool:
 
 @dataclass(slots=True)
 class Recording:
-    """A program in the making, for steps of at most ``capacity`` rows, on CPUs that have ``isa``."""
+    """A program in the making, for steps of at most ``capacity`` rows, for ``isa``."""
 
     capacity: dict[Param, int]
     isa: Isa
@@ -211,15 +212,15 @@ class Recording:
             Field.OUT_STRIDE: out.stride,
             Field.WIDTH: out.width,
         }
-        self.append(("embed", int(table.kind)), out.rows, {**fields, **self._weight(table)})
+        ((kind, tiles),) = parts_of(table)
+        self.append(("embed", kind), out.rows, fields | self._tiles(kind, tiles, out.width))
         return self.hand_out(out)
 
-    def _weight(self, weight: Packed) -> dict[Field, int]:
-        kind, (tiles,) = kind_of(weight), weight.tensors
+    def _tiles(self, kind: int, tiles: Tensor, columns: int) -> dict[Field, int]:
         return {
             Field.WEIGHT: self.keep(tiles),
             Field.TILE_BYTES: tiles.stride(0),
-            Field.STEPS: round_up(weight.shape[1], GROUP) // kind.step,
+            Field.STEPS: round_up(columns, GROUP) // KINDS[kind].step,
         }
 
     def add(self, x_TC: Tensor, y_TC: Tensor) -> Tensor:
@@ -292,24 +293,34 @@ class Recording:
     def linear(
         self, x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Activation
     ) -> Tensor:
-        x, kind = self.value_of(x_TK), kind_of(weight)
+        x, parts = self.value_of(x_TK), parts_of(weight)
         gated = activation == "silu_gated"
         width = weight.shape[0] // 2 if gated else weight.shape[0]
-        if gated and width % COLUMNS:  # gate and partner do not start at whole tiles
-            both = self.linear(x_TK, weight, bias_N, "none")
+        stacked = len(parts) > 1
+        if (gated and width % COLUMNS) or (stacked and activation != "none"):
+            both = self.linear(x_TK, weight, bias_N, "none")  # gate and partner do not match
             return self._activate(both, width, activation)
-        fields = self._weight(weight) | {
-            Field.X: self.packed(x, kind),
-            Field.BIAS: self.constant(bias_N),
-            Field.ACTIVATION: ACTIVATIONS[activation],
-            Field.COUNT: PANELS[x.rows],
-            Field.PER_COUNT: round_up(width, COLUMNS) // COLUMNS,
-            Field.WIDTH: width,
-        }
-        if gated:
-            fields[Field.GATE_BYTES] = width // LANES * fields[Field.TILE_BYTES]
-        out = self.new(x.rows, width, packable=True)
-        out.source = self.append(("linear", int(weight.kind)), x.rows, fields)
+        out = self.new(x.rows, width, packable=not stacked)
+        bias, first = self.constant(bias_N), 0
+        for kind, tiles in parts:
+            rows = min(width - first, tiles.shape[0] * LANES) if stacked else width
+            fields = self._tiles(kind, tiles, weight.shape[1]) | {
+                Field.X: self.packed(x, KINDS[kind]),
+                Field.BIAS: bias and bias + 4 * first,
+                Field.ACTIVATION: ACTIVATIONS[activation],
+                Field.COUNT: PANELS[x.rows],
+                Field.PER_COUNT: round_up(rows, COLUMNS) // COLUMNS,
+                Field.WIDTH: rows,
+            }
+            if gated:
+                fields[Field.GATE_BYTES] = width // LANES * fields[Field.TILE_BYTES]
+            if stacked:
+                fields[Field.OUT] = out.floats.data_ptr() + 4 * first
+                fields[Field.OUT_STRIDE] = out.stride
+            made = self.append(("linear", kind), x.rows, fields)
+            first += rows
+        if not stacked:
+            out.source = made
         return self.hand_out(out)
 
     def _activate(self, x_TN: Tensor, width: int, activation: Activation) -> Tensor:

@@ -301,29 +301,33 @@ def make_spans(cache, isa):
     def score_rows(many, scratch, x, steps, out, rows):
         at = scratch + ADDRESSES
         for row in range(0, rows, most):
-            x_row, out_row, count = x + row * ROW_BYTES, out + row * SPAN_BYTES, min(most, rows - row)
+            x_row, out_row, count = (
+                x + row * ROW_BYTES,
+                out + row * SPAN_BYTES,
+                min(most, rows - row),
+            )
             if many:
                 attend_tiles(
                     isa, F32_CACHE, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count
                 )
             else:
-                attend_tiles(
-                    isa, cache, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count
-                )
+                attend_tiles(isa, cache, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count)
 
     @helper
     def mix_rows(many, scratch, x, steps, out, rows):
         at = scratch + ADDRESSES
         for row in range(0, rows, most):
-            x_row, out_row, count = x + row * SPAN_BYTES, out + row * ROW_BYTES, min(most, rows - row)
+            x_row, out_row, count = (
+                x + row * SPAN_BYTES,
+                out + row * ROW_BYTES,
+                min(most, rows - row),
+            )
             if many:
                 attend_tiles(
                     isa, F32_CACHE, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count
                 )
             else:
-                attend_tiles(
-                    isa, cache, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count
-                )
+                attend_tiles(isa, cache, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count)
 
     @helper
     def score_span(instruction, scratch, table, group, at, skipped, keys, rows):

@@ -1,11 +1,11 @@
 """Products of bytes, added up by fours into 16 exact integers: what each instruction set does best.
 
-    vpdpbusd   one instruction multiplies unsigned by signed bytes and adds fours of them to int32
-    maddubs    one adds pairs of such products into int16; as many of those as cannot overflow are
-               added up, then one more instruction makes int32 of pairs. Eight bits would overflow
-               at once: such codes are multiplied in 16 bits
-    usdot      as vpdpbusd, on Arm; sdot: both signed
-    plain      bytes widened, multiplied and added like any integers
+vpdpbusd   one instruction multiplies unsigned by signed bytes and adds fours of them to int32
+maddubs    one adds pairs of such products into int16; as many of those as cannot overflow are
+           added up, then one more instruction makes int32 of pairs. Eight bits would overflow
+           at once: such codes are multiplied in 16 bits
+usdot      as vpdpbusd, on Arm; sdot: both signed
+plain      bytes widened, multiplied and added like any integers
 """
 
 from __future__ import annotations
@@ -27,10 +27,9 @@ from ruvon.kernels.cpu.jit.simd import (
     splat,
     vector,
 )
-from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, TOTAL, TileKind
+from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, TOTAL, VECTORS, TileKind
 
 I32V, F32V = vector(I32), vector(F32)
-VECTORS = 8  # of four codes a lane, in a group
 
 
 def constant(value: int, lanes: int = LANES) -> ir.Constant:
@@ -66,7 +65,19 @@ class Group:
         if self.kind.bits == 8:
             return b.xor(self.load(q), constant(0x80808080)) if self.signed else self.load(q)
         pair = self.load(q // 2)
-        return b.and_(b.lshr(pair, constant(4)) if q % 2 else pair, constant(0x0F0F0F0F))
+        low = b.and_(b.lshr(pair, constant(4)) if q % 2 else pair, constant(0x0F0F0F0F))
+        return b.or_(low, self.upper(q)) if self.kind.bits > 4 else low
+
+    def upper(self, q: int) -> ir.Value:
+        """What counts 16 and more of a code of 5 or 6 bits."""
+        b, extra = self.b, self.kind.bits - 4
+        each = VECTORS // extra  # of such parts in a vector
+        shift = 4 - q % each * extra
+        words = self.load(VECTORS // 2 + q // each)
+        if shift:
+            move, by = (b.shl, shift) if shift > 0 else (b.lshr, -shift)
+            words = move(words, constant(by))
+        return b.and_(words, constant(0x01010101 * ((1 << extra) - 1 << 4)))
 
 
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
@@ -159,7 +170,7 @@ def madd(b: ir.IRBuilder, names: dict[int, str], x: ir.Value, y: ir.Value) -> ir
 
 def most_in_words(bits: int) -> int:
     """How many sums of two products of a code and an activation an int16 is sure to hold."""
-    return (2**15 - 1) // (2 * 127 * (2**bits - 1))
+    return int((2**15 - 1) // (2 * 127 * (2**bits - 1)))
 
 
 def madd_bytes(
@@ -209,9 +220,7 @@ def splat_words(value: int) -> ir.Constant:
     return ir.Constant(vector(I16, 2 * LANES), [value] * 2 * LANES)
 
 
-def splat_bytes(
-    b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8
-) -> ir.Value:
+def splat_bytes(b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8) -> ir.Value:
     """Four bytes from memory, again and again through a register."""
     lanes = splat(b, load_as(b, address, I32, 4), width // 4)
     return b.bitcast(lanes, vector(element, 8 * width // element.width))

@@ -21,6 +21,8 @@ from ruvon.kernels.cpu.program import (
     Param,
 )
 
+AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
+
 
 @helper
 def finish_row(instruction, sums, row, column):
@@ -77,10 +79,11 @@ def make_linear(kind, isa):
 
     @helper
     def multiply(w, x, steps, out, out_stride, rows, fetch):
-        """One tile by up to `ROWS` rows; those that come first fetch what comes next."""
+        """One tile by some rows; those that come first fetch what comes next."""
         for row in range(0, rows, most):
-            count, at = min(most, rows - row), out + row * out_stride
-            multiply_tile(isa, kind, w, x + row * x_row, steps, at, out_stride, count, fetch)
+            at = x + row // ROWS * steps * x_step + row % ROWS * x_row
+            count = min(most, rows - row)
+            multiply_tile(isa, kind, w, at, steps, out + row * out_stride, out_stride, count, fetch)
             fetch = w
 
     def linear(instruction, params, start, stop, scratch):
@@ -95,8 +98,8 @@ def make_linear(kind, isa):
             w = get(instruction, Field.WEIGHT) + 2 * column * tile_bytes
             fetch = next_tiles(scratch, unit, w, 2 * tile_bytes)
             partner = next_tiles(scratch, unit, w + gate, 2 * tile_bytes) if gate != 0 else 0
-            for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), ROWS):
-                count = min(ROWS, rows - first)
+            for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), AT_ONCE):
+                count = min(AT_ONCE, rows - first)
                 x = get(instruction, Field.X) + first // ROWS * steps * x_step
                 sums = scratch
                 if plain:

@@ -6,6 +6,7 @@ A unit of work is one row, in all of them (see `program`).
 from __future__ import annotations
 
 import numpy as np
+
 from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
@@ -22,6 +23,7 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f16,
     read_f32,
     read_f64,
+    read_i8,
     read_i32,
     read_u8,
     splat16,
@@ -31,7 +33,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, Form
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, SUPER, Form
 from ruvon.kernels.cpu.program import GELU, GELU_TANH, RELU, SILU, SILU_GATED, Field
 
 INT8_BYTES, INT16_BYTES, BF16_BYTES = (
@@ -220,29 +222,54 @@ def take(instruction, params, start, stop, scratch):
             store(out + c, load(x + c))
 
 
-@helper
-def table_number(address, lane, wide):
-    return read_f32(address + 4 * lane) if wide else read_f16(address + 2 * lane)
+def make_coded_value(kind):
+    """The function that reads one value of a quantized tile (see `layout`)."""
+    bits, zero, half, offsets = kind.bits, kind.zero, kind.half, kind.offsets
+    step_bytes, group_bytes, table_bytes = (
+        kind.step_bytes, kind.group_scale_bytes, kind.table_bytes
+    )  # fmt: skip
+    extra, parts, super_bytes = max(bits - 4, 1), kind.scales_per_group, kind.super_bytes
+    two, single = kind.scales == "two", kind.scales == "f32"
+    lower = np.int64(15)
 
+    @helper
+    def code_at(codes, lane, within):
+        """The code of the k that is ``within`` the group at ``codes``."""
+        q, place = within // 4, lane * 4 + within % 4
+        if bits == 8:
+            return read_u8(codes + q * 64 + place)
+        code = read_u8(codes + q // 2 * 64 + place) >> (q % 2 * 4) & lower
+        if bits > 4:
+            each = 8 // extra
+            byte = read_u8(codes + 256 + q // each * 64 + place)
+            code += (byte >> (q % each * extra) & ((1 << extra) - 1)) << 4
+        return code
 
-@helper
-def coded_value(tile, lane, steps, k, four_bits, zero, has_offsets, wide, half):
-    """One value of a quantized tile (see `layout`)."""
-    group, within = k // 32, k % 32
-    if four_bits:
-        byte = read_u8(tile + group * 256 + within // 8 * 64 + lane * 4 + within % 4)
-        code = (byte >> 4) if within % 8 >= 4 else (byte & 15)
-    else:
-        code = read_u8(tile + group * 512 + within // 4 * 64 + lane * 4 + within % 4)
-    table_bytes, parts, part = 64 if wide else 32, 1, 0
-    if half:
-        parts, part = 2, within // 16
-    tables = tile + steps * (256 if four_bits else 512)
-    tables += group * table_bytes * parts * (2 if has_offsets else 1)
-    value = np.float32(code - zero) * table_number(tables + part * table_bytes, lane, wide)
-    if has_offsets:
-        value += table_number(tables + (parts + part) * table_bytes, lane, wide)
-    return value
+    @helper
+    def table_number(tables, over, lane, table, part):
+        """A scale (``table`` 0) or an offset (1)."""
+        number = table * parts + part
+        if two:
+            by = read_f16(over + table * 32 + 2 * lane)
+            return np.float32(read_i8(tables + number * table_bytes + lane)) * by
+        if single:
+            return read_f32(tables + number * table_bytes + 4 * lane)
+        return read_f16(tables + number * table_bytes + 2 * lane)
+
+    @helper
+    def coded_value(tile, lane, steps, k):
+        group, within = k // 32, k % 32
+        part = within // 16 if half else 0
+        tables = tile + steps * step_bytes
+        over = tables + steps * group_bytes + group // SUPER * super_bytes
+        tables += group * group_bytes
+        code = code_at(tile + group * step_bytes, lane, within)
+        value = np.float32(code - zero) * table_number(tables, over, lane, 0, part)
+        if offsets:
+            value += table_number(tables, over, lane, 1, part)
+        return value
+
+    return coded_value
 
 
 @helper
@@ -259,8 +286,7 @@ def dense_value(tile, lane, k, single, brain, pairs):
 def make_embed(kind, isa):
     """The kernel that reads rows out of a table in tiles of this kind."""
     form = KINDS[kind]
-    quantized, four_bits, zero = form.quantized, form.storage == "q4", form.zero
-    has_offsets, wide, half = form.offsets, form.scales == "f32", form.half
+    quantized, coded_value = form.quantized, make_coded_value(form)
     single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
 
     def embed(instruction, params, start, stop, scratch):
@@ -272,9 +298,7 @@ def make_embed(kind, isa):
             out = get(instruction, Field.OUT) + row * get(instruction, Field.OUT_STRIDE)
             for k in range(width):
                 if quantized:
-                    value = coded_value(
-                        tile, token % 16, steps, k, four_bits, zero, has_offsets, wide, half
-                    )
+                    value = coded_value(tile, token % 16, steps, k)
                 else:
                     value = dense_value(tile, token % 16, k, single, brain, pairs)
                 write_f32(out + 4 * k, value)

@@ -26,6 +26,7 @@ from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
     F32,
+    I8,
     I16,
     I32,
     I64,
@@ -43,7 +44,7 @@ from ruvon.kernels.cpu.jit.simd import (
     vector,
     widen,
 )
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, ROWS, SCALE, Form, TileKind
+from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, ROWS, SCALE, SUPER, Form, TileKind
 
 F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
@@ -53,9 +54,10 @@ def counted_loop(
     b: ir.IRBuilder,
     count: ir.Value,
     start: list[ir.Value],
-    body: Callable[[list[ir.Value]], list[ir.Value]],
+    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
 ) -> list[ir.Value]:
-    """``count`` (at least 1) turns of ``body``, which maps the carried values to their next."""
+    """``count`` (at least 1) turns of ``body``, which maps the number of the turn and the carried
+    values to their next."""
     before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
     b.branch(loop)
     b.position_at_end(loop)
@@ -64,7 +66,7 @@ def counted_loop(
     carried = [b.phi(value.type) for value in start]
     for phi, value in zip(carried, start, strict=True):
         phi.add_incoming(value, before)
-    following = body(carried)
+    following = body(turn, carried)
     next_turn = b.add(turn, number(1))
     for phi, value in zip((turn, *carried), (next_turn, *following), strict=True):
         phi.add_incoming(value, b.block)
@@ -73,11 +75,22 @@ def counted_loop(
     return following
 
 
-def load_scales(b: ir.IRBuilder, s: ir.Value, kind: TileKind) -> list[ir.Value]:
-    """The scales of one group (two if halves), then its offsets if there are any."""
-    element = vector(F32 if kind.scales == "f32" else F16)
-    places = (offset(b, s, i * kind.table_bytes) for i in range(kind.tables))
-    return [widen(b, load_as(b, place, element, 32)) for place in places]
+def load_scales(b: ir.IRBuilder, kind: TileKind, s: ir.Value, over: ir.Value) -> list[ir.Value]:
+    """The scales of one group (two if halves), then its offsets if there are any. What multiplies
+    them, if something does, is at ``over``: products of such numbers are exact."""
+    places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
+    if kind.scales != "two":
+        element = vector(F32 if kind.scales == "f32" else F16)
+        return [widen(b, load_as(b, place, element, 32)) for place in places]
+    by = [
+        widen(b, load_as(b, offset(b, over, at), vector(F16), 32))
+        for at in range(0, kind.super_bytes, 2 * LANES)
+    ]
+    small = (b.sext(load_as(b, place, vector(I8), 16), vector(I32)) for place in places)
+    return [
+        b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
+        for number, x in enumerate(small)
+    ]
 
 
 def quantized_step(
@@ -85,13 +98,13 @@ def quantized_step(
     isa: Isa,
     kind: TileKind,
     w: ir.Value,
-    s: ir.Value,
+    scales: list[ir.Value],
     x: ir.Value,
     outs: list[ir.Value],
 ) -> list[ir.Value]:
     """One group of k for all rows. Rows' groups lie behind each other from x on."""
     form = isa.form(kind)
-    group, scales = Group(b, isa, kind, w), load_scales(b, s, kind)
+    group = Group(b, isa, kind, w)
     following = []
     for rows in isa.in_turn(range(len(outs))):
         blocks = [offset(b, x, row * form.group_bytes) for row in rows]
@@ -193,11 +206,15 @@ def emit_product(
     """The sums of ``rows`` rows of packed activations by one tile."""
     x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
 
-    def body(carried: list[ir.Value]) -> list[ir.Value]:
+    scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
+    over = b.add(scales, b.mul(steps, number(kind.group_scale_bytes)))
+
+    def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, fetch, *outs = carried
         emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
-            outs = quantized_step(b, isa, kind, w, s, x, outs)
+            at = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
+            outs = quantized_step(b, isa, kind, w, load_scales(b, kind, s, at), x, outs)
         elif kind.pairs:
             outs = pairs_step(b, w, x, outs)
         else:
@@ -211,14 +228,11 @@ def emit_product(
             *outs,
         ]
 
-    scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
     _, _, _, _, *outs = counted_loop(b, steps, [w, scales, x, fetch, *[ZEROS] * rows], body)
     return outs
 
 
-def for_each_count(
-    b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[int], None]
-) -> None:
+def for_each_count(b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[int], None]) -> None:
     """A copy of the code for each number of rows from 1 to ``most``, and a jump to the right
     one."""
     done = b.append_basic_block("done")
@@ -271,7 +285,7 @@ def emit_attend(
     """``places`` (rows by tiles) = or += products of rows of plain floats with tiles."""
     element_bytes = LANES * (4 if storage == "f32" else 2)
 
-    def body(carried: list[ir.Value]) -> list[ir.Value]:
+    def body(_turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         at, *rest = carried
         here, sums = rest[: len(tiles)], rest[len(tiles) :]
         sums = dense_step(b, here, [b.add(row, at) for row in x_rows], sums, storage)
@@ -318,6 +332,4 @@ def attend_tiles(typing, isa, kind, fresh, x_stride, out_stride, addresses, x, s
     def emit(b, _i, _k, _f, _x, _o, *arguments):
         outlined(b, f"attend_{storage}_{x_bytes}_{out_bytes}_{new}", [*arguments], body)
 
-    return define(
-        types.void, (isa, kind, fresh, x_stride, out_stride, *(types.intp,) * 5), emit
-    )
+    return define(types.void, (isa, kind, fresh, x_stride, out_stride, *(types.intp,) * 5), emit)
