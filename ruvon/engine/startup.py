@@ -29,6 +29,7 @@ from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
+from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
@@ -213,8 +214,9 @@ def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """The size of its weights on disk; 0 if it has none."""
     path = checkpoint.path
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    if checkpoint.format == "safetensors":
+        return sum(file.stat().st_size for file in weight_files(path) if file.exists())
+    return path.stat().st_size if path.is_file() else 0
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

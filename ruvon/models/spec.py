@@ -61,6 +61,8 @@ def spec_from_config(
     architecture = _architecture(config)
     if method := (config.get("quantization_config") or {}).get("quant_method"):
         raise LoadError(f"config.json: quantization_config {method!r} is not supported")
+    if named := config.get("transformers_weights"):
+        raise LoadError(f"config.json: transformers_weights {named!r} is not supported")
     ends = _ids(config.get("eos_token_id")) + _ids((generation or {}).get("eos_token_id"))
     common: dict[str, Any] = {
         "architecture": architecture,

@@ -136,6 +136,7 @@ def test_architecture_by_model_type():
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq'"),
+        ({**LLAMA, "transformers_weights": "x.safetensors"}, "transformers_weights"),
         ({**LLAMA, "num_key_value_heads": 3}, "4 attention heads do not divide over 3"),
         (
             {**QWEN, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
