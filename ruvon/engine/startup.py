@@ -105,7 +105,8 @@ def assemble(
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
         free_bytes=free_for_cache(backend.ops, config, model.spec),
     )
-    eos_token_ids = tuple(dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids)))
+    ends = dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids))
+    eos_token_ids = tuple(id for id in ends if 0 <= id < model.spec.vocab_size)
     runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
     ending.callback(runner.close)
     progress("warming up", 0.0)
