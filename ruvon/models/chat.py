@@ -143,9 +143,8 @@ class ChatFormat:
         self._sources = sources
         self._templates = {name: compile_template(source) for name, source in sources.items()}
         named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
-        self._named = {
-            name: tokenizer.token_text(id) for name, id in named.items() if id is not None
-        }
+        declared = {name: tokenizer.token_text(id) for name, id in named.items() if id is not None}
+        self._named = {**declared, **tokenizer.named_tokens}
         self._knows_developer = any("developer" in source for source in sources.values())
         texts = tokenizer.special_texts
         self._beginnings = frozenset(text[:size] for text in texts for size in range(1, len(text)))

@@ -129,8 +129,13 @@ def _read(metadata: Mapping[str, Any]) -> Vocab:
     eos = _id(metadata, "eos", 2 if has_usual else None, size)
     surround(backend, _stated(metadata, "bos", bos, add_bos), _stated(metadata, "eos", eos, False))
     ends = [_id(metadata, name, None, size) for name in END_KEYS]
+    named = {"bos_token": bos, "eos_token": eos}
     return Vocab(
-        backend, bos, unique_ids(eos, *ends, *_ends(tokens, types)), _chat_templates(metadata)
+        backend=backend,
+        bos_id=bos,
+        eos_ids=unique_ids(eos, *ends, *_ends(tokens, types)),
+        named_tokens={name: tokens[id] for name, id in named.items() if id is not None},
+        chat_templates=_chat_templates(metadata),
     )
 
 
@@ -281,4 +286,4 @@ def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         if key.startswith(f"{TEMPLATE_KEY}.")
     }
     default = metadata.get(TEMPLATE_KEY)
-    return templates if default is None else templates | {"default": default}
+    return templates if default is None else templates | {"default": str(default)}
