@@ -29,6 +29,7 @@ from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
+from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
@@ -104,7 +105,8 @@ def assemble(
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
         free_bytes=free_for_cache(backend.ops, config, model.spec),
     )
-    eos_token_ids = tuple(dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids)))
+    ends = dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids))
+    eos_token_ids = tuple(id for id in ends if 0 <= id < model.spec.vocab_size)
     runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
     ending.callback(runner.close)
     progress("warming up", 0.0)
@@ -213,8 +215,9 @@ def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """The size of its weights on disk; 0 if it has none."""
     path = checkpoint.path
-    files = [path] if path.is_file() else path.glob("*.safetensors")
-    return sum(file.stat().st_size for file in files)
+    if checkpoint.format == "safetensors":
+        return sum(file.stat().st_size for file in weight_files(path) if file.exists())
+    return path.stat().st_size if path.is_file() else 0
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

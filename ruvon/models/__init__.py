@@ -58,14 +58,13 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress:
     Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over.
     """
     spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
-    tied = ("lm_head.weight",) if spec.tie_embeddings else ()  # a copy some checkpoints keep
     weights = Weights(
         source=_open_source(checkpoint, config),
         rules=family.rules,
         scheme=SCHEMES[config.quantization],
         ops=ops,
         num_layers=spec.num_layers,
-        ignored=family.ignored + tied,
+        ignored=family.ignored,
         progress=progress,
         is_gguf=checkpoint.format == "gguf",
     )

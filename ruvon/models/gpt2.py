@@ -22,6 +22,7 @@ from ruvon.models.layers import (
     attention_spec,
     load_layer_norm,
     load_linear,
+    load_tables,
     norm_linear,
 )
 from ruvon.models.spec import ModelSpec
@@ -84,13 +85,10 @@ class GPT2:
 
 def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GPT2:
     """Reads the weights."""
-    embed = weights.table("embed", spec.vocab_size, spec.hidden_size)
+    embed, head = load_tables(weights, spec)
     places = weights.table("positions", spec.max_positions, spec.hidden_size, quantize=False)
     layers = tuple(_layer(spec, weights, i) for i in range(spec.num_layers))
     norm = load_layer_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    head = embed
-    if not spec.tie_embeddings:
-        head = weights.table("head", spec.vocab_size, spec.hidden_size)
     return GPT2(spec, ops, embed, places, layers, norm, head)
 
 

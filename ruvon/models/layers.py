@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import structlog
 from torch import Tensor
 
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Ops, Packed, Rope
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Weights
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +120,23 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
         scale=spec.head_dim**-0.5,
         window=spec.windows[layer],
     )
+
+
+def load_tables(weights: Weights, spec: ModelSpec) -> tuple[Packed, Packed]:
+    """The embedding table and the head: one and the same where the config ties them, unless the
+    checkpoint has both and they differ. What is there counts more than what is said of it, as in
+    transformers."""
+    shape = (spec.vocab_size, spec.hidden_size)
+    tied = spec.tie_embeddings
+    if tied and weights.holds("head"):
+        if not weights.holds("embed"):
+            head = weights.table("head", *shape)
+            return head, head
+        tied = weights.equal("embed", "head", *shape)
+        if not tied:
+            log.warning("untied_head", reason="it differs from the embedding the config ties it to")
+    embed = weights.table("embed", *shape)
+    return embed, embed if tied else weights.table("head", *shape)
 
 
 def load_linear(

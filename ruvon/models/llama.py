@@ -23,6 +23,7 @@ from ruvon.models.layers import (
     attention_spec,
     load_linear,
     load_rms_norm,
+    load_tables,
     norm_linear,
 )
 from ruvon.models.rope import make_rope
@@ -97,12 +98,9 @@ class Llama:
 def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Llama:
     """Reads the weights and makes the rotary tables."""
     rope = None if spec.rope is None else make_rope(spec.rope, spec.max_positions, ops.device)
-    embed = weights.table("embed", spec.vocab_size, spec.hidden_size)
+    embed, head = load_tables(weights, spec)
     layers = tuple(_layer(spec, weights, rope, i) for i in range(spec.num_layers))
     norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    head = embed
-    if not spec.tie_embeddings:
-        head = weights.table("head", spec.vocab_size, spec.hidden_size)
     return Llama(spec, ops, embed, layers, norm, head)
 
 

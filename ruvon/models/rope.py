@@ -24,6 +24,7 @@ class LinearScaling:
     """Positions divided by ``factor``."""
 
     factor: float
+    original_positions: int | None = None  # None: as many as the checkpoint states
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,12 +125,14 @@ def _mscale(factor: float, weight: float) -> float:
 
 def rope_from_config(config: Mapping[str, Any], dim: int) -> RopeSpec:
     """From config.json: ``rope_parameters``, or the older ``rope_theta`` and ``rope_scaling``."""
-    given = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    given = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if nested := [key for key, value in given.items() if isinstance(value, Mapping)]:
+        raise LoadError(f"config.json: RoPE of its own for {nested[0]!r} is not supported")
     theta = float(given.get("rope_theta") or config.get("rope_theta") or 10000.0)
     partial = given.get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
     if partial != 1.0:
         raise LoadError(f"config.json: partial_rotary_factor {partial} is not supported")
-    kind = given.get("rope_type") or given.get("type") or "default"
+    kind = given.get("rope_type") or given.get("type")
     try:
         return RopeSpec(theta, dim, _scaling_from_config(kind, given, config))
     except KeyError as error:
@@ -137,19 +140,22 @@ def rope_from_config(config: Mapping[str, Any], dim: int) -> RopeSpec:
 
 
 def _scaling_from_config(
-    kind: str, given: Mapping[str, Any], config: Mapping[str, Any]
+    kind: str | None, given: Mapping[str, Any], config: Mapping[str, Any]
 ) -> Scaling | None:
     match kind:
-        case "default":
+        case None if "factor" in given:
+            raise LoadError("config.json: RoPE scaling has a factor, but no rope_type")
+        case None | "default":
             return None
         case "linear":
-            return LinearScaling(float(given["factor"]))
+            original = given.get("original_max_position_embeddings")
+            return LinearScaling(float(given["factor"]), original)
         case "llama3":
             return Llama3Scaling(
                 float(given["factor"]),
                 float(given["low_freq_factor"]),
                 float(given["high_freq_factor"]),
-                int(given["original_max_position_embeddings"]),
+                _original_positions(given, config),
             )
         case "yarn":
             return _yarn_from_config(given, config)
@@ -158,8 +164,14 @@ def _scaling_from_config(
     )
 
 
+def _original_positions(given: Mapping[str, Any], config: Mapping[str, Any]) -> int:
+    """How many positions the model was trained with; like transformers, first look outside."""
+    key = "original_max_position_embeddings"
+    return int(config.get(key) or given.get(key) or config["max_position_embeddings"])
+
+
 def _yarn_from_config(given: Mapping[str, Any], config: Mapping[str, Any]) -> YarnScaling:
-    original = given.get("original_max_position_embeddings") or config["max_position_embeddings"]
+    original = _original_positions(given, config)
     factor = float(given.get("factor") or config["max_position_embeddings"] / original)
     length = given.get("attention_factor")
     scale, over = given.get("mscale"), given.get("mscale_all_dim")
@@ -167,7 +179,7 @@ def _yarn_from_config(given: Mapping[str, Any], config: Mapping[str, Any]) -> Ya
         length = _mscale(factor, scale) / _mscale(factor, over)
     return YarnScaling(
         factor=factor,
-        original_positions=int(original),
+        original_positions=original,
         beta_fast=float(given.get("beta_fast") or 32.0),
         beta_slow=float(given.get("beta_slow") or 1.0),
         attention_factor=length,
@@ -183,30 +195,47 @@ def rope_from_gguf(
     rotated = metadata.get(f"{arch}.rope.dimension_count", dim)
     if rotated != dim:
         raise LoadError(f"{arch}.rope.dimension_count {rotated} differs from the head size {dim}")
-    if divisors is not None:
-        return RopeSpec(theta, dim, Divisors(divisors))
-    return RopeSpec(theta, dim, _scaling_from_gguf(metadata, f"{arch}.rope.scaling"))
+    scaling = _scaling_from_gguf(metadata, arch)
+    if divisors is None:
+        return RopeSpec(theta, dim, scaling)
+    if isinstance(scaling, YarnScaling):
+        raise LoadError(f"{arch}.rope.scaling.type 'yarn' beside rope_freqs is not supported")
+    factor = 1.0 if scaling is None else scaling.factor
+    return RopeSpec(theta, dim, Divisors(tuple(value * factor for value in divisors)))
 
 
-def _scaling_from_gguf(metadata: Mapping[str, Any], prefix: str) -> Scaling | None:
-    kind = metadata.get(f"{prefix}.type", "none")
-    factor = float(metadata.get(f"{prefix}.factor", 1.0))
-    if kind == "none" or factor in (0.0, 1.0):
-        return None
-    if kind == "linear":
-        return LinearScaling(factor)
+def _scaling_from_gguf(
+    metadata: Mapping[str, Any], arch: str
+) -> LinearScaling | YarnScaling | None:
+    """As llama.cpp reads it: a factor without a type is linear, and so is what older files call
+    ``rope.scale_linear``."""
+    prefix = f"{arch}.rope.scaling"
+    kind = metadata.get(f"{prefix}.type", "linear")
+    factor = metadata.get(f"{prefix}.factor", metadata.get(f"{arch}.rope.scale_linear"))
+    factor = float(factor or 1.0)
     original = metadata.get(f"{prefix}.original_context_length")
-    if kind == "yarn" and original:
-        return YarnScaling(
-            factor=factor,
-            original_positions=int(original),
-            beta_fast=float(metadata.get(f"{prefix}.yarn_beta_fast", 32.0)),
-            beta_slow=float(metadata.get(f"{prefix}.yarn_beta_slow", 1.0)),
-            attention_factor=_yarn_length_from_gguf(metadata.get(f"{prefix}.attn_factor"), factor),
-        )
-    raise LoadError(f"{prefix}.type {kind!r} is not supported, or lacks original_context_length")
+    length = float(metadata.get(f"{prefix}.attn_factor", 1.0))
+    if kind not in ("none", "linear", "yarn"):
+        raise LoadError(f"{prefix}.type {kind!r} is not supported (linear and yarn are)")
+    if kind == "yarn" and factor != 1.0:
+        return _yarn_from_gguf(metadata, arch, factor, original, length)
+    if length != 1.0:
+        raise LoadError(f"{prefix}.attn_factor {length} is only supported with yarn")
+    return None if kind == "none" or factor == 1.0 else LinearScaling(factor, original)
 
 
-def _yarn_length_from_gguf(attn_factor: float | None, factor: float) -> float | None:
-    """GGUF's number multiplies the paper's, where config.json's replaces it."""
-    return None if attn_factor is None else attn_factor * _mscale(factor, 1.0)
+def _yarn_from_gguf(
+    metadata: Mapping[str, Any], arch: str, factor: float, original: int | None, length: float
+) -> YarnScaling:
+    """``length`` multiplies the paper's attention factor, where config.json's replaces it."""
+    prefix = f"{arch}.rope.scaling.yarn"
+    for key in (f"{prefix}_ext_factor", f"{prefix}_attn_factor"):
+        if metadata.get(key, 1.0) != 1.0:
+            raise LoadError(f"{key} {metadata[key]} is not supported (1 is)")
+    return YarnScaling(
+        factor=factor,
+        original_positions=int(original or metadata[f"{arch}.context_length"]),
+        beta_fast=float(metadata.get(f"{prefix}_beta_fast", 32.0)),
+        beta_slow=float(metadata.get(f"{prefix}_beta_slow", 1.0)),
+        attention_factor=length * _mscale(factor, 1.0),
+    )

@@ -12,7 +12,13 @@ from typing import Any, Literal
 
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Activation
-from ruvon.models.rope import RopeSpec, YarnScaling, rope_from_config, rope_from_gguf
+from ruvon.models.rope import (
+    LinearScaling,
+    RopeSpec,
+    YarnScaling,
+    rope_from_config,
+    rope_from_gguf,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +64,21 @@ def spec_from_config(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
 ) -> ModelSpec:
     """From config.json; generation_config.json often knows more end-of-sequence tokens."""
-    architecture = _architecture(config)
-    if method := (config.get("quantization_config") or {}).get("quant_method"):
+    if quantization := config.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
         raise LoadError(f"config.json: quantization_config {method!r} is not supported")
-    ends = _ids(config.get("eos_token_id")) + _ids((generation or {}).get("eos_token_id"))
-    common: dict[str, Any] = {
-        "architecture": architecture,
-        "eos_token_ids": tuple(dict.fromkeys(ends)),
-        "bos_token_id": config.get("bos_token_id"),
-        "dtype": config.get("dtype") or config.get("torch_dtype") or "float32",
-    }
+    if named := config.get("transformers_weights"):
+        raise LoadError(f"config.json: transformers_weights {named!r} is not supported")
     try:
-        spec = ModelSpec(**common, **CONFIG_READERS[architecture](config))
+        architecture = _architecture(config)
+        ends = _ids(config.get("eos_token_id")) + _ids((generation or {}).get("eos_token_id"))
+        spec = ModelSpec(
+            architecture=architecture,
+            eos_token_ids=tuple(dict.fromkeys(ends)),
+            bos_token_id=config.get("bos_token_id"),
+            dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
+            **CONFIG_READERS[architecture](config),
+        )
     except KeyError as error:
         raise LoadError(f"config.json lacks {error}") from None
     except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
@@ -79,16 +88,22 @@ def spec_from_config(
 
 def _architecture(config: Mapping[str, Any]) -> str:
     """``architectures[0]``, or what ``model_type`` implies in a config that was never a model's."""
-    named = config.get("architectures") or [MODEL_TYPES.get(config.get("model_type", ""))]
-    if named[0] not in CONFIG_READERS:
-        asked = named[0] or config.get("model_type")
+    implied = MODEL_TYPES.get(config.get("model_type", ""))
+    named = (config.get("architectures") or [implied])[0]
+    if named not in CONFIG_READERS:
+        asked = named or config.get("model_type")
         known = ", ".join(CONFIG_READERS)
         raise LoadError(f"config.json: architecture {asked!r} is not supported ({known} are)")
-    return str(named[0])
+    if implied not in (None, named):
+        raise LoadError(f"config.json: model_type {config['model_type']!r} contradicts {named!r}")
+    return str(named)
 
 
 def _ids(value: int | list[int] | None) -> list[int]:
-    return [] if value is None else list(value) if isinstance(value, list) else [value]
+    ids = [] if value is None else value if isinstance(value, list) else [value]
+    if not all(isinstance(id, int) for id in ids):
+        raise TypeError(f"eos_token_id {value!r}")
+    return ids
 
 
 def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,10 +167,12 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _max_positions(stated: int, rope: RopeSpec) -> int:
-    """YaRN checkpoints may state the length before scaling, to leave short prompts' users alone."""
-    if isinstance(rope.scaling, YarnScaling):
-        return max(stated, int(rope.scaling.original_positions * rope.scaling.factor))
+def _max_positions(stated: int, rope: RopeSpec | None) -> int:
+    """Scaled checkpoints may state the length before scaling: always, where that is linear, and
+    with YaRN to leave the users of short prompts alone."""
+    scaling = None if rope is None else rope.scaling
+    if isinstance(scaling, YarnScaling | LinearScaling):
+        return max(stated, int((scaling.original_positions or stated) * scaling.factor))
     return stated
 
 
@@ -225,7 +242,7 @@ def spec_from_gguf(
         spec = _from_gguf(arch, metadata, tensors, rope_divisors)
     except KeyError as error:
         raise LoadError(f"GGUF metadata lacks {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
         raise LoadError(f"GGUF metadata has a value that makes no sense ({error})") from None
     return _checked(spec, "GGUF metadata")
 
@@ -236,12 +253,11 @@ def _from_gguf(
     tensors: Collection[str],
     rope_divisors: tuple[float, ...] | None,
 ) -> ModelSpec:
-    hidden, heads = metadata[f"{arch}.embedding_length"], metadata[f"{arch}.attention.head_count"]
-    per_layer = (f"{arch}.{key}" for key in ("attention.head_count", "attention.head_count_kv"))
-    if varying := [key for key in per_layer if isinstance(metadata.get(key), list)]:
-        raise LoadError(f"{varying[0]}: layers of different shape are not supported")
+    hidden = metadata[f"{arch}.embedding_length"]
+    heads = _for_all_layers(metadata, f"{arch}.attention.head_count")
     head_dim = metadata.get(f"{arch}.attention.key_length", hidden // heads)
     layers, gpt2 = metadata[f"{arch}.block_count"], arch == "gpt2"
+    rope = None if gpt2 else rope_from_gguf(metadata, arch, head_dim, rope_divisors)
     norm_key = "layer_norm_epsilon" if gpt2 else "layer_norm_rms_epsilon"
     ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     return ModelSpec(
@@ -250,20 +266,20 @@ def _from_gguf(
         hidden_size=hidden,
         num_layers=layers,
         num_heads=heads,
-        num_kv_heads=metadata.get(f"{arch}.attention.head_count_kv", heads),
+        num_kv_heads=_for_all_layers(metadata, f"{arch}.attention.head_count_kv", heads),
         head_dim=head_dim,
-        intermediate_size=metadata[f"{arch}.feed_forward_length"],
-        max_positions=metadata[f"{arch}.context_length"],
+        intermediate_size=_for_all_layers(metadata, f"{arch}.feed_forward_length"),
+        max_positions=_max_positions(metadata[f"{arch}.context_length"], rope),
         norm="layer" if gpt2 else "rms",
         norm_eps=metadata[f"{arch}.attention.{norm_key}"],
         activation="gelu_tanh" if gpt2 else "silu_gated",
-        rope=None if gpt2 else rope_from_gguf(metadata, arch, head_dim, rope_divisors),
+        rope=rope,
         learned_positions=gpt2,
         qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        windows=(metadata.get(f"{arch}.attention.sliding_window", 0),) * layers,
+        windows=(_for_all_layers(metadata, f"{arch}.attention.sliding_window", 0),) * layers,
         tie_embeddings="output.weight" not in tensors,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
@@ -271,9 +287,19 @@ def _from_gguf(
     )
 
 
+def _for_all_layers(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """A number that may be stated once or for each layer."""
+    value = metadata[key] if default is None else metadata.get(key, default)
+    values = set(value) if isinstance(value, list) else {value}
+    if len(values) != 1:
+        raise LoadError(f"{key}: layers of different shape are not supported")
+    return int(values.pop())
+
+
 def _gguf_vocab_size(arch: str, metadata: Mapping[str, Any]) -> int:
-    stated = metadata.get(f"{arch}.vocab_size")
-    return len(metadata["tokenizer.ggml.tokens"]) if stated is None else int(stated)
+    """The tokens there are; what is stated may be another number, and llama.cpp does not look."""
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    return len(tokens) if tokens else int(metadata[f"{arch}.vocab_size"])
 
 
 MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them

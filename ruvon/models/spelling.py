@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ruvon.errors import LoadError
 
 BYTE_TOKEN = re.compile("<0x([0-9A-Fa-f]{2})>")
 
@@ -33,3 +37,38 @@ def sentencepiece_bytes(token: str) -> bytes:
     if byte := BYTE_TOKEN.fullmatch(token):
         return bytes.fromhex(byte[1])
     return token.replace("▁", " ").encode()
+
+
+class DecoderError(LoadError):
+    """The decoder of a tokenizer is missing or of a kind that is not supported."""
+
+
+SPACES = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+JOINTS = ({"type": "ByteFallback"}, {"type": "Fuse"})  # what we do in any case
+
+
+def spelling(decoder: Mapping[str, Any]) -> tuple[bool, bool]:
+    """(whether tokens are spelt in bytes, whether a text's leading space is not its own), by a
+    decoder as tokenizer.json has it; {} is none. Raises DecoderError naming what it is made of."""
+    steps = [step for step in _steps(decoder) if step not in JOINTS]
+    if [step["type"] for step in steps] == ["ByteLevel"]:
+        return True, False
+    match steps:
+        case [{"type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme}]:
+            return False, scheme != "never"
+        case [first, *rest] if first == SPACES and rest in ([], [STRIP]):
+            return False, bool(rest)
+    kinds = " and ".join(step["type"] for step in steps)
+    raise DecoderError(
+        f"the tokenizer's decoder {kinds} is not supported as it is"
+        if kinds
+        else "the tokenizer has no decoder, which would say how its tokens spell text"
+    )
+
+
+def _steps(decoder: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """One after another, however deep they are nested."""
+    if decoder.get("type") == "Sequence":
+        return [step for inner in decoder["decoders"] for step in _steps(inner)]
+    return [decoder] if decoder else []

@@ -9,16 +9,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import datetime
-from typing import Any
+from typing import Any, TypeAlias
 
 import jinja2
+import structlog
 from jinja2 import nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ruvon.errors import RequestError
+
+log = structlog.get_logger(__name__)
 
 MAX_RENDERED = 1 << 25  # characters; beyond any context window
 
@@ -48,8 +52,36 @@ def compile_template(source: str) -> jinja2.Template:
     return environment.from_string(source)
 
 
-def render_template(template: jinja2.Template, variables: Mapping[str, Any]) -> str:
-    """Raises RequestError with what the template says against the conversation."""
+@dataclass(frozen=True, slots=True)
+class BrokenTemplate:
+    """Stands for a template that does not compile."""
+
+    reason: str
+
+
+Template: TypeAlias = jinja2.Template | BrokenTemplate
+
+
+def compile_own(name: str, source: str) -> Template:
+    """A model's own template. That one is broken is said now, but counts only once it is used."""
+    try:
+        return compile_template(source)
+    except jinja2.TemplateSyntaxError as error:
+        reason = f"line {error.lineno}: {error.message}"
+        log.warning("broken_chat_template", template=name, reason=reason)
+        return BrokenTemplate(reason)
+
+
+def render_template(template: Template, variables: Mapping[str, Any]) -> str:
+    """Raises RequestError with what the template says against the conversation, or what is wrong
+    with itself."""
+    if isinstance(template, BrokenTemplate):
+        raise RequestError(
+            f"The chat template of this model is broken, {template.reason}. Give another with"
+            " --chat-template, or use completions.",
+            param="messages",
+            code="unsupported_value",
+        )
     pieces, size = [], 0
     try:
         for piece in template.generate(variables):

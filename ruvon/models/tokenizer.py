@@ -16,7 +16,12 @@ from tokenizers import AddedToken, models, pre_tokenizers
 
 from ruvon.errors import LoadError, RequestError
 from ruvon.models.checkpoint import Checkpoint
-from ruvon.models.spelling import byte_level_bytes, sentencepiece_bytes
+from ruvon.models.spelling import (
+    DecoderError,
+    byte_level_bytes,
+    sentencepiece_bytes,
+    spelling,
+)
 from ruvon.models.text_stream import TextStream
 from ruvon.models.vocab import Vocab, VocabNotFoundError, byte_vocab, read_vocab
 from ruvon.models.vocab_gguf import read_gguf_vocab
@@ -28,14 +33,21 @@ LONG = (
 
 def load_tokenizer(checkpoint: Checkpoint) -> Tokenizer:
     """The tokenizer that comes with a checkpoint. Raises LoadError if there is none to be used."""
-    if checkpoint.format == "gguf":
-        return Tokenizer(read_gguf_vocab(checkpoint.path, checkpoint.config))
     try:
-        return Tokenizer(read_vocab(checkpoint.path, checkpoint.generation))
+        return Tokenizer(_find_vocab(checkpoint))
+    except DecoderError as error:
+        raise LoadError(f"{checkpoint.path}: {error}") from None
+
+
+def _find_vocab(checkpoint: Checkpoint) -> Vocab:
+    if checkpoint.format == "gguf":
+        return read_gguf_vocab(checkpoint.path, checkpoint.config)
+    try:
+        return read_vocab(checkpoint.path, checkpoint.generation)
     except VocabNotFoundError:
         if checkpoint.format != "dummy":
             raise
-        return Tokenizer(byte_vocab())
+        return byte_vocab()
 
 
 class Tokenizer:
@@ -46,17 +58,18 @@ class Tokenizer:
     """
 
     def __init__(self, vocab: Vocab) -> None:
-        """Takes the vocabulary over. Raises LoadError if its decoder is of an unknown kind."""
+        """Takes the vocabulary over. Raises DecoderError if its decoder is of an unknown kind."""
         backend = vocab.backend
         backend.no_truncation()
         backend.no_padding()
         added = backend.get_added_tokens_decoder()
         self.bos_id = vocab.bos_id
         self.eos_ids = vocab.eos_ids
+        self.named_tokens = vocab.named_tokens
         self.chat_templates = vocab.chat_templates
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max([backend.get_vocab_size(False), *(id + 1 for id in added)])
-        self._byte_level, self.strips_space = _spelling(backend)
+        self._byte_level, self.strips_space = spelling(component_state(backend.decoder))
         # Of the tokens asked for so far; the added ones from the start.
         self._bytes = {id: self._spell_added(token.content) for id, token in added.items()}
         self._parsing = backend  # finds special tokens in text
@@ -185,7 +198,7 @@ def _sibling(
     added = backend.get_added_tokens_decoder()
     twin.add_tokens([added[id] for id in sorted(added)])
     twin.encode_special_tokens = literal
-    metaspace = _state(backend.pre_tokenizer)
+    metaspace = component_state(backend.pre_tokenizer)
     if (
         inner and metaspace.get("prepend_scheme") == "first"
     ):  # the prefix space is for a text's start
@@ -209,19 +222,6 @@ def _finder(backend: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
     return finder
 
 
-def _spelling(backend: tokenizers.Tokenizer) -> tuple[bool, bool]:
-    """(whether tokens are spelt in bytes, whether a text's leading space is not its own)."""
-    state = _state(backend.decoder)
-    steps = {step["type"]: step for step in state.get("decoders", [state])}
-    if "ByteLevel" in steps:
-        return True, False
-    if "Metaspace" in steps:
-        return False, steps["Metaspace"]["prepend_scheme"] != "never"
-    if steps.keys() <= {"Replace", "ByteFallback", "Fuse", "Strip"} and "Replace" in steps:
-        return False, "Strip" in steps
-    raise LoadError(f"the tokenizer's decoder {state.get('type')} is not supported")
-
-
-def _state(component: Any) -> Mapping[str, Any]:
+def component_state(component: Any) -> Mapping[str, Any]:
     """A component of a tokenizer as the JSON it is stored as."""
     return {} if component is None else json.loads(component.__getstate__())

@@ -9,15 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ruvon.errors import LoadError
+from ruvon.models.added_tokens import add_tokens, merge_older
 from ruvon.models.spelling import BYTE_OF
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
+GPT2_KINDS = (None, "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast")
 GPT2_END = "<|endoftext|>"
 CONVERTIBLE_FILES = ("tokenizer.model", "spiece.model", "tekken.json")
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token")
 
 
 class VocabNotFoundError(LoadError):
@@ -27,37 +28,47 @@ class VocabNotFoundError(LoadError):
 @dataclass(frozen=True, slots=True)
 class Vocab:
     """A vocabulary as it is stored. ``bos_id`` and ``eos_ids`` are what it declares;
-    ``chat_templates`` maps names ("default", "tool_use") to Jinja sources."""
+    ``named_tokens`` maps names ("eos_token") to texts, ``chat_templates`` names ("default",
+    "tool_use") to Jinja sources."""
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
-    """The vocabulary of a folder in the Hugging Face layout; no code from it is run. What is
-    added around a text is said by tokenizer.json and, only where there is none, by the config.
+    """The vocabulary of a folder in the Hugging Face layout, as transformers reads it; no code from
+    it is run. What is added around a text is said by tokenizer.json and, only where there is none,
+    by the config.
 
     Raises VocabNotFoundError if there is none, LoadError naming a file that cannot be used.
     """
-    config = _read_json(folder / "special_tokens_map.json")
-    config |= _read_json(folder / "tokenizer_config.json")
+    config = _read_json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in config:
+        config = merge_older(config, _read_json(folder / "special_tokens_map.json"))
     backend = _read_backend(folder, config)
-    _mark_added(backend, config)
-    bos, eos = (_token_id(backend, config, name) for name in ("bos_token", "eos_token"))
+    try:
+        named = add_tokens(backend, config, _read_json(folder / "added_tokens.json"))
+        bos, eos = (_id(backend, named.get(name)) for name in ("bos_token", "eos_token"))
+        ends = generation.get("eos_token_id")
+        templates = _chat_templates(folder, config)
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        why = f"its tokenizer's files have a value that makes no sense ({error})"
+        raise LoadError(f"{folder}: {why}") from None
     if backend.post_processor is None and not (folder / "tokenizer.json").exists():
         surround(
             backend,
             bos if config.get("add_bos_token") else None,
             eos if config.get("add_eos_token") else None,
         )
-    ends = generation.get("eos_token_id")
     return Vocab(
         backend=backend,
         bos_id=bos,
         eos_ids=unique_ids(eos, *(ends if isinstance(ends, list) else [ends])),
-        chat_templates=_chat_templates(folder, config),
+        named_tokens=named,
+        chat_templates=templates,
     )
 
 
@@ -66,10 +77,11 @@ def byte_vocab() -> Vocab:
     return Vocab(byte_level_backend(models.BPE(BYTE_OF, [])))
 
 
-def byte_level_backend(model: models.Model) -> tokenizers.Tokenizer:
-    """Byte-level BPE that splits text into words as GPT-2 does."""
+def byte_level_backend(model: models.Model, prefixed: bool = False) -> tokenizers.Tokenizer:
+    """Byte-level BPE that splits text into words as GPT-2 does; ``prefixed`` begins it with a
+    space."""
     backend = tokenizers.Tokenizer(model)
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=prefixed)
     backend.decoder = decoders.ByteLevel()
     return backend
 
@@ -109,19 +121,35 @@ def _read_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
         for names in GPT2_FILES:
             path, merges = (folder / name for name in names)
             if path.exists() and merges.exists():
-                for name in ("bos_token", "eos_token"):
-                    config.setdefault(name, GPT2_END)
-                return byte_level_backend(models.BPE.from_file(str(path), str(merges)))
+                return _merge_backend(folder, path, merges, config)
+    except LoadError:
+        raise
     except Exception as error:  # the library raises bare Exception
         raise LoadError(f"{path}: {error}") from None
     if any((folder / name).exists() for name in CONVERTIBLE_FILES):
-        return _convert(folder)
+        return _convert(folder, config)
     wanted = ("tokenizer.json", *(" and ".join(names) for names in GPT2_FILES), *CONVERTIBLE_FILES)
     raise VocabNotFoundError(f"{folder}: no tokenizer, expected one of: {', '.join(wanted)}")
 
 
-def _convert(folder: Path) -> tokenizers.Tokenizer:
-    """A vocabulary in another library's format, converted by transformers."""
+def _merge_backend(
+    folder: Path, vocab: Path, merges: Path, config: dict[str, Any]
+) -> tokenizers.Tokenizer:
+    """Byte-level BPE as GPT-2 stored it, unless the folder names another class: those cut text
+    into words in ways of their own."""
+    model = _read_json(folder / "config.json")
+    kind = config.get("tokenizer_class") or model.get("tokenizer_class") or model.get("model_type")
+    if kind not in GPT2_KINDS:
+        return _convert(folder, config)
+    for name in ("bos_token", "eos_token", "unk_token"):
+        config.setdefault(name, GPT2_END)
+    prefixed = bool(config.get("add_prefix_space", False))
+    return byte_level_backend(models.BPE.from_file(str(vocab), str(merges)), prefixed)
+
+
+def _convert(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
+    """A vocabulary in another format or of another class, made by transformers; ``config`` is told
+    the tokens that are named by default there."""
     from transformers import AutoTokenizer  # heavy, and seldom needed
 
     try:
@@ -129,6 +157,8 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
             str(folder), trust_remote_code=False, local_files_only=True
         )
         backend: tokenizers.Tokenizer = converted.backend_tokenizer
+        for name, text in converted.special_tokens_map.items():
+            config.setdefault(name, text)
     except Exception as error:  # whatever the converters and their own dependencies raise
         raise LoadError(
             f"{folder}: its tokenizer cannot be converted ({error}); save it as tokenizer.json"
@@ -136,30 +166,8 @@ def _convert(folder: Path) -> tokenizers.Tokenizer:
     return backend
 
 
-def _mark_added(backend: tokenizers.Tokenizer, config: Mapping[str, Any]) -> None:
-    """Adds the tokens that only tokenizer_config.json knows, and makes the named ones special."""
-    known = {token.content for token in backend.get_added_tokens_decoder().values()}
-    stated = config.get("added_tokens_decoder") or {}
-    for id in sorted(stated, key=int):
-        token = AddedToken(**{key: value for key, value in stated[id].items() if key != "__type"})
-        if token.content not in known:
-            backend.add_tokens([token])
-            known.add(token.content)
-    for name in NAMED_TOKENS:
-        content = _content(config.get(name))
-        if content not in known and _token_id(backend, config, name) is not None:
-            backend.add_special_tokens([AddedToken(content, special=True, normalized=False)])
-
-
-def _content(token: Any) -> str | None:
-    """A special token is written as a string or as an object."""
-    content = token.get("content") if isinstance(token, dict) else token
-    return content if isinstance(content, str) else None
-
-
-def _token_id(backend: tokenizers.Tokenizer, config: Mapping[str, Any], name: str) -> int | None:
-    content = _content(config.get(name))
-    return None if content is None else backend.token_to_id(content)
+def _id(backend: tokenizers.Tokenizer, text: str | None) -> int | None:
+    return None if text is None else backend.token_to_id(text)
 
 
 def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
@@ -178,4 +186,6 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         return named | {"default": stored}
     if isinstance(stored, list):
         stored = {entry["name"]: entry["template"] for entry in stored}
-    return named | dict(stored)
+    if wrong := [name for name, source in stored.items() if not isinstance(source, str)]:
+        raise TypeError(f"chat template {wrong[0]!r} is no text")
+    return named | stored

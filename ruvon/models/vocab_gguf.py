@@ -2,7 +2,8 @@
 
 Two kinds are known: byte-level BPE (``tokenizer.ggml.model`` is gpt2), whose way of splitting text
 into words is named by ``tokenizer.ggml.pre``, and SentencePiece's BPE (llama), which merges by
-score.
+score. What llama.cpp reads past with a warning (a merge of unknown tokens, the id of no token) is
+read past here too.
 """
 
 from __future__ import annotations
@@ -11,14 +12,28 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import structlog
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
 from ruvon.errors import LoadError
 from ruvon.models.vocab import Vocab, surround, unique_ids
 
-NORMAL, CONTROL, USER_DEFINED = 1, 3, 4  # of tokenizer.ggml.token_type
+log = structlog.get_logger(__name__)
+
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4  # of tokenizer.ggml.token_type
+PREFIX = "tokenizer.ggml"
 TEMPLATE_KEY = "tokenizer.chat_template"
+
+END_KEYS = ("eot", "eom", "fim_pad", "fim_rep", "fim_sep")  # besides eos
+END_TEXTS = frozenset((
+    "<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<|call|>", "<|flush|>", "<|calls|>",
+    "<end_of_turn>", "<|endoftext|>", "</s>", "<|eom_id|>", "<EOT>", "_<EOT>", "[EOT]", "[EOS]",
+    "<|end_of_text|>", "<end_of_utterance>", "<eos>", "<turn|>", "<|tool_response>",
+    "<｜end▁of▁sentence｜>", "[e~[", "<|fim_pad|>", "<fim-pad>", "<fim_pad>", "<PAD>", "[PAD]",
+    "<|fim_repo|>", "<|repo_name|>", "<fim-repo>", "<REPO>", "<reponame>", "<|file_sep|>",
+))  # fmt: skip
+"""Tokens that end an answer though no key names them: converters long wrote one end only."""
 
 
 class Splitter(NamedTuple):
@@ -89,37 +104,88 @@ SPLITTERS: Mapping[str, Splitter] = {
 
 
 def read_gguf_vocab(path: Path, metadata: Mapping[str, Any]) -> Vocab:
-    """Raises LoadError naming the file and the kind of vocabulary if it is not supported."""
-    kind = metadata.get("tokenizer.ggml.model")
+    """Raises LoadError naming the file and what of its vocabulary is not supported."""
     try:
-        if kind == "gpt2":
-            backend, add_bos = _byte_level(metadata)
-        elif kind == "llama":
-            backend, add_bos = _sentencepiece(metadata), True
-        else:
-            raise LoadError(f"tokenizer.ggml.model {kind!r} is not supported")
+        return _read(metadata)
     except KeyError as error:
         raise LoadError(f"{path}: {error} is missing") from None
-    except Exception as error:  # the library raises bare Exception for merges it does not like
+    except Exception as error:  # the library raises bare Exception, and values may be of any type
         raise LoadError(f"{path}: {error}") from None
-    _mark_added(backend, metadata)
-    bos, eos, eot, eom = (_id(metadata, name) for name in ("bos", "eos", "eot", "eom"))
-    surround(
-        backend,
-        bos if metadata.get("tokenizer.ggml.add_bos_token", add_bos) else None,
-        eos if metadata.get("tokenizer.ggml.add_eos_token", False) else None,
+
+
+def _read(metadata: Mapping[str, Any]) -> Vocab:
+    kind = metadata.get(f"{PREFIX}.model")
+    if kind not in ("gpt2", "llama"):
+        raise LoadError(f"{PREFIX}.model {kind!r} is not supported")
+    tokens = _tokens(metadata)
+    types = _types(metadata, tokens)
+    if kind == "gpt2":
+        backend, add_bos = _byte_level(metadata, tokens)
+    else:
+        backend, add_bos = _sentencepiece(metadata, tokens, types), True
+    _mark_added(backend, tokens, types)
+    size, has_usual = len(tokens), kind == "llama"
+    bos = _id(metadata, "bos", 1 if has_usual else None, size)
+    eos = _id(metadata, "eos", 2 if has_usual else None, size)
+    surround(backend, _stated(metadata, "bos", bos, add_bos), _stated(metadata, "eos", eos, False))
+    ends = [_id(metadata, name, None, size) for name in END_KEYS]
+    named = {"bos_token": bos, "eos_token": eos}
+    return Vocab(
+        backend=backend,
+        bos_id=bos,
+        eos_ids=unique_ids(eos, *ends, *_ends(tokens, types)),
+        named_tokens={name: tokens[id] for name, id in named.items() if id is not None},
+        chat_templates=_chat_templates(metadata),
     )
-    return Vocab(backend, bos, unique_ids(eos, eot, eom), _chat_templates(metadata))
 
 
-def _byte_level(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool]:
-    pre = metadata.get("tokenizer.ggml.pre", "default")
+def _tokens(metadata: Mapping[str, Any]) -> list[str]:
+    """The tokens, each another one: an id that nothing leads to would be dropped in silence."""
+    tokens = [token or f"[EMPTY_{id}]" for id, token in enumerate(metadata[f"{PREFIX}.tokens"])]
+    seen: dict[str, int] = {}
+    for id, token in enumerate(tokens):
+        if seen.setdefault(token, id) != id:
+            raise LoadError(f"{PREFIX}.tokens: {token!r} is both {seen[token]} and {id}")
+    return tokens
+
+
+def _types(metadata: Mapping[str, Any], tokens: Sequence[str]) -> list[int]:
+    """What kind of token each is. One that ends answers is a control token whatever is stated,
+    but for ``</s>``: where text is cut into bytes that is a word of HTML."""
+    types = list(metadata.get(f"{PREFIX}.token_type") or [NORMAL] * len(tokens))
+    if len(types) < len(tokens):
+        raise LoadError(f"{PREFIX}.token_type: {len(types)} for {len(tokens)} tokens")
+    return [
+        CONTROL if token in END_TEXTS and not (token == "</s>" and type == NORMAL) else type
+        for token, type in zip(tokens, types, strict=False)
+    ]
+
+
+def _ends(tokens: Sequence[str], types: Sequence[int]) -> list[int]:
+    """The tokens that end an answer by their text."""
+    ends = {
+        token: id
+        for id, (token, type) in enumerate(zip(tokens, types, strict=True))
+        if token in END_TEXTS and type == CONTROL
+    }
+    if "<|return|>" in ends and "<|call|>" in ends:
+        ends.pop("<|end|>", None)  # of OpenAI's harmony: it ends a message, of which more may come
+    return list(ends.values())
+
+
+def _byte_level(
+    metadata: Mapping[str, Any], tokens: Sequence[str]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    pre = metadata.get(f"{PREFIX}.pre")
+    if pre is None:
+        pre = "default"
+        log.warning("no_pre_tokenizer", reason=f"{PREFIX}.pre is missing; words may be cut wrongly")
     if pre not in SPLITTERS:
-        raise LoadError(f"tokenizer.ggml.pre {pre!r} is not supported")
+        raise LoadError(f"{PREFIX}.pre {pre!r} is not supported")
     splitter = SPLITTERS[pre]
-    vocab = {token: id for id, token in enumerate(metadata["tokenizer.ggml.tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    backend = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=splitter.ignore_merges))
+    vocab = {token: id for id, token in enumerate(tokens)}
+    model = models.BPE(vocab, _merges(metadata, vocab), ignore_merges=splitter.ignore_merges)
+    backend = tokenizers.Tokenizer(model)
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splitter.patterns]
         + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
@@ -128,17 +194,34 @@ def _byte_level(metadata: Mapping[str, Any]) -> tuple[tokenizers.Tokenizer, bool
     return backend, splitter.add_bos
 
 
-def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
+def _merges(metadata: Mapping[str, Any], vocab: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The merges of tokens into tokens; others lead nowhere."""
+    pairs = [line.partition(" ") for line in metadata[f"{PREFIX}.merges"]]
+    merges = [
+        (left, right)
+        for left, _, right in pairs
+        if left in vocab and right in vocab and left + right in vocab
+    ]
+    if num_odd := len(pairs) - len(merges):
+        log.warning("merges_left_out", count=num_odd, reason="they name no tokens")
+    return merges
+
+
+def _sentencepiece(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> tokenizers.Tokenizer:
     """SentencePiece's BPE. The leading space comes before every stretch between special tokens,
     as in llama.cpp."""
-    tokens: Sequence[str] = metadata["tokenizer.ggml.tokens"]
-    unknown = tokens[metadata.get("tokenizer.ggml.unknown_token_id", 0)]
-    vocab = {token: id for id, token in enumerate(tokens)}
+    unknown = _id(metadata, "unknown", 0, len(tokens))
     model = models.BPE(
-        vocab, _merges(metadata), unk_token=unknown, fuse_unk=True, byte_fallback=True
+        {token: id for id, token in enumerate(tokens)},
+        _merges_by_score(metadata, tokens, types),
+        unk_token=None if unknown is None else tokens[unknown],
+        fuse_unk=True,
+        byte_fallback=True,
     )
     backend = tokenizers.Tokenizer(model)
-    prefixed = metadata.get("tokenizer.ggml.add_space_prefix", True)
+    prefixed = metadata.get(f"{PREFIX}.add_space_prefix", True)
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefixed else spaces
@@ -150,11 +233,12 @@ def _sentencepiece(metadata: Mapping[str, Any]) -> tokenizers.Tokenizer:
     return backend
 
 
-def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _merges_by_score(
+    metadata: Mapping[str, Any], tokens: Sequence[str], types: Sequence[int]
+) -> list[tuple[str, str]]:
     """SentencePiece joins whatever two neighbours make the token of the highest score; written as
     merges, that is every way to cut a token into two others, best token first."""
-    tokens, scores = metadata["tokenizer.ggml.tokens"], metadata["tokenizer.ggml.scores"]
-    types = _types(metadata)
+    scores = metadata[f"{PREFIX}.scores"]
     score = {
         token: scores[id] for id, token in enumerate(tokens) if types[id] in (NORMAL, USER_DEFINED)
     }
@@ -166,27 +250,33 @@ def _merges(metadata: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _types(metadata: Mapping[str, Any]) -> Sequence[int]:
-    tokens = metadata["tokenizer.ggml.tokens"]
-    return metadata.get("tokenizer.ggml.token_type") or [NORMAL] * len(tokens)
-
-
-def _mark_added(backend: tokenizers.Tokenizer, metadata: Mapping[str, Any]) -> None:
+def _mark_added(backend: tokenizers.Tokenizer, tokens: Sequence[str], types: Sequence[int]) -> None:
     """Control tokens become special, user-defined ones are found in every text."""
     backend.add_tokens(
         [
-            AddedToken(token, special=kind == CONTROL, normalized=False)
-            for token, kind in zip(metadata["tokenizer.ggml.tokens"], _types(metadata), strict=True)
-            if kind in (CONTROL, USER_DEFINED)
+            AddedToken(token, special=type != USER_DEFINED, normalized=False)
+            for token, type in zip(tokens, types, strict=True)
+            if type in (UNKNOWN, CONTROL, USER_DEFINED)
         ]
     )
 
 
-def _id(metadata: Mapping[str, Any], name: str) -> int | None:
-    """A special token's id; SentencePiece files may leave out the usual 1 and 2."""
-    usual = {"bos": 1, "eos": 2} if metadata["tokenizer.ggml.model"] == "llama" else {}
-    id: int | None = metadata.get(f"tokenizer.ggml.{name}_token_id", usual.get(name))
-    return id
+def _id(metadata: Mapping[str, Any], name: str, usual: int | None, size: int) -> int | None:
+    """A special token's id; ``usual`` where the file does not say, or names one that is none of
+    ``size`` tokens."""
+    id: int | None = metadata.get(f"{PREFIX}.{name}_token_id", usual)
+    if id is None or 0 <= id < size:
+        return id
+    log.warning("no_such_token", key=f"{PREFIX}.{name}_token_id", id=id, tokens=size)
+    return usual if usual is not None and usual < size else None
+
+
+def _stated(metadata: Mapping[str, Any], name: str, id: int | None, usual: bool) -> int | None:
+    """The id, if that token is to be put around texts."""
+    key = f"{PREFIX}.add_{name}_token"
+    if id is None and metadata.get(key, False):
+        raise LoadError(f"{key} is true, but there is no {name} token")
+    return id if metadata.get(key, usual) else None
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -196,4 +286,4 @@ def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:
         if key.startswith(f"{TEMPLATE_KEY}.")
     }
     default = metadata.get(TEMPLATE_KEY)
-    return templates if default is None else templates | {"default": default}
+    return templates if default is None else templates | {"default": str(default)}

@@ -49,12 +49,12 @@ class TensorSource(Protocol):
 
 
 class SafetensorsFolder:
-    """The safetensors files of a folder: one, or shards listed in an index."""
+    """The safetensors files that are a folder's model."""
 
     def __init__(self, folder: Path) -> None:
         """Reads the headers only. Raises LoadError naming a missing or damaged file."""
         self.path = folder
-        self.files = {path: _open(path) for path in _safetensors_paths(folder)}
+        self.files = {path: _open(path) for path in weight_files(folder)}
         self.homes = {name: path for path, file in self.files.items() for name in _keys(file)}
 
     def names(self) -> frozenset[str]:
@@ -74,19 +74,24 @@ class SafetensorsFolder:
         return tensor
 
 
-def _safetensors_paths(folder: Path) -> list[Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise LoadError(f"{index}: not a readable index ({error})") from None
+def weight_files(folder: Path) -> list[Path]:
+    """``model.safetensors``, or else the shards that its index names, as transformers has it. What
+    lies beside them is not the model: the same weights in another form, adapters, leftovers.
+
+    Raises LoadError naming what is missing.
+    """
+    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if whole.exists():
+        return [whole]
+    if not index.exists():
+        found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+        but = f"only {found}" if found else "other formats, pickle above all, are not read"
+        raise LoadError(f"{folder}: no {whole.name} and no {index.name} ({but})")
+    try:
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         return [folder / Path(name).name for name in names]
-    if not (paths := sorted(folder.glob("*.safetensors"))):
-        raise LoadError(f"{folder}: no safetensors files (other formats, pickle above all, no)")
-    if len(paths) > 1:
-        raise LoadError(f"{folder}: several safetensors files but no {index.name}")
-    return paths
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise LoadError(f"{index}: not a readable index ({error})") from None
 
 
 def _keys(file: safe_open) -> list[str]:
@@ -132,6 +137,10 @@ class Weights:
     progress: Progress = silent
     is_gguf: bool = False
     used: set[str] = field(default_factory=set)
+    names: frozenset[str] = field(init=False)  # asked for once: there may be many thousands
+
+    def __post_init__(self) -> None:
+        self.names = self.source.names()
 
     def matrix(self, key: str, rows: Sequence[int], columns: int, layer: int = 0) -> Packed:
         """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order."""
@@ -142,6 +151,16 @@ class Weights:
         """An embedding table or head [rows, columns]."""
         change = self.scheme.table if quantize else keep
         return self._packed(key, change, self._stacked(key, (rows,), columns, 0), 0)
+
+    def holds(self, key: str) -> bool:
+        """Whether the checkpoint has the matrix ``key``, which is in no layer and one tensor."""
+        return not self.names.isdisjoint(self._spellings(self._stored(key)[0] + ".weight"))
+
+    def equal(self, key: str, other: str, rows: int, columns: int) -> bool:
+        """Whether two matrices [rows, columns] of a folder hold the same numbers."""
+        shape = (rows,), (columns,), 0, "weight"
+        left, right = (_plain(*self._parts(one, *shape)) for one in (key, other))
+        return left.dtype == right.dtype and torch.equal(left, right)
 
     def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
         """A norm's weight or bias, float32 [size]."""
@@ -155,7 +174,7 @@ class Weights:
 
     def finish(self) -> None:
         """Raises LoadError if the checkpoint holds tensors that nobody asked for."""
-        left = self.source.names() - self.used
+        left = self.names - self.used
         if strangers := sorted(name for name in left if not name.endswith(self.ignored)):
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             some = ", ".join(strangers[:3]) + more
@@ -178,8 +197,7 @@ class Weights:
     def _parts(
         self, key: str, rows: Sequence[int], columns: tuple[int, ...], layer: int, kind: str
     ) -> list[Tensor | Quantized]:
-        rule = self.rules[key]
-        names = rule.gguf if self.is_gguf else rule.hugging_face
+        rule, names = self.rules[key], self._stored(key)
         counts = rows if len(names) == len(rows) else (sum(rows),)
         turned = rule.transposed and not self.is_gguf and bool(columns)
         parts = []
@@ -190,18 +208,23 @@ class Weights:
             parts.append(values.T if turned and isinstance(values, Tensor) else values)
         return parts
 
-    def _find(self, name: str) -> str:
+    def _stored(self, key: str) -> tuple[str, ...]:
+        """What the parts of ``key`` are called in this kind of checkpoint."""
+        return self.rules[key].gguf if self.is_gguf else self.rules[key].hugging_face
+
+    def _spellings(self, name: str) -> tuple[str, str]:
         """Checkpoints of a bare model leave out the first word (``transformer.``, ``model.``)."""
-        names = self.source.names()
-        bare = name.partition(".")[2]
-        found = bare if name not in names and bare in names else name
-        if found not in names and not isinstance(self.source, RandomTensors):
+        return name, name.partition(".")[2]
+
+    def _find(self, name: str) -> str:
+        found = next((known for known in self._spellings(name) if known in self.names), name)
+        if found not in self.names and not isinstance(self.source, RandomTensors):
             raise LoadError(f"{self.source.path}: no tensor {name}")
         self.used.add(found)
         return found
 
 
 def _plain(vector: Tensor | Quantized) -> Tensor:
-    """Norms and biases are never stored quantized: the readers allow that for matrices only."""
+    """Only a GGUF file's matrices are ever stored quantized."""
     assert isinstance(vector, Tensor)
     return vector

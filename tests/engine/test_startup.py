@@ -63,6 +63,17 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
     started.close()
 
 
+def test_ends_that_are_no_tokens_end_nothing(folder):
+    config = TINY_LLAMA | {"eos_token_id": [7, 320, -1]}  # of 320
+    (folder / "config.json").write_text(json.dumps(config))
+    started = start_engine(settings(folder), lambda phase, share: None)
+    assert started.eos_token_ids == (7,)
+    held_off = SamplingParams(temperature=0, max_tokens=3, min_tokens=3)
+    started.engine.add(Job((1, 2, 3), held_off), 0.0)
+    assert len(drain(started.engine)) == 3
+    started.close()
+
+
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
     monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
     started = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)

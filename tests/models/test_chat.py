@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from texts import DONE, END, START, mixed_strings, trained
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ruvon.config import EngineConfig
-from ruvon.errors import ConfigError, LoadError, RequestError
+from ruvon.errors import ConfigError, RequestError
 from ruvon.models import template
 from ruvon.models.chat import FORMATS, ChatFormat, Delta, load_chat, read_template
 from ruvon.models.checkpoint import open_checkpoint
@@ -439,12 +440,29 @@ def test_a_final_message_the_template_drops_cannot_be_continued():
 def test_bad_templates_are_found_at_the_start(tmp_path):
     with pytest.raises(ConfigError, match=r"chat_template: .*line 2"):
         load_chat(tokenizer(), "\n{% if %}")
-    with pytest.raises(LoadError, match=r"line 1.*--chat-template"):
-        load_chat(trained(chat_templates={"default": "{% if %}"}))
     with pytest.raises(ConfigError, match="nowhere"):
         read_template(str(tmp_path / "nowhere"))
     (tmp_path / "it.jinja").write_text("ü")
     assert read_template(str(tmp_path / "it.jinja")) == "ü"
+
+
+def test_a_broken_template_of_the_model_is_refused_where_it_is_used():
+    broken = trained(chat_templates={"default": "fine", "tool_use": "\n{% if %}"})
+    with capture_logs() as logs:
+        chat = load_chat(broken)
+    assert [entry["event"] for entry in logs] == ["broken_chat_template"]
+    assert chat.render([user("a")]) == "fine"
+    with pytest.raises(RequestError, match=r"broken, line 2: .*--chat-template") as caught:
+        chat.render([user("a")], tools=TOOLS)
+    assert caught.value.param == "messages"
+    assert load_chat(broken, "{{ messages[0].content }}").render([user("a")]) == "a"
+
+
+def test_templates_see_every_named_token():
+    named = {"eos_token": "<|over|>", "pad_token": "<pad>", "image_token": "<image>"}
+    template = {"default": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}"}
+    with_bos = trained(bos_id=0, eos_ids=(1,), named_tokens=named, chat_templates=template)
+    assert load_chat(with_bos).render([user("a")]) == f"{DONE}<|over|><pad><image>"
 
 
 # Parsers

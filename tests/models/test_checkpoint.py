@@ -7,6 +7,7 @@ import json
 
 import huggingface_hub
 import pytest
+import structlog
 from gguf_files import write_gguf
 from tiny import CONFIGS, make_reference
 
@@ -49,6 +50,13 @@ def test_folder(folder):
     assert checkpoint.spec.eos_token_ids == (1, 5)
     assert checkpoint.generation["top_k"] == 3
     assert checkpoint.config["hidden_size"] == 64
+
+
+def test_an_adapter_is_left_out_aloud(folder):
+    (folder / "adapter_config.json").write_text("{}")
+    with structlog.testing.capture_logs() as logs:
+        assert opened(folder).name == "Tiny-Llama"
+    assert [entry["event"] for entry in logs] == ["adapter_left_out"]
 
 
 def test_folder_with_one_gguf_file(tmp_path):

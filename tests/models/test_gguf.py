@@ -71,6 +71,19 @@ def test_metadata_of_every_type(tmp_path):
     assert metadata["a.nested"] == [[1, 2], [3]]
 
 
+def test_text_that_is_not_utf8_is_shown_as_bytes(tmp_path):
+    path = tmp_path / "x.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_string("general.name", "NAMENAME")
+    writer.add_array("a.texts", ["ok", "ZZZZ"])
+    finish(writer)
+    path.write_bytes(path.read_bytes().replace(b"NAMENAME", b"NAM\xff\xfeAME"))
+    path.write_bytes(path.read_bytes().replace(b"ZZZZ", b"Z\xe4\xffZ"))
+    metadata = GgufFile(path).metadata
+    assert metadata["general.name"] == r"NAM\xff\xfeAME"
+    assert metadata["a.texts"] == ["ok", r"Z\xe4\xffZ"]
+
+
 @pytest.mark.parametrize(
     ("name", "arch", "kind"),
     [

@@ -8,7 +8,7 @@ from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ruvon.errors import LoadError
-from ruvon.models.rope import LinearScaling, Llama3Scaling, make_rope, scaled_frequencies
+from ruvon.models.rope import Divisors, LinearScaling, Llama3Scaling, make_rope, scaled_frequencies
 from ruvon.models.spec import spec_from_config, spec_from_gguf
 
 LLAMA = {**SHAPE, "architectures": ["LlamaForCausalLM"]}
@@ -108,6 +108,27 @@ def test_yarn_extends_the_context():
     assert spec_from_config({**short, "max_position_embeddings": 500}).max_positions == 500
 
 
+def test_linear_scaling_extends_the_context():
+    scaling = {"type": "linear", "factor": 4.0}
+    short = {**LLAMA, "max_position_embeddings": 64, "rope_scaling": scaling}
+    assert spec_from_config(short).max_positions == 256
+    stated = {**scaling, "original_max_position_embeddings": 16}
+    assert spec_from_config({**short, "rope_scaling": stated}).max_positions == 64
+
+
+def test_original_positions_are_looked_for_where_transformers_looks():
+    llama3 = {k: v for k, v in LLAMA3.items() if k != "original_max_position_embeddings"}
+    without = spec_from_config({**LLAMA, "rope_parameters": llama3}).rope.scaling
+    assert without.original_positions == SHAPE["max_position_embeddings"]
+    outside = {**LLAMA, "rope_parameters": LLAMA3, "original_max_position_embeddings": 32}
+    assert spec_from_config(outside).rope.scaling.original_positions == 32
+
+
+def test_older_scaling_wins_as_in_transformers():
+    both = {"rope_scaling": {"type": "linear", "factor": 4.0}, "rope_parameters": LLAMA3}
+    assert spec_from_config({**LLAMA, **both}).rope.scaling == LinearScaling(4.0)
+
+
 def test_windows():
     assert spec_from_config(LLAMA).windows == (0, 0, 0)
     mistral = {**SHAPE, "architectures": ["MistralForCausalLM"]}
@@ -134,8 +155,19 @@ def test_architecture_by_model_type():
         ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
+        ({**LLAMA, "rope_scaling": {"factor": 2.0}}, "a factor, but no rope_type"),
+        (
+            {**LLAMA, "rope_parameters": {"full_attention": {"rope_type": "default"}}},
+            "RoPE of its own for 'full_attention'",
+        ),
+        ({**LLAMA, "rope_scaling": "linear"}, "makes no sense"),
+        ({**LLAMA, "model_type": "qwen2"}, "model_type 'qwen2' contradicts 'LlamaForCausalLM'"),
+        ({**LLAMA, "architectures": 5}, "makes no sense"),
+        ({**LLAMA, "eos_token_id": "</s>"}, "makes no sense (eos_token_id '</s>')"),
+        ({**LLAMA, "quantization_config": {"load_in_8bit": True}}, "quantization_config None"),
         ({**LLAMA, "partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
         ({**LLAMA, "quantization_config": {"quant_method": "awq"}}, "quantization_config 'awq'"),
+        ({**LLAMA, "transformers_weights": "x.safetensors"}, "transformers_weights"),
         ({**LLAMA, "num_key_value_heads": 3}, "4 attention heads do not divide over 3"),
         (
             {**QWEN, "use_sliding_window": True, "layer_types": ["chunked_attention"] * 3},
@@ -188,8 +220,46 @@ def test_gguf_metadata():
     assert spec.eos_token_ids == (1, 2)
     assert (spec.qkv_bias, spec.output_bias, spec.tie_embeddings) == (True, False, True)
     assert spec.rope.theta == 1e6
-    scaled = {**GGUF, "qwen2.rope.scaling.type": "linear", "qwen2.rope.scaling.factor": 4.0}
-    assert spec_from_gguf(scaled, ()).rope.scaling == LinearScaling(4.0)
+
+
+ROPE = "qwen2.rope"
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {f"{ROPE}.scaling.type": "linear", f"{ROPE}.scaling.factor": 4.0},
+        {f"{ROPE}.scaling.factor": 4.0},
+        {f"{ROPE}.scale_linear": 4.0},
+    ],
+)
+def test_gguf_linear_scaling(stated):
+    spec = spec_from_gguf({**GGUF, **stated}, ())
+    assert spec.rope.scaling == LinearScaling(4.0)
+    assert spec.max_positions == 256
+    both = spec_from_gguf({**GGUF, **stated}, (), (1.0, 2.0, 3.0, 4.0))
+    assert both.rope.scaling == Divisors((4.0, 8.0, 12.0, 16.0))
+    assert (
+        spec_from_gguf({**GGUF, **stated, f"{ROPE}.scaling.type": "none"}, ()).rope.scaling is None
+    )
+
+
+def test_gguf_yarn():
+    yarn = {**GGUF, f"{ROPE}.scaling.type": "yarn", f"{ROPE}.scaling.factor": 4.0}
+    spec = spec_from_gguf(yarn, ())
+    assert spec.rope.scaling.original_positions == GGUF["qwen2.context_length"]
+    assert spec.max_positions == 256
+    stated = spec_from_gguf({**yarn, f"{ROPE}.scaling.original_context_length": 16}, ())
+    assert stated.rope.scaling.original_positions == 16
+    assert stated.max_positions == 64
+
+
+def test_gguf_numbers_that_llama_cpp_reads_otherwise_than_they_seem():
+    spec = spec_from_gguf({**GGUF, "qwen2.vocab_size": 9}, ())
+    assert spec.vocab_size == 3  # as many as there are tokens
+    layers = {"qwen2.attention.head_count_kv": [2, 2], "qwen2.feed_forward_length": [48, 48]}
+    same = spec_from_gguf({**GGUF, **layers}, ())
+    assert (same.num_kv_heads, same.intermediate_size) == (2, 48)
 
 
 @pytest.mark.parametrize(
@@ -200,9 +270,16 @@ def test_gguf_metadata():
         ({"qwen2.expert_count": 8}, "mixtures of experts"),
         ({"qwen2.embedding_length": "wide"}, "makes no sense"),
         ({"qwen2.attention.head_count_kv": [1, 2]}, "head_count_kv: layers of different shape"),
+        ({"qwen2.feed_forward_length": [1, 2]}, "feed_forward_length: layers of different shape"),
+        ({f"{ROPE}.scaling.type": "longrope"}, "scaling.type 'longrope'"),
+        ({f"{ROPE}.scaling.attn_factor": 2.0}, "scaling.attn_factor 2.0 is only supported with"),
         (
-            {"qwen2.rope.scaling.type": "longrope", "qwen2.rope.scaling.factor": 2.0},
-            "scaling.type 'longrope'",
+            {
+                f"{ROPE}.scaling.type": "yarn",
+                f"{ROPE}.scaling.factor": 2.0,
+                f"{ROPE}.scaling.yarn_ext_factor": 0.5,
+            },
+            "yarn_ext_factor 0.5",
         ),
     ],
 )

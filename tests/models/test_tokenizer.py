@@ -269,8 +269,35 @@ def test_a_vocabulary_that_cannot_be_converted_is_an_error(tmp_path):
         load(tmp_path)
 
 
-def test_an_unknown_decoder_is_refused():
-    backend = tokenizers.Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
-    backend.decoder = decoders.WordPiece()
-    with pytest.raises(LoadError, match="WordPiece"):
-        Tokenizer(Vocab(backend))
+@pytest.mark.parametrize(
+    ("decoder", "message"),
+    [
+        (None, "no decoder"),
+        (decoders.Sequence([]), "no decoder"),
+        (decoders.WordPiece(), "decoder WordPiece is not supported"),
+        (decoders.Metaspace("_"), "decoder Metaspace is not supported"),
+        (decoders.Sequence([decoders.ByteLevel(), decoders.Strip("x")]), "ByteLevel and Strip"),
+        (decoders.Sequence([decoders.Replace("_", " "), decoders.Fuse()]), "decoder Replace"),
+    ],
+)
+def test_a_decoder_that_is_not_understood_is_refused_by_name(tmp_path, decoder, message):
+    folder = write_folder(tmp_path)
+    backend = tokenizers.Tokenizer.from_str(trained_json())
+    backend.decoder = decoder
+    backend.save(str(folder / "tokenizer.json"))
+    with pytest.raises(LoadError) as caught:
+        load(folder)
+    assert str(folder) in str(caught.value)
+    assert message in str(caught.value)
+
+
+def test_nested_decoders_are_read_one_after_another(tmp_path):
+    folder = write_folder(tmp_path)
+    backend = tokenizers.Tokenizer.from_str(trained_json())
+    inner = decoders.Sequence([decoders.ByteLevel()])
+    backend.decoder = decoders.Sequence([decoders.Sequence([inner]), decoders.Fuse()])
+    backend.save(str(folder / "tokenizer.json"))
+    ours = load(folder)
+    for text in mixed_strings(100, seed=9):
+        ids = ours.encode(text)
+        assert ours.decode(ids) == backend.decode(ids) == text

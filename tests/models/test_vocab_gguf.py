@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from texts import (
@@ -126,7 +127,9 @@ def test_the_default_model_equals_transformers():
     for text in mixed_strings(3000, seed=12):
         assert tokenizer.encode(text, parse_special=True) == theirs.encode(text), repr(text)
         assert tokenizer.encode(text) == theirs.encode(text, split_special_tokens=True)
-    assert (tokenizer.bos_id, tokenizer.eos_ids) == (theirs.bos_token_id, (theirs.eos_token_id,))
+    assert (tokenizer.bos_id, tokenizer.eos_ids[0]) == (theirs.bos_token_id, theirs.eos_token_id)
+    texts = [tokenizer.token_text(id) for id in tokenizer.eos_ids]
+    assert texts == ["<|im_end|>", "<|endoftext|>", "<reponame>"]  # as llama.cpp lists them
 
 
 def test_a_gguf_vocabulary_equals_the_folder_it_came_from():
@@ -166,12 +169,94 @@ def test_whether_bos_is_added(pre, stated, added):
 
 def test_eos_is_added_only_when_stated():
     tokenizer = build(metadata(add_eos_token=True))
-    assert tokenizer.encode("a")[1:] == list(tokenizer.eos_ids)
+    assert tokenizer.encode("a")[1:] == [tokenizer.eos_ids[0]]
 
 
-def test_all_ends_of_a_turn_are_known():
-    tokenizer = build(metadata(eot_token_id=5, eom_token_id=6))
-    assert tokenizer.eos_ids[1:] == (5, 6)
+def test_all_ends_that_keys_name_are_known():
+    tokenizer = build(metadata(eot_token_id=5, eom_token_id=6, fim_pad_token_id=7))
+    assert tokenizer.eos_ids[1:4] == (5, 6, 7)
+
+
+def with_token(text: str, kind: int = 3) -> Tokenizer:
+    fields = metadata()
+    fields["tokenizer.ggml.tokens"].append(text)
+    fields["tokenizer.ggml.token_type"].append(kind)
+    return build(fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "ends"),
+    [
+        ("<|eot_id|>", 3, True),
+        ("<end_of_turn>", 3, True),
+        ("<|eom_id|>", 3, True),
+        ("<|fim_pad|>", 3, True),
+        ("<|eot_id|>", 4, True),  # whatever it is said to be
+        ("<|eot_id|>", 1, True),
+        ("</s>", 3, True),
+        ("</s>", 1, False),
+        ("<|tool|>", 3, False),
+    ],
+)
+def test_ends_are_known_by_their_text_though_no_key_names_them(text, kind, ends):
+    tokenizer = with_token(text, kind)
+    id = tokenizer.vocab_size - 1
+    assert (id in tokenizer.eos_ids) == ends
+    assert (id in tokenizer.special_ids) == (ends or kind == 3)
+    assert tokenizer.decode([id], skip_special_tokens=False) == text
+
+
+def test_the_end_of_a_message_in_harmony_ends_no_answer():
+    fields = metadata()
+    fields["tokenizer.ggml.tokens"] += ["<|return|>", "<|call|>", "<|end|>"]
+    fields["tokenizer.ggml.token_type"] += [3, 3, 3]
+    last = len(fields["tokenizer.ggml.tokens"]) - 1
+    ends = set(build(fields).eos_ids)
+    assert {last - 1, last - 2} <= ends
+    assert last not in ends
+
+
+def test_unknown_is_special():
+    tokenizer = with_token("<unk>", 2)
+    assert tokenizer.vocab_size - 1 in tokenizer.special_ids
+
+
+@pytest.mark.parametrize(
+    ("change", "event"),
+    [
+        ({"merges": ["zz zz"]}, "merges_left_out"),
+        ({"merges": ["zz"]}, "merges_left_out"),
+        ({"merges": ["Ġ \x00"]}, "merges_left_out"),
+        ({"pre": None}, "no_pre_tokenizer"),
+        ({"bos_token_id": 99999, "add_bos_token": False}, "no_such_token"),
+        ({"eot_token_id": 99999}, "no_such_token"),
+    ],
+)
+def test_what_llama_cpp_reads_past_is_read_past_with_a_warning(change, event):
+    fields = metadata(**change)
+    fields = {key: value for key, value in fields.items() if value is not None}
+    with structlog.testing.capture_logs() as logs:
+        tokenizer = build(fields)
+    assert [entry["event"] for entry in logs] == [event]
+    assert max(tokenizer.eos_ids) < tokenizer.vocab_size
+    assert tokenizer.decode(tokenizer.encode("hé 1")) == "hé 1"
+
+
+def test_merges_that_lead_nowhere_change_no_other():
+    odd = ["zz zz", "zz", "h zz"]
+    texts = mixed_strings(50, seed=14)
+    fields = metadata()
+    fields["tokenizer.ggml.merges"] = odd + fields["tokenizer.ggml.merges"] + odd
+    odder, plain = build(fields), build(metadata())
+    assert [odder.encode(text) for text in texts] == [plain.encode(text) for text in texts]
+
+
+def test_no_types_are_ordinary_ones():
+    fields = metadata()
+    del fields["tokenizer.ggml.token_type"]
+    tokenizer = build(fields)
+    assert {tokenizer.token_text(id) for id in tokenizer.special_ids} == {END, DONE}  # by text
+    assert tokenizer.encode("a b") == build(metadata()).encode("a b")
 
 
 def test_chat_templates():
@@ -186,8 +271,12 @@ def test_chat_templates():
     [
         ({"pre": "martian"}, r"model\.gguf: tokenizer\.ggml\.pre 'martian'"),
         ({"model": "bert"}, r"model\.gguf: tokenizer\.ggml\.model 'bert'"),
-        ({"merges": ["zz zz"]}, r"model\.gguf: .*zz"),
-        ({"merges": ["zz"]}, r"model\.gguf: "),
+        ({"token_type": [1, 1]}, r"model\.gguf: tokenizer\.ggml\.token_type: 2 for 702 tokens"),
+        ({"tokens": ["a", "b", "a"]}, r"model\.gguf: tokenizer\.ggml\.tokens: 'a' is both 0 and 2"),
+        ({"tokens": 7}, r"model\.gguf: "),
+        ({"eos_token_id": "</s>"}, r"model\.gguf: "),
+        ({"bos_token_id": None, "add_bos_token": True}, "add_bos_token is true, but there is no"),
+        ({"bos_token_id": 99999, "add_bos_token": True}, "add_bos_token is true, but there is no"),
     ],
 )
 def test_what_is_not_supported_is_named(change, message):
@@ -203,6 +292,12 @@ def test_a_missing_key_is_named():
 
 
 # SentencePiece
+
+
+def test_sentencepiece_ids_that_are_none_are_the_usual_ones():
+    tokenizer = sentencepiece({"a": 0.0}, bos_token_id=9999, eos_token_id=9999)
+    assert (tokenizer.bos_id, tokenizer.eos_ids) == (1, (2,))
+    assert tokenizer.encode("a")[0] == 1
 
 
 def sentencepiece(score: dict[str, float], **extra: Any) -> Tokenizer:

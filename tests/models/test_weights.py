@@ -10,8 +10,10 @@ import torch
 from paged import PagedSequences
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, VOCAB, load, make_reference
+from transformers import AutoModelForCausalLM
 
 from ruvon.errors import LoadError
+from ruvon.models.weights import SafetensorsFolder
 
 
 @pytest.fixture
@@ -25,7 +27,7 @@ def change(folder, edit):
     path = folder / "model.safetensors"
     tensors = load_file(path)
     edit(tensors)
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={"format": "pt"})
 
 
 def logits(model):
@@ -116,8 +118,40 @@ def test_pickle_is_never_opened(tmp_path):
     config["architectures"] = ["LlamaForCausalLM"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     torch.save(make_reference("llama2").state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(LoadError, match="no safetensors files"):
+    with pytest.raises(LoadError, match=r"no model\.safetensors .*pickle above all, are not read"):
         load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("consolidated.safetensors", {"layers.0.attention.wq.weight": torch.zeros(4, 4)}),
+        ("adapter_model.safetensors", {"base_model.model.lora_A.weight": torch.zeros(4, 4)}),
+        ("._model.safetensors", bytes(100)),
+        ("model.safetensors.index.json", b'{"weight_map": {"x": "model-1-of-2.safetensors"}}'),
+    ],
+)
+def test_other_files_beside_the_model_are_left_alone(folder, name, content):
+    whole = logits(load(folder))
+    if isinstance(content, bytes):
+        (folder / name).write_bytes(content)
+    else:
+        save_file(content, folder / name)
+    assert torch.equal(logits(load(folder)), whole)
+
+
+def test_weights_under_another_name_are_named_and_not_taken_for_the_model(folder):
+    (folder / "model.safetensors").rename(folder / "adapter_model.safetensors")
+    with pytest.raises(LoadError, match=r"no model\.safetensors.*adapter_model\.safetensors"):
+        load(folder)
+
+
+def test_names_are_asked_for_once(folder, monkeypatch):
+    """There may be a hundred thousand, and a set of them made for each would take for ever."""
+    calls, names = [], SafetensorsFolder.names
+    monkeypatch.setattr(SafetensorsFolder, "names", lambda self: calls.append(1) or names(self))
+    load(folder)
+    assert len(calls) == 1
 
 
 def test_checkpoint_of_the_bare_model(tmp_path):
@@ -135,17 +169,41 @@ def test_checkpoint_of_the_bare_model(tmp_path):
     assert torch.equal(logits(load(tmp_path)), whole)
 
 
-def test_copy_of_a_tied_head_is_ignored(tmp_path):
-    make_reference("llama-tied").save_pretrained(tmp_path)
-    whole = logits(load(tmp_path))
+TIED = {"llama-tied": "model.embed_tokens.weight", "gpt2": "transformer.wte.weight"}
 
-    def copy_head(tensors):
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
 
-    change(tmp_path, copy_head)
-    model = load(tmp_path)
-    assert model.head is model.embed
-    assert torch.equal(logits(model), whole)
+@pytest.mark.parametrize("name", TIED)
+class TestTied:
+    """The config ties the head to the embedding; the file may know better."""
+
+    @pytest.fixture
+    def folder(self, name, tmp_path):
+        make_reference(name).save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_a_copy_is_the_same(self, folder, name):
+        whole = logits(load(folder))
+        change(folder, lambda t: t.update({"lm_head.weight": t[TIED[name]].clone()}))
+        model = load(folder)
+        assert model.head is model.embed
+        assert torch.equal(logits(model), whole)
+
+    def test_another_head_is_used(self, folder, name):
+        change(folder, lambda t: t.update({"lm_head.weight": t[TIED[name]].flip(0) * 0.5}))
+        self.assert_same_as_transformers(folder)
+
+    def test_the_head_alone_is_both(self, folder, name):
+        whole = logits(load(folder))
+        change(folder, lambda t: t.update({"lm_head.weight": t.pop(TIED[name])}))
+        assert torch.equal(logits(load(folder)), whole)
+        self.assert_same_as_transformers(folder)
+
+    def assert_same_as_transformers(self, folder):
+        theirs = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="eager")
+        tokens = random.Random(0).choices(range(VOCAB), k=30)
+        with torch.inference_mode():
+            want = theirs(torch.tensor([tokens])).logits[0]
+        torch.testing.assert_close(logits(load(folder)), want, atol=1e-4, rtol=0)
 
 
 def test_bfloat16_checkpoint(tmp_path):
