@@ -23,7 +23,6 @@ from ruvon.config import (
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-CLIENT_VARIABLES = ("config", "url", "api_key")
 EPILOG = (
     "Every setting is also a variable (--max-num-seqs is RUVON_MAX_NUM_SEQS) and a key of the file "
     "given with --config (max_num_seqs = 8). The command line wins over the environment, the "
@@ -106,7 +105,7 @@ def _shown(value: Any) -> str:
 
 def read_settings(config: Path | None) -> Mapping[str, Any]:
     """The TOML file, if one is given; warns of variables that look like settings and are none."""
-    for warning in unknown_variables(os.environ, CLIENT_VARIABLES):
+    for warning in unknown_variables(os.environ):
         click.echo(f"Warning: {warning}", err=True)
     return read_toml(config) if config else {}
 
