@@ -64,9 +64,9 @@ def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function]
 
     def decorate(function: Function) -> Function:
         options = [
-            _option(cls, spec)
+            _option(cls, spec, kind)
             for cls in classes
-            for spec in dataclasses.fields(cls)
+            for spec, kind in zip(dataclasses.fields(cls), kinds(cls).values(), strict=True)
             if spec.name not in without
         ]
         for names, attributes in reversed(options):
@@ -81,8 +81,9 @@ def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function]
     return decorate
 
 
-def _option(cls: type, spec: dataclasses.Field[Any]) -> tuple[list[str], dict[str, Any]]:
-    kind = kinds(cls)[spec.name]
+def _option(
+    cls: type, spec: dataclasses.Field[Any], kind: Kind
+) -> tuple[list[str], dict[str, Any]]:
     names = [flag(spec.name), spec.name]
     if kind.base is bool:
         names[0] += "/--no-" + flag(spec.name).removeprefix("--")
