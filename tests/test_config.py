@@ -180,12 +180,12 @@ def test_variables_that_are_no_setting_are_told():
     [
         ({"RUVON_CACHE_DIR": "/mine", "XDG_CACHE_HOME": "/shared"}, Path("/mine")),
         ({"RUVON_CACHE_DIR": "", "XDG_CACHE_HOME": "/shared"}, Path("/shared/ruvon")),
-        ({"XDG_CACHE_HOME": "not/absolute"}, Path("/home/me/.cache/ruvon")),
-        ({}, Path("/home/me/.cache/ruvon")),
+        ({"XDG_CACHE_HOME": "not/absolute"}, Path("/me/.cache/ruvon")),
+        ({}, Path("/me/.cache/ruvon")),
     ],
 )
 def test_where_things_are_kept_between_starts(monkeypatch, environ, root):
-    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setenv("HOME", "/me")
     assert cache_root(environ) == root
 
 
