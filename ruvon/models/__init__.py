@@ -52,11 +52,14 @@ MODELS: Mapping[str, Family] = {
 }
 
 
-def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress) -> Model:
-    """The model with its weights, packed for ``ops``.
+def load_model(
+    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress, at_once: int = 1
+) -> Model:
+    """The model with its weights, packed for ``ops``, so many layers ``at_once``.
 
     Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over.
     """
+    progress("loading weights", 0.0)
     spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
     tied = ("lm_head.weight",) if spec.tie_embeddings else ()  # a copy some checkpoints keep
     weights = Weights(
@@ -68,6 +71,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress:
         ignored=family.ignored + tied,
         progress=progress,
         is_gguf=checkpoint.format == "gguf",
+        at_once=at_once,
     )
     model = family.build(spec, weights, ops)
     weights.finish()

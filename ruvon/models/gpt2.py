@@ -86,7 +86,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GPT2:
     """Reads the weights."""
     embed = weights.table("embed", spec.vocab_size, spec.hidden_size)
     places = weights.table("positions", spec.max_positions, spec.hidden_size, quantize=False)
-    layers = tuple(_layer(spec, weights, i) for i in range(spec.num_layers))
+    layers = weights.layers(lambda i: _layer(spec, weights, i))
     norm = load_layer_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
     head = embed
     if not spec.tie_embeddings:
