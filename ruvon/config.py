@@ -2,8 +2,8 @@
 
 A setting is a dataclass field. Its command-line flag is the field's name with dashes, its variable
 is ``RUVON_`` and the name in capitals, its TOML key is the name. What is given wins over what is
-not in this order: argv, environment, TOML file, default. Whoever builds a config, from whatever
-source, gets the same checks. Never imports torch.
+not in this order: argv, environment, TOML file, default; what loses is not looked at. Whoever
+builds a config, from whatever source, gets the same checks. Never imports torch.
 """
 
 from __future__ import annotations
@@ -22,6 +22,18 @@ from typing import Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origi
 from ruvon.errors import ConfigError
 
 ENV_PREFIX = "RUVON_"
+VARIABLES = {
+    "cache_dir": "Folder for compiled kernels. Default: `ruvon` in the user's cache folder.",
+    "config": "File of settings, as `--config`.",
+    "url": "Server that `chat`, `complete` and `models` ask, as their `--url`.",
+    "api_key": "Key for that server, as their `--api-key`; `OPENAI_API_KEY` serves as well.",
+}
+"""Variables that are no settings: a name without prefix, as it is documented."""
+
+LINK = re.compile(r"(tcp|udp|sctp)://.*")
+"""What Kubernetes, beside a service named ruvon, sets RUVON_PORT to."""
+SERVICE = re.compile(r"(service_(host|port)|port_\d+_(tcp|udp|sctp))(_\w+)?")
+"""The names of the other variables that it then sets."""
 
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
@@ -37,6 +49,7 @@ class StepSize(NamedTuple):
     tokens: int
 
 
+A_DAY = 86_400.0  # seconds; an event loop's timers have an end
 CPU_STEP = StepSize(64, 512)
 GPU_STEP = StepSize(256, 8192)  # small steps leave a GPU idle
 
@@ -153,10 +166,10 @@ class ServerConfig:
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
     max_body_size: str = setting("8MiB", "Larger request bodies get a 413.", unit="size")
     sse_keep_alive_interval: float = setting(
-        15.0, "Seconds of silence in a stream before a comment line.", least=0.1
+        15.0, "Seconds of silence in a stream before a comment line.", least=0.1, most=A_DAY
     )
     shutdown_timeout: float = setting(
-        30.0, "Seconds that running requests get after SIGTERM.", least=0
+        30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY
     )
     strict: bool = setting(False, "Refuse unknown request fields instead of reporting them.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least level shown.")
@@ -219,20 +232,33 @@ def load(
     toml: Mapping[str, Any] | None = None,
 ) -> Config:
     """Build one config. ``given`` holds argv's values, where None means not given; ``toml`` is
-    what `read_toml` returned. An empty variable counts as not set.
+    what `read_toml` returned. An empty variable counts as not set, as does a `LINK`.
 
     Raises:
         ConfigError: a value is of the wrong type, out of range or not among the choices.
     """
     values: dict[str, Any] = {}
     for name, kind in kinds(cls).items():
-        if toml and name in toml:
-            values[name] = _typed(toml[name], kind, f"{name} in the TOML file")
-        if environ.get(variable(name)):
-            values[name] = _parsed(environ[variable(name)], kind, variable(name))
+        text = environ.get(variable(name))
         if given and given.get(name) is not None:
             values[name] = given[name]
+        elif text and not _is_service(name, text):
+            values[name] = _parsed(text, kind, variable(name))
+        elif toml and name in toml:
+            values[name] = _typed(toml[name], kind, f"{name} in the TOML file")
     return cls(**values)
+
+
+def cache_root(environ: Mapping[str, str] = os.environ) -> Path | None:
+    """The folder for what ruvon keeps between starts, which need not exist: ``RUVON_CACHE_DIR``, or
+    ``ruvon`` in the user's cache folder. None for a user without a home."""
+    shared = Path(environ.get("XDG_CACHE_HOME", ""))  # to be ignored, says XDG, if not absolute
+    try:
+        if folder := environ.get(variable("cache_dir")):
+            return Path(folder).expanduser()
+        return (shared if shared.is_absolute() else Path.home() / ".cache") / "ruvon"
+    except RuntimeError:
+        return None
 
 
 def read_toml(path: Path) -> dict[str, Any]:
@@ -254,15 +280,29 @@ def read_toml(path: Path) -> dict[str, Any]:
     return values
 
 
-def unknown_variables(environ: Mapping[str, str], besides: Iterable[str] = ()) -> list[str]:
-    """A sentence for each ``RUVON_*`` variable that is neither a setting nor one of ``besides``.
-    Not an error, because others (Kubernetes for a service named ruvon) put such variables there."""
-    known = _all_names().union(besides)
-    given = sorted(name for name in environ if name.startswith(ENV_PREFIX))
-    strangers = [name for name in given if name.removeprefix(ENV_PREFIX).lower() not in known]
-    return [f"{name} is not a setting of ruvon" for name in strangers]
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """A sentence for each ``RUVON_*`` variable that is neither a setting nor one of `VARIABLES`,
+    and one for all those that Kubernetes makes of a service named ruvon. Nobody wrote these, and
+    others may have put the rest there: no reason to end."""
+    known = _all_names().union(VARIABLES)
+    strangers, services = [], []
+    for name in sorted(name for name in environ if name.startswith(ENV_PREFIX)):
+        setting = name.removeprefix(ENV_PREFIX).lower()
+        if _is_service(setting, environ[name]):
+            services.append(name)
+        elif setting not in known:
+            strangers.append(f"{name} is not a setting of ruvon")
+    if services:
+        strangers.append(f"{', '.join(services)}: about a service of Kubernetes, not settings")
+    return strangers
 
 
+def _is_service(name: str, text: str) -> bool:
+    """Whether a variable, by its name without prefix, describes a service of Kubernetes."""
+    return bool(LINK.fullmatch(text) if name == "port" else SERVICE.fullmatch(name))
+
+
+MOST_BYTES = 1 << 63
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 
 
@@ -271,17 +311,17 @@ def parse_size(text: str) -> int:
     of 1024, without it of 1000, as in the standards.
 
     Raises:
-        ConfigError: the text is no size, or is zero.
+        ConfigError: the text is no size, or is zero or beyond all memory.
     """
     match = SIZE.fullmatch(text)
     if match is None or (match[3] and not match[2]):
         raise ConfigError(f"{text!r} is not a size; write it like 512MiB, 2GiB or 1048576")
     base = 1024 if match[3] else 1000
     power = " kmgt".index(match[2].lower() or " ")
-    size = int(float(match[1]) * base**power)
-    if size < 1:
-        raise ConfigError(f"size {text!r} is zero bytes")
-    return size
+    size = float(match[1]) * base**power
+    if not 1 <= size < MOST_BYTES:
+        raise ConfigError(f"size {text!r} is {'zero bytes' if size < 1 else 'more than can be'}")
+    return int(size)
 
 
 def check_fields(config: EngineConfig | ServerConfig) -> None:
@@ -301,7 +341,7 @@ def check_fields(config: EngineConfig | ServerConfig) -> None:
 
 def _bounded(value: Any, limits: Mapping[str, Any], name: str) -> None:
     least, most = limits.get("least"), limits.get("most")
-    if least is not None and value < least:
+    if least is not None and not value >= least:  # as NaN is not, either
         raise ConfigError(f"{name} must be at least {least}, got {value}")
     if most is not None and value > most:
         raise ConfigError(f"{name} must be at most {most}, got {value}")

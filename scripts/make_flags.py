@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from ruvon.config import CONFIGS, flag, kinds, variable
+from ruvon.config import CONFIGS, VARIABLES, flag, kinds, variable
 
 PATH = Path(__file__).parent.parent / "docs" / "reference" / "flags.md"
 HEAD = """\
@@ -19,7 +19,9 @@ HEAD = """\
 Each setting is a flag of `ruvon serve`, an environment variable and a key of the TOML file given
 with `--config`. The command line wins over the environment, the environment over the file, the
 file over the default. A key that is unknown or a value that cannot be honoured ends the start with
-an error that names it.
+an error that names it, unless another value wins over it. An empty variable counts as not set, and
+so do the variables that Kubernetes makes of a service named ruvon, such as
+`RUVON_PORT=tcp://10.0.0.5:8000`.
 
 ```toml
 # ruvon.toml
@@ -45,6 +47,8 @@ def render() -> str:
                 f"- variable: `{variable(spec.name)}`\n- value: {values}{off(kind.base, spec)}\n"
                 f"- default: {default(spec.default)}\n"
             )
+    parts.append("\n## Other variables\n\n")
+    parts += [f"- `{variable(name)}`: {help}\n" for name, help in VARIABLES.items()]
     return "".join(parts)
 
 

@@ -8,8 +8,10 @@ import pytest
 from ruvon.config import (
     CPU_STEP,
     GPU_STEP,
+    VARIABLES,
     EngineConfig,
     ServerConfig,
+    cache_root,
     load,
     parse_size,
     read_toml,
@@ -30,6 +32,32 @@ def test_an_empty_variable_counts_as_not_set():
     assert load(ServerConfig, environ={"RUVON_PORT": ""}).port == ServerConfig().port
 
 
+def test_what_loses_is_not_looked_at():
+    environ, toml = {"RUVON_PORT": "many"}, {"port": "many"}
+    assert load(ServerConfig, {"port": 3}, environ, toml).port == 3
+    assert load(ServerConfig, None, {"RUVON_PORT": "4"}, toml).port == 4
+
+
+SERVICE = {
+    "RUVON_PORT": "tcp://10.0.0.5:8000",
+    "RUVON_PORT_8000_TCP": "tcp://10.0.0.5:8000",
+    "RUVON_PORT_8000_TCP_ADDR": "10.0.0.5",
+    "RUVON_SERVICE_HOST": "10.0.0.5",
+    "RUVON_SERVICE_PORT": "8000",
+    "RUVON_SERVICE_PORT_HTTP": "8000",
+}
+"""What a pod gets beside a service named ruvon."""
+
+
+def test_variables_of_a_kubernetes_service_are_no_settings():
+    assert load(ServerConfig, environ=SERVICE) == ServerConfig()
+    assert load(ServerConfig, environ=SERVICE, toml={"port": 9}).port == 9
+    (warning,) = unknown_variables(SERVICE)
+    assert all(name in warning for name in (*SERVICE, "Kubernetes"))
+    with pytest.raises(ConfigError, match="RUVON_STRICT must be true or false"):
+        load(ServerConfig, environ={"RUVON_STRICT": "tcp://10.0.0.5:8000"})
+
+
 @pytest.mark.parametrize(("text", "value"), [("1", True), ("off", False), ("TRUE", True)])
 def test_booleans_in_the_environment(text, value):
     environ = {"RUVON_ENABLE_PREFIX_CACHING": text}
@@ -39,12 +67,14 @@ def test_booleans_in_the_environment(text, value):
 @pytest.mark.parametrize(
     ("environ", "told"),
     [
-        ({"RUVON_PORT": "tcp://10.0.0.1:80"}, ["RUVON_PORT", "integer", "tcp://10.0.0.1:80"]),
+        ({"RUVON_PORT": "http://10.0.0.1:80"}, ["RUVON_PORT", "integer", "http://10.0.0.1:80"]),
         ({"RUVON_PORT": "70000"}, ["port", "65535", "70000"]),
         ({"RUVON_STRICT": "perhaps"}, ["RUVON_STRICT", "true or false", "perhaps"]),
         ({"RUVON_LOG_LEVEL": "loud"}, ["RUVON_LOG_LEVEL", "debug | info", "loud"]),
         ({"RUVON_MAX_BODY_SIZE": "8 megs"}, ["max_body_size", "8 megs", "512MiB"]),
         ({"RUVON_SHUTDOWN_TIMEOUT": "-1"}, ["shutdown_timeout", "at least 0"]),
+        ({"RUVON_SHUTDOWN_TIMEOUT": "nan"}, ["shutdown_timeout", "at least 0", "nan"]),
+        ({"RUVON_SHUTDOWN_TIMEOUT": "inf"}, ["shutdown_timeout", "at most 86400", "inf"]),
     ],
 )
 def test_a_bad_variable_is_named_with_its_choices(environ, told):
@@ -133,12 +163,37 @@ def test_sizes(text, size):
     assert parse_size(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "MiB", "1 apple", "-1", "0", "0MiB", "3ib"])
+@pytest.mark.parametrize("text", ["", "MiB", "1 apple", "-1", "0", "0MiB", "3ib", "9" * 400])
 def test_what_is_no_size(text):
     with pytest.raises(ConfigError, match="size"):
         parse_size(text)
 
 
 def test_variables_that_are_no_setting_are_told():
-    environ = {"RUVON_PORT": "1", "RUVON_URL": "u", "RUVON_PROT": "1", "PATH": os.defpath}
-    assert unknown_variables(environ, ("url",)) == ["RUVON_PROT is not a setting of ruvon"]
+    known = {"RUVON_" + name.upper(): "x" for name in VARIABLES}
+    environ = {"RUVON_PORT": "1", "RUVON_PROT": "1", "PATH": os.defpath, **known}
+    assert unknown_variables(environ) == ["RUVON_PROT is not a setting of ruvon"]
+
+
+@pytest.mark.parametrize(
+    ("environ", "root"),
+    [
+        ({"RUVON_CACHE_DIR": "/mine", "XDG_CACHE_HOME": "/shared"}, Path("/mine")),
+        ({"RUVON_CACHE_DIR": "", "XDG_CACHE_HOME": "/shared"}, Path("/shared/ruvon")),
+        ({"XDG_CACHE_HOME": "not/absolute"}, Path("/me/.cache/ruvon")),
+        ({}, Path("/me/.cache/ruvon")),
+    ],
+)
+def test_where_things_are_kept_between_starts(monkeypatch, environ, root):
+    monkeypatch.setenv("HOME", "/me")
+    assert cache_root(environ) == root
+
+
+@pytest.mark.parametrize("environ", [{}, {"RUVON_CACHE_DIR": "~/kept"}])
+def test_a_user_without_a_home_keeps_nothing(monkeypatch, environ):
+    def stranger(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("pwd.getpwuid", stranger)
+    assert cache_root(environ) is None

@@ -5,7 +5,6 @@ Flags and result fields are those of `vllm bench serve` and `vllm bench throughp
 
 from __future__ import annotations
 
-import asyncio
 import json
 import math
 import random
@@ -104,6 +103,8 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @click.option("--disable-tqdm", is_flag=True, help="No progress bar.")
 def bench_serve(**given: Any) -> None:
     """Send random prompts to an OpenAI-compatible server and time the streams."""
+    import asyncio  # a fifth of what `ruvon --help` would take
+
     result = asyncio.run(measure(given))
     from ruvon.bench import render
 

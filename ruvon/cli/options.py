@@ -23,7 +23,6 @@ from ruvon.config import (
 )
 
 Function = TypeVar("Function", bound=Callable[..., Any])
-CLIENT_VARIABLES = ("config", "url", "api_key")
 EPILOG = (
     "Every setting is also a variable (--max-num-seqs is RUVON_MAX_NUM_SEQS) and a key of the file "
     "given with --config (max_num_seqs = 8). The command line wins over the environment, the "
@@ -65,9 +64,9 @@ def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function]
 
     def decorate(function: Function) -> Function:
         options = [
-            _option(cls, spec)
+            _option(cls, spec, kind)
             for cls in classes
-            for spec in dataclasses.fields(cls)
+            for spec, kind in zip(dataclasses.fields(cls), kinds(cls).values(), strict=True)
             if spec.name not in without
         ]
         for names, attributes in reversed(options):
@@ -82,8 +81,9 @@ def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function]
     return decorate
 
 
-def _option(cls: type, spec: dataclasses.Field[Any]) -> tuple[list[str], dict[str, Any]]:
-    kind = kinds(cls)[spec.name]
+def _option(
+    cls: type, spec: dataclasses.Field[Any], kind: Kind
+) -> tuple[list[str], dict[str, Any]]:
     names = [flag(spec.name), spec.name]
     if kind.base is bool:
         names[0] += "/--no-" + flag(spec.name).removeprefix("--")
@@ -106,7 +106,7 @@ def _shown(value: Any) -> str:
 
 def read_settings(config: Path | None) -> Mapping[str, Any]:
     """The TOML file, if one is given; warns of variables that look like settings and are none."""
-    for warning in unknown_variables(os.environ, CLIENT_VARIABLES):
+    for warning in unknown_variables(os.environ):
         click.echo(f"Warning: {warning}", err=True)
     return read_toml(config) if config else {}
 

@@ -52,11 +52,14 @@ MODELS: Mapping[str, Family] = {
 }
 
 
-def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress) -> Model:
-    """The model with its weights, packed for ``ops``.
+def load_model(
+    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress, at_once: int = 1
+) -> Model:
+    """The model with its weights, packed for ``ops``, so many layers ``at_once``.
 
     Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over.
     """
+    progress("loading weights", 0.0)
     spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
     weights = Weights(
         source=_open_source(checkpoint, config),
@@ -67,6 +70,7 @@ def load_model(checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress:
         ignored=family.ignored,
         progress=progress,
         is_gguf=checkpoint.format == "gguf",
+        at_once=at_once,
     )
     model = family.build(spec, weights, ops)
     weights.finish()

@@ -35,14 +35,32 @@ class Layout:
     unpack: Callable[[Bytes], Quantized]
 
 
+def _field(raw_NBX: Bytes, at: int, kind: str) -> NDArray[Any]:
+    """The value at byte ``at`` of each block, [N, B]."""
+    size = raw_NBX.shape[-1]
+    block = np.dtype({"names": ["x"], "formats": [kind], "offsets": [at], "itemsize": size})
+    return np.ascontiguousarray(raw_NBX.view(block)["x"][..., 0])
+
+
+def _bytes(raw_NBX: Bytes, at: int, count: int) -> Bytes:
+    """``count`` bytes of each block, [N, B, count]: to numpy one item each, for it takes several
+    times as long over a few bytes at a time."""
+    return _field(raw_NBX, at, f"V{count}")[..., None].view(np.uint8)
+
+
 def _halves(raw_NBX: Bytes, at: int) -> Floats:
     """The float16 at byte ``at`` of each block, [N, B]."""
-    return np.ascontiguousarray(raw_NBX[..., at : at + 2]).view("<f2")[..., 0]
+    return _field(raw_NBX, at, "<f2")
 
 
 def _nibbles(packed: Bytes) -> Bytes:
     """[..., X] bytes to [..., 2 X] codes: all low halves, then all high ones."""
-    return np.concatenate((packed & 15, packed >> 4), axis=-1)
+    size = packed.shape[-1]
+    codes = np.empty((*packed.shape[:-1], 2 * size), np.uint8)
+    halves = codes.view(f"V{size}")  # one item each, as in `_bytes`
+    halves[..., :1] = (packed & 15).view(f"V{size}")
+    halves[..., 1:] = (packed >> 4).view(f"V{size}")
+    return codes
 
 
 def _fifth_bits(raw_NBX: Bytes, at: int) -> Bytes:
@@ -72,25 +90,25 @@ def _quantized(
 
 
 def _q4_0(raw: Bytes) -> Quantized:
-    return _quantized(_nibbles(raw[..., 2:18]), _halves(raw, 0), 4, zero=8)
+    return _quantized(_nibbles(_bytes(raw, 2, 16)), _halves(raw, 0), 4, zero=8)
 
 
 def _q4_1(raw: Bytes) -> Quantized:
-    return _quantized(_nibbles(raw[..., 4:20]), _halves(raw, 0), 4, _halves(raw, 2))
+    return _quantized(_nibbles(_bytes(raw, 4, 16)), _halves(raw, 0), 4, _halves(raw, 2))
 
 
 def _q5_0(raw: Bytes) -> Quantized:
-    codes = _nibbles(raw[..., 6:22]) | _fifth_bits(raw, 2)
+    codes = _nibbles(_bytes(raw, 6, 16)) | _fifth_bits(raw, 2)
     return _quantized(codes, _halves(raw, 0), 5, zero=16)
 
 
 def _q5_1(raw: Bytes) -> Quantized:
-    codes = _nibbles(raw[..., 8:24]) | _fifth_bits(raw, 4)
+    codes = _nibbles(_bytes(raw, 8, 16)) | _fifth_bits(raw, 4)
     return _quantized(codes, _halves(raw, 0), 5, _halves(raw, 2))
 
 
 def _q8_0(raw: Bytes) -> Quantized:
-    return _quantized(raw[..., 2:34], _halves(raw, 0), 8)
+    return _quantized(_bytes(raw, 2, 32), _halves(raw, 0), 8)
 
 
 def _six_bit_scales(raw_NBX: Bytes) -> dict[str, Any]:
@@ -112,12 +130,12 @@ def _six_bit_scales(raw_NBX: Bytes) -> dict[str, Any]:
 
 
 def _q4_k(raw: Bytes) -> Quantized:
-    packed = raw[..., 16:144].reshape(*raw.shape[:2], 4, 32)  # 64 weights a row
+    packed = _bytes(raw, 16, 128).reshape(*raw.shape[:2], 4, 32)  # 64 weights a row
     return _quantized(_nibbles(packed), bits=4, **_six_bit_scales(raw))
 
 
 def _q5_k(raw: Bytes) -> Quantized:
-    packed = raw[..., 48:176].reshape(*raw.shape[:2], 4, 32)
+    packed = _bytes(raw, 48, 128).reshape(*raw.shape[:2], 4, 32)
     low = _nibbles(packed).reshape(*raw.shape[:2], 8, 32)
     shifts = np.arange(8, dtype=np.uint8)[:, None]  # bit g of byte i belongs to weight 32 g + i
     high = (raw[..., None, 16:48] >> shifts) & 1
@@ -125,7 +143,7 @@ def _q5_k(raw: Bytes) -> Quantized:
 
 
 def _q6_k(raw: Bytes) -> Quantized:
-    packed = raw[..., 0:128].reshape(*raw.shape[:2], 2, 64)  # 128 weights a row
+    packed = _bytes(raw, 0, 128).reshape(*raw.shape[:2], 2, 64)  # 128 weights a row
     low = _nibbles(packed).reshape(*raw.shape[:2], 2, 4, 32)
     shifts = np.array([0, 2, 4, 6], np.uint8)[:, None]
     high = (raw[..., 128:192].reshape(*raw.shape[:2], 2, 1, 32) >> shifts) & 3

@@ -87,7 +87,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GPT2:
     """Reads the weights."""
     embed, head = load_tables(weights, spec)
     places = weights.table("positions", spec.max_positions, spec.hidden_size, quantize=False)
-    layers = tuple(_layer(spec, weights, i) for i in range(spec.num_layers))
+    layers = weights.layers(lambda i: _layer(spec, weights, i))
     norm = load_layer_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
     return GPT2(spec, ops, embed, places, layers, norm, head)
 

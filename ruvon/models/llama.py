@@ -99,7 +99,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Llama:
     """Reads the weights and makes the rotary tables."""
     rope = None if spec.rope is None else make_rope(spec.rope, spec.max_positions, ops.device)
     embed, head = load_tables(weights, spec)
-    layers = tuple(_layer(spec, weights, rope, i) for i in range(spec.num_layers))
+    layers = weights.layers(lambda i: _layer(spec, weights, rope, i))
     norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
     return Llama(spec, ops, embed, layers, norm, head)
 

@@ -2,7 +2,8 @@
 
 A model asks for its weights by its own names (``weights.matrix("qkv", ...)``) and its `Rule` table
 says what they are called in a checkpoint. Files are memory-mapped and a tensor is read when it is
-asked for, so a load needs about one weight's memory beyond the packed model.
+asked for, so a load needs about one weight's memory beyond the packed model, or that of as many
+weights as are loaded at once.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ from __future__ import annotations
 import json
 import zlib
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +24,8 @@ from ruvon.errors import LoadError
 from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Weight
 from ruvon.models.quantize import Scheme, keep, stack
 from ruvon.telemetry import Progress, silent
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +130,8 @@ class RandomTensors:
 
 @dataclass(slots=True)
 class Weights:
-    """Serves a model its weights by its own names. Ask for everything, then `finish`."""
+    """Serves a model its weights by its own names, to any thread. Ask for everything, then
+    `finish`."""
 
     source: TensorSource
     rules: Mapping[str, Rule]
@@ -136,11 +141,21 @@ class Weights:
     ignored: tuple[str, ...] = ()  # endings of names that hold no weight of the model
     progress: Progress = silent
     is_gguf: bool = False
+    at_once: int = 1  # layers
     used: set[str] = field(default_factory=set)
     names: frozenset[str] = field(init=False)  # asked for once: there may be many thousands
 
     def __post_init__(self) -> None:
         self.names = self.source.names()
+
+    def layers(self, build: Callable[[int], T]) -> tuple[T, ...]:
+        """Every layer, in order: ``build(i)`` asks for the weights of layer ``i``."""
+        built = []
+        with ThreadPoolExecutor(self.at_once, "ruvon-weights") as threads:
+            for layer in threads.map(build, range(self.num_layers)):
+                built.append(layer)
+                self.progress("loading weights", len(built) / (self.num_layers + 1))
+        return tuple(built)
 
     def matrix(self, key: str, rows: Sequence[int], columns: int, layer: int = 0) -> Packed:
         """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order."""
@@ -188,11 +203,9 @@ class Weights:
         self, key: str, change: Callable[[Weight], Weight], weight: Weight, layer: int
     ) -> Packed:
         try:
-            packed = self.ops.pack(change(weight))
+            return self.ops.pack(change(weight))
         except LoadError as error:
             raise LoadError(f"{self.source.path}: {key} of layer {layer}: {error}") from None
-        self.progress("loading weights", (layer + 1) / (self.num_layers + 1))
-        return packed
 
     def _parts(
         self, key: str, rows: Sequence[int], columns: tuple[int, ...], layer: int, kind: str
