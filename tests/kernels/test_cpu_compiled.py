@@ -1,52 +1,178 @@
-"""Compiled kernels on disk."""
+"""Compiled kernels on disk: a convenience that must never keep anybody from starting."""
 
-import numba
+import os
+import subprocess
+import sys
+import time
+
 import pytest
+import structlog
 
-from ruvon.kernels.cpu import compiled
-from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.errors import ConfigError
+from ruvon.kernels.cpu import compiled, isa
+from ruvon.kernels.cpu.compiled import FORGOTTEN_AFTER, Compiled, Store, open_store
+from ruvon.kernels.cpu.isa import ISAS, choose, supported, target_features
+from ruvon.kernels.cpu.jit import build as builder
+
+KEY = ("add", None)
 
 
 def kept(folder):
-    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.nbc"))
+    return sorted((path.name, path.stat().st_mtime_ns) for path in folder.rglob("*.o"))
 
 
-def test_code_is_kept_and_found_again(tmp_path, monkeypatch):
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("RUVON_CACHE_DIR", str(tmp_path))
-    setting = numba.config.CACHE_DIR
-    assert Compiled().address(("add", None)) > 0
-    files = kept(tmp_path)
+    return tmp_path
+
+
+def test_code_is_kept_and_found_again(cache):
+    assert Compiled(choose(None)).address(KEY) > 0
+    files = kept(cache)
     assert len(files) == 1
-    again = Compiled()
-    assert again.address(("add", None)) > 0
-    assert again.address(("add", None)) == again.address(("add", None))
-    assert kept(tmp_path) == files  # nothing was compiled a second time
-    assert setting == numba.config.CACHE_DIR
+    again = Compiled(choose(None))
+    assert again.address(KEY) == again.address(KEY) > 0
+    assert kept(cache) == files  # nothing was compiled a second time
 
 
-def test_kinds_of_a_kernel_are_kept_apart(tmp_path, monkeypatch):
-    monkeypatch.setenv("RUVON_CACHE_DIR", str(tmp_path))
-    code = Compiled()
+def test_what_is_kept_is_loaded_without_the_compiler(cache):
+    Compiled(choose(None)).address(KEY)
+    script = """
+import sys
+from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.kernels.cpu.isa import choose
+assert Compiled(choose(None)).address(("add", None)) > 0
+print("numba" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("False\n", "")
+
+
+def test_kinds_of_a_kernel_are_kept_apart(cache):
+    code = Compiled(choose(None))
     addresses = {code.address(("embed", kind)) for kind in (0, 1)}
-    assert len(addresses) == len(kept(tmp_path)) == 2
+    assert len(addresses) == len(kept(cache)) == 2
 
 
-@pytest.mark.parametrize("machine", ["x86_64", "aarch64"])
-def test_each_dot_product_is_used_where_the_cpu_has_it(monkeypatch, machine):
-    features = {"avx512f": True, "avx512bw": True, "avx512vnni": True}
-    monkeypatch.setattr(compiled.platform, "machine", lambda: machine)
-    monkeypatch.setattr(compiled.binding, "get_host_cpu_features", lambda: features)
-    assert compiled.has_vnni() == (machine == "x86_64")
-    assert not compiled.has_bf16()
-    features["avx512bf16"] = True
-    assert compiled.has_bf16() == (machine == "x86_64")
+def test_instruction_sets_are_kept_apart_where_they_differ(cache):
+    for name in ("portable", None):
+        code = Compiled(choose(name))
+        code.address(("linear", 0))
+    assert len(kept(cache)) == len({choose("portable"), choose(None)})
 
 
-@pytest.mark.parametrize("folder", ["/proc/nowhere", None])
-def test_without_a_place_to_keep_it_code_is_compiled_anyway(folder, tmp_path, monkeypatch):
-    if folder is None:  # the sources have changed since they were imported
-        folder = str(tmp_path)
-        monkeypatch.setattr(compiled, "IMPORTED", "something else")
-    monkeypatch.setenv("RUVON_CACHE_DIR", folder)
-    assert Compiled().address(("add", None)) > 0
-    assert not kept(tmp_path)
+@pytest.mark.parametrize("damage", [b"", b"no object file", None])
+def test_damaged_code_is_compiled_again(cache, damage):
+    Compiled(choose(None)).address(KEY)
+    (path,) = cache.rglob("*.o")
+    path.write_bytes(path.read_bytes()[:-1] if damage is None else damage)
+    assert Compiled(choose(None)).address(KEY) > 0
+    store = open_store()
+    assert store.read(path.name)
+
+
+def test_a_folder_that_cannot_be_written_to_is_told_of_once(tmp_path):
+    (tmp_path / "file").touch()
+    store = Store(tmp_path / "file" / "kernels")
+    with structlog.testing.capture_logs() as logs:
+        store.write("a", b"code")
+        store.write("b", b"code")
+    assert [line["event"] for line in logs] == ["kernels_not_kept"]
+    assert store.read("a") is None
+
+
+def test_a_full_disk_leaves_no_half_a_file(tmp_path, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    store = Store(tmp_path)
+    monkeypatch.setattr(compiled.os, "replace", fail)
+    store.write("a", b"code")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_code_of_old_versions_is_removed(cache):
+    for name, age in (("kernels-old", FORGOTTEN_AFTER + 60), ("kernels-new", 60)):
+        (cache / name).mkdir()
+        os.utime(cache / name, (time.time() - age,) * 2)
+    Compiled(choose(None)).address(KEY)
+    Compiled(choose(None))
+    names = {path.name for path in cache.iterdir()}
+    assert names == {"kernels-new", f"kernels-{compiled.IMPORTED}"}
+
+
+def test_without_a_home_code_is_compiled_anyway(monkeypatch):
+    monkeypatch.setattr(compiled, "cache_root", lambda: None)
+    assert Compiled(choose(None)).address(KEY) > 0
+
+
+def test_code_of_edited_sources_is_not_kept(cache, monkeypatch):
+    monkeypatch.setattr(compiled, "IMPORTED", "something else")
+    assert Compiled(choose(None)).address(KEY) > 0
+    assert not kept(cache)
+
+
+CPUS = {
+    "zen 5": ("x86_64", "avx512-bf16", "avx2 fma f16c avx512f avx512bw avx512vnni avx512bf16"),
+    "ice lake": ("x86_64", "avx512-vnni", "avx2 fma f16c avx512f avx512bw avx512vnni"),
+    "skylake server": ("x86_64", "avx512", "avx2 fma f16c avx512f avx512bw"),
+    "alder lake": ("x86_64", "avx-vnni", "avx2 fma f16c avxvnni"),
+    "zen 3": ("x86_64", "avx2", "avx2 fma f16c"),
+    "sandy bridge": ("x86_64", "portable", "avx"),
+    "graviton 3": ("aarch64", "i8mm", "dotprod i8mm"),
+    "graviton 2": ("aarch64", "dotprod", "dotprod"),
+    "raspberry pi 4": ("aarch64", "portable", ""),
+    "apple": ("arm64", "i8mm", "dotprod i8mm"),
+}
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_each_cpu_gets_its_best_instruction_set(monkeypatch, name):
+    machine, best, features = CPUS[name]
+    monkeypatch.setattr(isa.platform, "machine", lambda: machine)
+    monkeypatch.setattr(isa, "host_features", lambda: dict.fromkeys(features.split(), True))
+    assert choose(None).name == best
+    for other in ISAS:
+        if other in supported():
+            assert choose(other.name) is other
+        else:
+            with pytest.raises(ConfigError, match=f"--cpu-isa {other.name}: this CPU has {best}"):
+                choose(other.name)
+
+
+def test_a_lesser_set_uses_nothing_of_a_better_one(monkeypatch):
+    features = "avx2 fma f16c avxvnni avx512f avx512bw avx512vl avx512vnni avx512bf16 avx10.1"
+    monkeypatch.setattr(isa, "host_features", lambda: dict.fromkeys(features.split(), True))
+    by_name = {each.name: target_features(each).split(",") for each in ISAS}
+    assert "+avx2" in by_name["avx2"]
+    assert {"-avxvnni", "-avx512f", "-avx512vl", "-avx10.1"} <= {*by_name["avx2"]}
+    assert {"+avxvnni", "-avx512vl"} <= {*by_name["avx-vnni"]}
+    assert "+avx512bf16" in by_name["avx512-bf16"]
+
+
+X86 = "x86_64-unknown-linux-gnu", "x86-64-v3"
+ARM = "aarch64-unknown-linux-gnu", "generic"
+INSTRUCTIONS = [
+    ("avx2", *X86, "+avx2,+fma,+f16c", 0, "vpmaddubsw", "vpdpbusd"),
+    ("avx2", *X86, "+avx2,+fma,+f16c", 4, "vpmaddwd", "vpdpbusd"),
+    ("avx-vnni", *X86, "+avx2,+fma,+f16c,+avxvnni", 0, "vpdpbusd", "zmm"),
+    ("avx512", *X86, "+avx512f,+avx512bw", 0, "vpmaddubsw", "vpdpbusd"),
+    ("avx512-vnni", *X86, "+avx512f,+avx512bw,+avx512vnni", 4, "vpdpbusd", "vpmadd"),
+    ("dotprod", *ARM, "+dotprod", 0, "sdot", "usdot"),
+    ("dotprod", *ARM, "+dotprod", 4, "sdot", "usdot"),
+    ("i8mm", *ARM, "+dotprod,+i8mm", 4, "\tusdot", "\tsdot"),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "triple", "cpu", "features", "kind", "has", "has_not"), INSTRUCTIONS
+)
+def test_products_become_the_instructions_they_should(
+    name, triple, cpu, features, kind, has, has_not
+):
+    """Compiled for CPUs that we are not on, looked at as assembly."""
+    (chosen,) = (each for each in ISAS if each.name == name)
+    text = builder.assembly(("linear", kind), chosen, triple, cpu, features)
+    assert has in text
+    assert has_not not in text

@@ -20,6 +20,7 @@ from pathlib import Path
 import structlog
 from llvmlite import binding, ir
 
+from ruvon.config import cache_root
 from ruvon.kernels.cpu.isa import Isa, target_features
 
 log = structlog.get_logger(__name__)
@@ -42,15 +43,6 @@ def digest_of_sources() -> str:
 
 
 IMPORTED = digest_of_sources()
-
-
-def cache_root() -> Path | None:
-    """The folder for what is kept between starts; None if the user has no home."""
-    given = os.environ.get("RUVON_CACHE_DIR") or os.environ.get("XDG_CACHE_HOME")
-    try:
-        return Path(given) if given else Path.home() / ".cache"
-    except RuntimeError:
-        return None
 
 
 class Store:
@@ -106,7 +98,7 @@ def open_store() -> Store:
     root = cache_root()
     if root is None or digest_of_sources() != IMPORTED:
         return Store(None)
-    store = Store(root / "ruvon" / f"kernels-{IMPORTED}")
+    store = Store(root / f"kernels-{IMPORTED}")
     store.forget_others()
     return store
 

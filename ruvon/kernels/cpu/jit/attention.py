@@ -18,7 +18,6 @@ from ruvon.kernels.cpu.jit.simd import (
     exp16,
     fma,
     get,
-    helper,
     keep_between,
     keep_first,
     larger,
@@ -37,6 +36,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.tiles import TILES, attend_tiles, load_dense
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.kinds import F32_CACHE, KINDS, LANES
 from ruvon.kernels.cpu.program import (
     MOST_DIMS,

@@ -1,23 +1,18 @@
 """One kernel to machine code: numba reads the Python, LLVM does the rest for a CPU we name.
 
-numba would compile for this very CPU, wrap what it compiles for Python, and keep code that only
-loads where numba is. So it is asked for LLVM's language only, without optimizing; what comes out
-here is an object file with one C function in it, that needs nothing but the C library.
+What comes out is an object file with one C function in it that needs nothing but the C library.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable
 
-import numba
 from llvmlite import binding
-from numba import njit, types
-from numba.core.config import _OptLevel
+from numba import types
 
 from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
 from ruvon.kernels.cpu.jit import attention, linear, rows, sample, threads
+from ruvon.kernels.cpu.jit.translate import translate
 
 Key = tuple[str, int | None]
 
@@ -54,6 +49,19 @@ def build(key: Key, isa: Isa, symbol: str) -> bytes:
     return bytes(machine.emit_object(module))
 
 
+def assembly(key: Key, isa: Isa, triple: str, cpu: str, features: str) -> str:
+    """What a kernel becomes on another machine: for reading, and for linking it elsewhere."""
+    binding.initialize_all_targets()
+    binding.initialize_all_asmprinters()
+    machine = binding.Target.from_triple(triple).create_target_machine(
+        cpu=cpu, features=features, opt=SPEED
+    )
+    module = to_llvm(key, isa, "kernel")
+    module.triple, module.data_layout = triple, str(machine.target_data)
+    optimize(module, machine)
+    return str(machine.emit_assembly(module))
+
+
 def to_llvm(key: Key, isa: Isa, symbol: str) -> binding.ModuleRef:
     """The kernel in LLVM's language, as numba and the generators of this folder write it."""
     name, kind = key
@@ -61,14 +69,8 @@ def to_llvm(key: Key, isa: Isa, symbol: str) -> binding.ModuleRef:
         function, signature = FUNCTIONS[name]
     else:
         function, signature = FACTORIES[name](kind, ISAS.index(isa)), KERNEL
-    with unoptimized():
-        compiled = njit(
-            signature, error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True
-        )(function)
-    (result,) = compiled.overloads.values()
-    text = result.library.get_llvm_str() + c_function(
-        symbol, result.fndesc.llvm_func_name, len(signature.args)
-    )
+    text, inner = translate(function, signature)
+    text += c_function(symbol, inner, len(signature.args))
     module = binding.parse_assembly(text)
     for each in module.functions:
         if not each.is_declaration and each.name != symbol:
@@ -95,14 +97,3 @@ def optimize(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
     options.loop_vectorization = options.slp_vectorization = False
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
-
-
-@contextmanager
-def unoptimized() -> Iterator[None]:
-    """numba asks a global setting how hard to try: set it while it looks, then put it back."""
-    before: Any = numba.config.OPT
-    numba.config.OPT = _OptLevel(0)
-    try:
-        yield
-    finally:
-        numba.config.OPT = before

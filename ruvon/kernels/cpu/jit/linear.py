@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ruvon.kernels.cpu.isa import ISAS
 from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_packs
-from ruvon.kernels.cpu.jit.simd import get, helper, load, read_i64, store, write_i64
+from ruvon.kernels.cpu.jit.simd import get, load, read_i64, store, write_i64
 from ruvon.kernels.cpu.jit.tiles import multiply_tile
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, Form
 from ruvon.kernels.cpu.program import (
     FETCH_AT,

@@ -14,7 +14,6 @@ from ruvon.kernels.cpu.jit.simd import (
     exp16,
     fma,
     get,
-    helper,
     keep_first,
     larger,
     load,
@@ -33,6 +32,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_f32,
     write_i64,
 )
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, SUPER, Form
 from ruvon.kernels.cpu.program import GELU, GELU_TANH, RELU, SILU, SILU_GATED, Field
 

@@ -29,7 +29,6 @@ from ruvon.kernels.cpu.jit.simd import (
     f32x16,
     fma,
     get,
-    helper,
     keep_first,
     larger,
     load,
@@ -47,6 +46,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
     write_u8,
 )
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.program import Field, Param
 
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64

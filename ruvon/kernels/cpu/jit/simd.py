@@ -16,19 +16,16 @@ from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.kinds import LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
-
-
-helper = njit(error_model="numpy", no_cpython_wrapper=True, no_cfunc_wrapper=True)
-"""What a kernel calls: only other compiled code does, so nothing else is made of it."""
 
 
 class BrainType(ir.Type):  # type: ignore[misc]

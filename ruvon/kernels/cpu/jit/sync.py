@@ -13,7 +13,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.jit.simd import I32, I64, call, define, helper, load_as, pointer
+from ruvon.kernels.cpu.jit.simd import I32, I64, call, define, load_as, pointer
+from ruvon.kernels.cpu.jit.translate import helper
 
 SPINS = 2000  # of some 20 ns, before a waiting thread gives way at each further turn
 FUTEX = {"x86_64": 202, "aarch64": 98}.get(platform.machine(), 0) if sys.platform == "linux" else 0

@@ -6,7 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.jit.simd import I64, define, get, helper, prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.jit.simd import I64, define, get, prefetch, read_i64, write_i64
 from ruvon.kernels.cpu.jit.sync import (
     EVERYBODY,
     FUTEX_WAIT,
@@ -20,6 +20,7 @@ from ruvon.kernels.cpu.jit.sync import (
     replace_if,
     wait_a_little,
 )
+from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.program import (
     CLOCK,
     FETCH_AT,
