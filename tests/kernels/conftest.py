@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ruvon.kernels.cpu import CpuKernels
+from ruvon.kernels.cpu.isa import supported
 from ruvon.kernels.reference import make_torch_ops
 
 
@@ -18,6 +19,14 @@ def cpu():
 def portable():
     """The kernels as they are on a CPU without dot products, on one thread."""
     kernels = CpuKernels(threads=1, isa="portable")
+    yield kernels
+    kernels.close()
+
+
+@pytest.fixture(scope="session", params=[isa.name for isa in supported()[1:]])
+def lesser(request):
+    """The kernels under each other instruction set that this CPU can run, on one thread."""
+    kernels = CpuKernels(threads=1, isa=request.param)
     yield kernels
     kernels.close()
 
