@@ -63,6 +63,9 @@ class EngineConfig:
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = setting(
         "auto", "Where weights come from; dummy draws random ones from a bare config."
     )
+    generation_config: Literal["auto", "none"] = setting(
+        "auto", "auto takes the model's own sampling defaults, from generation_config.json or GGUF."
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
         "auto", "Compute dtype. auto: float32 on a CPU, bfloat16 on a GPU."
     )
@@ -160,9 +163,6 @@ class ServerConfig:
         None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
     )
     chat_template: str | None = setting(None, "File with a Jinja chat template to use instead.")
-    generation_config: Literal["auto", "none"] = setting(
-        "auto", "auto takes sampling defaults from the model's generation_config.json."
-    )
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
     max_body_size: str = setting("8MiB", "Larger request bodies get a 413.", unit="size")
     sse_keep_alive_interval: float = setting(

@@ -33,7 +33,6 @@ from ruvon.engine.types import (
 )
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options
-from ruvon.models.checkpoint import sampling_defaults
 from ruvon.models.text_stream import TextStream
 from ruvon.telemetry import silent
 
@@ -205,9 +204,8 @@ class LLM:
         return growing[0].completion()
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
-        """What the model's generation_config.json asks for, with ``fields`` of `SamplingParams`
-        over it."""
-        return SamplingParams(**sampling_defaults(self.started.checkpoint.generation) | fields)
+        """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
+        return SamplingParams(**{**self.started.defaults, **fields})
 
     def encode_chat(self, messages: Conversation, **template: Unpack[Options]) -> list[int]:
         """The token ids that a conversation becomes."""

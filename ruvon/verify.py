@@ -380,6 +380,7 @@ def engine_settings(config: EngineConfig, number: int, progress: Progress) -> En
         enable_chunked_prefill=True,
         batching="continuous",
         scheduling_policy="fcfs",
+        generation_config="none",
     )
 
 

@@ -50,7 +50,8 @@ class FakeHandler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.server.asked.append((self.path, dict(self.headers)))
-        self.reply(200, json.dumps({"data": [{"id": "fake", "max_model_len": 2048}]}).encode())
+        card = {"id": "fake", "max_model_len": 2048, "default_sampling": {"temperature": 0.3}}
+        self.reply(200, json.dumps({"data": [card]}).encode())
 
     def do_POST(self):
         body = self.rfile.read(int(self.headers["Content-Length"]))
@@ -218,6 +219,7 @@ class Scripted:
     """A source with answers written down; None interrupts as Ctrl-C does."""
 
     name = "scripted"
+    defaults = {"temperature": 0.2, "top_p": 0.9}  # noqa: RUF012
 
     def __init__(self, *answers):
         self.answers = list(answers)
@@ -260,6 +262,7 @@ def test_a_chat_remembers_and_streams(monkeypatch):
     source = Scripted(["Hel", "lo"], ["Bye [b]"])
     conversation, shown = talk(monkeypatch, source, "Hi", "", "Ciao")
     assert "Hello" in shown
+    assert "scripted  temperature 0.2; top_p 0.9; /help" in shown
     assert "Bye [b]" in shown
     assert [turn["content"] for turn in conversation.turns] == ["Hi", "Hello", "Ciao", "Bye [b]"]
     assert source.asked[1][0][:2] == conversation.turns[:2]

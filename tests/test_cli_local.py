@@ -35,12 +35,13 @@ class Chat:
         return [token for message in messages for token in message["content"].encode()]
 
 
-def make_local(make_engine, parser=PlainParser, generation=None):
+def make_local(make_engine, parser=PlainParser, defaults=None):
     started = SimpleNamespace(
         engine=make_engine(FakeRunner(16)),
         tokenizer=ByteTokenizer(),
         chat=Chat(parser),
-        checkpoint=SimpleNamespace(name="fake", generation=generation or {}),
+        checkpoint=SimpleNamespace(name="fake"),
+        defaults=defaults or {},
         close=lambda: None,
     )
     return Local(LLM.over(started))
@@ -76,7 +77,7 @@ def test_leaving_an_answer_frees_the_engine(make_engine):
 
 
 def test_the_models_sampling_defaults_apply_where_none_are_given(make_engine, monkeypatch):
-    local = make_local(make_engine, generation={"top_k": 3, "temperature": 0.7, "pad": 1})
+    local = make_local(make_engine, defaults={"top_k": 3, "temperature": 0.7})
     added = []
     add = local.llm.engine.add
     monkeypatch.setattr(

@@ -35,7 +35,7 @@ def fake(make_engine, runner):
         engine=make_engine(runner, max_num_queued_reqs=3, max_num_seqs=2),
         tokenizer=ByteTokenizer(),
         chat=Chat(),
-        checkpoint=SimpleNamespace(generation={"top_k": 3, "temperature": 0.7, "pad": 1}),
+        defaults={"top_k": 3, "temperature": 0.7},
         close=lambda: closed.append(True),
     )
     with LLM.over(started) as llm:
@@ -239,6 +239,11 @@ def test_progress_goes_to_stderr(fake, capsys):
 def llm():
     with LLM(max_model_len=512, max_num_seqs=8, kv_cache_memory="128MiB", threads=2) as llm:
         yield llm
+
+
+def test_the_default_model_draws_as_its_authors_say(llm):
+    assert llm.default_sampling() == SamplingParams(temperature=0.2, top_p=0.9)
+    assert llm.default_sampling(temperature=1.5).top_p == 0.9
 
 
 SEEDED = SamplingParams(temperature=0.9, top_p=0.95, seed=1234, max_tokens=8, logprobs=1)

@@ -6,7 +6,7 @@ Both give an answer as a generator of `Piece`s; closing it stops the work behind
 from __future__ import annotations
 
 from collections.abc import Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
 from ruvon.cli.client import Client
@@ -34,6 +34,10 @@ class Source(Protocol):
     @property
     def name(self) -> str: ...
 
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        """How tokens are drawn where options are silent; empty if that is not known."""
+
     def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]: ...
     def complete(self, prompt: str, options: Options) -> Generator[Piece]: ...
 
@@ -44,11 +48,13 @@ class Remote:
 
     client: Client
     name: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def connect(cls, client: Client, model: str | None) -> Remote:
         """Ask which model is there, unless one is named."""
-        return cls(client, model or first_model(client))
+        card: Mapping[str, Any] = {"id": model} if model else first_model(client)
+        return cls(client, str(card["id"]), card.get("default_sampling") or {})
 
     def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]:
         return self._stream("/v1/chat/completions", {"messages": list(messages), **options})
@@ -62,8 +68,8 @@ class Remote:
             yield _piece(event)
 
 
-def first_model(client: Client) -> str:
-    """The id of the first model a server lists.
+def first_model(client: Client) -> Mapping[str, Any]:
+    """The first model that a server lists.
 
     Raises:
         PeerError: it lists none, or cannot be reached.
@@ -71,7 +77,7 @@ def first_model(client: Client) -> str:
     models = client.get("/v1/models").get("data") or []
     if not models:
         raise PeerError(f"{client.url} serves no model")
-    return str(models[0]["id"])
+    return models[0]  # type: ignore[no-any-return]
 
 
 def _piece(event: Mapping[str, Any]) -> Piece:

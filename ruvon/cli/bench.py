@@ -153,7 +153,7 @@ def make_load(model: str, given: Mapping[str, Any]) -> Load:
         rate=given["request_rate"],
         burstiness=given["burstiness"],
         max_concurrency=given["max_concurrency"],
-        sampling={"temperature": given["temperature"]},
+        sampling={"temperature": given["temperature"], "top_p": 1.0},  # not the model's own
         ignore_eos=given["ignore_eos"],
         seed=given["seed"],
     )

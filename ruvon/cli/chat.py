@@ -126,7 +126,9 @@ class Conversation:
 
 def run(conversation: Conversation, console: Console) -> None:
     """Talk until the user leaves."""
-    console.print(f"[bold]{conversation.source.name}[/]  [dim]/help lists commands[/]")
+    defaults = conversation.source.defaults.items()
+    drawn = "".join(f"{escape(name)} {value}; " for name, value in defaults)
+    console.print(f"[bold]{conversation.source.name}[/]  [dim]{drawn}/help lists commands[/]")
     while True:
         try:
             text = read_message()

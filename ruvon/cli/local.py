@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -38,6 +38,10 @@ class Local:
     @property
     def name(self) -> str:
         return self.llm.started.checkpoint.name
+
+    @property
+    def defaults(self) -> Mapping[str, Any]:
+        return self.llm.started.defaults
 
     def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]:
         prompt, parser = self.llm.encode_chat(messages), self.llm.started.chat.parser()

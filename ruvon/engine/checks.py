@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from numbers import Integral, Real
 
 from ruvon.engine.types import SamplingParams
 from ruvon.errors import RequestError
@@ -14,27 +16,38 @@ BOUNDS: Mapping[str, tuple[float, float]] = {
     "top_p": (0, 1),
     "min_p": (0, 1),
     "typical_p": (0, 1),
+    "repetition_penalty": (0, math.inf),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
+    "seed": (-math.inf, math.inf),
+    "max_tokens": (0, math.inf),
     "min_tokens": (0, math.inf),
     "logprobs": (0, math.inf),
     "prompt_logprobs": (0, math.inf),
 }
 """Least and greatest value of each number, both allowed unless infinite."""
 
+WHOLE = {"top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"}
+OPTIONAL = WHOLE - {"top_k", "min_tokens"}  # None says something of its own
+
+LEAST = 2.0**-126  # of the numbers that a GPU's float32 surely tells from 0
+
+
+def settle(sampling: SamplingParams) -> SamplingParams:
+    """The same draws in numbers that every sampler can compute with: a temperature too small to
+    divide by is none, and so is a share that leaves the likeliest token only."""
+    if sampling.temperature and min(sampling.temperature, sampling.top_p) < LEAST:
+        return replace(sampling, temperature=0.0)
+    return sampling
+
 
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
-    """Raises RequestError, naming the field, for numbers out of bounds and ids of no token."""
+    """Raises RequestError, naming the field, for what is no number, numbers out of bounds and ids
+    of no token."""
     for name, (least, most) in BOUNDS.items():
-        value = getattr(sampling, name)
-        if value is not None and not (least <= value <= most and math.isfinite(value)):
-            wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
-            raise RequestError(f"{name} must be {wanted}, not {value}.", name)
-    if not 0 < sampling.repetition_penalty < math.inf:
-        raise RequestError(
-            f"repetition_penalty must be above 0, not {sampling.repetition_penalty}.",
-            "repetition_penalty",
-        )
+        check_number(name, getattr(sampling, name), least, most)
+    if not sampling.repetition_penalty:
+        raise RequestError("repetition_penalty must be above 0.", "repetition_penalty")
     if not all(math.isfinite(amount) for amount in sampling.logit_bias.values()):
         raise RequestError("logit_bias must hold finite numbers.", "logit_bias")
     if not all(sampling.bad_words):
@@ -46,6 +59,18 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         raise RequestError("allowed_token_ids must name at least one token.", "allowed_token_ids")
     for word in sampling.bad_words:
         check_ids(word, vocab_size, "bad_words")
+
+
+def check_number(name: str, value: object, least: float, most: float) -> None:
+    """Raises RequestError for what is of another type, or not between the two."""
+    if value is None and name in OPTIONAL:
+        return
+    kind, wanted = (Integral, "a whole number") if name in WHOLE else (Real, "a number")
+    if isinstance(value, bool) or not isinstance(value, kind):
+        raise RequestError(f"{name} must be {wanted}, not {value!r}.", name)
+    if not (least <= value <= most and -math.inf < value < math.inf):  # type: ignore[operator]
+        wanted = f"at least {least}" if most == math.inf else f"from {least} to {most}"
+        raise RequestError(f"{name} must be {wanted}, not {value}.", name)
 
 
 def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:

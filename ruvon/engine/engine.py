@@ -16,7 +16,7 @@ from typing import Protocol
 
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool
-from ruvon.engine.checks import check_sampling
+from ruvon.engine.checks import check_sampling, settle
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
@@ -100,11 +100,12 @@ class Engine:
         self._check_queue(job.n)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
+        sampling = settle(job.sampling)
         sequences = [
             Sequence(
                 id=next(self._ids),
                 index=first_index + k,
-                sampling=job.sampling,
+                sampling=sampling,
                 tokens=list(job.prompt),
                 num_prompt=len(job.prompt),
                 max_tokens=max_tokens,
@@ -192,10 +193,6 @@ class Engine:
         return self._resolve_max_tokens(len(job.prompt), job.sampling.max_tokens)
 
     def _resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
-        if max_tokens is not None and max_tokens < 0:
-            raise RequestError(
-                f"max_tokens must not be negative, as {max_tokens} is.", "max_tokens"
-            )
         num_completion = 1 if max_tokens is None else max_tokens
         if num_prompt + num_completion > self.max_model_len:
             raise ContextLengthError(

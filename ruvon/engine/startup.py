@@ -7,13 +7,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.backends import Backend, choose_backend, choose_device, step_limits
+from ruvon.engine.checks import check_sampling
 from ruvon.engine.engine import Engine
 from ruvon.engine.kv_cache import (
     MemoryPlan,
@@ -25,9 +26,11 @@ from ruvon.engine.kv_cache import (
 from ruvon.engine.machine import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
+from ruvon.errors import LoadError, RequestError
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
+from ruvon.models.defaults import sampling_defaults
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
@@ -57,6 +60,8 @@ class Started:
     dtype: str  # of the computation
     threads: int
     close: Callable[[], None]  # ends the threads; nothing runs afterwards
+    defaults: Mapping[str, float | int] = field(default_factory=dict)
+    """The model's own `SamplingParams`, which count where a request is silent."""
     counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
     """What the runner counts, for metrics: by name, help and value."""
 
@@ -73,15 +78,31 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     threads = config.threads or available_cores()
     checkpoint = open_checkpoint(config, progress)
     longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
+    defaults = model_defaults(checkpoint, config)  # and what makes no sense
     torch.set_num_threads(threads if stored_bytes(checkpoint) > SMALL_MODEL else 1)
     ending = ExitStack()
     try:
         backend = choose_backend(checkpoint.spec, config, device, threads)
         ending.callback(backend.close)
-        return assemble(checkpoint, config, backend, threads, ending, progress)
+        started = assemble(checkpoint, config, backend, threads, ending, progress)
+        return dataclasses.replace(started, defaults=defaults)
     except BaseException:
         ending.close()
         raise
+
+
+def model_defaults(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, float | int]:
+    """The model's own sampling, checked once: no request is to fail for what it never said.
+    Raises LoadError naming the value that makes no sense."""
+    if config.generation_config == "none":
+        return {}
+    try:
+        defaults: dict[str, Any] = sampling_defaults(checkpoint.generation)
+        check_sampling(SamplingParams(**defaults), checkpoint.spec.vocab_size)
+    except (LoadError, RequestError) as error:
+        without = "--generation-config none leaves it out"
+        raise LoadError(f"{checkpoint.path}: its sampling defaults: {error} ({without})") from None
+    return defaults
 
 
 def assemble(

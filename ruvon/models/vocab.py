@@ -28,14 +28,14 @@ class VocabNotFoundError(LoadError):
 @dataclass(frozen=True, slots=True)
 class Vocab:
     """A vocabulary as it is stored. ``bos_id`` and ``eos_ids`` are what it declares;
-    ``named_tokens`` maps names ("eos_token") to texts, ``chat_templates`` names ("default",
-    "tool_use") to Jinja sources."""
+    ``chat_templates`` maps names ("default", "tool_use") to Jinja sources, ``named_tokens`` names
+    ("eos_token") to texts."""
 
     backend: tokenizers.Tokenizer
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = ()
-    named_tokens: Mapping[str, str] = field(default_factory=dict)
     chat_templates: Mapping[str, str] = field(default_factory=dict)
+    named_tokens: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
@@ -67,8 +67,8 @@ def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
         backend=backend,
         bos_id=bos,
         eos_ids=unique_ids(eos, *(ends if isinstance(ends, list) else [ends])),
-        named_tokens=named,
         chat_templates=templates,
+        named_tokens=named,
     )
 
 

@@ -43,6 +43,7 @@ def _card(name: str, service: Service) -> ModelCard:
         "root": service.root,
         "parent": None,
         "max_model_len": service.max_model_len,
+        "default_sampling": service.defaults,
     }
 
 

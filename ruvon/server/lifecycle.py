@@ -24,7 +24,6 @@ from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import Started
 from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
-from ruvon.models.checkpoint import sampling_defaults
 from ruvon.server.state import STATE, Service, State
 from ruvon.telemetry import Metrics, Progress, Totals, stats_line
 
@@ -86,7 +85,6 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
     )
     for name, (help, read) in started.counters.items():
         metrics.watch(name, help, read)
-    generation = checkpoint.generation if server.generation_config == "auto" else {}
     return Service(
         names=names,
         root=str(checkpoint.name),
@@ -95,7 +93,7 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
         chat=chat,
         metrics=metrics,
         fingerprint=fingerprint(started),
-        defaults=sampling_defaults(generation),
+        defaults=started.defaults,
         close=started.close,
     )
 
@@ -174,6 +172,7 @@ def summary(started: Started, service: Service) -> dict[str, str]:
     """What start-up decided, in words."""
     memory, spec = started.memory, started.checkpoint.spec
     step = started.engine.config.largest_step
+    drawn = ", ".join(f"{name} {value}" for name, value in service.defaults.items())
     return {
         "model": ", ".join(service.names),
         "weights": f"{size(memory.weight_bytes)}, {spec.architecture}, {spec.num_layers} layers",
@@ -184,6 +183,7 @@ def summary(started: Started, service: Service) -> dict[str, str]:
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
         " fit at once",
         "steps": f"of at most {step.sequences} sequences and {step.tokens} tokens",
+        "sampling": f"{drawn or 'temperature 1'} by default",
     }
 
 

@@ -31,7 +31,7 @@ class Service:
     chat: ChatFormat
     metrics: Metrics
     fingerprint: str  # changes when weights, kernels or version do
-    defaults: Mapping[str, float | int]  # sampling, from the model's generation_config.json
+    defaults: Mapping[str, float | int]  # the model's own sampling
     close: Callable[[], None]  # ends the runner's thread
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -6,6 +6,7 @@ present are ``NotRequired``: clients test presence as well as truth.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 PromptLogprobs: TypeAlias = "list[dict[str, PromptLogprob] | None]"
@@ -130,6 +131,7 @@ class ModelCard(TypedDict):
     root: str
     parent: None
     max_model_len: int
+    default_sampling: Mapping[str, float | int]  # where a request is silent
 
 
 class ErrorBody(TypedDict):

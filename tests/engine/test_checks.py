@@ -2,9 +2,10 @@
 
 import math
 
+import numpy as np
 import pytest
 
-from ruvon.engine.checks import check_sampling
+from ruvon.engine.checks import check_sampling, settle
 from ruvon.engine.types import SamplingParams
 from ruvon.errors import RequestError
 
@@ -36,6 +37,16 @@ VOCAB = 100
         ("stop_token_ids", (VOCAB,)),
         ("bad_words", ((1, 2), ())),
         ("bad_words", ((1, VOCAB),)),
+        ("temperature", "0.7"),
+        ("temperature", None),
+        ("temperature", True),
+        ("top_k", 50.0),
+        ("repetition_penalty", "1"),
+        ("max_tokens", -1),
+        ("max_tokens", 2.5),
+        ("min_tokens", None),
+        ("seed", 0.5),
+        ("logprobs", "all"),
     ],
 )
 def test_each_field_has_its_bounds(field, value):
@@ -47,6 +58,8 @@ def test_each_field_has_its_bounds(field, value):
 
 def test_what_is_within_bounds_passes():
     check_sampling(SamplingParams(), VOCAB)
+    check_sampling(SamplingParams(max_tokens=None, temperature=np.float32(0.5)), VOCAB)
+    check_sampling(SamplingParams(top_k=np.int64(3), temperature=1), VOCAB)
     check_sampling(
         SamplingParams(
             temperature=0,
@@ -60,10 +73,31 @@ def test_what_is_within_bounds_passes():
             logit_bias={0: -100.0, VOCAB - 1: 100.0},
             allowed_token_ids=(0, VOCAB - 1),
             bad_words=((1, 2), (3,)),
-            seed=-5,
+            seed=-(10**400),
             stop_token_ids=(7,),
             logprobs=0,
             prompt_logprobs=20,
         ),
         VOCAB,
     )
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(top_p=0),
+        SamplingParams(top_p=0.0, temperature=1.5, top_k=4),
+        SamplingParams(top_p=1e-46),  # 0 in float32, of which a GPU would draw for ever
+        SamplingParams(temperature=1e-39),  # whose reciprocal is infinite there
+        SamplingParams(temperature=5e-324),
+        SamplingParams(temperature=0, top_p=0.5),
+    ],
+)
+def test_what_leaves_the_likeliest_token_only_is_greedy(sampling):
+    check_sampling(sampling, VOCAB)
+    assert settle(sampling).temperature == 0
+
+
+def test_what_leaves_more_stays_as_it_is():
+    for sampling in (SamplingParams(), SamplingParams(temperature=1e-37, top_p=1e-30)):
+        assert settle(sampling) is sampling

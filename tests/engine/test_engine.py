@@ -35,7 +35,7 @@ def outputs(emissions):
         (Job((1, -3, 2)), "-3", "prompt"),
         (Job((1,), n=0), "n must be from 1 to", "n"),
         (Job((1,), n=5000), "n must be from 1 to", "n"),
-        (Job((1,), SamplingParams(max_tokens=-1)), "negative", "max_tokens"),
+        (Job((1,), SamplingParams(max_tokens=-1)), "at least 0", "max_tokens"),
     ],
 )
 def test_what_can_never_run_is_refused(make_engine, job, says, param):

@@ -74,6 +74,21 @@ def test_ends_that_are_no_tokens_end_nothing(folder):
     started.close()
 
 
+def test_a_models_own_sampling_is_read_and_checked_once(folder):
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps({"temperature": "0.7", "top_k": 50.0, "max_length": 9}))
+    started = start_engine(settings(folder), lambda phase, share: None)
+    started.close()
+    assert started.defaults == {"temperature": 0.7, "top_k": 50}
+    path.write_text(json.dumps({"top_p": 1.5}))
+    with pytest.raises(LoadError, match=r"sampling defaults: top_p must be from 0 to 1.*--generat"):
+        start_engine(settings(folder), lambda phase, share: None)
+    without = settings(folder, generation_config="none")
+    started = start_engine(without, lambda phase, share: None)
+    started.close()
+    assert started.defaults == {}
+
+
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
     monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
     started = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)

@@ -74,6 +74,12 @@ def test_logprob_and_rank_are_the_models_own():
         assert rank == 1 + int((logits > logits[token]).sum())
 
 
+def test_a_nucleus_of_nothing_is_the_likeliest():
+    logits = torch.randn(VOCAB)
+    drawn = draw(logits, top_p=0.0, repeat=8).tokens.tolist()
+    assert drawn == [int(logits.argmax())] * 8
+
+
 def keep_only(probs, kept):
     probs = np.where(kept, probs, 0.0)
     return probs / probs.sum()

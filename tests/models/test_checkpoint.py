@@ -14,6 +14,7 @@ from tiny import CONFIGS, make_reference
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
 from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.defaults import sampling_defaults
 from ruvon.telemetry import silent
 
 
@@ -34,6 +35,8 @@ def test_embedded_default():
     checkpoint = opened()
     assert (checkpoint.name, checkpoint.format) == ("SmolLM2-135M-Instruct", "gguf")
     assert (checkpoint.spec.num_layers, checkpoint.spec.hidden_size) == (30, 576)
+    assert sampling_defaults(checkpoint.generation) == {"temperature": 0.2, "top_p": 0.9}
+    assert sampling_defaults(opened(checkpoint.path).generation) == {}  # it might be any file
 
 
 def test_missing_default_says_how_to_get_it(monkeypatch):

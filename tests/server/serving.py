@@ -84,7 +84,6 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             engine=engine,
             checkpoint=SimpleNamespace(
                 name="org/fake",
-                generation=numbers.get("generation", {}),
                 spec=SimpleNamespace(architecture="Fake", num_layers=1),
             ),
             tokenizer=tokenizer,
@@ -97,6 +96,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             dtype="float32",
             threads=1,
             counters={},
+            defaults=numbers.get("defaults", {}),
             close=runner.close,
         )
 

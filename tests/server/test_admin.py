@@ -26,6 +26,7 @@ async def test_models_list_and_single_with_slashes(serve):
         "root": "org/fake",
         "parent": None,
         "max_model_len": 512,
+        "default_sampling": {},
     }
     assert (await server.chat(model="alias")).json["model"] == "alias"
     assert (await server.chat()).json["model"] == "org/a"

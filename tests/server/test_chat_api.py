@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from ruvon.config import ServerConfig
-
 ROLE = {"role": "assistant", "content": ""}
 
 
@@ -285,17 +283,22 @@ async def test_special_tokens_in_user_text_stay_text(serve):
 
 
 async def test_sampling_defaults_come_from_the_model(serve):
-    seen = {}
-    for numbers, config in (
-        ({"generation": {"temperature": 0.3, "top_k": 7, "max_length": 5}}, {}),
-        ({"generation": {"temperature": 0.3}}, {"generation_config": "none"}),
-    ):
-        server = await serve("a", numbers=numbers, server=ServerConfig(port=0, **config))
-        rows = capture(server)
-        await server.chat(top_p=0.5)
-        seen[bool(config)] = rows[0]
-    assert (seen[False].temperature, seen[False].top_k, seen[False].top_p) == (0.3, 7, 0.5)
-    assert (seen[True].temperature, seen[True].top_k) == (1.0, 0)
+    defaults = {"temperature": 0.3, "top_k": 7, "top_p": 0.9}
+    server = await serve("a", numbers={"defaults": defaults})
+    rows = capture(server)
+    await server.chat(top_p=0.5)
+    assert (rows[0].temperature, rows[0].top_k, rows[0].top_p) == (0.3, 7, 0.5)
+    (card,) = (await server.get("/v1/models")).json["data"]
+    assert card["default_sampling"] == defaults
+
+
+async def test_a_top_p_of_zero_is_greedy(serve):
+    server = await serve("a")
+    rows = capture(server)
+    assert (await server.chat(top_p=0, temperature=1.5)).status == 200
+    assert rows[0].temperature == 0
+    for top_p in (-0.1, 1.1):
+        assert (await server.chat(top_p=top_p)).error["param"] == "top_p"
 
 
 def capture(server):
