@@ -17,7 +17,13 @@ import click
 
 from ruvon import __version__
 from ruvon.cli.bench import bench
-from ruvon.cli.options import SettingsCommand, one_model, read_settings, settings
+from ruvon.cli.options import (
+    SettingsCommand,
+    load_engine,
+    one_model,
+    read_settings,
+    settings,
+)
 from ruvon.config import EngineConfig, ServerConfig, flag, load
 from ruvon.errors import ConfigError, RuvonError
 
@@ -152,12 +158,12 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
 
     Exits with 1 and names the first difference if there is one and the kernels promise none.
     """
+    given["model"] = one_model(name, given["model"])
+    config = load_engine(given, read_settings(given.pop("config")))
     from rich.console import Console
 
     from ruvon.cli.verify import print_verification
 
-    given["model"] = one_model(name, given["model"])
-    config = load(EngineConfig, given, toml=read_settings(given.pop("config")))
     print_verification(config, requests, tokens, reference, Console())
 
 
@@ -175,7 +181,7 @@ def importing() -> Iterator[None]:
 def build_both(given: Mapping[str, Any], config: Path | None) -> tuple[EngineConfig, ServerConfig]:
     """Both configs of a server."""
     toml = read_settings(config)
-    return load(EngineConfig, given, toml=toml), load(ServerConfig, given, toml=toml)
+    return load_engine(given, toml), load(ServerConfig, given, toml=toml)
 
 
 def take_options(given: dict[str, Any]) -> dict[str, Any]:
@@ -192,9 +198,10 @@ def open_source(given: dict[str, Any]) -> Source:
     """
     url, api_key, config = given.pop("url"), given.pop("api_key"), given.pop("config")
     if url is None:
+        engine = load_engine(given, read_settings(config))
         with importing():
             from ruvon.cli.local import Local
-        return Local.load(load(EngineConfig, given, toml=read_settings(config)))
+        return Local.load(engine)
     from ruvon.cli.answers import Remote
     from ruvon.cli.client import Client
 
