@@ -24,7 +24,7 @@ from measure import Target, machine, measure, mixed_load, write
 from process import Neighbours, Server, free_port, running
 
 from ruvon.bench import Backend, find_model, open_session
-from ruvon.models.checkpoint import find_embedded
+from ruvon.locate import find_embedded
 
 HERE = Path(__file__).parent
 HOME = HERE / ".peers"

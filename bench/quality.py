@@ -32,7 +32,8 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.kernels.ops import Quantized
-from ruvon.models.checkpoint import find_embedded, open_checkpoint
+from ruvon.locate import find_embedded
+from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.gguf import GgufFile
 from ruvon.models.llama import RULES
 from ruvon.models.tokenizer import load_tokenizer

@@ -77,10 +77,9 @@ def cpu_seconds(pid: int) -> float:
 
 
 def environment(checkout: Path) -> dict[str, str]:
-    """The variables that make a Python import ruvon from there. Whatever is imported is compiled
-    to bytecode once, even if the shell forbids that."""
-    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-    return kept | {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1"}
+    """The variables that make a Python import ruvon from there, compiled to bytecode once."""
+    asked = {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    return {**os.environ, **asked}
 
 
 def print_table(

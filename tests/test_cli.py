@@ -99,6 +99,8 @@ finally:
         (["bench", "serve", "--help"], "--num-prompts"),
         (["serve", "--max-num-seqs", "9", "--max-num-batched-tokens", "8"], "max_num_seqs 9"),
         (["serve", "--config", "no/such.toml"], "no/such.toml"),
+        (["serve", "./nowhere"], "nowhere: no such file"),
+        (["complete", "Hello", "--model", "nowhere.gguf"], "nowhere.gguf: no such file"),
     ],
 )
 def test_words_about_the_command_line_do_not_wait_for_heavy_imports(arguments, said):

@@ -11,7 +11,7 @@ import pytest
 import ruvon
 
 ROOT = Path(ruvon.__file__).parent
-LEAVES = {"config", "errors", "telemetry"}
+LEAVES = {"config", "errors", "locate", "telemetry"}
 LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
 FRONT = {"", "__main__", "bench", "cli", "llm", "quality", "verify"}  # may use everything
 

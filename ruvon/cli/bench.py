@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ruvon.cli.options import SettingsCommand, one_model, read_settings, settings
-from ruvon.config import EngineConfig, load
+from ruvon.cli.options import SettingsCommand, load_engine, one_model, read_settings, settings
+from ruvon.config import EngineConfig
 from ruvon.errors import PeerError
 
 if TYPE_CHECKING:
@@ -238,7 +238,7 @@ def bench_offline(name: str | None, config: Path | None, **given: Any) -> None:
     """Measure the engine by itself, without HTTP: all prompts at once, to the end."""
     own = {key: given.pop(key) for key in OFFLINE}
     given["model"] = one_model(name, given["model"])
-    result = throughput(load(EngineConfig, given, toml=read_settings(config)), own)
+    result = throughput(load_engine(given, read_settings(config)), own)
     click.echo(
         f"Throughput: {result['requests_per_second']:.2f} requests/s, "
         f"{result['tokens_per_second']:.2f} total tokens/s, "

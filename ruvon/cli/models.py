@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
-from huggingface_hub import scan_cache_dir
+from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 from rich.console import Console
 from rich.table import Table
 
 from ruvon.cli.client import Client
-from ruvon.errors import LoadError
-from ruvon.models.checkpoint import find_embedded
+from ruvon.config import EngineConfig
+from ruvon.errors import RuvonError
+from ruvon.locate import embedded_name, find_embedded
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +24,7 @@ class Found:
     name: str
     kind: str
     size: int  # bytes
+    path: Path | None = None
 
 
 def print_remote(url: str, api_key: str | None) -> None:
@@ -47,25 +50,44 @@ def print_local() -> None:
 
 def embedded() -> Iterator[Found]:
     """The model that ``ruvon serve`` uses when none is named."""
-    try:
-        path = find_embedded()
-    except LoadError:
-        return
-    yield Found(path.stem, "embedded default", path.stat().st_size)
+    if name := embedded_name():
+        yield Found(name, "embedded default", find_embedded().stat().st_size)
 
 
 def cached() -> Iterator[Found]:
-    """Repositories in the hub's cache that hold weights ruvon reads."""
+    """What the hub's cache holds and ruvon can run: repositories of safetensors by their id, and
+    GGUF files, of which a repository has many, by their path."""
     try:
-        cache = scan_cache_dir()
+        cache = scan_cache_dir(constants.HF_HUB_CACHE)
     except CacheNotFound:
         return
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
-        names = {file.file_name for revision in repo.revisions for file in revision.files}
-        formats = [kind for kind in ("safetensors", "gguf") if _any_ends(names, kind)]
-        if repo.repo_type == "model" and formats:
-            yield Found(repo.repo_id, f"hub cache, {' and '.join(formats)}", repo.size_on_disk)
+        if repo.repo_type == "model":
+            yield from filter(runs, in_repository(repo))
 
 
-def _any_ends(names: set[str], kind: str) -> bool:
-    return any(name.endswith("." + kind) for name in names)
+def in_repository(repo: CachedRepoInfo) -> Iterator[Found]:
+    """What may be a model. Of a repository it is the newest version that an id names, ``main``."""
+    for revision in sorted(repo.revisions, key=lambda revision: revision.commit_hash):
+        sizes = {file.file_path: file.size_on_disk for file in revision.files}
+        kept = [size for path, size in sizes.items() if path.suffix == ".safetensors"]
+        if kept and "main" in revision.refs:
+            yield Found(repo.repo_id, "hub cache", sum(kept), revision.snapshot_path)
+        for path in sorted(sizes):
+            if path.suffix == ".gguf":
+                yield Found(str(path), "hub cache, gguf", sizes[path], path)
+
+
+def runs(found: Found) -> bool:
+    """Whether the files are whole, as far as their beginnings tell, and the model is supported."""
+    from ruvon.models.checkpoint import open_checkpoint  # imports torch, only for what is cached
+    from ruvon.models.weights import SafetensorsFolder
+    from ruvon.telemetry import silent
+
+    try:
+        checkpoint = open_checkpoint(EngineConfig(model=str(found.path)), silent)
+        if checkpoint.format == "safetensors":
+            SafetensorsFolder(checkpoint.path)
+    except RuvonError:
+        return False
+    return True

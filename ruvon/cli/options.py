@@ -15,12 +15,15 @@ import click
 
 from ruvon.config import (
     CONFIGS,
+    EngineConfig,
     Kind,
     flag,
     kinds,
+    load,
     read_toml,
     unknown_variables,
 )
+from ruvon.locate import find
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 EPILOG = (
@@ -109,6 +112,18 @@ def read_settings(config: Path | None) -> Mapping[str, Any]:
     for warning in unknown_variables(os.environ):
         click.echo(f"Warning: {warning}", err=True)
     return read_toml(config) if config else {}
+
+
+def load_engine(given: Mapping[str, Any], toml: Mapping[str, Any]) -> EngineConfig:
+    """The engine's settings. A model that is not there is told here, before anything heavy is
+    imported or anybody listens; one of the hub only later, by the hub.
+
+    Raises:
+        ConfigError, LoadError: as `load` and `find` do.
+    """
+    config = load(EngineConfig, given, toml=toml)
+    find(config)
+    return config
 
 
 def one_model(positional: str | None, option: str | None) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,6 +28,7 @@ from ruvon.engine.machine import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
 from ruvon.errors import LoadError, RequestError
+from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
@@ -39,8 +41,12 @@ if TYPE_CHECKING:
     from ruvon.engine.gpu.runner import GpuRunner
 
 SMALL_MODEL = 1 << 30
-"""Bytes of weights below which one thread loads them best: tensors are small, and for each
-operation torch's threads wait for one another, long if anybody else uses their cores."""
+"""Bytes of weights below which torch's own threads do not help to load them: tensors are small, and
+for each operation threads wait for one another, long if anybody else uses their cores."""
+
+LAYERS_AT_ONCE = 4
+"""Most that are loaded side by side on a CPU, each of which takes the memory of its largest weight
+a few times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +85,6 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     checkpoint = open_checkpoint(config, progress)
     longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
-    torch.set_num_threads(threads if stored_bytes(checkpoint) > SMALL_MODEL else 1)
     ending = ExitStack()
     try:
         backend = choose_backend(checkpoint.spec, config, device, threads)
@@ -114,11 +119,10 @@ def assemble(
     progress: Progress,
 ) -> Started:
     """Everything that a backend and a checkpoint make. ``ending`` learns how to close it."""
-    model = load_model(checkpoint, config, backend.ops, progress)
-    torch.set_num_threads(threads)
-    progress("loading tokenizer", 0.0)
-    tokenizer = load_tokenizer(checkpoint)
-    chat = load_chat(tokenizer)
+    with ThreadPoolExecutor(1, "ruvon-words") as beside:
+        words = beside.submit(load_words, checkpoint)
+        model = load_on(checkpoint, config, backend.ops, threads, progress)
+    tokenizer, chat = words.result()
     memory = plan_memory(
         model.spec,
         config,
@@ -155,6 +159,24 @@ def assemble(
         close=ending.close,
         counters={} if isinstance(runner, Runner) else runner.counters,
     )
+
+
+def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatFormat]:
+    """All that is needed to read and to write text."""
+    tokenizer = load_tokenizer(checkpoint)
+    return tokenizer, load_chat(tokenizer)
+
+
+def load_on(
+    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, threads: int, progress: Progress
+) -> Model:
+    """The model, loaded on so many threads; torch uses that many afterwards."""
+    at_once = min(threads, LAYERS_AT_ONCE) if ops.device.type == "cpu" else 1
+    small = stored_bytes(checkpoint) <= SMALL_MODEL
+    torch.set_num_threads(1 if small else max(threads // at_once, 1))
+    model = load_model(checkpoint, config, ops, progress, at_once)
+    torch.set_num_threads(threads)
+    return model
 
 
 def make_runner(

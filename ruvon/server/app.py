@@ -65,8 +65,12 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
     address cannot be listened on."""
     configure_logging(server.log_level, server.log_format)
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(create_app(config, server, start_for_good)))
+    gc.freeze()  # what was imported stays, as in `start_for_good`
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            runner.run(run(create_app(config, server, start_for_good)))
+    finally:
+        gc.unfreeze()  # for libraries that look at the end whether they left something behind
     if still_loading():  # in native code, which does not survive the interpreter's tidying up
         os._exit(0)
 

@@ -8,6 +8,7 @@ import torch
 from fakes import TINY_LLAMA
 from structlog.testing import capture_logs
 
+from ruvon import models
 from ruvon.config import EngineConfig
 from ruvon.engine import startup
 from ruvon.engine.backends import choose_device
@@ -54,7 +55,6 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
     assert list(dict.fromkeys(phase for phase, _ in phases)) == [
         "opening model",
         "loading weights",
-        "loading tokenizer",
         "warming up",
     ]
     assert all(0 <= share <= 1 for _, share in phases)
@@ -87,6 +87,29 @@ def test_a_models_own_sampling_is_read_and_checked_once(folder):
     started = start_engine(without, lambda phase, share: None)
     started.close()
     assert started.defaults == {}
+
+
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (3, 3), (9, 4)])
+def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
+    asked = []
+
+    def load_model(*arguments):
+        asked.append(arguments[-1])
+        return models.load_model(*arguments)
+
+    monkeypatch.setattr(startup, "load_model", load_model)
+    started = start_engine(settings(folder, threads=threads), lambda phase, share: None)
+    started.close()
+    assert asked == [at_once]
+    assert torch.get_num_threads() == threads
+
+
+def test_a_vocabulary_that_cannot_be_used_is_said(folder):
+    (folder / "tokenizer.json").write_text("{}")
+    before = threading.active_count()
+    with pytest.raises(LoadError, match=r"tokenizer\.json"):
+        start_engine(settings(folder), lambda phase, share: None)
+    assert threading.active_count() == before
 
 
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import shutil
 
 import huggingface_hub
 import pytest
@@ -11,8 +12,10 @@ import structlog
 from gguf_files import write_gguf
 from tiny import CONFIGS, make_reference
 
+from ruvon.cli.models import cached
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
+from ruvon.locate import embedded_name
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.telemetry import silent
@@ -37,6 +40,17 @@ def test_embedded_default():
     assert (checkpoint.spec.num_layers, checkpoint.spec.hidden_size) == (30, 576)
     assert sampling_defaults(checkpoint.generation) == {"temperature": 0.2, "top_p": 0.9}
     assert sampling_defaults(opened(checkpoint.path).generation) == {}  # it might be any file
+
+
+def test_the_default_has_a_name(monkeypatch, tmp_path):
+    name = embedded_name()
+    if name is None:
+        pytest.skip("the default model is not installed")
+    assert opened(name).path == opened().path
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).mkdir()  # a path goes before a name
+    with pytest.raises(LoadError, match=r"config\.json: no such file"):
+        opened(name)
 
 
 def test_missing_default_says_how_to_get_it(monkeypatch):
@@ -99,7 +113,7 @@ def test_contradictions(folder, tmp_path):
 
 
 def test_nothing_there(tmp_path):
-    for missing in (tmp_path / "nothing", tmp_path / "nothing.gguf", "./nothing"):
+    for missing in (tmp_path / "nothing", tmp_path / "nothing.gguf", "./nothing", "~nobody/x/y"):
         with pytest.raises(LoadError, match="no such file or folder"):
             opened(missing)
     (tmp_path / "model.bin").write_bytes(b"")
@@ -175,12 +189,37 @@ class TestHub:
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         with pytest.raises(LoadError, match=r"org/Tiny-1M: no such path, and the hub"):
             opened("org/Tiny-1M")
-        commit = "0123456789abcdef0123456789abcdef01234567"
-        home = tmp_path / "hub" / "models--org--Tiny-1M"
-        (home / "refs").mkdir(parents=True)
-        (home / "refs" / "main").write_text(commit)
-        (home / "snapshots").mkdir()
-        folder.rename(home / "snapshots" / commit)
+        snapshot = keep(tmp_path / "hub", "org/Tiny-1M", folder)
         checkpoint = opened("org/Tiny-1M")
-        assert checkpoint.path == home / "snapshots" / commit
+        assert checkpoint.path == snapshot
         assert checkpoint.name == "org/Tiny-1M"
+
+    def test_what_is_listed_can_be_run(self, monkeypatch, tmp_path, folder):
+        hub = tmp_path / "hub"
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(hub))
+        assert list(cached()) == []
+        keep(hub, "org/good", folder)
+        keep(hub, "org/by-commit-only", folder, refs=())
+        other = keep(hub, "org/other", folder) / "config.json"
+        other.write_text(json.dumps({"architectures": ["BertModel"]}))
+        (keep(hub, "org/broken", folder) / "model.safetensors").write_bytes(b"cut")
+        ggufs = keep(hub, "org/ggufs", folder)
+        for path in ggufs.iterdir():
+            path.unlink()
+        for name in ("tiny-F16.gguf", "again-F16.gguf"):
+            write_gguf(ggufs / name, make_reference("llama2"), "llama")
+        (ggufs / "broken.gguf").write_bytes(b"GGUF")
+        names = [found.name for found in cached()]
+        assert names == [str(ggufs / "again-F16.gguf"), str(ggufs / "tiny-F16.gguf"), "org/good"]
+        assert [opened(name).name for name in names] == ["again", "tiny", "org/good"]
+
+
+def keep(hub, repo_id, folder, refs=("main",)):
+    """Put a copy of a folder into a cache as the hub's client lays it out."""
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    home = hub / ("models--" + repo_id.replace("/", "--"))
+    (home / "refs").mkdir(parents=True)
+    for ref in refs:
+        (home / "refs" / ref).write_text(commit)
+    return shutil.copytree(folder, home / "snapshots" / commit)

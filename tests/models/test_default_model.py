@@ -13,8 +13,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from ruvon.config import EngineConfig
 from ruvon.kernels.reference import make_torch_ops
+from ruvon.locate import find_embedded
 from ruvon.models import load_model
-from ruvon.models.checkpoint import find_embedded, open_checkpoint
+from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.tokenizer import load_tokenizer
 from ruvon.telemetry import silent
 

@@ -43,6 +43,18 @@ def test_shards(folder, tmp_path_factory):
     assert torch.equal(logits(load(sharded)), whole)
 
 
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_layers_side_by_side(folder, at_once):
+    said = []
+    model = load(folder, at_once=at_once, progress=lambda phase, share: said.append(share))
+    assert torch.equal(logits(model), logits(load(folder)))
+    assert said == sorted(said)
+    assert (said[0], said[-1]) == (0.0, 1.0)
+    change(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+    with pytest.raises(LoadError, match=r"layers\.1\.mlp\.up_proj"):
+        load(folder, at_once=at_once)
+
+
 def test_missing_shard_is_named(tmp_path):
     make_reference("llama2").save_pretrained(tmp_path, max_shard_size="100KB")
     victim = sorted(tmp_path.glob("*.safetensors"))[1]

@@ -20,7 +20,7 @@ from ruvon.config import EngineConfig
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.models import Model, load_model
 from ruvon.models.checkpoint import open_checkpoint
-from ruvon.telemetry import silent
+from ruvon.telemetry import Progress, silent
 
 VOCAB = 64
 SHAPE = {
@@ -96,8 +96,8 @@ def make_reference(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-def load(path: Path, **settings: object) -> Model:
+def load(path: Path, *, progress: Progress = silent, at_once: int = 1, **settings: object) -> Model:
     """Our model of a checkpoint, on the plain kernels in float32."""
     config = EngineConfig(model=str(path), **settings)
     ops = make_torch_ops(torch.float32, torch.device("cpu"))
-    return load_model(open_checkpoint(config, silent), config, ops, silent)
+    return load_model(open_checkpoint(config, silent), config, ops, progress, at_once)
