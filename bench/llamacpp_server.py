@@ -1,28 +1,27 @@
 """llama.cpp's own HTTP server, out of the wheel xllamacpp. Run by bench/peers.py with the Python
 of that peer's environment:
 
-    python bench/llamacpp_server.py MODEL.gguf PORT THREADS SLOTS
+    python bench/llamacpp_server.py MODEL.gguf PORT THREADS SLOTS CONTEXT
+
+CONTEXT is in tokens, for all slots together.
 """
 
 from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 
 import xllamacpp
 
-CONTEXT_PER_SLOT = 2560  # tokens; the longest request of the benchmark is 2,000 and a few
-
 
 def main() -> None:
-    path, port, threads, slots = Path(sys.argv[1]), *map(int, sys.argv[2:5])
+    path, port, threads, slots, context = sys.argv[1], *map(int, sys.argv[2:6])
     params = xllamacpp.CommonParams()
-    params.model.path = str(path)
+    params.model.path = path
     params.model_alias = {"llama.cpp"}
     params.port = port
     params.n_parallel = slots
-    params.n_ctx = slots * CONTEXT_PER_SLOT
+    params.n_ctx = context
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     params.cache_prompt = False  # nobody in this benchmark may reuse a prompt
     server = xllamacpp.Server(params)

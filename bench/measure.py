@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+from hardware import cpu_name
 
 import ruvon
 from ruvon.bench import ENDPOINTS, Backend, Load, Sample, random_prompt, run_load, send, summarize
@@ -84,9 +85,10 @@ async def throughput(target: Target, concurrency: int) -> dict[str, Any]:
     return summarize(samples, duration)
 
 
-async def mixed_load(target: Target, seconds: float = 10.0) -> float:
-    """99th percentile of the milliseconds between tokens of 16 running streams, while a
-    2,000-token prompt arrives every second."""
+async def mixed_load(target: Target, context: int = 2560, seconds: float = 10.0) -> float:
+    """99th percentile of the milliseconds between tokens of 16 running streams, while a prompt of
+    2,000 tokens arrives every second, or of what the context has room for."""
+    longest = min(2000, context - 64)  # random words are a token each, but for a few
     stop = time.perf_counter() + seconds
     gaps: list[float] = []
 
@@ -96,7 +98,7 @@ async def mixed_load(target: Target, seconds: float = 10.0) -> float:
             gaps.extend(samples[0].gaps)
 
     async def intrude() -> None:
-        load = target.load(1, 2000, 8, 1)
+        load = target.load(1, longest, 8, 1)
         url = target.url + ENDPOINTS[target.backend]
         sample = await send(target.session, url, load.payload(*load.requests[0]))
         if sample.error:
@@ -114,10 +116,8 @@ async def mixed_load(target: Target, seconds: float = 10.0) -> float:
 async def measure(target: Target, concurrencies: tuple[int, ...] = CONCURRENCIES) -> dict[str, Any]:
     """Every number of a running server, by the names the tables use."""
     await target.run(2, 32, 16, 2)  # warm-up
-    result: dict[str, Any] = {
-        "decode_tok_s": await decode_rate(target),
-        "ttft_512_ms": await first_token(target),
-    }
+    rate = await decode_rate(target)
+    result = {"itl_ms": 1e3 / rate, "decode_tok_s": rate, "ttft_512_ms": await first_token(target)}
     for concurrency in concurrencies:
         numbers = await throughput(target, concurrency)
         result[f"output_tok_s_{concurrency}"] = numbers["output_throughput"]
@@ -139,12 +139,6 @@ def machine() -> dict[str, Any]:
         "cores": len(os.sched_getaffinity(0)),
         "python": platform.python_version(),
     }
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def write(name: str, content: Mapping[str, Any]) -> Path:

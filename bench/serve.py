@@ -18,6 +18,7 @@ from process import Neighbours, Server, free_port, running
 from ruvon.bench import find_model, open_session
 
 ROWS = {
+    "itl_ms": ("time between tokens, one stream", "ms"),
     "decode_tok_s": ("decode, one stream", "tok/s"),
     "ttft_512_ms": ("first token of a 512-token prompt", "ms"),
     **{

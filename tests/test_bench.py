@@ -80,11 +80,13 @@ class Fake:
 
     def __init__(self):
         self.payloads = []
-        self.running = self.peak = 0
+        self.running = self.peak = self.hang_ups = 0
 
     async def complete(self, request):
         payload = await request.json()
         self.payloads.append(payload)
+        if payload["prompt"] == "hang up" and self.payloads.count(payload) <= self.hang_ups:
+            request.transport.close()
         self.running += 1
         self.peak = max(self.peak, self.running)
         if payload["prompt"] == "refuse":
@@ -130,6 +132,15 @@ async def test_a_load_is_sent_and_measured(fake):
     assert fake.peak == 1
     assert fake.payloads[0]["max_tokens"] == 2
     assert fake.payloads[0]["ignore_eos"] is True
+
+
+async def test_a_connection_closed_instead_of_an_answer_is_tried_again_once(fake):
+    async with open_session() as session:
+        for fake.hang_ups, error in ((1, ""), (9, "ServerDisconnectedError: Server disconnected")):
+            fake.payloads.clear()
+            (sample,), _ = await run_load(session, fake.url, Load("m", [("hang up", 2)]))
+            assert sample.error == error
+            assert len(fake.payloads) == 2
 
 
 async def test_a_rate_spreads_arrivals(fake):

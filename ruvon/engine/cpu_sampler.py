@@ -31,7 +31,8 @@ from ruvon.engine.sampler import (
     undrawable,
 )
 from ruvon.engine.types import SamplingRow, StepResult, TokenLogprobs
-from ruvon.kernels.cpu.draw import BROKEN, INFINITE, NOTHING_LEFT, ROW, Drawer
+from ruvon.kernels.cpu.draw import ROW, Drawer
+from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 

@@ -18,7 +18,6 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.draw import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Word
 from ruvon.kernels.cpu.jit.rows import first_in_row, max_or_nan
 from ruvon.kernels.cpu.jit.simd import (
     I32,
@@ -48,6 +47,7 @@ from ruvon.kernels.cpu.jit.simd import (
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.program import Field, Param
+from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Word
 
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
 PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
