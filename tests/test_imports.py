@@ -24,6 +24,7 @@ DEFERRED = {
     "__init__": "`ruvon --help` does not wait for torch",
     "cli": "a command imports what it runs: `ruvon --help` does not wait for torch",
     "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
+    "kernels/cpu/compiled": "kernels that are on disk already need no numba",
     "engine/startup": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""
