@@ -247,6 +247,7 @@ class LLM:
                 self.tokenizer.stream(
                     stop=job.text.stop,
                     include_stop=job.text.include_stop,
+                    min_tokens=job.sampling.min_tokens,
                     skip_special_tokens=job.text.skip_special_tokens,
                     prompt_ids=job.prompt[-4:],
                 ),

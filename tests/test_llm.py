@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -239,6 +240,16 @@ def test_progress_goes_to_stderr(fake, capsys):
 def llm():
     with LLM(max_model_len=512, max_num_seqs=8, kv_cache_memory="128MiB", threads=2) as llm:
         yield llm
+
+
+def test_a_stop_string_waits_for_min_tokens(llm):
+    count, text = "1, 2, 3, 4,", TextOptions(stop=(",",))
+    ((early,),) = llm.generate(count, GREEDY, text, use_tqdm=False)
+    patient = replace(GREEDY, min_tokens=10, max_tokens=24)
+    ((late,),) = llm.generate(count, patient, text, use_tqdm=False)
+    assert early.stop_reason == late.stop_reason == ","
+    assert len(early.tokens) < 10 < len(late.tokens)
+    assert late.text.startswith(early.text)
 
 
 def test_the_default_model_draws_as_its_authors_say(llm):
