@@ -224,6 +224,31 @@ def test_a_failed_step_is_raised_and_remembered(make_engine):
         llm.generate("x", GREEDY, use_tqdm=False)
 
 
+@pytest.mark.parametrize("use", ["generate", "chat", "stream"])
+def test_used_after_closing_it_says_so_at_once(fake, runner, use):
+    argument = [{"role": "user", "content": "hi"}] if use == "chat" else "hi"
+    getattr(fake, use)(argument, GREEDY)
+    runner.plans.clear()
+    fake.close()
+    fake.close()  # twice is once
+    with pytest.raises(RuntimeError, match="closed"):
+        getattr(fake, use)(argument, GREEDY)
+    assert runner.plans == []
+
+
+def test_a_stream_ends_when_its_llm_is_closed(fake):
+    stream = fake.stream("hello", GREEDY)
+    next(stream)
+    fake.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(stream)
+
+
+def test_a_stream_refuses_when_it_is_asked_for(fake):
+    with pytest.raises(ContextLengthError):
+        fake.stream("x" * 300, GREEDY)
+
+
 def test_progress_goes_to_stderr(fake, capsys):
     fake.generate(PROMPTS, GREEDY)
     shown = capsys.readouterr()
