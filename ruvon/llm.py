@@ -135,9 +135,12 @@ class LLM:
         self.tokenizer = started.tokenizer
         self.started = started
         self._failure: BaseException | None = None
+        self._closed = False
 
     def close(self) -> None:
-        """End the engine's thread. The memory goes with the object."""
+        """End the engine's thread; nothing can be generated any more. The memory goes with the
+        object."""
+        self._closed = True
         self.started.close()
 
     def __enter__(self) -> LLM:
@@ -195,8 +198,10 @@ class LLM:
         text: TextOptions = PLAIN_TEXT,
     ) -> Generator[str, None, Completion]:
         """One completion, its text piece by piece; the generator's value is the whole. Closing it
-        stops the work."""
-        jobs = self._jobs([self._encode(prompt)], sampling, text, 1)
+        stops the work. Raises RequestError, before anything is computed, for what cannot run."""
+        return self._pieces(self._jobs([self._encode(prompt)], sampling, text, 1))
+
+    def _pieces(self, jobs: Sequence[Job]) -> Generator[str, None, Completion]:
         growing = self._grow(jobs)
         with closing(self._run(jobs)) as emissions:
             for emission in emissions:
@@ -227,6 +232,7 @@ class LLM:
         n: int,
     ) -> list[Job]:
         """Jobs that the engine will take, sooner or later."""
+        self._check_open()
         if sampling is None or isinstance(sampling, SamplingParams):
             sampling = [sampling or self.default_sampling()] * len(prompts)
         if len(sampling) != len(prompts):
@@ -247,6 +253,7 @@ class LLM:
                 self.tokenizer.stream(
                     stop=job.text.stop,
                     include_stop=job.text.include_stop,
+                    min_tokens=job.sampling.min_tokens,
                     skip_special_tokens=job.text.skip_special_tokens,
                     prompt_ids=job.prompt[-4:],
                 ),
@@ -289,6 +296,7 @@ class LLM:
                 while waiting and (added := self._add(waiting[0], first)):
                     first += waiting.popleft().n
                     seq_ids += added
+                self._check_open()  # between pieces of a stream anything may happen
                 while (step := self.engine.launch(time.monotonic())) is not None:
                     pending.append(step)
                 emissions = self.engine.collect(pending[0])
@@ -298,7 +306,12 @@ class LLM:
             self.engine.abort(seq_ids)
             self._settle(pending)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this LLM is closed")
+
     def _check_idle(self) -> None:
+        self._check_open()
         if self._failure is not None:
             raise EngineDeadError("an earlier step failed") from self._failure
         if self.engine.has_work:

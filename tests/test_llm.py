@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import closing
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -223,6 +224,31 @@ def test_a_failed_step_is_raised_and_remembered(make_engine):
         llm.generate("x", GREEDY, use_tqdm=False)
 
 
+@pytest.mark.parametrize("use", ["generate", "chat", "stream"])
+def test_used_after_closing_it_says_so_at_once(fake, runner, use):
+    argument = [{"role": "user", "content": "hi"}] if use == "chat" else "hi"
+    getattr(fake, use)(argument, GREEDY)
+    runner.plans.clear()
+    fake.close()
+    fake.close()  # twice is once
+    with pytest.raises(RuntimeError, match="closed"):
+        getattr(fake, use)(argument, GREEDY)
+    assert runner.plans == []
+
+
+def test_a_stream_ends_when_its_llm_is_closed(fake):
+    stream = fake.stream("hello", GREEDY)
+    next(stream)
+    fake.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        list(stream)
+
+
+def test_a_stream_refuses_when_it_is_asked_for(fake):
+    with pytest.raises(ContextLengthError):
+        fake.stream("x" * 300, GREEDY)
+
+
 def test_progress_goes_to_stderr(fake, capsys):
     fake.generate(PROMPTS, GREEDY)
     shown = capsys.readouterr()
@@ -239,6 +265,16 @@ def test_progress_goes_to_stderr(fake, capsys):
 def llm():
     with LLM(max_model_len=512, max_num_seqs=8, kv_cache_memory="128MiB", threads=2) as llm:
         yield llm
+
+
+def test_a_stop_string_waits_for_min_tokens(llm):
+    count, text = "1, 2, 3, 4,", TextOptions(stop=(",",))
+    ((early,),) = llm.generate(count, GREEDY, text, use_tqdm=False)
+    patient = replace(GREEDY, min_tokens=10, max_tokens=24)
+    ((late,),) = llm.generate(count, patient, text, use_tqdm=False)
+    assert early.stop_reason == late.stop_reason == ","
+    assert len(early.tokens) < 10 < len(late.tokens)
+    assert late.text.startswith(early.text)
 
 
 def test_the_default_model_draws_as_its_authors_say(llm):

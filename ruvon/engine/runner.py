@@ -57,6 +57,7 @@ class Runner:
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
         self._launched: SimpleQueue[tuple[Plan, Layout, Future[StepResult]] | None] = SimpleQueue()
+        self._closed = False
         # A daemon, for a step that is stuck must not keep the process alive.
         self._worker = Thread(target=self._work, name="ruvon-step", daemon=True)
         self._worker.start()
@@ -67,6 +68,9 @@ class Runner:
         The batch is laid out here, by the calling thread: the step before may still run.
         """
         future: Future[StepResult] = Future()
+        if self._closed:  # nobody would ever compute it
+            future.set_exception(RuntimeError("the runner is closed"))
+            return future
         try:
             self._launched.put((plan, lay_out(plan, self._block_size), future))
         except Exception as error:
@@ -75,6 +79,7 @@ class Runner:
 
     def close(self) -> None:
         """Finish what has been launched and end the thread, unless that is stuck."""
+        self._closed = True
         self._launched.put(None)
         self._worker.join(PATIENCE)
 

@@ -41,7 +41,7 @@ class SamplingParams:
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
     seed: int | None = None  # None draws a fresh one
     max_tokens: int | None = 16  # None: as many as the context holds
-    min_tokens: int = 0  # no stop token before this many
+    min_tokens: int = 0  # no stop token before this many, nor a stop string
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
     ignore_eos: bool = False
     logprobs: int | None = None  # alternatives per token; 0 is the drawn token alone

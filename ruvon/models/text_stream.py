@@ -25,16 +25,19 @@ class TextStream:
         strip: bool = False,
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        min_tokens: int = 0,
         prompt_ids: Sequence[int] = (),
     ) -> None:
-        """``hidden`` ids show nothing; ``strip`` drops the text's leading space, if it has one; a
-        character that ``prompt_ids`` (the last four suffice) leave unfinished is finished.
-        Raises RequestError for an empty stop string."""
+        """``hidden`` ids show nothing; ``strip`` drops the text's leading space, if it has one;
+        stop strings that the first ``min_tokens`` complete are text; a character that
+        ``prompt_ids`` (the last four suffice) leave unfinished is finished. Raises RequestError for
+        an empty stop string."""
         self._token_bytes = token_bytes
         self._hidden = hidden
         self._strip = strip
         self._rest = b""  # of a character whose other bytes are still to come
         self._stops = StopStrings(stop, include_stop) if stop else None
+        self._min_tokens = min_tokens
         self.num_tokens = 0
         self._decode(prompt_ids[-4:])  # a character has at most four bytes
 
@@ -75,7 +78,9 @@ class TextStream:
         if self._strip and text:
             self._strip = False
             text = text.removeprefix(" ")
-        return self._stops.push(text) if self._stops else text
+        if self._stops is None:
+            return text
+        return self._stops.push(text, counts=self.num_tokens > self._min_tokens)
 
 
 class StopStrings:
@@ -96,11 +101,12 @@ class StopStrings:
         self._borders = [_borders(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
 
-    def push(self, text: str) -> str:
-        """The part of held-back and new text that no stop string can touch any more."""
+    def push(self, text: str, *, counts: bool = True) -> str:
+        """The part of held-back and new text that no stop string can touch any more. Unless it
+        ``counts``, a stop string that is completed now is text like any other."""
         text, before = self._held + text, len(self._held)
         for at in range(before, len(text)):
-            if (stop := self._advance(text[at])) is not None:
+            if (stop := self._advance(text[at])) is not None and counts:
                 self.matched, self._held = stop, ""
                 return text[: at + 1 if self._include else at + 1 - len(stop)]
         keep = 0 if self._include else max(self._states, default=0)
@@ -112,15 +118,18 @@ class StopStrings:
         return held
 
     def _advance(self, char: str) -> str | None:
+        """The longest stop string that ends here."""
+        complete = None
         for i, (stop, borders) in enumerate(zip(self._stops, self._borders, strict=True)):
             state = self._states[i]
             while state and stop[state] != char:
                 state = borders[state - 1]
             state += stop[state] == char
-            self._states[i] = state
             if state == len(stop):
-                return stop
-        return None
+                complete = complete or stop
+                state = borders[state - 1]
+            self._states[i] = state
+        return complete
 
 
 def _borders(stop: str) -> list[int]:

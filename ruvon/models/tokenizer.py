@@ -155,11 +155,13 @@ class Tokenizer:
         *,
         stop: Sequence[str] = (),
         include_stop: bool = False,
+        min_tokens: int = 0,
         skip_special_tokens: bool = True,
         prompt_ids: Sequence[int] = (),
     ) -> TextStream:
         """The text of one completion of ``prompt_ids``, whose last four suffice. It keeps its
-        leading space where it goes on from text. Raises RequestError for an empty stop string."""
+        leading space where it goes on from text; stop strings count after ``min_tokens``. Raises
+        RequestError for an empty stop string."""
         hidden = self.special_ids if skip_special_tokens else frozenset()
         return TextStream(
             self.token_bytes,
@@ -167,6 +169,7 @@ class Tokenizer:
             strip=self.strips_space and self.special_ids.issuperset(prompt_ids[-1:]),
             stop=stop,
             include_stop=include_stop,
+            min_tokens=min_tokens,
             prompt_ids=prompt_ids,
         )
 

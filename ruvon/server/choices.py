@@ -57,6 +57,7 @@ class Choice:
             prompt_ids=job.prompt[-CONTEXT:],
             stop=options.stop,
             include_stop=options.include_stop,
+            min_tokens=job.sampling.min_tokens,
             skip_special_tokens=options.skip_special_tokens,
         )
         self.include_stop = options.include_stop

@@ -212,6 +212,16 @@ def test_closing_does_not_wait_for_a_step_that_is_stuck(monkeypatch):
     assert future.exception(timeout=10)
 
 
+def test_a_closed_runner_fails_what_is_launched():
+    runner = Runner(
+        lambda batch: pytest.fail("computed"), partial(sample, eos_token_ids=()),
+        block_size=4, device=CPU, max_logit_rows=100,
+    )  # fmt: skip
+    runner.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        runner.launch(mixed_plan()).result(timeout=10)
+
+
 def test_the_thread_that_runs_steps_makes_itself_at_home_first():
     calls = []
     runner = Runner(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from functools import cache
 from types import SimpleNamespace
 
@@ -96,6 +97,30 @@ def test_no_more_is_held_back_than_may_still_become_the_stop_string(pieces, stop
         held = text.removeprefix(shown)
         sizes = [size for size in range(len(stop)) if text.endswith(stop[:size])]
         assert len(held) == max(sizes)
+
+
+@settings(deadline=None)
+@given(ids, stops, st.booleans(), st.integers(0, 12), st.data())
+def test_stop_strings_that_the_first_tokens_complete_are_text(values, stop, include, least, data):
+    """As if they were looked for anew after each token, and found ones forgotten up to there."""
+    stream = TextStream(token_bytes, stop=stop, include_stop=include, min_tokens=least)
+    shown = "".join(stream.push(chunk) for chunk in chunked(values, data)) + stream.finish()
+    before = codecs.utf_8_decode(b"".join(map(token_bytes, values[:least])), "replace", False)[0]
+    text = whole(values) if len(values) > least else before
+    later = [
+        (at + len(s), -len(s), s)
+        for s in stop
+        for at in range(len(text))
+        if text.startswith(s, at) and at + len(s) > len(before)
+    ]
+    if later:
+        end, size, first = min(later)
+        assert stream.stopped == first
+        assert shown == text[: end if include else end + size]
+        assert stream.num_tokens > least
+    else:
+        assert stream.stopped is None
+        assert shown == whole(values)
 
 
 def test_a_stop_string_over_many_tokens_never_shows():

@@ -292,6 +292,22 @@ async def test_sampling_defaults_come_from_the_model(serve):
     assert card["default_sampling"] == defaults
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_stop_strings_wait_for_min_tokens(serve, stream):
+    server = await serve("a,b,c,d")
+    asked = {"stop": [","], "min_tokens": 3, "stream": stream}
+    if stream:
+        asked["stream_options"] = {"include_usage": True}
+        events = (await server.chat(**asked)).events
+        text = "".join(e["choices"][0]["delta"].get("content", "") for e in events if e["choices"])
+        usage = events[-1]["usage"]
+    else:
+        answer = (await server.chat(**asked)).json
+        text, usage = answer["choices"][0]["message"]["content"], answer["usage"]
+    assert text == "a,b"
+    assert usage["completion_tokens"] == 4
+
+
 async def test_a_top_p_of_zero_is_greedy(serve):
     server = await serve("a")
     rows = capture(server)
