@@ -1,6 +1,7 @@
 """The offline front door: over a fake runner, then over the default model."""
 
 import asyncio
+import sys
 from contextlib import closing
 from types import SimpleNamespace
 
@@ -223,7 +224,8 @@ def test_a_failed_step_is_raised_and_remembered(make_engine):
         llm.generate("x", GREEDY, use_tqdm=False)
 
 
-def test_progress_goes_to_stderr(fake, capsys):
+def test_progress_goes_to_stderr(fake, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fake.generate(PROMPTS, GREEDY)
     shown = capsys.readouterr()
     assert shown.out == ""
