@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -354,7 +355,7 @@ def _listed_talks(messages: Conversation | Sequence[Conversation]) -> list[Conve
 
 
 def progress_bar(shown: bool) -> Progress:
-    """Completions done and tokens per second, on standard error."""
+    """Completions done and tokens per second, on standard error if that is a terminal."""
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -362,5 +363,5 @@ def progress_bar(shown: bool) -> Progress:
         TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(),
         console=Console(stderr=True),
-        disable=not shown,
+        disable=not (shown and sys.stderr.isatty()),
     )

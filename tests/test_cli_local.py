@@ -8,7 +8,8 @@ from fakes import ByteTokenizer, FakeRunner
 from ruvon import LLM, SamplingParams
 from ruvon.cli import main
 from ruvon.cli.answers import Piece
-from ruvon.cli.local import Local
+from ruvon.cli.bench import progress_bar
+from ruvon.cli.local import Local, loading_bar
 from ruvon.models.chat import Delta, PlainParser
 
 
@@ -58,6 +59,16 @@ def test_an_answer_comes_in_pieces_and_ends_with_its_counts(make_engine):
     assert "".join(piece.text for piece in pieces) == whole.text
     assert len(pieces) > 2
     assert pieces[-1] == Piece(finish="length", num_prompt=5, num_output=6)
+
+
+def test_bars_stay_off_files(make_engine, capfd):
+    with loading_bar() as progress:
+        progress("loading weights", 0.5)
+    local = make_local(make_engine)
+    local.llm.generate(["hello"], SamplingParams(**GREEDY), use_tqdm=True)
+    with progress_bar(2, disabled=False) as advance:
+        advance(None)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_the_models_parser_sees_all_text(make_engine):

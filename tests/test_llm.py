@@ -1,6 +1,7 @@
 """The offline front door: over a fake runner, then over the default model."""
 
 import asyncio
+import sys
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
@@ -249,7 +250,8 @@ def test_a_stream_refuses_when_it_is_asked_for(fake):
         fake.stream("x" * 300, GREEDY)
 
 
-def test_progress_goes_to_stderr(fake, capsys):
+def test_progress_goes_to_stderr(fake, capsys, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     fake.generate(PROMPTS, GREEDY)
     shown = capsys.readouterr()
     assert shown.out == ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -176,12 +177,13 @@ async def warm_up(session: ClientSession, base_url: str, load: Load, count: int)
 
 @contextmanager
 def progress_bar(total: int, disabled: bool) -> Iterator[Callable[[Sample], None]]:
-    """A bar on stderr; calling what it gives, with whatever is done, moves it by one."""
+    """A bar on stderr if that is a terminal; calling what it gives moves it by one."""
     from rich.console import Console
     from rich.progress import MofNCompleteColumn, Progress, TimeElapsedColumn
 
     columns = (*Progress.get_default_columns()[:2], MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=disabled) as progress:
+    hidden = disabled or not sys.stderr.isatty()
+    with Progress(*columns, console=Console(stderr=True), disable=hidden) as progress:
         task = progress.add_task("requests", total=total)
         yield lambda _: progress.advance(task)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -83,8 +84,9 @@ def _piece(delta: Delta) -> Piece:
 
 @contextmanager
 def loading_bar() -> Iterator[telemetry.Progress]:
-    """A bar on stderr that shows the phase of loading and goes away when done."""
+    """A bar that shows the phase of loading and goes away when done, where stderr is a terminal."""
     columns: list[Any] = [TextColumn("{task.description}"), BarColumn(), TaskProgressColumn()]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    console, hidden = Console(stderr=True), not sys.stderr.isatty()
+    with Progress(*columns, console=console, transient=True, disable=hidden) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda phase, share: bar.update(task, description=phase, completed=share)

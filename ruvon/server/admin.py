@@ -68,7 +68,8 @@ async def ready(http: web.Request) -> web.Response:
     """Whether new requests are wanted, and while loading, how far it is."""
     state = http.app[STATE]
     status = _status(state)
-    body = {"status": status, "phase": state.phase, "percent": round(100 * state.share)}
+    phase = state.phase if status == "loading" else status
+    body = {"status": status, "phase": phase, "percent": round(100 * state.share)}
     if status == "ready":
         return json_response(body)
     return json_response(body, 503, {"Retry-After": "1"})

@@ -111,13 +111,22 @@ def watch_signals(state: State) -> None:
 
     def on_signal(number: signal.Signals) -> None:
         if state.draining:
-            os._exit(128 + number)
-        state.draining = True
-        log.info("draining", signal=number.name, seconds=state.server.shutdown_timeout)
-        state.ended.set()
+            end_at_once(state, number)
+        else:
+            state.draining = True
+            log.info("draining", signal=number.name, seconds=state.server.shutdown_timeout)
+            state.ended.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
+
+
+def end_at_once(state: State, number: signal.Signals) -> None:
+    """End the process, and say why and at what cost."""
+    running, waiting, _ = state.service.loop.engine.load if state.service else (0, 0, 0)
+    why = "a second signal while draining"
+    log.warning("ended", signal=number.name, why=why, running=running, waiting=waiting)
+    os._exit(128 + number)
 
 
 async def drain(state: State) -> None:

@@ -27,9 +27,14 @@ HEADERS = {
 
 class EventResponse(web.StreamResponse):
     """A response of events. Its headers travel with the first of them: a write of their own would
-    cost as much as a step's news of all other streams."""
+    cost as much as a step's news of all other streams.
+
+    ``outcome`` is the status for logs and metrics: an error in mid-stream comes too late for the
+    one that the client saw.
+    """
 
     _send_headers_immediately = False  # aiohttp's, for its own `web.Response`
+    outcome = 200
 
 
 class Envelope:
@@ -77,6 +82,7 @@ async def send_events(
             except ConnectionResetError:
                 raise
             except Exception as error:
+                response.outcome = status_of(error)
                 await pulse.write(error_event(error))
         await response.write_eof(DONE)
     return response
@@ -121,6 +127,11 @@ class Pulse:
     async def _write_comment(self) -> None:
         with suppress(ConnectionResetError):
             await self.write(KEEP_ALIVE)
+
+
+def status_of(error: Exception) -> int:
+    """The HTTP status of an error; 500 for our own mistakes."""
+    return error.status if isinstance(error, RequestError | UnavailableError) else 500
 
 
 def error_answer(error: Exception) -> ErrorAnswer:

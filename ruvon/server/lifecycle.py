@@ -67,7 +67,7 @@ async def load(state: State, start: Start) -> None:
         state.ended.set()
         return
     service.loop.start()
-    state.phase, state.share, state.service = "ready", 1.0, service
+    state.share, state.service = 1.0, service
     announce(started, service, time.monotonic() - began)
 
 

@@ -51,12 +51,17 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
 def bind(
     addresses: Iterable[tuple[socket.AddressFamily, Any]], stack: ExitStack
 ) -> list[socket.socket]:
-    """A socket for each address, open as long as ``stack``, but for kinds this machine lacks."""
+    """A socket for each address, open as long as ``stack``, but for kinds this machine lacks. Where
+    all are of IPv6, the one that means every address takes IPv4 in as well."""
+    addresses = list(addresses)
+    both = socket.has_dualstack_ipv6() and all(f == socket.AF_INET6 for f, _ in addresses)
     sockets: list[socket.socket] = []
     lacking: OSError | None = None
     for family, address in addresses:
         try:
-            sock = socket.create_server(address, family=family, backlog=BACKLOG)
+            sock = socket.create_server(
+                address, family=family, backlog=BACKLOG, dualstack_ipv6=both
+            )
         except OSError as error:
             if error.errno not in LACKING:
                 raise

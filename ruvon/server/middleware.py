@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import BodyTooLargeError, QueueFullError, RequestError, UnavailableError
-from ruvon.server.events import error_answer
+from ruvon.server.events import EventResponse, error_answer, status_of
 from ruvon.server.state import STATE, State
 
 log = structlog.get_logger(__name__)
@@ -40,7 +40,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     with structlog.contextvars.bound_contextvars(request_id=request_id):
         try:
             response = await _respond(request, handler)
-            status = response.status
+            status = response.outcome if isinstance(response, EventResponse) else response.status
             return response
         finally:
             _report(request, status, time.monotonic() - started_at)
@@ -93,9 +93,7 @@ class UrlError(RequestError):
 def error_response(error: Exception) -> web.Response:
     """The one place where an error becomes a status, headers and JSON."""
     headers: dict[str, str] = {}
-    status = 500
-    if isinstance(error, RequestError | UnavailableError):
-        status = error.status
+    status = status_of(error)
     if isinstance(error, UrlError):
         headers = error.headers
     if isinstance(error, UnavailableError) and error.retry_after is not None:

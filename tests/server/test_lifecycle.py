@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import signal
 import socket
 import threading
 
@@ -18,7 +20,7 @@ from structlog.testing import capture_logs
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.errors import ConfigError, LoadError
 from ruvon.server import lifecycle
-from ruvon.server.app import create_app, drain, make_runner, run
+from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.listen import listen
 
 
@@ -149,6 +151,18 @@ async def test_an_address_of_another_machine_is_named():
         await listen(runner, "192.0.2.1", 80)
     with pytest.raises(ConfigError, match=r"nowhere\.invalid"):
         await listen(runner, "nowhere.invalid", 0)
+    await runner.cleanup()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
+async def test_all_of_ipv6_is_all_of_ipv4_too():
+    runner = make_runner(web.Application())
+    await runner.setup()
+    _, port = await listen(runner, "::", 0)
+    for host in ("127.0.0.1", "::1"):
+        _, writer = await asyncio.open_connection(host, port)
+        writer.close()
+        await writer.wait_closed()
     await runner.cleanup()
 
 
@@ -326,7 +340,8 @@ async def test_draining_lets_running_requests_finish(serve):
     draining = asyncio.create_task(drain(server.state))
     await server.until(lambda: server.state.draining)
     ready = await server.get("/ready")
-    assert (ready.status, ready.json["status"]) == (503, "draining")
+    assert ready.status == 503
+    assert ready.json == {"status": "draining", "phase": "draining", "percent": 100}
     assert (await server.get("/health")).status == 200
     refused = await server.chat()
     assert (refused.status, refused.error["code"]) == (503, "not_ready")
@@ -345,8 +360,31 @@ async def test_draining_has_an_end(serve):
     server.fake.finish_step()
     await server.until(lambda: server.fake._held)
     draining = asyncio.create_task(drain(server.state))
-    await server.finish(running, draining)
+    with capture_logs() as logs:
+        await server.finish(running, draining)
+    assert running.result().status == 200  # it went out with the first token
     assert running.result().events[-1]["error"]["code"] == "not_ready"
+    (line,) = (entry for entry in logs if entry["event"] == "request")
+    assert line["status"] == 503
+    assert 'status="503"' in (await server.get("/metrics")).body.decode()
+
+
+async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    server = await serve(runner=ScriptRunner("Hello", by_hand=True))
+    running = asyncio.create_task(server.chat())
+    await server.until(lambda: server.fake._held)
+    watch_signals(server.state)
+    with capture_logs() as logs:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+            await server.until(lambda number=number: any(number.name in str(x) for x in logs))
+    assert ends == [128 + signal.SIGINT]
+    assert [entry["event"] for entry in logs] == ["draining", "ended"]
+    assert logs[1]["running"] == 1
+    assert "second signal" in logs[1]["why"]
+    await server.finish(running)
 
 
 async def test_one_connection_serves_many_requests(serve):
