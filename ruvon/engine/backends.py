@@ -74,6 +74,7 @@ class Backend:
     make_step: Callable[[Model, Cache, StepLimits, Progress], Step]
     close: Callable[[], None]  # to be called when nothing runs any more
     settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
+    takes_arrays: bool = False  # whether batches are to be numpy arrays, not tensors
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
 
 
@@ -174,4 +175,4 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         drawer = kernels.drawer(spec.vocab_size, limits.sequences, progress)
         return Step(tape.replay, CpuSampler(drawer, lambda: tape.argmax))
 
-    return Backend(kernels.ops, kv, record, kernels.close, kernels.settle)
+    return Backend(kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True)

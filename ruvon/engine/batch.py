@@ -39,9 +39,12 @@ class Layout:
     max_context: int
     undrawn: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
 
-    def to_batch(self, device: torch.device, drawn: Mapping[int, int] = NOTHING) -> ForwardBatch:
-        """``drawn`` has, by sequence, the tokens that were undrawn when the plan was made; one
-        that is not in there has failed, and anything may stand for it."""
+    def to_batch(
+        self, device: torch.device | None, drawn: Mapping[int, int] = NOTHING
+    ) -> ForwardBatch:
+        """On a device, or as the numpy arrays that they are here. ``drawn`` has, by sequence, the
+        tokens that were undrawn when the plan was made; one that is not in there has failed, and
+        anything may stand for it."""
         for place, seq_id in self.undrawn:
             self.token_ids[place] = drawn.get(seq_id, 0)
         arrays = (
@@ -53,7 +56,7 @@ class Layout:
             self.context_lens,
             self.logit_rows,
         )
-        tensors = to_device(arrays, device)
+        tensors: Any = arrays if device is None else to_device(arrays, device)
         return ForwardBatch(
             token_ids=tensors[0],
             positions=tensors[1],

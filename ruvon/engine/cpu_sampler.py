@@ -43,8 +43,8 @@ TROUBLE = {BROKEN: math.nan, INFINITE: math.inf, NOTHING_LEFT: -math.inf}
 class CpuSampler:
     """Draws from the logits of the model's last step, on the threads that computed it."""
 
-    def __init__(self, drawer: Drawer, argmax: Callable[[], Tensor]) -> None:
-        """``argmax``: the likeliest token of each row, int64 [L], which the step has found."""
+    def __init__(self, drawer: Drawer, argmax: Callable[[], Indices]) -> None:
+        """``argmax``: the likeliest token of each row, [L], which the step has found."""
         self._drawer = drawer
         self._argmax = argmax
 
@@ -54,8 +54,8 @@ class CpuSampler:
         """As `ruvon.engine.sampler.sample`. Rows of logits are padded to whole vectors."""
         logits = logits_LV.numpy()
         if all(row.plain for row in rows):
-            ids_L = self._argmax()[: len(rows)].numpy()
-            return greedy_result(rows, ids_L, logits[np.arange(len(rows)), ids_L])
+            ids_L = self._argmax()[: len(rows)].tolist()
+            return greedy_result(rows, ids_L, [float(logits[at]) for at in enumerate(ids_L)])
         drawn: dict[int, RowDraw] = {}
         compiled = []
         for n, row in enumerate(rows):

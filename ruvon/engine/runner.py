@@ -33,7 +33,7 @@ class Runner:
 
     ``depth`` is how many steps it takes before the first is done, 1 or 2; ``max_logit_rows`` bounds
     the logits in memory at once, and is at least the most sequences of a step. ``at_start`` is
-    called first in that thread.
+    called first in that thread. ``device`` is where batches go; None for what takes numpy arrays.
     """
 
     long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
@@ -44,7 +44,7 @@ class Runner:
         sampler: Sampler,
         *,
         block_size: int,
-        device: torch.device,
+        device: torch.device | None,
         max_logit_rows: int,
         depth: int = 2,
         at_start: Callable[[], None] = lambda: None,
@@ -127,7 +127,8 @@ class Runner:
         if len(batch.logit_rows) <= self._max_logit_rows:
             yield self._forward(batch)
             return
-        for rows in torch.split(batch.logit_rows, self._max_logit_rows):
+        for first in range(0, len(batch.logit_rows), self._max_logit_rows):
+            rows = batch.logit_rows[first : first + self._max_logit_rows]
             yield self._forward(replace(batch, logit_rows=rows))
 
 

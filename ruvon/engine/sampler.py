@@ -18,6 +18,7 @@ before all of this.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -74,16 +75,19 @@ def sample_greedy(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
         logits = logits_LV.numpy()
         ids_L = logits.argmax(axis=-1)
         best_L = logits[np.arange(len(rows)), ids_L]
-    return greedy_result(rows, ids_L, best_L)
+    return greedy_result(rows, ids_L.tolist(), best_L.tolist())
 
 
-def greedy_result(rows: Sequence[SamplingRow], ids_L: Indices, best_L: Floats) -> StepResult:
+def greedy_result(
+    rows: Sequence[SamplingRow], ids_L: Sequence[int], best_L: Sequence[float]
+) -> StepResult:
     """What the likeliest tokens and their logits come to."""
-    tokens: list[tuple[int, ...]] = list(zip(ids_L.tolist()))
+    tokens: list[tuple[int, ...]] = [(id,) for id in ids_L]
     errors = {}
-    for at in np.flatnonzero(~np.isfinite(best_L)).tolist():
-        errors[rows[at].seq_id] = undrawable(float(best_L[at])) or ""
-        tokens[at] = ()
+    for at, best in enumerate(best_L):
+        if not math.isfinite(best):
+            errors[rows[at].seq_id] = undrawable(best) or ""
+            tokens[at] = ()
     return StepResult(tuple(tokens), (None,) * len(rows), errors=errors)
 
 

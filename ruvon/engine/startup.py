@@ -200,7 +200,7 @@ def make_runner(
         forward,
         sampler,
         block_size=config.block_size,
-        device=backend.ops.device,
+        device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.settle,
     )

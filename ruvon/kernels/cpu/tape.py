@@ -101,30 +101,36 @@ class Tape:
         self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
         self._tables = self._batch.block_tables.numpy()
         logits = forward(self._batch, cache)
-        self._argmax = torch.zeros(limits.logit_rows, dtype=torch.int64)
-        recording.argmax(logits, self._argmax)
+        likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
+        recording.argmax(logits, likeliest)
+        self._likeliest = likeliest.numpy()
         self._logits = logits
         self.program = finish(recording)
         self.num_rows = 0
 
     def replay(self, batch: ForwardBatch) -> Tensor:
-        """float32 logits [L, V] of the batch's ``logit_rows``, valid until the next replay."""
-        tables = batch.block_tables.numpy()
+        """float32 logits [L, V] of the batch's ``logit_rows``, valid until the next replay.
+
+        The batch may be of numpy arrays. All between two replays runs with cold caches, as weights
+        have just streamed through them, and torch is a long way to a few numbers.
+        """
+        tables = np.asarray(batch.block_tables)
         self._tables[: tables.shape[0], : tables.shape[1]] = tables
-        for name, array in zip(COPIED, self._arrays, strict=True):
-            given = getattr(batch, name).numpy()
-            array[: given.size] = given
-        self.num_rows = batch.logit_rows.shape[0]
-        self.program.run(sizes_of(batch.query_starts.numpy(), self.num_rows))
+        given = [np.asarray(getattr(batch, name)) for name in COPIED]
+        for array, numbers in zip(self._arrays, given, strict=True):
+            array[: numbers.size] = numbers
+        self.num_rows = given[-1].size
+        self.program.run(sizes_of(given[STARTS], self.num_rows))
         return self._logits[: self.num_rows]
 
     @property
-    def argmax(self) -> Tensor:
-        """int64 [L]: the likeliest token of each row of the last replay; of equals, the first."""
-        return self._argmax[: self.num_rows]
+    def argmax(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[L]: the likeliest token of each row of the last replay; of equals, the first."""
+        return self._likeliest[: self.num_rows]
 
 
 COPIED = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
+STARTS = COPIED.index("query_starts")
 
 
 def empty_batch(limits: Limits) -> ForwardBatch:
