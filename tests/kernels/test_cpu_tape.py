@@ -114,7 +114,7 @@ def test_only_the_rows_asked_for(cpu):
     last = tape.replay(prompts.batch((0, 0, 30), (1, 0, 4), every_row=False))
     assert torch.equal(last, every[[29, 33]])
     assert last.shape == (2, VOCAB)
-    assert torch.equal(tape.argmax, every[[29, 33]].argmax(-1))
+    assert tape.argmax.tolist() == every[[29, 33]].argmax(-1).tolist()
 
 
 def test_argmax_takes_the_first_of_equals(cpu):
