@@ -73,6 +73,11 @@ def find_embedded() -> Path:
     return files[0]
 
 
+def is_embedded(path: Path) -> bool:
+    """Whether this is the file of the default model."""
+    return any(path.resolve() == file.resolve() for file in _embedded_files())
+
+
 def _embedded_files() -> list[Path]:
     """Those of the package that carries the default model, which is not imported."""
     spec = importlib.util.find_spec(EMBEDDED_PACKAGE)

@@ -13,23 +13,20 @@ message. A request without such strings is rendered and encoded with no detour.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol, TypeAlias, TypedDict, Unpack
+from typing import Any, Protocol, TypedDict, Unpack
 
 import jinja2
 
 from ruvon.errors import ConfigError, RequestError
+from ruvon.models.messages import Message, map_strings, plain, prepare, strings
 from ruvon.models.template import Template, compile_own, compile_template, render_template
 from ruvon.models.tokenizer import Tokenizer
 
-Message: TypeAlias = Mapping[str, Any]
-
 STAND_INS = range(0xF0000, 0xFFFFD)  # private use, plane 15
-MAX_DEPTH = 100  # of JSON within JSON
 FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
 
 
@@ -200,15 +197,15 @@ class ChatFormat:
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
         prepared = [
-            _prepare(message, i, self._knows_developer) for i, message in enumerate(messages)
+            prepare(message, i, self._knows_developer) for i, message in enumerate(messages)
         ]
         if continue_final_message:
             prepared[-1]["content"] += FINAL + " "
         return {
-            **_plain(kwargs or {}, "chat_template_kwargs"),
+            **plain(kwargs or {}, "chat_template_kwargs"),
             "messages": prepared,
-            "tools": _plain(tools, "tools") or None,
-            "documents": _plain(documents, "documents") or None,
+            "tools": plain(tools, "tools") or None,
+            "documents": plain(documents, "documents") or None,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
         }
@@ -224,16 +221,16 @@ class ChatFormat:
     def _guard(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
         """(``variables`` with a stand-in for a character of every spelling of a special token,
         what each stand-in, by code point, stands for)."""
-        places = {text: found for text in set(_strings(variables)) if (found := self._spells(text))}
+        places = {text: found for text in set(strings(variables)) if (found := self._spells(text))}
         if not places:
             return variables, {}
         originals = sorted({text[at] for text, found in places.items() for at in found})
-        used = set().union(*_strings(variables), *self._sources.values())
+        used = set().union(*strings(variables), *self._sources.values())
         free = (chr(code) for code in STAND_INS if chr(code) not in used)
         stand_ins = dict(zip(originals, islice(free, len(originals)), strict=True))
         guarded = {text: _replace(text, found, stand_ins) for text, found in places.items()}
         return (
-            _map_strings(variables, lambda text: guarded.get(text, text)),
+            map_strings(variables, lambda text: guarded.get(text, text)),
             {ord(stand_in): original for original, stand_in in stand_ins.items()},
         )
 
@@ -269,94 +266,3 @@ def _cut_after_final(text: str) -> str:
             param="continue_final_message",
         )
     return text[:at] if text[at + 1 : at + 2] == " " else text[:at].rstrip()
-
-
-# Messages as templates expect them
-
-
-def _prepare(message: Message, index: int, knows_developer: bool) -> dict[str, Any]:
-    """A message as plain data: text parts joined by newlines, no missing content, arguments of
-    tool calls as objects, reasoning under both of its names."""
-    where = f"messages[{index}]"
-    prepared: dict[str, Any] = _plain(message, where)
-    prepared["content"] = _text(prepared.get("content"), f"{where}.content")
-    if prepared.get("role") == "developer" and not knows_developer:
-        prepared["role"] = "system"
-    for call in prepared.get("tool_calls") or ():
-        _parse_arguments(call, where)
-    reasoning = prepared.get("reasoning_content") or prepared.get("reasoning")
-    if reasoning is not None:
-        prepared |= {"reasoning_content": reasoning, "reasoning": reasoning}
-    return prepared
-
-
-def _text(content: Any, where: str) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if not isinstance(content, list):
-        raise RequestError("content must be a string or a list of parts", param=where)
-    for i, part in enumerate(content):
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else type(part).__name__
-            raise RequestError(
-                f"This model reads text parts only, not {kind}.", param=f"{where}[{i}]"
-            )
-    return "\n".join(part["text"] for part in content)
-
-
-def _parse_arguments(call: Any, where: str) -> None:
-    """Clients send a call's arguments as JSON text, templates want the object. Text that is not
-    a JSON object, such as a model may have written, stays as it is."""
-    function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
-        return
-    try:
-        arguments = json.loads(function["arguments"])
-    except (ValueError, RecursionError):
-        return
-    if isinstance(arguments, dict):
-        function["arguments"] = _plain(arguments, f"{where}.tool_calls")
-
-
-def _plain(value: Any, where: str, depth: int = 0) -> Any:
-    """A copy made of exact JSON types only: other objects have methods that a template, sandboxed
-    or not, has no business to call. ``where`` is the field that errors name."""
-    if depth > MAX_DEPTH:
-        raise RequestError(f"nested more than {MAX_DEPTH} deep", param=where)
-    match value:
-        case None | bool():
-            return value
-        case str():
-            return str.__str__(value)  # an enumeration's own would give its name
-        case int():
-            return int(value)
-        case float():
-            return float(value)
-        case Mapping():
-            return {str(key): _plain(item, where, depth + 1) for key, item in value.items()}
-        case list() | tuple():
-            return [_plain(item, where, depth + 1) for item in value]
-    raise RequestError(f"{type(value).__name__} is not JSON data", param=where)
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in plain data, keys included."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for key, item in value.items():
-            yield key
-            yield from _strings(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _strings(item)
-
-
-def _map_strings(value: Any, change: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {change(key): _map_strings(item, change) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_map_strings(item, change) for item in value]
-    return value

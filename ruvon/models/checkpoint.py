@@ -16,7 +16,7 @@ import structlog
 
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
-from ruvon.locate import locate
+from ruvon.locate import is_embedded, locate
 from ruvon.models.defaults import gguf_generation
 from ruvon.models.gguf import GgufFile
 from ruvon.models.spec import ModelSpec, spec_from_config, spec_from_gguf
@@ -48,14 +48,13 @@ def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
     """
     path, name = locate(config, progress)
     if path.suffix == ".gguf":
-        usual = EMBEDDED_SAMPLING if config.model is None else {}
-        return _open_gguf(path, name, config.load_format, usual)
+        return _open_gguf(path, name, config.load_format)
     if config.load_format == "gguf":
         raise ConfigError(f"load_format gguf: {path} holds no .gguf file")
     return _open_folder(path, name, dummy=config.load_format == "dummy")
 
 
-def _open_gguf(path: Path, name: str, load_format: str, usual: Mapping[str, float]) -> Checkpoint:
+def _open_gguf(path: Path, name: str, load_format: str) -> Checkpoint:
     if load_format not in ("auto", "gguf"):
         raise ConfigError(f"load_format {load_format}: {path} is a GGUF file")
     file = GgufFile(path)
@@ -63,6 +62,7 @@ def _open_gguf(path: Path, name: str, load_format: str, usual: Mapping[str, floa
         spec = spec_from_gguf(file.metadata, file.names(), file.rope_divisors())
     except LoadError as error:
         raise LoadError(f"{path}: {error}") from None
+    usual = EMBEDDED_SAMPLING if is_embedded(path) else {}
     generation = {**usual, **gguf_generation(file.metadata)}
     return Checkpoint(name, "gguf", path, spec, file.metadata, generation, file)
 

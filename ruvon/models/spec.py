@@ -81,7 +81,7 @@ def spec_from_config(
         )
     except KeyError as error:
         raise LoadError(f"config.json lacks {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise LoadError(f"config.json has a value that makes no sense ({error})") from None
     return _checked(spec, "config.json")
 
@@ -143,7 +143,7 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
     head_dim = config.get("head_dim") or default_dim
     rope = rope_from_config(config, head_dim)
     reads_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
-    bias = reads_bias and config.get("attention_bias", False)
+    bias = (reads_bias and config.get("attention_bias")) or False
     return {
         "vocab_size": config["vocab_size"],
         "hidden_size": hidden,
@@ -160,10 +160,10 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
         "learned_positions": False,
         "qkv_bias": bias or architecture == "Qwen2ForCausalLM",
         "output_bias": bias,
-        "mlp_bias": architecture == "LlamaForCausalLM" and config.get("mlp_bias", False),
+        "mlp_bias": (architecture == "LlamaForCausalLM" and config.get("mlp_bias")) or False,
         "qk_norm": architecture == "Qwen3ForCausalLM",
         "windows": _windows(config, architecture),
-        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "tie_embeddings": config.get("tie_word_embeddings") or False,
     }
 
 
@@ -242,7 +242,7 @@ def spec_from_gguf(
         spec = _from_gguf(arch, metadata, tensors, rope_divisors)
     except KeyError as error:
         raise LoadError(f"GGUF metadata lacks {error}") from None
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise LoadError(f"GGUF metadata has a value that makes no sense ({error})") from None
     return _checked(spec, "GGUF metadata")
 
@@ -303,9 +303,26 @@ def _gguf_vocab_size(arch: str, metadata: Mapping[str, Any]) -> int:
 
 
 MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them
+SIZES = (
+    "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
+    "intermediate_size", "max_positions",
+)  # fmt: skip
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "tie_embeddings"), bool),
+    "norm_eps": (float, int),
+    "dtype": str,
+}
 
 
 def _checked(spec: ModelSpec, where: str) -> ModelSpec:
+    for name in SIZES:
+        if type(size := getattr(spec, name)) is not int or size < 1:
+            raise LoadError(f"{where}: {name} {size!r} makes no sense")
+    for name, kind in KINDS.items():
+        if not isinstance(value := getattr(spec, name), kind):
+            raise LoadError(f"{where}: {name} {value!r} makes no sense")
+    if spec.rope is not None and spec.head_dim % 2:
+        raise LoadError(f"{where}: heads of {spec.head_dim} cannot be rotated in pairs")
     if not 0 < spec.max_positions <= MOST_POSITIONS:
         raise LoadError(f"{where}: a context of {spec.max_positions} tokens makes no sense")
     if spec.num_heads % spec.num_kv_heads:

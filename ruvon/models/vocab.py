@@ -54,7 +54,7 @@ def read_vocab(folder: Path, generation: Mapping[str, Any]) -> Vocab:
         bos, eos = (_id(backend, named.get(name)) for name in ("bos_token", "eos_token"))
         ends = generation.get("eos_token_id")
         templates = _chat_templates(folder, config)
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
         why = f"its tokenizer's files have a value that makes no sense ({error})"
         raise LoadError(f"{folder}: {why}") from None
     if backend.post_processor is None and not (folder / "tokenizer.json").exists():

@@ -458,6 +458,14 @@ def test_a_broken_template_of_the_model_is_refused_where_it_is_used():
     assert load_chat(broken, "{{ messages[0].content }}").render([user("a")]) == "a"
 
 
+def test_a_special_token_may_be_spelt_like_a_part_of_our_own_words():
+    fields = trained(specials=("tools", "final"))
+    chat = load_chat(fields, "{{ messages[0].content }}{{ tools }}")
+    ids = chat.encode([user("tools")])
+    assert fields.decode(ids, skip_special_tokens=False) == "toolsNone"
+    assert not fields.special_ids.intersection(ids)
+
+
 def test_templates_see_every_named_token():
     named = {"eos_token": "<|over|>", "pad_token": "<pad>", "image_token": "<image>"}
     template = {"default": "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ image_token }}"}

@@ -39,7 +39,8 @@ def test_embedded_default():
     assert (checkpoint.name, checkpoint.format) == ("SmolLM2-135M-Instruct", "gguf")
     assert (checkpoint.spec.num_layers, checkpoint.spec.hidden_size) == (30, 576)
     assert sampling_defaults(checkpoint.generation) == {"temperature": 0.2, "top_p": 0.9}
-    assert sampling_defaults(opened(checkpoint.path).generation) == {}  # it might be any file
+    assert opened(checkpoint.path).generation == checkpoint.generation
+    assert opened(checkpoint.name).generation == checkpoint.generation
 
 
 def test_the_default_has_a_name(monkeypatch, tmp_path):

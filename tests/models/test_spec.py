@@ -180,6 +180,13 @@ def test_architecture_by_model_type():
         ({"architectures": ["LlamaForCausalLM"]}, "lacks 'hidden_size'"),
         ({**LLAMA, "num_attention_heads": "four"}, "makes no sense"),
         ({**LLAMA, "num_attention_heads": 0}, "makes no sense"),
+        ({**LLAMA, "max_position_embeddings": {"a": 1}}, "makes no sense"),
+        ({**LLAMA, "head_dim": [16]}, "head_dim [16] makes no sense"),
+        ({**LLAMA, "head_dim": 15}, "heads of 15 cannot be rotated"),
+        ({**LLAMA, "vocab_size": 0}, "vocab_size 0 makes no sense"),
+        ({**LLAMA, "tie_word_embeddings": "yes"}, "tie_embeddings 'yes' makes no sense"),
+        ({**LLAMA, "torch_dtype": 16}, "dtype 16 makes no sense"),
+        ({**LLAMA, "rms_norm_eps": "1e-5"}, "norm_eps '1e-5' makes no sense"),
         ({**LLAMA, "max_position_embeddings": 2**40}, "1099511627776 tokens makes no sense"),
         (
             {**CONFIGS["gpt2"].to_dict(), "model_type": "gpt2", "activation_function": "mish"},
