@@ -85,7 +85,11 @@ class EngineConfig:
     deterministic: bool = setting(
         False, "The same bits for a request in any batch. On a CPU always so; slower on a GPU."
     )
-    threads: int = setting(0, "Compute threads on a CPU. 0: one for each core given.", least=0)
+    threads: int = setting(
+        0,
+        "Compute threads on a CPU. 0: one for each core, as far as a container's quota goes.",
+        least=0,
+    )
     max_model_len: int | None = setting(
         None,
         "Longest prompt plus completion, tokens. Default: the model's own, or what fits.",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -114,6 +116,27 @@ def test_public_names_are_sorted(name: str) -> None:
 def test_config_and_errors_need_no_torch() -> None:
     for name in LEAVES:
         assert not any(module.split(".")[0] == "torch" for module in imports_of(name))
+
+
+UNNEEDED = {
+    "huggingface_hub", "numba", "scipy", "sympy", "torch._dynamo", "torch._inductor",
+    "transformers", "triton",
+}  # fmt: skip
+"""Of a server on a CPU whose model is on its disk and whose kernels are compiled already."""
+
+
+@pytest.mark.parametrize(
+    ("modules", "heavy"),
+    [
+        (["ruvon.cli.models", "ruvon.config", "ruvon.telemetry"], {"numpy", "torch"}),
+        (["ruvon.engine.types"], {"numpy", "torch"}),
+        (["ruvon.server.app", "ruvon.engine.cpu_sampler", "ruvon.kernels.cpu"], UNNEEDED),
+    ],
+)
+def test_starting_imports_no_more_than_it_needs(modules: list[str], heavy: set[str]) -> None:
+    code = f"import sys, {', '.join(modules)}; print(*sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not heavy.intersection(run.stdout.split())
 
 
 LOOP = {"engine/loop", "engine/stream", "engine/turns"}

@@ -53,6 +53,11 @@ class MemoryPlan:
         return self.num_blocks * self.block_size
 
     @property
+    def dtype(self) -> str:
+        """Of the cache."""
+        return str(self.kv.dtype).removeprefix("torch.")
+
+    @property
     def cache_bytes(self) -> int:
         return self.num_tokens * self.bytes_per_token
 
@@ -119,13 +124,22 @@ def longest_sequence(spec: ModelSpec, config: EngineConfig) -> int:
 
 def allocate_cache(spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> Cache:
     """Zeroed tensors for every layer. Zeros matter: a kernel may read past the end of a context
-    and weigh it with nothing, and nothing times NaN is NaN."""
+    and weigh it with nothing, and nothing times NaN is NaN.
+
+    Raises ConfigError if the system does not give that much memory.
+    """
     shape = (plan.num_blocks, spec.num_kv_heads, plan.block_size, plan.kv.head_dim(spec))
-    dtype = plan.kv.dtype
-    if device.type != "cpu":
-        zeros = torch.zeros((spec.num_layers, 2, *shape), dtype=dtype, device=device)
+    dtype, layers = plan.kv.dtype, spec.num_layers
+    try:
+        if device.type == "cpu":
+            return [(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)) for _ in range(layers)]
+        zeros = torch.zeros((layers, 2, *shape), dtype=dtype, device=device)
         return [(layer[0], layer[1]) for layer in zeros]
-    return [(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)) for _ in range(spec.num_layers)]
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        raise ConfigError(
+            f"there is no memory for a cache of {plan.cache_bytes:,} bytes; give a smaller "
+            "--kv-cache-memory"
+        ) from error
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
@@ -139,11 +153,15 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
 def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
     """Bytes that a cache of no stated size may take, now that the weights are in place.
 
-    Raises ConfigError where steps alone take more than a GPU has left.
+    Raises ConfigError where a stated size is more than there is, or steps alone take more than a
+    GPU has left.
     """
     if ops.device.type == "cpu":
-        return int(CPU_SHARE * available_memory())
+        free = available_memory()
+        check_stated(config, free)
+        return int(CPU_SHARE * free)
     free, total = torch.cuda.mem_get_info(ops.device)
+    check_stated(config, free)
     planned = int(total * config.gpu_memory_utilization) - (total - free)
     needed = step_bytes(spec, config, ops.dtype)
     if planned <= needed and config.kv_cache_memory is None:
@@ -154,6 +172,14 @@ def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
             "--max-num-seqs and --max-num-batched-tokens"
         )
     return max(planned - needed, 0)
+
+
+def check_stated(config: EngineConfig, free: int) -> None:
+    stated = config.kv_cache_memory
+    if stated is not None and parse_size(stated) > free:
+        raise ConfigError(
+            f"--kv-cache-memory: {stated} is more than the {free:,} bytes of memory that are free"
+        )
 
 
 def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:

@@ -1,7 +1,7 @@
 """What this process may use of the machine it runs on: memory and cores, containers included.
 
 Both versions of Linux's control groups keep their limits in small files. Inside a container they
-lie at the mount point; outside, at the path that /proc tells.
+lie at the mount point; outside, at the path that /proc tells and in all folders above it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,39 @@ def available_memory(root: Path = ROOT) -> int:
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
     kilobytes = re.search(r"MemAvailable:\s+(\d+)", meminfo.read_text())
     assert kilobytes is not None, "every Linux since 3.14 has it"
-    return max(min(int(kilobytes[1]) * 1024, *_rooms(root), NO_LIMIT), 0)
+    rooms = (int(kilobytes[1]) * 1024, *_rooms(root), *_own_rooms(root), NO_LIMIT)
+    return max(min(rooms), 0)
 
 
 def available_cores(root: Path = ROOT) -> int:
     """Cores this process may keep busy: those it may run on, or fewer if its time is limited."""
+    return max(math.ceil(min([len(cores(root)), *_core_shares(root)])), 1)
+
+
+def cores(root: Path = ROOT) -> list[int]:
+    """The first CPU of each core this process may run on. A core's other ones (SMT) share its
+    arithmetic units, which one thread of ours keeps busy."""
     pinned = hasattr(os, "sched_getaffinity")
-    allowed = len(os.sched_getaffinity(0)) if pinned else os.cpu_count() or 1
-    return max(math.ceil(min([allowed, *_core_shares(root)])), 1)
+    allowed = sorted(os.sched_getaffinity(0)) if pinned else range(os.cpu_count() or 1)
+    first: dict[str, int] = {}
+    for cpu in allowed:
+        topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
+        first.setdefault(_read(topology / "thread_siblings_list") or str(cpu), cpu)
+    return list(first.values())
+
+
+OWN_LIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}
+"""What ``ulimit -v`` and ``ulimit -d`` set, and what counts towards it."""
+
+
+def _own_rooms(root: Path) -> Iterator[int]:
+    """For each of those limits, the bytes left under it."""
+    limits, status = (_read(root / "proc/self" / name) for name in ("limits", "status"))
+    for limit_name, usage_name in OWN_LIMITS.items():
+        limit = re.search(rf"^{limit_name} +(\d+) ", limits, re.MULTILINE)
+        used = re.search(rf"^{usage_name}:\s+(\d+) kB", status, re.MULTILINE)
+        if limit and used:
+            yield int(limit[1]) - 1024 * int(used[1])
 
 
 def _rooms(root: Path) -> Iterator[int]:
@@ -63,9 +88,10 @@ def _core_shares(root: Path) -> Iterator[float]:
 def _groups(root: Path, controller: str) -> list[Path]:
     """Folders that may hold our limits for a controller."""
     lines = [line.split(":", 2) for line in _read(root / "proc/self/cgroup").splitlines()]
-    paths = ["", *(path.strip("/") for _, names, path in lines if _concerns(names, controller))]
+    own = [Path(path.strip("/")) for _, names, path in lines if _concerns(names, controller)]
+    paths = dict.fromkeys([Path(), *(above for path in own for above in (path, *path.parents))])
     mounts = (root / "sys/fs/cgroup", root / "sys/fs/cgroup" / controller)
-    return [mount / path for mount in mounts for path in dict.fromkeys(paths)]
+    return [mount / path for mount in mounts for path in paths]
 
 
 def _concerns(names: str, controller: str) -> bool:

@@ -91,9 +91,19 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
         ending.callback(backend.close)
         started = assemble(checkpoint, config, backend, threads, ending, progress)
         return dataclasses.replace(started, defaults=defaults)
-    except BaseException:
+    except BaseException as error:
         ending.close()
+        if is_shortage(error):
+            raise LoadError(f"{checkpoint.path}: memory does not suffice ({error})") from error
         raise
+
+
+def is_shortage(error: BaseException) -> bool:
+    """Whether it means that there is no more memory; torch has no class for that on a CPU."""
+    if isinstance(error, RuntimeError):
+        said = ("can't allocate memory", "bad_alloc")
+        return isinstance(error, torch.OutOfMemoryError) or any(it in str(error) for it in said)
+    return isinstance(error, MemoryError)
 
 
 def model_defaults(checkpoint: Checkpoint, config: EngineConfig) -> dict[str, float | int]:

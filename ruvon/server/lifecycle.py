@@ -79,7 +79,7 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
     metrics.describe_cache(
         block_size=engine.config.block_size,
         num_gpu_blocks=started.memory.num_blocks,
-        cache_dtype=started.dtype,
+        cache_dtype=started.memory.dtype,
         enable_prefix_caching=engine.config.enable_prefix_caching,
         gpu_memory_utilization=engine.config.gpu_memory_utilization,
     )
@@ -178,7 +178,7 @@ def summary(started: Started, service: Service) -> dict[str, str]:
         "weights": f"{size(memory.weight_bytes)}, {spec.architecture}, {spec.num_layers} layers",
         "computes_in": f"{started.dtype} on {started.device}, {started.threads} threads,"
         f" kernels {started.kernels}",
-        "kv_cache": f"{size(memory.cache_bytes)}: {memory.num_blocks} blocks of"
+        "kv_cache": f"{size(memory.cache_bytes)} of {memory.dtype}: {memory.num_blocks} blocks of"
         f" {memory.block_size} tokens",
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
         " fit at once",

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ruvon.config import EngineConfig
+from ruvon.engine import kv_cache
 from ruvon.engine.kv_cache import (
     KVFormat,
     MemoryPlan,
@@ -129,6 +130,24 @@ def test_a_cache_on_a_gpu_takes_what_weights_and_steps_leave(monkeypatch):
         free(2 * (step + used))
     given = dataclasses.replace(config, kv_cache_memory="1MiB")
     assert free(2 * step, given) == 0  # nobody asks for it
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_more_memory_than_there_is_is_refused(monkeypatch, device):
+    ops = SimpleNamespace(device=torch.device(device), dtype=torch.bfloat16)
+    monkeypatch.setattr(kv_cache, "available_memory", lambda: 2**30)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**30, 2**40))
+    free_for_cache(ops, EngineConfig(kv_cache_memory="1GiB"), SPEC)
+    with pytest.raises(
+        ConfigError, match=r"--kv-cache-memory: 900GiB is more than .*1,073,741,824"
+    ):
+        free_for_cache(ops, EngineConfig(kv_cache_memory="900GiB"), SPEC)
+
+
+def test_memory_that_the_system_does_not_give_is_said():
+    planned = plan(kv_cache_memory=str(2**52))
+    with pytest.raises(ConfigError, match=r"no memory for a cache of 4,503,.*--kv-cache-memory"):
+        allocate_cache(SPEC, planned, torch.device("cpu"))
 
 
 def test_more_positions_than_the_model_has_are_refused():

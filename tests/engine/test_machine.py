@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from ruvon.engine.machine import available_cores, available_memory
+from ruvon.engine.machine import available_cores, available_memory, cores
 
 
 def fake_machine(root, files):
@@ -54,6 +54,15 @@ CGROUP = "sys/fs/cgroup"
         ),
         (
             {
+                "proc/self/cgroup": "0::/user/app/inner\n",
+                f"{CGROUP}/user/memory.max": "400000",
+                f"{CGROUP}/user/memory.current": "150000",
+                f"{CGROUP}/user/app/inner/memory.max": "max",
+            },
+            250_000,
+        ),
+        (
+            {
                 f"{CGROUP}/memory.max": "100",
                 f"{CGROUP}/memory.current": "200",
                 f"{CGROUP}/memory.stat": "",
@@ -63,6 +72,32 @@ CGROUP = "sys/fs/cgroup"
     ],
 )
 def test_a_containers_memory_limit_counts(tmp_path, files, expected):
+    assert available_memory(fake_machine(tmp_path, files)) == expected
+
+
+LIMITS = """\
+Limit                     Soft Limit           Hard Limit           Units
+Max data size             {data}            unlimited            bytes
+Max resident set          1            unlimited            bytes
+Max address space         {space}           unlimited            bytes
+"""
+
+
+@pytest.mark.parametrize(
+    ("data", "space", "expected"),
+    [
+        ("unlimited", "unlimited", 1_024_000),
+        ("unlimited", "900000", 900_000 - 800 * 1024),
+        ("500000", "900000", 900_000 - 800 * 1024),
+        ("300000", "9000000", 300_000 - 200 * 1024),
+        ("300000", "800", 0),
+    ],
+)
+def test_a_process_own_limits_count(tmp_path, data, space, expected):
+    files = {
+        "proc/self/limits": LIMITS.format(data=data, space=space),
+        "proc/self/status": "VmPeak:\t999 kB\nVmSize:\t     800 kB\nVmData:\t  200 kB\n",
+    }
     assert available_memory(fake_machine(tmp_path, files)) == expected
 
 
@@ -89,6 +124,17 @@ def test_a_containers_memory_limit_counts(tmp_path, files, expected):
 def test_a_containers_processor_limit_counts(tmp_path, monkeypatch, files, expected):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)), raising=False)
     assert available_cores(fake_machine(tmp_path, files)) == expected
+
+
+@pytest.mark.parametrize("siblings", ["0-1 0-1 2-3 2-3", "0,2 1,3 0,2 1,3"])
+def test_the_threads_of_a_core_count_once(tmp_path, monkeypatch, siblings):
+    groups = siblings.split()
+    folder = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
+    root = fake_machine(tmp_path, {folder.format(n): group for n, group in enumerate(groups)})
+    for allowed, expected in ((range(4), 2), ({1}, 1), ({0, 3}, 2)):
+        monkeypatch.setattr(os, "sched_getaffinity", lambda pid, a=allowed: set(a), raising=False)
+        assert available_cores(root) == len(cores(root)) == expected
+        assert len({groups[cpu] for cpu in cores(root)}) == expected
 
 
 def test_cores_are_those_this_process_may_run_on(tmp_path, monkeypatch):

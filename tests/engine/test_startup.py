@@ -132,6 +132,23 @@ def test_a_model_that_cannot_run_leaves_no_thread(folder, monkeypatch, kernels):
     assert threading.active_count() == before
 
 
+SHORTAGES = [
+    MemoryError("Unable to allocate 40.3 MiB for an array"),
+    RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    RuntimeError("std::bad_alloc"),
+]
+
+
+@pytest.mark.parametrize("error", SHORTAGES, ids=lambda error: type(error).__name__)
+def test_too_little_memory_for_the_model_is_said(folder, monkeypatch, error):
+    def load_model(*arguments):
+        raise error
+
+    monkeypatch.setattr(startup, "load_model", load_model)
+    with pytest.raises(LoadError, match=r"memory does not suffice \(.*alloc"):
+        start_engine(settings(folder), lambda phase, share: None)
+
+
 def test_closing_ends_every_thread(folder):
     before = threading.active_count()
     started = start_engine(settings(folder, kernels="cpu", threads=2), lambda phase, share: None)

@@ -89,7 +89,12 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             tokenizer=tokenizer,
             chat=load_chat(tokenizer),
             memory=SimpleNamespace(
-                num_blocks=256, weight_bytes=1, cache_bytes=1, block_size=16, max_concurrency=1.0
+                num_blocks=256,
+                weight_bytes=1,
+                cache_bytes=1,
+                block_size=16,
+                max_concurrency=1.0,
+                dtype="float16",
             ),
             device="cpu",
             kernels="fake",
