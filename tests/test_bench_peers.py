@@ -52,6 +52,7 @@ def test_a_peer_that_fails_leaves_the_others_measured(bench, monkeypatch, capsys
 
     weights = SimpleNamespace(
         path=lambda peer, format: None,
+        format="q4_1",
         usual_formats=lambda: ["q4_1"],
         source=SimpleNamespace(name="m.gguf"),
     )
@@ -67,6 +68,21 @@ def test_a_peer_that_fails_leaves_the_others_measured(bench, monkeypatch, capsys
     assert "llama.cpp q4_1: left out, no such wheel" in capsys.readouterr().out
     assert [column["values"] for column in written["columns"]] == [{}, {"itl_ms": [5.0, 5.0]}]
     json.dumps(written)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--peers", "ruvon,nobody"], "no such peer: nobody; there are ruvon, llama.cpp"),
+        (["--model", "nowhere"], "there is no nowhere"),
+        (["--files", "q4_1,q1_0"], "cannot make q1_0; bf16, int8, q8_0, q4_1, q4_0 can be"),
+    ],
+)
+def test_what_there_is_not_is_named(bench, monkeypatch, capsys, arguments, complaint):
+    monkeypatch.setattr("sys.argv", ["peers.py", *arguments])
+    with pytest.raises(SystemExit) as exit:
+        bench("peers").main()
+    assert complaint in f"{exit.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize(
