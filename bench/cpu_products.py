@@ -1,10 +1,13 @@
-"""Products with bfloat16 weights, one by one: the CPU's dot product, float32, and torch's.
+"""Products one by one: weights of each format, under each instruction set, beside torch's.
 
-    python bench/cpu_products.py [--threads 2] [--shapes 768x2304 3072x768] [--rows 1 16 512]
+    python bench/cpu_products.py [--threads 2] [--isa avx2 portable] [--formats q4_1 q8_0 bf16]
+                                 [--shapes 576x3072 1536x576] [--rows 1 4 16 128 512]
 
-A shape is inputs x outputs. So many weights of a shape are multiplied in turn that they come from
-memory, as they do in a step. Times are the best of a product in milliseconds, the three taking
-turns; activations are packed before, and torch gets its own in bfloat16.
+A shape is inputs x outputs. Of a shape so many weights are multiplied in turn that they come from
+memory (``--resident``: one weight only, from the caches). Columns take turns; each shows the best
+of its turns, operations (a multiply-add is two) in thousands of millions a second and, in brackets,
+gigabytes of weights a second. Activations are packed before; torch gets its own, in the weight's
+type, and quantized weights as float32.
 """
 
 from __future__ import annotations
@@ -19,42 +22,105 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu import CpuKernels, Limits
-from ruvon.kernels.cpu.compiled import has_bf16
 from ruvon.kernels.cpu.tape import sizes_of
-from ruvon.kernels.ops import Dense, ForwardBatch
+from ruvon.kernels.ops import Dense, ForwardBatch, Quantized, Weight
 
 WEIGHT_BYTES = 1 << 26  # of all weights of a shape: more than caches hold
-SHAPES = ("768x2304", "768x768", "768x3072", "3072x768")  # GPT-2's
-SECONDS = 4  # that the three take turns, at least
+SECONDS = 2  # that the columns take turns, at least
 Work = Callable[[], object]
 
 
+def codes(n: int, k: int, bits: int) -> Tensor:
+    low, high = (-128, 128) if bits == 8 else (0, 1 << bits)
+    return torch.randint(low, high, (n, k)).to(torch.int8)
+
+
+def grid(bits: int, *, offsets: bool = False, zero: int = 0) -> Callable[[int, int], Weight]:
+    """Weights with a float16 scale, and perhaps an offset, for each 32."""
+
+    def make(n: int, k: int) -> Quantized:
+        scales = (torch.rand(n, k // 32) * 0.01).half()
+        return Quantized(codes(n, k, bits), scales, scales if offsets else None, 32, bits, zero)
+
+    return make
+
+
+def blocks(bits: int, group: int, *, offsets: bool, zero: int = 0) -> Callable[..., Weight]:
+    """Weights with small integers for scales, as the K-quants have."""
+
+    def make(n: int, k: int) -> Quantized:
+        scales = torch.randint(0, 64, (n, k // group)).to(torch.int8)
+        over = (torch.rand(n, k // 256, 2 if offsets else 1) * 1e-4).half()
+        shift = scales if offsets else None
+        return Quantized(codes(n, k, bits), scales, shift, group, bits, zero, over)
+
+    return make
+
+
+def dense(dtype: torch.dtype) -> Callable[[int, int], Weight]:
+    return lambda n, k: Dense(torch.randn(n, k).to(dtype))
+
+
+FORMATS: dict[str, Callable[[int, int], Weight]] = {
+    "q4_0": grid(4, zero=8),
+    "q4_1": grid(4, offsets=True),
+    "q5_0": grid(5, zero=16),
+    "q8_0": grid(8),
+    "q4_k": blocks(4, 32, offsets=True),
+    "q5_k": blocks(5, 32, offsets=True),
+    "q6_k": blocks(6, 16, offsets=False, zero=32),
+    "f32": dense(torch.float32),
+    "f16": dense(torch.float16),
+    "bf16": dense(torch.bfloat16),
+}
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--shapes", nargs="+", default=SHAPES)
-    parser.add_argument("--rows", nargs="+", type=int, default=(1, 16, 512))
-    args = parser.parse_args()
-    if not has_bf16():
-        raise SystemExit("this CPU has no dot product of bfloat16")
+    args = parse()
     torch.set_num_threads(args.threads)
-    print("| inputs x outputs | rows | float32, ms | bfloat16, ms | torch, ms |")
-    print("|---|---:|---:|---:|---:|")
-    kernels = [CpuKernels(args.threads, bf16=bf16) for bf16 in (False, True)]
-    for shape in args.shapes:
-        k, n = map(int, shape.split("x"))
-        weights = [torch.randn(n, k).bfloat16() for _ in range(WEIGHT_BYTES // (2 * n * k))]
-        for rows in args.rows:
-            works = [*(ours(each, weights, rows) for each in kernels), theirs(weights, rows)]
-            cells = (f"{1e3 * best / len(weights):.3f}" for best in take_turns(works))
-            print(f"| {shape} | {rows} | {' | '.join(cells)} |", flush=True)
+    kernels = [CpuKernels(args.threads, isa=name) for name in args.isa or [None]]
+    names = [*(each.isa.name for each in kernels), "torch"]
+    print(f"| format | inputs x outputs | rows | {' | '.join(names)} |")
+    print(f"|---|---|---:|{'---:|' * len(names)}")
+    for name in args.formats:
+        for shape in args.shapes:
+            k, n = map(int, shape.split("x"))
+            weights = make_weights(FORMATS[name], n, k, args.resident)
+            for rows in args.rows:
+                works = [*(ours(each, weights, rows) for each in kernels), theirs(weights, rows)]
+                cells = [
+                    f"{2 * n * k * rows * len(weights) / best / 1e9:.0f} ({size / best / 1e9:.1f})"
+                    for best, size in take_turns(works)
+                ]
+                print(f"| {name} | {shape} | {rows} | {' | '.join(cells)} |", flush=True)
     for each in kernels:
         each.close()
 
 
-def ours(kernels: CpuKernels, weights: list[Tensor], rows: int) -> Work:
-    packed = [kernels.ops.pack(Dense(weight)) for weight in weights]
-    x = torch.randn(rows, weights[0].shape[1])
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--isa", nargs="+", help="Instruction sets; default: the best one here.")
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["q4_1", "q8_0", "bf16"])
+    parser.add_argument("--shapes", nargs="+", default=["768x3072", "1536x768"])
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4, 16, 128, 512])
+    parser.add_argument("--resident", action="store_true", help="Weights that caches hold.")
+    return parser.parse_args()
+
+
+def make_weights(
+    make: Callable[[int, int], Weight], n: int, k: int, resident: bool
+) -> list[Weight]:
+    first = make(n, k)
+    held = first.weight_NK if isinstance(first, Dense) else first.codes_NK
+    count = 1 if resident else max(WEIGHT_BYTES // held.nbytes, 1)
+    return [first, *(make(n, k) for _ in range(count - 1))]
+
+
+def ours(kernels: CpuKernels, weights: list[Weight], rows: int) -> tuple[Work, int]:
+    """What to time, and the bytes of weights that it reads."""
+    packed = [kernels.ops.pack(weight) for weight in weights]
+    x = torch.randn(rows, packed[0].shape[1])
 
     def forward(batch: ForwardBatch, cache: object) -> Tensor:
         outs = [kernels.ops.linear(x, weight, None, "none") for weight in packed]
@@ -65,24 +131,27 @@ def ours(kernels: CpuKernels, weights: list[Tensor], rows: int) -> Work:
     tape.program.run(sizes)  # packs x
     instructions = enumerate(tape.program.instructions)
     lines = tape.program.pick([n for n, line in instructions if line.kernel[0] == "linear"])
-    return lambda: tape.program.run(sizes, lines)
+    size = sum(tensor.nbytes for weight in packed for tensor in weight.tensors)
+    return (lambda: tape.program.run(sizes, lines)), size
 
 
-def theirs(weights: list[Tensor], rows: int) -> Work:
-    x = torch.randn(rows, weights[0].shape[1]).bfloat16()
-    return lambda: [torch.nn.functional.linear(x, weight) for weight in weights]
+def theirs(weights: list[Weight], rows: int) -> tuple[Work, int]:
+    plain = [w.weight_NK if isinstance(w, Dense) else w.dequantize() for w in weights]
+    x = torch.randn(rows, plain[0].shape[1]).to(plain[0].dtype)
+    work = lambda: [torch.nn.functional.linear(x, weight) for weight in plain]  # noqa: E731
+    return work, sum(weight.nbytes for weight in plain)
 
 
-def take_turns(works: list[Work]) -> list[float]:
-    """The best seconds of each."""
+def take_turns(works: list[tuple[Work, int]]) -> list[tuple[float, int]]:
+    """The best seconds of each, and its bytes."""
     times: list[list[float]] = [[] for _ in works]
     end = time.perf_counter() + SECONDS
     while time.perf_counter() < end or len(times[0]) < 5:
-        for work, taken in zip(works, times, strict=True):
+        for (work, _), taken in zip(works, times, strict=True):
             began = time.perf_counter()
             work()
             taken.append(time.perf_counter() - began)
-    return [min(taken) for taken in times]
+    return [(min(taken), size) for taken, (_, size) in zip(times, works, strict=True)]
 
 
 if __name__ == "__main__":
