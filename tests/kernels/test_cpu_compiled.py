@@ -49,6 +49,20 @@ print("numba" in sys.modules)
     assert (done.stdout, done.stderr) == ("False\n", "")
 
 
+def test_what_is_sure_to_be_needed_is_compiled_meanwhile(cache, monkeypatch):
+    monkeypatch.setattr(compiled, "USUAL", (KEY,))
+    code = Compiled(choose(None), cores=2)
+    monkeypatch.setattr(compiled, "build", None)  # not here
+    assert code.address(KEY) > 0
+    assert len(kept(cache)) == 1
+
+
+def test_what_another_process_does_not_do_is_done_here(cache, monkeypatch):
+    monkeypatch.setattr(compiled, "USUAL", (KEY,))
+    monkeypatch.setattr(compiled.sys, "executable", "/bin/false")
+    assert Compiled(choose(None), cores=2).address(KEY) > 0
+
+
 def test_kinds_of_a_kernel_are_kept_apart(cache):
     code = Compiled(choose(None))
     addresses = {code.address(("embed", kind)) for kind in (0, 1)}

@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.kernels.cpu.compiled import USUAL, Compiled
 from ruvon.kernels.cpu.draw import Drawer
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.kinds import LANES
@@ -65,7 +65,7 @@ class CpuKernels:
         Raises ConfigError if the CPU does not have that instruction set.
         """
         self.isa = choose(isa)
-        self._compiled = Compiled(self.isa)
+        self._compiled = Compiled(self.isa, cores=threads)
         self._dense_dtype = dense_dtype
         self._team = Team(
             threads,
@@ -144,6 +144,7 @@ class CpuKernels:
 
     def _finish(self, progress: Progress | None, recording: Recording) -> Program:
         kernels = list(dict.fromkeys(line.kernel for line in recording.instructions))
+        kernels.sort(key=USUAL.__contains__)  # those may be made elsewhere in the meantime
         for done, kernel in enumerate(kernels):
             if progress is not None:
                 progress("compiling kernels", done / len(kernels))

@@ -8,8 +8,10 @@ What is kept is a convenience: a folder that is full, damaged or read-only costs
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -21,7 +23,8 @@ import structlog
 from llvmlite import binding, ir
 
 from ruvon.config import cache_root
-from ruvon.kernels.cpu.isa import Isa, target_features
+from ruvon.kernels.cpu.isa import Isa, choose, target_features
+from ruvon.kernels.cpu.kinds import F16_CACHE
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +33,9 @@ Key = tuple[str, int | None]
 
 DIFFER_BY_ISA = ("linear", "attention")
 """Kernels written for an instruction set; of the others LLVM makes the best it can."""
+
+USUAL: tuple[Key, ...] = (("attention", F16_CACHE), ("draw", None))
+"""Kernels that nearly every start needs: half of the work where nothing has been compiled."""
 
 FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds that the code of another version lies unused
 
@@ -51,6 +57,14 @@ class Store:
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
+
+    def __contains__(self, name: str) -> bool:
+        return self._folder is not None and (self._folder / name).exists()
+
+    @property
+    def keeps(self) -> bool:
+        """Whether there is a folder that could be written to so far."""
+        return self._folder is not None
 
     def read(self, name: str) -> bytes | None:
         """What was kept under this name, if it is whole."""
@@ -103,14 +117,41 @@ def open_store() -> Store:
     return store
 
 
+def name_of(key: Key, isa: Isa) -> str:
+    """A kernel's file: tells apart code for one CPU from code for another."""
+    written_for = isa.name if key[0] in DIFFER_BY_ISA else "any"
+    target = digest(f"{binding.get_host_cpu_name()} {written_for} {target_features(isa)}")
+    return f"{symbol_of(key)}-{target}.o"
+
+
+def symbol_of(key: Key) -> str:
+    return "_".join(str(part) for part in ("ruvon", *key) if part is not None)
+
+
+def build(key: Key, isa: Isa, store: Store) -> bytes:
+    """Compile a kernel, and keep it."""
+    from ruvon.kernels.cpu.jit import build as builder  # imports numba, which takes a second
+
+    code = builder.build(key, isa, symbol_of(key))
+    store.write(name_of(key, isa), code)
+    return code
+
+
 class Compiled:
     """Addresses of kernels for one instruction set. Holds what keeps their code alive."""
 
-    def __init__(self, isa: Isa) -> None:
+    def __init__(self, isa: Isa, *, cores: int = 1) -> None:
+        """With several ``cores``, what is sure to be needed is compiled by another process
+        meanwhile, if it is not there: Python compiles one thing at a time."""
         self._isa = isa
         self._store = open_store()
         self._engine = empty_engine()
         self._addresses: dict[Key, int] = {}
+        missing = [key for key in USUAL if name_of(key, isa) not in self._store]
+        self._helper: subprocess.Popen[bytes] | None = None
+        if missing and cores > 1 and self._store.keeps:
+            command = [sys.executable, "-m", __name__, isa.name, json.dumps(missing)]
+            self._helper = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._addresses
@@ -121,23 +162,14 @@ class Compiled:
             self._addresses[key] = self._load(key)
         return self._addresses[key]
 
-    def _target(self, key: Key) -> str:
-        """What tells apart code for one CPU from code for another."""
-        written_for = self._isa.name if key[0] in DIFFER_BY_ISA else "any"
-        return digest(f"{binding.get_host_cpu_name()} {written_for} {target_features(self._isa)}")
-
     def _load(self, key: Key) -> int:
-        symbol = "_".join(str(part) for part in ("ruvon", *key) if part is not None)
-        name = f"{symbol}-{self._target(key)}.o"
-        code = self._store.read(name)
-        if code is None:
-            from ruvon.kernels.cpu.jit.build import build  # imports numba, which takes a second
-
-            code = build(key, self._isa, symbol)
-            self._store.write(name, code)
+        if key in USUAL and self._helper is not None:
+            self._helper.wait()  # if it came to nothing, the kernel is compiled here
+            self._helper = None
+        code = self._store.read(name_of(key, self._isa)) or build(key, self._isa, self._store)
         self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
-        return int(self._engine.get_function_address(symbol))
+        return int(self._engine.get_function_address(symbol_of(key)))
 
 
 def digest(text: str) -> str:
@@ -152,3 +184,14 @@ def empty_engine() -> binding.ExecutionEngine:
     module = ir.Module()
     module.triple = binding.get_process_triple()
     return binding.create_mcjit_compiler(binding.parse_assembly(str(module)), machine)
+
+
+def main(isa: str, keys: str) -> None:
+    """Compile kernels and keep them; ``keys`` are JSON."""
+    store = open_store()
+    for name, kind in json.loads(keys):
+        build((name, kind), choose(isa), store)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
