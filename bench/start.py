@@ -2,8 +2,8 @@
 
     python bench/start.py [--repeats 10] [--beside CHECKOUT] [-- SERVE OPTIONS]
 
-Prints medians of wall time and of processor time (user and system), which says more where others
-use the cores too. With another checkout of ruvon beside this one, the two take turns.
+Prints the median and the least of wall time and of processor time (user and system), which says more
+where others use the cores too. With another checkout of ruvon beside this one, the two take turns.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def print_table(
     for name in dict.fromkeys(name for name, _ in found):
         cells = ""
         for checkout in checkouts:
-            walls, processors = zip(*found[name, checkout], strict=True)
-            cells += f" | {statistics.median(walls):.2f} s | {statistics.median(processors):.2f} s"
+            for seconds in zip(*found[name, checkout], strict=True):
+                cells += f" | {statistics.median(seconds):.2f} s ({min(seconds):.2f})"
         print(f"| {name}{cells} |")
 
 
