@@ -159,11 +159,11 @@ async def send(session: aiohttp.ClientSession, url: str, payload: Mapping[str, A
 
 
 async def _post(session: aiohttp.ClientSession, url: str, data: bytes) -> aiohttp.ClientResponse:
-    """Once more where a kept connection was closed instead of an answer, as SDKs do: some servers
-    drop one just when it is used again. Both tries count in the request's time."""
+    """Once more where the connection ended instead of an answer, as SDKs do: some servers close a
+    kept one just when it is used again. Both tries count in the request's time."""
     try:
         return await session.post(url, data=data, headers=JSON)
-    except aiohttp.ServerDisconnectedError:
+    except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
         return await session.post(url, data=data, headers=JSON)
 
 

@@ -2,6 +2,8 @@
 
 import math
 import random
+import socket
+import struct
 
 import pytest
 from aiohttp import web
@@ -85,8 +87,8 @@ class Fake:
     async def complete(self, request):
         payload = await request.json()
         self.payloads.append(payload)
-        if payload["prompt"] == "hang up" and self.payloads.count(payload) <= self.hang_ups:
-            request.transport.close()
+        if len(self.payloads) <= self.hang_ups:
+            hang_up(request.transport, reset=payload["prompt"] == "reset")
         self.running += 1
         self.peak = max(self.peak, self.running)
         if payload["prompt"] == "refuse":
@@ -105,6 +107,14 @@ class Fake:
 
     async def models(self, request):
         return web.json_response({"data": [{"id": "fake"}]})
+
+
+def hang_up(transport, *, reset):
+    if reset:  # lingering for no time means that the other side is told of an error
+        linger = struct.pack("ii", 1, 0)
+        sock = transport.get_extra_info("socket")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+    transport.abort()
 
 
 @pytest.fixture
@@ -134,13 +144,17 @@ async def test_a_load_is_sent_and_measured(fake):
     assert fake.payloads[0]["ignore_eos"] is True
 
 
-async def test_a_connection_closed_instead_of_an_answer_is_tried_again_once(fake):
-    async with open_session() as session:
-        for fake.hang_ups, error in ((1, ""), (9, "ServerDisconnectedError: Server disconnected")):
-            fake.payloads.clear()
-            (sample,), _ = await run_load(session, fake.url, Load("m", [("hang up", 2)]))
-            assert sample.error == error
-            assert len(fake.payloads) == 2
+@pytest.mark.parametrize(
+    ("how", "error"), [("close", "ServerDisconnectedError: "), ("reset", "ClientOSError: ")]
+)
+async def test_a_connection_that_ends_instead_of_an_answer_is_tried_again_once(fake, how, error):
+    for fake.hang_ups, outcome in ((1, ""), (2, error)):
+        fake.payloads.clear()
+        async with open_session() as session:
+            (sample,), _ = await run_load(session, fake.url, Load("m", [(how, 2)]))
+        assert sample.error.startswith(outcome)
+        assert bool(sample.error) == bool(outcome)
+        assert len(fake.payloads) == 2
 
 
 async def test_a_rate_spreads_arrivals(fake):
