@@ -187,6 +187,6 @@ def test_products_become_the_instructions_they_should(
 ):
     """Compiled for CPUs that we are not on, looked at as assembly."""
     (chosen,) = (each for each in ISAS if each.name == name)
-    text = builder.assembly(("linear", kind), chosen, triple, cpu, features)
+    text = builder.assembly(("linear", kind), chosen, "kernel", triple, cpu, features)
     assert has in text
     assert has_not not in text

@@ -49,14 +49,14 @@ def build(key: Key, isa: Isa, symbol: str) -> bytes:
     return bytes(machine.emit_object(module))
 
 
-def assembly(key: Key, isa: Isa, triple: str, cpu: str, features: str) -> str:
+def assembly(key: Key, isa: Isa, symbol: str, triple: str, cpu: str, features: str) -> str:
     """What a kernel becomes on another machine: for reading, and for linking it elsewhere."""
     binding.initialize_all_targets()
     binding.initialize_all_asmprinters()
     machine = binding.Target.from_triple(triple).create_target_machine(
         cpu=cpu, features=features, opt=SPEED
     )
-    module = to_llvm(key, isa, "kernel")
+    module = to_llvm(key, isa, symbol)
     module.triple, module.data_layout = triple, str(machine.target_data)
     optimize(module, machine)
     return str(machine.emit_assembly(module))

@@ -10,6 +10,7 @@ plain      bytes widened, multiplied and added like any integers
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llvmlite import ir
@@ -65,8 +66,16 @@ class Group:
         if self.kind.bits == 8:
             return b.xor(self.load(q), constant(0x80808080)) if self.signed else self.load(q)
         pair = self.load(q // 2)
-        low = b.and_(b.lshr(pair, constant(4)) if q % 2 else pair, constant(0x0F0F0F0F))
-        return b.or_(low, self.upper(q)) if self.kind.bits > 4 else low
+        four = self.upper_half(pair) if q % 2 else b.and_(pair, constant(0x0F0F0F0F))
+        return b.or_(four, self.upper(q)) if self.kind.bits > 4 else four
+
+    def upper_half(self, pair: ir.Value) -> ir.Value:
+        """The upper four bits of each byte. Arm has shifts of bytes."""
+        b = self.b
+        if self.isa.machine == "aarch64":
+            shift = ir.Constant(vector(I8, 4 * LANES), [4] * 4 * LANES)
+            return b.bitcast(b.lshr(b.bitcast(pair, shift.type), shift), I32V)
+        return b.and_(b.lshr(pair, constant(4)), constant(0x0F0F0F0F))
 
     def upper(self, q: int) -> ir.Value:
         """What counts 16 and more of a code of 5 or 6 bits."""
@@ -151,8 +160,8 @@ def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
     return parts[0]
 
 
-def pick(b: ir.IRBuilder, x: ir.Value, lanes: range) -> ir.Value:
-    return b.shuffle_vector(x, x, ir.Constant(vector(I32, len(lanes)), list(lanes)))
+def pick(b: ir.IRBuilder, x: ir.Value, lanes: Sequence[int]) -> ir.Value:
+    return b.shuffle_vector(x, x, ir.Constant(vector(I32, len(lanes)), [*lanes]))
 
 
 # maddubs
@@ -254,12 +263,21 @@ def dot_bytes(
     for q in which:
         codes = cut(b, group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
-            x = splat_bytes(b, offset(b, block, 4 * q), isa.width, element)
+            x = same_bytes(b, block, q, isa, element)
             totals[row] = [
                 call(b, name, total.type, [total, part, x])
                 for total, part in zip(totals[row], codes, strict=True)
             ]
     return [join(b, total) for total in totals]
+
+
+def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.Type) -> ir.Value:
+    """The q-th four bytes of a row's group, again and again through a register. On Arm, a product
+    takes them out of a register that holds the next ones too."""
+    if isa.machine == "x86_64":
+        return splat_bytes(b, offset(b, block, 4 * q), isa.width, element)
+    fours = load_as(b, offset(b, block, q // 4 * 16), vector(I32, 4), 16)
+    return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
 
 
 def plain(

@@ -1,0 +1,68 @@
+"""The kernels on emulated Arm CPUs against those of the machine that we are on: the same bits."""
+
+import pytest
+import torch
+from cpu_models import Prompts, random_quantized
+from emulated import MISSING, Emulator
+from test_cpu_ops import FORMATS
+from test_cpu_tape import SHAPES, record
+
+from ruvon.kernels import cpu as package
+from ruvon.kernels.cpu import CpuKernels
+from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.ops import Dense
+
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
+
+QUANTIZED = [
+    *(
+        (isa, name)
+        for isa in ("i8mm", "dotprod")
+        for name in ("q4_1", "q4_0", "q5_k", "q6_k", "q8_0")
+    ),
+    ("portable", "q4_1"),
+    ("portable", "q8_0"),
+]
+DENSE = [("i8mm", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
+MODELS = [("i8mm", name) for name in ("qwen3, windowed", "gpt2")]
+
+
+@pytest.fixture(scope="module")
+def arm(request, tmp_path_factory):
+    """The kernels under the instruction set that the test names."""
+    (isa,) = (each for each in ISAS if each.name == request.param)
+    emulator = Emulator(isa, tmp_path_factory.mktemp("arm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(package, "choose", lambda _: isa)
+        patch.setattr(package, "Compiled", lambda _: emulator)
+        patch.setattr(package, "Team", lambda *_: emulator)
+        return CpuKernels(threads=1)
+
+
+def assert_same(cpu, arm, weight, columns):
+    """Products with a weight of 64 rows, and what can stand behind a product, on either machine."""
+    packed, bias = [kernels.ops.pack(weight) for kernels in (cpu, arm)], torch.randn(64)
+    for rows in (1, 7):
+        x = torch.randn(rows, columns) * 10
+        x[rows // 2, 32:64] = 0  # a group without a largest value
+        expected = cpu.ops.linear(x, packed[0], bias, "silu_gated")
+        assert torch.equal(arm.ops.linear(x, packed[1], bias, "silu_gated"), expected)
+
+
+@pytest.mark.parametrize(("arm", "name"), QUANTIZED, indirect=["arm"])
+def test_quantized_linear(cpu, arm, name):
+    torch.manual_seed(0)
+    assert_same(cpu, arm, random_quantized(64, 256, **FORMATS[name]), 256)
+
+
+@pytest.mark.parametrize(("arm", "dtype"), DENSE, indirect=["arm"])
+def test_dense_linear(portable, arm, dtype):
+    torch.manual_seed(0)
+    assert_same(portable, arm, Dense(torch.randn(64, 96).to(dtype)), 96)
+
+
+@pytest.mark.parametrize(("arm", "name"), MODELS, indirect=["arm"])
+def test_whole_model(cpu, arm, name):
+    batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
+    expected = record(cpu, SHAPES[name]).replay(batch).clone()
+    assert torch.equal(record(arm, SHAPES[name]).replay(batch), expected)
