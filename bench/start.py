@@ -3,7 +3,8 @@
     python bench/start.py [--repeats 10] [--beside CHECKOUT] [-- SERVE OPTIONS]
 
 Prints the median and the least of wall time and of processor time (user and system), which says
-more where others use the cores too. With another checkout of ruvon beside this one, the two take turns.
+more where others use the cores too. With another checkout of ruvon beside this one, the two take
+turns.
 """
 
 from __future__ import annotations
