@@ -11,7 +11,10 @@ import ctypes
 import gc
 import shutil
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
+from typing import IO
 
 import numpy as np
 import torch
@@ -99,9 +102,7 @@ class Emulator:
         for here, place, count in segments:
             ctypes.memmove(memory[place:].ctypes.data, here, count)
         with path.open("r+b") as file:
-            cpu = CPUS[self._isa.name]
-            command = [QEMU, "-cpu", cpu, executable, str(size), str(len(lines))]
-            subprocess.run(command, stdin=file, check=True)
+            run(CPUS[self._isa.name], executable, size, len(lines), stdin=file)
         for here, place, count in segments:
             ctypes.memmove(here, memory[place:].ctypes.data, count)
 
@@ -109,11 +110,8 @@ class Emulator:
         symbols = [f"{name}_{'' if kind is None else kind}" for name, kind in keys]
         path = self._folder / "-".join(symbols)
         if not path.exists():
-            source = path.with_suffix(".c")
-            source.write_text(MAIN % {"symbols": ", ".join(symbols), **NUMBERS})
             texts = [self._assembly(*each) for each in zip(keys, symbols, strict=True)]
-            flags = ["-static", "-Wa,-march=armv8.6-a", "-o", path]
-            subprocess.run([COMPILER, *flags, source, *texts, "-lm"], check=True)
+            build(MAIN % {"symbols": ", ".join(symbols), **NUMBERS}, path, texts)
         return path
 
     def _assembly(self, key: Key, symbol: str) -> Path:
@@ -127,6 +125,19 @@ class Emulator:
                 self._store.write(path.name, text)
             path.write_bytes(text)
         return path
+
+
+def build(source: str, path: Path, texts: Sequence[Path] = ()) -> None:
+    """An executable from C and some assembly."""
+    path.with_suffix(".c").write_text(source)
+    flags = ["-static", "-Wa,-march=armv8.6-a", "-o", path]
+    subprocess.run([COMPILER, *flags, path.with_suffix(".c"), *texts, "-lm"], check=True)
+
+
+def run(cpu: str, executable: Path, *arguments: object, stdin: IO[bytes] | None = None) -> str:
+    """What it prints. Raises CalledProcessError if it fails."""
+    command = [QEMU, "-cpu", cpu, executable, *map(str, arguments)]
+    return subprocess.run(command, stdin=stdin, stdout=PIPE, text=True, check=True).stdout
 
 
 def move(lines: np.ndarray, start: int) -> tuple[list[tuple[int, int, int]], int]:

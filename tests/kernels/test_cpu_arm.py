@@ -3,13 +3,13 @@
 import pytest
 import torch
 from cpu_models import Prompts, random_quantized
-from emulated import MISSING, Emulator
+from emulated import CPUS, MISSING, Emulator, build, run
 from test_cpu_ops import FORMATS
 from test_cpu_tape import SHAPES, record
 
 from ruvon.kernels import cpu as package
-from ruvon.kernels.cpu import CpuKernels
-from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.cpu import CpuKernels, isa
+from ruvon.kernels.cpu.isa import ISAS, LINUX_WORDS, choose, linux_products
 from ruvon.kernels.ops import Dense
 
 pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"needs {' and '.join(MISSING)}")
@@ -30,10 +30,10 @@ MODELS = [("i8mm", name) for name in ("qwen3, windowed", "gpt2")]
 @pytest.fixture(scope="module")
 def arm(request, tmp_path_factory):
     """The kernels under the instruction set that the test names."""
-    (isa,) = (each for each in ISAS if each.name == request.param)
-    emulator = Emulator(isa, tmp_path_factory.mktemp("arm"))
+    (chosen,) = (each for each in ISAS if each.name == request.param)
+    emulator = Emulator(chosen, tmp_path_factory.mktemp("arm"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(package, "choose", lambda _: isa)
+        patch.setattr(package, "choose", lambda _: chosen)
         patch.setattr(package, "Compiled", lambda _: emulator)
         patch.setattr(package, "Team", lambda *_: emulator)
         return CpuKernels(threads=1)
@@ -66,3 +66,25 @@ def test_whole_model(cpu, arm, name):
     batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
     expected = record(cpu, SHAPES[name]).replay(batch).clone()
     assert torch.equal(record(arm, SHAPES[name]).replay(batch), expected)
+
+
+WORD = """
+#include <stdio.h>
+#include <stdlib.h>
+#include <sys/auxv.h>
+
+int main(int argc, char **argv)
+{
+    printf("%lu", getauxval(atoi(argv[1])));
+}
+"""
+
+
+@pytest.mark.parametrize("name", CPUS)
+def test_linux_tells_which_instruction_set_is_best(tmp_path, monkeypatch, name):
+    build(WORD, tmp_path / "word")
+    features = linux_products(lambda kind: int(run(CPUS[name], tmp_path / "word", kind)))
+    assert features.keys() == LINUX_WORDS.keys()
+    monkeypatch.setattr(isa.platform, "machine", lambda: "aarch64")
+    monkeypatch.setattr(isa, "host_features", lambda: features)
+    assert choose(None).name == name

@@ -7,8 +7,11 @@ bits under each of them; only ``bf16`` rounds activations where the others do no
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import platform
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -82,7 +85,37 @@ def machine() -> str:
 @functools.cache
 def host_features() -> dict[str, bool]:
     """What the CPU has, by LLVM's names."""
-    return dict(binding.get_host_cpu_features())
+    return dict(binding.get_host_cpu_features()) | arm_products()
+
+
+LINUX_WORDS = {"dotprod": (16, 1 << 20), "i8mm": (26, 1 << 13)}
+"""The type of the word in the auxiliary vector, AT_HWCAP or AT_HWCAP2, and the bit."""
+
+MACOS_NAMES = {"dotprod": "hw.optional.arm.FEAT_DotProd", "i8mm": "hw.optional.arm.FEAT_I8MM"}
+
+
+def arm_products() -> dict[str, bool]:
+    """Which products of bytes an Arm CPU has: LLVM does not look for them."""
+    if machine() == "aarch64" and sys.platform == "linux":
+        word = ctypes.CDLL(None).getauxval
+        word.argtypes, word.restype = [ctypes.c_ulong], ctypes.c_ulong
+        return linux_products(word)
+    if machine() == "aarch64" and sys.platform == "darwin":
+        return {feature: macos_has(name) for feature, name in MACOS_NAMES.items()}
+    return {}
+
+
+def linux_products(word: Callable[[int], int]) -> dict[str, bool]:
+    """``word`` gives the number of a type in the auxiliary vector."""
+    return {name: bool(word(kind) & bit) for name, (kind, bit) in LINUX_WORDS.items()}
+
+
+def macos_has(name: str) -> bool:
+    value, size = ctypes.c_int32(0), ctypes.c_size_t(4)
+    ctypes.CDLL(None).sysctlbyname(
+        name.encode(), ctypes.byref(value), ctypes.byref(size), None, ctypes.c_size_t(0)
+    )
+    return value.value == 1  # a name that is not known leaves it as it was
 
 
 def supported() -> list[Isa]:
