@@ -89,7 +89,9 @@ def quiet(command: Sequence[str], env: Mapping[str, str] | None = None) -> None:
         command, capture_output=True, text=True, check=False, env={**os.environ, **(env or {})}
     )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[-1000:]}")
+        raise RuntimeError(
+            f"{' '.join(command)} ended with {done.returncode}:\n{done.stderr[-1000:]}"
+        )
 
 
 def ruvon_command(python: Path, setting: Setting) -> list[str]:
