@@ -105,7 +105,14 @@ class GgufFile:
             with path.open("rb") as file:
                 self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
             self.metadata, self.tensors = _read_header(Cursor(self.data))
-        except (OSError, ValueError, KeyError, struct.error, RecursionError) as error:
+        except (
+            OSError,
+            ValueError,
+            KeyError,
+            ArithmeticError,
+            struct.error,
+            RecursionError,
+        ) as error:
             raise LoadError(f"{path}: not a readable GGUF file ({error})") from None
         if self.metadata.get("split.count", 1) > 1:
             raise LoadError(f"{path}: one part of several; join them with llama-gguf-split --merge")

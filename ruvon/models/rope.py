@@ -93,7 +93,9 @@ def scaled_frequencies(spec: RopeSpec) -> tuple[Tensor, float]:
 
 
 def _llama3(frequencies: Tensor, scaling: Llama3Scaling) -> Tensor:
-    turns = scaling.original_positions * frequencies / (2 * math.pi)  # over the trained context
+    turns = (
+        float(scaling.original_positions) * frequencies / (2 * math.pi)
+    )  # over the trained context
     low, high = scaling.low_freq_factor, scaling.high_freq_factor
     kept = ((turns - low) / (high - low)).clamp(0, 1)
     return kept * frequencies + (1 - kept) * frequencies / scaling.factor

@@ -129,7 +129,7 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         "output_bias": True,
         "mlp_bias": True,
         "qk_norm": False,
-        "windows": (0,) * config["n_layer"],
+        "windows": _for_each_layer(0, config["n_layer"]),
         "tie_embeddings": config.get("tie_word_embeddings", True),
     }
 
@@ -178,13 +178,14 @@ def _max_positions(stated: int, rope: RopeSpec | None) -> int:
 
 def _windows(config: Mapping[str, Any], architecture: str) -> tuple[int, ...]:
     layers: int = config["num_hidden_layers"]
+    everything = _for_each_layer(0, layers)
     if architecture == "LlamaForCausalLM":
-        return (0,) * layers
+        return everything
     window: int = config.get("sliding_window", 4096) or 0
     if architecture == "MistralForCausalLM":
-        return (window,) * layers
+        return _for_each_layer(window, layers)
     if not config.get("use_sliding_window", False):
-        return (0,) * layers
+        return everything
     first = config.get("max_window_layers", 28)
     kinds = config.get("layer_types") or [
         "sliding_attention" if i >= first else "full_attention" for i in range(layers)
@@ -192,6 +193,12 @@ def _windows(config: Mapping[str, Any], architecture: str) -> tuple[int, ...]:
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise LoadError(f"config.json: layer_types {sorted(unknown)} are not supported")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
+
+
+def _for_each_layer(window: int, layers: int) -> tuple[int, ...]:
+    if layers > MOST_LAYERS:
+        raise ValueError(f"{layers} layers")
+    return (window,) * layers
 
 
 def _activation(name: str) -> Activation:
@@ -279,7 +286,9 @@ def _from_gguf(
         output_bias="blk.0.attn_output.bias" in tensors,
         mlp_bias="blk.0.ffn_up.bias" in tensors,
         qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        windows=(_for_all_layers(metadata, f"{arch}.attention.sliding_window", 0),) * layers,
+        windows=_for_each_layer(
+            _for_all_layers(metadata, f"{arch}.attention.sliding_window", 0), layers
+        ),
         tie_embeddings="output.weight" not in tensors,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
         bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
@@ -302,6 +311,7 @@ def _gguf_vocab_size(arch: str, metadata: Mapping[str, Any]) -> int:
     return len(tokens) if tokens else int(metadata[f"{arch}.vocab_size"])
 
 
+MOST_LAYERS = 2**12
 MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them
 SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",

@@ -186,6 +186,13 @@ class TestDamage:
             with contextlib.suppress(LoadError):
                 load(path)
 
+    def test_an_array_of_more_than_there_is(self, tmp_path):
+        head = b"GGUF" + struct.pack("<IQQ", 3, 0, 1) + struct.pack("<Q", 1) + b"a"
+        for kind in (4, 8, 9):
+            (tmp_path / "x.gguf").write_bytes(head + struct.pack("<IIQ", 9, kind, 2**64 - 1))
+            with pytest.raises(LoadError, match=r"x\.gguf: not a readable GGUF file"):
+                GgufFile(tmp_path / "x.gguf")
+
     def test_big_endian(self, path):
         path.write_bytes(b"GGUF" + struct.pack(">I", 3) + bytes(100))
         with pytest.raises(LoadError, match="big-endian"):

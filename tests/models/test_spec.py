@@ -183,6 +183,7 @@ def test_architecture_by_model_type():
         ({**LLAMA, "max_position_embeddings": {"a": 1}}, "makes no sense"),
         ({**LLAMA, "head_dim": [16]}, "head_dim [16] makes no sense"),
         ({**LLAMA, "head_dim": 15}, "heads of 15 cannot be rotated"),
+        ({**LLAMA, "num_hidden_layers": 10**12}, "1000000000000 layers"),
         ({**LLAMA, "vocab_size": 0}, "vocab_size 0 makes no sense"),
         ({**LLAMA, "tie_word_embeddings": "yes"}, "tie_embeddings 'yes' makes no sense"),
         ({**LLAMA, "torch_dtype": 16}, "dtype 16 makes no sense"),
