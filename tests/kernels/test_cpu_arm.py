@@ -34,7 +34,7 @@ def arm(request, tmp_path_factory):
     emulator = Emulator(chosen, tmp_path_factory.mktemp("arm"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "choose", lambda _: chosen)
-        patch.setattr(package, "Compiled", lambda _: emulator)
+        patch.setattr(package, "Compiled", lambda _, cores: emulator)
         patch.setattr(package, "Team", lambda *_: emulator)
         return CpuKernels(threads=1)
 
