@@ -81,8 +81,8 @@ class EngineConfig:
         "portable",
     ] = setting(
         "auto",
-        "Instruction set of kernels 'cpu'. auto: the best that the CPU has. All give the same bits, "
-        "but avx512-bf16 rounds what meets weights in bfloat16.",
+        "Instruction set of kernels 'cpu'. auto: the best that the CPU has. All give the same "
+        "bits, but avx512-bf16 rounds what meets weights in bfloat16.",
     )  # fmt: skip
     deterministic: bool = setting(
         False, "The same bits for a request in any batch. On a CPU always so; slower on a GPU."
