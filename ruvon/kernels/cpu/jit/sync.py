@@ -54,12 +54,20 @@ def replace_if(typing, address, old, new):
 
 @intrinsic
 def read_atomic(typing, address):
-    """What is read afterwards is at least as new."""
+    """What is read afterwards is at least as new; what was added or exchanged before is seen by
+    others before this reads. On Arm, "acquire" would not say so."""
 
     def emit(b, address):
-        return b.load_atomic(pointer(b, address, I64), "acquire", 8)
+        return b.load_atomic(pointer(b, address, I64), "seq_cst", 8)
 
     return define(types.intp, (types.intp,), emit)
+
+
+@intrinsic
+def finish_reads(typing):
+    """What was read before is not newer than what is read afterwards. x86 never reads in another
+    order."""
+    return define(types.void, (), lambda b: b.fence("acquire"))
 
 
 @intrinsic

@@ -14,6 +14,7 @@ from ruvon.kernels.cpu.jit.sync import (
     clock,
     exchange,
     fetch_add,
+    finish_reads,
     futex,
     give_way,
     read_atomic,
@@ -130,6 +131,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     """
     kernel = get(instruction, Field.KERNEL)
     units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    finish_reads()
     if read_atomic(control + EPOCH) != epoch:
         return  # what was read may belong to a newer order
     plan_fetching(instruction, thread, threads, units, scratch)
