@@ -1,13 +1,14 @@
 """How threads meet: atomics, waiting, sleeping, for code compiled by numba.
 
 Waiting threads spin for a few microseconds, then give their core away (`sched_yield`) at each
-further turn, for the event loop and other programs share the cores; at last they sleep on a futex.
+further turn, for the event loop and other programs share the cores; at last they sleep.
 """
 
 from __future__ import annotations
 
 import platform
 import sys
+import time
 
 from llvmlite import ir
 from numba import types
@@ -109,7 +110,7 @@ def clock(typing, buffer):
     """Nanoseconds; ``buffer`` holds the two int64 of the C library's answer."""
 
     def emit(b, buffer):
-        call(b, "clock_gettime", I32, [ir.Constant(I32, 1), buffer])  # CLOCK_MONOTONIC on Linux
+        call(b, "clock_gettime", I32, [ir.Constant(I32, time.CLOCK_MONOTONIC), buffer])
         seconds = load_as(b, buffer, I64, 8)
         rest = load_as(b, b.add(buffer, ir.Constant(I64, 8)), I64, 8)
         return b.add(b.mul(seconds, ir.Constant(I64, 10**9)), rest)
@@ -119,11 +120,13 @@ def clock(typing, buffer):
 
 @intrinsic
 def futex(typing, address, operation, value):
-    """Sleep while the low 32 bits at ``address`` are ``value``, or wake ``value`` sleepers."""
+    """Sleep while the low 32 bits at ``address`` are ``value``, or wake ``value`` sleepers. Where
+    the system has no futex, a sleep ends by itself after a millisecond."""
 
     def emit(b, address, operation, value):
         if not FUTEX:
-            call(b, "sched_yield", I32, [])
+            waits = b.icmp_signed("==", operation, ir.Constant(I64, FUTEX_WAIT))
+            call(b, "usleep", I32, [b.select(waits, ir.Constant(I32, 1000), ir.Constant(I32, 0))])
             return
         zero = ir.Constant(I64, 0)
         arguments = [ir.Constant(I64, FUTEX), address, operation, value, zero, zero, zero]
