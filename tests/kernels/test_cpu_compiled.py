@@ -57,9 +57,10 @@ def test_what_is_sure_to_be_needed_is_compiled_meanwhile(cache, monkeypatch):
     assert len(kept(cache)) == 1
 
 
-def test_what_another_process_does_not_do_is_done_here(cache, monkeypatch):
+@pytest.mark.parametrize("executable", ["/bin/false", "/no/such/program", ""])
+def test_what_another_process_does_not_do_is_done_here(cache, monkeypatch, executable):
     monkeypatch.setattr(compiled, "USUAL", (KEY,))
-    monkeypatch.setattr(compiled.sys, "executable", "/bin/false")
+    monkeypatch.setattr(compiled.sys, "executable", executable)
     assert Compiled(choose(None), cores=2).address(KEY) > 0
 
 

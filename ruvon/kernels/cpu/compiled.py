@@ -149,9 +149,10 @@ class Compiled:
         self._addresses: dict[Key, int] = {}
         missing = [key for key in USUAL if name_of(key, isa) not in self._store]
         self._helper: subprocess.Popen[bytes] | None = None
-        if missing and cores > 1 and self._store.keeps:
+        if missing and cores > 1 and self._store.keeps and sys.executable:
             command = [sys.executable, "-m", __name__, isa.name, json.dumps(missing)]
-            self._helper = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+            with suppress(OSError):  # it is a convenience
+                self._helper = subprocess.Popen(command, stderr=subprocess.DEVNULL)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._addresses
