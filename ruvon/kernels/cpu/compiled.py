@@ -18,6 +18,7 @@ import time
 from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
+from subprocess import DEVNULL
 
 import structlog
 from llvmlite import binding, ir
@@ -152,7 +153,7 @@ class Compiled:
         if missing and cores > 1 and self._store.keeps and sys.executable:
             command = [sys.executable, "-m", __name__, isa.name, json.dumps(missing)]
             with suppress(OSError):  # it is a convenience
-                self._helper = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+                self._helper = subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL)
 
     def __contains__(self, key: Key) -> bool:
         return key in self._addresses

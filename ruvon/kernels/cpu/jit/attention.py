@@ -279,6 +279,32 @@ def note_address(scratch, t, tile):
     write_i64(scratch + ADDRESSES + 8 * t, tile)
 
 
+def make_rows(cache, isa, fresh, x_stride, out_stride):
+    """The function that multiplies the tiles that were noted by all rows, a few at once; see
+    `attend_tiles`."""
+    most = ISAS[isa].rows
+
+    @helper
+    def multiply_rows(many, scratch, x, steps, out, rows):
+        at = scratch + ADDRESSES
+        for row in range(0, rows, most):
+            x_row, out_row, count = (
+                x + row * x_stride,
+                out + row * out_stride,
+                min(most, rows - row),
+            )
+            if many:
+                attend_tiles(
+                    isa, F32_CACHE, fresh, x_stride, out_stride, at, x_row, steps, out_row, count
+                )
+            else:
+                attend_tiles(
+                    isa, cache, fresh, x_stride, out_stride, at, x_row, steps, out_row, count
+                )
+
+    return multiply_rows
+
+
 def make_spans(cache, isa):
     """The two products of a span of keys, for a cache of this kind: ``score_span``, ``mix_span``.
 
@@ -286,7 +312,7 @@ def make_spans(cache, isa):
     a tile it is widened to float32 there: that costs less than to do so for every few of them, and
     is exact.
     """
-    size, most = CACHE_BYTES[cache], ISAS[isa].rows
+    size = CACHE_BYTES[cache]
 
     @helper
     def place_tile(tile, vectors, many, t, scratch):
@@ -297,37 +323,8 @@ def make_spans(cache, isa):
             tile = wide
         note_address(scratch, t, tile)
 
-    @helper
-    def score_rows(many, scratch, x, steps, out, rows):
-        at = scratch + ADDRESSES
-        for row in range(0, rows, most):
-            x_row, out_row, count = (
-                x + row * ROW_BYTES,
-                out + row * SPAN_BYTES,
-                min(most, rows - row),
-            )
-            if many:
-                attend_tiles(
-                    isa, F32_CACHE, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count
-                )
-            else:
-                attend_tiles(isa, cache, 1, ROW_BYTES, SPAN_BYTES, at, x_row, steps, out_row, count)
-
-    @helper
-    def mix_rows(many, scratch, x, steps, out, rows):
-        at = scratch + ADDRESSES
-        for row in range(0, rows, most):
-            x_row, out_row, count = (
-                x + row * SPAN_BYTES,
-                out + row * ROW_BYTES,
-                min(most, rows - row),
-            )
-            if many:
-                attend_tiles(
-                    isa, F32_CACHE, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count
-                )
-            else:
-                attend_tiles(isa, cache, 0, SPAN_BYTES, ROW_BYTES, at, x_row, steps, out_row, count)
+    score_rows = make_rows(cache, isa, 1, ROW_BYTES, SPAN_BYTES)
+    mix_rows = make_rows(cache, isa, 0, SPAN_BYTES, ROW_BYTES)
 
     @helper
     def score_span(instruction, scratch, table, group, at, skipped, keys, rows):

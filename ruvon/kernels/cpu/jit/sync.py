@@ -72,16 +72,6 @@ def finish_reads(typing):
 
 
 @intrinsic
-def write_atomic(typing, address, value):
-    """Whoever reads this value sees what was written before."""
-
-    def emit(b, address, value):
-        b.store_atomic(value, pointer(b, address, I64), "release", 8)
-
-    return define(types.void, (types.intp, types.intp), emit)
-
-
-@intrinsic
 def pause(typing):
     """Tell the core that this is a spin loop."""
 
