@@ -26,7 +26,7 @@ DENSE: Mapping[int, torch.dtype] = {0: torch.float32, 1: torch.float16, 30: torc
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
+class BlockFormat:
     """One block format."""
 
     name: str
@@ -152,15 +152,15 @@ def _q6_k(raw: Bytes) -> Quantized:
     return _quantized(low | (high << 4), scales, 6, zero=32, blocks=blocks)
 
 
-QUANTIZED: Mapping[int, Layout] = {
-    2: Layout("Q4_0", 32, 18, _q4_0),
-    3: Layout("Q4_1", 32, 20, _q4_1),
-    6: Layout("Q5_0", 32, 22, _q5_0),
-    7: Layout("Q5_1", 32, 24, _q5_1),
-    8: Layout("Q8_0", 32, 34, _q8_0),
-    12: Layout("Q4_K", 256, 144, _q4_k),
-    13: Layout("Q5_K", 256, 176, _q5_k),
-    14: Layout("Q6_K", 256, 210, _q6_k),
+QUANTIZED: Mapping[int, BlockFormat] = {
+    2: BlockFormat("Q4_0", 32, 18, _q4_0),
+    3: BlockFormat("Q4_1", 32, 20, _q4_1),
+    6: BlockFormat("Q5_0", 32, 22, _q5_0),
+    7: BlockFormat("Q5_1", 32, 24, _q5_1),
+    8: BlockFormat("Q8_0", 32, 34, _q8_0),
+    12: BlockFormat("Q4_K", 256, 144, _q4_k),
+    13: BlockFormat("Q5_K", 256, 176, _q5_k),
+    14: BlockFormat("Q6_K", 256, 210, _q6_k),
 }
 
 TYPE_NAMES: Mapping[int, str] = {

@@ -317,7 +317,7 @@ SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "intermediate_size", "max_positions",
 )  # fmt: skip
-KINDS: Mapping[str, type | tuple[type, ...]] = {
+TYPES: Mapping[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("qkv_bias", "output_bias", "mlp_bias", "tie_embeddings"), bool),
     "norm_eps": (float, int),
     "dtype": str,
@@ -328,7 +328,7 @@ def _checked(spec: ModelSpec, where: str) -> ModelSpec:
     for name in SIZES:
         if type(size := getattr(spec, name)) is not int or size < 1:
             raise LoadError(f"{where}: {name} {size!r} makes no sense")
-    for name, kind in KINDS.items():
+    for name, kind in TYPES.items():
         if not isinstance(value := getattr(spec, name), kind):
             raise LoadError(f"{where}: {name} {value!r} makes no sense")
     if spec.rope is not None and spec.head_dim % 2:

@@ -15,13 +15,13 @@ import tokenizers
 from tokenizers import AddedToken, models, pre_tokenizers
 
 from ruvon.errors import LoadError, RequestError
-from ruvon.models.checkpoint import Checkpoint
-from ruvon.models.spelling import (
+from ruvon.models.byte_level import (
     DecoderError,
     byte_level_bytes,
+    read_decoder,
     sentencepiece_bytes,
-    spelling,
 )
+from ruvon.models.checkpoint import Checkpoint
 from ruvon.models.text_stream import TextStream
 from ruvon.models.vocab import Vocab, VocabNotFoundError, byte_vocab, read_vocab
 from ruvon.models.vocab_gguf import read_gguf_vocab
@@ -69,7 +69,7 @@ class Tokenizer:
         self.chat_templates = vocab.chat_templates
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max([backend.get_vocab_size(False), *(id + 1 for id in added)])
-        self._byte_level, self.strips_space = spelling(component_state(backend.decoder))
+        self._byte_level, self.strips_space = read_decoder(component_state(backend.decoder))
         # Of the tokens asked for so far; the added ones from the start.
         self._bytes = {id: self._spell_added(token.content) for id, token in added.items()}
         self._parsing = backend  # finds special tokens in text

@@ -13,7 +13,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from ruvon.errors import LoadError
 from ruvon.models.added_tokens import add_tokens, merge_older
-from ruvon.models.spelling import BYTE_OF
+from ruvon.models.byte_level import BYTE_OF
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_KINDS = (None, "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast")

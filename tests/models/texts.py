@@ -12,7 +12,7 @@ import regex
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers, trainers
 
-from ruvon.models.spelling import BYTE_OF
+from ruvon.models.byte_level import BYTE_OF
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.models.vocab import Vocab
 

@@ -48,7 +48,7 @@ STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
 JOINTS = ({"type": "ByteFallback"}, {"type": "Fuse"})  # what we do in any case
 
 
-def spelling(decoder: Mapping[str, Any]) -> tuple[bool, bool]:
+def read_decoder(decoder: Mapping[str, Any]) -> tuple[bool, bool]:
     """(whether tokens are spelt in bytes, whether a text's leading space is not its own), by a
     decoder as tokenizer.json has it; {} is none. Raises DecoderError naming what it is made of."""
     steps = [step for step in _steps(decoder) if step not in JOINTS]
