@@ -37,8 +37,8 @@ from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.gguf import GgufFile
 from ruvon.models.llama import RULES
 from ruvon.models.tokenizer import load_tokenizer
-from ruvon.quality import Comparison, Scorer, compare, join, open_scorer
 from ruvon.telemetry import silent
+from ruvon.verify.quality import Comparison, Scorer, compare, join, open_scorer
 
 WINDOW = 512  # tokens, each scored without what came before
 REFERENCE = EngineConfig(device="cpu", kernels="torch", quantization="none", dtype="float32")

@@ -16,23 +16,22 @@ from click.testing import CliRunner
 from embedded import needs_model
 from fakes import ByteTokenizer, FakeRunner
 
-import ruvon.verify as verification
 from ruvon.cli import main
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import Started, start_engine
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
 from ruvon.telemetry import silent
-from ruvon.verify import (
-    CASES,
-    FEWEST,
-    Difference,
-    Row,
+from ruvon.verify import cases, report
+from ruvon.verify.answers import Answer, Difference, find_difference
+from ruvon.verify.cases import ALONE, CASES, Row, judge
+from ruvon.verify.report import (
     check_cases,
     check_restarts,
+    compare_with_torch,
     engine_settings,
-    make_jobs,
     other_teams,
 )
+from ruvon.verify.requests import FEWEST, Requests, make_jobs
 
 TOKENS = 4
 
@@ -51,12 +50,12 @@ def started() -> Iterator[Started]:
 
 
 @pytest.fixture(scope="module")
-def jobs(started: Started) -> verification.Requests:
+def jobs(started: Started) -> Requests:
     return make_jobs(started.tokenizer, FEWEST, TOKENS, 200, started.memory.block_size)
 
 
 @pytest.fixture(scope="module")
-def rows(started: Started, jobs: verification.Requests) -> dict[str, Row]:
+def rows(started: Started, jobs: Requests) -> dict[str, Row]:
     return {row.name: row for row in check_cases(started, jobs, silent)}
 
 
@@ -73,10 +72,10 @@ def test_the_default_model_gives_the_same_bytes(rows: dict[str, Row], case: Any)
 @needs_model
 @pytest.mark.slow
 def test_other_numbers_of_threads_and_another_start(
-    started: Started, jobs: verification.Requests, rows: dict[str, Row]
+    started: Started, jobs: Requests, rows: dict[str, Row]
 ) -> None:
-    report = SimpleNamespace(threads=2, device="cpu", rows=[rows["alone"]])
-    again = check_restarts(settings(), report, jobs, silent)
+    before = SimpleNamespace(threads=2, device="cpu", rows=[rows["alone"]])
+    again = check_restarts(settings(), before, jobs, silent)
     assert [row.name for row in again] == ["threads: 1", "loaded again, alone"]
     assert [row.difference for row in again] == [None, None]
     assert len({row.outcome.fingerprint for row in (rows["alone"], *again)}) == 1
@@ -122,11 +121,11 @@ def with_runner(started: Started, what: str) -> Started:
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["token", "logprob"])
 def test_a_planted_difference_is_found(
-    started: Started, jobs: verification.Requests, rows: dict[str, Row], what: str
+    started: Started, jobs: Requests, rows: dict[str, Row], what: str
 ) -> None:
     together, alone = CASES[1], rows["alone"].outcome
-    found = verification.run(together, with_runner(started, what), jobs)
-    difference = verification.judge(together, alone, found).difference
+    found = cases.run(together, with_runner(started, what), jobs)
+    difference = judge(together, alone, found).difference
     assert difference is not None
     answer = alone.answers[difference.request]
     token = answer.tokens[difference.position]
@@ -179,12 +178,10 @@ class Fresh:
 def run_verify(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(runner: Any, promised: bool) -> Any:
         monkeypatch.setattr(
-            verification, "start_engine",
+            report, "start_engine",
             lambda config, progress: fake_started(make_engine, runner, promised),
         )  # fmt: skip
-        monkeypatch.setattr(
-            verification, "engine_settings", lambda config, number, progress: config
-        )
+        monkeypatch.setattr(report, "engine_settings", lambda config, number, progress: config)
         return CliRunner().invoke(main, ["verify", "--requests", "8", "--no-reference"])
 
     return run
@@ -214,28 +211,28 @@ def test_the_command_reports_what_nobody_promised(run_verify: Any) -> None:
 def test_a_case_that_did_not_happen_is_no_proof(make_engine: Any) -> None:
     started = fake_started(make_engine)
     jobs = make_jobs(ByteTokenizer(), FEWEST, TOKENS, 500, 16)
-    alone = verification.run(verification.ALONE, started, jobs)
+    alone = cases.run(ALONE, started, jobs)
     for case in CASES:
         if case.needs:
-            calm = verification.run(CASES[1], fake_started(make_engine), jobs)
-            row = verification.judge(case, alone, calm)
+            calm = cases.run(CASES[1], fake_started(make_engine), jobs)
+            row = judge(case, alone, calm)
             assert row.missing == f"nothing was {case.needs}"
             assert not row.equal
 
 
 def test_an_answer_cut_short_is_a_difference() -> None:
-    def answers(*tokens: int) -> dict[int, verification.Answer]:
-        return {5: verification.Answer(tokens=list(tokens))}
+    def answers(*tokens: int) -> dict[int, Answer]:
+        return {5: Answer(tokens=list(tokens))}
 
-    found = verification.find_difference(answers(65, 66), answers(65))
+    found = find_difference(answers(65, 66), answers(65))
     assert found == Difference(5, "output", 1, 66, None)
     assert found.describe(ByteTokenizer()).endswith("token 66 'B' alone, nothing here")
 
 
 def test_alternatives_are_compared_too() -> None:
-    one = verification.Answer([65], [TokenLogprobs(65, -1.0, 1, ((65, -1.0), (66, -2.0)))])
-    other = verification.Answer([65], [TokenLogprobs(65, -1.0, 1, ((65, -1.0), (67, -2.0)))])
-    found = verification.find_difference({0: one}, {0: other})
+    one = Answer([65], [TokenLogprobs(65, -1.0, 1, ((65, -1.0), (66, -2.0)))])
+    other = Answer([65], [TokenLogprobs(65, -1.0, 1, ((65, -1.0), (67, -2.0)))])
+    found = find_difference({0: one}, {0: other})
     assert found is not None
     assert "alternatives ((65, -1.0), (66, -2.0)) alone" in found.describe(ByteTokenizer())
 
@@ -255,5 +252,5 @@ def test_plain_torch_need_not_keep_the_promise(tmp_path: Path) -> None:
         str(tmp_path), load_format="dummy", device="cpu", kernels="cpu", threads=1,
         deterministic=True,
     )  # fmt: skip
-    comparison = verification.compare_with_torch(config, [3, 1, 4, 1, 5], silent)
+    comparison = compare_with_torch(config, [3, 1, 4, 1, 5], silent)
     assert comparison.most_divergence < 1e-4

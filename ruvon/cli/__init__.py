@@ -162,7 +162,7 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
     config = load_engine(given, read_settings(given.pop("config")))
     from rich.console import Console
 
-    from ruvon.cli.verify import print_verification
+    from ruvon.verify.table import print_verification
 
     print_verification(config, requests, tokens, reference, Console())
 

@@ -9,8 +9,9 @@ from rich.table import Table
 from ruvon.config import EngineConfig
 from ruvon.errors import RuvonError
 from ruvon.models.tokenizer import Tokenizer
-from ruvon.quality import Comparison
-from ruvon.verify import Report, Row, verify
+from ruvon.verify.cases import Row
+from ruvon.verify.quality import Comparison
+from ruvon.verify.report import Report, verify
 
 
 def print_verification(
