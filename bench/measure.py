@@ -23,9 +23,10 @@ from typing import Any
 
 import aiohttp
 from hardware import cpu_name
+from process import Server
 
 import ruvon
-from ruvon.bench import ENDPOINTS, Backend, Load, Sample, random_prompt, run_load, send, summarize
+from ruvon.bench import Backend, Load, Sample, random_requests, run_load, summarize
 
 CONCURRENCIES = (1, 4, 16, 32)
 RESULTS = Path(__file__).parent / "results"
@@ -43,11 +44,9 @@ class Target:
     seeds: Any = field(default_factory=lambda: count(time.time_ns()))
 
     def load(self, num: int, input_len: int, output_len: int, concurrency: int) -> Load:
-        rng = random.Random(next(self.seeds))
-        requests = [(random_prompt(rng, input_len), output_len) for _ in range(num)]
         return Load(
             self.model,
-            requests,
+            random_requests(random.Random(next(self.seeds)), num, input_len, output_len),
             backend=self.backend,
             max_concurrency=concurrency,
             ignore_eos=self.ignore_eos,
@@ -79,9 +78,9 @@ async def first_token(target: Target, repeats: int = 5) -> float:
     return statistics.median(sample.ttft for sample in samples) * 1e3
 
 
-async def throughput(target: Target, concurrency: int) -> dict[str, Any]:
+async def throughput(target: Target, concurrency: int, rounds: int = 2) -> dict[str, Any]:
     """A closed loop at one concurrency: 128 prompt and 128 new tokens a request."""
-    samples, duration = await target.run(max(2 * concurrency, 4), 128, 128, concurrency)
+    samples, duration = await target.run(max(rounds * concurrency, 4), 128, 128, concurrency)
     return summarize(samples, duration)
 
 
@@ -97,23 +96,16 @@ async def mixed_load(target: Target, context: int = 2560, seconds: float = 10.0)
             samples, _ = await target.run(1, 64, 256)
             gaps.extend(samples[0].gaps)
 
-    async def intrude() -> None:
-        load = target.load(1, longest, 8, 1)
-        url = target.url + ENDPOINTS[target.backend]
-        sample = await send(target.session, url, load.payload(*load.requests[0]))
-        if sample.error:
-            raise RuntimeError(f"{target.url}: {sample.error}")
-
     async with asyncio.TaskGroup() as group:
         for _ in range(16):
             group.create_task(chatter())
         while time.perf_counter() < stop:
             await asyncio.sleep(1.0)
-            group.create_task(intrude())
+            group.create_task(target.run(1, longest, 8))
     return float(statistics.quantiles(gaps, n=100, method="inclusive")[98]) * 1e3
 
 
-async def measure(target: Target, concurrencies: tuple[int, ...] = CONCURRENCIES) -> dict[str, Any]:
+async def measure(target: Target, concurrencies: tuple[int, ...]) -> dict[str, Any]:
     """Every number of a running server, by the names the tables use."""
     await target.run(2, 32, 16, 2)  # warm-up
     rate = await decode_rate(target)
@@ -124,6 +116,19 @@ async def measure(target: Target, concurrencies: tuple[int, ...] = CONCURRENCIES
         result[f"ttft_ms_{concurrency}"] = numbers["median_ttft_ms"]
         result[f"itl_p99_ms_{concurrency}"] = numbers["p99_itl_ms"]
     return result
+
+
+async def measure_server(
+    server: Server, target: Target, concurrencies: tuple[int, ...], context: int = 2560
+) -> dict[str, Any]:
+    """`measure`, mixed load, and what starting it took."""
+    numbers = await measure(target, concurrencies)
+    return numbers | {
+        "mixed_itl_p99_ms": await mixed_load(target, context),
+        "ready_s": server.ready_seconds,
+        "ready_memory_mb": server.ready_memory / 1e6,
+        "peak_memory_mb": server.peak_memory() / 1e6,
+    }
 
 
 def machine() -> dict[str, Any]:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from hardware import read_bandwidth
-from measure import Target, machine, measure, mixed_load, write
+from measure import Target, machine, measure_server, write
 from peer_servers import HOME, PEERS, Peer, Setting, install
 from peer_tables import Column, render
 from peer_weights import MADE, Weights
@@ -117,13 +117,8 @@ async def run(peer: Peer, setting: Setting, server: Server, quick: bool) -> Mapp
     async with open_session() as session:
         served = str(setting.model) if peer.names_model else await find_model(session, server.url)
         target = Target(session, server.url, served, peer.backend, peer.ignore_eos)
-        numbers = await measure(target, (4,) if quick else (4, 16, 32))
-        numbers["mixed_itl_p99_ms"] = await mixed_load(target, setting.context)
-    return numbers | {
-        "ready_s": server.ready_seconds,
-        "ready_memory_mb": server.ready_memory / 1e6,
-        "peak_memory_mb": server.peak_memory() / 1e6,
-    }
+        concurrencies = (4,) if quick else (4, 16, 32)
+        return await measure_server(server, target, concurrencies, setting.context)
 
 
 def say(text: str) -> None:

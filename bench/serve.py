@@ -12,7 +12,7 @@ import asyncio
 import sys
 from typing import Any
 
-from measure import CONCURRENCIES, Target, machine, measure, mixed_load, write
+from measure import CONCURRENCIES, Target, machine, measure_server, write
 from process import Neighbours, Server, free_port, running
 
 from ruvon.bench import find_model, open_session
@@ -54,13 +54,7 @@ def main() -> None:
 async def run(server: Server) -> dict[str, Any]:
     async with open_session() as session:
         target = Target(session, server.url, await find_model(session, server.url))
-        numbers = await measure(target)
-        numbers["mixed_itl_p99_ms"] = await mixed_load(target)
-    return numbers | {
-        "ready_s": server.ready_seconds,
-        "ready_memory_mb": server.ready_memory / 1e6,
-        "peak_memory_mb": server.peak_memory() / 1e6,
-    }
+        return await measure_server(server, target, CONCURRENCIES)
 
 
 def print_table(numbers: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import ExitStack
 from pathlib import Path
 
-from measure import Target
+from measure import Target, decode_rate, first_token, throughput
 from peer_servers import HOME, PEERS, Setting, install
 from peer_weights import Weights
 from process import free_port, running
@@ -29,22 +29,16 @@ Samples = dict[tuple[str, str], list[float]]
 
 
 async def between_tokens(target: Target) -> float:
-    """Milliseconds, one stream."""
-    (result,), _ = await target.run(1, 32, 128)
-    return 1e3 * (result.arrivals[-1] - result.arrivals[0]) / (result.num_output - 1)
+    return 1e3 / await decode_rate(target, repeats=1)
 
 
-async def first_token(target: Target) -> float:
-    """Milliseconds, a prompt of 512 tokens."""
-    (result,), _ = await target.run(1, 512, 2)
-    return 1e3 * result.ttft
+async def time_to_first(target: Target) -> float:
+    return await first_token(target, repeats=1)
 
 
 def output_of(streams: int) -> Callable[[Target], Awaitable[float]]:
     async def output(target: Target) -> float:
-        """Tokens a second, 128 prompt and 128 new tokens each."""
-        results, seconds = await target.run(streams, 128, 128, streams)
-        return sum(result.num_output for result in results) / seconds
+        return float((await throughput(target, streams, rounds=1))["output_throughput"])
 
     return output
 
@@ -77,7 +71,7 @@ async def take_turns(urls: dict[str, str], minutes: float, streams: int) -> Samp
     samples: Samples = defaultdict(list)
     kinds = {
         "between tokens, ms": between_tokens,
-        "first token of 512, ms": first_token,
+        "first token of 512, ms": time_to_first,
         f"output, {streams} streams, tok/s": output_of(streams),
     }
     async with open_session() as session:

@@ -53,6 +53,18 @@ def random_prompt(rng: random.Random, length: int) -> str:
     return " ".join(rng.choices(WORDS, k=length))
 
 
+def random_requests(
+    rng: random.Random, num: int, input_len: int, output_len: int, spread: float = 0.0
+) -> list[tuple[str, int]]:
+    """``num`` prompts, each with how many tokens its answer takes. Lengths are drawn from (1 -
+    ``spread``) to (1 + ``spread``) times those given."""
+
+    def length(mean: int) -> int:
+        return max(1, rng.randint(math.floor(mean * (1 - spread)), math.ceil(mean * (1 + spread))))
+
+    return [(random_prompt(rng, length(input_len)), length(output_len)) for _ in range(num)]
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """What to send: requests ``(prompt, output tokens)`` and how fast they arrive."""

@@ -15,6 +15,7 @@ from ruvon.bench import (
     find_model,
     open_session,
     random_prompt,
+    random_requests,
     render,
     run_load,
     summarize,
@@ -171,3 +172,11 @@ async def test_the_server_is_asked_for_its_model(fake):
         assert await find_model(session, fake.url) == "fake"
         with pytest.raises(PeerError, match="nowhere"):
             await find_model(session, fake.url + "/nowhere")
+
+
+def test_lengths_of_requests_lie_around_those_given():
+    requests = random_requests(random.Random(0), 200, 10, 40, spread=0.5)
+    prompts, outputs = zip(*((len(text.split()), out) for text, out in requests), strict=True)
+    assert (min(prompts), max(prompts)) == (5, 15)
+    assert 20 <= min(outputs) < 25 < 55 < max(outputs) <= 60
+    assert {out for _, out in random_requests(random.Random(0), 9, 1, 40)} == {40}

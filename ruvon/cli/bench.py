@@ -135,21 +135,17 @@ async def measure(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def make_load(model: str, given: Mapping[str, Any]) -> Load:
     """The flags as a load: random prompts with random lengths around those given."""
-    from ruvon.bench import Load, random_prompt
+    from ruvon.bench import Load, random_requests
 
-    rng = random.Random(given["seed"])
-    spread = given["random_range_ratio"]
-
-    def length(mean: int) -> int:
-        return max(1, rng.randint(math.floor(mean * (1 - spread)), math.ceil(mean * (1 + spread))))
-
-    requests = [
-        (random_prompt(rng, length(given["random_input_len"])), length(given["random_output_len"]))
-        for _ in range(given["num_prompts"])
-    ]
     return Load(
         model,
-        requests,
+        random_requests(
+            random.Random(given["seed"]),
+            given["num_prompts"],
+            given["random_input_len"],
+            given["random_output_len"],
+            given["random_range_ratio"],
+        ),
         backend=given["backend"],
         rate=given["request_rate"],
         burstiness=given["burstiness"],
