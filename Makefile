@@ -24,7 +24,7 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 
-.PHONY: help setup run-api run-cli test-all fmt lint docs tour bench bench-peers bench-quality clean
+.PHONY: help setup run-api run-cli test-all fmt lint mutants docs tour bench bench-peers bench-quality clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,6 +49,9 @@ lint: $(DEV_STAMP) ## Check format, lint and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+mutants: $(DEV_STAMP) ## Change the code and see whether tests notice; ARGS= goes to scripts/mutants.py.
+	$(BIN)/python scripts/mutants.py $(ARGS)
 
 docs: $(RUN_STAMP) ## Write anew what documents show of the code.
 	$(BIN)/python scripts/make_flags.py

@@ -1,0 +1,202 @@
+"""Do the tests notice when the code is wrong? Changes one thing at a time, and runs them.
+
+    python scripts/mutants.py [--number 60] [--seed 0] [--seconds 540] [FILE ...]
+
+A mutant is a copy of the package in which one comparison, sum, number, condition or call is another
+one or gone. Those that no test notices are printed: each is a missing test, or code that makes no
+difference. A sample is drawn from the files in `TESTS`, each with tests that are fast.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import copy
+import os
+import random
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTS: Mapping[str, str] = {
+    "ruvon/bench.py": "test_bench.py",
+    "ruvon/config.py": "test_config.py",
+    "ruvon/models/added_tokens.py": "models/test_added_tokens.py",
+    "ruvon/models/byte_level.py": "models/test_tokenizer.py",
+    "ruvon/models/defaults.py": "models/test_defaults.py",
+    "ruvon/models/gguf_types.py": "models/test_gguf.py",
+    "ruvon/models/quantize.py": "models/test_quantize.py",
+    "ruvon/models/spec.py": "models/test_spec.py",
+    "ruvon/models/text_stream.py": "models/test_text_stream.py",
+    "ruvon/models/tokenizer.py": "models/test_tokenizer.py",
+    "ruvon/models/weights.py": "models/test_weights.py",
+    "ruvon/verify/answers.py": "test_verify.py",
+}
+OTHER: Mapping[type[ast.AST], type[ast.AST]] = {
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In,
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.FloorDiv, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.Mult, ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """One change to one file."""
+
+    file: str
+    line: int
+    before: str  # the smallest statement or expression around the change
+    after: str
+    source: str  # of the whole file
+
+
+def main() -> None:
+    args = parse()
+    drawn = sample(args.files, args.number, args.seed)
+    end = time.monotonic() + args.seconds
+    with ThreadPoolExecutor(args.jobs) as pool:
+        usual = dict(zip(args.files, pool.map(seconds_unchanged, args.files), strict=True))
+        run = [(m, pool.submit(is_noticed, m, 20 + 5 * usual[m.file], end)) for m in drawn]
+        done = [(m, future.result()) for m, future in run]
+    for mutant, noticed in done:
+        if noticed is False:
+            print(f"{mutant.file}:{mutant.line}: {mutant.before}  ->  {mutant.after}")
+    outcomes = [noticed for _, noticed in done if noticed is not None]
+    print(f"{sum(outcomes)} of {len(outcomes)} mutants noticed, seed {args.seed}")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--number", type=int, default=60)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seconds", type=float, default=540, help="No mutant begins after that.")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    parser.add_argument("files", nargs="*", default=list(TESTS), metavar="FILE")
+    args = parser.parse_args()
+    if unknown := set(args.files) - TESTS.keys():
+        parser.error(f"no tests are named for {', '.join(sorted(unknown))}")
+    return args
+
+
+def sample(files: list[str], number: int, seed: int) -> list[Mutant]:
+    found = [mutant for file in files for mutant in mutants(file, (ROOT / file).read_text())]
+    return random.Random(seed).sample(found, min(number, len(found)))
+
+
+def mutants(file: str, source: str) -> Iterator[Mutant]:
+    """All there are of a file."""
+    tree = ast.parse(source)
+    places = [place for place in walk(tree) if changed(place.node) is not None]
+    for place in places:
+        node, instead = place.node, changed(place.node)
+        setattr(place.parent, place.field, replaced(place, instead))
+        yield Mutant(file, node.lineno, text(node), text(instead), ast.unparse(tree))
+        setattr(place.parent, place.field, place.value)
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node hangs in the tree."""
+
+    parent: ast.AST
+    field: str
+    value: object  # of the field: the node, or a list with it
+    node: ast.expr | ast.stmt
+
+
+SKIPPED = {"annotation", "returns", "decorator_list", "bases"}
+
+
+def walk(tree: ast.AST) -> Iterator[Place]:
+    """Everything that is run, in order; annotations and decorators are not."""
+    for field, value in ast.iter_fields(tree):
+        if field in SKIPPED:
+            continue
+        for node in value if isinstance(value, list) else [value]:
+            if isinstance(node, ast.expr | ast.stmt):
+                yield Place(tree, field, value, node)
+            if isinstance(node, ast.AST):
+                yield from walk(node)
+
+
+def changed(node: ast.AST) -> ast.expr | ast.stmt | None:
+    """What stands in a mutant instead of this node; None where nothing does."""
+    match node:
+        case ast.Compare(ops=[operator]) if type(operator) in OTHER:
+            return with_field(node, ops=[OTHER[type(operator)]()])
+        case ast.BinOp(op=operator) | ast.BoolOp(op=operator) if type(operator) in OTHER:
+            return with_field(node, op=OTHER[type(operator)]())
+        case ast.UnaryOp(op=ast.Not(), operand=inner):
+            return inner
+        case ast.Constant(value=bool(value)):
+            return ast.Constant(not value)
+        case ast.Constant(value=int(value)):
+            return ast.Constant(value + 1)
+        case ast.IfExp(body=body, orelse=other):
+            return with_field(node, body=other, orelse=body)
+        case ast.If(test=test):
+            return with_field(node, test=ast.UnaryOp(ast.Not(), test))
+        case ast.Expr(value=ast.Call()) | ast.AugAssign() | ast.Continue() | ast.Break():
+            return ast.Pass()
+    return None
+
+
+def with_field(node: ast.AST, **fields: object) -> ast.AST:
+    other = copy.copy(node)
+    for name, value in fields.items():
+        setattr(other, name, value)
+    return other
+
+
+def replaced(place: Place, instead: ast.AST) -> object:
+    if isinstance(place.value, list):
+        return [instead if node is place.node else node for node in place.value]
+    return instead
+
+
+def text(node: ast.AST) -> str:
+    return ast.unparse(node).partition("\n")[0]
+
+
+def seconds_unchanged(file: str) -> float:
+    """How long a file's tests take. Ends the program if they fail as it is."""
+    began = time.monotonic()
+    if run_tests(file, (ROOT / file).read_text(), 600):
+        raise SystemExit(f"{TESTS[file]} fails without a change")
+    return time.monotonic() - began
+
+
+def is_noticed(mutant: Mutant, patience: float, end: float) -> bool | None:
+    """Whether a test fails; None where there was no time to find out."""
+    if time.monotonic() > end:
+        return None
+    return run_tests(mutant.file, mutant.source, patience)
+
+
+def run_tests(file: str, source: str, patience: float) -> bool:
+    """Whether the tests of a file fail, or hang, on this source of it."""
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "ruvon", Path(folder) / "ruvon")
+        (Path(folder) / file).write_text(source)
+        command = [sys.executable, "-P", "-m", "pytest", "-x", "-q", "-m", "not slow"]
+        command += ["-p", "no:cacheprovider", str(ROOT / "tests" / TESTS[file])]
+        environment = os.environ | {"PYTHONPATH": folder, "PYTHONDONTWRITEBYTECODE": "1"}
+        try:
+            done = subprocess.run(
+                command, cwd=ROOT, env=environment, capture_output=True, timeout=patience
+            )
+        except subprocess.TimeoutExpired:
+            return True
+    return done.returncode != 0
+
+
+if __name__ == "__main__":
+    main()

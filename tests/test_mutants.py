@@ -1,0 +1,37 @@
+"""What a mutant is: one change, which a run of the tests then meets."""
+
+import ast
+
+import mutants
+
+
+def changes(source):
+    return [(mutant.line, mutant.before, mutant.after) for mutant in mutants.mutants("x", source)]
+
+
+def test_one_thing_changes_at_a_time():
+    source = "def f(a: int = 1) -> bool:\n    if a < 2 and not a:\n        g(a)\n    return a + 3\n"
+    assert changes(source) == [
+        (1, "1", "2"),
+        (2, "if a < 2 and (not a):", "if not (a < 2 and (not a)):"),
+        (2, "a < 2 and (not a)", "a < 2 or not a"),
+        (2, "a < 2", "a <= 2"),
+        (2, "2", "3"),
+        (2, "not a", "a"),
+        (3, "g(a)", "pass"),
+        (4, "a + 3", "a - 3"),
+        (4, "3", "4"),
+    ]
+    for mutant in mutants.mutants("x", source):
+        assert mutant.source != ast.unparse(ast.parse(source))
+
+
+def test_annotations_and_decorators_stay():
+    assert changes("@cache(1)\ndef f(x: A[2]) -> B[3]:\n    '''text'''\n    y: C[4]\n") == []
+
+
+def test_every_file_has_its_tests():
+    for file, tests in mutants.TESTS.items():
+        assert (mutants.ROOT / file).exists()
+        assert (mutants.ROOT / "tests" / tests).exists()
+    assert mutants.sample(list(mutants.TESTS), 5, 1) == mutants.sample(list(mutants.TESTS), 5, 1)
