@@ -75,6 +75,7 @@ class Backend:
     close: Callable[[], None]  # to be called when nothing runs any more
     settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
     takes_arrays: bool = False  # whether batches are to be numpy arrays, not tensors
+    quantized: bool = False  # whether it computes with weights of 4 and 8 bits, or makes them plain
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
 
 
@@ -175,4 +176,6 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         drawer = kernels.drawer(spec.vocab_size, limits.sequences, progress)
         return Step(tape.replay, CpuSampler(drawer, lambda: tape.argmax))
 
-    return Backend(kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True)
+    return Backend(
+        kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True, quantized=True
+    )

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -240,7 +241,8 @@ class EngineLoop:
         behind = pending.future.done()
         if not behind:
             self._gate.open_meanwhile()
-            await asyncio.wrap_future(pending.future)
+            with suppress(Exception):  # `collect` knows what it means
+                await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
