@@ -91,8 +91,14 @@ class EngineConfig:
     )
     threads: int = setting(
         0,
-        "Compute threads on a CPU. 0: one for each core, as far as a container's quota goes.",
+        "Compute threads on a CPU. 0: one for each core (not for each of its hardware threads), as "
+        "far as a container's quota goes.",
         least=0,
+    )
+    pin_threads: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Hold each thread of kernels 'cpu' to a core of its own. auto: where the process was given "
+        "fewer CPUs than there are (taskset, a cpuset) and its threads fill their cores.",
     )
     max_model_len: int | None = setting(
         None,

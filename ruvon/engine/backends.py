@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import Cache, KVFormat, MemoryPlan
+from ruvon.engine.resources import cores_to_pin
 from ruvon.engine.runner import Forward
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingRow, StepResult
@@ -163,7 +164,8 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     for layer in range(spec.num_layers):
         check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
     isa = None if config.cpu_isa == "auto" else config.cpu_isa
-    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa)
+    cores = cores_to_pin(threads, config.pin_threads)
+    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
 
     def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(

@@ -16,10 +16,10 @@ from typing import Protocol
 
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool
-from ruvon.engine.checks import check_sampling, settle
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
+from ruvon.engine.validation import check_sampling, settle
 from ruvon.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.backends import Backend, choose_backend, choose_device, step_limits
-from ruvon.engine.checks import check_sampling
 from ruvon.engine.engine import Engine
 from ruvon.engine.kv_cache import (
     MemoryPlan,
@@ -24,9 +23,10 @@ from ruvon.engine.kv_cache import (
     longest_sequence,
     plan_memory,
 )
-from ruvon.engine.machine import available_cores
+from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
+from ruvon.engine.validation import check_sampling
 from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
@@ -107,6 +107,8 @@ def refuse_idle(config: EngineConfig, backend: Backend) -> None:
             f"--quantization {wanted}: the kernels '{ops.name}' compute with plain weights, so it "
             "would cost quality and save nothing"
         )
+    if config.pin_threads == "on" and not backend.takes_arrays:
+        raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
     share = config.gpu_memory_utilization
     if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
         raise ConfigError(

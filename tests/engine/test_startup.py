@@ -176,6 +176,7 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
     [
         ({"quantization": "int8"}, "--quantization int8: the kernels 'torch' compute with plain"),
         ({"quantization": "int4"}, "--quantization int4: the kernels 'torch' compute with plain"),
+        ({"pin_threads": "on"}, "--pin-threads on: the kernels 'torch'"),
         ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization 0.5: there is no GPU in use"),
     ],
 )
