@@ -70,7 +70,9 @@ class EngineConfig:
         "auto", "Compute dtype. auto: float32 on a CPU, bfloat16 on a GPU."
     )
     quantization: Literal["auto", "none", "int8", "int4"] = setting(
-        "auto", "auto keeps the checkpoint's own; none dequantizes; int8 and int4 quantize at load."
+        "auto",
+        "auto keeps the checkpoint's own; none dequantizes; int8 and int4 quantize at load, for "
+        "kernels 'cpu'.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one.")
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(
@@ -89,8 +91,14 @@ class EngineConfig:
     )
     threads: int = setting(
         0,
-        "Compute threads on a CPU. 0: one for each core, as far as a container's quota goes.",
+        "Compute threads on a CPU. 0: one for each core (not for each of its hardware threads), as "
+        "far as a container's quota goes.",
         least=0,
+    )
+    pin_threads: Literal["auto", "on", "off"] = setting(
+        "auto",
+        "Hold each thread of kernels 'cpu' to a core of its own. auto: where the process was given "
+        "fewer CPUs than there are (taskset, a cpuset) and its threads fill their cores.",
     )
     max_model_len: int | None = setting(
         None,
@@ -145,6 +153,11 @@ class EngineConfig:
             raise ConfigError("kernels 'cpu' need device 'cpu', not 'cuda'")
         if self.cpu_isa != "auto" and self.kernels != "cpu":
             raise ConfigError(f"cpu_isa '{self.cpu_isa}' needs kernels 'cpu', not '{self.kernels}'")
+        if self.seed and self.load_format != "dummy":
+            raise ConfigError(
+                f"seed {self.seed} is for dummy weights and needs load_format 'dummy'; what is "
+                "drawn is seeded by each request"
+            )
 
     @property
     def largest_step(self) -> StepSize:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, TypeAlias, Unpack
@@ -135,7 +135,6 @@ class LLM:
         self.engine = started.engine
         self.tokenizer = started.tokenizer
         self.started = started
-        self._failure: BaseException | None = None
         self._closed = False
 
     def close(self) -> None:
@@ -313,8 +312,7 @@ class LLM:
 
     def _check_idle(self) -> None:
         self._check_open()
-        if self._failure is not None:
-            raise EngineDeadError("an earlier step failed") from self._failure
+        self.engine.check_alive()
         if self.engine.has_work:
             raise RuntimeError("this LLM is in the middle of another generation")
 
@@ -327,11 +325,9 @@ class LLM:
 
     def _settle(self, pending: Iterable[Pending]) -> None:
         """Wait for the steps that an end before time left under way, so that blocks are freed."""
-        try:
+        with suppress(EngineDeadError):  # whoever comes next is told
             for step in pending:
                 self.engine.collect(step)
-        except Exception as error:
-            self._failure = error
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -150,7 +150,9 @@ class FakeRunner:
         self.depth = depth
         self.long_step = long_step
         self.plans: list[Plan] = []
-        self.broken: Exception | None = None  # raised by the next step
+        self.lost = False
+        self.broken: Exception | None = None  # raised by every step from now on
+        self.failing: dict[int, str] = {}  # step → "launch" or "run", where it raises
         self.errors: dict[int, str] = {}  # seq id → why its rows fail
         self._alphabet = alphabet
         self._next_token = next_token
@@ -159,6 +161,8 @@ class FakeRunner:
         self._held: list[tuple[Plan, Future[StepResult]]] = []
         self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
         self._drawn: dict[int, int] = {}  # seq id → its token of the latest step
+        self._failed: dict[int, int] = {}  # seq id → its first step that failed
+        self._step = 0  # being computed
         self._worker = ThreadPoolExecutor(1) if seconds else None
 
     def launch(self, plan: Plan) -> Future[StepResult]:
@@ -166,6 +170,8 @@ class FakeRunner:
         assert len(self._held) < self.depth
         self.plans.append(plan)
         self._check_undrawn()
+        if self.failing.get(plan.step) == "launch":
+            self._fail(plan)
         if self._worker is not None:
             return self._worker.submit(self._compute, plan)
         future: Future[StepResult] = Future()
@@ -196,8 +202,9 @@ class FakeRunner:
 
     def _compute(self, plan: Plan) -> StepResult:
         time.sleep(self._seconds)
-        if self.broken is not None:
-            raise self.broken
+        self._step = plan.step
+        if self.broken is not None or plan.step in self.failing:
+            self._fail(plan)
         chunks = [self._complete(chunk) for chunk in plan.chunks]
         contexts = {chunk.seq_id: self._context(chunk) for chunk in chunks}
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
@@ -220,6 +227,14 @@ class FakeRunner:
             errors={s: self.errors[s] for s in contexts if s in self.errors},
             seconds=self._seconds,
         )
+
+    def _fail(self, plan: Plan) -> None:
+        """Raise, and leave rubbish behind."""
+        for chunk in plan.chunks:
+            self._failed.setdefault(chunk.seq_id, plan.step)
+            for position in range(chunk.start, chunk.start + len(chunk.tokens)):
+                self._cache[self._slot(chunk, position)] = (position, -7)
+        raise self.broken or ArithmeticError(f"step {plan.step}")
 
     def _check_blocks(self, plans: Sequence[Plan]) -> None:
         """A block that a step under way writes is in no other sequence's use."""
@@ -247,7 +262,7 @@ class FakeRunner:
         """With the token that was undrawn when it was planned; 0 if its row has failed since."""
         if chunk.tokens != (UNDRAWN,):
             return chunk
-        assert chunk.seq_id in self._drawn or chunk.seq_id in self.errors
+        assert chunk.seq_id in {*self._drawn, *self.errors, *self._failed}
         return replace(chunk, tokens=(self._drawn.get(chunk.seq_id, 0),))
 
     def _slot(self, chunk: Chunk, position: int) -> int:
@@ -275,6 +290,8 @@ class FakeRunner:
     def _draw(
         self, row: SamplingRow, context: list[int]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        if self._failed.get(row.seq_id, self._step) < self._step:  # whatever comes of it
+            return (self._alphabet[0],), None
         known = len(row.history)  # all but a token that has not been committed yet
         assert known >= len(context) - (self.depth - 1)
         assert context[:known] == row.history, f"the cache of {row.seq_id} holds other tokens"

@@ -28,6 +28,12 @@ def test_argv_wins_over_environment_over_toml_over_default():
     assert config.strict is ServerConfig().strict
 
 
+def test_a_seed_of_nothing_is_refused():
+    assert EngineConfig(seed=3, load_format="dummy").seed == 3
+    with pytest.raises(ConfigError, match="seed 3 is for dummy weights"):
+        EngineConfig(seed=3)
+
+
 def test_an_empty_variable_counts_as_not_set():
     assert load(ServerConfig, environ={"RUVON_PORT": ""}).port == ServerConfig().port
 

@@ -212,17 +212,29 @@ def test_an_interruption_leaves_the_engine_clean(fake, runner, monkeypatch, mome
     assert [one.tokens for (one,) in again] == [one.tokens for (one,) in expected]
 
 
-def test_a_failed_step_is_raised_and_remembered(make_engine):
+def test_a_failed_step_fails_its_requests_and_no_later_ones(fake, runner):
+    expected = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    runner.failing = {len(runner.plans) + 2: "run"}
+    failed = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert {one.finish_reason for (one,) in failed} == {"error", "length"}
+    assert {one.error for (one,) in failed if one.finish_reason == "error"} == {
+        "The step that computed it failed (ArithmeticError)."
+    }
+    again = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [one.tokens for (one,) in again] == [one.tokens for (one,) in expected]
+
+
+def test_a_lost_engine_says_so_at_once(make_engine):
     runner = FakeRunner(16)
     started = SimpleNamespace(
         engine=make_engine(runner), tokenizer=ByteTokenizer(), chat=Chat(), close=lambda: None
     )
     llm = LLM.over(started)
-    runner.broken = ArithmeticError("broken")
-    with pytest.raises(ArithmeticError, match="broken"):
-        llm.generate("x", GREEDY, use_tqdm=False)
-    with pytest.raises(EngineDeadError):
-        llm.generate("x", GREEDY, use_tqdm=False)
+    runner.broken, runner.lost = ArithmeticError("broken"), True
+    for _ in range(2):
+        with pytest.raises(EngineDeadError) as caught:
+            llm.generate("x", GREEDY, use_tqdm=False)
+        assert caught.value.__cause__ is runner.broken
 
 
 @pytest.mark.parametrize("use", ["generate", "chat", "stream"])

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import Cache, KVFormat, MemoryPlan
+from ruvon.engine.resources import cores_to_pin
 from ruvon.engine.runner import Forward
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingRow, StepResult
@@ -75,6 +76,7 @@ class Backend:
     close: Callable[[], None]  # to be called when nothing runs any more
     settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
     takes_arrays: bool = False  # whether batches are to be numpy arrays, not tensors
+    quantized: bool = False  # whether it computes with weights of 4 and 8 bits, or makes them plain
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
 
 
@@ -162,7 +164,8 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     for layer in range(spec.num_layers):
         check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
     isa = None if config.cpu_isa == "auto" else config.cpu_isa
-    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa)
+    cores = cores_to_pin(threads, config.pin_threads)
+    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
 
     def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(
@@ -175,4 +178,6 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         drawer = kernels.drawer(spec.vocab_size, limits.sequences, progress)
         return Step(tape.replay, CpuSampler(drawer, lambda: tape.argmax))
 
-    return Backend(kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True)
+    return Backend(
+        kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True, quantized=True
+    )

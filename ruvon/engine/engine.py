@@ -16,13 +16,14 @@ from typing import Protocol
 
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool
-from ruvon.engine.checks import check_sampling, settle
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
-from ruvon.errors import ContextLengthError, QueueFullError, RequestError
+from ruvon.engine.validation import check_sampling, settle
+from ruvon.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
 
 class Runner(Protocol):
@@ -37,8 +38,13 @@ class Runner(Protocol):
         """Behind a step of more tokens than this no other is launched until it is collected: it
         would gain little, and whoever arrives meanwhile would miss it."""
 
+    @property
+    def lost(self) -> bool:
+        """Whether no step can succeed any more. Asked after one has failed."""
+
     def launch(self, plan: Plan) -> Future[StepResult]:
-        """Start computing. Plans are computed in the order they are launched."""
+        """Start computing. Plans are computed in the order they are launched, and one that fails
+        leaves the runner fit for the next, unless it is `lost`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,9 @@ class Engine:
         self._ids = count()
         self._counted = Counters()  # up to the latest launch
         self._num_launched = 0  # tokens of the latest step
+        self._num_failures = 0  # steps that failed since one succeeded
+        self.dead: Exception | None = None  # what it failed with when no step could succeed more
+        self.failure: Exception | None = None  # why the step collected last failed, if it did
         self.stats = self._measure(0, 0, Counters(), 0.0)  # of the step collected last
 
     @property
@@ -94,8 +103,9 @@ class Engine:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up.
 
         Returns their ids. Raises, before anything is queued, `RequestError` for what can never
-        run and `QueueFullError` for what cannot wait now.
+        run, `QueueFullError` for what cannot wait now and `EngineDeadError`.
         """
+        self.check_alive()
         max_tokens = self.validate(job)
         self._check_queue(job.n)
         seeds = self._seeds(job)
@@ -143,7 +153,17 @@ class Engine:
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
-        return Pending(plan, self._num_launched, self._runner.launch(plan), counted)
+        return Pending(plan, self._num_launched, self._start(plan), counted)
+
+    def _start(self, plan: Plan) -> Future[StepResult]:
+        """The runner's future; a step that could not even be launched fails when it is collected,
+        in its turn."""
+        try:
+            return self._runner.launch(plan)
+        except Exception as error:
+            future: Future[StepResult] = Future()
+            future.set_exception(error)
+            return future
 
     def _has_room(self) -> bool:
         """Whether the runner takes another step now."""
@@ -153,14 +173,35 @@ class Engine:
         )
 
     def collect(self, pending: Pending) -> list[Emission]:
-        """Take in the result of the oldest launched step, waiting for it if need be. Raises what it
-        raised."""
-        result = pending.future.result()
-        emissions = self._scheduler.commit(pending.plan, result)
-        self.stats = self._measure(
-            pending.plan.step, pending.num_tokens, pending.counted, result.seconds
-        )
+        """Take in the result of the oldest launched step, waiting for it if need be.
+
+        If it failed, its sequences end with ``finish="error"`` and `failure` says why. Raises
+        EngineDeadError once no step can succeed any more.
+        """
+        self.check_alive()
+        plan, seconds = pending.plan, 0.0
+        try:
+            result = pending.future.result()
+        except Exception as error:
+            emissions = self._take_failure(plan, error)
+        else:
+            emissions, seconds = self._scheduler.commit(plan, result), result.seconds
+            self.failure, self._num_failures = None, 0
+        self.stats = self._measure(plan.step, pending.num_tokens, pending.counted, seconds)
         return emissions
+
+    def _take_failure(self, plan: Plan, error: Exception) -> list[Emission]:
+        self.failure = error
+        self._num_failures += 1
+        if self._runner.lost or self._num_failures == MOST_FAILURES:
+            self.dead = error
+        self.check_alive()
+        return self._scheduler.fail(plan, f"The step that computed it failed{kind(error)}.")
+
+    def check_alive(self) -> None:
+        """Raises EngineDeadError once no step can succeed any more."""
+        if self.dead is not None:
+            raise dead_error(self.dead) from self.dead
 
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences keep what they hold."""
@@ -257,3 +298,13 @@ class Engine:
             num_preempted=counted.preempted,
             seconds=seconds,
         )
+
+
+def kind(error: BaseException) -> str:
+    """What a client may know of an error of ours."""
+    return f" ({type(error).__name__})"
+
+
+def dead_error(cause: BaseException) -> EngineDeadError:
+    """What is raised for whatever is asked of an engine after ``cause``."""
+    return EngineDeadError(f"The engine has failed{kind(cause)}; the log says why.")

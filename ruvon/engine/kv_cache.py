@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig, parse_size
-from ruvon.engine.machine import available_memory
+from ruvon.engine.resources import available_memory
 from ruvon.errors import ConfigError
 from ruvon.kernels.ops import Ops
 from ruvon.models.spec import ModelSpec

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
 from typing import Protocol
@@ -17,11 +18,11 @@ from typing import Protocol
 import structlog
 
 from ruvon.engine import types
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine, Pending, dead_error
 from ruvon.engine.stream import Stream
 from ruvon.engine.turns import MOST_NEWCOMERS, Gate, Wakes
 from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import EngineDeadError, NotReadyError, QueueFullError
+from ruvon.errors import NotReadyError, QueueFullError
 
 log = structlog.get_logger(__name__)
 
@@ -169,7 +170,7 @@ class EngineLoop:
 
     def _check_ready(self) -> None:
         if self.dead is not None:
-            raise _dead_error(self.dead)
+            raise dead_error(self.dead) from self.dead
         if self.draining:
             raise NotReadyError("The server is shutting down.")
         if self._task is None:
@@ -230,7 +231,7 @@ class EngineLoop:
                     self._work.clear()
                     await self._work.wait()
         except Exception as error:  # whatever it is, no stream may wait for ever
-            self._die(error)
+            self._die(self.engine.dead or error)
         finally:
             self._pending.clear()
             self._gate.open_all()
@@ -240,7 +241,8 @@ class EngineLoop:
         behind = pending.future.done()
         if not behind:
             self._gate.open_meanwhile()
-            await asyncio.wrap_future(pending.future)
+            with suppress(Exception):  # `collect` knows what it means
+                await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
@@ -248,6 +250,8 @@ class EngineLoop:
         self._wakes.begin_step(behind, len(self._tickets))
         self._deliver(emissions, now)
         self._wakes.end_step()
+        if self.engine.failure is not None:  # said last: nobody's news wait for a log
+            log.error("step_failed", sequences=len(emissions), exc_info=self.engine.failure)
         self._gate.open(MOST_NEWCOMERS)
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
@@ -275,11 +279,11 @@ class EngineLoop:
 
     def _die(self, error: Exception) -> None:
         self.dead = error
-        log.error("engine_dead", exc_info=error)
         for stream in {id(t.stream): t.stream for t in self._tickets.values()}.values():
-            stream.fail(_dead_error(error))
+            stream.fail(dead_error(error))
         self._tickets.clear()
         self._note_idle()
+        log.error("engine_dead", exc_info=error)
 
     # ---------------------------------------------------------------- metrics
 
@@ -313,7 +317,3 @@ class EngineLoop:
             decode=now - first_token_at,
             total=now - seq.arrived_at,
         )
-
-
-def _dead_error(cause: BaseException) -> EngineDeadError:
-    return EngineDeadError(f"The engine has failed: {cause!r}.")

@@ -77,6 +77,11 @@ class Runner:
             future.set_exception(error)
         return future
 
+    @property
+    def lost(self) -> bool:
+        """Whether it was closed; the thread outlives whatever a step raises."""
+        return self._closed
+
     def close(self) -> None:
         """Finish what has been launched and end the thread, unless that is stuck."""
         self._closed = True
@@ -84,15 +89,22 @@ class Runner:
         self._worker.join(PATIENCE)
 
     def _work(self) -> None:
-        self._at_start()
+        broken: BaseException | None = None
+        try:
+            self._at_start()
+        except BaseException as error:  # nobody waits here, but somebody will for the first step
+            broken = error
         drawn: Mapping[int, int] = {}
         while (launched := self._launched.get()) is not None:
             plan, layout, future = launched
             if not future.set_running_or_notify_cancel():
                 continue
             try:
+                if broken is not None:
+                    raise broken
                 result = self._run(plan, layout, drawn)
             except BaseException as error:
+                drawn = {}
                 future.set_exception(error)
             else:
                 future.set_result(result)

@@ -338,6 +338,16 @@ class Scheduler:
                     self._end(seq)
         return emissions
 
+    def fail(self, plan: Plan, error: str) -> list[Emission]:
+        """Take in that a step came to nothing: its sequences end with ``error``, all others go on.
+        Nothing it wrote was published; what a step launched on top of it draws is dropped."""
+        nothing = StepResult(
+            tokens=((),) * len(plan.rows),
+            logprobs=(None,) * len(plan.rows),
+            errors={chunk.seq_id: error for chunk in plan.chunks},
+        )
+        return self.commit(plan, nothing)
+
     @staticmethod
     def _fail(seq: Sequence, error: str) -> Emission:
         seq.finish = "error"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.backends import Backend, choose_backend, choose_device, step_limits
-from ruvon.engine.checks import check_sampling
 from ruvon.engine.engine import Engine
 from ruvon.engine.kv_cache import (
     MemoryPlan,
@@ -24,10 +23,11 @@ from ruvon.engine.kv_cache import (
     longest_sequence,
     plan_memory,
 )
-from ruvon.engine.machine import available_cores
+from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
-from ruvon.errors import LoadError, RequestError
+from ruvon.engine.validation import check_sampling
+from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
@@ -89,6 +89,7 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     try:
         backend = choose_backend(checkpoint.spec, config, device, threads)
         ending.callback(backend.close)
+        refuse_idle(config, backend)
         started = assemble(checkpoint, config, backend, threads, ending, progress)
         return dataclasses.replace(started, defaults=defaults)
     except BaseException as error:
@@ -96,6 +97,24 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
         if is_shortage(error):
             raise LoadError(f"{checkpoint.path}: memory does not suffice ({error})") from error
         raise
+
+
+def refuse_idle(config: EngineConfig, backend: Backend) -> None:
+    """Raises ConfigError for a setting that would do nothing here, or nothing good."""
+    ops, wanted = backend.ops, config.quantization
+    if wanted in ("int8", "int4") and not backend.quantized:
+        raise ConfigError(
+            f"--quantization {wanted}: the kernels '{ops.name}' compute with plain weights, so it "
+            "would cost quality and save nothing"
+        )
+    if config.pin_threads == "on" and not backend.takes_arrays:
+        raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
+    share = config.gpu_memory_utilization
+    if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
+        raise ConfigError(
+            f"--gpu-memory-utilization {share}: there is no GPU in use; --kv-cache-memory is for "
+            "main memory"
+        )
 
 
 def is_shortage(error: BaseException) -> bool:

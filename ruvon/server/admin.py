@@ -9,7 +9,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from ruvon import __version__
-from ruvon.engine.checks import check_ids
+from ruvon.engine.validation import check_ids
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import parse
 from ruvon.server.requests import aside, encode_chat

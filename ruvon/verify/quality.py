@@ -20,7 +20,7 @@ from ruvon.config import EngineConfig
 from ruvon.engine.backends import choose_backend, choose_device, step_limits
 from ruvon.engine.batch import build_batch
 from ruvon.engine.kv_cache import allocate_cache, free_for_cache, plan_memory
-from ruvon.engine.machine import available_cores
+from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward
 from ruvon.engine.types import Chunk, Plan, PromptRow
 from ruvon.models import load_model

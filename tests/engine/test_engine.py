@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 from fakes import FakeRunner
 
+from ruvon.engine.engine import MOST_FAILURES
 from ruvon.engine.types import Job, SamplingParams
-from ruvon.errors import ContextLengthError, QueueFullError, RequestError
+from ruvon.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
 
 
 def run(engine):
@@ -174,14 +175,40 @@ def test_the_prefix_cache_can_be_emptied(make_engine):
     assert runner.computed == 40
 
 
-def test_what_the_runner_raises_comes_out_of_collect(make_engine):
+def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(make_engine):
+    runner = FakeRunner(16, depth=2)
+    engine = make_engine(runner)
+    runner.failing = {2: "run"}
+    engine.add(Job((97,)), 0.0)
+    steps = [engine.launch(0.0), engine.launch(0.0)]
+    assert len(engine.collect(steps[0])) == 1
+    (failed,) = engine.collect(steps[1])
+    assert (failed.finish, failed.error) == (
+        "error", "The step that computed it failed (ArithmeticError)."
+    )  # fmt: skip
+    assert isinstance(engine.failure, ArithmeticError)
+    engine.add(Job((97,), SamplingParams(max_tokens=2, ignore_eos=True)), 0.0)
+    assert [emission.finish for emission in run(engine)[0]] == [None, "length"]
+    assert engine.failure is engine.dead is None
+
+
+@pytest.mark.parametrize(("lost", "num_steps"), [(True, 1), (False, MOST_FAILURES)])
+def test_an_engine_is_dead_when_its_runner_is_or_fails_all_the_time(make_engine, lost, num_steps):
     runner = FakeRunner(16)
     engine = make_engine(runner)
-    runner.broken = RuntimeError("out of order")
+    runner.broken, runner.lost = RuntimeError("out of order"), lost
+    for _ in range(num_steps - 1):
+        engine.add(Job((97,)), 0.0)
+        (failed,) = engine.collect(engine.launch(0.0))
+        assert failed.finish == "error"
     engine.add(Job((97,)), 0.0)
     pending = engine.launch(0.0)
-    with pytest.raises(RuntimeError, match="out of order"):
-        engine.collect(pending)
+    for _ in range(2):
+        with pytest.raises(EngineDeadError, match="RuntimeError") as caught:
+            engine.collect(pending)
+        assert caught.value.__cause__ is engine.dead is runner.broken
+    with pytest.raises(EngineDeadError):
+        engine.add(Job((97,)), 0.0)
 
 
 def test_an_idle_engine_launches_nothing(make_engine):

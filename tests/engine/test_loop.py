@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from contextlib import aclosing, asynccontextmanager
 from itertools import chain, groupby
+from types import SimpleNamespace
 
 import pytest
 from fakes import LETTERS, FakeMetrics, FakeRunner
@@ -309,7 +310,7 @@ async def test_nobody_is_left_at_the_gate_when_the_engine_is_idle_or_dead(runnin
         assert len(late.let_in) == 3 * MOST_NEWCOMERS  # nothing is left to do
         await stream.aclose()
         stream = loop.generate([Job((97,), LONG)])
-        runner.broken = RuntimeError("broken")
+        runner.broken, runner.lost = RuntimeError("broken"), True
         await turn(runner)
         await turn(runner)
         assert loop.dead
@@ -505,21 +506,43 @@ async def test_a_reader_may_end_one_sequence_of_several(running):
 # -------------------------------------------------------------------- dying
 
 
-async def test_a_failed_step_ends_every_stream_and_readiness(running):
+async def test_a_failed_step_ends_its_streams_and_the_next_is_served(running):
+    async with running(by_hand=True, max_num_seqs=1) as (loop, runner):
+        hit, waits = (loop.generate([Job((97 + k,), SamplingParams(max_tokens=3))]) for k in (0, 1))
+        runner.failing = {2: "run"}
+        emissions = await read_while(runner, hit)
+        assert [emission.finish for emission in emissions] == [None, "error"]
+        emissions = await read_while(runner, waits)
+        assert [emission.finish for emission in emissions] == [None, None, "length"]
+        assert loop.ready
+
+
+async def test_a_dead_engine_ends_every_stream_and_readiness_before_it_is_logged(
+    running, monkeypatch
+):
+    def unwritable(event, **facts):
+        seen.append((event, loop.dead, [stream._error for stream in (one, two)]))
+        raise BrokenPipeError
+
+    seen = []
+    monkeypatch.setattr("ruvon.engine.loop.log", SimpleNamespace(error=unwritable))
     async with running(by_hand=True) as (loop, runner):
         one = loop.generate([Job((97,), LONG)])
         await turn(runner)
         two = loop.generate([Job((98,), LONG)])
-        runner.broken = RuntimeError("the device is gone")
+        runner.broken, runner.lost = RuntimeError("the device is gone"), True
         reading = asyncio.create_task(read(two))
         await turn(runner)
-        with pytest.raises(EngineDeadError, match="the device is gone"):
+        with pytest.raises(EngineDeadError, match="RuntimeError"):
             await reading
         assert len(await anext(one)) == 1  # what had arrived is not lost
         with pytest.raises(EngineDeadError):
             await anext(one)
         assert not loop.ready
-        assert isinstance(loop.dead, RuntimeError)
+        assert loop.dead is runner.broken
+        ((event, dead, errors),) = seen
+        assert (event, dead) == ("engine_dead", runner.broken)
+        assert all(errors)
         with pytest.raises(EngineDeadError):
             loop.generate([Job((97,))])
         await one.aclose()

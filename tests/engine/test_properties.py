@@ -6,7 +6,9 @@ from __future__ import annotations
 
 import random
 from collections import deque
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -66,8 +68,10 @@ class Run:
         config: EngineConfig,
         depth: int = 1,
         eager: bool = False,
+        failing: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.runner = FakeRunner(config.block_size, ALPHABET, by_hand=not eager, depth=depth)
+        self.runner.failing |= failing
         self.engine = Engine(
             self.runner,
             config,
@@ -119,6 +123,7 @@ class Run:
         check(self.engine)
 
     def _check_plan(self, plan: Plan) -> None:
+        assert self.finished.keys().isdisjoint(chunk.seq_id for chunk in plan.chunks)
         limit = self.engine.config.largest_step.tokens
         assert plan.num_tokens > 0
         assert plan.num_tokens <= limit or (
@@ -175,9 +180,12 @@ def verify(run: Run) -> None:
             got = run.outputs[seq_id]
             if arrival.job.sampling.prompt_logprobs is None:
                 assert seq_id not in run.scored
-            elif got or seq_id in run.finished:
+            elif got or run.finished.get(seq_id) in ("stop", "length"):
                 assert run.scored[seq_id] == [None, *arrival.job.prompt[1:]]
-            if seq_id in run.finished:
+            if run.finished.get(seq_id) == "error":
+                assert run.runner.failing
+                assert got == want[: len(got)]
+            elif seq_id in run.finished:
                 assert got == want
                 stopped = bool(got) and got[-1] in stop_ids(arrival.job)
                 assert run.finished[seq_id] == ("stop" if stopped else "length")
@@ -248,6 +256,27 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
     verify(Run(load, **world).go())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    arrivals(),
+    worlds(),
+    st.dictionaries(st.integers(1, 30), st.sampled_from(["launch", "run"]), max_size=4),
+)
+def test_a_failed_step_ends_its_sequences_and_touches_nothing_else(load, world, failing):
+    """`verify` holds all others, and whoever finds a block in the cache, to their right tokens."""
+    run = Run(load, **world, failing=failing).go()
+    verify(run)
+    of_failed = {
+        chunk.seq_id for plan in run.runner.plans if plan.step in failing for chunk in plan.chunks
+    }
+    assert {id for id, reason in run.finished.items() if reason == "error"} <= of_failed
+    ended = of_failed & run.finished.keys()
+    aborted = of_failed - ended
+    assert aborted <= {
+        id for n, a in enumerate(load) if a.aborted_at is not None for id in run.ids[n]
+    }
 
 
 def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arrival]:

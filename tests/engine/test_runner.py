@@ -109,6 +109,20 @@ def test_failures_are_the_futures(make_runner, forward):
     assert runner.launch(mixed_plan()).result(timeout=10).tokens == ((11,), (33,))
 
 
+def test_a_thread_that_cannot_start_is_told_to_whoever_waits(forward):
+    def broken():
+        raise PermissionError("no such core")
+
+    runner = Runner(
+        forward, partial(sample, eos_token_ids=()), block_size=4, device=CPU, max_logit_rows=100,
+        at_start=broken,
+    )  # fmt: skip
+    assert isinstance(runner.launch(mixed_plan()).exception(timeout=10), PermissionError)
+    assert not runner.lost
+    runner.close()
+    assert runner.lost
+
+
 def test_one_bad_row_fails_alone(make_runner):
     plan = mixed_plan()
 

@@ -171,6 +171,20 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
     assert "--block-size 8" in warning["reason"]
 
 
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantization": "int8"}, "--quantization int8: the kernels 'torch' compute with plain"),
+        ({"quantization": "int4"}, "--quantization int4: the kernels 'torch' compute with plain"),
+        ({"pin_threads": "on"}, "--pin-threads on: the kernels 'torch'"),
+        ({"gpu_memory_utilization": 0.5}, "--gpu-memory-utilization 0.5: there is no GPU in use"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(folder, given, message):
+    with pytest.raises(ConfigError, match=message):
+        start_engine(settings(folder, **given), lambda phase, share: None)
+
+
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(LoadError, match="nowhere"):
         start_engine(settings(tmp_path / "nowhere.gguf"), lambda phase, share: None)

@@ -57,6 +57,19 @@ def test_what_is_sure_to_be_needed_is_compiled_meanwhile(cache, monkeypatch):
     assert len(kept(cache)) == 1
 
 
+def test_who_still_compiles_is_ended_with_the_rest(cache, monkeypatch):
+    helpers, popen = [], subprocess.Popen
+
+    def watched(*arguments, **named):
+        helpers.append(popen(*arguments, **named))
+        return helpers[-1]
+
+    monkeypatch.setattr(compiled.subprocess, "Popen", watched)
+    Compiled(choose(None), cores=2).close()
+    (helper,) = helpers
+    assert helper.returncode is not None
+
+
 @pytest.mark.parametrize("executable", ["/bin/false", "/no/such/program", ""])
 def test_what_another_process_does_not_do_is_done_here(cache, monkeypatch, executable):
     monkeypatch.setattr(compiled, "USUAL", (KEY,))

@@ -262,13 +262,25 @@ async def test_an_error_in_mid_stream_is_an_event_then_done(serve):
     server.assert_idle()
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_failed_step_is_an_error_of_its_requests_alone(serve, stream):
+    server = await serve()
+    server.fake.failing = {1: "run"}
+    reply = await server.chat(stream=stream)
+    assert (reply.status, reply.error["code"]) == (500, "generation_failed")
+    assert (await server.chat(stream=stream)).status == 200
+    assert (await server.get("/ready")).status == 200
+    server.assert_idle()
+
+
 async def test_a_dead_engine_fails_everything_loudly(serve):
     server = await serve()
-    server.fake.broken = RuntimeError("secret path /home/me")
+    server.fake.broken, server.fake.lost = RuntimeError("secret path /home/me"), True
     for stream in (False, True):
         reply = await server.chat(stream=stream)
         assert reply.status == 500
         assert reply.error["code"] == "engine_dead"
+        assert "secret" not in reply.error["message"]
     assert (await server.get("/health")).status == 503
     assert (await server.get("/live")).status == 503
     ready = await server.get("/ready")

@@ -158,6 +158,17 @@ class GpuRunner:
             return self._singles[sequences]
         return next(b for b in self._mixed if b.tokens >= tokens and b.sequences >= sequences)
 
+    @property
+    def lost(self) -> bool:
+        """Whether the device's context is, as after a wild access: everything raises from then
+        on."""
+        try:
+            if self._stream is not None:
+                self._stream.synchronize()
+        except RuntimeError:
+            return True
+        return False
+
     def close(self) -> None:
         """Finish the steps under way and end the threads."""
         self._waiter.shutdown()

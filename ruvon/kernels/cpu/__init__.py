@@ -52,15 +52,17 @@ class CpuKernels:
         *,
         dense_dtype: torch.dtype | None = None,
         isa: str | None = None,
+        cores: Sequence[int] | None = None,
     ) -> None:
         """
         Args:
-            threads: how many compute, the caller's among them; each has a core to itself.
+            threads: how many compute, the caller's among them.
             dense_dtype: what weights that are not quantized are kept in; None keeps their own.
                 Products are float32, but with an instruction set that has a dot product of
                 bfloat16, activations are rounded to it for weights of that type.
             isa: the name of an instruction set, see `isa`; None takes the CPU's best. All give the
                 same results, but for weights in bfloat16.
+            cores: one for each thread to be held to; None leaves that to the operating system.
 
         Raises ConfigError if the CPU does not have that instruction set.
         """
@@ -71,6 +73,7 @@ class CpuKernels:
             threads,
             self._compiled.address(("lead", None)),
             self._compiled.address(("follow", None)),
+            cores,
         )
         self._recording: Recording | None = None
         self.ops = Ops(
@@ -118,8 +121,9 @@ class CpuKernels:
         self._team.settle()
 
     def close(self) -> None:
-        """End the threads."""
+        """End the threads, and whoever still compiles."""
         self._team.close()
+        self._compiled.close()
 
     def _pack(self, weight: Weight) -> Packed:
         return pack(weight, self._dense_dtype, self.isa.bf16)

@@ -164,6 +164,13 @@ class Compiled:
             self._addresses[key] = self._load(key)
         return self._addresses[key]
 
+    def close(self) -> None:
+        """End the process that still compiles; what it has kept is whole."""
+        if self._helper is not None:
+            self._helper.terminate()
+            self._helper.wait()
+            self._helper = None
+
     def _load(self, key: Key) -> int:
         if key in USUAL and self._helper is not None:
             self._helper.wait()  # if it came to nothing, the kernel is compiled here

@@ -49,13 +49,15 @@ MOST_IN_USE = 16  # programs that are kept before it is looked which are still i
 class Team:
     """The threads, their scratch space, and the control block they meet at.
 
-    Thread 0 is whoever calls `run`; the others are parked. Each is held to a core of its own where
-    the operating system allows that (the caller while it runs, unless it has settled), lest two
-    meet on one.
+    Thread 0 is whoever calls `run`; the others are parked. Each can be held to a core of its own
+    (the caller while it runs, unless it has settled).
     """
 
-    def __init__(self, threads: int, lead: int, follow: int) -> None:
-        """``lead`` and ``follow`` are the addresses of the compiled entries of `jit.threads`."""
+    def __init__(
+        self, threads: int, lead: int, follow: int, cores: Sequence[int] | None = None
+    ) -> None:
+        """``lead`` and ``follow`` are the addresses of the compiled entries of `jit.threads`,
+        ``cores`` has one for each thread to be held to."""
         self.threads = threads
         counters = SLOTS * 64 * (1 + threads)
         control = aligned_bytes(COUNTERS + counters + 64 * threads).view(torch.int64)
@@ -70,7 +72,7 @@ class Team:
         self._first = 1  # number of the next program's first instruction
         self._in_use: deque[tuple[int, Tensor]] = deque()
         self._busy = threading.Lock()
-        self._cores = cores_for(threads)
+        self._cores: Sequence[int | None] = cores or [None] * threads
         self._settled: int | None = None  # the thread that stays on the first core
         self._others = [
             threading.Thread(target=self._park, args=(thread,), name=f"ruvon-{thread}", daemon=True)
@@ -135,12 +137,6 @@ class Team:
         presence = self._presence[thread:].ctypes.data
         with held_to(self._cores[thread]):
             self._follow(self._address, presence, thread, self.threads)
-
-
-def cores_for(threads: int) -> list[int | None]:
-    """A core for each thread; None where there are too few, or the system does not say."""
-    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    return [*cores[:threads]] if 1 < threads <= len(cores) else [None] * threads
 
 
 @contextmanager

@@ -11,6 +11,9 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
+
+from ruvon.errors import ConfigError
 
 ROOT = Path("/")
 NO_LIMIT = 1 << 60  # version 1 writes "unlimited" as a huge number
@@ -35,13 +38,39 @@ def available_cores(root: Path = ROOT) -> int:
 def cores(root: Path = ROOT) -> list[int]:
     """The first CPU of each core this process may run on. A core's other ones (SMT) share its
     arithmetic units, which one thread of ours keeps busy."""
-    pinned = hasattr(os, "sched_getaffinity")
-    allowed = sorted(os.sched_getaffinity(0)) if pinned else range(os.cpu_count() or 1)
     first: dict[str, int] = {}
-    for cpu in allowed:
+    for cpu in allowed_cpus():
         topology = root / f"sys/devices/system/cpu/cpu{cpu}/topology"
         first.setdefault(_read(topology / "thread_siblings_list") or str(cpu), cpu)
     return list(first.values())
+
+
+def allowed_cpus() -> list[int]:
+    """The CPUs this process may run on, as `taskset` or a container's cpuset leaves them."""
+    if hasattr(os, "sched_getaffinity"):
+        return sorted(os.sched_getaffinity(0))
+    return list(range(os.cpu_count() or 1))
+
+
+def cores_to_pin(
+    threads: int, wanted: Literal["auto", "on", "off"], root: Path = ROOT
+) -> list[int] | None:
+    """A core for each compute thread to stay on; None where the system shall place them.
+
+    ``auto`` pins only where somebody gave this process fewer CPUs than there are, and all of those
+    cores are used. Any other choice might be made by the next process too, and both would share
+    some cores while others lie idle.
+
+    Raises ConfigError for ``on`` where that cannot be.
+    """
+    own = cores(root)
+    if wanted == "on" and not (hasattr(os, "sched_setaffinity") and threads <= len(own)):
+        raise ConfigError(
+            f"--pin-threads on: {threads} threads cannot each have one of {len(own)} cores here"
+        )
+    narrowed = len(allowed_cpus()) < (os.cpu_count() or 1)
+    given = narrowed and threads == len(own) and hasattr(os, "sched_setaffinity")
+    return own[:threads] if wanted == "on" or (wanted == "auto" and given) else None
 
 
 OWN_LIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}

@@ -5,8 +5,8 @@ import math
 import numpy as np
 import pytest
 
-from ruvon.engine.checks import check_sampling, settle
 from ruvon.engine.types import SamplingParams
+from ruvon.engine.validation import check_sampling, settle
 from ruvon.errors import RequestError
 
 VOCAB = 100

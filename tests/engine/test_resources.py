@@ -4,7 +4,8 @@ import os
 
 import pytest
 
-from ruvon.engine.machine import available_cores, available_memory, cores
+from ruvon.engine.resources import available_cores, available_memory, cores, cores_to_pin
+from ruvon.errors import ConfigError
 
 
 def fake_machine(root, files):
@@ -18,6 +19,7 @@ def fake_machine(root, files):
 
 
 CGROUP = "sys/fs/cgroup"
+SIBLINGS = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
 
 
 @pytest.mark.parametrize(
@@ -129,8 +131,7 @@ def test_a_containers_processor_limit_counts(tmp_path, monkeypatch, files, expec
 @pytest.mark.parametrize("siblings", ["0-1 0-1 2-3 2-3", "0,2 1,3 0,2 1,3"])
 def test_the_threads_of_a_core_count_once(tmp_path, monkeypatch, siblings):
     groups = siblings.split()
-    folder = "sys/devices/system/cpu/cpu{}/topology/thread_siblings_list"
-    root = fake_machine(tmp_path, {folder.format(n): group for n, group in enumerate(groups)})
+    root = fake_machine(tmp_path, {SIBLINGS.format(n): group for n, group in enumerate(groups)})
     for allowed, expected in ((range(4), 2), ({1}, 1), ({0, 3}, 2)):
         monkeypatch.setattr(os, "sched_getaffinity", lambda pid, a=allowed: set(a), raising=False)
         assert available_cores(root) == len(cores(root)) == expected
@@ -140,6 +141,33 @@ def test_the_threads_of_a_core_count_once(tmp_path, monkeypatch, siblings):
 def test_cores_are_those_this_process_may_run_on(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {3, 5}, raising=False)
     assert available_cores(tmp_path) == 2
+
+
+@pytest.mark.parametrize(
+    ("allowed", "threads", "wanted", "expected"),
+    [
+        (range(8), 4, "auto", None),  # the whole machine: who else is there?
+        ({0, 1, 2, 3}, 2, "auto", [0, 2]),  # given to us, with both threads of each core
+        ({2, 5}, 2, "auto", [2, 5]),
+        ({2, 4, 6}, 2, "auto", None),  # which of the three another may choose too
+        ({2, 5}, 3, "auto", None),
+        (range(8), 3, "on", [0, 2, 4]),
+        ({2, 5}, 2, "off", None),
+    ],
+)
+def test_threads_are_pinned_to_cores_given_to_us(
+    tmp_path, monkeypatch, allowed, threads, wanted, expected
+):
+    files = {SIBLINGS.format(n): f"{n & ~1}-{n | 1}" for n in range(8)}
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(allowed), raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    assert cores_to_pin(threads, wanted, fake_machine(tmp_path, files)) == expected
+
+
+def test_more_threads_than_cores_cannot_be_pinned(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {1, 2}, raising=False)
+    with pytest.raises(ConfigError, match="--pin-threads on: 3 threads"):
+        cores_to_pin(3, "on", tmp_path)
 
 
 def test_this_machine_has_memory_and_cores():
