@@ -22,7 +22,7 @@ from ruvon.engine.batch import build_batch
 from ruvon.engine.engine import Engine
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
-from ruvon.telemetry import Metrics
+from ruvon.telemetry.metrics import Metrics
 
 BLOCK_SIZE = 16
 PARTS = ("schedule", "build", "commit", "deliver")

@@ -60,6 +60,10 @@ class Process:
         self._reader.join()
         self.popen.stderr.close()
 
+    def go_deaf(self) -> None:
+        """Close the reading end of its stderr, as a log collector that crashed."""
+        os.dup2(os.open(os.devnull, os.O_RDONLY), self.popen.stderr.fileno())
+
 
 @contextmanager
 def running(*options: str) -> Iterator[Process]:

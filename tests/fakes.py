@@ -318,6 +318,9 @@ class FakeMetrics:
     def record_step(self, **values: object) -> None:
         self.calls.append(("step", values))
 
+    def record_prompt(self, num_prompt: int, num_cached: int) -> None:
+        self.calls.append(("prompt", {"num_prompt": num_prompt, "num_cached": num_cached}))
+
     def record_first_token(self, seconds: float) -> None:
         self.calls.append(("first_token", {"seconds": seconds}))
 

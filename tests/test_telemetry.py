@@ -2,43 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import os
+import re
+import time
+from pathlib import Path
 
 import pytest
 import structlog
 
-from ruvon.telemetry import (
+import ruvon
+from ruvon.telemetry.collectors import (
     FIRST_TOKEN_BUCKETS,
     REQUEST_BUCKETS,
     TOKEN_LATENCY_BUCKETS,
-    HttpMetrics,
-    Metrics,
-    Totals,
-    configure_logging,
     one_two_five,
-    stats_line,
 )
+from ruvon.telemetry.logs import Sink, configure_logging
+from ruvon.telemetry.metrics import HttpMetrics, Metrics
+from ruvon.telemetry.totals import Totals, stats_line
 
-NAMES = {
-    "counter": {
-        "admission_rejections", "generation_tokens", "num_preemptions", "prefix_cache_hits",
-        "prefix_cache_queries", "prompt_tokens", "prompt_tokens_by_source", "prompt_tokens_cached",
-        "request_success",
-    },
-    "gauge": {
-        "cache_config_info", "kv_cache_usage_perc", "num_requests_running", "num_requests_waiting",
-        "num_requests_waiting_by_reason",
-    },
-    "histogram": {
-        "e2e_request_latency_seconds", "inter_token_latency_seconds", "iteration_tokens_total",
-        "request_decode_time_seconds", "request_generation_tokens",
-        "request_inference_time_seconds", "request_max_num_generation_tokens",
-        "request_params_max_tokens", "request_params_n", "request_prefill_kv_computed_tokens",
-        "request_prefill_time_seconds", "request_prompt_tokens", "request_queue_time_seconds",
-        "request_time_per_output_token_seconds", "time_to_first_token_seconds",
-    },
-}  # fmt: skip
+REFERENCE = Path(ruvon.__file__).parent.parent / "docs" / "reference" / "metrics.md"
+ON_GPU = ("graph_misses", "kernel_compilations")  # counted by a GPU's runner
 
 
 @pytest.fixture
@@ -66,25 +53,38 @@ def finish(metrics, **changes):
     )  # fmt: skip
 
 
-def test_names_and_types_are_those_of_vllm(metrics):
-    types = {}
-    for line in metrics.render().decode().splitlines():
-        if line.startswith("# TYPE vllm:") and "_created" not in line:
-            name, kind = line.removeprefix("# TYPE vllm:").split()
-            types.setdefault(kind, set()).add(
-                name.removesuffix("_total") if kind == "counter" else name
-            )
-    assert types == NAMES
+def types(text):
+    """The metrics of a page: name → kind."""
+    lines = [line.split() for line in text.splitlines() if line.startswith("# TYPE")]
+    return {name: kind for _, _, name, kind in lines if not name.endswith("_created")}
+
+
+def test_the_reference_lists_what_is_served(metrics):
+    for name in ON_GPU:
+        metrics.watch(name, "Counted elsewhere.", lambda: 0)
+    http = HttpMetrics()
+    http.watch("ruvon_log_lines_dropped", "Lines.", lambda: 0)
+    rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", REFERENCE.read_text(), re.MULTILINE)
+    served = types((metrics.render() + http.render()).decode())
+    theirs = {name.removeprefix("vllm:"): kind for name, kind in served.items() if ":" in name}
+    of_server = {name: served[name] for name in types(http.render().decode())}
+    assert dict(rows) == theirs | of_server
+    assert len(rows) == len(dict(rows))
 
 
 def test_every_name_is_served_twice(metrics):
     finish(metrics)
-    found = lines(metrics)
-    own = {name for name in found if name.startswith("ruvon_")}
-    assert {name.replace("vllm:", "ruvon_", 1) for name in found if name not in own} == own
+    served = types(metrics.render().decode())
+    assert served.pop("ruvon_iteration_tokens") == "histogram"  # a name in _total is a counter's
+    own = {name.removeprefix("ruvon_") for name in served if ":" not in name}
+    theirs = {name.removeprefix("vllm:") for name in served if ":" in name}
+    assert theirs - own == {"iteration_tokens_total"}
+    assert all(served[f"vllm:{name}"] == served[f"ruvon_{name}"] for name in own)
 
 
 def test_finished_requests(metrics):
+    for _ in range(2):
+        metrics.record_prompt(num_prompt=10, num_cached=4)
     finish(metrics)
     finish(metrics, reason="length", num_output=1)
     found, base = lines(metrics), '{engine="0",model_name="m"}'
@@ -210,6 +210,65 @@ def test_console_lines(stderr):
     ours, theirs = stderr()
     assert ours.endswith("number=1")
     assert "beware" in theirs
+
+
+class Refuses(io.StringIO):
+    """A stream that fails whatever is written."""
+
+    def __init__(self, error):
+        super().__init__()
+        self.error = error
+
+    def write(self, text):
+        raise self.error
+
+
+@pytest.mark.parametrize("error", [OSError(28, "no space"), ValueError("closed")])
+def test_a_stream_that_fails_costs_lines_and_nothing_else(error):
+    sink = Sink(Refuses(error))
+    sink.write("lost\n")
+    assert sink.dropped == 1
+
+
+def test_no_stderr_at_all(monkeypatch, stderr):
+    monkeypatch.setattr("sys.stderr", None)
+    sink = configure_logging()
+    structlog.get_logger().info("lost")
+    logging.getLogger("library").error("lost")
+    assert sink.dropped == 2
+
+
+@pytest.fixture
+def pipe():
+    """A pipe's end to read, and the other as a text stream."""
+    reading, writing = os.pipe()
+    with os.fdopen(reading, "rb", buffering=0) as reader, os.fdopen(writing, "w") as writer:
+        yield reader, writer
+
+
+def test_a_reader_that_left(pipe):
+    reader, writer = pipe
+    sink = Sink(writer)
+    sink.write("kept \ud800\n")  # what no encoding holds is written as an escape
+    assert reader.read(100) == b"kept \\ud800\n"
+    reader.close()
+    sink.write("lost\n")
+    assert sink.dropped == 1
+
+
+def test_a_reader_that_stopped_reading_holds_nobody(pipe):
+    reader, writer = pipe
+    sink = Sink(writer)
+    before = time.monotonic()
+    for _ in range(1000):
+        sink.write("x" * 999 + "\n")
+    assert time.monotonic() - before < 1  # a wait for each of some 900 lines would take 5 s
+    dropped = sink.dropped
+    assert dropped > 900
+    reader.read(1 << 20)
+    sink.write("again\n")
+    assert reader.read(100).endswith(b"again\n")
+    assert sink.dropped == dropped
 
 
 def test_what_others_count_is_read_when_asked_for(metrics):

@@ -19,6 +19,7 @@ from ruvon.engine.types import TextOptions
 from ruvon.errors import RuvonError
 from ruvon.llm import LLM, Completion, Prompt
 from ruvon.models.chat import Delta, Parser, PlainParser
+from ruvon.telemetry.logs import configure_logging
 
 COMPLETION_TOKENS = 128  # of `complete` when --max-tokens is not given; a chat may use all
 
@@ -32,7 +33,7 @@ class Local:
     @classmethod
     def load(cls, config: EngineConfig) -> Local:
         """Load what ``config`` names, with a progress bar on stderr."""
-        telemetry.configure_logging("warning")
+        configure_logging("warning")
         with loading_bar() as progress:
             return cls(LLM.over(start_engine(config, progress)))
 

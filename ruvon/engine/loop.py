@@ -48,6 +48,8 @@ class LoopMetrics(Protocol):
         num_preempted: int,
     ) -> None: ...
 
+    def record_prompt(self, num_prompt: int, num_cached: int) -> None: ...
+
     def record_first_token(self, seconds: float) -> None: ...
 
     def record_inter_token(self, seconds: float, count: int) -> None: ...
@@ -264,11 +266,14 @@ class EngineLoop:
                 if ticket.first_token_at is None:
                     urgent = True
                     ticket.first_token_at = now
+                    self._metrics.record_prompt(ticket.seq.num_prompt, ticket.seq.num_cached)
                     self._metrics.record_first_token(now - ticket.seq.arrived_at)
                 else:
                     intervals[ticket.token_at] = intervals.get(ticket.token_at, 0) + 1
                 ticket.token_at = now
             if emission.finish is not None:
+                if emission.finish == "length" and ticket.first_token_at is None:  # scored only
+                    self._metrics.record_prompt(ticket.seq.num_prompt, ticket.seq.num_cached)
                 self._record_finished(ticket, emission.finish, now)
                 del self._tickets[emission.seq_id]
             ticket.stream.put(emission)

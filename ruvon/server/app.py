@@ -6,6 +6,7 @@ import asyncio
 import gc
 import os
 import signal
+from collections.abc import Callable
 
 import structlog
 import uvloop
@@ -20,7 +21,8 @@ from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.state import STATE, State
-from ruvon.telemetry import Progress, configure_logging
+from ruvon.telemetry import Progress
+from ruvon.telemetry.logs import configure_logging
 
 log = structlog.get_logger(__name__)
 
@@ -43,11 +45,16 @@ ROUTES = (
 
 
 def create_app(
-    config: EngineConfig, server: ServerConfig, start: Start = start_engine
+    config: EngineConfig,
+    server: ServerConfig,
+    start: Start = start_engine,
+    lines_dropped: Callable[[], int] = lambda: 0,
 ) -> web.Application:
     """The server as an aiohttp application. It answers at once, and loads the engine beside that;
-    ``start`` makes the engine. Run it with ``handler_cancellation=True``."""
+    ``start`` makes the engine, ``lines_dropped`` counts what the log lost. Run it with
+    ``handler_cancellation=True``."""
     state = State(config, server, parse_size(server.max_body_size))
+    state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app.add_routes(ROUTES)
@@ -64,11 +71,12 @@ def make_runner(app: web.Application) -> web.AppRunner:
 def serve(config: EngineConfig, server: ServerConfig) -> None:
     """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
     address cannot be listened on."""
-    configure_logging(server.log_level, server.log_format)
+    sink = configure_logging(server.log_level, server.log_format)
+    app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            runner.run(run(create_app(config, server, start_for_good)))
+            runner.run(run(app))
     finally:
         gc.unfreeze()  # for libraries that look at the end whether they left something behind
     if still_loading():  # in native code, which does not survive the interpreter's tidying up

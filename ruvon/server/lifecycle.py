@@ -25,7 +25,9 @@ from ruvon.engine.startup import Started
 from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
 from ruvon.server.state import STATE, Service, State
-from ruvon.telemetry import Metrics, Progress, Totals, stats_line
+from ruvon.telemetry import Progress
+from ruvon.telemetry.metrics import Metrics
+from ruvon.telemetry.totals import Totals, stats_line
 
 log = structlog.get_logger(__name__)
 

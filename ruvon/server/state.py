@@ -15,7 +15,7 @@ from ruvon.engine.loop import EngineLoop
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.models.chat import ChatFormat
 from ruvon.models.tokenizer import Tokenizer
-from ruvon.telemetry import HttpMetrics, Metrics
+from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
 log = structlog.get_logger(__name__)
 

@@ -646,11 +646,12 @@ async def test_what_is_recorded_of_a_request(running):
         stream = loop.generate([job])
         clock.now += 1
         await turn()
+        metrics = loop._metrics
         for _ in range(3):
             clock.now += 2
             await turn(runner)
+            assert metrics.all("prompt") == [{"num_prompt": 20, "num_cached": 0}]
         await read(stream)
-        metrics = loop._metrics
         assert metrics.all("first_token") == [{"seconds": 3}]
         assert metrics.all("inter_token") == [{"seconds": 2}] * 2
         assert metrics.all("finished") == [
@@ -675,6 +676,12 @@ async def test_what_is_recorded_of_a_request(running):
         assert steps[0]["num_queried"] == 20
 
 
+async def test_a_prompt_that_is_only_scored_counts_too(running):
+    async with running() as (loop, _):
+        await read(loop.generate([Job((97,) * 20, SamplingParams(max_tokens=0))]))
+        assert loop._metrics.all("prompt") == [{"num_prompt": 20, "num_cached": 0}]
+
+
 async def test_what_is_recorded_of_one_that_left_the_queue(running):
     async with running(by_hand=True, max_num_seqs=1) as (loop, runner):
         stays, leaves = (loop.generate([Job((97,), LONG)]) for _ in range(2))
@@ -684,4 +691,5 @@ async def test_what_is_recorded_of_one_that_left_the_queue(running):
         (finished,) = loop._metrics.all("finished")
         assert finished["reason"] == "abort"
         assert (finished["queue"], finished["prefill"], finished["decode"]) == (4, 0, 0)
+        assert len(loop._metrics.all("prompt")) == 1
         await stays.aclose()

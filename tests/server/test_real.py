@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.request import urlopen
 
 import openai
 import pytest
@@ -85,6 +86,25 @@ def test_a_second_signal_ends_at_once():
         assert process.popen.wait(10) == 128 + signal.SIGINT
         with pytest.raises(openai.APIError):
             list(stream)
+
+
+@needs_model
+def test_a_log_that_nobody_reads_costs_nobody_an_answer():
+    with running("--kv-cache-memory", "64MiB") as process, client(process) as ask:
+        process.wait_for("ready")
+        process.go_deaf()
+        for stream in (False, True):
+            answer = ask.completions.create(model=MODEL, prompt="Once", max_tokens=2, stream=stream)
+            assert not stream or list(answer)[-1].choices[0].finish_reason == "length"
+        with pytest.raises(openai.NotFoundError):
+            ask.completions.create(model="none", prompt="Once")
+        url = str(ask.base_url).removesuffix("v1/")
+        with urlopen(f"{url}metrics") as page:
+            lines = page.read().decode().splitlines()
+        dropped = [line for line in lines if line.startswith("ruvon_log_lines_dropped_total")]
+        assert float(dropped[0].split()[1]) >= 2  # one more met a read that had begun
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(20) == 0
 
 
 def test_a_failed_load_ends_with_its_error_and_code_1(tmp_path):

@@ -1,145 +1,26 @@
-"""Logs, metrics and progress: what people and machines see of a running ruvon.
+"""What an engine and an HTTP server count, for Prometheus.
 
-Metric names and labels are vLLM's, so that its dashboards and autoscalers work unchanged; each is
-also served as ``ruvon_*``. The names are API: `tests/test_telemetry.py` holds the list.
+Names and labels are vLLM's, so that its dashboards and autoscalers work unchanged; each is also
+served as ``ruvon_*``. The names are API: docs/reference/metrics.md holds the list, and a test
+compares.
 """
 
 from __future__ import annotations
 
-import logging
-import math
-import sys
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import accumulate
-from typing import Literal, TypeAlias
+from collections.abc import Callable, Iterable
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
-from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
-Progress: TypeAlias = Callable[[str, float], None]
-"""Called while starting: (phase, share done from 0 to 1)."""
-
-
-def silent(phase: str, share: float) -> None:
-    """A `Progress` that nobody watches."""
-
-
-# ---------------------------------------------------------------------------------------- logs
-
-
-def configure_logging(
-    level: Literal["debug", "info", "warning", "error"] = "info",
-    format: Literal["auto", "console", "json"] = "auto",
-) -> None:
-    """Send all logs, ours and the libraries', to stderr as console lines or as JSON lines."""
-    console = format == "console" or (format == "auto" and sys.stderr.isatty())
-    shared: list[structlog.typing.Processor] = [
-        structlog.contextvars.merge_contextvars,
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="%H:%M:%S" if console else "iso", utc=not console),
-    ]
-    render: list[structlog.typing.Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), pad_event_to=0)]
-        if console
-        else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
-    )
-    number = logging.getLevelName(level.upper())
-    structlog.configure(
-        processors=[*shared, structlog.processors.StackInfoRenderer(), *render],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.WriteLoggerFactory(sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(
-        structlog.stdlib.ProcessorFormatter(
-            foreign_pre_chain=[*shared, structlog.stdlib.add_logger_name],
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *render],
-        )
-    )
-    # Libraries speak up from "warning": their info lines are about themselves, not about ruvon.
-    logging.basicConfig(handlers=[handler], level=max(number, logging.WARNING), force=True)
-
-
-# ------------------------------------------------------------------------------------- metrics
-
-_MILLISECONDS = (0.001, 0.0025, 0.005)  # in front of vLLM's buckets, which start too coarse
-TOKEN_LATENCY_BUCKETS = (
-    *_MILLISECONDS, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75,
-    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-FIRST_TOKEN_BUCKETS = (
-    *_MILLISECONDS, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
-    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-REQUEST_BUCKETS = (
-    *_MILLISECONDS, 0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0,
-    15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
-)  # fmt: skip
-STEP_TOKENS_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-
-
-def one_two_five(limit: int) -> tuple[int, ...]:
-    """Buckets 1, 2, 5, 10, 20, 50, ... up to ``limit``."""
-    steps = (factor * 10**power for power in range(19) for factor in (1, 2, 5))
-    return tuple(step for step in steps if step <= max(limit, 1))
-
-
-@dataclass(slots=True)
-class Totals:
-    """Plain numbers behind the stats line; reading Prometheus objects back is not their purpose."""
-
-    prompt_tokens: int = 0
-    output_tokens: int = 0
-    queried: int = 0
-    cached: int = 0
-    steps: int = 0
-    running: int = 0
-    waiting: int = 0
-    kv_usage: float = 0.0
-
-
-class Tally(Collector):
-    """A histogram that takes in many equal observations at the price of one: all sequences of a
-    step wait equally long for their tokens."""
-
-    def __init__(
-        self, name: str, help: str, bounds: Iterable[float], labels: Mapping[str, str]
-    ) -> None:
-        self._name, self._help, self._labels = name, help, labels
-        self._bounds = (*bounds, math.inf)
-        self._counts = [0] * len(self._bounds)
-        self._sum = 0.0
-
-    def observe(self, value: float, count: int) -> None:
-        self._counts[bisect_left(self._bounds, value)] += count
-        self._sum += value * count
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        names = map(floatToGoString, self._bounds)
-        buckets = list(zip(names, map(float, accumulate(self._counts)), strict=True))
-        family = HistogramMetricFamily(self._name, self._help, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), buckets, self._sum)
-        yield family
-
-
-class Watched(Collector):
-    """A counter that somebody else keeps, read when it is asked for."""
-
-    def __init__(
-        self, name: str, help: str, read: Callable[[], int], labels: Mapping[str, str]
-    ) -> None:
-        self._name, self._help, self._read, self._labels = name, help, read, labels
-
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(self._name, self._help, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), self._read())
-        yield family
+from ruvon.telemetry.collectors import (
+    FIRST_TOKEN_BUCKETS,
+    REQUEST_BUCKETS,
+    STEP_TOKENS_BUCKETS,
+    TOKEN_LATENCY_BUCKETS,
+    Tally,
+    Watched,
+    one_two_five,
+)
+from ruvon.telemetry.totals import Totals
 
 
 class Metrics:
@@ -318,8 +199,9 @@ class Metrics:
     ) -> None:
         """Count one sequence that ended; times in seconds."""
         self._finished.labels(**self._labels, finished_reason=reason).inc()
-        self._record_prompt(num_prompt, num_cached)
         for name, value in {
+            "request_prompt_tokens": num_prompt,
+            "request_prefill_kv_computed_tokens": num_prompt - num_cached,
             "request_generation_tokens": num_output,
             "request_max_num_generation_tokens": num_output,
             "request_params_max_tokens": max_tokens,
@@ -337,7 +219,8 @@ class Metrics:
         }.items():
             self._seconds[name].observe(seconds)
 
-    def _record_prompt(self, num_prompt: int, num_cached: int) -> None:
+    def record_prompt(self, num_prompt: int, num_cached: int) -> None:
+        """Count the tokens of a prompt that is computed now, ``num_cached`` of them found."""
         self.totals.prompt_tokens += num_prompt
         self._prompt_tokens.inc(num_prompt)
         self._prompt_cached.inc(num_cached)
@@ -346,17 +229,17 @@ class Metrics:
             "local_cache_hit": num_cached,
         }.items():
             self._prompt_by_source.labels(**self._labels, source=source).inc(count)
-        self._lengths["request_prompt_tokens"].observe(num_prompt)
-        self._lengths["request_prefill_kv_computed_tokens"].observe(num_prompt - num_cached)
 
     def record_rejection(self, reason: str) -> None:
         """Count a request refused because a bound was reached, such as ``max_num_queued_reqs``."""
         self._rejections.labels(model_name=self._labels["model_name"], reason=reason).inc()
 
     def render(self) -> bytes:
-        """Prometheus text: every ``vllm:`` metric, and once more as ``ruvon_``."""
+        """Prometheus text: every ``vllm:`` metric, and once more as ``ruvon_``. One of vLLM's names
+        says counter and is a histogram; ours does not."""
         text = generate_latest(self.registry)
-        return text + text.replace(b"vllm:", b"ruvon_")
+        own = text.replace(b"vllm:iteration_tokens_total", b"ruvon_iteration_tokens")
+        return text + own.replace(b"vllm:", b"ruvon_")
 
 
 class HttpMetrics:
@@ -373,6 +256,10 @@ class HttpMetrics:
             ["handler", "method"], registry=self.registry, buckets=REQUEST_BUCKETS,
         )  # fmt: skip
 
+    def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
+        """Publish ``{name}_total``, counted elsewhere. ``read`` is called on any thread."""
+        self.registry.register(Watched(name, help, read, {}))
+
     def record(self, handler: str, method: str, status: str, seconds: float) -> None:
         """Count one answered request; ``handler`` is the route, never the raw path."""
         self._requests.labels(handler, method, status).inc()
@@ -381,16 +268,3 @@ class HttpMetrics:
     def render(self) -> bytes:
         """Prometheus text."""
         return generate_latest(self.registry)
-
-
-def stats_line(before: Totals, now: Totals, seconds: float) -> dict[str, float | int]:
-    """The numbers of the periodic log line: rates since ``before``, and the present state."""
-    queried = now.queried - before.queried
-    return {
-        "prompt_tok_s": round((now.prompt_tokens - before.prompt_tokens) / seconds, 1),
-        "output_tok_s": round((now.output_tokens - before.output_tokens) / seconds, 1),
-        "running": now.running,
-        "waiting": now.waiting,
-        "kv_cache_pct": round(100 * now.kv_usage, 1),
-        "prefix_hit_pct": round(100 * (now.cached - before.cached) / queried, 1) if queried else 0,
-    }
