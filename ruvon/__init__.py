@@ -15,6 +15,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ruvon.async_llm import AsyncLLM
     from ruvon.completion import Completion
     from ruvon.deltas import Delta
     from ruvon.engine.types import SamplingParams, TextOptions
@@ -22,11 +23,12 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
-    "LLM", "Completion", "Delta", "SamplingParams", "TextOptions", "__version__",
+    "LLM", "AsyncLLM", "Completion", "Delta", "SamplingParams", "TextOptions", "__version__",
 ]  # fmt: skip
 
 HOMES = {
     "LLM": "ruvon.llm",
+    "AsyncLLM": "ruvon.async_llm",
     "Completion": "ruvon.completion",
     "Delta": "ruvon.deltas",
     "SamplingParams": "ruvon.engine.types",

@@ -67,6 +67,7 @@ class Job:
     n: int = 1
     priority: int = 0  # lower runs first, under the policy "priority"
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
+    param: str = "prompt"  # the field that errors about the prompt name
 
 
 @dataclass(slots=True)
