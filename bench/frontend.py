@@ -24,11 +24,12 @@ from ruvon.bench import find_model, open_session
 KINDS = {  # the first that a stack has a part of
     "detokenizing": ("text_stream",),
     "sockets": ("StreamResponse.write", "http_writer"),
-    "JSON and SSE": ("send_events", "_chunks", ".chunks"),
+    "deltas, stop strings": ("detokenizer.py",),
+    "JSON and SSE": ("send_events", "writers/"),
     "schedule, lay out, launch": ("Engine.launch",),
     "collect": ("Engine.collect",),
     "deliver, metrics": ("_deliver", "_record_step"),
-    "choices, stop strings": ("answers.py", "choices.py"),
+    "answers": ("generation.py",),
     "requests": ("requests.py", "schemas.py", "middleware.py"),
 }
 IDLE = "waiting, uvloop"

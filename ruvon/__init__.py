@@ -15,15 +15,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from ruvon.async_llm import AsyncLLM
+    from ruvon.completion import Completion
+    from ruvon.deltas import Delta
     from ruvon.engine.types import SamplingParams, TextOptions
-    from ruvon.llm import LLM, Completion
+    from ruvon.llm import LLM
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "Completion", "SamplingParams", "TextOptions", "__version__"]
+__all__ = [
+    "LLM", "AsyncLLM", "Completion", "Delta", "SamplingParams", "TextOptions", "__version__",
+]  # fmt: skip
 
 HOMES = {
     "LLM": "ruvon.llm",
-    "Completion": "ruvon.llm",
+    "AsyncLLM": "ruvon.async_llm",
+    "Completion": "ruvon.completion",
+    "Delta": "ruvon.deltas",
     "SamplingParams": "ruvon.engine.types",
     "TextOptions": "ruvon.engine.types",
 }

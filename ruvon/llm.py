@@ -14,106 +14,29 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
-from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, TypeAlias, Unpack
+from typing import Any, Unpack
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from ruvon.completion import (
+    PLAIN_TEXT,
+    Completion,
+    CompletionWriter,
+    Conversation,
+    Prompt,
+    encode_prompt,
+)
 from ruvon.config import EngineConfig
+from ruvon.deltas import Delta
+from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.engine import Pending
 from ruvon.engine.startup import Started, start_engine
-from ruvon.engine.types import (
-    Emission,
-    FinishReason,
-    Job,
-    SamplingParams,
-    TextOptions,
-    TokenLogprobs,
-)
+from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
-from ruvon.models.chat import Options
-from ruvon.models.text_stream import TextStream
+from ruvon.models.chat import Options, PlainParser
 from ruvon.telemetry import silent
-
-Prompt: TypeAlias = str | Sequence[int]
-Conversation: TypeAlias = Sequence[Mapping[str, Any]]
-"""Messages as the OpenAI API has them: role, content ..."""
-
-PLAIN_TEXT = TextOptions()
-
-
-@dataclass(frozen=True, slots=True)
-class Completion:
-    """One completion of one prompt."""
-
-    index: int  # among the prompt's n
-    text: str
-    tokens: tuple[int, ...]  # all that were drawn, one that stopped it included
-    finish_reason: FinishReason
-    stop_reason: str | int | None  # the stop string or stop token id that ended it
-    error: str | None  # why it failed, where finish_reason is "error"
-    logprobs: tuple[TokenLogprobs, ...] | None  # one a token, if asked for
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None  # None for the first token
-    num_prompt: int
-    num_cached: int  # prompt tokens found in the prefix cache
-
-
-@dataclass(slots=True)
-class Growing:
-    """A completion on its way."""
-
-    job: Job
-    index: int
-    stream: TextStream
-    text: str = ""
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[TokenLogprobs] = field(default_factory=list)
-    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
-    num_cached: int = 0
-    finish: FinishReason | None = None
-    stop: str | int | None = None
-    error: str | None = None
-
-    def push(self, emission: Emission) -> str:
-        """Take in an emission; returns the text it adds. A stop string finishes it here."""
-        tokens, self.num_cached = emission.tokens, emission.num_cached
-        self.tokens += tokens
-        if emission.logprobs:
-            self.logprobs += emission.logprobs
-        if emission.prompt_logprobs:
-            self.prompt_logprobs = emission.prompt_logprobs
-        hidden = emission.stop_token is not None and not self.job.text.include_stop
-        piece = self.stream.push(tokens[:-1] if hidden else tokens)
-        if self.stream.stopped is not None:
-            self.finish, self.stop = "stop", self.stream.stopped
-        elif emission.finish is not None:
-            piece += self._finish(emission)
-        self.text += piece
-        return piece
-
-    def _finish(self, emission: Emission) -> str:
-        """Note how the engine finished it; returns the rest of its text."""
-        self.finish, self.error = emission.finish, emission.error
-        if emission.stop_token in self.job.sampling.stop_token_ids:
-            self.stop = emission.stop_token
-        return self.stream.finish()
-
-    def completion(self) -> Completion:
-        assert self.finish is not None, "still growing"
-        return Completion(
-            index=self.index,
-            text=self.text,
-            tokens=tuple(self.tokens),
-            finish_reason=self.finish,
-            stop_reason=self.stop,
-            error=self.error,
-            logprobs=None if self.job.sampling.logprobs is None else tuple(self.logprobs),
-            prompt_logprobs=self.prompt_logprobs,
-            num_prompt=len(self.job.prompt),
-            num_cached=self.num_cached,
-        )
 
 
 class LLM:
@@ -171,8 +94,8 @@ class LLM:
         defaults hold. ``use_tqdm`` shows a progress bar on a terminal. Raises RequestError, before
         anything is computed, for what cannot run.
         """
-        encoded = [self._encode(prompt) for prompt in _listed(prompts)]
-        return self._finish(self._jobs(encoded, sampling, text, n), use_tqdm)
+        encoded = [encode_prompt(prompt, self.tokenizer) for prompt in _listed(prompts)]
+        return self._finish(self._jobs(encoded, sampling, text, n), PlainParser, use_tqdm)
 
     def chat(
         self,
@@ -189,24 +112,31 @@ class LLM:
         it likes."""
         encoded = [self.encode_chat(talk, **template) for talk in _listed_talks(messages)]
         sampling = sampling or self.default_sampling(max_tokens=None)
-        return self._finish(self._jobs(encoded, sampling, text, n), use_tqdm)
+        jobs = self._jobs(encoded, sampling, text, n)
+        return self._finish(jobs, self.started.chat.parser, use_tqdm)
 
     def stream(
         self,
         prompt: Prompt,
         sampling: SamplingParams | None = None,
         text: TextOptions = PLAIN_TEXT,
-    ) -> Generator[str, None, Completion]:
-        """One completion, its text piece by piece; the generator's value is the whole. Closing it
-        stops the work. Raises RequestError, before anything is computed, for what cannot run."""
-        return self._pieces(self._jobs([self._encode(prompt)], sampling, text, 1))
+    ) -> Generator[Delta, None, Completion]:
+        """One completion, delta by delta; the generator's value is the whole. Closing it stops the
+        work. Raises RequestError, before anything is computed, for what cannot run."""
+        ids = encode_prompt(prompt, self.tokenizer)
+        return self._stream(self._jobs([ids], sampling, text, 1), PlainParser)
 
-    def _pieces(self, jobs: Sequence[Job]) -> Generator[str, None, Completion]:
-        growing = self._grow(jobs)
-        with closing(self._run(jobs)) as emissions:
-            for emission in emissions:
-                yield self._push(growing, emission)
-        return growing[0].completion()
+    def stream_chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        text: TextOptions = PLAIN_TEXT,
+        **template: Unpack[Options],
+    ) -> Generator[Delta, None, Completion]:
+        """The answer to a conversation, as `stream` gives it."""
+        sampling = sampling or self.default_sampling(max_tokens=None)
+        jobs = self._jobs([self.encode_chat(messages, **template)], sampling, text, 1)
+        return self._stream(jobs, self.started.chat.parser)
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
         """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
@@ -217,12 +147,6 @@ class LLM:
         return self.started.chat.encode(messages, **template)
 
     # ------------------------------------------------------------------ jobs in
-
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
-        if not isinstance(prompt, str):
-            return prompt
-        start = self.tokenizer.bos_id
-        return self.tokenizer.encode(prompt) or ([] if start is None else [start])
 
     def _jobs(
         self,
@@ -244,50 +168,38 @@ class LLM:
             self.engine.validate(job)
         return jobs
 
-    def _grow(self, jobs: Sequence[Job]) -> list[Growing]:
-        """A place for each completion, where `Emission.index` finds it."""
-        return [
-            Growing(
-                job,
-                k,
-                self.tokenizer.stream(
-                    stop=job.text.stop,
-                    include_stop=job.text.include_stop,
-                    min_tokens=job.sampling.min_tokens,
-                    skip_special_tokens=job.text.skip_special_tokens,
-                    prompt_ids=job.prompt[-4:],
-                ),
-            )
-            for job in jobs
-            for k in range(job.n)
-        ]
+    # ------------------------------------------------------------------ deltas out
 
-    # ------------------------------------------------------------------ tokens out
-
-    def _finish(self, jobs: Sequence[Job], use_tqdm: bool) -> list[list[Completion]]:
-        growing = self._grow(jobs)
+    def _finish(
+        self, jobs: Sequence[Job], parser: MakeParser, use_tqdm: bool
+    ) -> list[list[Completion]]:
+        writer = CompletionWriter(jobs)
         began, num_tokens = time.monotonic(), 0
-        with progress_bar(use_tqdm) as bar, closing(self._run(jobs)) as emissions:
-            task = bar.add_task("generating", total=len(growing), rate="")
-            for emission in emissions:
-                self._push(growing, emission)
-                num_tokens += len(emission.tokens)
-                if growing[emission.index].finish is not None:
+        with progress_bar(use_tqdm) as bar, closing(self._run(jobs, parser)) as deltas:
+            task = bar.add_task("generating", total=sum(job.n for job in jobs), rate="")
+            for delta in deltas:
+                writer.feed(delta)
+                num_tokens += len(delta.tokens)
+                if delta.finish is not None:
                     rate = num_tokens / (time.monotonic() - began)
                     bar.update(task, advance=1, rate=f"{rate:,.0f} tokens/s")
-        done = iter(growing)
-        return [[next(done).completion() for _ in range(job.n)] for job in jobs]
+        done = iter(writer.result())
+        return [[next(done) for _ in range(job.n)] for job in jobs]
 
-    def _push(self, growing: Sequence[Growing], emission: Emission) -> str:
-        one = growing[emission.index]
-        piece = one.push(emission)
-        if one.finish is not None and emission.finish is None:
-            self.engine.abort([emission.seq_id])  # a stop string, of which the engine knows nothing
-        return piece
+    def _stream(
+        self, jobs: Sequence[Job], parser: MakeParser
+    ) -> Generator[Delta, None, Completion]:
+        writer = CompletionWriter(jobs)
+        with closing(self._run(jobs, parser)) as deltas:
+            for delta in deltas:
+                writer.feed(delta)
+                yield delta
+        return writer.result()[0]
 
-    def _run(self, jobs: Sequence[Job]) -> Generator[Emission]:
+    def _run(self, jobs: Sequence[Job], parser: MakeParser) -> Generator[Delta]:
         """Run jobs to their end. However it ends, nothing of them stays in the engine."""
         self._check_idle()
+        detokenizer = Detokenizer(jobs, self.tokenizer, parser)
         waiting, first = deque(jobs), 0
         seq_ids: list[int] = []
         pending: deque[Pending] = deque()
@@ -296,15 +208,18 @@ class LLM:
                 while waiting and (added := self._add(waiting[0], first)):
                     first += waiting.popleft().n
                     seq_ids += added
-                self._check_open()  # between pieces of a stream anything may happen
+                self._check_open()  # between deltas of a stream anything may happen
                 while (step := self.engine.launch(time.monotonic())) is not None:
                     pending.append(step)
                 emissions = self.engine.collect(pending[0])
                 pending.popleft()
-                yield from emissions
+                yield from detokenizer.push(emissions, self._stop)
         finally:
             self.engine.abort(seq_ids)
             self._settle(pending)
+
+    def _stop(self, seq_id: int) -> None:
+        self.engine.abort([seq_id])
 
     def _check_open(self) -> None:
         if self._closed:

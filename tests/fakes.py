@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import codecs
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult, TokenLogprobs
+from ruvon.models.text_stream import TextStream
 
 LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
 
@@ -65,57 +65,24 @@ class ByteTokenizer:
 
     def stream(
         self,
-        prompt_ids: Sequence[int] = (),
         *,
+        prompt_ids: Sequence[int] = (),
         stop: Sequence[str] = (),
         include_stop: bool = False,
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
-    ) -> ByteTextStream:
-        assert not min_tokens, "the real one is tested for this"
-        return ByteTextStream(self, tuple(stop), include_stop, skip_special_tokens)
+    ) -> TextStream:
+        return TextStream(
+            self.token_bytes,
+            hidden=self.special_ids if skip_special_tokens else frozenset(),
+            stop=stop,
+            include_stop=include_stop,
+            min_tokens=min_tokens,
+            prompt_ids=prompt_ids,
+        )
 
     def _index(self, special: str) -> int:
         return self.SPECIALS.index(special)
-
-
-class ByteTextStream:
-    """Text of ids as they come; holds back broken characters and what may begin a stop string."""
-
-    def __init__(
-        self, tokenizer: ByteTokenizer, stop: tuple[str, ...], include_stop: bool, skip: bool
-    ) -> None:
-        self.stopped: str | None = None
-        self._tokenizer = tokenizer
-        self._stop = stop
-        self._include_stop = include_stop
-        self._skip = skip
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-        self._held = ""
-
-    def push(self, ids: Iterable[int]) -> str:
-        if self.stopped is not None:
-            return ""
-        for token in ids:
-            if not (self._skip and token in self._tokenizer.special_ids):
-                self._held += self._decoder.decode(self._tokenizer.token_bytes(token))
-        found = [(self._held.index(s), s) for s in self._stop if s in self._held]
-        if found:
-            at, self.stopped = min(found)
-            end = at + len(self.stopped) * self._include_stop
-            return self._held[:end]
-        keep = max(
-            (k for s in self._stop for k in range(1, len(s)) if self._held.endswith(s[:k])),
-            default=0,
-        )
-        text, self._held = self._held[: len(self._held) - keep], self._held[-keep:] * bool(keep)
-        return text
-
-    def finish(self) -> str:
-        if self.stopped is not None:
-            return ""
-        text, self._held = self._held + self._decoder.decode(b"", True), ""
-        return text
 
 
 def last_three(history: Sequence[int], seed: int) -> int:
@@ -180,6 +147,11 @@ class FakeRunner:
         if not self._by_hand:
             self.finish_step()
         return future
+
+    @property
+    def num_held(self) -> int:
+        """Steps launched and not complete."""
+        return len(self._held)
 
     def finish_step(self) -> None:
         """Complete the oldest launched step."""

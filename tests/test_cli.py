@@ -11,10 +11,11 @@ from click.testing import CliRunner
 from rich.console import Console
 
 from ruvon.cli import main
-from ruvon.cli.answers import Piece, Remote
+from ruvon.cli.answers import Remote, Usage
 from ruvon.cli.chat import Conversation, obey, read_message, run
 from ruvon.cli.client import Client
 from ruvon.config import EngineConfig, ServerConfig, kinds, variable
+from ruvon.deltas import Delta
 from ruvon.errors import PeerError
 
 
@@ -234,8 +235,8 @@ class Scripted:
             for text in self.answers.pop(0):
                 if text is None:
                     raise KeyboardInterrupt
-                yield Piece(text)
-            yield Piece(finish="stop", num_prompt=3, num_output=2)
+                yield Delta(text=text)
+            return Usage(num_prompt=3, num_output=2)
         finally:
             self.closed += 1
 

@@ -7,25 +7,27 @@ from fakes import ByteTokenizer, FakeRunner
 
 from ruvon import LLM, SamplingParams
 from ruvon.cli import main
-from ruvon.cli.answers import Piece
+from ruvon.cli.answers import Usage
 from ruvon.cli.bench import progress_bar
 from ruvon.cli.local import Local, loading_bar
-from ruvon.models.chat import Delta, PlainParser
+from ruvon.deltas import Delta
+from ruvon.models.chat import PlainParser
 
 
 class Shouting:
     """A parser that holds its last piece back: reasoning in lower case, text in upper."""
 
-    def __init__(self):
+    def __init__(self, text):
+        self.text = text
         self.held = ""
 
-    def push(self, text):
+    def push(self, ids):
         deltas = [Delta(reasoning=self.held)] if self.held else []
-        self.held = text
+        self.held = self.text.push(ids)
         return deltas
 
     def finish(self):
-        return [Delta(text=self.held.upper())]
+        return [Delta(text=(self.held + self.text.finish()).upper())]
 
 
 class Chat:
@@ -52,13 +54,24 @@ HELLO = [{"role": "user", "content": "hello"}]
 GREEDY = {"temperature": 0.0, "max_tokens": 6}
 
 
-def test_an_answer_comes_in_pieces_and_ends_with_its_counts(make_engine):
+def listen(answer):
+    """(Its deltas, its counts)."""
+    counts = []
+
+    def over():
+        counts.append((yield from answer))
+
+    return list(over()), counts[0]
+
+
+def test_an_answer_comes_in_deltas_and_ends_with_its_counts(make_engine):
     local = make_local(make_engine)
-    pieces = list(local.chat(HELLO, GREEDY))
+    deltas, usage = listen(local.chat(HELLO, GREEDY))
     ((whole,),) = local.llm.chat(HELLO, SamplingParams(**GREEDY), use_tqdm=False)
-    assert "".join(piece.text for piece in pieces) == whole.text
-    assert len(pieces) > 2
-    assert pieces[-1] == Piece(finish="length", num_prompt=5, num_output=6)
+    assert "".join(delta.text for delta in deltas) == whole.text
+    assert len(deltas) > 2
+    assert deltas[-1].finish == "length"
+    assert usage == Usage(num_prompt=5, num_output=6)
 
 
 def test_bars_stay_off_files(make_engine, capfd):
@@ -71,20 +84,24 @@ def test_bars_stay_off_files(make_engine, capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_the_models_parser_sees_all_text(make_engine):
-    pieces = list(make_local(make_engine, Shouting).chat(HELLO, GREEDY))
+def test_the_models_parser_sees_all_ids(make_engine):
+    local = make_local(make_engine, Shouting)
+    deltas = list(local.chat(HELLO, GREEDY))
     plain = list(make_local(make_engine).chat(HELLO, GREEDY))
-    said = "".join(piece.reasoning for piece in pieces) + pieces[-2].text.lower()
-    assert said == "".join(piece.text for piece in plain).lower()
+    text = "".join(delta.text for delta in plain)
+    assert "".join(delta.reasoning for delta in deltas) == text[:-1]
+    assert "".join(delta.text for delta in deltas) == text[-1].upper()
+    ((whole,),) = local.llm.chat(HELLO, SamplingParams(**GREEDY), use_tqdm=False)
+    assert (whole.reasoning, whole.text) == (text[:-1], text[-1].upper())
 
 
 def test_leaving_an_answer_frees_the_engine(make_engine):
     local = make_local(make_engine)
-    pieces = local.complete("hello", {"max_tokens": 50})
-    next(pieces)
-    pieces.close()
+    answer = local.complete("hello", {"max_tokens": 50})
+    next(answer)
+    answer.close()
     assert not local.llm.engine.has_work
-    assert list(local.complete("hello", {"max_tokens": 1}))[-1].num_output == 1
+    assert listen(local.complete("hello", {"max_tokens": 1}))[1].num_output == 1
 
 
 def test_the_models_sampling_defaults_apply_where_none_are_given(make_engine, monkeypatch):
@@ -100,9 +117,9 @@ def test_the_models_sampling_defaults_apply_where_none_are_given(make_engine, mo
 
 def test_a_stop_string_ends_a_completion(make_engine):
     local = make_local(make_engine)
-    text = "".join(piece.text for piece in local.complete("hello", GREEDY))
+    text = "".join(delta.text for delta in local.complete("hello", GREEDY))
     stopped = list(local.complete("hello", {**GREEDY, "stop": [text[2]]}))
-    assert "".join(piece.text for piece in stopped) == text[: text.index(text[2])]
+    assert "".join(delta.text for delta in stopped) == text[: text.index(text[2])]
     assert stopped[-1].finish == "stop"
 
 
@@ -117,7 +134,7 @@ def test_complete_in_process(make_engine, monkeypatch):
     args = ["complete", "hello", "--temperature", "0", "--max-tokens", "6", "--threads", "1"]
     result = CliRunner().invoke(main, args)
     assert result.exit_code == 0, result.output
-    text = "".join(piece.text for piece in make_local(make_engine).complete("hello", GREEDY))
+    text = "".join(delta.text for delta in make_local(make_engine).complete("hello", GREEDY))
     assert result.stdout == text + "\n"
     assert configs[0].threads == 1
 

@@ -11,7 +11,9 @@ import torch
 from fakes import ByteTokenizer, FakeRunner
 
 from ruvon import LLM, SamplingParams, TextOptions
+from ruvon.engine.detokenizer import Detokenizer
 from ruvon.errors import ConfigError, ContextLengthError, EngineDeadError, RequestError
+from ruvon.models.chat import PlainParser
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = ["one", "two and three", "four", "a longer prompt than the others, by far"]
@@ -19,6 +21,8 @@ PROMPTS = ["one", "two and three", "four", "a longer prompt than the others, by 
 
 class Chat:
     """Renders messages one after the other."""
+
+    parser = PlainParser
 
     def encode(self, messages, **options):
         return [token for message in messages for token in message["content"].encode()]
@@ -166,7 +170,7 @@ def test_a_stream_gives_pieces_and_then_the_whole(fake):
     stream = fake.stream("hello", GREEDY)
     while end is None:
         try:
-            pieces.append(next(stream))
+            pieces.append(next(stream).text)
         except StopIteration as stop:
             end = stop.value
     assert len(pieces) == 12
@@ -195,15 +199,15 @@ def test_an_interruption_leaves_the_engine_clean(fake, runner, monkeypatch, mome
             raise KeyboardInterrupt
         return collect(pending)
 
-    def interrupted_push(growing, emission):
+    def interrupted_push(*args):
         if len(calls) == 3:
             raise KeyboardInterrupt
-        return push(growing, emission)
+        return push(*args)
 
-    push = fake._push
+    push = Detokenizer.push
     monkeypatch.setattr(fake.engine, "collect", interrupted)
     if moment == "between":
-        monkeypatch.setattr(fake, "_push", interrupted_push)
+        monkeypatch.setattr(Detokenizer, "push", interrupted_push)
     with pytest.raises(KeyboardInterrupt):
         fake.generate(PROMPTS, GREEDY, use_tqdm=False)
     monkeypatch.undo()

@@ -110,8 +110,8 @@ def complete(prompt: str, stop: tuple[str, ...], **given: Any) -> None:
     """Continue PROMPT and stream the text to stdout. PROMPT - reads it from stdin."""
     options = take_options(given) | ({"stop": list(stop)} if stop else {})
     text = sys.stdin.read() if prompt == "-" else prompt
-    for piece in open_source(given).complete(text, options):
-        click.echo(piece.text, nl=False)
+    for delta in open_source(given).complete(text, options):
+        click.echo(delta.text, nl=False)
     click.echo()
 
 

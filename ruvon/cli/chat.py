@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from ruvon.cli.answers import Message, Piece, Source
+from ruvon.cli.answers import Answer, Message, Source, Usage
+from ruvon.deltas import Delta
 from ruvon.errors import RuvonError
 
 with contextlib.suppress(ImportError):  # line editing and history, where the platform has them
@@ -37,7 +38,7 @@ SETTABLE: dict[str, Callable[[str], Any]] = {
 @dataclass(frozen=True, slots=True)
 class Stats:
     """How an answer went; seconds. A source counts tokens at the end, so of an answer that was
-    stopped only the pieces are known."""
+    stopped only the deltas are known."""
 
     num_prompt: int
     num_output: int
@@ -55,26 +56,29 @@ class Stats:
 
 
 class Stopwatch:
-    """Sees an answer's pieces go by."""
+    """Sees an answer go by."""
 
     def __init__(self) -> None:
         self._started = time.perf_counter()
         self._first: float | None = None
-        self._num_pieces = 0
-        self._last = Piece()
+        self._num_deltas = 0
+        self._usage = Usage()
 
-    def see(self, piece: Piece) -> None:
-        self._last = piece
-        if piece.text or piece.reasoning:
-            self._num_pieces += 1
+    def over(self, answer: Answer) -> Generator[Delta]:
+        """The answer itself; the counts at its end are kept."""
+        self._usage = yield from answer
+
+    def see(self, delta: Delta) -> None:
+        if delta.text or delta.reasoning:
+            self._num_deltas += 1
             if self._first is None:
                 self._first = time.perf_counter() - self._started
 
     def stats(self) -> Stats:
         total = time.perf_counter() - self._started
         return Stats(
-            num_prompt=self._last.num_prompt or 0,
-            num_output=self._last.num_output or self._num_pieces,
+            num_prompt=self._usage.num_prompt or 0,
+            num_output=self._usage.num_output or self._num_deltas,
             first=total if self._first is None else self._first,
             total=total,
         )
@@ -95,7 +99,7 @@ class Conversation:
         head = [{"role": "system", "content": self.system}] if self.system else []
         return [*head, *self.turns]
 
-    def ask(self, text: str, show: Callable[[Piece], None]) -> None:
+    def ask(self, text: str, show: Callable[[Delta], None]) -> None:
         """Stream one answer. What has come before an interruption or error is kept as the answer;
         if nothing has, the question is forgotten too.
 
@@ -111,15 +115,16 @@ class Conversation:
                 self.turns += [question, {"role": "assistant", "content": "".join(said)}]
 
     def _stream(
-        self, messages: list[Message], said: list[str], show: Callable[[Piece], None]
+        self, messages: list[Message], said: list[str], show: Callable[[Delta], None]
     ) -> None:
         watch = Stopwatch()
         try:
-            with contextlib.closing(self.source.chat(messages, self.options)) as pieces:
-                for piece in pieces:
-                    watch.see(piece)
-                    said.append(piece.text)
-                    show(piece)
+            answer = watch.over(self.source.chat(messages, self.options))
+            with contextlib.closing(answer) as deltas:
+                for delta in deltas:
+                    watch.see(delta)
+                    said.append(delta.text)
+                    show(delta)
         finally:
             self.stats = watch.stats()
 
@@ -170,7 +175,7 @@ def _read_block(line: str) -> str:
 def answer(text: str, conversation: Conversation, console: Console) -> None:
     """Ask, and print the answer as it comes."""
     try:
-        conversation.ask(text, lambda piece: show(piece, console))
+        conversation.ask(text, lambda delta: show(delta, console))
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/]", end="")
     except RuvonError as error:
@@ -178,12 +183,12 @@ def answer(text: str, conversation: Conversation, console: Console) -> None:
     console.print("\n")
 
 
-def show(piece: Piece, console: Console) -> None:
-    """Print a piece as it is: the reasoning dimmed, nothing read as markup."""
-    if piece.reasoning:
-        console.out(piece.reasoning, style="dim italic", end="", highlight=False)
-    if piece.text:
-        console.out(piece.text, end="", highlight=False)
+def show(delta: Delta, console: Console) -> None:
+    """Print a delta as it is: the reasoning dimmed, nothing read as markup."""
+    if delta.reasoning:
+        console.out(delta.reasoning, style="dim italic", end="", highlight=False)
+    if delta.text:
+        console.out(delta.text, end="", highlight=False)
 
 
 def obey(line: str, conversation: Conversation, console: Console) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,13 +12,14 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 
 from ruvon import telemetry
-from ruvon.cli.answers import Message, Options, Piece
+from ruvon.cli.answers import Answer, Message, Options, Usage
+from ruvon.completion import Completion
 from ruvon.config import EngineConfig
+from ruvon.deltas import Delta
 from ruvon.engine.startup import start_engine
-from ruvon.engine.types import TextOptions
+from ruvon.engine.types import SamplingParams, TextOptions
 from ruvon.errors import RuvonError
-from ruvon.llm import LLM, Completion, Prompt
-from ruvon.models.chat import Delta, Parser, PlainParser
+from ruvon.llm import LLM
 from ruvon.telemetry.logs import configure_logging
 
 COMPLETION_TOKENS = 128  # of `complete` when --max-tokens is not given; a chat may use all
@@ -45,42 +46,26 @@ class Local:
     def defaults(self) -> Mapping[str, Any]:
         return self.llm.started.defaults
 
-    def chat(self, messages: Sequence[Message], options: Options) -> Generator[Piece]:
-        prompt, parser = self.llm.encode_chat(messages), self.llm.started.chat.parser()
-        return self._answer(prompt, parser, {"max_tokens": None, **options})
+    def chat(self, messages: Sequence[Message], options: Options) -> Answer:
+        sampling, text = self._read({"max_tokens": None, **options})
+        return counted(self.llm.stream_chat(messages, sampling, text))
 
-    def complete(self, prompt: str, options: Options) -> Generator[Piece]:
-        return self._answer(prompt, PlainParser(), {"max_tokens": COMPLETION_TOKENS, **options})
+    def complete(self, prompt: str, options: Options) -> Answer:
+        sampling, text = self._read({"max_tokens": COMPLETION_TOKENS, **options})
+        return counted(self.llm.stream(prompt, sampling, text))
 
-    def _answer(self, prompt: Prompt, parser: Parser, options: Options) -> Generator[Piece]:
-        fields: dict[str, Any] = {key: value for key, value in options.items() if key != "stop"}
+    def _read(self, options: Options) -> tuple[SamplingParams, TextOptions]:
+        fields = {key: value for key, value in options.items() if key != "stop"}
         text = TextOptions(stop=tuple(options.get("stop", ())))
-        with closing(self.llm.stream(prompt, self.llm.default_sampling(**fields), text)) as pieces:
-            completion = yield from parse(pieces, parser)
-        if completion.error:
-            raise RuvonError(completion.error)
-        yield Piece(
-            finish=completion.finish_reason,
-            num_prompt=completion.num_prompt,
-            num_output=len(completion.tokens),
-        )
+        return self.llm.default_sampling(**fields), text
 
 
-def parse(
-    pieces: Generator[str, None, Completion], parser: Parser
-) -> Generator[Piece, None, Completion]:
-    """Text → what it means in this model's format; the value is the whole completion."""
-    while True:
-        try:
-            deltas = parser.push(next(pieces))
-        except StopIteration as end:
-            yield from map(_piece, parser.finish())
-            return end.value  # type: ignore[no-any-return]
-        yield from map(_piece, deltas)
-
-
-def _piece(delta: Delta) -> Piece:
-    return Piece(text=delta.text, reasoning=delta.reasoning)
+def counted(deltas: Generator[Delta, None, Completion]) -> Answer:
+    """An answer of these. Raises what was wrong with it, if it fails."""
+    completion = yield from deltas
+    if completion.error:
+        raise RuvonError(completion.error)
+    return Usage(completion.num_prompt, len(completion.tokens))
 
 
 @contextmanager

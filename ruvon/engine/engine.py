@@ -19,8 +19,8 @@ from ruvon.engine.blocks import BlockPool
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
-from ruvon.engine.validation import check_sampling, settle
-from ruvon.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
+from ruvon.engine.validation import check_length, check_sampling, settle
+from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
@@ -222,27 +222,17 @@ class Engine:
         if not 1 <= job.n <= self._bound:
             raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
         if not job.prompt:
-            raise RequestError("The prompt is empty.", "prompt")
+            raise RequestError("The prompt is empty.", job.param)
         lowest, highest = min(job.prompt), max(job.prompt)
         if lowest < 0 or highest >= self.vocab_size:
             raise RequestError(
                 f"Token id {lowest if lowest < 0 else highest} is not in the vocabulary of "
                 f"{self.vocab_size}.",
-                "prompt",
+                job.param,
             )
         check_sampling(job.sampling, self.vocab_size)
-        return self._resolve_max_tokens(len(job.prompt), job.sampling.max_tokens)
-
-    def _resolve_max_tokens(self, num_prompt: int, max_tokens: int | None) -> int:
-        num_completion = 1 if max_tokens is None else max_tokens
-        if num_prompt + num_completion > self.max_model_len:
-            raise ContextLengthError(
-                f"This model's maximum context length is {self.max_model_len} tokens. However, "
-                f"you requested {num_prompt + num_completion} tokens ({num_prompt} in the "
-                f"messages, {num_completion} in the completion). Please reduce the length of the "
-                "messages or completion.",
-                "messages",
-            )
+        num_prompt, max_tokens = len(job.prompt), job.sampling.max_tokens
+        check_length(num_prompt, max_tokens, self.max_model_len, job.param)
         return self.max_model_len - num_prompt if max_tokens is None else max_tokens
 
     @property

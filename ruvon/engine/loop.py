@@ -110,6 +110,24 @@ class EngineLoop:
     # ---------------------------------------------------------------- life
 
     @property
+    def max_model_len(self) -> int:
+        return self.engine.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
+
+    @property
+    def load(self) -> tuple[int, int, float]:
+        """At this moment: sequences running, sequences waiting, share of cache blocks in use."""
+        return self.engine.load
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+        return len(self._tickets)
+
+    @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
         return self._task is not None and self.dead is None and not self.draining
@@ -288,7 +306,7 @@ class EngineLoop:
             stream.fail(dead_error(error))
         self._tickets.clear()
         self._note_idle()
-        log.error("engine_dead", exc_info=error)
+        log.error("engine_dead", exc_info=error)  # last: whatever comes of it, all have been told
 
     # ---------------------------------------------------------------- metrics
 

@@ -1,8 +1,8 @@
 """The engine's vocabulary: everything that flows through a step.
 
 Going down: `Job` → `Sequence` → `Chunk`s in a `Plan` → `ForwardBatch` (see `ruvon.kernels.ops`).
-Coming up: `StepResult` → `Emission`. Token ids only; text lives outside (`TextOptions` rides along
-in a job for whoever turns ids back into text, the engine never reads it).
+Coming up: `StepResult` → `Emission` → `Delta` (see `ruvon.deltas`). Token ids only up to there;
+`TextOptions` rides along in a job for `Detokenizer`, the engine never reads it.
 
 Nothing here changes once made, but for `Sequence`. The types made for each sequence and step are
 not declared ``frozen`` all the same: to make a frozen one takes six times as long.
@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, TypeAlias
 
-FinishReason: TypeAlias = Literal["stop", "length", "abort", "error"]
+from ruvon.deltas import FinishReason as FinishReason
+from ruvon.deltas import TokenLogprobs as TokenLogprobs
 
 UNDRAWN = -1
 """In a chunk, in place of a token that the step before is drawing while this one is planned: the
@@ -67,6 +67,7 @@ class Job:
     n: int = 1
     priority: int = 0  # lower runs first, under the policy "priority"
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
+    param: str = "prompt"  # the field that errors about the prompt name
 
 
 @dataclass(slots=True)
@@ -178,19 +179,6 @@ class Plan:
     def __post_init__(self) -> None:
         num_tokens = sum([len(chunk.tokens) for chunk in self.chunks])
         object.__setattr__(self, "num_tokens", num_tokens)
-
-
-@dataclass(slots=True)
-class TokenLogprobs:
-    """Log-probabilities at one position, of the model before temperature and filters.
-
-    Finite always: minus infinity is given as -9999.0, which JSON can carry.
-    """
-
-    token: int
-    logprob: float
-    rank: int  # 1 is the most likely
-    top: tuple[tuple[int, float], ...]  # the alternatives asked for, most likely first
 
 
 @dataclass(frozen=True, slots=True)

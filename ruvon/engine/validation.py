@@ -8,7 +8,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 
 from ruvon.engine.types import SamplingParams
-from ruvon.errors import RequestError
+from ruvon.errors import ContextLengthError, RequestError
 
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0, math.inf),
@@ -46,6 +46,10 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     of no token."""
     for name, (least, most) in BOUNDS.items():
         check_number(name, getattr(sampling, name), least, most)
+    if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
+        raise RequestError(
+            f"min_tokens must not exceed max_tokens, {sampling.max_tokens}.", "min_tokens"
+        )
     if not sampling.repetition_penalty:
         raise RequestError("repetition_penalty must be above 0.", "repetition_penalty")
     if not all(math.isfinite(amount) for amount in sampling.logit_bias.values()):
@@ -59,6 +63,25 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         raise RequestError("allowed_token_ids must name at least one token.", "allowed_token_ids")
     for word in sampling.bad_words:
         check_ids(word, vocab_size, "bad_words")
+
+
+def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
+    """Raises ContextLengthError, in the words clients match on, if prompt and completion do not fit
+    the context. Without ``max_tokens`` one token must fit."""
+    start = f"This model's maximum context length is {limit} tokens. However, "
+    if max_tokens is None and num_prompt >= limit:
+        raise ContextLengthError(
+            f"{start}your {param} resulted in {num_prompt} tokens."
+            f" Please reduce the length of the {param}.",
+            param,
+        )
+    if max_tokens is not None and num_prompt + max_tokens > limit:
+        raise ContextLengthError(
+            f"{start}you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {param},"
+            f" {max_tokens} in the completion)."
+            f" Please reduce the length of the {param} or completion.",
+            param,
+        )
 
 
 def check_number(name: str, value: object, least: float, most: float) -> None:

@@ -1,7 +1,7 @@
-"""From messages to a prompt, and from a model's words to what a client is told.
+"""From messages to a prompt, and from a model's ids to what a client is told.
 
 A format is a renderer and a parser. ``plain`` renders with the model's own Jinja template and
-passes text through; formats whose models write tool calls or reasoning add a row to `FORMATS`.
+takes all ids for text; formats whose models write tool calls or reasoning add a row to `FORMATS`.
 
 Nothing a client writes can become a special token. A string of the request that spells one, such
 as ``<|im_end|>``, is rendered with a private-use character in place of its first: templates still
@@ -21,9 +21,11 @@ from typing import Any, Protocol, TypedDict, Unpack
 
 import jinja2
 
+from ruvon.deltas import Delta
 from ruvon.errors import ConfigError, RequestError
 from ruvon.models.messages import Message, map_strings, plain, prepare, strings
 from ruvon.models.template import Template, compile_own, compile_template, render_template
+from ruvon.models.text_stream import TextStream
 from ruvon.models.tokenizer import Tokenizer
 
 STAND_INS = range(0xF0000, 0xFFFFD)  # private use, plane 15
@@ -45,43 +47,33 @@ class Options(TypedDict, total=False):
 RESERVED = frozenset({"messages", *Options.__annotations__} - {"kwargs"})
 
 
-@dataclass(frozen=True, slots=True)
-class ToolCall:
-    """A piece of one tool call. ``index`` counts the calls of an answer; ``id`` and ``name`` come
-    with its first piece only; the ``arguments`` joined are JSON."""
-
-    index: int
-    id: str | None = None
-    name: str | None = None
-    arguments: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What a piece of a model's output adds to its answer."""
-
-    text: str = ""
-    reasoning: str = ""
-    tool_call: ToolCall | None = None
-
-
 class Parser(Protocol):
-    """Reads one completion as it comes; any chunking of the same text adds up to the same."""
+    """Reads one completion's ids as they come; any chunking of the same ids adds up to the same.
 
-    def push(self, text: str) -> list[Delta]: ...
+    It is made with the `TextStream` through which all its ids become text, that it may hold back
+    what is undecided, and end at a stop string. It says what the completion says (text, reasoning,
+    tool calls) and leaves the other fields of a `Delta` alone.
+    """
+
+    def push(self, ids: Sequence[int]) -> list[Delta]: ...
 
     def finish(self) -> list[Delta]:
-        """What was held back, once no more text comes."""
+        """What was held back, once no more ids come."""
 
 
 class PlainParser:
     """All output is the answer's text."""
 
-    def push(self, text: str) -> list[Delta]:
+    def __init__(self, text: TextStream) -> None:
+        self._text = text
+
+    def push(self, ids: Sequence[int]) -> list[Delta]:
+        text = self._text.push(ids)
         return [Delta(text=text)] if text else []
 
     def finish(self) -> list[Delta]:
-        return []
+        text = self._text.finish()
+        return [Delta(text=text)] if text else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +82,7 @@ class Format:
     has none, and the template's variables."""
 
     render: Callable[[Template | None, Mapping[str, Any]], str]
-    parser: Callable[[], Parser]
+    parser: Callable[[TextStream], Parser]
 
 
 def _render_plain(template: Template | None, variables: Mapping[str, Any]) -> str:
@@ -154,9 +146,9 @@ class ChatFormat:
         self._first = frozenset(text[0] for text in texts)
         self._longest = max(map(len, texts), default=0)
 
-    def parser(self) -> Parser:
-        """A parser for one completion."""
-        return self._format.parser()
+    def parser(self, text: TextStream) -> Parser:
+        """A parser for one completion, whose ids become text through ``text``."""
+        return self._format.parser(text)
 
     def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
         """The prompt as text.

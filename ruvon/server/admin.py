@@ -13,9 +13,9 @@ from ruvon.engine.validation import check_ids
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import parse
 from ruvon.server.requests import aside, encode_chat
+from ruvon.server.responses import ModelCard
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.state import STATE, Service, State
-from ruvon.server.wire import ModelCard
 
 STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
 
@@ -50,8 +50,8 @@ def _card(name: str, service: Service) -> ModelCard:
 async def live(http: web.Request) -> web.Response:
     """Whether the process works at all: 503 asks for a restart."""
     service = http.app[STATE].service
-    stalled = service.loop.stalled_for if service else 0.0
-    dead = service is not None and service.loop.dead is not None
+    stalled = service.generator.stalled_for if service else 0.0
+    dead = service is not None and service.generator.dead is not None
     if dead or stalled > STUCK_AFTER:
         return json_response({"status": "dead" if dead else "stuck"}, 503)
     return json_response({"status": "alive"})
@@ -60,7 +60,7 @@ async def live(http: web.Request) -> web.Response:
 async def health(http: web.Request) -> web.Response:
     """Whether requests are being answered: true while draining, false while loading."""
     state = http.app[STATE]
-    ok = state.service is not None and state.service.loop.dead is None
+    ok = state.service is not None and state.service.generator.dead is None
     return json_response({"status": "ok" if ok else _status(state)}, 200 if ok else 503)
 
 
@@ -80,7 +80,7 @@ def _status(state: State) -> str:
         return "draining"
     if state.service is None:
         return "loading"
-    return "ready" if state.service.loop.dead is None else "dead"
+    return "ready" if state.service.generator.dead is None else "dead"
 
 
 async def version(http: web.Request) -> web.Response:
@@ -93,7 +93,7 @@ async def metrics(http: web.Request) -> web.Response:
     state = http.app[STATE]
     body = state.http.render()
     if state.service is not None:
-        state.service.metrics.set_load(*state.service.loop.engine.load)
+        state.service.metrics.set_load(*state.service.generator.load)
         body += state.service.metrics.render()
     return web.Response(body=body, headers={"Content-Type": CONTENT_TYPE_LATEST})
 
@@ -143,7 +143,7 @@ async def detokenize(http: web.Request) -> web.Response:
     service = http.app[STATE].ready()
     request, _ = parse(DetokenizeRequest, await http.read(), strict=True)
     service.check_model(request.model)
-    check_ids(request.tokens, service.loop.engine.vocab_size, "tokens")
+    check_ids(request.tokens, service.generator.vocab_size, "tokens")
     return json_response(
         {"prompt": service.tokenizer.decode(request.tokens, skip_special_tokens=False)}
     )

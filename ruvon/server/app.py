@@ -131,7 +131,7 @@ def watch_signals(state: State) -> None:
 
 def end_at_once(state: State, number: signal.Signals) -> None:
     """End the process, and say why and at what cost."""
-    running, waiting, _ = state.service.loop.engine.load if state.service else (0, 0, 0)
+    running, waiting, _ = state.service.generator.load if state.service else (0, 0, 0)
     why = "a second signal while draining"
     log.warning("ended", signal=number.name, why=why, running=running, waiting=waiting)
     os._exit(128 + number)
@@ -141,5 +141,5 @@ async def drain(state: State) -> None:
     """Let running requests finish; refuse new ones, in words, until then."""
     state.draining = True
     if state.service is not None:
-        await state.service.loop.stop(state.server.shutdown_timeout)
+        await state.service.generator.stop(state.server.shutdown_timeout)
         log.info("drained")

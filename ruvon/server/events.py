@@ -5,19 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
-from typing import Any
 
 import orjson
 import structlog
 from aiohttp import web
 
 from ruvon.errors import RequestError, UnavailableError
-from ruvon.server.wire import ErrorAnswer, Usage
+from ruvon.server.responses import ErrorAnswer
 
 log = structlog.get_logger(__name__)
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+CLIENT_LEFT = 499  # how logs and metrics call it; nobody receives this status
 HEADERS = {
     "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
@@ -26,39 +26,10 @@ HEADERS = {
 
 
 class EventResponse(web.StreamResponse):
-    """A response of events. Its headers travel with the first of them: a write of their own would
-    cost as much as a step's news of all other streams.
+    """A response of events. ``outcome`` is the status for logs and metrics: an error in mid-stream
+    comes too late for the one that the client saw, and whoever left early has seen no end."""
 
-    ``outcome`` is the status for logs and metrics: an error in mid-stream comes too late for the
-    one that the client saw.
-    """
-
-    _send_headers_immediately = False  # aiohttp's, for its own `web.Response`
-    outcome = 200
-
-
-class Envelope:
-    """What every chunk of one answer shares, written once.
-
-    A chunk is its beginning, the choice, and its end: only the choice is encoded each time.
-    """
-
-    def __init__(self, fields: Mapping[str, Any], include_usage: bool) -> None:
-        """``fields``: id, object and so on. ``include_usage`` writes usage: null in each chunk."""
-        self._head = b"data: " + orjson.dumps(fields)[:-1] + b',"choices":['
-        self._rest: dict[str, object] = {"usage": None} if include_usage else {}
-        self._tail = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-
-    def chunk(self, choice: object, extra: Mapping[str, object] | None = None) -> bytes:
-        """An event with one choice, and more fields if there are any."""
-        if extra is None:
-            return self._head + orjson.dumps(choice) + self._tail
-        rest = orjson.dumps({**self._rest, **extra})[1:]
-        return self._head + orjson.dumps(choice) + b"]," + rest + b"\n\n"
-
-    def usage(self, usage: Usage) -> bytes:
-        """The event after all choices."""
-        return self._head + b'],"usage":' + orjson.dumps(usage) + b"}\n\n"
+    outcome = CLIENT_LEFT
 
 
 async def send_events(
@@ -73,6 +44,7 @@ async def send_events(
     ``aclosing`` frees what it held; a write that finds the connection gone just ends here.
     """
     response = EventResponse(headers={**HEADERS, **headers})
+    failure: Exception | None = None
     with suppress(ConnectionResetError):
         await response.prepare(http)
         with Pulse(response, keep_alive) as pulse:
@@ -82,9 +54,14 @@ async def send_events(
             except ConnectionResetError:
                 raise
             except Exception as error:
+                failure = error
                 response.outcome = status_of(error)
                 await pulse.write(error_event(error))
         await response.write_eof(DONE)
+        if failure is None:
+            response.outcome = 200
+    if failure is not None:  # told to the client first
+        log_failure(failure)
     return response
 
 
@@ -147,8 +124,11 @@ def error_answer(error: Exception) -> ErrorAnswer:
 
 def error_event(error: Exception) -> bytes:
     """An error in mid-stream. Clients raise for it; a stream that just ends looks like success."""
+    return b"data: " + orjson.dumps(error_answer(error)) + b"\n\n"
+
+
+def log_failure(error: Exception) -> None:
     if isinstance(error, UnavailableError):
         log.warning("stream_failed", error=error.message, error_code=error.code)
     else:
         log.error("stream_failed", exc_info=error)
-    return b"data: " + orjson.dumps(error_answer(error)) + b"\n\n"

@@ -49,7 +49,7 @@ def engine_context(start: Start) -> Callable[[web.Application], AsyncIterator[No
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         if state.service is not None:
-            await state.service.loop.stop(0)
+            await state.service.generator.stop(0)
             state.service.close()
 
     return context
@@ -68,7 +68,7 @@ async def load(state: State, start: Start) -> None:
         state.failure = error
         state.ended.set()
         return
-    service.loop.start()
+    service.generator.start()
     state.share, state.service = 1.0, service
     announce(started, service, time.monotonic() - began)
 
@@ -90,7 +90,7 @@ def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Se
     return Service(
         names=names,
         root=str(checkpoint.name),
-        loop=EngineLoop(engine, metrics),
+        generator=EngineLoop(engine, metrics),
         tokenizer=started.tokenizer,
         chat=chat,
         metrics=metrics,
@@ -152,9 +152,9 @@ async def report(state: State) -> None:
         await asyncio.sleep(STATS_EVERY)
         if state.service is None:
             continue
-        metrics, engine = state.service.metrics, state.service.loop.engine
+        metrics, load = state.service.metrics, state.service.generator.load
         if metrics.totals.steps != before.steps:
-            metrics.set_load(*engine.load)
+            metrics.set_load(*load)
             log.info("stats", **stats_line(before, metrics.totals, time.monotonic() - began))
         before = replace(metrics.totals)
 

@@ -14,7 +14,7 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import BodyTooLargeError, QueueFullError, RequestError, UnavailableError
-from ruvon.server.events import EventResponse, error_answer, status_of
+from ruvon.server.events import CLIENT_LEFT, EventResponse, error_answer, status_of
 from ruvon.server.state import STATE, State
 
 log = structlog.get_logger(__name__)
@@ -26,7 +26,6 @@ FACTS = web.RequestKey("facts", dict[str, Any])
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 QUIET = frozenset({"/health", "/live", "/ready", "/metrics"})  # asked for all the time
-CLIENT_LEFT = 499  # how logs and metrics call it; nobody receives this status
 
 
 @web.middleware

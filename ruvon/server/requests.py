@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.errors import ContextLengthError, RequestError
+from ruvon.errors import RequestError
 from ruvon.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -54,7 +54,7 @@ async def prepare_completion(
         prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
     n = request.best_of or request.n or 1
-    return [_job(request, prompt, sampling, n, service, "prompt") for prompt in prompts]
+    return [_job(request, prompt, sampling, n, "prompt") for prompt in prompts]
 
 
 async def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> list[Job]:
@@ -70,7 +70,7 @@ async def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int
         else None,
         prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
-    return [_job(request, prompt, sampling, request.n or 1, service, "messages")]
+    return [_job(request, prompt, sampling, request.n or 1, "messages")]
 
 
 async def encode_chat(request: TemplateFields, service: Service) -> list[int]:
@@ -108,12 +108,8 @@ def _job(
     prompt: Sequence[int],
     sampling: SamplingParams,
     n: int,
-    service: Service,
     param: str,
 ) -> Job:
-    if not prompt:
-        raise RequestError("The prompt is empty.", param)
-    check_length(len(prompt), sampling.max_tokens, service.max_model_len, param)
     return Job(
         prompt=tuple(prompt),
         sampling=sampling,
@@ -125,6 +121,7 @@ def _job(
         n=n,
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        param=param,
     )
 
 
@@ -141,8 +138,6 @@ def sampling_params(
     if request.top_k is not None:
         given["top_k"] = max(request.top_k, 0)  # -1 is another way to say off
     values = dict(service.defaults) | {k: v for k, v in given.items() if v is not None}
-    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
-        raise RequestError(f"min_tokens must not exceed max_tokens, {max_tokens}.", "min_tokens")
     allowed = request.allowed_token_ids
     return SamplingParams(
         **values,
@@ -168,21 +163,3 @@ def bounded(value: int | None, limit: int, name: str) -> int | None:
     if value is not None and value > limit:
         raise RequestError(f"{name} must be at most {limit} on this server, not {value}.", name)
     return value
-
-
-def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
-    """Raise, in the words clients match on, if prompt and completion do not fit the context."""
-    start = f"This model's maximum context length is {limit} tokens. However, "
-    if max_tokens is None and num_prompt >= limit:
-        raise ContextLengthError(
-            f"{start}your {param} resulted in {num_prompt} tokens."
-            f" Please reduce the length of the {param}.",
-            param,
-        )
-    if max_tokens is not None and num_prompt + max_tokens > limit:
-        raise ContextLengthError(
-            f"{start}you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {param},"
-            f" {max_tokens} in the completion)."
-            f" Please reduce the length of the {param} or completion.",
-            param,
-        )

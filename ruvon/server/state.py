@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import structlog
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
-from ruvon.engine.loop import EngineLoop
+from ruvon.engine.stream import Stream
+from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.models.chat import ChatFormat
 from ruvon.models.tokenizer import Tokenizer
@@ -20,13 +22,47 @@ from ruvon.telemetry.metrics import HttpMetrics, Metrics
 log = structlog.get_logger(__name__)
 
 
+class Generator(Protocol):
+    """All that the server sees of an engine; `EngineLoop` is one."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Tokens that prompt and completion may have together."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def dead(self) -> BaseException | None:
+        """What made it fail for good."""
+
+    @property
+    def stalled_for(self) -> float:
+        """Seconds since the last progress; 0 without work."""
+
+    @property
+    def load(self) -> tuple[int, int, float]:
+        """Sequences running, sequences waiting, share of the cache in use."""
+
+    async def turn(self) -> None:
+        """Wait until reading a new request keeps nobody waiting."""
+
+    def generate(self, jobs: Sequence[Job]) -> Stream:
+        """Queue all jobs, or none and raise why not."""
+
+    def start(self) -> None: ...
+
+    async def stop(self, timeout: float) -> None:
+        """Refuse new requests, and end when the running ones have, or after ``timeout`` seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """A loaded model and all that answering needs of it."""
 
     names: tuple[str, ...]  # the first is the name, the others are aliases
     root: str  # what the model was loaded from
-    loop: EngineLoop
+    generator: Generator
     tokenizer: Tokenizer
     chat: ChatFormat
     metrics: Metrics
@@ -37,7 +73,7 @@ class Service:
 
     @property
     def max_model_len(self) -> int:
-        return self.loop.engine.max_model_len
+        return self.generator.max_model_len
 
     def check_model(self, name: str | None) -> None:
         """Raise for a name that is not served; no name means the model there is."""
@@ -74,7 +110,7 @@ class State:
             raise NotReadyError(
                 f"The model is still loading ({self.phase}, {self.share:.0%}).", retry_after=2.0
             )
-        if self.service.loop.dead is not None:
+        if self.service.generator.dead is not None:
             raise EngineDeadError("The engine has failed; the log says why.")
         return self.service
 

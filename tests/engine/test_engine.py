@@ -50,8 +50,8 @@ def test_what_can_never_run_is_refused(make_engine, job, says, param):
 @pytest.mark.parametrize(
     ("num_prompt", "max_tokens", "says"),
     [
-        (40, 30, r"you requested 70 tokens \(40 in the messages, 30 in the completion\)"),
-        (64, None, r"you requested 65 tokens \(64 in the messages, 1 in the completion\)"),
+        (40, 30, r"you requested 70 tokens \(40 in the prompt, 30 in the completion\)"),
+        (64, None, r"your prompt resulted in 64 tokens\. Please reduce the length of the prompt"),
         (65, 0, r"maximum context length is 64 tokens\. However, you requested 65"),
     ],
 )
@@ -59,7 +59,15 @@ def test_what_does_not_fit_the_context_is_refused(make_engine, num_prompt, max_t
     engine = make_engine(max_model_len=64)
     with pytest.raises(ContextLengthError, match=says) as caught:
         engine.add(Job((97,) * num_prompt, SamplingParams(max_tokens=max_tokens)), 0.0)
-    assert caught.value.code == "context_length_exceeded"
+    assert (caught.value.code, caught.value.param) == ("context_length_exceeded", "prompt")
+
+
+def test_errors_about_the_prompt_name_its_field(make_engine):
+    engine = make_engine(max_model_len=64)
+    for prompt in ((), (97,) * 64, (9999,)):
+        with pytest.raises(RequestError) as caught:
+            engine.validate(Job(prompt, SamplingParams(max_tokens=1), param="messages"))
+        assert caught.value.param == "messages"
 
 
 def test_the_context_is_no_longer_than_the_cache(make_engine):

@@ -28,6 +28,7 @@ VOCAB = 100
         ("presence_penalty", 2.5),
         ("frequency_penalty", -3),
         ("min_tokens", -1),
+        ("min_tokens", 17),  # max_tokens are 16
         ("logprobs", -1),
         ("prompt_logprobs", -2),
         ("logit_bias", {VOCAB: 1.0}),

@@ -15,10 +15,12 @@ from texts import DONE, END, START, mixed_strings, trained
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from ruvon.config import EngineConfig
+from ruvon.deltas import Delta
 from ruvon.errors import ConfigError, RequestError
 from ruvon.models import template
-from ruvon.models.chat import FORMATS, ChatFormat, Delta, load_chat, read_template
+from ruvon.models.chat import FORMATS, ChatFormat, load_chat, read_template
 from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.text_stream import TextStream
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.telemetry import silent
 
@@ -477,10 +479,10 @@ def test_templates_see_every_named_token():
 
 
 @settings(deadline=None)
-@given(st.lists(st.text(max_size=5)))
-def test_the_plain_parser_passes_text_through(pieces):
-    parser = chat("chatml").parser()
-    deltas = [delta for piece in pieces for delta in parser.push(piece)] + parser.finish()
-    assert "".join(delta.text for delta in deltas) == "".join(pieces)
+@given(st.lists(st.binary(max_size=5)))
+def test_the_plain_parser_takes_all_ids_for_text(pieces):
+    parser = chat("chatml").parser(TextStream(lambda id: bytes([id])))
+    deltas = [delta for piece in pieces for delta in parser.push(list(piece))] + parser.finish()
+    assert "".join(delta.text for delta in deltas) == b"".join(pieces).decode(errors="replace")
     assert all(delta == Delta(text=delta.text) and delta.text for delta in deltas)
     assert type(parser) is FORMATS["plain"].parser

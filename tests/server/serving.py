@@ -155,8 +155,9 @@ class Server:
         return self.state.service
 
     @property
-    def engine(self) -> Engine:
-        return self.service.loop.engine
+    def num_live(self) -> int:
+        """Sequences whose end somebody waits for."""
+        return self.service.generator.num_open
 
     async def get(self, path: str, **options: Any) -> Reply:
         async with self.session.get(self.url + path, **options) as response:
@@ -182,16 +183,14 @@ class Server:
     async def finish(self, *tasks: asyncio.Task[Any]) -> None:
         """Complete steps of a runner that is driven by hand until these tasks are done."""
         while not all(task.done() for task in tasks):
-            if self.fake._held:
+            if self.fake.num_held:
                 self.fake.finish_step()
             await asyncio.sleep(0)
 
     @property
     def idle(self) -> bool:
         """Nothing runs, nothing waits, every block is free."""
-        pool = self.engine._scheduler.pool
-        busy = self.engine.has_work or self.service.loop._tickets
-        return not busy and pool.num_free == pool.num_blocks
+        return self.service.generator.load == (0, 0, 0)
 
     def assert_idle(self) -> None:
         assert self.idle

@@ -46,9 +46,9 @@ async def test_version_and_health(serve):
 async def test_a_stuck_step_is_not_alive(serve):
     server = await serve(runner=ScriptRunner("x", by_hand=True))
     task = asyncio.create_task(server.chat())
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     assert (await server.get("/live")).status == 200
-    server.service.loop.progressed_at -= 1000
+    server.service.generator.progressed_at -= 1000
     stuck = await server.get("/live")
     assert (stuck.status, stuck.json) == (503, {"status": "stuck"})
     await server.finish(task)
@@ -130,7 +130,7 @@ async def test_metrics_count_what_was_done(serve):
 async def test_gauges_are_right_between_steps(serve):
     server = await serve(runner=ScriptRunner("x" * 99, by_hand=True), max_num_seqs=1)
     tasks = [asyncio.create_task(server.chat()) for _ in range(2)]
-    await server.until(lambda: server.fake._held and len(server.service.loop._tickets) == 2)
+    await server.until(lambda: server.fake.num_held and server.num_live == 2)
     base = '{engine="0",model_name="org/fake"}'
 
     async def gauges():
@@ -146,7 +146,7 @@ async def test_gauges_are_right_between_steps(serve):
     assert usage > 0
     for task in tasks:
         task.cancel()
-    await server.until(lambda: not server.service.loop._tickets)
+    await server.until(lambda: not server.num_live)
     server.fake.finish_step()
     await server.until(lambda: server.idle)
     assert await gauges() == (0, 0, 0)

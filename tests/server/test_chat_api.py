@@ -94,10 +94,10 @@ async def test_usage_so_far_in_every_chunk(serve):
     server = await serve("abc")
     options = {"continuous_usage_stats": True, "include_usage": True}
     events = (await server.chat(stream=True, stream_options=options)).events
-    counts = [event["usage"] and event["usage"]["completion_tokens"] for event in events]
-    assert counts[0] is None  # before the first token
-    assert counts[1:] == sorted(counts[1:])
-    assert counts[-1] == 4
+    assert [event["usage"] for event in events] == [usage(21, n) for n in (0, 1, 2, 3, 4, 4)]
+    del options["include_usage"]  # then no chunk of its own says them at the end
+    events = (await server.chat(stream=True, stream_options=options)).events
+    assert [event["usage"]["completion_tokens"] for event in events] == [0, 1, 2, 3, 4]
 
 
 async def test_prefixes_found_in_the_cache_are_counted(serve):

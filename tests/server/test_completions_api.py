@@ -79,6 +79,22 @@ async def test_echo_puts_the_prompt_first(serve, stream):
         assert texts(reply.events if stream else [reply.json]) == {0: "Hello", 1: "Hello"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_echo_shows_all_ids_that_were_given(serve, stream):
+    """Special ones too: they are the prompt. They take room in offsets, as any text does."""
+    server = await serve("lo")
+    fields = {"echo": True, "logprobs": 0, "stream": stream}
+    reply = await server.complete([258, 72, 101], **fields)
+    answers = reply.events if stream else [reply.json]
+    assert texts(answers) == {0: "<|im_start|>Helo"}
+    parts = [answer["choices"][0]["logprobs"] for answer in answers]
+    offsets = [offset for part in parts if part for offset in part["text_offset"]]
+    assert offsets == [0, 12, 13, 14, 15, 16]
+    text = (await server.complete("He", **fields | {"stream": False})).json["choices"][0]
+    assert text["text"] == "Helo"
+    assert text["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+
+
 async def test_logprobs_side_by_side(serve):
     server = await serve("é!")
     logprobs = (await server.complete("Hi", logprobs=1, max_tokens=3)).json["choices"][0][

@@ -190,7 +190,7 @@ async def test_a_full_queue_says_when_to_come_back(serve):
     runner = ScriptRunner("Hello", by_hand=True)
     server = await serve(runner=runner, max_num_seqs=1, max_num_queued_reqs=1)
     waiting = [asyncio.create_task(server.chat()) for _ in range(2)]
-    await server.until(lambda: len(server.service.loop._tickets) == 2)
+    await server.until(lambda: server.num_live == 2)
     for stream in (False, True):
         reply = await server.chat(stream=stream)
         assert reply.status == 503

@@ -214,13 +214,13 @@ BODY = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 400}
 async def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve, stream, n):
     server = await serve(runner=ScriptRunner("x" * 1000, by_hand=True))
     _, writer = await raw_request(server, BODY | {"stream": stream, "n": n})
-    await server.until(lambda: len(server.service.loop._tickets) == n)
+    await server.until(lambda: server.num_live == n)
     for _ in range(3):
-        await server.until(lambda: server.fake._held)
+        await server.until(lambda: server.fake.num_held)
         server.fake.finish_step()
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     writer.transport.abort()
-    await server.until(lambda: not server.service.loop._tickets)
+    await server.until(lambda: not server.num_live)
     server.fake.finish_step()  # the one that was under way
     await server.until(lambda: server.idle)
     assert len(server.fake.plans) == 4
@@ -232,11 +232,11 @@ async def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve, stream
 async def test_leaving_while_queued(serve):
     server = await serve(runner=ScriptRunner("x", by_hand=True), max_num_seqs=1)
     first = asyncio.create_task(server.chat())
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     _, writer = await raw_request(server, BODY)
-    await server.until(lambda: len(server.service.loop._tickets) == 2)
+    await server.until(lambda: server.num_live == 2)
     writer.close()
-    await server.until(lambda: len(server.service.loop._tickets) == 1)
+    await server.until(lambda: server.num_live == 1)
     await server.finish(first)
     assert first.result().status == 200
     server.assert_idle()
@@ -274,7 +274,7 @@ async def test_a_slow_reader_stalls_nobody_and_is_bounded(serve):
     for connection in server.runner.server.connections:
         sending = connection.transport.get_extra_info("socket")
         sending.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
-    await server.until(lambda: server.service.loop._tickets)
+    await server.until(lambda: server.num_live)
     for _ in range(3):
         assert (await server.chat(max_tokens=3)).status == 200
     await server.until(lambda: server.idle)  # computed to the end, though nobody reads
@@ -298,15 +298,21 @@ async def read_chunked(reader):
     return body
 
 
-async def test_pieces_grow_while_the_reader_is_busy(serve):
+async def test_chunks_grow_while_the_reader_is_busy(serve, monkeypatch):
     """Several steps between two reads of a stream are one chunk."""
     server = await serve("Hello", runner=ScriptRunner("Hello", by_hand=True))
+    streams, generate = [], server.service.generator.generate
+    monkeypatch.setattr(
+        server.service.generator,
+        "generate",
+        lambda jobs: streams.append(generate(jobs)) or streams[-1],
+    )
     task = asyncio.create_task(server.chat(stream=True))
-    await server.until(lambda: server.fake._held)
-    stream = next(iter(server.service.loop._tickets.values())).stream
+    await server.until(lambda: server.fake.num_held)
+    (stream,) = streams
     wake, stream.wake = stream.wake, lambda: None  # the reader hears of nothing until the end
     while stream.open:
-        if server.fake._held:
+        if server.fake.num_held:
             server.fake.finish_step()
         await asyncio.sleep(0)
     wake()
@@ -336,7 +342,7 @@ async def test_silence_is_filled_with_comments(serve):
 async def test_draining_lets_running_requests_finish(serve):
     server = await serve(runner=ScriptRunner("Hello", by_hand=True))
     running = asyncio.create_task(server.chat(stream=True))
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     draining = asyncio.create_task(drain(server.state))
     await server.until(lambda: server.state.draining)
     ready = await server.get("/ready")
@@ -356,9 +362,9 @@ async def test_draining_has_an_end(serve):
         server=ServerConfig(port=0, shutdown_timeout=0),
     )
     running = asyncio.create_task(server.chat(stream=True, max_tokens=400))
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     server.fake.finish_step()
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     draining = asyncio.create_task(drain(server.state))
     with capture_logs() as logs:
         await server.finish(running, draining)
@@ -374,7 +380,7 @@ async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
     monkeypatch.setattr(os, "_exit", ends.append)
     server = await serve(runner=ScriptRunner("Hello", by_hand=True))
     running = asyncio.create_task(server.chat())
-    await server.until(lambda: server.fake._held)
+    await server.until(lambda: server.fake.num_held)
     watch_signals(server.state)
     with capture_logs() as logs:
         for number in (signal.SIGTERM, signal.SIGINT):

@@ -1,12 +1,11 @@
 """OpenAI's answers, as types of the dictionaries that orjson writes.
 
-A chunk of a stream and a whole answer are built from the same parts. Keys that are not always
-present are ``NotRequired``: clients test presence as well as truth.
+Keys that are not always present are ``NotRequired``: clients test presence as well as truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
 
 PromptLogprobs: TypeAlias = "list[dict[str, PromptLogprob] | None]"
@@ -59,8 +58,8 @@ class CompletionChoice(TypedDict):
     logprobs: CompletionLogprobs | None
     finish_reason: str | None
     stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
-    prompt_token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[Sequence[int]]
+    prompt_token_ids: NotRequired[Sequence[int]]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
@@ -107,7 +106,7 @@ class ChatChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[Sequence[int]]
 
 
 class ChatChunkChoice(TypedDict):
@@ -118,7 +117,7 @@ class ChatChunkChoice(TypedDict):
     logprobs: ChatLogprobs | None
     finish_reason: str | None
     stop_reason: NotRequired[str | int | None]
-    token_ids: NotRequired[list[int]]
+    token_ids: NotRequired[Sequence[int]]
 
 
 class ModelCard(TypedDict):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from ruvon.engine.types import TokenLogprobs
+from ruvon.deltas import TokenLogprobs
 from ruvon.models.tokenizer import Tokenizer
-from ruvon.server.wire import (
+from ruvon.server.responses import (
     ChatLogprobs,
     CompletionLogprobs,
     PromptLogprob,
@@ -66,21 +66,27 @@ class OffsetLogprobs:
     where that character does.
     """
 
-    def __init__(self, tokenizer: Tokenizer, hidden: frozenset[int], start: int = 0) -> None:
-        """``hidden`` ids take no room in the text; ``start`` is the first token's offset."""
+    def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._hidden = hidden
-        self._offset = start
+        self._offset = 0
+
+    def move(self, offset: int) -> None:
+        """The next token begins so many characters further on."""
+        self._offset += offset
 
     def add(
-        self, tokens: Sequence[int], entries: Sequence[TokenLogprobs | None]
+        self,
+        tokens: Sequence[int],
+        entries: Sequence[TokenLogprobs | None],
+        hidden: frozenset[int],
     ) -> CompletionLogprobs:
-        """The next tokens with their log-probabilities, side by side."""
+        """The next tokens with their log-probabilities, side by side. ``hidden`` ids take no room
+        in the text."""
         return {
             "tokens": [self._tokenizer.token_text(token) for token in tokens],
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
-            "text_offset": [self._place(token) for token in tokens],
+            "text_offset": [self._place(token, hidden) for token in tokens],
         }
 
     def _top(self, entry: TokenLogprobs) -> dict[str, float]:
@@ -90,12 +96,24 @@ class OffsetLogprobs:
             top.setdefault(self._tokenizer.token_text(token), logprob)
         return top
 
-    def _place(self, token: int) -> int:
-        data = b"" if token in self._hidden else self._tokenizer.token_bytes(token)
+    def _place(self, token: int, hidden: frozenset[int]) -> int:
+        data = b"" if token in hidden else self._tokenizer.token_bytes(token)
         continues = bool(data) and _continues(data[0])
         place = self._offset - continues
         self._offset += num_characters(data)
         return max(place, 0)
+
+
+def join_logprobs(parts: Sequence[CompletionLogprobs]) -> CompletionLogprobs:
+    """One after the other; at least one."""
+    if len(parts) == 1:
+        return parts[0]
+    return {
+        "tokens": [value for part in parts for value in part["tokens"]],
+        "token_logprobs": [value for part in parts for value in part["token_logprobs"]],
+        "top_logprobs": [value for part in parts for value in part["top_logprobs"]],
+        "text_offset": [value for part in parts for value in part["text_offset"]],
+    }
 
 
 def _continues(byte: int) -> bool:

@@ -1,0 +1,193 @@
+"""AsyncLLM: the server's engine in a program of one's own, for many requests at once.
+
+::
+
+    async with AsyncLLM() as llm:
+        async for delta in llm.stream("Once upon a time", SamplingParams(max_tokens=8)):
+            print(delta.text, end="")
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Sequence
+from contextlib import aclosing
+from types import TracebackType
+from typing import Any, Unpack
+
+from ruvon.completion import (
+    PLAIN_TEXT,
+    Completion,
+    CompletionWriter,
+    Conversation,
+    Prompt,
+    encode_prompt,
+)
+from ruvon.config import EngineConfig
+from ruvon.deltas import Delta
+from ruvon.engine.detokenizer import Detokenizer, MakeParser
+from ruvon.engine.loop import EngineLoop
+from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.types import Job, SamplingParams, TextOptions
+from ruvon.models.chat import Options, PlainParser
+from ruvon.telemetry import silent
+from ruvon.telemetry.metrics import Metrics
+
+
+class AsyncLLM:
+    """A model in this process and event loop. Requests made at once are computed together; a
+    task that is cancelled, or leaves a stream early, ends its request.
+
+    Everything raises RequestError for what cannot run, QueueFullError when too many are waiting,
+    EngineDeadError if a step failed for good, and RuntimeError once this is closed.
+    """
+
+    def __init__(self, model: str | None = None, **settings: Any) -> None:
+        """Says what to load, as `LLM` has it; ``async with`` loads it. Raises ConfigError."""
+        config = EngineConfig(model=model, **settings)
+        self._start: Callable[[], Started] = lambda: start_engine(config, silent)
+        self._loop: EngineLoop | None = None  # while this is open
+        self._closed = False
+
+    @classmethod
+    def over(cls, started: Started) -> AsyncLLM:
+        """An AsyncLLM over an engine that has been started already, and is now this one's to
+        close."""
+        llm = cls()
+        llm._start = lambda: started
+        return llm
+
+    async def __aenter__(self) -> AsyncLLM:
+        """Load, in a thread. Raises ConfigError or LoadError."""
+        self._check_not_closed()
+        self.started = await asyncio.to_thread(self._start)
+        engine = self.started.engine
+        self._loop = EngineLoop(engine, Metrics("model", engine.max_model_len))
+        self._loop.start()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Abort what is running, whose readers get a RuntimeError, and end the engine's thread."""
+        self._closed = True
+        if self._loop is not None:
+            loop, self._loop = self._loop, None
+            await loop.stop(0)
+            self.started.close()
+
+    # ------------------------------------------------------------------ what people call
+
+    async def stream(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        text: TextOptions = PLAIN_TEXT,
+    ) -> AsyncGenerator[Delta]:
+        """One completion of a text or of token ids, delta by delta; the last has ``finish``.
+
+        A reader who is slow gets larger deltas. Whoever leaves early and keeps the generator should
+        close it (``contextlib.aclosing``): that ends the work.
+        """
+        self._open_loop()
+        ids = await asyncio.to_thread(encode_prompt, prompt, self.started.tokenizer)
+        async with aclosing(self._run(self._job(ids, sampling, text), PlainParser)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def stream_chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        text: TextOptions = PLAIN_TEXT,
+        **template: Unpack[Options],
+    ) -> AsyncGenerator[Delta]:
+        """The answer to a conversation, as `stream` gives it."""
+        job = await self._chat_job(messages, sampling, text, 1, **template)
+        async with aclosing(self._run(job, self.started.chat.parser)) as deltas:
+            async for delta in deltas:
+                yield delta
+
+    async def generate(
+        self,
+        prompt: Prompt,
+        sampling: SamplingParams | None = None,
+        text: TextOptions = PLAIN_TEXT,
+        *,
+        n: int = 1,
+    ) -> list[Completion]:
+        """``n`` completions of one prompt. For several prompts call it several times at once, such
+        as with ``asyncio.gather``."""
+        self._open_loop()
+        ids = await asyncio.to_thread(encode_prompt, prompt, self.started.tokenizer)
+        return await self._finish(self._job(ids, sampling, text, n), PlainParser)
+
+    async def chat(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None = None,
+        text: TextOptions = PLAIN_TEXT,
+        *,
+        n: int = 1,
+        **template: Unpack[Options],
+    ) -> list[Completion]:
+        """``n`` answers to one conversation, rendered as `LLM.chat` does."""
+        job = await self._chat_job(messages, sampling, text, n, **template)
+        return await self._finish(job, self.started.chat.parser)
+
+    def default_sampling(self, **fields: Any) -> SamplingParams:
+        """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
+        return SamplingParams(**{**self.started.defaults, **fields})
+
+    # ------------------------------------------------------------------ jobs in, deltas out
+
+    def _check_not_closed(self) -> None:
+        if self._closed:
+            raise RuntimeError("this AsyncLLM is closed")
+
+    def _open_loop(self) -> EngineLoop:
+        self._check_not_closed()
+        if self._loop is None:
+            raise RuntimeError("this AsyncLLM is not open yet: `async with` opens it")
+        return self._loop
+
+    def _job(
+        self, ids: Sequence[int], sampling: SamplingParams | None, text: TextOptions, n: int = 1
+    ) -> Job:
+        return Job(tuple(ids), sampling or self.default_sampling(), text, n)
+
+    async def _chat_job(
+        self,
+        messages: Conversation,
+        sampling: SamplingParams | None,
+        text: TextOptions,
+        n: int,
+        **template: Unpack[Options],
+    ) -> Job:
+        self._open_loop()
+        ids = await asyncio.to_thread(self.started.chat.encode, messages, **template)
+        return self._job(ids, sampling or self.default_sampling(max_tokens=None), text, n)
+
+    async def _finish(self, job: Job, parser: MakeParser) -> list[Completion]:
+        writer = CompletionWriter([job])
+        async with aclosing(self._run(job, parser)) as deltas:
+            async for delta in deltas:
+                writer.feed(delta)
+        return writer.result()
+
+    async def _run(self, job: Job, parser: MakeParser) -> AsyncGenerator[Delta]:
+        """Run a job to its end. However it ends, nothing of it stays in the engine."""
+        loop = self._open_loop()
+        detokenizer = Detokenizer([job], self.started.tokenizer, parser)
+        async with aclosing(loop.generate([job])) as stream:
+            async for emissions in stream:
+                for delta in detokenizer.push(emissions, stream.stop):
+                    if delta.finish == "abort":  # nothing but `close` does that
+                        self._check_not_closed()
+                    yield delta

@@ -1,0 +1,126 @@
+"""Where ids become deltas: the completions of one request on their way up.
+
+The server, `ruvon.LLM` and `ruvon.AsyncLLM` all come through here, whichever way the engine runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Protocol, TypeAlias
+
+from ruvon.deltas import Delta
+from ruvon.engine.types import Emission, Job
+from ruvon.models.chat import Parser, PlainParser
+from ruvon.models.text_stream import TextStream
+
+MakeParser: TypeAlias = Callable[[TextStream], Parser]
+
+CONTEXT = 4  # prompt ids that the text continues; a character has at most four bytes
+
+
+class Texts(Protocol):
+    """What is needed of a `Tokenizer`."""
+
+    def stream(
+        self,
+        *,
+        stop: Sequence[str],
+        include_stop: bool,
+        min_tokens: int,
+        skip_special_tokens: bool,
+        prompt_ids: Sequence[int],
+    ) -> TextStream: ...
+
+
+class Detokenizer:
+    """All completions of one request: ``n`` for each job, numbered through."""
+
+    def __init__(
+        self, jobs: Iterable[Job], tokenizer: Texts, parser: MakeParser = PlainParser
+    ) -> None:
+        """``parser`` reads each completion: `PlainParser`, or a chat format's. Raises RequestError
+        for an empty stop string."""
+        self._completions = [
+            _Completion(job, tokenizer, parser) for job in jobs for _ in range(job.n)
+        ]
+
+    def push(self, emissions: Iterable[Emission], stop: Callable[[int], None]) -> list[Delta]:
+        """What the completions gain: at least one delta for each with news that has not ended.
+
+        ``stop`` is called with the sequence of a completion that a stop string ends: the engine
+        knows nothing of those.
+        """
+        news: dict[int, list[Emission]] = {}
+        for emission in emissions:
+            news.setdefault(emission.index, []).append(emission)
+        deltas = []
+        for index, mine in news.items():
+            completion = self._completions[index]
+            if completion.ended:
+                continue
+            deltas += completion.push(index, mine)
+            if completion.ended and mine[-1].finish is None:
+                stop(mine[-1].seq_id)
+        return deltas
+
+
+class _Completion:
+    """One completion; what it said so far is with the writers, not here."""
+
+    __slots__ = ("_include_stop", "_parser", "_stop_ids", "_text", "ended")
+
+    def __init__(self, job: Job, tokenizer: Texts, parser: MakeParser) -> None:
+        options = job.text
+        self._text = tokenizer.stream(
+            stop=options.stop,
+            include_stop=options.include_stop,
+            min_tokens=job.sampling.min_tokens,
+            skip_special_tokens=options.skip_special_tokens,
+            prompt_ids=job.prompt[-CONTEXT:],
+        )
+        self._parser = parser(self._text)
+        self._include_stop = options.include_stop
+        self._stop_ids = job.sampling.stop_token_ids
+        self.ended = False
+
+    def push(self, index: int, emissions: Sequence[Emission]) -> list[Delta]:
+        """The deltas of this completion, the request's ``index``-th; the last may end it."""
+        first, last = emissions[0], emissions[-1]
+        tokens = first.tokens
+        if len(emissions) > 1:
+            tokens = tuple(chain.from_iterable([emission.tokens for emission in emissions]))
+        deltas, num_taken = self._parse(tokens, last)
+        self._end(last, deltas[-1])
+        first_delta = deltas[0]
+        first_delta.tokens = tokens[:num_taken]
+        if first.logprobs is not None:
+            scores = chain.from_iterable([emission.logprobs or () for emission in emissions])
+            first_delta.logprobs = tuple(islice(scores, num_taken))
+        first_delta.prompt_logprobs = first.prompt_logprobs
+        first_delta.num_cached = first.num_cached
+        for delta in deltas:
+            delta.index = index
+        return deltas
+
+    def _parse(self, tokens: tuple[int, ...], last: Emission) -> tuple[list[Delta], int]:
+        """(What these tokens say, at least one delta; how many of them there are, up to the one
+        that completed a stop string)."""
+        before = self._text.num_tokens
+        hidden = last.stop_token is not None and not self._include_stop
+        deltas = self._parser.push(tokens[:-1] if hidden else tokens)
+        stopped = self._text.stopped is not None
+        if stopped or last.finish is not None:
+            self.ended = True
+            deltas += self._parser.finish()
+        num_taken = self._text.num_tokens - before if stopped else len(tokens)
+        return deltas or [Delta()], num_taken
+
+    def _end(self, emission: Emission, delta: Delta) -> None:
+        """Say why it ended, if it did."""
+        if self._text.stopped is not None:
+            delta.finish, delta.stop_reason = "stop", self._text.stopped
+        elif emission.finish is not None:
+            delta.finish, delta.error = emission.finish, emission.error
+            if emission.stop_token in self._stop_ids:
+                delta.stop_reason = emission.stop_token

@@ -1,0 +1,113 @@
+"""From jobs to an answer: one way for every API, streaming or not."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from urllib.parse import quote
+
+import orjson
+from aiohttp import web
+
+from ruvon.deltas import Delta
+from ruvon.engine.detokenizer import Detokenizer, MakeParser
+from ruvon.engine.stream import Stream
+from ruvon.engine.types import Emission, Job
+from ruvon.errors import GenerationError, NotReadyError
+from ruvon.server.events import send_events
+from ruvon.server.middleware import FACTS
+from ruvon.server.schemas import GenerationFields
+from ruvon.server.state import STATE, Service
+from ruvon.server.writers import Writer
+
+
+class Generation:
+    """One request being answered: the engine's emissions become deltas, a writer folds them."""
+
+    def __init__(
+        self, service: Service, jobs: Sequence[Job], writer: Writer, parser: MakeParser
+    ) -> None:
+        self._service = service
+        self._jobs = jobs
+        self._writer = writer
+        self._detokenizer = Detokenizer(jobs, service.tokenizer, parser)
+        self._started_at = time.monotonic()
+        self._first_at: float | None = None
+
+    async def send(
+        self, http: web.Request, request: GenerationFields, ignored: Sequence[str]
+    ) -> web.StreamResponse:
+        """Run the jobs and send what they give. Whichever way this is left, it frees what the
+        jobs held."""
+        names = ",".join(quote(name, safe="[]") for name in ignored)
+        headers = {"X-Ruvon-Ignored": names} if names else {}
+        async with aclosing(self._service.generator.generate(self._jobs)) as stream:
+            try:
+                if request.stream:
+                    interval = http.app[STATE].server.sse_keep_alive_interval
+                    first = self._push(await first_news(stream, interval), stream)
+                    async with aclosing(self._events(first, stream)) as events:
+                        return await send_events(http, events, headers, interval)
+                body = orjson.dumps(await self._fold(stream))
+                return web.Response(body=body, content_type="application/json", headers=headers)
+            finally:
+                http[FACTS].update(self._facts(bool(request.stream)))
+
+    async def _fold(self, stream: Stream) -> object:
+        """The whole answer."""
+        async for emissions in stream:
+            for delta in self._push(emissions, stream):
+                self._writer.feed(delta)
+        return self._writer.result()
+
+    async def _events(self, first: list[Delta], stream: Stream) -> AsyncGenerator[bytes, None]:
+        """The answer as events: one run of bytes for each step, whatever the number of chunks."""
+        writer = self._writer
+        yield b"".join([writer.opening(), *map(writer.events, first)])
+        async for emissions in stream:
+            data = b"".join([writer.events(delta) for delta in self._push(emissions, stream)])
+            if data:
+                yield data
+        if data := writer.closing():
+            yield data
+
+    def _push(self, emissions: Sequence[Emission], stream: Stream) -> list[Delta]:
+        """Raises `UnavailableError` when the engine gave a sequence up."""
+        if self._first_at is None and emissions:
+            self._first_at = time.monotonic()
+        deltas = self._detokenizer.push(emissions, stream.stop)
+        for delta in deltas:
+            if delta.finish == "error":
+                raise GenerationError(delta.error or "This completion could not be computed.")
+            if delta.finish == "abort":
+                raise NotReadyError("The server is shutting down.", retry_after=1.0)
+        return deltas
+
+    def _facts(self, stream: bool) -> dict[str, object]:
+        """What the request's log line says of it."""
+        tally = self._writer.tally
+        facts: dict[str, object] = {
+            "id": self._writer.id,
+            "stream": stream,
+            "prompt_tokens": tally.num_prompt,
+            "cached_tokens": tally.num_cached,
+            "output_tokens": tally.num_output,
+        }
+        if self._first_at is not None:
+            facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
+        return facts
+
+
+async def first_news(stream: Stream, patience: float) -> list[Emission]:
+    """The first emissions, or none if they take longer than ``patience`` seconds (0: wait).
+
+    A stream's status goes out after this: what fails early has a status of its own, and a long
+    wait does not look like a dead server.
+    """
+    try:
+        async with asyncio.timeout(patience or None):
+            return await anext(stream)
+    except TimeoutError:
+        return []
