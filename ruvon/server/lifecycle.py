@@ -177,7 +177,8 @@ def summary(started: Started, service: Service) -> dict[str, str]:
     drawn = ", ".join(f"{name} {value}" for name, value in service.defaults.items())
     return {
         "model": ", ".join(service.names),
-        "weights": f"{size(memory.weight_bytes)}, {spec.architecture}, {spec.num_layers} layers",
+        "weights": f"{memory.weight_bytes / 1e6:,.1f} MB, {spec.architecture},"
+        f" {spec.num_layers} layers",
         "computes_in": f"{started.dtype} on {started.device}, {started.threads} threads,"
         f" kernels {started.kernels}",
         "kv_cache": f"{size(memory.cache_bytes)} of {memory.dtype}: {memory.num_blocks} blocks of"
