@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 from click.testing import CliRunner
+from embedded import MODEL, needs_model
 from rich.console import Console
 
 from ruvon.cli import main
@@ -36,6 +37,7 @@ class FakeServer(ThreadingHTTPServer):
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.events = [chunk("Hel"), chunk("lo"), USAGE, "[DONE]"]
         self.status = 200
+        self.refusal = '{"error": {"message": "too long"}}'
         self.asked = []
 
 
@@ -58,8 +60,7 @@ class FakeHandler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers["Content-Length"]))
         self.server.asked.append((self.path, json.loads(body)))
         if self.server.status != 200:
-            error = {"error": {"message": "too long", "type": "invalid_request_error"}}
-            return self.reply(self.server.status, json.dumps(error).encode())
+            return self.reply(self.server.status, self.server.refusal.encode())
         lines = [e if isinstance(e, str) else json.dumps(e) for e in self.server.events]
         stream = "".join(f": comment\n\ndata: {line}\n\n" for line in lines)
         return self.reply(200, stream.encode(), "text/event-stream")
@@ -148,14 +149,17 @@ def test_serve_builds_its_configs(monkeypatch, tmp_path):
         (["serve", "--port", "x"], "--port"),
         (["serve", "--batching", "none"], "sequential"),
         (["serve", "--max-num-sesq", "3"], "--max-num-seqs"),
+        (["bench", "serve", "--metric-percentiles", "50;99"], "list of numbers"),
+        (["bench", "serve", "--metric-percentiles", "101"], "between 0 and 100"),
+        (["bench", "serve", "--goodput", "itl:5"], "is not like ttft:200"),
+        (["bench", "serve", "--goodput", "ttft:fast"], "is not like ttft:200"),
         (["serve", "a", "--model", "b"], "not both"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
         (["serve", "--config", "nowhere.toml"], "nowhere.toml"),
         (["chat", "--url", "http://127.0.0.1:9", "--threads", "2"], "--threads has no effect"),
         (["models", "--url", "127.0.0.1:9"], "not a URL"),
         (["models", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
-        (["bench", "serve", "--percentile-metrics", "x"], "ttft"),
-        (["bench", "serve", "--goodput", "ttft"], "ttft:200"),
+        (["bench", "serve", "--percentile-metrics", "ttft,x"], "'x' is not one of ttft"),
     ],
 )
 def test_mistakes_are_one_line_and_a_failure(args, told):
@@ -185,6 +189,19 @@ def test_complete_streams_from_a_server(server):
     assert "temperature" not in payload
 
 
+@needs_model
+def test_models_of_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    name, *rest = invoke("models").output.splitlines()[1].split()
+    assert (name, rest) == (MODEL, ["embedded", "default", "98", "MB"])
+
+
+def test_no_models_on_this_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr("ruvon.cli.models.embedded_name", lambda: None)
+    assert "No model on this machine: make setup" in invoke("models").output
+
+
 def test_complete_reads_stdin(server):
     server.events = ["[DONE]"]
     args = ["complete", "-", "--url", server.url, "--model", "m"]
@@ -212,9 +229,19 @@ def test_a_stream_that_fails_raises(server, events, told):
         list(Remote(Client(server.url), "m").chat([], {}))
 
 
-def test_a_refusal_carries_the_servers_message(server):
-    server.status = 400
-    with pytest.raises(PeerError, match="400 Bad Request: too long"):
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ('{"error": {"message": "too long"}}', "400 Bad Request: too long"),
+        ('{"error": "busy"}', "400 Bad Request: busy"),
+        ('{"detail": "no such path"}', "400 Bad Request: no such path"),
+        ('["?"]', r'400 Bad Request: \["\?"\]'),
+        ("<html>nginx</html>", "400 Bad Request: <html>nginx"),
+    ],
+)
+def test_errors_of_other_servers_are_shown_in_their_words(server, body, told):
+    server.status, server.refusal = 400, body
+    with pytest.raises(PeerError, match=told):
         list(Remote(Client(server.url), "m").chat([], {}))
 
 

@@ -297,6 +297,16 @@ def test_gguf_refusals(change, message):
     assert message in str(caught.value)
 
 
+def test_stored_frequencies_beside_another_scaling():
+    """A linear factor divides them all; with YaRN's ramp they would mean nothing."""
+    linear = {f"{ROPE}.scaling.type": "linear", f"{ROPE}.scaling.factor": 2.0}
+    spec = spec_from_gguf({**GGUF, **linear}, (), (1.0, 3.0, 5.0, 7.0))
+    assert spec.rope.scaling == Divisors((2.0, 6.0, 10.0, 14.0))
+    yarn = {f"{ROPE}.scaling.type": "yarn", f"{ROPE}.scaling.factor": 2.0}
+    with pytest.raises(LoadError, match="'yarn' beside rope_freqs"):
+        spec_from_gguf({**GGUF, **yarn}, (), (1.0,) * 4)
+
+
 def test_gguf_lacking_a_number():
     lacking = {key: value for key, value in GGUF.items() if key != "qwen2.block_count"}
     with pytest.raises(LoadError, match=r"lacks 'qwen2.block_count'"):

@@ -15,6 +15,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
 from ruvon.errors import LoadError, RequestError
+from ruvon.models.byte_level import byte_level_bytes
 from ruvon.models.tokenizer import LONG, Tokenizer, load_tokenizer
 from ruvon.models.vocab import Vocab, surround
 
@@ -289,6 +290,12 @@ def test_a_decoder_that_is_not_understood_is_refused_by_name(tmp_path, decoder, 
         load(folder)
     assert str(folder) in str(caught.value)
     assert message in str(caught.value)
+
+
+def test_a_byte_level_token_outside_the_alphabet_is_text():
+    assert byte_level_bytes("Ġa") == b" a"
+    assert byte_level_bytes("a b") == b"a b"  # a space is no letter of it
+    assert byte_level_bytes("é→") == "é→".encode()
 
 
 def test_nested_decoders_are_read_one_after_another(tmp_path):
