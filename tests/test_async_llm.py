@@ -136,7 +136,7 @@ async def test_a_failed_completion_says_so_and_others_go_on(make_started):
 
 async def test_a_dead_engine_is_raised(make_started):
     runner = FakeRunner(16)
-    runner.broken = ArithmeticError("broken")
+    runner.broken, runner.lost = ArithmeticError("broken"), True
     async with AsyncLLM.over(make_started(runner)) as llm:
         for _ in range(2):
             with pytest.raises(EngineDeadError):

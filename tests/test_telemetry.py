@@ -212,6 +212,18 @@ def test_console_lines(stderr):
     assert "beware" in theirs
 
 
+def test_console_lines_tell_an_error_and_not_what_was_asked(stderr):
+    configure_logging("warning", "console")
+    prompt = "what nobody else should read"
+    try:
+        raise ValueError(len(prompt))
+    except ValueError as error:
+        structlog.get_logger().error("failed", exc_info=error)
+    lines = "\n".join(stderr())
+    assert "ValueError: 28" in lines
+    assert prompt not in lines
+
+
 class Refuses(io.StringIO):
     """A stream that fails whatever is written."""
 

@@ -62,6 +62,9 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
     """
     given["model"] = one_model(name, given["model"])
     engine, server = build_both(given, config)
+    from ruvon.server.console import greet
+
+    greet(server)
     with importing():
         from ruvon.server.app import serve as serve_forever
     serve_forever(engine, server)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import Started, start_engine
-from ruvon.server import admin
+from ruvon.server import admin, console
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
@@ -27,6 +28,7 @@ from ruvon.telemetry.logs import configure_logging
 log = structlog.get_logger(__name__)
 
 YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
+SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
 ROUTES = (
@@ -103,8 +105,8 @@ async def run(app: web.Application) -> None:
     try:
         watch_signals(state)
         host, port = await listen(runner, state.server.host, state.server.port)
-        shown = f"[{host}]" if ":" in host else host
-        log.info("listening", url=f"http://{shown}:{port}", port=port)
+        state.address = (host, port)
+        console.tell_address(state.server, host, port)
         await state.ended.wait()
         await drain(state)
     finally:
@@ -114,27 +116,54 @@ async def run(app: web.Application) -> None:
 
 
 def watch_signals(state: State) -> None:
-    """The first SIGTERM or SIGINT drains; the second ends the process at once."""
+    """The first SIGTERM or SIGINT drains; the second ends the process at once.
+
+    What comes within `SAME_SIGNAL` of the first is the first again: `timeout` sends its signal to
+    the process and then to its whole group.
+    """
     loop = asyncio.get_running_loop()
+    came_at = math.inf
 
     def on_signal(number: signal.Signals) -> None:
-        if state.draining:
+        nonlocal came_at
+        if not state.draining:
+            came_at = loop.time()
+            start_draining(state, number)
+        elif loop.time() - came_at > SAME_SIGNAL:
             end_at_once(state, number)
-        else:
-            state.draining = True
-            log.info("draining", signal=number.name, seconds=state.server.shutdown_timeout)
-            state.ended.set()
 
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, on_signal, number)
 
 
+def start_draining(state: State, number: signal.Signals) -> None:
+    state.draining = True
+    state.ended.set()
+    log.info(
+        "draining",
+        signal=number.name,
+        unfinished=num_unfinished(state),
+        seconds=state.server.shutdown_timeout,
+        hint="a second signal ends the server at once",
+    )
+
+
+def num_unfinished(state: State) -> int:
+    """Sequences that somebody still waits for."""
+    return sum(state.service.generator.load[:2]) if state.service else 0
+
+
 def end_at_once(state: State, number: signal.Signals) -> None:
     """End the process, and say why and at what cost."""
-    running, waiting, _ = state.service.generator.load if state.service else (0, 0, 0)
-    why = "a second signal while draining"
-    log.warning("ended", signal=number.name, why=why, running=running, waiting=waiting)
-    os._exit(128 + number)
+    try:
+        log.warning(
+            "ended",
+            signal=number.name,
+            why="a second signal while draining",
+            unfinished=num_unfinished(state),
+        )
+    finally:
+        os._exit(128 + number)
 
 
 async def drain(state: State) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import sys
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -14,9 +13,6 @@ from typing import TypeAlias, TypeVar
 
 import structlog
 from aiohttp import web
-from rich.box import SIMPLE
-from rich.console import Console
-from rich.table import Table
 
 from ruvon import __version__
 from ruvon.config import EngineConfig, ServerConfig
@@ -24,6 +20,7 @@ from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import Started
 from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
+from ruvon.server import console
 from ruvon.server.state import STATE, Service, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.metrics import Metrics
@@ -61,7 +58,7 @@ async def load(state: State, start: Start) -> None:
     try:
         template = state.server.chat_template
         source = None if template is None else read_template(template)
-        started = await in_thread(lambda: start(state.engine, state.progress))
+        started = await in_thread(lambda: start_shown(state, start))
         chat = started.chat if source is None else load_chat(started.tokenizer, source)
         service = make_service(started, chat, state.server)
     except Exception as error:
@@ -70,7 +67,23 @@ async def load(state: State, start: Start) -> None:
         return
     service.generator.start()
     state.share, state.service = 1.0, service
-    announce(started, service, time.monotonic() - began)
+    console.announce(
+        state.server,
+        summary(started, service),
+        time.monotonic() - began,
+        state.address or (state.server.host, state.server.port),
+    )
+
+
+def start_shown(state: State, start: Start) -> Started:
+    """Start, and show how far it is: to clients, and on the terminal or in the log."""
+    with console.loading(state.server) as show:
+
+        def progress(phase: str, share: float) -> None:
+            state.progress(phase, share)
+            show(phase, share)
+
+        return start(state.engine, progress)
 
 
 def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Service:
@@ -157,17 +170,6 @@ async def report(state: State) -> None:
             metrics.set_load(*load)
             log.info("stats", **stats_line(before, metrics.totals, time.monotonic() - began))
         before = replace(metrics.totals)
-
-
-def announce(started: Started, service: Service, seconds: float) -> None:
-    """Say what was loaded and how much fits: a table on a terminal, a log line elsewhere."""
-    facts = summary(started, service)
-    if sys.stderr.isatty():
-        table = Table(box=SIMPLE, show_header=False)
-        for name, value in facts.items():
-            table.add_row(name.replace("_", " "), value, style="bold" if name == "model" else None)
-        Console(stderr=True).print(table)
-    log.info("ready", seconds=round(seconds, 1), **({} if sys.stderr.isatty() else facts))
 
 
 def summary(started: Started, service: Service) -> dict[str, str]:

@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import structlog
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
@@ -18,8 +17,6 @@ from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.models.chat import ChatFormat
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
-
-log = structlog.get_logger(__name__)
 
 
 class Generator(Protocol):
@@ -91,6 +88,7 @@ class State:
     http: HttpMetrics = field(default_factory=HttpMetrics)
     phase: str = "starting"
     share: float = 0.0  # done of the phase, 0 to 1
+    address: tuple[str, int] | None = None  # once it listens
     service: Service | None = None
     draining: bool = False
     failure: BaseException | None = None  # why loading failed
@@ -98,8 +96,6 @@ class State:
 
     def progress(self, phase: str, share: float) -> None:
         """The `Progress` of start-up; called from the loading thread."""
-        if phase != self.phase:
-            log.info("loading", phase=phase)
         self.phase, self.share = phase, share
 
     def ready(self) -> Service:

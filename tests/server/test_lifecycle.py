@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import os
+import shlex
 import signal
 import socket
+import sys
 import threading
 
 import aiohttp
@@ -19,7 +21,7 @@ from structlog.testing import capture_logs
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.errors import ConfigError, LoadError
-from ruvon.server import lifecycle
+from ruvon.server import console, lifecycle
 from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.listen import listen
 
@@ -378,6 +380,7 @@ async def test_draining_has_an_end(serve):
 async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
+    monkeypatch.setattr("ruvon.server.app.SAME_SIGNAL", -1)
     server = await serve(runner=ScriptRunner("Hello", by_hand=True))
     running = asyncio.create_task(server.chat())
     await server.until(lambda: server.fake.num_held)
@@ -388,9 +391,60 @@ async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
             await server.until(lambda number=number: any(number.name in str(x) for x in logs))
     assert ends == [128 + signal.SIGINT]
     assert [entry["event"] for entry in logs] == ["draining", "ended"]
-    assert logs[1]["running"] == 1
+    assert logs[0]["unfinished"] == logs[1]["unfinished"] == 1
     assert "second signal" in logs[1]["why"]
     await server.finish(running)
+
+
+async def test_a_signal_sent_to_the_process_and_its_group_counts_once(serve, monkeypatch):
+    ends = []
+    monkeypatch.setattr(os, "_exit", ends.append)
+    server = await serve("Hello")
+    watch_signals(server.state)
+    with capture_logs() as logs:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            await server.until(lambda: server.state.draining)
+            await server.chat()  # the loop turns
+    assert ends == []
+    assert [entry["event"] for entry in logs if entry["event"] != "request"] == ["draining"]
+
+
+async def test_what_the_terminal_says_to_type_is_answered(serve, capsys, monkeypatch):
+    server = await serve("Red, green, blue")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    host, port = server.url.removeprefix("http://").split(":")
+    facts = {"model": "org/fake", "kv_cache": "1 MiB of float16"}
+    console.announce(server.state.server, facts, 1.0, (host, int(port)))
+    said = capsys.readouterr().err
+    assert "1 MiB of float16" in said
+    (line,) = (line for line in said.splitlines() if "curl" in line)
+    _, url, *options = shlex.split(line)
+    assert url.startswith(server.url)
+    reply = await server.post(
+        url.removeprefix(server.url), options[options.index("-d") + 1].encode()
+    )
+    assert reply.json["choices"][0]["message"]["content"] == "Red, green, blue"
+
+
+@pytest.mark.parametrize(
+    ("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::2", "[::2]")]
+)
+def test_what_is_listened_on_and_where_one_asks(host, asked):
+    assert f"curl http://{asked}:80/v1" in console.first_request(host, 80)
+
+
+@pytest.mark.parametrize("watched", [True, False])
+def test_a_terminal_shows_a_bar_and_a_file_gets_lines(capsys, monkeypatch, watched):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
+    with capture_logs() as logs, console.loading(ServerConfig()) as show:
+        console.tell_address(ServerConfig(), "127.0.0.1", 80)
+        for share in (0.0, 0.5, 1.0):
+            show("loading weights", share)
+    events = [entry["event"] for entry in logs]
+    assert events == ([] if watched else ["listening", "loading"])
+    assert ("http://127.0.0.1:80" in capsys.readouterr().err) == watched
+    assert not console.is_watched(ServerConfig(log_format="json"))
 
 
 async def test_one_connection_serves_many_requests(serve):

@@ -1,0 +1,100 @@
+"""What a person at the terminal is shown of a server's start; elsewhere the log says the same."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import orjson
+import structlog
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ruvon import __version__
+from ruvon.config import ServerConfig
+from ruvon.telemetry import Progress as Report
+
+log = structlog.get_logger(__name__)
+
+QUESTION = {"messages": [{"role": "user", "content": "Name three colours."}]}
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # listened on, but nobody is asked there
+
+
+def is_watched(server: ServerConfig) -> bool:
+    """Whether a person looks on: at a terminal that was not asked to be a file of JSON."""
+    return sys.stderr.isatty() and server.log_format != "json"
+
+
+def greet(server: ServerConfig) -> None:
+    """Say what this is, before importing it takes seconds."""
+    if is_watched(server):
+        Console(stderr=True, highlight=False).print(f"\n[bold]ruvon {__version__}[/bold]")
+
+
+def tell_address(server: ServerConfig, host: str, port: int) -> None:
+    """Say where it listens, which it does before the model is loaded."""
+    url = f"http://{bracketed(host)}:{port}"
+    if is_watched(server):
+        Console(stderr=True, highlight=False).print(f"OpenAI's API on [bold]{url}[/bold]\n")
+    else:
+        log.info("listening", url=url, port=port)
+
+
+@contextmanager
+def loading(server: ServerConfig) -> Iterator[Report]:
+    """What shows how far loading is: a bar, or a log line for each phase."""
+    if not is_watched(server):
+        yield phase_logger()
+        return
+    columns = (
+        TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda phase, share: bar.update(task, description=phase, completed=share)
+
+
+def phase_logger() -> Report:
+    latest = ""
+
+    def report(phase: str, share: float) -> None:
+        nonlocal latest
+        if phase != latest:
+            log.info("loading", phase=phase)
+        latest = phase
+
+    return report
+
+
+def announce(
+    server: ServerConfig, facts: Mapping[str, str], seconds: float, address: tuple[str, int]
+) -> None:
+    """Say what was loaded and how much fits, and what to type next."""
+    if not is_watched(server):
+        log.info("ready", seconds=round(seconds, 1), **facts)
+        return
+    table = Table(box=SIMPLE, show_header=False, pad_edge=False)
+    for name, value in facts.items():
+        table.add_row(name.replace("_", " "), value, style="bold" if name == "model" else None)
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(Padding(table, (0, 0, 0, 1)))
+    console.print(f"[bold]Ready[/bold] after {seconds:.1f} s. In another terminal:\n")
+    console.print(f"  {first_request(*address)}\n", markup=False)
+    console.print("Every field is in docs/reference/api.md. Ctrl-C ends the server.\n")
+
+
+def first_request(host: str, port: int) -> str:
+    """A line for a shell that asks the server something."""
+    url = f"http://{ANYWHERE.get(host, bracketed(host))}:{port}/v1/chat/completions"
+    header = "-H 'Content-Type: application/json'"
+    return f"curl {url} {header} -d {shlex.quote(orjson.dumps(QUESTION).decode())}"
+
+
+def bracketed(host: str) -> str:
+    """As it is written in a URL."""
+    return f"[{host}]" if ":" in host else host
