@@ -25,7 +25,15 @@ from ruvon.engine.kv_cache import (
 )
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
-from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
+from ruvon.engine.types import (
+    Chunk,
+    NewSequence,
+    Plan,
+    PromptRow,
+    SamplingParams,
+    SamplingRow,
+    StepResult,
+)
 from ruvon.engine.validation import check_sampling
 from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.ops import Ops
@@ -270,18 +278,18 @@ def scoring_plans(longest: int, block_size: int) -> Iterator[Plan]:
     so that none is compiled while somebody waits: graphs need those of their own sizes only."""
     for num_tokens in sorted({min(size, longest) for size in SCORED}):
         tokens = (0,) * num_tokens
-        blocks = list(range(-(-num_tokens // block_size)))
-        chunk = Chunk(0, tokens, 0, blocks, False)
-        yield Plan(0, (chunk,), (), (PromptRow(0, 0, tokens, 0),))
+        blocks = tuple(range(-(-num_tokens // block_size)))
+        new = NewSequence(0, SamplingParams(temperature=0), num_tokens, 0)
+        chunk = Chunk(0, 0, tokens, 0, blocks, False)
+        yield Plan(0, (chunk,), (new,), prompt_rows=(PromptRow(0, 0, tokens, 0),))
 
 
 def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
     """Run a short step, so that what happens once happens before any request: kernels compile,
     threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
-    tokens = [0] * min(config.block_size, config.largest_step.tokens)
-    row = SamplingRow(0, SamplingParams(temperature=0), tokens, len(tokens), 0)
-    chunk = Chunk(0, tuple(tokens), 0, [0], True)
-    runner.launch(Plan(0, (chunk,), (row,))).result()
+    tokens = (0,) * min(config.block_size, config.largest_step.tokens)
+    new = NewSequence(0, SamplingParams(temperature=0), len(tokens), 0)
+    runner.launch(Plan(0, (Chunk(0, 0, tokens, 0, (0,), True),), (new,))).result()
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
