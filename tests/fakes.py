@@ -282,9 +282,7 @@ class FakeRunner:
         return context + list(chunk.tokens)
 
     def _write(self, chunks: Sequence[Chunk], tables: Tables) -> None:
-        read = {
-            self._slot(tables[chunk.seq_id], p) for chunk in chunks for p in range(chunk.start)
-        }
+        read = {self._slot(tables[chunk.seq_id], p) for chunk in chunks for p in range(chunk.start)}
         for chunk in chunks:
             for position, token in enumerate(chunk.tokens, chunk.start):
                 slot = self._slot(tables[chunk.seq_id], position)

@@ -8,10 +8,10 @@ Pure functions of this object's state and the events it is given: no clock, no I
 
 A step may be planned while the one before is still under way, so that the device never waits for
 the host. What a launched step computes counts as computed. Its new tokens are not known yet, but
-it is known how many there are: a `PLACEHOLDER` stands in for one, and no step goes beyond a sequence's
-``max_tokens``. Whether a token ends its sequence is found out a step late: what the next step
-computed for it then is dropped. It did no harm, since a sequence keeps its blocks until the last
-step that uses them is committed. Tokens are appended and blocks published only by `commit`.
+it is known how many there are: a `PLACEHOLDER` stands in for one, and no step goes beyond a
+sequence's ``max_tokens``. Whether a token ends its sequence is found out a step late: what the next
+step computed for it then is dropped. It did no harm, since a sequence keeps its blocks until the
+last step that uses them is committed. Tokens are appended and blocks published only by `commit`.
 
 Why it never stalls: sequences have a total order (`ORDERS`), the running ones are kept in it, and
 when blocks run out the last one goes back to wait. So the first always gets its blocks, because
@@ -442,9 +442,9 @@ class Scheduler:
         in flight: what follows the first of them could not have been planned."""
         assert not seq.in_flight
         seq.num_pending += num_more
-        if self.pool.blocks_for(seq.num_computed + seq.num_pending) > len(seq.blocks):
-            if seq not in self._full:
-                self._full.append(seq)
+        num_blocks = self.pool.blocks_for(seq.num_computed + seq.num_pending)
+        if num_blocks > len(seq.blocks) and seq not in self._full:
+            self._full.append(seq)
 
     # ------------------------------------------------------------------ freeing
 

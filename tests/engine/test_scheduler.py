@@ -657,9 +657,7 @@ def test_who_is_blocked_is_looked_up_again_only_when_something_has_changed(monke
     step(scheduler)
     scheduler.add(sequence(1, range(10, 40), max_tokens=2))
     looked_up, match = [], scheduler.pool.match
-    monkeypatch.setattr(
-        scheduler.pool, "match", lambda keys: looked_up.append(1) or match(keys)
-    )
+    monkeypatch.setattr(scheduler.pool, "match", lambda keys: looked_up.append(1) or match(keys))
     while 0 in scheduler.running:
         step(scheduler)
     # at first, and when the third block of the same prefix is or is not the other's
