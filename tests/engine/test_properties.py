@@ -123,7 +123,8 @@ class Run:
             return
         if not self.pending[0].future.done():
             self.runner.finish_step()
-        self.results.append(self.pending[0].future.result())
+        if self.pending[0].future.exception() is None:
+            self.results.append(self.pending[0].future.result())
         for emission in self.engine.collect(self.pending.popleft()):
             self._take_in(emission)
         check(self.engine)
