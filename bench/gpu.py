@@ -161,6 +161,7 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
         partial(model.forward, cache=cache),
         state,
         table_width=per_seq,
+        block_size=PAGE,
         max_context=1024,
         buckets=[bucket],
         pdl=True,
@@ -169,16 +170,16 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
         captured = graphs.capture_all(silent)[bucket]
         tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
         graphs.tables.copy_(tables)
-        seats = np.arange(batch)
-        for box in graphs.boxes():
-            inputs = box.inputs[bucket]
+        slots = np.arange(batch)
+        for staging in graphs.staging():
+            inputs = staging.inputs[bucket]
             inputs["token_ids"][:] = 5
             inputs["positions"][:] = CONTEXT - 1
             inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
             inputs["query_starts"][:] = np.arange(batch + 1)
             inputs["context_lens"][:] = CONTEXT
-            inputs["logit_rows"][:] = seats
-            inputs["params"][:, sample.SEAT] = seats
+            inputs["logit_rows"][:] = slots
+            inputs["params"][:, sample.SLOT] = slots
             inputs["params"][:, [sample.HISTORY, sample.BIAS]] = -1
     return captured
 
@@ -225,11 +226,11 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
 
 
 def measure_sampling(_: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    """Drawing alone, from GPT-2's vocabulary."""
+    """Sampling alone, from GPT-2's vocabulary."""
     numbers, vocab = {}, GPT2["vocab_size"]
     for batch in batches:
         logits = torch.randn(batch, vocab, device=DEVICE) * 2
-        state, drawn = sample.make_state(batch, vocab, DEVICE), sample.make_drawn(batch, DEVICE)
+        state, sampled = sample.make_state(batch, vocab, DEVICE), sample.make_sampled(batch, DEVICE)
         for label, (temperature, top_k, top_p) in {
             "greedy": (0.0, 0, 1.0),
             "temperature": (0.8, 0, 1.0),
@@ -240,12 +241,12 @@ def measure_sampling(_: str, batches: tuple[int, ...]) -> dict[str, Any]:
             words.view(np.float32)[:, [sample.TEMPERATURE, sample.TOP_P]] = temperature, top_p
             words[:, sample.TOP_K] = top_k
             words[:, [sample.HISTORY, sample.BIAS]] = -1
-            words[:, sample.SEAT] = np.arange(batch)
+            words[:, sample.SLOT] = np.arange(batch)
             params = torch.from_numpy(words).to(DEVICE)
-            sample.sample(logits, params, state, drawn)
+            sample.sample(logits, params, state, sampled)
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                sample.sample(logits, params, state, drawn)
+                sample.sample(logits, params, state, sampled)
             numbers[f"{label} {batch}"] = time_us = milliseconds(graph.replay) * 1e3
             print(f"sampling {label}, batch {batch}: {time_us:.1f} us")
     return numbers

@@ -22,10 +22,11 @@ from gpu import CONTEXT, DEVICE, PAGE, milliseconds
 from measure import write
 from torch import Tensor
 
-from ruvon.engine.gpu.graphs import Bucket, Layout
-from ruvon.kernels.begin import begin, end
+from ruvon.engine.gpu.graphs import Bucket, StepWords
+from ruvon.kernels import sample
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
 from ruvon.kernels.pdl import supports_pdl
+from ruvon.kernels.staging import load_inputs, store_outputs
 from ruvon.kernels.triton_ops import make_triton_ops
 
 BATCHES = (1, 8, 64, 256)
@@ -101,34 +102,39 @@ def measure_ceilings() -> Report:
     return report
 
 
-def measure_begin(report: Report) -> None:
+def measure_staging(report: Report) -> None:
     """The start of a step: its words out of the host's memory, and a new block for every sequence;
     and its end, the results into the host's memory."""
     pdl = supports_pdl(DEVICE)
     for tokens, sequences in ((1, 1), (256, 256), (8192, 256)):
-        layout = Layout(Bucket(tokens == sequences, tokens, sequences))
+        layout = StepWords(Bucket(tokens == sequences, tokens, sequences))
         inputs = layout.views(layout.blank)
         inputs["token_ids"][:sequences] = -1 - np.arange(sequences)
         inputs["patches"][:sequences, 0] = np.arange(sequences) * 128
-        boxes = torch.from_numpy(layout.blank).view(1, -1).pin_memory()
+        staged = torch.from_numpy(layout.blank).view(1, -1).pin_memory()
         zeros = partial(torch.zeros, dtype=torch.int32, device=DEVICE)
         turn, words, last_tokens = zeros(1), zeros(layout.size), zeros(sequences)
         tables = zeros(sequences, 128)
 
-        def run(i: int) -> None:
-            begin(boxes, turn, words, last_tokens, tables, tokens, layout.patches, pdl)  # noqa: B023
+        load = partial(
+            load_inputs, staged, turn, words, last_tokens, tables, layout.places, PAGE,
+            (sample.PARAMS, sample.SLOT, sample.DRAW), pdl,
+        )  # fmt: skip
+
+        def run(i: int, load: Callable[[], None] = load) -> None:
+            load()
 
         moved = 2 * words.nbytes + last_tokens.nbytes + 4 * sequences
-        report.add(f"begin, {tokens} tokens of {sequences}", seconds(run, 48), moved)
+        report.add(f"load inputs, {tokens} tokens of {sequences}", seconds(run, 48), moved)
     for sequences in (1, 256):
         results = torch.zeros(3, sequences, dtype=torch.int32, device=DEVICE)
-        outboxes = torch.zeros(1, 3, sequences, dtype=torch.int32).pin_memory()
+        staged = torch.zeros(1, 3, sequences, dtype=torch.int32).pin_memory()
         turn = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
         def finish(i: int) -> None:
-            end(results, outboxes, turn, pdl)  # noqa: B023
+            store_outputs(results, staged, turn, pdl)  # noqa: B023
 
-        report.add(f"end, {sequences} sequences", seconds(finish, 48), 2 * results.nbytes)
+        report.add(f"store outputs, {sequences} sequences", seconds(finish, 48), 2 * results.nbytes)
 
 
 def measure_rows(name: str, shape: Shape, report: Report) -> None:
@@ -263,7 +269,7 @@ def main() -> None:
     names = parser.parse_args().models.split(",")
     with torch.inference_mode():
         report = measure_ceilings()
-        measure_begin(report)
+        measure_staging(report)
         for name in names:
             if SHAPES[name].inner:
                 measure_rows(name, SHAPES[name], report)

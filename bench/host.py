@@ -18,7 +18,7 @@ import torch
 from measure import machine, write
 
 from ruvon.config import EngineConfig
-from ruvon.engine.batch import build_batch
+from ruvon.engine.batch import BlockTables, lay_out
 from ruvon.engine.engine import Engine
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
@@ -28,15 +28,19 @@ BLOCK_SIZE = 16
 PARTS = ("schedule", "build", "commit", "deliver")
 
 
-class Drawer:
-    """Draws a 1 for every row. ``build`` is how long it took to build the last plan's batch."""
+class Sampler:
+    """Samples a 1 for every row. ``build`` is how long it took to build the last plan's batch."""
 
     depth = 1
     long_step = 0
 
+    def __init__(self) -> None:
+        self._tables = BlockTables()
+
     def launch(self, plan: Plan) -> Future[StepResult]:
         began = time.perf_counter_ns()
-        build_batch(plan, BLOCK_SIZE, torch.device("cpu"))
+        self._tables.follow(plan)
+        lay_out(plan, self._tables, BLOCK_SIZE).to_batch(torch.device("cpu"))
         self.build = time.perf_counter_ns() - began
         future: Future[StepResult] = Future()
         future.set_result(StepResult(((1,),) * len(plan.rows), (None,) * len(plan.rows)))
@@ -68,7 +72,7 @@ async def measure(batch: int, context: int, steps: int) -> dict[str, list[int]]:
     config = EngineConfig(
         block_size=BLOCK_SIZE, max_num_seqs=batch, max_num_batched_tokens=max(8192, batch)
     )
-    runner = Drawer()
+    runner = Sampler()
     length = context + steps + 100
     engine = Engine(
         runner, config,
@@ -92,7 +96,7 @@ async def measure(batch: int, context: int, steps: int) -> dict[str, list[int]]:
     return times
 
 
-def step(engine: Engine, loop: EngineLoop, runner: Drawer) -> tuple[int, int, int, int]:
+def step(engine: Engine, loop: EngineLoop, runner: Sampler) -> tuple[int, int, int, int]:
     began = time.perf_counter_ns()
     pending = engine.launch(began / 1e9)
     launched = time.perf_counter_ns()

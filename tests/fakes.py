@@ -3,12 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import TypeAlias
 
-from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult, TokenLogprobs
+from ruvon.engine.batch import BlockTables
+from ruvon.engine.runner import SamplingRows
+from ruvon.engine.types import (
+    BEING_SAMPLED,
+    PLACEHOLDER,
+    Chunk,
+    Plan,
+    SamplingRow,
+    StepResult,
+    TokenLogprobs,
+)
 from ruvon.models.text_stream import TextStream
+
+Tables: TypeAlias = Mapping[int, tuple[int, ...]]
+"""The block tables of a step's sequences, as they were when it was launched."""
 
 LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
 
@@ -92,14 +106,14 @@ def last_three(history: Sequence[int], seed: int) -> int:
 
 
 class FakeRunner:
-    """Draws tokens without a model, and asserts that plans are sound.
+    """Samples tokens without a model, and asserts that plans are sound.
 
     It keeps a cache of its own, a (position, token) for each slot, and reads every sequence's
-    context back from the blocks its chunk names: a block given away too early, a wrong prefix
+    context back from the blocks that plans have named: a block given away too early, a wrong prefix
     hit or a chunk out of order is found at once. So is a step that writes where another step under
-    way reads or writes for another sequence, and a token said to be undrawn that is not. Tokens
-    come from ``next_token(history, seed)`` mapped into ``alphabet``. A step takes ``seconds`` in a
-    worker thread; with ``by_hand`` it takes until `finish_step`.
+    way reads or writes for another sequence, and a token said to be sampled just now that is not.
+    Tokens come from ``next_token(history, seed)`` mapped into ``alphabet``, ``at_once`` for each
+    row. A step takes ``seconds`` in a worker thread; with ``by_hand`` it takes until `finish_step`.
     """
 
     def __init__(
@@ -112,6 +126,7 @@ class FakeRunner:
         by_hand: bool = False,
         depth: int = 1,
         long_step: int = 1 << 20,
+        at_once: int = 1,
     ) -> None:
         self.block_size = block_size
         self.depth = depth
@@ -125,9 +140,12 @@ class FakeRunner:
         self._next_token = next_token
         self._seconds = seconds
         self._by_hand = by_hand
-        self._held: list[tuple[Plan, Future[StepResult]]] = []
+        self._at_once = at_once
+        self._held: list[tuple[Plan, Tables, Future[StepResult]]] = []
         self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
-        self._drawn: dict[int, int] = {}  # seq id → its token of the latest step
+        self._tables = BlockTables()
+        self._generations: dict[int, int] = {}
+        self._rows = SamplingRows()
         self._failed: dict[int, int] = {}  # seq id → its first step that failed
         self._step = 0  # being computed
         self._worker = ThreadPoolExecutor(1) if seconds else None
@@ -136,14 +154,17 @@ class FakeRunner:
         assert plan.chunks, "an empty plan"
         assert len(self._held) < self.depth
         self.plans.append(plan)
-        self._check_undrawn()
+        self._check_placeholders()
+        self._check_sequences(plan)
+        self._tables.follow(plan)
+        tables = {chunk.seq_id: tuple(self._tables[chunk.seq_id]) for chunk in plan.chunks}
         if self.failing.get(plan.step) == "launch":
-            self._fail(plan)
+            self._fail(plan, tables)
         if self._worker is not None:
-            return self._worker.submit(self._compute, plan)
+            return self._worker.submit(self._compute, plan, tables)
         future: Future[StepResult] = Future()
-        self._held.append((plan, future))
-        self._check_blocks([plan for plan, _ in self._held])
+        self._held.append((plan, tables, future))
+        self._check_blocks()
         if not self._by_hand:
             self.finish_step()
         return future
@@ -155,11 +176,11 @@ class FakeRunner:
 
     def finish_step(self) -> None:
         """Complete the oldest launched step."""
-        plan, future = self._held.pop(0)
+        plan, tables, future = self._held.pop(0)
         if not future.set_running_or_notify_cancel():
             return
         try:
-            future.set_result(self._compute(plan))
+            future.set_result(self._compute(plan, tables))
         except Exception as error:
             future.set_exception(error)
 
@@ -172,26 +193,22 @@ class FakeRunner:
         """Tokens computed since the start."""
         return sum(plan.num_tokens for plan in self.plans)
 
-    def _compute(self, plan: Plan) -> StepResult:
+    def _compute(self, plan: Plan, tables: Tables) -> StepResult:
         time.sleep(self._seconds)
         self._step = plan.step
         if self.broken is not None or plan.step in self.failing:
-            self._fail(plan)
+            self._rows.follow(plan)
+            self._rows.sampled = {}
+            self._fail(plan, tables)
         chunks = [self._complete(chunk) for chunk in plan.chunks]
-        contexts = {chunk.seq_id: self._context(chunk) for chunk in chunks}
+        contexts = {chunk.seq_id: self._context(chunk, tables) for chunk in chunks}
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
-        self._write(chunks)
-        sampling = [chunk.seq_id for chunk in plan.chunks if chunk.samples]
-        assert [row.seq_id for row in plan.rows] == sampling
-        drawn = [self._draw(row, contexts[row.seq_id]) for row in plan.rows]
-        self._drawn = {
-            row.seq_id: tokens[0]
-            for row, (tokens, _) in zip(plan.rows, drawn, strict=True)
-            if tokens
-        }
-        return StepResult(
-            tokens=tuple(tokens for tokens, _ in drawn),
-            logprobs=tuple(logprobs for _, logprobs in drawn),
+        self._write(chunks, tables)
+        self._rows.follow(plan)
+        sampled = [self._sample(row, contexts[row.seq_id]) for row in self._rows.of(plan.rows)]
+        result = StepResult(
+            tokens=tuple(tokens for tokens, _ in sampled),
+            logprobs=tuple(logprobs for _, logprobs in sampled),
             prompt_logprobs={
                 row.seq_id: tuple(fake_logprobs(t, row.num_top) for t in row.targets)
                 for row in plan.prompt_rows
@@ -199,74 +216,96 @@ class FakeRunner:
             errors={s: self.errors[s] for s in contexts if s in self.errors},
             seconds=self._seconds,
         )
+        self._rows.record(plan, result)
+        return result
 
-    def _fail(self, plan: Plan) -> None:
+    def _fail(self, plan: Plan, tables: Tables) -> None:
         """Raise, and leave rubbish behind."""
         for chunk in plan.chunks:
             self._failed.setdefault(chunk.seq_id, plan.step)
             for position in range(chunk.start, chunk.start + len(chunk.tokens)):
-                self._cache[self._slot(chunk, position)] = (position, -7)
+                self._cache[self._slot(tables[chunk.seq_id], position)] = (position, -7)
         raise self.broken or ArithmeticError(f"step {plan.step}")
 
-    def _check_blocks(self, plans: Sequence[Plan]) -> None:
+    def _check_sequences(self, plan: Plan) -> None:
+        """Every sequence is introduced once a generation, before anything else is said of it."""
+        for seq_id in plan.ended:
+            del self._generations[seq_id]
+        new = {new.seq_id for new in plan.new}
+        for chunk in plan.chunks:
+            if chunk.seq_id in new:
+                assert chunk.seq_id not in self._generations
+                self._generations[chunk.seq_id] = chunk.generation
+        assert all(self._generations[chunk.seq_id] == chunk.generation for chunk in plan.chunks)
+
+    def _check_blocks(self) -> None:
         """A block that a step under way writes is in no other sequence's use."""
-        chunks = [chunk for plan in plans for chunk in plan.chunks]
+        held = [(chunk, tables) for plan, tables, _ in self._held for chunk in plan.chunks]
         writers: dict[int, int] = {}
-        for chunk in chunks:
+        for chunk, tables in held:
             first, end = chunk.start, chunk.start + len(chunk.tokens)
-            written = chunk.blocks[first // self.block_size : -(-end // self.block_size)]
-            for block in written:
+            table = tables[chunk.seq_id]
+            for block in table[first // self.block_size : -(-end // self.block_size)]:
                 assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id
-        for chunk in chunks:
-            for block in chunk.blocks[: -(-chunk.start // self.block_size)]:
+        for chunk, tables in held:
+            for block in tables[chunk.seq_id][: -(-chunk.start // self.block_size)]:
                 assert writers.get(block, chunk.seq_id) == chunk.seq_id
 
-    def _check_undrawn(self) -> None:
-        """A token is undrawn only if the step before draws it, and may not be collected yet."""
-        drawing = {row.seq_id for plan in self.plans[-2:-1] for row in plan.rows}
+    def _check_placeholders(self) -> None:
+        """A token is being sampled only if the step before does, and may not be collected yet."""
+        sampling = {seq_id for plan in self.plans[-2:-1] for seq_id in plan.rows}
         for chunk in self.plans[-1].chunks:
-            if UNDRAWN in chunk.tokens:
+            if PLACEHOLDER in chunk.tokens:
                 assert self.depth == 2
-                assert chunk.tokens == (UNDRAWN,)
-                assert chunk.seq_id in drawing, f"nobody draws the token of {chunk}"
+                assert chunk.tokens == BEING_SAMPLED
+                assert chunk.seq_id in sampling, f"nobody samples the token of {chunk}"
 
     def _complete(self, chunk: Chunk) -> Chunk:
-        """With the token that was undrawn when it was planned; 0 if its row has failed since."""
-        if chunk.tokens != (UNDRAWN,):
+        """With the token that was being sampled when it was planned; 0 if its row has failed."""
+        if chunk.tokens != BEING_SAMPLED:
             return chunk
-        assert chunk.seq_id in {*self._drawn, *self.errors, *self._failed}
-        return replace(chunk, tokens=(self._drawn.get(chunk.seq_id, 0),))
+        sampled = self._rows.sampled
+        assert chunk.seq_id in {*sampled, *self.errors, *self._failed}
+        return replace(chunk, tokens=(sampled.get(chunk.seq_id, 0),))
 
-    def _slot(self, chunk: Chunk, position: int) -> int:
+    def _slot(self, table: Sequence[int], position: int) -> int:
         block, offset = divmod(position, self.block_size)
-        return chunk.blocks[block] * self.block_size + offset
+        return table[block] * self.block_size + offset
 
-    def _context(self, chunk: Chunk) -> list[int]:
+    def _context(self, chunk: Chunk, tables: Tables) -> list[int]:
         """The chunk's tokens and all before them, as the cache has them."""
-        context = []
+        context, table = [], tables[chunk.seq_id]
         for position in range(chunk.start):
-            found = self._cache.get(self._slot(chunk, position), (-1, -1))
+            found = self._cache.get(self._slot(table, position), (-1, -1))
             assert found[0] == position, f"position {position} of {chunk} is not in the cache"
             context.append(found[1])
         return context + list(chunk.tokens)
 
-    def _write(self, chunks: Sequence[Chunk]) -> None:
-        read = {self._slot(chunk, p) for chunk in chunks for p in range(chunk.start)}
+    def _write(self, chunks: Sequence[Chunk], tables: Tables) -> None:
+        read = {self._slot(tables[chunk.seq_id], p) for chunk in chunks for p in range(chunk.start)}
         for chunk in chunks:
             for position, token in enumerate(chunk.tokens, chunk.start):
-                slot = self._slot(chunk, position)
+                slot = self._slot(tables[chunk.seq_id], position)
                 assert slot not in read, f"slot {slot} is written while it is read, or twice"
                 read.add(slot)
                 self._cache[slot] = (position, token)
 
-    def _draw(
+    def _sample(
         self, row: SamplingRow, context: list[int]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
         if self._failed.get(row.seq_id, self._step) < self._step:  # whatever comes of it
             return (self._alphabet[0],), None
-        known = len(row.history)  # all but a token that has not been committed yet
-        assert known >= len(context) - (self.depth - 1)
-        assert context[:known] == row.history, f"the cache of {row.seq_id} holds other tokens"
+        assert context == row.history, f"the cache of {row.seq_id} holds other tokens"
+        tokens: tuple[int, ...] = ()
+        scores: tuple[TokenLogprobs, ...] = ()
+        for _ in range(self._at_once):
+            more, logprobs = self._draw(row, context)
+            context, tokens, scores = [*context, *more], tokens + more, scores + (logprobs or ())
+        return tokens, None if row.sampling.logprobs is None else scores
+
+    def _draw(
+        self, row: SamplingRow, context: list[int]
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
         if row.seq_id in self.errors:
             return (), None
         seed = row.seed if row.sampling.temperature > 0 else 0

@@ -1,7 +1,7 @@
 """`Plan` to `ForwardBatch`: one step's work as the tensors a model reads.
 
-In two parts, for a step may be planned before the tokens of the one before it are drawn: `lay_out`
-does all that does not need them, while that step still runs.
+In two parts, for a step may be planned while the one before it still samples: `lay_out`
+does all that does not need those tokens, meanwhile.
 """
 
 from __future__ import annotations
@@ -16,12 +16,26 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
-from ruvon.engine.types import UNDRAWN, Chunk, Plan
+from ruvon.engine.types import BEING_SAMPLED, Chunk, Plan
 from ruvon.kernels.ops import ForwardBatch
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
+
+
+class BlockTables(dict[int, list[int]]):
+    """The block table of every sequence that a stream of plans has not ended."""
+
+    def follow(self, plan: Plan) -> None:
+        """Take in what a plan says; each has to be followed once, in order."""
+        for seq_id in plan.ended:
+            self.pop(seq_id, None)
+        for new in plan.new:
+            self[new.seq_id] = []
+        for chunk in plan.chunks:
+            if chunk.blocks:
+                self[chunk.seq_id].extend(chunk.blocks)
 
 
 @dataclass(slots=True)
@@ -37,16 +51,16 @@ class Layout:
     logit_rows: Ints
     max_query: int
     max_context: int
-    undrawn: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
+    placeholders: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
 
     def to_batch(
-        self, device: torch.device | None, drawn: Mapping[int, int] = NOTHING
+        self, device: torch.device | None, sampled: Mapping[int, int] = NOTHING
     ) -> ForwardBatch:
-        """On a device, or as the numpy arrays that they are here. ``drawn`` has, by sequence, the
-        tokens that were undrawn when the plan was made; one that is not in there has failed, and
-        anything may stand for it."""
-        for place, seq_id in self.undrawn:
-            self.token_ids[place] = drawn.get(seq_id, 0)
+        """On a device, or as the numpy arrays that they are here. ``sampled`` has, by sequence, the
+        tokens that were being sampled when the plan was made; one that is not in there has failed,
+        and anything may stand for it."""
+        for place, seq_id in self.placeholders:
+            self.token_ids[place] = sampled.get(seq_id, 0)
         arrays = (
             self.token_ids,
             self.positions,
@@ -70,18 +84,18 @@ class Layout:
         )
 
 
-def build_batch(
-    plan: Plan, block_size: int, device: torch.device, drawn: Mapping[int, int] = NOTHING
-) -> ForwardBatch:
-    """The batch for a plan of at least one chunk, all at once."""
-    return lay_out(plan, block_size).to_batch(device, drawn)
+def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBatch:
+    """The batch for a plan that follows no other: it introduces all its sequences."""
+    tables = BlockTables()
+    tables.follow(plan)
+    return lay_out(plan, tables, block_size).to_batch(device)
 
 
-def lay_out(plan: Plan, block_size: int) -> Layout:
-    """All of the batch for a plan of at least one chunk, but undrawn tokens.
+def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> Layout:
+    """All of the batch for a plan of at least one chunk, but tokens that are being sampled.
 
-    ``logit_rows`` starts with the rows of ``plan.rows``, in order; those of ``plan.prompt_rows``
-    follow.
+    ``tables`` have followed the plan. ``logit_rows`` starts with the rows of ``plan.rows``, in
+    order; those of ``plan.prompt_rows`` follow.
     """
     chunks = plan.chunks
     queries = [len(chunk.tokens) for chunk in chunks]
@@ -90,22 +104,25 @@ def lay_out(plan: Plan, block_size: int) -> Layout:
     token_ids = np.fromiter(
         chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, int(query_starts[-1])
     )
-    tables = block_tables(chunks, [-(-context // block_size) for context in contexts])
-    positions, slots = places(chunks, query_starts, tables, block_size)
+    block_tables = pad_tables(
+        [tables[chunk.seq_id] for chunk in chunks],
+        [-(-context // block_size) for context in contexts],
+    )
+    positions, slots = places(chunks, query_starts, block_tables, block_size)
     return Layout(
         token_ids=token_ids,
         positions=positions,
         slots=slots,
-        block_tables=tables,
+        block_tables=block_tables,
         query_starts=query_starts,
         context_lens=ints(contexts),
         logit_rows=logit_rows(plan, query_starts),
         max_query=max(queries),
         max_context=max(contexts),
-        undrawn=[
+        placeholders=[
             (int(place), chunk.seq_id)
             for place, chunk in zip(query_starts, chunks, strict=False)
-            if chunk.tokens == (UNDRAWN,)
+            if chunk.tokens == BEING_SAMPLED
         ],
     )
 
@@ -127,12 +144,12 @@ def ints(values: list[int]) -> Ints:
     return np.array(values, dtype=np.int32)
 
 
-def block_tables(chunks: Sequence[Chunk], num_needed: Sequence[int]) -> Ints:
+def pad_tables(tables: Sequence[list[int]], num_needed: Sequence[int]) -> Ints:
     """One row a sequence, as wide as the longest, padded with 0."""
-    tables = np.zeros((len(chunks), max(num_needed)), dtype=np.int32)
-    for table, chunk, needed in zip(tables, chunks, num_needed, strict=True):
-        table[:needed] = chunk.blocks[:needed]
-    return tables
+    padded = np.zeros((len(tables), max(num_needed)), dtype=np.int32)
+    for row, table, needed in zip(padded, tables, num_needed, strict=True):
+        row[:needed] = table[:needed]
+    return padded
 
 
 def logit_rows(plan: Plan, query_starts: Ints) -> Ints:

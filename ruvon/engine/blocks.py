@@ -54,8 +54,13 @@ class BlockPool:
         """How many blocks hold that many tokens."""
         return -(-num_tokens // self.block_size)
 
+    def has(self, key: bytes | None) -> bool:
+        """Whether a block is published under this key."""
+        return key in self._published
+
     def match(self, keys: Iterable[bytes]) -> list[int]:
-        """Take hold of the longest run of published blocks that ``keys`` starts with."""
+        """Take hold of the longest run of published blocks that ``keys`` starts with; no key after
+        the first that is not found is asked for."""
         found = []
         for key in keys:
             block = self._published.get(key)

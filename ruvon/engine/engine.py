@@ -31,7 +31,7 @@ class Runner(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many steps may be launched and not collected: 1, or 2 if it fills in `UNDRAWN`."""
+        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
 
     @property
     def long_step(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import chain
@@ -14,9 +14,9 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import Layout, lay_out
+from ruvon.engine.batch import BlockTables, Layout, lay_out
 from ruvon.engine.sampler import score_prompts
-from ruvon.engine.types import UNDRAWN, Chunk, Plan, SamplingRow, StepResult
+from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch], Tensor]
@@ -56,6 +56,7 @@ class Runner:
         self._device = device
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
+        self._tables = BlockTables()
         self._launched: SimpleQueue[tuple[Plan, Layout, Future[StepResult]] | None] = SimpleQueue()
         self._closed = False
         # A daemon, for a step that is stuck must not keep the process alive.
@@ -72,7 +73,8 @@ class Runner:
             future.set_exception(RuntimeError("the runner is closed"))
             return future
         try:
-            self._launched.put((plan, lay_out(plan, self._block_size), future))
+            self._tables.follow(plan)
+            self._launched.put((plan, lay_out(plan, self._tables, self._block_size), future))
         except Exception as error:
             future.set_exception(error)
         return future
@@ -94,34 +96,30 @@ class Runner:
             self._at_start()
         except BaseException as error:  # nobody waits here, but somebody will for the first step
             broken = error
-        drawn: Mapping[int, int] = {}
+        state = SamplingRows()
         while (launched := self._launched.get()) is not None:
             plan, layout, future = launched
-            if not future.set_running_or_notify_cancel():
-                continue
             try:
+                state.follow(plan)
+                if not future.set_running_or_notify_cancel():
+                    continue
                 if broken is not None:
                     raise broken
-                result = self._run(plan, layout, drawn)
+                result = self._run(plan, layout, state)
             except BaseException as error:
-                drawn = {}
+                state.sampled = {}
                 future.set_exception(error)
             else:
+                state.record(plan, result)
                 future.set_result(result)
-                drawn = {
-                    row.seq_id: tokens[0]
-                    for row, tokens in zip(plan.rows, result.tokens, strict=True)
-                    if tokens
-                }
 
-    def _run(self, plan: Plan, layout: Layout, drawn: Mapping[int, int]) -> StepResult:
-        """Compute a step; ``drawn`` are the tokens of the step before, by sequence."""
+    def _run(self, plan: Plan, layout: Layout, state: SamplingRows) -> StepResult:
         began = time.perf_counter()
         with torch.inference_mode():
-            batch = layout.to_batch(self._device, drawn)
+            batch = layout.to_batch(self._device, state.sampled)
             pieces = self._logits(batch)
             first = next(pieces)
-            sampled = self._sampler(first[: len(plan.rows)], complete_rows(plan, drawn))
+            sampled = self._sampler(first[: len(plan.rows)], state.of(plan.rows))
             scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
         return replace(
             sampled,
@@ -144,18 +142,34 @@ class Runner:
             yield self._forward(replace(batch, logit_rows=rows))
 
 
-def complete_rows(plan: Plan, drawn: Mapping[int, int]) -> list[SamplingRow]:
-    """The plan's rows with the history that this step draws from, whatever has been committed or
-    not by now: all up to the end of its chunk, which may have been undrawn when it was planned."""
-    ends = [chunk for chunk in plan.chunks if chunk.samples]
-    return [
-        row if row.plain else replace(row, history=history(row, chunk, drawn))
-        for row, chunk in zip(plan.rows, ends, strict=True)
-    ]
+class SamplingRows:
+    """What a sampler is told of every sequence: kept from a stream of plans, each followed once and
+    in order, and from what has been sampled for them."""
 
+    def __init__(self) -> None:
+        self.sampled: dict[int, int] = {}  # by the step before: a sequence's last token
+        self._rows: dict[int, SamplingRow] = {}
 
-def history(row: SamplingRow, chunk: Chunk, drawn: Mapping[int, int]) -> list[int]:
-    tokens = chunk.tokens
-    if tokens == (UNDRAWN,):
-        tokens = (drawn.get(row.seq_id, 0),)
-    return [*row.history[: chunk.start], *tokens]
+    def follow(self, plan: Plan) -> None:
+        """Take in what a plan says; the step before has been recorded."""
+        for seq_id in plan.ended:
+            self._rows.pop(seq_id, None)
+        for new in plan.new:
+            self._rows[new.seq_id] = SamplingRow(
+                new.seq_id, new.sampling, list(new.prefix), new.num_prompt, new.seed
+            )
+        for chunk in plan.chunks:
+            history = self._rows[chunk.seq_id].history
+            if chunk.tokens == BEING_SAMPLED:
+                history.append(self.sampled.get(chunk.seq_id, 0))
+            else:
+                history += chunk.tokens
+
+    def record(self, plan: Plan, result: StepResult) -> None:
+        """Remember what a step has sampled: the next may go on with it."""
+        rows = zip(plan.rows, result.tokens, strict=True)
+        self.sampled = {seq_id: tokens[-1] for seq_id, tokens in rows if tokens}
+
+    def of(self, seq_ids: Iterable[int]) -> list[SamplingRow]:
+        """The rows of some sequences, as far as plans have been followed."""
+        return [self._rows[seq_id] for seq_id in seq_ids]

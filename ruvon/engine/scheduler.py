@@ -8,10 +8,10 @@ Pure functions of this object's state and the events it is given: no clock, no I
 
 A step may be planned while the one before is still under way, so that the device never waits for
 the host. What a launched step computes counts as computed. Its new tokens are not known yet, but
-it is known how many there are: `UNDRAWN` stands in for one, and no step goes beyond a sequence's
-``max_tokens``. Whether a token ends its sequence is found out a step late: what the next step
-computed for it then is dropped. It did no harm, since a sequence keeps its blocks until the last
-step that uses them is committed. Tokens are appended and blocks published only by `commit`.
+it is known how many there are: a `PLACEHOLDER` stands in for one, and no step goes beyond a
+sequence's ``max_tokens``. Whether a token ends its sequence is found out a step late: what the next
+step computed for it then is dropped. It did no harm, since a sequence keeps its blocks until the
+last step that uses them is committed. Tokens are appended and blocks published only by `commit`.
 
 Why it never stalls: sequences have a total order (`ORDERS`), the running ones are kept in it, and
 when blocks run out the last one goes back to wait. So the first always gets its blocks, because
@@ -21,24 +21,25 @@ next one is first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from ruvon.engine.blocks import BlockPool, block_key, root_key
 from ruvon.engine.policies import Policy, Rank, WaitingQueue
 from ruvon.engine.types import (
-    JUST_UNDRAWN,
+    BEING_SAMPLED,
     Chunk,
     Emission,
+    NewSequence,
     Plan,
     PromptRow,
-    SamplingRow,
     Sequence,
     StepResult,
     TokenLogprobs,
 )
 
-NOTHING_DRAWN = ((), None)
+NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
+NO_BLOCKS: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +87,8 @@ class Scheduler:
         self._full: list[Sequence] = []  # need a new block for their next token
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
+        self._ended: list[int] = []  # whom runners are to forget with the next plan
+        self._held_up = False  # whether the last step left running streams out for a long prompt
 
     @property
     def has_work(self) -> bool:
@@ -184,36 +187,52 @@ class Scheduler:
         it rather than compute it twice. Nor if the newcomer would leave less than one block for
         each running sequence to grow into, and so be preempted soon.
         """
-        reserve = self._num_holding
-        if seq.awaits in self._computing or self.pool.num_free <= reserve:
+        headroom = self.pool.num_free - self._num_holding
+        if headroom <= 0 or seq.awaits in self._computing or self._is_blocked(seq, headroom):
             return False
-        keys = self._prefix_keys(seq)
-        blocks = self.pool.match(keys)
-        num_found = len(blocks)
-        seq.awaits = self._last_in_the_making(keys[num_found:])
-        num_new = self.pool.blocks_for(len(seq.tokens)) - num_found
-        if seq.awaits is not None or num_new + reserve > self.pool.num_free:
+        blocks = self._find_prefix(seq)
+        num_new = self.pool.blocks_for(len(seq.tokens)) - len(blocks)
+        is_short = num_new + self._num_holding > self.pool.num_free
+        if seq.awaits is not None or is_short:
             self.pool.release(blocks)
+            seq.headroom = headroom if is_short else -1
             return False
+        seq.headroom = -1
+        seq.num_published = len(blocks)
         self.pool.grow(blocks, len(seq.tokens))
         seq.blocks = blocks
         self._num_holding += 1
-        seq.num_published = num_found
-        seq.num_computed = num_found * self.pool.block_size
+        seq.num_computed = seq.num_published * self.pool.block_size
         seq.num_pending = len(seq.tokens) - seq.num_computed
-        for key in keys[num_found:]:
-            self._computing[key] = seq.id
+        self._claim(seq, seq.num_published)
         self._count_lookup(seq)
         return True
 
-    def _prefix_keys(self, seq: Sequence) -> list[bytes]:
-        """Keys of the blocks it could share: full ones, and never the one with the last token,
-        whose logits are wanted. None at all if it wants the logits of its whole prompt."""
+    def _is_blocked(self, seq: Sequence, headroom: int) -> bool:
+        """Whether nothing has changed for the better since a sequence last found too few blocks:
+        to look its prefix up again would be in vain."""
+        return headroom <= seq.headroom and not self.pool.has(seq.missing)
+
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """Take hold of the published blocks its tokens start with, and see who makes the next."""
+        num_shared = self._num_shared(seq)
+        found = self.pool.match(self._keys_of(seq, num_shared))
+        seq.missing = seq.keys[len(found)] if len(found) < num_shared else None
+        seq.awaits = seq.missing if seq.missing in self._computing else None
+        return found
+
+    def _keys_of(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
+        """The keys of its first blocks, computed as they are asked for: a long prompt has many."""
+        for i in range(num_keys):
+            self._extend_keys(seq, i + 1)
+            yield seq.keys[i]
+
+    def _num_shared(self, seq: Sequence) -> int:
+        """How many blocks it could share: full ones, and never the one with the last token, whose
+        logits are wanted. None at all if it wants the logits of its whole prompt."""
         if not self.limits.caching or self._wants_prompt_logprobs(seq):
-            return []
-        num_shared = (len(seq.tokens) - 1) // self.pool.block_size
-        self._extend_keys(seq, num_shared)
-        return seq.keys[:num_shared]
+            return 0
+        return (len(seq.tokens) - 1) // self.pool.block_size
 
     def _extend_keys(self, seq: Sequence, num_keys: int) -> None:
         size = self.pool.block_size
@@ -221,14 +240,14 @@ class Scheduler:
             parent = seq.keys[-1] if seq.keys else root_key(seq.salt)
             seq.keys.append(block_key(parent, seq.tokens[start : start + size]))
 
-    def _last_in_the_making(self, keys: list[bytes]) -> bytes | None:
-        """The end of the run of blocks, from the first of ``keys`` on, that others compute."""
-        last = None
-        for key in keys:
-            if key not in self._computing:
-                break
-            last = key
-        return last
+    def _claim(self, seq: Sequence, num_planned: int) -> None:
+        """Tell others which blocks of a prompt are in the making: the planned ones and, so that
+        nobody begins with it between two chunks, the one after them."""
+        num_claimed = min(num_planned + 1, self._num_shared(seq))
+        self._extend_keys(seq, num_claimed)
+        for i in range(max(seq.num_claimed, seq.num_published), num_claimed):
+            self._computing.setdefault(seq.keys[i], seq.id)
+        seq.num_claimed = max(num_claimed, seq.num_claimed)
 
     def _count_lookup(self, seq: Sequence) -> None:
         """Count what the prefix cache gave, once for each sequence."""
@@ -245,12 +264,15 @@ class Scheduler:
         del shares[self.limits.max_tokens :]
         num_single = len(shares)
         budget = self.limits.max_tokens - num_single
+        held_up, self._held_up = self._held_up, False
         for seq in [seq for seq in self.running.values() if seq.num_pending > 1]:
             num_tokens = min(seq.num_pending, budget)
             if num_tokens < seq.num_pending and not self.limits.chunked:
-                if len(shares) == num_single:
-                    return [(seq, seq.num_pending)]  # beside nothing else, or it might never fit
-                break
+                if len(shares) > num_single or held_up:
+                    break
+                # Beside nothing else, or it might never fit; then it is the others' turn.
+                self._held_up = num_single > 0
+                return [(seq, seq.num_pending)]
             if num_tokens == 0:
                 break
             shares.append((seq, num_tokens))
@@ -262,28 +284,42 @@ class Scheduler:
         if not shares:
             return None
         chunks: list[Chunk] = []
-        rows: list[SamplingRow] = []
+        new: list[NewSequence] = []
         prompt_rows: list[PromptRow] = []
         for seq, num_tokens in shares:
             start = seq.num_computed
+            blocks = self._added_blocks(seq) if len(seq.blocks) > seq.num_sent else NO_BLOCKS
             if num_tokens == 1 and start == len(seq.tokens):  # what most steps are made of
-                rows.append(seq.row)
-                chunks.append(Chunk(seq.id, JUST_UNDRAWN, start, seq.blocks, True))
+                chunks.append(Chunk(seq.id, seq.num_preempted, BEING_SAMPLED, start, blocks, True))
                 self._advance(seq, 1)
                 continue
+            if len(blocks) == len(seq.blocks):
+                new.append(self._introduce(seq))
             end = start + num_tokens
-            tokens = tuple(seq.tokens[start:end])
             if start < seq.num_prompt:
                 prompt_rows += self._prompt_rows(seq, len(chunks), start, end)
+                self._claim(seq, end // self.pool.block_size)
                 if seq.scheduled_at is None:
                     seq.scheduled_at = now
             samples = num_tokens == seq.num_pending and seq.max_tokens > 0
-            if samples:
-                rows.append(seq.row)
-            chunks.append(Chunk(seq.id, tokens, start, seq.blocks, samples))
+            tokens = tuple(seq.tokens[start:end])
+            chunks.append(Chunk(seq.id, seq.num_preempted, tokens, start, blocks, samples))
             self._advance(seq, num_tokens)
         self.counters.steps += 1
-        return Plan(self.counters.steps, tuple(chunks), tuple(rows), tuple(prompt_rows))
+        ended, self._ended = tuple(self._ended), []
+        return Plan(self.counters.steps, tuple(chunks), tuple(new), ended, tuple(prompt_rows))
+
+    @staticmethod
+    def _added_blocks(seq: Sequence) -> tuple[int, ...]:
+        """The blocks that runners have not been told of; from now on they have."""
+        added = tuple(seq.blocks[seq.num_sent :])
+        seq.num_sent = len(seq.blocks)
+        return added
+
+    @staticmethod
+    def _introduce(seq: Sequence) -> NewSequence:
+        prefix = tuple(seq.tokens[: seq.num_computed])
+        return NewSequence(seq.id, seq.sampling, seq.num_prompt, seq.seed, prefix)
 
     def _advance(self, seq: Sequence, num_tokens: int) -> None:
         """Count a planned chunk as computed, and say what is pending then."""
@@ -293,10 +329,10 @@ class Scheduler:
         if seq.num_pending:
             return
         if seq.num_computed + 1 < seq.num_prompt + seq.max_tokens:
-            seq.num_pending = 1  # the one being drawn
+            seq.num_pending = 1  # the one being sampled
             if seq.num_computed % self.pool.block_size == 0:
                 self._full.append(seq)
-        else:  # the one being drawn is its last: somebody else may run
+        else:  # the one being sampled is its last: somebody else may run
             self._leave(seq)
 
     def _prompt_rows(self, seq: Sequence, chunk: int, start: int, end: int) -> Iterable[PromptRow]:
@@ -311,13 +347,13 @@ class Scheduler:
     # ------------------------------------------------------------------ commit
 
     def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
-        """Take in what a step drew: append tokens, publish blocks, finish sequences."""
+        """Take in what a step sampled: append tokens, publish blocks, finish sequences."""
         self._num_committed += 1
         assert plan.step == self._num_committed, "steps are committed in order"
         emissions, size = [], self.pool.block_size
-        drawn = iter(zip(result.tokens, result.logprobs, strict=True))
+        sampled = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
-            tokens, logprobs = next(drawn) if chunk.samples else NOTHING_DRAWN
+            tokens, logprobs = next(sampled) if chunk.samples else NOTHING_SAMPLED
             seq = self.sequences[chunk.seq_id]
             seq.in_flight -= 1
             if seq.finish is not None:  # it ended while this step was under way
@@ -361,32 +397,54 @@ class Scheduler:
             self._computing.pop(seq.keys[i], None)
         seq.num_published = num_full
 
-    @staticmethod
     def _accept(
+        self,
         seq: Sequence,
         end: int,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...] | None,
     ) -> Emission | None:
-        """Append what was drawn after the first ``end`` tokens; None if there is no news of the
-        sequence.
+        """Append what was sampled after the first ``end`` tokens, up to what ends the sequence;
+        None if there is no news of it.
 
         That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
         """
+        num_output = end - seq.num_prompt
+        if len(tokens) > 1 or num_output + len(tokens) > seq.max_tokens:
+            tokens = self._cut(seq, num_output, tokens)
+            logprobs = logprobs and logprobs[: len(tokens)]
         seq.tokens += tokens
-        num_output = end - seq.num_prompt + len(tokens)
-        if tokens and tokens[0] in seq.stop_ids:
+        if tokens and tokens[-1] in seq.stop_ids:
             seq.finish = "stop"
-        elif num_output >= seq.max_tokens:
+        elif num_output + len(tokens) >= seq.max_tokens:
             seq.finish = "length"
         elif not tokens:
             return None
+        elif len(tokens) > 1:
+            self._pend(seq, len(tokens) - 1)
         emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
         if seq.finish == "stop":
-            emission.stop_token = tokens[0]
+            emission.stop_token = tokens[-1]
         if seq.prompt_logprobs is not None and end == seq.num_prompt:
             emission.prompt_logprobs = tuple(seq.prompt_logprobs)
         return emission
+
+    @staticmethod
+    def _cut(seq: Sequence, num_output: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
+        """Those of several tokens that the sequence may have: none beyond ``max_tokens``, none
+        after a stop token."""
+        tokens = tokens[: max(seq.max_tokens - num_output, 0)]
+        stop = next((i for i, token in enumerate(tokens) if token in seq.stop_ids), len(tokens))
+        return tokens[: stop + 1]
+
+    def _pend(self, seq: Sequence, num_more: int) -> None:
+        """More than the one token that was expected is to be computed. Nothing of the sequence is
+        in flight: what follows the first of them could not have been planned."""
+        assert not seq.in_flight
+        seq.num_pending += num_more
+        num_blocks = self.pool.blocks_for(seq.num_computed + seq.num_pending)
+        if num_blocks > len(seq.blocks) and seq not in self._full:
+            self._full.append(seq)
 
     # ------------------------------------------------------------------ freeing
 
@@ -409,8 +467,12 @@ class Scheduler:
             if self._computing.get(key) == seq.id:
                 del self._computing[key]
         self.pool.release(seq.blocks)
-        seq.blocks = []  # a new list: a plan may still hold the old one
+        if seq.num_sent:
+            self._ended.append(seq.id)
+        seq.blocks.clear()
+        seq.num_sent = 0
         seq.num_computed = 0
         seq.num_pending = 0
         seq.num_published = 0
+        seq.num_claimed = 0
         seq.awaits = None

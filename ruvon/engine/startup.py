@@ -14,9 +14,16 @@ import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig
-from ruvon.engine.backends import Backend, choose_backend, choose_device, step_limits
+from ruvon.engine.backends import (
+    Backend,
+    StepLimits,
+    choose_backend,
+    choose_device,
+    step_limits,
+)
 from ruvon.engine.engine import Engine
 from ruvon.engine.kv_cache import (
+    Cache,
     MemoryPlan,
     allocate_cache,
     free_for_cache,
@@ -25,7 +32,15 @@ from ruvon.engine.kv_cache import (
 )
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
-from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow, StepResult
+from ruvon.engine.types import (
+    Chunk,
+    NewSequence,
+    Plan,
+    PromptRow,
+    SamplingParams,
+    SamplingRow,
+    StepResult,
+)
 from ruvon.engine.validation import check_sampling
 from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.ops import Ops
@@ -219,32 +234,51 @@ def make_runner(
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device)
+    if backend.graphs:
+        return make_gpu_runner(model, config, memory, cache, limits, eos_token_ids, progress)
     step = backend.make_step(model, cache, limits, progress)
 
     def sampler(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
         return step.draw(logits_LV, rows, eos_token_ids)
 
-    forward = for_longest(step.forward, memory.max_model_len) if backend.graphs else step.forward
-    runner = Runner(
-        forward,
+    return Runner(
+        step.forward,
         sampler,
         block_size=config.block_size,
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.settle,
     )
-    if not backend.graphs:
-        return runner
-    from ruvon.engine.gpu.runner import GpuRunner  # triton is not on every platform
 
+
+def make_gpu_runner(
+    model: Model,
+    config: EngineConfig,
+    memory: MemoryPlan,
+    cache: Cache,
+    limits: StepLimits,
+    eos_token_ids: tuple[int, ...],
+    progress: Progress,
+) -> GpuRunner:
+    from ruvon.engine.gpu.runner import GpuRunner  # triton is not on every platform
+    from ruvon.engine.gpu.scoring import Scorer
+
+    device = model.ops.device
+    scorer = Scorer(
+        for_longest(partial(model.hidden, cache=cache), memory.max_model_len),
+        model.logits,
+        device=device,
+        block_size=config.block_size,
+        max_logit_rows=limits.logit_rows,
+    )
     progress("compiling kernels", 0.0)
     for plan in scoring_plans(min(limits.tokens, memory.max_model_len), config.block_size):
-        runner.launch(plan).result()
-    return GpuRunner(
+        (chunk,), (row,) = plan.chunks, plan.prompt_rows
+        scorer.launch(chunk, row, list(chunk.blocks)).read()
+    runner = GpuRunner(
         partial(model.forward, cache=cache),
-        sampler,
-        runner,
-        device=backend.ops.device,
+        scorer,
+        device=device,
         block_size=config.block_size,
         vocab_size=model.spec.vocab_size,
         max_model_len=memory.max_model_len,
@@ -253,6 +287,16 @@ def make_runner(
         eos_token_ids=eos_token_ids,
         progress=progress,
     )
+    for sampling in RARE:
+        runner.launch(short_step(config, sampling)).result()
+    return runner
+
+
+RARE = (
+    SamplingParams(typical_p=0.5, bad_words=((0,), (0, 0)), logprobs=1),
+    SamplingParams(temperature=0, presence_penalty=1, logit_bias={0: 1.0}, min_tokens=1),
+)
+"""Sampling that a GPU is asked for once at start: what is loaded at its first use is there then."""
 
 
 def for_longest(forward: Forward, max_context: int) -> Forward:
@@ -270,18 +314,23 @@ def scoring_plans(longest: int, block_size: int) -> Iterator[Plan]:
     so that none is compiled while somebody waits: graphs need those of their own sizes only."""
     for num_tokens in sorted({min(size, longest) for size in SCORED}):
         tokens = (0,) * num_tokens
-        blocks = list(range(-(-num_tokens // block_size)))
-        chunk = Chunk(0, tokens, 0, blocks, False)
-        yield Plan(0, (chunk,), (), (PromptRow(0, 0, tokens, 0),))
+        blocks = tuple(range(-(-num_tokens // block_size)))
+        new = NewSequence(0, SamplingParams(temperature=0), num_tokens, 0)
+        chunk = Chunk(0, 0, tokens, 0, blocks, False)
+        yield Plan(0, (chunk,), (new,), prompt_rows=(PromptRow(0, 0, tokens, 0),))
 
 
 def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
     """Run a short step, so that what happens once happens before any request: kernels compile,
     threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
-    tokens = [0] * min(config.block_size, config.largest_step.tokens)
-    row = SamplingRow(0, SamplingParams(temperature=0), tokens, len(tokens), 0)
-    chunk = Chunk(0, tuple(tokens), 0, [0], True)
-    runner.launch(Plan(0, (chunk,), (row,))).result()
+    runner.launch(short_step(config, SamplingParams(temperature=0))).result()
+
+
+def short_step(config: EngineConfig, sampling: SamplingParams) -> Plan:
+    """One short prompt."""
+    tokens = (0,) * min(config.block_size, config.largest_step.tokens)
+    new = NewSequence(0, sampling, len(tokens), 0)
+    return Plan(0, (Chunk(0, 0, tokens, 0, (0,), True),), (new,))
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

@@ -16,17 +16,17 @@ from dataclasses import dataclass, field
 from ruvon.deltas import FinishReason as FinishReason
 from ruvon.deltas import TokenLogprobs as TokenLogprobs
 
-UNDRAWN = -1
-"""In a chunk, in place of a token that the step before is drawing while this one is planned: the
+PLACEHOLDER = -1
+"""In a chunk, in place of a token that the step before is sampling while this one is planned: the
 runner, which computes one step after another, knows it in time."""
 
-JUST_UNDRAWN = (UNDRAWN,)
-"""The tokens of every such chunk: this very object, so that a runner can tell by its identity."""
+BEING_SAMPLED = (PLACEHOLDER,)
+"""The tokens of every such chunk."""
 
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How one request's tokens are drawn. The defaults leave the model's distribution alone."""
+    """How one request's tokens are sampled. The defaults leave the model's distribution alone."""
 
     temperature: float = 1.0  # 0 is greedy
     top_k: int = 0  # 0 is off
@@ -39,12 +39,12 @@ class SamplingParams:
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     allowed_token_ids: tuple[int, ...] | None = None
     bad_words: tuple[tuple[int, ...], ...] = ()  # token sequences that must not be completed
-    seed: int | None = None  # None draws a fresh one
+    seed: int | None = None  # None takes a fresh one
     max_tokens: int | None = 16  # None: as many as the context holds
     min_tokens: int = 0  # no stop token before this many, nor a stop string
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
     ignore_eos: bool = False
-    logprobs: int | None = None  # alternatives per token; 0 is the drawn token alone
+    logprobs: int | None = None  # alternatives per token; 0 is the sampled token alone
     prompt_logprobs: int | None = None
 
 
@@ -70,36 +70,6 @@ class Job:
     param: str = "prompt"  # the field that errors about the prompt name
 
 
-@dataclass(slots=True)
-class SamplingRow:
-    """What the sampler needs to know of a sequence.
-
-    One serves all steps of a sequence, for ``history`` is the sequence's own list of tokens: what
-    has been committed when it is read. The runner gives the sampler a row with a list of its own,
-    which ends where the step's chunk ends, unless the row is ``plain`` and nobody reads it.
-    """
-
-    seq_id: int
-    sampling: SamplingParams
-    history: list[int]
-    num_prompt: int
-    seed: int
-    plain: bool = field(init=False)  # the likeliest token, whatever came before, is all it wants
-
-    def __post_init__(self) -> None:
-        wanted = self.sampling
-        self.plain = wanted.temperature == 0 and not (
-            wanted.logprobs is not None
-            or wanted.allowed_token_ids is not None
-            or wanted.bad_words
-            or wanted.min_tokens
-            or wanted.logit_bias
-            or wanted.repetition_penalty != 1
-            or wanted.presence_penalty
-            or wanted.frequency_penalty
-        )
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One completion on its way, owned by the scheduler.
@@ -107,7 +77,7 @@ class Sequence:
     ``tokens`` is prompt plus output, as far as it is known. ``num_computed`` tokens are in the
     cache, or will be when the launched steps are done; scheduling closes the gap to the rest,
     ``num_pending``, whether that is a prompt, a chunk of one, a new token or a recompute after
-    preemption. The last pending token may be one that a launched step still draws.
+    preemption. The last pending token may be one that a launched step still samples.
     """
 
     id: int
@@ -121,22 +91,22 @@ class Sequence:
     priority: int = 0
     salt: str = ""
     num_computed: int = 0
-    num_pending: int = 0  # 0 as long as it has no blocks, and once its last token is being drawn
+    num_pending: int = 0  # 0 as long as it has no blocks, and once its last token is being sampled
     num_cached: int = 0  # prompt tokens found in the prefix cache at first scheduling
-    num_preempted: int = 0
+    num_preempted: int = 0  # its generation
+    headroom: int = -1  # blocks that were to be had when it last found too few of them
+    missing: bytes | None = None  # key of the first block it then did not find
     in_flight: int = 0  # steps launched with a chunk of it and not committed yet
     blocks: list[int] = field(default_factory=list)
+    num_sent: int = 0  # leading blocks that chunks of this generation have named
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, for the prefix cache
     num_published: int = 0  # leading blocks already offered to the prefix cache
+    num_claimed: int = 0  # leading blocks that others wait for rather than compute them too
     awaits: bytes | None = None  # key of a prefix block that another sequence computes right now
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # so far; None if not wanted
     arrived_at: float = 0.0  # seconds, monotonic
     scheduled_at: float | None = None  # when a step was first planned with a chunk of it
     finish: FinishReason | None = None
-    row: SamplingRow = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.row = SamplingRow(self.id, self.sampling, self.tokens, self.num_prompt, self.seed)
 
     @property
     def num_output(self) -> int:
@@ -145,14 +115,26 @@ class Sequence:
 
 @dataclass(slots=True)
 class Chunk:
-    """A run of one sequence's tokens to compute in this step. Self-contained: a worker rank needs
-    nothing else to build its batch."""
+    """A run of one sequence's tokens to compute in this step."""
 
     seq_id: int
-    tokens: tuple[int, ...]  # or `JUST_UNDRAWN`
+    generation: int  # how often the sequence has been preempted: each time it begins anew
+    tokens: tuple[int, ...]  # or `BEING_SAMPLED`
     start: int  # position of the first
-    blocks: list[int]  # the sequence's own block table, which may grow while the step runs
-    samples: bool  # whether the last token's logits are drawn from
+    blocks: tuple[int, ...]  # what its block table has grown by since its last chunk
+    samples: bool  # whether a token is sampled after the last
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """What a runner needs to know of a sequence besides its chunks; goes with the first of each
+    generation."""
+
+    seq_id: int
+    sampling: SamplingParams
+    num_prompt: int
+    seed: int
+    prefix: tuple[int, ...] = ()  # tokens found in the prefix cache, which no chunk brings
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,22 +150,60 @@ class PromptRow:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step: which tokens to compute and which rows to sample, in the order of ``chunks``."""
+    """One step: which tokens to compute, and after which of them to sample.
+
+    A value: what a runner keeps of a sequence (its block table, its tokens, its settings) is what
+    this and earlier plans told, and what it sampled itself. ``ended`` comes first, then ``new``.
+    """
 
     step: int
     chunks: tuple[Chunk, ...]
-    rows: tuple[SamplingRow, ...]  # one for each chunk with ``samples``, in order
+    new: tuple[NewSequence, ...] = ()  # those whose first chunk is here
+    ended: tuple[int, ...] = ()  # sequences to forget: over, or preempted since the plan before
     prompt_rows: tuple[PromptRow, ...] = ()
+    rows: tuple[int, ...] = field(init=False)  # the sequences that sample, in the order of chunks
     num_tokens: int = field(init=False)  # of all chunks
 
     def __post_init__(self) -> None:
+        rows = tuple([chunk.seq_id for chunk in self.chunks if chunk.samples])
+        object.__setattr__(self, "rows", rows)
         num_tokens = sum([len(chunk.tokens) for chunk in self.chunks])
         object.__setattr__(self, "num_tokens", num_tokens)
 
 
+@dataclass(slots=True)
+class SamplingRow:
+    """What a sampler is told of a sequence. A runner keeps one for each, whose history grows to
+    the end of every chunk before it is sampled from."""
+
+    seq_id: int
+    sampling: SamplingParams
+    history: list[int]  # prompt and output
+    num_prompt: int
+    seed: int
+    plain: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.plain = is_plain(self.sampling)
+
+
+def is_plain(sampling: SamplingParams) -> bool:
+    """Whether all that is wanted is the likeliest token, whatever came before."""
+    return sampling.temperature == 0 and not (
+        sampling.logprobs is not None
+        or sampling.allowed_token_ids is not None
+        or sampling.bad_words
+        or sampling.min_tokens
+        or sampling.logit_bias
+        or sampling.repetition_penalty != 1
+        or sampling.presence_penalty
+        or sampling.frequency_penalty
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step drew: a list of tokens for each of ``Plan.rows`` (more than one only for
+    """What a step sampled: the tokens of each of ``Plan.rows`` (more than one only for
     accepted drafts), logprobs beside them where asked, prompt logprobs by sequence."""
 
     tokens: tuple[tuple[int, ...], ...]

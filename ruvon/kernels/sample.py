@@ -1,6 +1,6 @@
-"""Drawing tokens on the device, so that the next step can start before the host has seen them.
+"""Sampling on the device, so that the next step can start before the host has seen them.
 
-One program draws for one row, in a few passes over its scores, and sorts nothing:
+One program samples for one row, in a few passes over its scores, and sorts nothing:
 
 - Every pass keeps a sum (or maximum, or count) for each of ``BLOCK`` lanes and reduces once, at its
   end. Lane ``i`` stands for tokens ``i``, ``i + BLOCK``, ``i + 2 BLOCK`` and so on.
@@ -30,23 +30,26 @@ from ruvon.kernels.pdl import release, wait
 PARAMS = 16  # int32 or float32 words of one row's parameters
 # The words, in order; floats are stored by their bits.
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
-TOP_K, SEED_LOW, SEED_HIGH, DRAW, HISTORY, BIAS, WANTS_LOGPROB, SEAT = range(6, 14)
+TOP_K, SEED_LOW, SEED_HIGH, DRAW, HISTORY, BIAS, WANTS_LOGPROB, SLOT = range(6, 14)
 
 NOT_A_NUMBER, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 IN_PROMPT = tl.constexpr(0x4000)  # a count's flag: the prompt holds this token
 COUNT = tl.constexpr(0x3FFF)
 
+COLDEST = tl.constexpr(2.0**-120)  # what is colder is greedy: its inverse is no float32
+ATTEMPTS = tl.constexpr(64)  # at top_p; each about halves what is left outside of the nucleus
+
 
 class SamplingState(NamedTuple):
-    """What outlives a step, by *seat* (a running sequence's place on the device)."""
+    """What outlives a step, by *slot* (a sequence's place in the persistent batch)."""
 
-    last_tokens: Tensor  # int32 [seats]: what each sequence drew last
-    counts: Tensor  # int16 [seats, V]: how often its output holds a token, and `IN_PROMPT`
-    bias: Tensor  # float16 [seats, V]: added to its scores; minus infinity rules a token out
+    last_tokens: Tensor  # int32 [slots]: what each sequence sampled last
+    counts: Tensor  # int16 [slots, V]: how often its output holds a token, and `IN_PROMPT`
+    bias: Tensor  # float16 [slots, V]: added to its scores; minus infinity rules a token out
 
 
-class Drawn(NamedTuple):
+class Sampled(NamedTuple):
     """A step's results, one for each row."""
 
     tokens: Tensor  # int32 [L], or why there is none
@@ -75,10 +78,10 @@ def finite(z):
 
 
 @triton.jit
-def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
+def survey(row, V, rate, weighs, BLOCK: tl.constexpr):
     """The first pass: the best score and the first token that has it, the lowest finite score,
     whether any is not a number, and by lane the mass relative to the best. Greedy rows (not
-    ``sampled``) need no masses."""
+    ``weighs``) need no masses."""
     lanes = tl.arange(0, BLOCK)
     best_N = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at_N = tl.zeros([BLOCK], tl.int32)
@@ -91,7 +94,7 @@ def survey(row, V, rate, sampled, BLOCK: tl.constexpr):
         broken_N |= (z != z).to(tl.int32)
         new_N = tl.maximum(best_N, z)
         best_at_N = tl.where(z > best_N, at, best_at_N)
-        if sampled:
+        if weighs:
             base = finite(new_N)
             mass_N = mass_N * tl.exp2((best_N - base) * rate) + tl.exp2((z - base) * rate)
             lowest_N = tl.minimum(lowest_N, tl.where(z > float("-inf"), z, float("inf")))
@@ -165,7 +168,7 @@ def first_above(cumulative_N, mass_N, target, places_N):
 
 
 @triton.jit
-def score_drawn(logits_ptr, token, V, BLOCK: tl.constexpr):
+def score_sampled(logits_ptr, token, V, BLOCK: tl.constexpr):
     """The token's log-probability and rank by the model, before all transforms."""
     lanes = tl.arange(0, BLOCK)
     chosen = tl.load(logits_ptr + token)
@@ -210,23 +213,24 @@ def _sample_kernel(
     wait(PDL)
     temperature, top_p, min_p = tl.load(floats), tl.load(floats + 1), tl.load(floats + 2)
     top_k, history = tl.load(ints + 6), tl.load(ints + 10)
-    seat = tl.load(ints + 13).to(tl.int64)
+    slot = tl.load(ints + 13).to(tl.int64)
     logits_row = logits_ptr + index.to(tl.int64) * logits_stride
     row = (
         logits_row,
-        counts_ptr + seat * V,
-        bias_ptr + seat * V,
+        counts_ptr + slot * V,
+        bias_ptr + slot * V,
         history,
         tl.load(ints + 11),
         tl.load(floats + 3),
         tl.load(floats + 4),
         tl.load(floats + 5),
     )
-    V = tl.where(seat >= 0, V, 0)  # padding has nothing to look at
-    rate = 1.4426950408889634 / tl.where(temperature > 0.0, temperature, 1.0)
-    top, token, lowest, broken, mass_N = survey(row, V, rate, temperature > 0.0, BLOCK)
+    V = tl.where(slot >= 0, V, 0)  # padding has nothing to look at
+    warm = temperature >= COLDEST
+    rate = 1.4426950408889634 / tl.where(warm, temperature, 1.0)
+    top, token, lowest, broken, mass_N = survey(row, V, rate, warm, BLOCK)
 
-    if (temperature > 0.0) & (top < float("inf")) & (top > float("-inf")):
+    if warm & (top_p > 0.0) & (top < float("inf")) & (top > float("-inf")):
         floor = tl.where(min_p > 0.0, top + tl.log2(tl.maximum(min_p, 1e-30)) / rate, float("-inf"))
         if (top_k > 0) & (top_k < V):
             floor = tl.maximum(floor, kth_score(row, V, top_k, lowest, top, BLOCK))
@@ -239,6 +243,7 @@ def _sample_kernel(
         draw = tl.load(ints + 9)
         zero = draw * 0  # on the device, so that the loop may carry it
         attempt = zero
+        likeliest = token
         drawing = zero == 0
         while drawing:
             random, _, _, _ = tl.philox((high_seed << 32) | low_seed, draw, attempt, zero, zero)
@@ -258,33 +263,36 @@ def _sample_kernel(
                 likelier = tl.sum(mass_N, axis=0)
                 drawing = (likelier >= top_p * kept) & (likelier > 0.0)
             attempt += 1
+            if attempt == ATTEMPTS:  # of a nucleus that small this is nearly always the one
+                token = tl.where(drawing, likeliest, token)
+                drawing = zero != 0
 
     token = tl.where(top == float("-inf"), -3, token)
     token = tl.where(top == float("inf"), -2, token)
     token = tl.where(broken > 0, -1, token)
     if (tl.load(ints + 12) > 0) & (token >= 0):
-        logprob, rank = score_drawn(logits_row, token, V, BLOCK)
+        logprob, rank = score_sampled(logits_row, token, V, BLOCK)
         tl.store(logprobs_ptr + index, logprob)
         tl.store(ranks_ptr + index, rank)
     tl.store(tokens_ptr + index, token)
-    if seat >= 0:
-        tl.store(last_tokens_ptr + seat, tl.maximum(token, 0))
+    if slot >= 0:
+        tl.store(last_tokens_ptr + slot, tl.maximum(token, 0))
         if (history >= 0) & (token >= 0):
-            place = counts_ptr + seat * V + token
+            place = counts_ptr + slot * V + token
             seen = tl.load(place)
             tl.store(place, seen + tl.where((seen & COUNT) < COUNT, 1, 0).to(tl.int16))
 
 
-def make_state(seats: int, vocab_size: int, device: torch.device) -> SamplingState:
+def make_state(slots: int, vocab_size: int, device: torch.device) -> SamplingState:
     return SamplingState(
-        torch.zeros(seats, dtype=torch.int32, device=device),
-        torch.zeros(seats, vocab_size, dtype=torch.int16, device=device),
-        torch.zeros(seats, vocab_size, dtype=torch.float16, device=device),
+        torch.zeros(slots, dtype=torch.int32, device=device),
+        torch.zeros(slots, vocab_size, dtype=torch.int16, device=device),
+        torch.zeros(slots, vocab_size, dtype=torch.float16, device=device),
     )
 
 
-def make_drawn(rows: int, device: torch.device) -> Drawn:
-    return Drawn(
+def make_sampled(rows: int, device: torch.device) -> Sampled:
+    return Sampled(
         torch.zeros(rows, dtype=torch.int32, device=device),
         torch.zeros(rows, dtype=torch.float32, device=device),
         torch.zeros(rows, dtype=torch.int32, device=device),
@@ -292,12 +300,12 @@ def make_drawn(rows: int, device: torch.device) -> Drawn:
 
 
 def sample(
-    logits_LV: Tensor, params: Tensor, state: SamplingState, drawn: Drawn, pdl: bool = False
+    logits_LV: Tensor, params: Tensor, state: SamplingState, sampled: Sampled, pdl: bool = False
 ) -> None:
-    """Draw a token for each row of ``logits_LV``, float32, which stays as it is.
+    """Sample a token for each row of ``logits_LV``, float32, which stays as it is.
 
     ``params``: int32 [L, PARAMS]. HISTORY and BIAS are -1 where a row has no penalties or biases,
-    SEAT is -1 for padding. Fills ``drawn`` and the seats' ``last_tokens`` and ``counts``.
+    SLOT is -1 for padding. Fills ``sampled`` and the slots' ``last_tokens`` and ``counts``.
     """
     rows, vocab = logits_LV.shape
     block = min(4096, triton.next_power_of_2(vocab))
@@ -308,9 +316,9 @@ def sample(
         state.last_tokens,
         state.counts,
         state.bias,
-        drawn.tokens,
-        drawn.logprobs,
-        drawn.ranks,
+        sampled.tokens,
+        sampled.logprobs,
+        sampled.ranks,
         vocab,
         logits_LV.stride(0),
         BLOCK=block,

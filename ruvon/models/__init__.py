@@ -26,9 +26,18 @@ class Model(Protocol):
     @property
     def spec(self) -> ModelSpec: ...
 
+    @property
+    def ops(self) -> Ops: ...
+
     def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """→ float32 logits [L, V]; writes the batch's keys and values to ``cache``, one
-        (keys, values) of [B, G, P, D] a layer."""
+        (keys, values) of [B, G, P, D] a layer. In two parts:"""
+
+    def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """→ [L, C]: the final hidden states of the batch's ``logit_rows``."""
+
+    def logits(self, x_LC: Tensor) -> Tensor:
+        """→ float32 [L, V]."""
 
 
 @dataclass(frozen=True, slots=True)

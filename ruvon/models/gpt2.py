@@ -68,6 +68,14 @@ class GPT2:
 
     def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each."""
+        return self.logits(self.hidden(batch, cache))
+
+    def logits(self, x_LC: Tensor) -> Tensor:
+        """→ float32 [L, V], of final hidden states."""
+        return self.ops.logits(x_LC, self.head)
+
+    def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        """→ the final hidden states of the batch's ``logit_rows``, [L, C]."""
         x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
         residual_TC: Tensor | None = self.ops.embed(batch.positions, self.positions)
         for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
@@ -80,7 +88,7 @@ class GPT2:
             x_TC, residual_TC = norm_linear(layer.mlp_norm, layer.up, x_TC, residual_TC)
             x_TC = layer.down(x_TC)
         x_LC, _ = self.norm(x_TC, residual_TC)
-        return self.ops.logits(x_LC, self.head)
+        return x_LC
 
 
 def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GPT2:

@@ -22,7 +22,7 @@ from ruvon.engine.batch import build_batch
 from ruvon.engine.kv_cache import allocate_cache, free_for_cache, plan_memory
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward
-from ruvon.engine.types import Chunk, Plan, PromptRow
+from ruvon.engine.types import Chunk, NewSequence, Plan, PromptRow, SamplingParams
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.telemetry import Progress, silent
@@ -71,11 +71,12 @@ def score(
     forward: Forward, most: int, block_size: int, device: torch.device, tokens: Sequence[int]
 ) -> Tensor:
     """A scorer over a cache that holds nothing else: ``most`` tokens at a time."""
-    blocks = list(range(-(-len(tokens) // block_size)))
-    logits = []
+    blocks = tuple(range(-(-len(tokens) // block_size)))
+    new, logits = NewSequence(0, SamplingParams(), len(tokens), 0), []
     for start in range(0, len(tokens), most):
         piece = tuple(tokens[start : start + most])
-        plan = Plan(0, (Chunk(0, piece, start, blocks, False),), (), (PromptRow(0, 0, piece, 0),))
+        chunk, scored = Chunk(0, 0, piece, start, blocks, False), PromptRow(0, 0, piece, 0)
+        plan = Plan(0, (chunk,), (new,), prompt_rows=(scored,))
         with torch.inference_mode():
             batch = build_batch(plan, block_size, device)
             logits.append(forward(batch).to("cpu", copy=True))  # the next call reuses its memory

@@ -20,7 +20,7 @@ from ruvon.engine import batch, startup
 from ruvon.engine.backends import eager
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.kv_cache import plan_memory
-from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
+from ruvon.engine.types import Chunk, NewSequence, Plan, PromptRow, SamplingParams
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
@@ -74,15 +74,14 @@ def start(folder: Path, sequences: int, deterministic: bool) -> GpuRunner:
 
 def score(runner: GpuRunner, prompts: list[tuple[int, int]], sampling: SamplingParams) -> None:
     """A step of prompts, each some tokens after so many others, with all their logprobs."""
-    chunks, rows, scored, free = [], [], [], iter(range(10**6))
+    chunks, new, scored, free = [], [], [], iter(range(10**6))
     for i, (begin, length) in enumerate(prompts):
         tokens = (1,) * length
-        blocks = [next(free) for _ in range(-(-(begin + length) // BLOCK))]
-        chunks.append(Chunk(i, tokens, begin, blocks, True))
-        rows.append(SamplingRow(i, sampling, [1] * (begin + length), begin + length, 0))
-        scored.append(PromptRow(i, 0, tokens[1:] or tokens, 1))
-    numbered = tuple(replace(row, chunk=i) for i, row in enumerate(scored))
-    runner.launch(Plan(0, tuple(chunks), tuple(rows), numbered)).result()
+        blocks = tuple(next(free) for _ in range(-(-(begin + length) // BLOCK)))
+        chunks.append(Chunk(i, 0, tokens, begin, blocks, True))
+        new.append(NewSequence(i, sampling, begin + length, 0, (1,) * begin))
+        scored.append(PromptRow(i, i, tokens[1:] or tokens, 1))
+    runner.launch(Plan(0, tuple(chunks), tuple(new), (), tuple(scored))).result()
 
 
 def serve(runner: GpuRunner, sequences: int) -> None:

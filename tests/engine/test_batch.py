@@ -6,17 +6,22 @@ import numpy as np
 import pytest
 import torch
 
-from ruvon.engine.batch import build_batch, join, part
-from ruvon.engine.types import Chunk, Plan, PromptRow, SamplingParams, SamplingRow
+from ruvon.engine.batch import BlockTables, build_batch, join, part
+from ruvon.engine.types import (
+    BEING_SAMPLED,
+    Chunk,
+    NewSequence,
+    Plan,
+    PromptRow,
+    SamplingParams,
+)
 
 CPU = torch.device("cpu")
 
 
 def make_plan(chunks, prompt_rows=()) -> Plan:
-    rows = tuple(
-        SamplingRow(chunk.seq_id, SamplingParams(), [], 0, 0) for chunk in chunks if chunk.samples
-    )
-    return Plan(0, tuple(chunks), rows, tuple(prompt_rows))
+    new = tuple(NewSequence(chunk.seq_id, SamplingParams(), 0, 0) for chunk in chunks)
+    return Plan(0, tuple(chunks), new, prompt_rows=tuple(prompt_rows))
 
 
 def random_plan(rng: random.Random, block_size: int) -> Plan:
@@ -27,8 +32,8 @@ def random_plan(rng: random.Random, block_size: int) -> Plan:
         tokens = tuple(rng.randrange(5000) for _ in range(rng.choice([1, 1, rng.randint(2, 70)])))
         # A block table may reach further than this chunk does.
         num_blocks = -(-(start + len(tokens)) // block_size) + rng.randint(0, 2)
-        blocks = [free.pop() for _ in range(num_blocks)]
-        chunks.append(Chunk(seq_id, tokens, start, blocks, rng.random() < 0.7))
+        blocks = tuple(free.pop() for _ in range(num_blocks))
+        chunks.append(Chunk(seq_id, 0, tokens, start, blocks, rng.random() < 0.7))
     prompt_rows = [
         PromptRow(chunk.seq_id, index, chunk.tokens[: rng.randint(0, len(chunk.tokens))], 1)
         for index, chunk in enumerate(chunks)
@@ -69,7 +74,7 @@ def test_a_batch_says_what_its_plan_says(seed):
         plan.chunks, contexts, batch.block_tables.tolist(), strict=True
     ):
         needed = -(-context // size)
-        assert table == chunk.blocks[:needed] + [0] * (width - needed)
+        assert table == [*chunk.blocks[:needed]] + [0] * (width - needed)
 
 
 def test_every_tensor_is_contiguous_int32():
@@ -98,5 +103,23 @@ def test_joined_arrays_come_apart_and_begin_on_boundaries():
 
 
 def test_a_plan_that_samples_nothing_wants_no_logits():
-    batch = build_batch(make_plan([Chunk(0, (1, 2, 3), 0, [5], False)]), 16, CPU)
+    batch = build_batch(make_plan([Chunk(0, 0, (1, 2, 3), 0, (5,), False)]), 16, CPU)
     assert batch.logit_rows.tolist() == []
+
+
+def test_block_tables_are_what_a_stream_of_plans_said():
+    def plan(*chunks, new=(), ended=()):
+        introduced = tuple(NewSequence(seq_id, SamplingParams(), 1, 0) for seq_id in new)
+        return Plan(0, chunks, introduced, ended)
+
+    def decode(seq_id, start, *blocks):
+        return Chunk(seq_id, 0, BEING_SAMPLED, start, blocks, True)
+
+    tables = BlockTables()
+    tables.follow(plan(decode(1, 0, 4, 2), decode(2, 0, 9), new=(1, 2)))
+    tables.follow(plan(decode(1, 1), decode(2, 1, 7)))
+    assert tables == {1: [4, 2], 2: [9, 7]}
+    tables.follow(plan(decode(2, 0, 5), new=(2,), ended=(1, 2, 77)))
+    assert tables == {2: [5]}
+    with pytest.raises(KeyError):
+        tables.follow(plan(decode(1, 2, 3)))

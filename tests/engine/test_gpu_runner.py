@@ -9,23 +9,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu.graphs import Bucket, Layout, mixed_buckets, single_buckets
-from ruvon.engine.gpu.runner import Compilations, GpuRunner
-from ruvon.engine.gpu.seats import Seats
+from ruvon.engine.gpu.graphs import Bucket, StepWords, mixed_buckets, single_buckets
+from ruvon.engine.gpu.persistent_batch import PersistentBatch
+from ruvon.engine.gpu.runner import GpuRunner
+from ruvon.engine.gpu.scoring import Scorer
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import (
-    JUST_UNDRAWN,
+    BEING_SAMPLED,
     Chunk,
     Job,
+    NewSequence,
     Plan,
     PromptRow,
     SamplingParams,
-    SamplingRow,
 )
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -45,7 +45,7 @@ pytestmark = [
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-PAGE, BLOCKS, LONGEST, SEATS = 16, 24, 128, 3
+PAGE, BLOCKS, LONGEST, SLOTS = 16, 24, 128, 3
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -94,24 +94,22 @@ def make_cache(model):
 @pytest.fixture(scope="module")
 def gpu_runner(triton_device):
     model = build_model(make_triton_ops(torch.float32, DEVICE))
-    forward = partial(model.forward, cache=make_cache(model))
-    sampler = partial(sample, eos_token_ids=(2,))
-    scorer = Runner(
-        forward,
-        sampler,
-        block_size=PAGE,
+    cache = make_cache(model)
+    scorer = Scorer(
+        partial(model.hidden, cache=cache),
+        model.logits,
         device=DEVICE,
-        max_logit_rows=64,
+        block_size=PAGE,
+        max_logit_rows=16,
     )
     runner = GpuRunner(
-        forward,
-        sampler,
+        partial(model.forward, cache=cache),
         scorer,
         device=DEVICE,
         block_size=PAGE,
         vocab_size=97,
         max_model_len=LONGEST,
-        max_seqs=SEATS,
+        max_seqs=SLOTS,
         max_tokens=40,
         eos_token_ids=(2,),
         progress=silent,
@@ -136,8 +134,8 @@ def expected():
     def continue_(prompt, count, sampling=None):
         story = Story(0, prompt, list(range(LONGEST // PAGE)), sampling)
         for _ in range(count):
-            plan = Plan(0, (story.chunk(),), (story.row(),))
-            story.draw(runner.launch(plan).result().tokens[0][0])
+            plan = plan_of((story, story.chunk()))
+            story.sample(runner.launch(plan).result().tokens[0][0])
         return story.tokens[len(prompt) :]
 
     yield continue_
@@ -148,34 +146,34 @@ class Story:
     """One sequence, as a scheduler would keep it."""
 
     def __init__(self, seq_id, prompt, blocks, sampling=None):
-        self.id, self.tokens, self.blocks = seq_id, list(prompt), blocks
-        self.num_prompt, self.num_computed, self.num_undrawn = len(prompt), 0, 0
+        self.id, self.tokens, self.blocks = seq_id, list(prompt), tuple(blocks)
+        self.num_prompt, self.num_computed = len(prompt), 0
         self.sampling = sampling or SamplingParams(temperature=0)
 
-    def chunk(self, limit=None, *, undrawn=False):
+    def chunk(self, limit=None, *, ahead=False):
         """What is pending, or ``limit`` tokens of it; or a token that nobody knows yet."""
         start = self.num_computed
-        tokens = JUST_UNDRAWN if undrawn else tuple(self.tokens[start:][:limit])
+        tokens = BEING_SAMPLED if ahead else tuple(self.tokens[start:][:limit])
         self.num_computed += len(tokens)
-        samples = undrawn or self.num_computed == len(self.tokens)
-        return Chunk(self.id, tokens, start, self.blocks, samples)
+        samples = ahead or self.num_computed == len(self.tokens)
+        return Chunk(self.id, 0, tokens, start, () if start else self.blocks, samples)
 
-    def row(self):
-        return SamplingRow(self.id, self.sampling, self.tokens, self.num_prompt, 5)
+    def new(self):
+        return NewSequence(self.id, self.sampling, self.num_prompt, 5)
 
-    def draw(self, token):
+    def sample(self, token):
         self.tokens.append(token)
 
 
 def take(stories, plan, result):
     by_id = {story.id: story for story in stories}
-    for row, tokens in zip(plan.rows, result.tokens, strict=True):
-        by_id[row.seq_id].draw(tokens[0])
+    for seq_id, tokens in zip(plan.rows, result.tokens, strict=True):
+        by_id[seq_id].sample(tokens[0])
 
 
 def plan_of(*parts):
     chunks = tuple(chunk for _, chunk in parts)
-    return Plan(0, chunks, tuple(story.row() for story, chunk in parts if chunk.samples))
+    return Plan(0, chunks, tuple(story.new() for story, chunk in parts if not chunk.start))
 
 
 PROMPTS = ([3, 5, 8, 13], list(range(10, 45)), [60] * 17)
@@ -190,16 +188,16 @@ def make_stories(sampling=None):
 
 
 def test_steps_overlap_and_mix(gpu_runner, expected):
-    """Whole prompts, a chunked one, undrawn tokens, and a sequence that ends among others."""
+    """Whole prompts, a chunked one, tokens being sampled, and a sequence that ends among others."""
     a, b, c = stories = make_stories()
     misses = gpu_runner.num_misses
     plans = [
         plan_of((a, a.chunk()), (b, b.chunk(20))),
-        plan_of((a, a.chunk(undrawn=True)), (b, b.chunk()), (c, c.chunk())),
-        plan_of(*((s, s.chunk(undrawn=True)) for s in stories)),
-        plan_of((b, b.chunk(undrawn=True)), (c, c.chunk(undrawn=True))),
-        plan_of((c, c.chunk(undrawn=True))),
-        plan_of((c, c.chunk(undrawn=True))),
+        plan_of((a, a.chunk(ahead=True)), (b, b.chunk()), (c, c.chunk())),
+        plan_of(*((s, s.chunk(ahead=True)) for s in stories)),
+        plan_of((b, b.chunk(ahead=True)), (c, c.chunk(ahead=True))),
+        plan_of((c, c.chunk(ahead=True))),
+        plan_of((c, c.chunk(ahead=True))),
     ]
     before: tuple[Plan, Future] | None = None
     for plan in plans:
@@ -213,8 +211,8 @@ def test_steps_overlap_and_mix(gpu_runner, expected):
         assert story.tokens[len(prompt) :] == expected(prompt, count)
 
 
-def test_the_host_draws_what_the_device_cannot(gpu_runner, expected):
-    """Bad words look at all drawn tokens. Other rows of the step, and later ones, do not notice."""
+def test_rows_sampled_behind_the_step(gpu_runner, expected):
+    """Bad words look at several tokens. Other rows of the step, and later ones, do not notice."""
     banned = expected(PROMPTS[0], 2)
     sampling = SamplingParams(temperature=0, bad_words=(tuple(banned),))
     story, other = Story(50, PROMPTS[0], [1, 2], sampling), Story(51, PROMPTS[2], [3, 4])
@@ -224,7 +222,7 @@ def test_the_host_draws_what_the_device_cannot(gpu_runner, expected):
         results.append((plan, gpu_runner.launch(plan).result()))
         if len(results) > 1:  # one step late, as an engine would
             take([story, other], *results[-2])
-        plan = plan_of(*((s, s.chunk(undrawn=True)) for s in (story, other)))
+        plan = plan_of(*((s, s.chunk(ahead=True)) for s in (story, other)))
     take([story, other], *results[-1])
     assert gpu_runner.num_misses == misses + 4
     assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
@@ -235,17 +233,17 @@ def test_the_host_draws_what_the_device_cannot(gpu_runner, expected):
 def test_prompt_logprobs(gpu_runner):
     prompt, beside = Story(60, PROMPTS[2], [1, 2]), Story(61, PROMPTS[0], [3])
     beside_plan = plan_of((beside, beside.chunk()))
-    drawn = gpu_runner.launch(beside_plan).result().tokens[0][0]
+    token = gpu_runner.launch(beside_plan).result().tokens[0][0]
     chunk = prompt.chunk()
     plan = replace(
-        plan_of((beside, beside.chunk(undrawn=True)), (prompt, chunk)),
+        plan_of((beside, beside.chunk(ahead=True)), (prompt, chunk)),
         prompt_rows=(PromptRow(60, 1, chunk.tokens[1:], 2),),
     )
     result = gpu_runner.launch(plan).result()
     scores = result.prompt_logprobs[60]
     assert [score.token for score in scores] == PROMPTS[2][1:]
     assert len(result.tokens) == 2
-    assert drawn == gpu_runner.launch(beside_plan).result().tokens[0][0]
+    assert token == gpu_runner.launch(beside_plan).result().tokens[0][0]
 
 
 @pytest.mark.parametrize(
@@ -265,9 +263,9 @@ def test_what_the_device_samples_is_what_the_host_would(gpu_runner, expected, sa
     plan = plan_of((story, story.chunk()))
     for _ in range(4):
         futures.append(gpu_runner.launch(plan))
-        plan = plan_of((story, story.chunk(undrawn=True)))
-    drawn = [future.result().tokens[0][0] for future in futures]
-    assert drawn == expected(PROMPTS[2], 4, sampling)
+        plan = plan_of((story, story.chunk(ahead=True)))
+    sampled = [future.result().tokens[0][0] for future in futures]
+    assert sampled == expected(PROMPTS[2], 4, sampling)
 
 
 def test_logprobs(gpu_runner):
@@ -306,17 +304,17 @@ class Watched:
         return self._runner.launch(plan)
 
     @property
-    def undrawn(self):
+    def ahead(self):
         """(sequence, position) of tokens that nobody knew yet when they were given to it."""
         chunks = (chunk for plan in self.plans for chunk in plan.chunks)
-        return {(chunk.seq_id, chunk.start) for chunk in chunks if chunk.tokens is JUST_UNDRAWN}
+        return {(chunk.seq_id, chunk.start) for chunk in chunks if chunk.tokens == BEING_SAMPLED}
 
 
 def drive(gpu_runner, depth):
     """More jobs than seats; some join when others are under way and one is aborted under way.
     Tokens and finish by job, and the runner, which knows sequences by the numbers of their jobs."""
     runner = Watched(gpu_runner, depth)
-    config = EngineConfig(block_size=PAGE, max_num_seqs=SEATS, max_num_batched_tokens=40)
+    config = EngineConfig(block_size=PAGE, max_num_seqs=SLOTS, max_num_batched_tokens=40)
     engine = Engine(
         runner, config,
         max_model_len=LONGEST, num_blocks=BLOCKS, vocab_size=97, eos_token_ids=(),
@@ -344,7 +342,7 @@ def drive(gpu_runner, depth):
 
 
 @pytest.mark.slow
-def test_launched_ahead_or_not_the_same_is_drawn(gpu_runner):
+def test_launched_ahead_or_not_the_same_is_sampled(gpu_runner):
     tokens, finishes, one_by_one = drive(gpu_runner, 1)
     tokens_ahead, finishes_ahead, ahead = drive(gpu_runner, 2)
     aborted, aborted_ahead = tokens.pop(ABORTED), tokens_ahead.pop(ABORTED)
@@ -357,10 +355,10 @@ def test_launched_ahead_or_not_the_same_is_drawn(gpu_runner):
     stopped = {i for i, finish in finishes.items() if finish == "stop"}
     assert stopped
     assert all(1 < len(tokens[i]) < SAMPLINGS[i].max_tokens for i in stopped)
-    assert not one_by_one.undrawn
+    assert not one_by_one.ahead
     for i in stopped:
         last = LENGTHS[i] + len(tokens[i]) - 1
-        assert (i, last) in ahead.undrawn
+        assert (i, last) in ahead.ahead
 
 
 # ------------------------------------------------------------------------------------- parts
@@ -373,7 +371,7 @@ def test_buckets():
 
 
 def test_a_step_runs_in_the_smallest_bucket_that_holds_it(gpu_runner):
-    """Of `SEATS` = 3 sequences and 40 tokens at most."""
+    """Of `SLOTS` = 3 sequences and 40 tokens at most."""
     choose = gpu_runner._choose_bucket
     assert [choose(n, n) for n in (1, 2, 3)] == [Bucket(True, n, n) for n in (1, 2, 3)]
     assert [choose(n, 2).tokens for n in (3, 16, 17, 33, 40)] == [16, 16, 32, 40, 40]
@@ -386,7 +384,7 @@ def test_captured_steps_share_memory(gpu_runner):
 
 
 def test_layout_keeps_inputs_apart_and_aligned():
-    layout = Layout(Bucket(False, 19, 3))
+    layout = StepWords(Bucket(False, 19, 3))
     words = np.zeros(layout.size, dtype=np.int32)
     for i, view in enumerate(layout.views(words).values(), 1):
         assert (view.ctypes.data - words.ctypes.data) % 16 == 0
@@ -394,32 +392,38 @@ def test_layout_keeps_inputs_apart_and_aligned():
         view[...] = i
 
 
-def test_seats_stay_low_and_send_changes_only():
-    seats = Seats(4, 8, 16)
-    blocks = {i: [10 * i + j for j in range(8)] for i in range(4)}
+def test_slots_stay_low_and_changes_only_are_sent():
+    batch, blocks = PersistentBatch(4, 8), {i: [10 * i + j for j in range(8)] for i in range(4)}
 
-    def chunk(i, start):
-        return Chunk(i, (0,), start, blocks[i], True)
+    def assign(*chunks, highest, new=(), ended=()):
+        """Chunks as (sequence, how many blocks it has then)."""
+        known = {i: [] for i in new}
+        plan = Plan(
+            0,
+            tuple(
+                Chunk(
+                    i, 0, (0,), 0, tuple(blocks[i][len(known.get(i, has.get(i, []))) : num]), True
+                )
+                for i, num in chunks
+            ),
+            tuple(NewSequence(i, SamplingParams(), 1, 0) for i in new),
+            ended,
+        )
+        has.update({i: blocks[i][:num] for i, num in chunks})
+        return batch.assign(plan, highest)
 
-    first = seats.assign([chunk(i, 30) for i in range(4)], 4)
-    assert (first.seats, first.newcomers, first.moves) == ([0, 1, 2, 3], [0, 1, 2, 3], [])
+    has = {}
+    first = assign((0, 2), (1, 2), (2, 2), (3, 2), highest=4, new=range(4))
+    assert (first.slots, first.newcomers, first.moves) == ([0, 1, 2, 3], {0, 1, 2, 3}, [])
     assert len(first.patches) == 8
-    assert seats.assign([chunk(i, 31) for i in range(4)], 4).patches == []
-    grown = seats.assign([chunk(i, 32) for i in range(4)], 4)
+    assert assign((0, 2), (1, 2), (2, 2), (3, 2), highest=4).patches == []
+    grown = assign((0, 3), (1, 3), (2, 3), (3, 3), highest=4)
     assert grown.patches == [(2, 2), (10, 12), (18, 22), (26, 32)]
-    moved = seats.assign([chunk(3, 33), chunk(1, 33)], 2)
-    assert (moved.seats, moved.newcomers, moved.moves) == ([0, 1], [], [(3, 0)])
+    moved = assign((3, 3), (1, 3), highest=2)
+    assert (moved.slots, moved.newcomers, moved.moves) == ([0, 1], set(), [(3, 0)])
     assert moved.patches == [(0, 30), (1, 31), (2, 32)]
-    back = seats.assign([chunk(0, 33), chunk(3, 34)], 2)
-    assert (back.seats, back.newcomers) == ([1, 0], [0])
-    blocks[3] = list(blocks[3])
-    assert seats.assign([chunk(0, 34), chunk(3, 34)], 2).newcomers == [1]
-
-
-def test_compilations_are_counted_until_closed():
-    before = triton.knobs.runtime.jit_post_compile_hook
-    compilations = Compilations()
-    triton.knobs.runtime.jit_post_compile_hook(key="", repr="", fn=None)
-    assert compilations.num == 1
-    compilations.close()
-    assert triton.knobs.runtime.jit_post_compile_hook is before
+    back = assign((0, 3), (3, 3), highest=2)
+    assert (back.slots, back.newcomers) == ([1, 0], {1})
+    again = assign((0, 3), (3, 3), highest=2, new=[3], ended=(3,))
+    assert again.newcomers == {0}
+    assert again.patches == [(0, 30), (1, 31), (2, 32)]

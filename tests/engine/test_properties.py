@@ -4,6 +4,7 @@ the same tokens; and in the end every block is free."""
 
 from __future__ import annotations
 
+import pickle
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine, Pending
-from ruvon.engine.types import Emission, Job, Plan, SamplingParams
+from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
 MAX_MODEL_LEN = 60
@@ -68,9 +69,12 @@ class Run:
         config: EngineConfig,
         depth: int = 1,
         eager: bool = False,
+        at_once: int = 1,
         failing: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
-        self.runner = FakeRunner(config.block_size, ALPHABET, by_hand=not eager, depth=depth)
+        self.runner = FakeRunner(
+            config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once
+        )
         self.runner.failing |= failing
         self.engine = Engine(
             self.runner,
@@ -86,6 +90,7 @@ class Run:
         self.scored: dict[int, list[int | None]] = {}  # the tokens that prompt logprobs are of
         self.finished: dict[int, str] = {}
         self.pending: deque[Pending] = deque()
+        self.results: list[StepResult] = []
         self.step = 0
 
     def go(self, most_steps: int = 20_000) -> Run:
@@ -118,6 +123,8 @@ class Run:
             return
         if not self.pending[0].future.done():
             self.runner.finish_step()
+        if self.pending[0].future.exception() is None:
+            self.results.append(self.pending[0].future.result())
         for emission in self.engine.collect(self.pending.popleft()):
             self._take_in(emission)
         check(self.engine)
@@ -198,6 +205,13 @@ def verify(run: Run) -> None:
     assert not scheduler._computing
 
 
+def replay(run: Run) -> None:
+    """Plans are values: written down and read back, they make another runner do the same."""
+    runner = FakeRunner(run.runner.block_size, ALPHABET, depth=run.runner.depth)
+    for plan, result in zip(run.runner.plans, run.results, strict=True):
+        assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
+
+
 @st.composite
 def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
     """Jobs that share prefixes often: prompts are cut from two long texts."""
@@ -255,7 +269,16 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
 @settings(max_examples=250, deadline=None)
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
-    verify(Run(load, **world).go())
+    run = Run(load, **world).go()
+    verify(run)
+    replay(run)
+
+
+@settings(max_examples=60, deadline=None)
+@given(arrivals(), worlds(), st.integers(2, 4))
+def test_same_tokens_however_many_a_step_brings(load, world, at_once):
+    """As with accepted drafts, which only one step at a time can have."""
+    verify(Run(load, **world | {"depth": 1}, at_once=at_once).go())
 
 
 @settings(max_examples=150, deadline=None)

@@ -9,7 +9,14 @@ import torch
 from ruvon.engine.batch import build_batch
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
-from ruvon.engine.types import UNDRAWN, Chunk, Plan, PromptRow, SamplingParams, SamplingRow
+from ruvon.engine.types import (
+    BEING_SAMPLED,
+    Chunk,
+    NewSequence,
+    Plan,
+    PromptRow,
+    SamplingParams,
+)
 
 VOCAB = 50
 CPU = torch.device("cpu")
@@ -55,21 +62,22 @@ def make_runner(forward):
         runner.close()
 
 
-def greedy(seq_id, history, **sampling):
-    return SamplingRow(seq_id, SamplingParams(temperature=0, **sampling), history, 1, 0)
+def greedy(seq_id, num_prompt=1, prefix=(), **sampling):
+    return NewSequence(seq_id, SamplingParams(temperature=0, **sampling), num_prompt, 0, prefix)
 
 
 def mixed_plan() -> Plan:
     chunks = (
-        Chunk(1, (10,), 5, [3, 1], True),
-        Chunk(2, (20, 21, 22, 23, 24), 0, [5, 6], False),
-        Chunk(3, (30, 31, 32), 0, [7], True),
+        Chunk(1, 0, (10,), 5, (3, 1), True),
+        Chunk(2, 0, (20, 21, 22, 23, 24), 0, (5, 6), False),
+        Chunk(3, 0, (30, 31, 32), 0, (7,), True),
     )
     prompt_rows = (
         PromptRow(2, 1, (21, 22, 23, 24, 40), 1),
         PromptRow(3, 2, (31, 32), 0),
     )
-    return Plan(0, chunks, (greedy(1, [10]), greedy(3, [30, 31, 32])), prompt_rows)
+    new = tuple(greedy(seq_id) for seq_id in (1, 2, 3))
+    return Plan(0, chunks, new, prompt_rows=prompt_rows)
 
 
 def test_a_step_samples_its_rows_and_scores_its_prompts(make_runner, forward):
@@ -97,15 +105,17 @@ def test_bounded_logits_give_the_same(make_runner, forward, max_logit_rows):
 
 
 def test_a_step_may_sample_nothing(make_runner):
-    plan = Plan(0, (Chunk(1, (4, 5), 0, [0], False),), ())
+    plan = Plan(0, (Chunk(1, 0, (4, 5), 0, (0,), False),), (greedy(1),))
     result = make_runner().launch(plan).result(timeout=10)
     assert result.tokens == ()
 
 
 def test_failures_are_the_futures(make_runner, forward):
-    plan = Plan(0, (Chunk(1, (4, 5), 0, [], True),), (greedy(1, [4, 5]),))
     runner = make_runner()
-    assert isinstance(runner.launch(plan).exception(timeout=10), (IndexError, ValueError))
+    without_blocks = Plan(0, (Chunk(1, 0, (4, 5), 0, (), True),), (greedy(1),))
+    assert isinstance(runner.launch(without_blocks).exception(timeout=10), (IndexError, ValueError))
+    unheard_of = Plan(0, (Chunk(9, 0, (4, 5), 0, (), True),))
+    assert isinstance(runner.launch(unheard_of).exception(timeout=10), KeyError)
     assert runner.launch(mixed_plan()).result(timeout=10).tokens == ((11,), (33,))
 
 
@@ -142,7 +152,7 @@ def test_one_bad_row_fails_alone(make_runner):
 
 def test_steps_run_in_the_order_of_launching(make_runner, forward):
     runner = make_runner()
-    plans = [Plan(n, (Chunk(n, (n,), 0, [n], True),), (greedy(n, [n]),)) for n in range(20)]
+    plans = [Plan(n, (Chunk(n, 0, (n,), 0, (n,), True),), (greedy(n),)) for n in range(20)]
     futures = [runner.launch(plan) for plan in plans]
     assert [future.result(timeout=10).tokens for future in futures] == [
         ((n + 1,),) for n in range(20)
@@ -151,18 +161,21 @@ def test_steps_run_in_the_order_of_launching(make_runner, forward):
 
 
 def decode(*tokens):
-    """A step of one token for each sequence, at position 1."""
-    return tuple(Chunk(seq_id, (token,), 1, [seq_id], True) for seq_id, token in enumerate(tokens))
+    """A step of one token for each sequence, at position 1, its block known."""
+    return tuple(Chunk(seq_id, 0, token, 1, (), True) for seq_id, token in enumerate(tokens))
 
 
-def test_a_step_ahead_computes_what_the_step_before_drew(make_runner, forward):
+def prompts(*tokens):
+    """A step of one token for each sequence, at position 0."""
+    return tuple(Chunk(n, 0, (token,), 0, (n,), True) for n, token in enumerate(tokens))
+
+
+def test_a_step_ahead_computes_what_the_step_before_sampled(make_runner, forward):
     runner = make_runner()
-    rows = tuple(greedy(n, [n]) for n in (0, 1))
-    first = tuple(Chunk(n, (n,), 0, [n], True) for n in (0, 1))
     futures = [
-        runner.launch(Plan(1, first, rows)),
-        runner.launch(Plan(2, decode(UNDRAWN, UNDRAWN)[::-1], rows[::-1])),
-        runner.launch(Plan(3, decode(7, 8), rows)),
+        runner.launch(Plan(1, prompts(0, 1), (greedy(0), greedy(1)))),
+        runner.launch(Plan(2, decode(BEING_SAMPLED, BEING_SAMPLED)[::-1])),
+        runner.launch(Plan(3, decode((7,), (8,)))),
     ]
     assert [future.result(timeout=10).tokens for future in futures] == [
         ((1,), (2,)),
@@ -172,9 +185,8 @@ def test_a_step_ahead_computes_what_the_step_before_drew(make_runner, forward):
     assert [batch.token_ids.tolist() for batch in forward.batches] == [[0, 1], [2, 1], [7, 8]]
 
 
-@pytest.mark.parametrize("committed", [True, False])
-def test_the_sampler_gets_the_history_up_to_its_step(forward, committed):
-    """Whatever the scheduler has appended meanwhile."""
+def test_the_sampler_gets_the_history_up_to_its_step(forward):
+    """Whatever of it was found in the cache, came in chunks, was sampled, or came after that."""
     seen = []
 
     def sampler(logits, rows):
@@ -182,15 +194,20 @@ def test_the_sampler_gets_the_history_up_to_its_step(forward, committed):
         return sample(logits, rows, ())
 
     runner = Runner(forward, sampler, block_size=4, device=CPU, max_logit_rows=100)
-    history = [4, 5]
-    row = greedy(0, history, presence_penalty=1)
-    runner.launch(Plan(1, (Chunk(0, (4, 5), 0, [0], True),), (row,))).result(timeout=10)
-    if committed:
-        history += [6, 7]
-    ahead = Plan(2, (Chunk(0, (UNDRAWN,), 2, [0], True),), (row,))
-    assert runner.launch(ahead).result(timeout=10).tokens == ((7,),)
+    new = greedy(0, 4, prefix=(1, 2), presence_penalty=1)
+    chunks = [
+        Chunk(0, 0, (3,), 2, (0,), False),
+        Chunk(0, 0, (4,), 3, (), True),
+        Chunk(0, 0, BEING_SAMPLED, 4, (1,), True),
+        Chunk(0, 0, (9,), 5, (), True),
+    ]
+    for n, chunk in enumerate(chunks):
+        plan = Plan(n, (chunk,), () if n else (new,))
+        runner.launch(plan).result(timeout=10)
+    again = Plan(9, (Chunk(0, 1, (7,), 0, (2,), True),), (greedy(0),), ended=(0,))
+    runner.launch(again).result(timeout=10)
     runner.close()
-    assert seen == [[[4, 5]], [[4, 5, 6]]]
+    assert seen == [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 9]], [[7]]]
 
 
 def test_a_failed_row_fails_nothing_after_it(forward):
@@ -204,9 +221,9 @@ def test_a_failed_row_fails_nothing_after_it(forward):
         broken_at_first, partial(sample, eos_token_ids=()),
         block_size=4, device=CPU, max_logit_rows=100,
     )  # fmt: skip
-    rows = (greedy(0, [0], presence_penalty=1), greedy(1, [1]))
-    first = runner.launch(Plan(1, tuple(Chunk(n, (n,), 0, [n], True) for n in (0, 1)), rows))
-    second = runner.launch(Plan(2, decode(UNDRAWN, UNDRAWN), rows))
+    new = (greedy(0, presence_penalty=1), greedy(1))
+    first = runner.launch(Plan(1, prompts(0, 1), new))
+    second = runner.launch(Plan(2, decode(BEING_SAMPLED, BEING_SAMPLED)))
     assert list(first.result(timeout=10).errors) == [0]
     assert second.result(timeout=10).tokens[1] == (3,)
     runner.close()

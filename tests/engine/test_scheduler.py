@@ -8,7 +8,7 @@ from fakes import fake_logprobs
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Limits, Scheduler
-from ruvon.engine.types import UNDRAWN, SamplingParams, Sequence, StepResult
+from ruvon.engine.types import BEING_SAMPLED, NewSequence, SamplingParams, Sequence, StepResult
 
 EOS = 2
 
@@ -66,14 +66,16 @@ def test_a_prompt_then_one_token_a_step():
     scheduler = make()
     scheduler.add(sequence(0, range(10, 20), max_tokens=2))
     plan = scheduler.schedule(0.0)
-    (chunk,), (row,) = plan.chunks, plan.rows
+    (chunk,) = plan.chunks
     assert chunk.tokens == tuple(range(10, 20))
     assert (chunk.start, chunk.samples, len(chunk.blocks)) == (0, True, 3)
-    assert (row.history, row.num_prompt) == (list(range(10, 20)), 10)
+    assert plan.rows == (0,)
+    assert plan.new == (NewSequence(0, SamplingParams(), 10, 0),)
     (emission,) = scheduler.commit(plan, result(plan))
     assert (emission.tokens, emission.finish) == ((9,), None)
     plan = scheduler.schedule(0.0)
     assert (plan.chunks[0].tokens, plan.chunks[0].start) == ((9,), 10)
+    assert (plan.chunks[0].blocks, plan.new) == ((), ())
     (emission,) = scheduler.commit(plan, result(plan))
     assert emission.finish == "length"
     assert not scheduler.has_work
@@ -123,6 +125,7 @@ def test_without_chunking_a_prompt_over_the_budget_gets_a_step_alone():
     scheduler.add(sequence(1, range(20, 40)))
     scheduler.add(sequence(2, range(40, 48)))  # fits the budget, but not beside the others
     assert step(scheduler)[0] == {1: 20}
+    assert step(scheduler)[0] == {0: 1, 1: 1}
     assert step(scheduler)[0] == {2: 8}
     assert step(scheduler)[0] == {0: 1, 1: 1, 2: 1}
 
@@ -382,19 +385,19 @@ def test_an_error_ends_its_sequence_and_no_other():
 # -------------------------------------------------------------------- a step ahead
 
 
-def test_a_step_ahead_computes_the_token_being_drawn():
+def test_a_step_ahead_computes_the_token_being_sampled():
     scheduler = make()
     seq = sequence(0, [5, 6, 7, 8], max_tokens=3)
     scheduler.add(seq)
     first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
     (chunk,) = second.chunks
-    assert (chunk.tokens, chunk.start, chunk.samples) == ((UNDRAWN,), 4, True)
-    assert len(chunk.blocks) == 2
+    assert (chunk.tokens, chunk.start, chunk.samples) == (BEING_SAMPLED, 4, True)
+    assert (len(first.chunks[0].blocks), len(chunk.blocks)) == (1, 1)
     assert seq.tokens == [5, 6, 7, 8]
     (emission,) = scheduler.commit(first, result(first, 9))
     assert emission.tokens == (9,)
     third = scheduler.schedule(0.0)
-    assert (third.chunks[0].tokens, third.chunks[0].start) == ((UNDRAWN,), 5)
+    assert (third.chunks[0].tokens, third.chunks[0].start) == (BEING_SAMPLED, 5)
     (emission,) = scheduler.commit(second, result(second, 10))
     assert (emission.tokens, emission.finish) == ((10,), None)
     assert scheduler.schedule(0.0) is None
@@ -562,3 +565,114 @@ def test_abort_of_the_preempted_the_awaiting_the_unknown_and_the_finished():
     scheduler.commit(plan, result(plan))
     run_out(scheduler)
     scheduler.pool.check([])
+
+
+# -------------------------------------------------------------------- plans as values
+
+
+def test_runners_are_told_of_each_block_once_and_who_is_over():
+    scheduler = make(block_size=2)
+    seq = sequence(0, [5, 6, 7], max_tokens=4)
+    scheduler.add(seq)
+    told, plans = [], []
+    while scheduler.has_work:
+        plans.append(scheduler.schedule(0.0))
+        told += plans[-1].chunks[0].blocks
+        blocks = list(seq.blocks)
+        scheduler.commit(plans[-1], result(plans[-1]))
+        assert told == blocks
+    assert [len(plan.new) for plan in plans] == [1, 0, 0, 0]
+    scheduler.add(sequence(1, [8]))
+    assert scheduler.schedule(0.0).ended == (0,)
+
+
+def test_a_preempted_sequence_is_ended_and_introduced_anew():
+    scheduler = make(num_blocks=5, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=6))
+    scheduler.add(sequence(1, [7, 8], max_tokens=6))
+    while not scheduler.counters.preempted:
+        before = scheduler.schedule(0.0)
+        scheduler.commit(before, result(before))
+    ended, again = {*before.ended}, None
+    while again is None:
+        plan = scheduler.schedule(0.0)
+        ended |= {*plan.ended}
+        again = next((new for new in plan.new if new.seq_id == 1), None)
+        if again is None:
+            scheduler.commit(plan, result(plan))
+    assert 1 in ended
+    (chunk,) = [chunk for chunk in plan.chunks if chunk.seq_id == 1]
+    assert chunk.generation == 1
+    assert len(again.prefix) == chunk.start
+    assert (*again.prefix, *chunk.tokens)[:3] == (7, 8, 9)
+    assert tuple(scheduler.sequences[1].blocks) == chunk.blocks
+
+
+# -------------------------------------------------------------------- several tokens a step
+
+
+def test_a_step_may_bring_several_tokens():
+    """As accepted drafts do. What they bring is computed in the next step."""
+    scheduler = make(block_size=2)
+    seq = sequence(0, [5, 6], max_tokens=6, logprobs=0)
+    scheduler.add(seq)
+    plan = scheduler.schedule(0.0)
+    scores = tuple(fake_logprobs(token, 0) for token in (9, 8, 7))
+    (emission,) = scheduler.commit(plan, StepResult(((9, 8, 7),), (scores,)))
+    assert (emission.tokens, emission.logprobs) == ((9, 8, 7), scores)
+    plan = scheduler.schedule(0.0)
+    (chunk,) = plan.chunks
+    assert (chunk.tokens, chunk.start, len(chunk.blocks)) == ((9, 8, 7), 2, 2)
+    (emission,) = scheduler.commit(plan, StepResult(((6, 5, 4, 3),), (None,)))
+    assert (emission.tokens, emission.finish) == ((6, 5, 4), "length")
+    scheduler.pool.check([])
+
+
+def test_nothing_comes_after_a_stop_token():
+    scheduler = make()
+    scheduler.add(sequence(0, [5, 6], max_tokens=6))
+    plan = scheduler.schedule(0.0)
+    (emission,) = scheduler.commit(plan, StepResult(((9, EOS, 7),), (None,)))
+    assert (emission.tokens, emission.finish, emission.stop_token) == ((9, EOS), "stop", EOS)
+
+
+# -------------------------------------------------------------------- what a step may cost
+
+
+def test_keys_of_a_long_prompt_are_computed_as_it_is():
+    """Hashing all of it at once would hold the event loop."""
+    scheduler = make(num_blocks=1000, max_tokens=32)
+    seq = sequence(0, range(3000))
+    scheduler.add(seq)
+    lengths = []
+    for _ in range(3):
+        step(scheduler)
+        lengths.append(len(seq.keys))
+    assert lengths == [9, 17, 25]
+
+
+def test_who_is_blocked_is_looked_up_again_only_when_something_has_changed(monkeypatch):
+    scheduler = make(num_blocks=8, block_size=4)
+    scheduler.add(sequence(0, range(10, 20), max_tokens=9))
+    step(scheduler)
+    scheduler.add(sequence(1, range(10, 40), max_tokens=2))
+    looked_up, match = [], scheduler.pool.match
+    monkeypatch.setattr(scheduler.pool, "match", lambda keys: looked_up.append(1) or match(keys))
+    while 0 in scheduler.running:
+        step(scheduler)
+    # at first, and when the third block of the same prefix is or is not the other's
+    assert len(looked_up) <= 2
+    run_out(scheduler)
+    assert scheduler.counters.queried == 40
+    assert len(looked_up) <= 3
+
+
+def test_without_chunking_streams_go_on_however_many_long_prompts_come():
+    scheduler = make(max_tokens=8, chunked=False, num_blocks=600)
+    scheduler.add(sequence(0, [5], max_tokens=40))
+    step(scheduler)
+    for id in range(1, 30):
+        scheduler.add(sequence(id, [id] * 20, max_tokens=1))
+        step(scheduler)
+    assert scheduler.sequences[0].num_output >= 14
+    assert 12 not in scheduler.sequences

@@ -1,4 +1,4 @@
-"""Drawing on the device: against the definitions, and against the distribution."""
+"""Sampling on the device: against the definitions, and against the distribution."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
-from ruvon.kernels.begin import begin, end
+from ruvon.kernels.staging import Places, load_inputs, store_outputs
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -32,11 +32,11 @@ def draw(logits, *, state=None, repeat=1, wants_logprob=False, **fields):
     words[:, kernels.HISTORY] = 0 if fields.get("history") else -1
     words[:, kernels.BIAS] = 0 if fields.get("bias") else -1
     words[:, kernels.WANTS_LOGPROB] = wants_logprob
-    words[:, kernels.SEAT] = np.arange(repeat)
-    drawn = kernels.make_drawn(repeat, DEVICE)
+    words[:, kernels.SLOT] = np.arange(repeat)
+    sampled = kernels.make_sampled(repeat, DEVICE)
     rows = logits.to(DEVICE).expand(repeat, -1).contiguous()
-    kernels.sample(rows, torch.from_numpy(words).to(DEVICE), state, drawn)
-    return drawn
+    kernels.sample(rows, torch.from_numpy(words).to(DEVICE), state, sampled)
+    return sampled
 
 
 @pytest.fixture(autouse=True)
@@ -167,26 +167,76 @@ def test_penalties_and_bias():
     assert int(state.counts[0, expected]) == before + 1
 
 
+@pytest.mark.parametrize("temperature", [1e-39, 1e-44, 2.0**-126])
+def test_a_temperature_too_small_to_divide_by_is_greedy(temperature):
+    logits = torch.randn(VOCAB)
+    assert draw(logits, temperature=temperature).tokens.tolist() == [int(logits.argmax())]
+
+
+@pytest.mark.parametrize("top_p", [0.0, 1e-45, 1e-30])
+def test_every_top_p_ends(top_p):
+    """Among many equals too, each of which weighs more than is wanted."""
+    logits = torch.zeros(VOCAB)
+    logits[7:] = 3.0
+    tokens = draw(logits, top_p=top_p, repeat=3).tokens.tolist()
+    assert all(token >= 7 for token in tokens)
+
+
+class Inputs:
+    """Two rows of two sequences, in slots 2 and 0, as words on the device and two staging buffers;
+    tables of three blocks of four tokens."""
+
+    PLACES = Places(
+        num_ids=2, positions=2, slots=4, context_lens=6, logit_rows=9, params=11, mode=19,
+        new_blocks=20, patches=22, end=26, num_rows=2,
+    )  # fmt: skip
+    PARAMS = (4, 0, 1)  # words; of these the slot and the number of the draw
+
+    def __init__(self):
+        self.staging = torch.full((2, 28), -1, dtype=torch.int32, device=DEVICE)
+        self.turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
+        self.words = torch.zeros(26, dtype=torch.int32, device=DEVICE)
+        self.last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
+        self.tables = torch.zeros(3, 3, dtype=torch.int32, device=DEVICE)
+
+    def load(self, words):
+        self.staging[1, : len(words)] = torch.tensor(words, dtype=torch.int32)
+        load_inputs(
+            self.staging, self.turn, self.words, self.last, self.tables, self.PLACES, 4, self.PARAMS
+        )
+        return self.words.tolist()
+
+
+# ids, positions, cache slots, context lengths by slot, logit rows, parameters of a row each
+FIRST = [-1, 5, 3, 6, 31, 22, 4, 0, 7, 1, 0, 2, 8, 0, 0, 0, 9, 0, 0]
+
+
 def test_a_step_begins_with_what_only_the_device_knows():
-    ids, patches = [5, -1, -3, 0], [3, 9, -1, 4, 0, 7]
-    boxes = torch.full((2, 12), -1, dtype=torch.int32, device=DEVICE)
-    boxes[1] = torch.tensor([*ids, -7, 8, *patches], dtype=torch.int32)
-    turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    words = torch.zeros(12, dtype=torch.int32, device=DEVICE)
-    last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
-    tables = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE)
-    begin(boxes, turn, words, last, tables, 4, (6, 12))
-    assert words.tolist() == [5, 50, 70, 0, -7, 8, *patches]
-    assert tables.tolist() == [[7, 0, 0], [9, 0, 0]]
+    inputs = Inputs()
+    words = [*FIRST, 0, -1, -1, 6, 5, -1, 9]
+    assert inputs.load(words) == [50, *words[1:]]
+    assert inputs.tables.tolist() == [[0, 0, 0], [0, 0, 0], [5, 0, 0]]
 
 
-def test_a_step_ends_in_its_box_and_passes_the_turn_on():
+def test_a_steady_step_goes_on_by_itself():
+    """Each row with the token its slot has sampled, one position on; one begins a new block."""
+    inputs = Inputs()
+    inputs.load([*FIRST, 0, -1, -1, 6, 4, 7, 5])
+    inputs.load([*[99] * len(FIRST), 1, -1, 8])
+    positions, contexts = [4, 7], [5, 0, 8]
+    slots = [8 * 4, 5 * 4 + 3]
+    rows = [1, 0, 2, 9, 0, 0, 0, 10, 0, 0]
+    assert inputs.words.tolist()[:19] == [50, 70, *positions, *slots, *contexts, *rows]
+    assert inputs.tables.tolist() == [[0, 8, 0], [0, 0, 0], [4, 5, 0]]
+
+
+def test_a_step_stores_its_results_and_passes_the_turn_on():
     results = torch.arange(600, dtype=torch.int32, device=DEVICE)
-    boxes = torch.zeros(3, 600, dtype=torch.int32, device=DEVICE)
+    staging = torch.zeros(3, 600, dtype=torch.int32, device=DEVICE)
     turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
-    end(results, boxes, turn)
-    end(results + 1, boxes, turn)
+    store_outputs(results, staging, turn)
+    store_outputs(results + 1, staging, turn)
     assert turn.tolist() == [0]
-    assert [box[1].item() for box in boxes] == [0, 1, 2]
-    assert torch.equal(boxes[1], results)
-    assert torch.equal(boxes[2], results + 1)
+    assert [buffer[1].item() for buffer in staging] == [0, 1, 2]
+    assert torch.equal(staging[1], results)
+    assert torch.equal(staging[2], results + 1)

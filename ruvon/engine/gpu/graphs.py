@@ -1,11 +1,11 @@
 """A step as one CUDA graph: captured for a few sizes at start, replayed with data in fixed places.
 
 A step of any composition is padded to the next size, a `Bucket`. Everything it reads lies in one
-device buffer of 32-bit words (`Layout`), which its first kernel fetches out of the host's memory
-(a `Box`); everything it leaves (the cache, the block tables, the drawn tokens, which its last
-kernel puts into the same box) lies in buffers that outlive it. So a step can be launched before the
-host has seen the tokens of the one before: an id of ``-1 - seat`` stands for what that seat drew
-last.
+device buffer of 32-bit words (`StepWords`), which its first kernel loads out of the host's memory
+(a `StagingBuffer`); everything it leaves (the cache, the block tables, the sampled tokens, which
+its last kernel stores in the same staging buffer) lies in buffers that outlive it. So a step can be
+launched before the host has seen the tokens of the one before: an id of ``-1 - slot`` stands for
+what that slot of the persistent batch sampled last.
 
 Padding has no queries, no context and no slot, and so is not computed with.
 """
@@ -25,13 +25,13 @@ from torch import Tensor
 
 from ruvon.engine.batch import padded
 from ruvon.kernels import sample
-from ruvon.kernels.begin import begin, end
 from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.staging import Places, load_inputs, store_outputs
 from ruvon.telemetry import Progress
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
-BOXES = 3  # two steps are under way, and one is being prepared
+NUM_STAGING = 3  # buffers: two steps are in flight, and one is being prepared
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -60,7 +60,7 @@ def mixed_buckets(max_tokens: int, max_seqs: int) -> list[Bucket]:
     ]
 
 
-class Layout:
+class StepWords:
     """Where a bucket's inputs lie in the buffer of words, each on a boundary of 16 bytes."""
 
     def __init__(self, bucket: Bucket) -> None:
@@ -73,35 +73,39 @@ class Layout:
             "context_lens": (sequences,),
             "logit_rows": (sequences,),
             "params": (sequences, sample.PARAMS),
+            "mode": (1,),
+            "new_blocks": (sequences if bucket.single else 0,),
             "patches": (tokens + sequences, 2),
         }
-        self._places: dict[str, tuple[int, int, tuple[int, ...]]] = {}
+        self._spans: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
         for name, shape in shapes.items():
             num_words = math.prod(shape)
-            self._places[name] = (self.size, self.size + num_words, shape)
+            self._spans[name] = (self.size, self.size + num_words, shape)
             self.size += padded(num_words)
-        self.patches = self._places["patches"][:2]
+        first = {name: span[0] for name, span in self._spans.items()}
+        del first["token_ids"], first["query_starts"]
+        self.places = Places(tokens, **first, end=self._spans["patches"][1], num_rows=sequences)
         self.blank: Words = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
         inputs = self.views(self.blank)
-        for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SEAT]):
+        for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SLOT]):
             values[...] = -1
 
     def views(self, words: Any) -> dict[str, Any]:
         """The inputs by name, in a tensor or an array of at least ``size`` words."""
         return {
             name: words[first:end].reshape(shape)
-            for name, (first, end, shape) in self._places.items()
+            for name, (first, end, shape) in self._spans.items()
         }
 
 
 @dataclass(frozen=True, slots=True)
-class Box:
-    """Memory of the host's that one step reads its inputs from and leaves its results in."""
+class StagingBuffer:
+    """Memory of the host's that one step reads its inputs from and stores its results in."""
 
     words: Words
     inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
-    results: Words  # [3, rows]: tokens, log-probabilities (float32 by their bits), ranks
+    results: Tensor  # int32 [3, rows]: tokens, log-probabilities (float32 by their bits), ranks
     done: Any  # torch.cuda.Event, to be recorded after the step; None on a CPU, where it is over
 
 
@@ -123,24 +127,26 @@ class Graphs:
         state: sample.SamplingState,
         *,
         table_width: int,
+        block_size: int,
         max_context: int,
         buckets: list[Bucket],
         pdl: bool,
     ) -> None:
-        seats, device = state.last_tokens.shape[0], state.last_tokens.device
+        slots, device = state.last_tokens.shape[0], state.last_tokens.device
         self._forward = forward
         self._state = state
+        self._block_size = block_size
         self._max_context = max_context
         self._pdl = pdl
-        self.layouts = {bucket: Layout(bucket) for bucket in buckets}
+        self.layouts = {bucket: StepWords(bucket) for bucket in buckets}
         num_words = max(layout.size for layout in self.layouts.values())
         zeros = partial(torch.zeros, dtype=torch.int32)
         self._words = zeros(num_words, device=device)
-        self.tables = zeros(seats, table_width, device=device)
-        self._results = zeros(3, seats, device=device)
+        self.tables = zeros(slots, table_width, device=device)
+        self.results = zeros(3, slots, device=device)
         self._turn = zeros(1, device=device)
-        self._inboxes = zeros(BOXES, num_words, pin_memory=device.type == "cuda")
-        self._outboxes = zeros(BOXES, 3, seats, pin_memory=device.type == "cuda")
+        self._staged_inputs = zeros(NUM_STAGING, num_words, pin_memory=device.type == "cuda")
+        self._staged_results = zeros(NUM_STAGING, 3, slots, pin_memory=device.type == "cuda")
 
     def capture_all(self, progress: Progress) -> dict[Bucket, Captured]:
         """Largest first, so that all can use the memory of the first."""
@@ -152,19 +158,19 @@ class Graphs:
         self._turn.zero_()
         return captured
 
-    def boxes(self) -> list[Box]:
+    def staging(self) -> list[StagingBuffer]:
         """In the order in which steps use them, over and over, from the first step on."""
-        cuda = self._words.is_cuda
-        boxes = []
-        for inbox, outbox in zip(self._inboxes.numpy(), self._outboxes.numpy(), strict=True):
-            inputs = {bucket: layout.views(inbox) for bucket, layout in self.layouts.items()}
+        cuda, buffers = self._words.is_cuda, []
+        for inputs, results in zip(self._staged_inputs, self._staged_results, strict=True):
+            words = inputs.numpy()
+            views = {bucket: layout.views(words) for bucket, layout in self.layouts.items()}
             done = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
-            boxes.append(Box(inbox, inputs, outbox, done))
-        return boxes
+            buffers.append(StagingBuffer(words, views, results, done))
+        return buffers
 
     def _capture(self, bucket: Bucket, pool: Any) -> Captured:
         layout = self.layouts[bucket]
-        self._inboxes[:, : layout.size] = torch.from_numpy(layout.blank)
+        self._staged_inputs[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
         if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
@@ -176,36 +182,49 @@ class Graphs:
         return Captured(graph.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
+        """Compute logits, then sample."""
+        logits_LV = self.forward(bucket)
+        self.sample(bucket, logits_LV)
+        return logits_LV
+
+    def forward(self, bucket: Bucket) -> Tensor:
+        """The first part of a step, from staged inputs to logits."""
         layout = self.layouts[bucket]
         words = self._words[: layout.size]
-        inputs = layout.views(words)
-        begin(
-            self._inboxes,
+        load_inputs(
+            self._staged_inputs,
             self._turn,
             words,
             self._state.last_tokens,
             self.tables,
-            bucket.tokens,
-            layout.patches,
+            layout.places,
+            self._block_size,
+            (sample.PARAMS, sample.SLOT, sample.DRAW),
             self._pdl,
         )
-        batch = ForwardBatch(
-            token_ids=inputs["token_ids"],
-            positions=inputs["positions"],
-            slots=inputs["slots"],
-            block_tables=self.tables[: bucket.sequences],
-            query_starts=inputs["query_starts"],
-            context_lens=inputs["context_lens"],
-            logit_rows=inputs["logit_rows"],
-            max_query=1 if bucket.single else bucket.tokens,
-            max_context=self._max_context,
+        inputs = layout.views(words)
+        return self._forward(
+            ForwardBatch(
+                token_ids=inputs["token_ids"],
+                positions=inputs["positions"],
+                slots=inputs["slots"],
+                block_tables=self.tables[: bucket.sequences],
+                query_starts=inputs["query_starts"],
+                context_lens=inputs["context_lens"],
+                logit_rows=inputs["logit_rows"],
+                max_query=1 if bucket.single else bucket.tokens,
+                max_context=self._max_context,
+            )
         )
-        logits_LV = self._forward(batch)
-        tokens, logprobs, ranks = self._results
-        drawn = sample.Drawn(tokens, logprobs.view(torch.float32), ranks)
-        sample.sample(logits_LV, inputs["params"], self._state, drawn, self._pdl)
-        end(self._results, self._outboxes, self._turn, self._pdl)
-        return logits_LV
+
+    def sample(self, bucket: Bucket, logits_LV: Tensor) -> None:
+        """The second part, from logits to staged results. It needs the first one's inputs and
+        nothing else, so that something may be done to the logits between the two."""
+        params = self.layouts[bucket].views(self._words)["params"]
+        tokens, logprobs, ranks = self.results
+        sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
+        sample.sample(logits_LV, params, self._state, sampled, self._pdl)
+        store_outputs(self.results, self._staged_results, self._turn, self._pdl)
 
 
 def borrow(tensor: Tensor) -> Tensor:

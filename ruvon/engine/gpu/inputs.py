@@ -1,147 +1,125 @@
 """StepInputs: a plan as the words that a captured step reads.
 
-Most steps go on where the one before was: the same sequences, each with the token it has just been
-given. Then the words of the one before are copied and counted up, which takes a few operations
-whatever the number of sequences.
+Most steps go on where the one before was: the same sequences, each with the token it has just
+sampled. Then the device counts up its own words, and is sent nothing but the blocks by which tables
+have grown.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
 import torch
 
-from ruvon.engine.gpu.graphs import Box, Bucket, Graphs, Words
-from ruvon.engine.gpu.seats import Seating, Seats
-from ruvon.engine.gpu.seatwork import SeatWork
-from ruvon.engine.types import JUST_UNDRAWN, UNDRAWN, Chunk, Plan
-from ruvon.kernels import sample
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """What the words of a step in which every sequence draws after one token were made of."""
-
-    bucket: Bucket
-    seq_ids: list[int]  # in the order of the plan
-    chunk_at: list[int]  # by place: tokens lie in the order of seats
-    seats: Words  # by place
+from ruvon.engine.batch import to_device
+from ruvon.engine.gpu.deferred import DeferredRow
+from ruvon.engine.gpu.graphs import Bucket, Graphs, StagingBuffer, Words
+from ruvon.engine.gpu.persistent_batch import PersistentBatch
+from ruvon.engine.gpu.sampling_state import SlotStates
+from ruvon.engine.types import BEING_SAMPLED, PLACEHOLDER, Chunk, Plan
 
 
 class StepInputs:
     """Writes one step after the other; each has to be launched before the next is written."""
 
-    def __init__(self, seats: Seats, work: SeatWork, graphs: Graphs) -> None:
-        """``seats`` mirrors the block tables of ``graphs``."""
-        self._seats = seats
-        self._work = work
+    def __init__(
+        self, batch: PersistentBatch, states: SlotStates, graphs: Graphs, block_size: int
+    ) -> None:
+        self._batch = batch
+        self._states = states
         self._tables = graphs.tables
         self._layouts = graphs.layouts
-        self._round: Round | None = None  # if the last step was one
-        self._words: Words  # of the last step
-        self._num_patches = 0  # in them
+        self._block_size = block_size
+        self._steady: tuple[Bucket, list[int]] | None = None
+        """The last step's sequences, if each had one token and sampled on the device."""
 
-    def write(self, plan: Plan, bucket: Bucket, box: Box) -> None:
-        """Fill ``box`` with a step that fits ``bucket``."""
-        chunks, last = plan.chunks, self._round
-        if (
-            last is not None
-            and last.bucket is bucket
-            and not self._work.waiting
-            and len(chunks) == len(last.seq_ids)
-            and [c.seq_id for c in chunks if c.tokens is JUST_UNDRAWN] == last.seq_ids
-        ):
-            self._go_on(chunks, last, box)
-        else:
-            self._start(plan, bucket, box)
-        self._words = box.words
-
-    def _go_on(self, chunks: tuple[Chunk, ...], last: Round, box: Box) -> None:
-        size, num = self._layouts[last.bucket].size, len(chunks)
-        box.words[:size] = self._words[:size]
-        inputs = box.inputs[last.bucket]
-        inputs["token_ids"][:num] = -1 - last.seats
-        inputs["context_lens"][last.seats] += 1
-        inputs["params"][:num, sample.DRAW] += 1
-        positions, slots = inputs["positions"][:num], inputs["slots"][:num]
-        positions += 1
-        slots += 1
-        patches: list[tuple[int, int]] = []
-        block_size = self._seats.block_size
-        for place in np.flatnonzero(positions % block_size == 0).tolist():
-            chunk = chunks[last.chunk_at[place]]
-            patches += self._seats.extend(chunk)
-            slots[place] = chunk.blocks[chunk.start // block_size] * block_size
-        self._patch(patches, inputs["patches"])
-
-    def _start(self, plan: Plan, bucket: Bucket, box: Box) -> None:
-        layout = self._layouts[bucket]
-        box.words[: layout.size] = layout.blank
-        self._num_patches = 0
-        inputs = box.inputs[bucket]
-        seating = self._seats.assign(plan.chunks, bucket.sequences)
-        order = sorted(range(len(plan.chunks)), key=seating.seats.__getitem__)
-        chunks = [plan.chunks[i] for i in order]
-        seats = np.array([seating.seats[i] for i in order], dtype=np.int32)
-        lengths = np.ones_like(seats)
-        if not bucket.single:
-            lengths[:] = [len(chunk.tokens) for chunk in chunks]
-        ends = inputs["query_starts"][1:]
-        ends[seats] = lengths
-        np.cumsum(ends, out=ends)
-        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
-        inputs["context_lens"][seats] = starts + lengths
-        self._fill_tokens(chunks, sources(seats.tolist(), seating), bucket.single, inputs)
-        self._patch(seating.patches, inputs["patches"])
-        samples = [i for i, chunk in enumerate(plan.chunks) if chunk.samples]
-        row_seats = np.array([seating.seats[i] for i in samples], dtype=np.int32)
-        inputs["logit_rows"][: len(samples)] = ends[row_seats] - 1
+    def write(self, plan: Plan, bucket: Bucket, staging: StagingBuffer) -> list[DeferredRow]:
+        """Fill a staging buffer with a step that fits ``bucket``; the rows that it is not to
+        sample."""
+        self._states.follow(plan)
+        steady, self._steady = self._is_steady(plan, bucket) and self._steady, None
+        if steady:
+            self._advance(plan.chunks, staging.inputs[bucket])
+            self._steady = steady
+            return []
+        staging.words[: self._layouts[bucket].size] = self._layouts[bucket].blank
         with torch.inference_mode():
-            self._work.move(seating.moves)
-            self._work.fill(
-                inputs["params"][: len(samples)],
-                plan.rows,
-                row_seats,
-                inputs["context_lens"][row_seats],
-                {seating.seats[i] for i in seating.newcomers},
-            )
-        self._round = None
-        if bucket.single and len(samples) == len(chunks):
-            self._round = Round(bucket, [chunk.seq_id for chunk in plan.chunks], order, seats)
+            return self._start(plan, bucket, staging.inputs[bucket])
+
+    def _is_steady(self, plan: Plan, bucket: Bucket) -> bool:
+        """Whether the device can go on by itself."""
+        return (
+            self._steady is not None
+            and self._steady[0] is bucket
+            and not (plan.new or plan.ended or self._states.waiting)
+            and self._steady[1] == [c.seq_id for c in plan.chunks if c.tokens == BEING_SAMPLED]
+            and all(self._grows_by_one(chunk) for chunk in plan.chunks if chunk.blocks)
+        )
+
+    def _grows_by_one(self, chunk: Chunk) -> bool:
+        """Whether a chunk of one token begins the block that it adds."""
+        before = len(self._batch.tables[chunk.seq_id])
+        return len(chunk.blocks) == 1 and chunk.start == before * self._block_size
+
+    def _advance(self, chunks: Sequence[Chunk], inputs: dict[str, Words]) -> None:
+        inputs["mode"][0] = 1
+        inputs["new_blocks"][:] = -1
+        for row, block in self._batch.grow(chunks):
+            inputs["new_blocks"][row] = block
+
+    def _start(self, plan: Plan, bucket: Bucket, inputs: dict[str, Words]) -> list[DeferredRow]:
+        assigned = self._batch.assign(plan, bucket.sequences)
+        order = sorted(range(len(plan.chunks)), key=assigned.slots.__getitem__)
+        chunks = [plan.chunks[i] for i in order]  # as their tokens lie in the batch
+        slots = np.array([assigned.slots[i] for i in order], dtype=np.int32)
+        lengths = np.array([len(chunk.tokens) for chunk in chunks], dtype=np.int32)
+        starts = np.array([chunk.start for chunk in chunks], dtype=np.int32)
+        ends = inputs["query_starts"][1:]
+        ends[slots] = lengths
+        np.cumsum(ends, out=ends)
+        inputs["context_lens"][slots] = starts + lengths
+        self._fill_tokens(chunks, sources(slots.tolist(), assigned.moves), inputs)
+        self._patch(assigned.patches, inputs["patches"])
+        sampling = [slot for slot, c in zip(assigned.slots, plan.chunks, strict=True) if c.samples]
+        rows = np.array(sampling, dtype=np.int32)
+        inputs["logit_rows"][: len(rows)] = ends[rows] - 1
+        self._states.move(assigned.moves)
+        self._states.renew(assigned.newcomers)
+        params = inputs["params"][: len(rows)]
+        deferred = self._states.fill(params, plan.rows, rows, inputs["context_lens"][rows])
+        if bucket.single and len(rows) == len(chunks) and not deferred:
+            self._steady = (bucket, list(plan.rows))
+        return deferred
 
     def _fill_tokens(
-        self, chunks: list[Chunk], sources: list[int], single: bool, inputs: dict[str, Words]
+        self, chunks: list[Chunk], sources: list[int], inputs: dict[str, Words]
     ) -> None:
-        """Write tokens in the order of ``chunks``; ``sources``: where each one's sequence sat in
-        the step before."""
-        size = self._seats.block_size
-        places: slice | list[int] = slice(len(chunks))
-        if not single:
-            firsts = accumulate([len(chunk.tokens) for chunk in chunks], initial=0)
-            begun = list(zip(chunks, firsts, sources, strict=False))
-            for chunk, first, _ in begun:
-                if len(chunk.tokens) > 1:
-                    self._fill_run(chunk, first, inputs)
-            ones = [one for one in begun if len(one[0].tokens) == 1]
-            if not ones:
-                return
-            chunks, places, sources = (list(column) for column in zip(*ones, strict=True))
-        ids = [chunk.tokens[0] for chunk in chunks]
+        """Write tokens in the order of ``chunks``; ``sources``: the slot that each one's sequence
+        had in the step before."""
+        size, tables = self._block_size, self._batch.tables
+        firsts = list(accumulate([len(chunk.tokens) for chunk in chunks], initial=0))
+        ones = [i for i, chunk in enumerate(chunks) if len(chunk.tokens) == 1]
+        places = [firsts[i] for i in ones]
         inputs["token_ids"][places] = [
-            -1 - seat if token == UNDRAWN else token
-            for token, seat in zip(ids, sources, strict=True)
+            -1 - sources[i] if chunks[i].tokens[0] == PLACEHOLDER else chunks[i].tokens[0]
+            for i in ones
         ]
-        inputs["positions"][places] = [chunk.start for chunk in chunks]
+        inputs["positions"][places] = [chunks[i].start for i in ones]
         inputs["slots"][places] = [
-            chunk.blocks[chunk.start // size] * size + chunk.start % size for chunk in chunks
+            tables[c.seq_id][c.start // size] * size + c.start % size
+            for c in [chunks[i] for i in ones]
         ]
+        for chunk, first in zip(chunks, firsts, strict=False):
+            if len(chunk.tokens) > 1:
+                self._fill_run(chunk, first, inputs)
 
     def _fill_run(self, chunk: Chunk, place: int, inputs: dict[str, Words]) -> None:
-        size, start, num = self._seats.block_size, chunk.start, len(chunk.tokens)
+        size, start, num = self._block_size, chunk.start, len(chunk.tokens)
         first = start // size
-        blocks = np.array(chunk.blocks[first : -(-(start + num) // size)], dtype=np.int32)
+        table = self._batch.tables[chunk.seq_id]
+        blocks = np.array(table[first : -(-(start + num) // size)], dtype=np.int32)
         slots = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()
         run = slice(place, place + num)
         inputs["token_ids"][run] = chunk.tokens
@@ -149,20 +127,19 @@ class StepInputs:
         inputs["slots"][run] = slots[start - first * size :][:num]
 
     def _patch(self, patches: list[tuple[int, int]], patches_N2: Words) -> None:
-        if self._num_patches:
-            patches_N2[: self._num_patches] = -1
-        self._num_patches = 0
-        if len(patches) > len(patches_N2):
-            # Many blocks out of the prefix cache: rare, and then a copy of all costs little.
-            self._tables.copy_(torch.from_numpy(self._seats.tables))
-        elif patches:
-            self._num_patches = len(patches)
-            patches_N2[: len(patches)] = patches
+        room = len(patches_N2)
+        if patches:
+            patches_N2[: len(patches)] = patches[:room]
+        if len(patches) > room:  # many blocks out of the prefix cache: rare
+            places, blocks = to_device(
+                tuple(np.array(patches[room:], dtype=np.int32).T.copy()), self._tables.device
+            )
+            self._tables.view(-1)[places.long()] = blocks
 
 
-def sources(seats: list[int], seating: Seating) -> list[int]:
-    """Where those who sit on ``seats`` sat in the step before."""
-    if not seating.moves:
-        return seats
-    old_of = {new: old for old, new in seating.moves}
-    return [old_of.get(seat, seat) for seat in seats]
+def sources(slots: list[int], moves: list[tuple[int, int]]) -> list[int]:
+    """The slots in the step before of those who have ``slots`` now."""
+    if not moves:
+        return slots
+    old_of = {new: old for old, new in moves}
+    return [old_of.get(slot, slot) for slot in slots]

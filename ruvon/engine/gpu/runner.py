@@ -1,13 +1,12 @@
 """GpuRunner: steps as graph replays, launched without waiting for the step before.
 
 `launch` writes a plan's words where the device finds them and replays a graph, which takes the host
-a fraction of a millisecond. Whoever asks for the result waits for the device and takes the tokens
-down; a thread waits only for those who want to be called. Where a chunk has `UNDRAWN` for a token,
-the device fills in what the sequence's seat drew last.
+a fraction of a millisecond. Whoever asks for the result waits for the device and reads it back; a
+thread waits only for those who want to be called. Where a chunk has a placeholder for a token, the
+device fills in what the sequence's slot sampled last.
 
-What only the host can do, it does with the logits such a step leaves behind, before anything else
-is launched: draws that look at all drawn tokens or sort the vocabulary (`draws_on_host`), and
-prompt logprobs, for which the chunks in question are computed once more.
+What no graph does is launched behind it, and computed on the device as well: rows whose sampling is
+deferred, and prompt logprobs.
 """
 
 from __future__ import annotations
@@ -15,60 +14,25 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
-from itertools import cycle
-from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
-from ruvon.engine.gpu.flight import Flight, StepFuture, alternatives, land
-from ruvon.engine.gpu.graphs import (
-    BOXES,
-    Bucket,
-    Captured,
-    Graphs,
-    mixed_buckets,
-    single_buckets,
-)
+from ruvon.engine.gpu.deferred import sample_deferred
+from ruvon.engine.gpu.graphs import NUM_STAGING, Bucket, Graphs, mixed_buckets, single_buckets
+from ruvon.engine.gpu.in_flight import Alternatives, InFlightStep, StepFuture, alternatives
 from ruvon.engine.gpu.inputs import StepInputs
-from ruvon.engine.gpu.seats import Seats
-from ruvon.engine.gpu.seatwork import SeatWork
-from ruvon.engine.runner import Runner, Sampler, complete_rows
-from ruvon.engine.types import Plan, SamplingRow, StepResult
+from ruvon.engine.gpu.persistent_batch import PersistentBatch
+from ruvon.engine.gpu.sampling_state import SlotStates
+from ruvon.engine.gpu.scoring import PromptScores, Scorer
+from ruvon.engine.types import Plan, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.pdl import supports_pdl
+from ruvon.kernels.variants import count_variants
 from ruvon.telemetry import Progress
-
-SWITCH_INTERVAL = 0.0005  # seconds for which a thread may keep the interpreter to itself
-
-
-def draws_on_host(row: SamplingRow) -> bool:
-    return row.sampling.typical_p < 1 or bool(row.sampling.bad_words)
-
-
-class Compilations:
-    """Counts kernels that are compiled, or loaded from Triton's cache, from now on: each holds up
-    the step that needs it."""
-
-    def __init__(self) -> None:
-        self.num = 0
-        self._others = triton.knobs.runtime.jit_post_compile_hook
-        triton.knobs.runtime.jit_post_compile_hook = self
-
-    def __call__(self, **facts: Any) -> bool | None:
-        """As Triton calls its hook."""
-        self.num += 1
-        return self._others(**facts) if self._others is not None else None
-
-    def close(self) -> None:
-        """Stop counting."""
-        if triton.knobs.runtime.jit_post_compile_hook is self:
-            triton.knobs.runtime.jit_post_compile_hook = self._others
 
 
 class GpuRunner:
@@ -80,8 +44,7 @@ class GpuRunner:
     def __init__(  # noqa: PLR0913, what a runner depends on
         self,
         forward: Callable[[ForwardBatch], Tensor],
-        sampler: Sampler,
-        scorer: Runner,
+        scorer: Scorer,
         *,
         device: torch.device,
         block_size: int,
@@ -92,42 +55,39 @@ class GpuRunner:
         eos_token_ids: Sequence[int],
         progress: Progress,
     ) -> None:
-        """``sampler`` draws what the device cannot, ``scorer`` runs chunks for their prompt
-        logprobs alone; ``max_tokens`` bounds a step."""
-        self._sampler = sampler
+        """``max_tokens`` bounds a step."""
         self._scorer = scorer
         singles = single_buckets(max_seqs)
         self._singles = [next(b for b in singles if b.tokens >= n) for n in range(max_seqs + 1)]
         self._mixed = mixed_buckets(max_tokens, max_seqs)
         width = -(-max_model_len // block_size)
-        state = sample.make_state(max_seqs, vocab_size, device)
-        self._seats = Seats(max_seqs, width, block_size)
-        self._work = SeatWork(state, eos_token_ids)
-        graphs = Graphs(
+        self._pdl = supports_pdl(device)
+        self._state = sample.make_state(max_seqs, vocab_size, device)
+        self._graphs = Graphs(
             forward,
-            state,
+            self._state,
             table_width=width,
+            block_size=block_size,
             max_context=max_model_len,
             buckets=singles + self._mixed,
-            pdl=supports_pdl(device),
+            pdl=self._pdl,
         )
         with torch.inference_mode():
-            self._captured: dict[Bucket, Captured] = graphs.capture_all(progress)
-        self._boxes = cycle(graphs.boxes())
-        self._inputs = StepInputs(self._seats, self._work, graphs)
+            self._captured = self._graphs.capture_all(progress)
+        self._staging = deque(self._graphs.staging())  # the next one first
+        self._batch = PersistentBatch(max_seqs, width)
+        self._states = SlotStates(self._state, eos_token_ids)
+        self._inputs = StepInputs(self._batch, self._states, self._graphs, block_size)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
-        # That thread must get to say that a step is over, however busy others are.
-        sys.setswitchinterval(min(sys.getswitchinterval(), SWITCH_INTERVAL))
-        self._aloft: deque[StepFuture] = deque()
-        self._last: tuple[Plan, Future[StepResult]] | None = None
+        self._in_flight: deque[StepFuture] = deque()
         self.num_misses = 0  # steps that a graph alone was not enough for
-        self._compilations = Compilations()
+        self._num_variants = count_variants()
 
     @property
     def num_compilations(self) -> int:
-        """Kernels compiled or loaded since all graphs were captured."""
-        return self._compilations.num
+        """Kernels compiled or loaded since all graphs were captured: each held up a step."""
+        return count_variants() - self._num_variants
 
     @property
     def counters(self) -> dict[str, tuple[str, Callable[[], int]]]:
@@ -141,16 +101,32 @@ class GpuRunner:
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Begin a step. The future holds its result, or whatever went wrong."""
-        flight = self._launch(plan, self._choose_bucket(plan.num_tokens, len(plan.chunks)))
-        future: Future[StepResult]
-        if plan.prompt_rows or any(draws_on_host(row) for _, row in flight.special):
+        began = time.perf_counter()
+        if len(self._in_flight) == NUM_STAGING - 1:
+            self._record(self._in_flight.popleft())  # its staging buffer is next
+        staging = self._staging[0]
+        bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
+        deferred = self._inputs.write(plan, bucket, staging)
+        captured = self._captured[bucket]
+        captured.replay()
+        self._staging.rotate(-1)  # as the device does, even if something else fails here
+        if deferred:
             with torch.inference_mode():
-                future = self._complete(flight)
-        else:
-            future = StepFuture(flight, self._waiter)
-            self._aloft.append(future)
-        self._last = (plan, future)
+                results = self._graphs.results
+                sample_deferred(deferred, captured.logits_LV, self._state, results, self._pdl)
+                staging.results.copy_(results, non_blocking=True)
+        tops = self._alternatives(plan, captured.logits_LV)
+        scores = self._score(plan)
+        self.num_misses += bool(deferred or scores)
+        if staging.done is not None:
+            staging.done.record(self._stream)
+        future = StepFuture(InFlightStep(plan, staging, began, tops, scores), self._waiter)
+        self._in_flight.append(future)
         return future
+
+    def close(self) -> None:
+        """Finish the steps in flight and end the thread."""
+        self._waiter.shutdown()
 
     def _choose_bucket(self, tokens: int, sequences: int) -> Bucket:
         """The smallest that holds a step; if counts are equal, each sequence has one token."""
@@ -169,79 +145,26 @@ class GpuRunner:
             return True
         return False
 
-    def close(self) -> None:
-        """Finish the steps under way and end the threads."""
-        self._waiter.shutdown()
-        self._compilations.close()
-        self._scorer.close()
+    def _record(self, future: StepFuture) -> None:
+        """Take note of what a step has sampled."""
+        future.read_back()
+        if future.exception() is None:
+            self._states.record(future.step.plan, future.result().tokens)
 
-    # ---------------------------------------------------------------- on the device
-
-    def _launch(self, plan: Plan, bucket: Bucket) -> Flight:
-        began = time.perf_counter()
-        if len(self._aloft) == BOXES - 1:
-            self._aloft.popleft().land()  # its box is next
-        box = next(self._boxes)
-        captured = self._captured[bucket]
-        self._inputs.write(plan, bucket, box)
-        captured.replay()
-        special = [(i, row) for i, row in enumerate(plan.rows) if not row.plain]
-        tops = alternatives(special, captured.logits_LV) if special else {}
-        if box.done is not None:
-            box.done.record(self._stream)
-        return Flight(plan, special, box, began, tops, captured.logits_LV)
-
-    # ---------------------------------------------------------------- on the host
-
-    def _complete(self, flight: Flight) -> Future[StepResult]:
-        """Wait for a step, and do what the device could not."""
-        self.num_misses += 1
-        drawn = self._last_drawn()  # before it is this step that is the last
-        result = self._draw(flight, land(flight), drawn)
-        future: Future[StepResult] = Future()
-        future.set_result(self._score(flight.plan, result))
-        return future
-
-    def _score(self, plan: Plan, result: StepResult) -> StepResult:
-        """The result with the prompt logprobs that are wanted."""
-        launched = [self._scorer.launch(one) for one in for_scores(plan)]
-        for scores in [future.result() for future in launched]:
-            result = replace(
-                result,
-                prompt_logprobs={**result.prompt_logprobs, **scores.prompt_logprobs},
-                errors={**scores.errors, **result.errors},
-            )
-        return result
-
-    def _draw(self, flight: Flight, result: StepResult, drawn: Mapping[int, int]) -> StepResult:
-        """The result with the host's own draws in place of the device's."""
-        rows = complete_rows(flight.plan, drawn)
-        places = [i for i, row in enumerate(rows) if draws_on_host(row)]
-        if not places:
-            return result
-        own = self._sampler(flight.logits_LV[places], [rows[i] for i in places])
-        tokens, logprobs, errors = list(result.tokens), list(result.logprobs), dict(result.errors)
-        for i, token, score in zip(places, own.tokens, own.logprobs, strict=True):
-            tokens[i], logprobs[i] = token, score
-            errors.pop(rows[i].seq_id, None)
-            if token:
-                self._work.replace_last(self._seats.seat_of(rows[i].seq_id), token[0])
-        return replace(
-            result, tokens=tuple(tokens), logprobs=tuple(logprobs), errors={**errors, **own.errors}
-        )
-
-    def _last_drawn(self) -> dict[int, int]:
-        """By sequence, what the step launched last has drawn."""
-        if self._last is None:
+    def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Alternatives | None]:
+        """For rows that want logprobs, the likeliest tokens."""
+        wanted = self._states.num_logprobs
+        if not wanted:
             return {}
-        plan, future = self._last
-        drawn = zip(plan.rows, future.result().tokens, strict=True)
-        return {row.seq_id: tokens[0] for row, tokens in drawn if tokens}
+        return {
+            i: alternatives(logits_LV[i], wanted[seq_id])
+            for i, seq_id in enumerate(plan.rows)
+            if seq_id in wanted
+        }
 
-
-def for_scores(plan: Plan) -> list[Plan]:
-    """The chunks of a plan whose prompt logprobs are wanted, and nothing else of it. One at a time:
-    kernels are compiled for numbers of sequences, and the host scores a row at a time anyway."""
-    chunks = [replace(plan.chunks[row.chunk], samples=False) for row in plan.prompt_rows]
-    rows = [replace(row, chunk=0) for row in plan.prompt_rows]
-    return [Plan(plan.step, (chunk,), (), (row,)) for chunk, row in zip(chunks, rows, strict=True)]
+    def _score(self, plan: Plan) -> list[PromptScores]:
+        return [
+            self._scorer.launch(chunk, row, self._batch.tables[chunk.seq_id])
+            for row in plan.prompt_rows
+            for chunk in [plan.chunks[row.chunk]]
+        ]

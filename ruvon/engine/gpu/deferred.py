@@ -1,0 +1,178 @@
+"""What the captured step's sampler does not do: typical_p, which sorts the vocabulary, and
+bad_words, which look at several tokens. Such rows are sampled behind the step, on the device too:
+nothing here waits for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.engine.batch import to_device
+from ruvon.engine.gpu.graphs import Words
+from ruvon.kernels import sample
+
+
+@dataclass(frozen=True, slots=True)
+class DeferredRow:
+    """A row that the captured step has taken for padding."""
+
+    row: int  # of the step's logits and results
+    slot: int
+    params: Words  # [PARAMS], as for the captured step
+    typical_p: float
+    banned: list[tuple[int, int]]  # (the token before, -1 for any; a token not to come after it)
+
+
+class BadWords:
+    """A request's bad words, found by the tokens before their last two."""
+
+    def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
+        self._ends: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        for *before, last in words:
+            previous = before.pop() if before else -1
+            self._ends.setdefault(tuple(before), []).append((previous, last))
+        self._lengths = sorted({len(before) for before in self._ends})
+
+    def completed(self, history: Sequence[int], context: int) -> list[tuple[int, int]]:
+        """Pairs as in `DeferredRow.banned`: which token would complete a word after the first
+        ``context`` tokens. Of these the last may be missing from ``history``, for only the device
+        knows it yet."""
+        end = context - 1
+        tails = [tuple(history[end - length : end]) for length in self._lengths if length <= end]
+        pairs = [pair for tail in tails for pair in self._ends.get(tail, ())]
+        if len(history) < context:
+            return pairs
+        return [(-1, last) for before, last in pairs if before in (-1, history[end])]
+
+
+def sample_deferred(
+    rows: Sequence[DeferredRow],
+    logits_LV: Tensor,
+    state: sample.SamplingState,
+    results: Tensor,
+    pdl: bool,
+) -> None:
+    """Sample these rows of a step, and put what comes of it among its results, int32 [3, L]."""
+    params_RP, typical_R, row_R, pairs_3N = upload(rows, logits_LV.device)
+    own_RV = logits_LV[row_R]
+    slot_R = params_RP[:, sample.SLOT].long()
+    scores_RV = adjust(own_RV, params_RP, slot_R, state)
+    row, before, last = pairs_3N
+    hit = (before < 0) | (before == state.last_tokens[slot_R[row]])
+    ruled_out = torch.where(hit, -torch.inf, 0.0)
+    scores_RV.index_put_((row, last), ruled_out, accumulate=True)
+    kept_RV = keep(scores_RV, params_RP, typical_R) | scores_RV.isnan() | scores_RV.isposinf()
+    sampled = sample.make_sampled(len(rows), logits_LV.device)
+    neutral_RP = neutral(params_RP)
+    sample.sample(scores_RV.masked_fill_(~kept_RV, -torch.inf), neutral_RP, state, sampled, pdl)
+    count(sampled.tokens, params_RP[:, sample.HISTORY] >= 0, slot_R, state)
+    logprobs, ranks = score(own_RV, sampled.tokens)
+    results[:, row_R] = torch.stack((sampled.tokens, logprobs.view(torch.int32), ranks))
+
+
+def upload(
+    rows: Sequence[DeferredRow], device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the device needs of the rows: parameters, typical_p, places, and (row, before, last) of
+    what is banned."""
+    pairs = [(i, before, last) for i, row in enumerate(rows) for before, last in row.banned]
+    params, typical, places, banned = to_device(
+        (
+            np.stack([row.params for row in rows]),
+            np.array([row.typical_p for row in rows], dtype=np.float32).view(np.int32),
+            np.array([row.row for row in rows], dtype=np.int32),
+            np.array(pairs, dtype=np.int32).reshape(-1, 3).T.copy(),
+        ),
+        device,
+    )
+    params[:, sample.SLOT] = to_device(
+        (np.array([row.slot for row in rows], dtype=np.int32),), device
+    )[0]
+    return params, typical.view(torch.float32), places.long(), banned.long()
+
+
+def column(params_RP: Tensor, name: int) -> Tensor:
+    """A parameter that is a float, [R, 1]."""
+    return params_RP.view(torch.float32)[:, name, None]
+
+
+def adjust(
+    own_RV: Tensor, params_RP: Tensor, slot_R: Tensor, state: sample.SamplingState
+) -> Tensor:
+    """Biases and penalties, as the kernel's ``load_scores``."""
+    biased_R1 = params_RP[:, sample.BIAS, None] >= 0
+    scores_RV = own_RV + torch.where(biased_R1, state.bias[slot_R].float(), 0.0)
+    penalized_R1 = params_RP[:, sample.HISTORY, None] >= 0
+    seen_RV = torch.where(penalized_R1, state.counts[slot_R].int(), 0)
+    number_RV = (seen_RV & sample.COUNT.value).float()
+    repetition_R1 = column(params_RP, sample.REPETITION)
+    penalized_RV = torch.where(scores_RV > 0, scores_RV / repetition_R1, scores_RV * repetition_R1)
+    scores_RV = torch.where(seen_RV != 0, penalized_RV, scores_RV)
+    presence_R1 = column(params_RP, sample.PRESENCE)
+    scores_RV -= number_RV * column(params_RP, sample.FREQUENCY)
+    return scores_RV - torch.where(number_RV > 0, presence_R1, 0.0)
+
+
+def keep(scores_RV: Tensor, params_RP: Tensor, typical_R: Tensor) -> Tensor:
+    """bool [R, V]: what top_k, min_p, top_p and typical_p leave, in this order; of greedy rows
+    all."""
+    temperature_R1 = column(params_RP, sample.TEMPERATURE)
+    greedy_R1: Tensor = temperature_R1 < sample.COLDEST.value
+    falling_RV, ids_RV = scores_RV.sort(dim=-1, descending=True, stable=True)
+    weights_RV = (falling_RV - falling_RV[:, :1]) / torch.where(greedy_R1, 1.0, temperature_R1)
+    weights_RV.exp_()
+    place_V = torch.arange(scores_RV.shape[1], device=scores_RV.device)
+    top_k_R1, top_p_R1 = params_RP[:, sample.TOP_K, None], column(params_RP, sample.TOP_P)
+    kept_RV = (place_V < top_k_R1) | (top_k_R1 == 0)
+    kept_RV &= weights_RV >= column(params_RP, sample.MIN_P)
+    weights_RV *= kept_RV
+    before_RV = weights_RV.cumsum(-1) - weights_RV
+    kept_RV &= (before_RV < top_p_R1 * weights_RV.sum(-1, True)) | (top_p_R1 >= 1) | (place_V == 0)
+    kept_RV &= typical(weights_RV * kept_RV, typical_R[:, None])
+    by_id_RV: Tensor = torch.zeros_like(kept_RV).scatter_(-1, ids_RV, kept_RV)
+    return by_id_RV | greedy_R1
+
+
+def typical(weights_RV: Tensor, typical_R1: Tensor) -> Tensor:
+    """bool [R, V]: those whose surprise is nearest to the expected, as
+    `ruvon.engine.sampler.typical`."""
+    p_RV = weights_RV.double() / weights_RV.double().sum(-1, True)
+    entropy_R1: Tensor = torch.special.entr(p_RV).sum(-1, True)
+    distance_RV = (-p_RV.log() - entropy_R1).abs()
+    near_RV, ids_RV = distance_RV.sort(dim=-1, stable=True)
+    p_near_RV = p_RV.gather(-1, ids_RV)
+    needed_RV = p_near_RV.cumsum(-1) - p_near_RV < typical_R1
+    last_R1 = needed_RV.sum(-1, True) - 1
+    return (distance_RV <= near_RV.gather(-1, last_R1.clamp(min=0))) | (typical_R1 >= 1)
+
+
+def neutral(params_RP: Tensor) -> Tensor:
+    """Parameters for scores in which all but the temperature has been done."""
+    params_RP = params_RP.clone()
+    floats_RP = params_RP.view(torch.float32)
+    params_RP[:, sample.HISTORY] = params_RP[:, sample.BIAS] = -1
+    params_RP[:, sample.TOP_K] = params_RP[:, sample.WANTS_LOGPROB] = 0
+    floats_RP[:, sample.TOP_P], floats_RP[:, sample.MIN_P] = 1.0, 0.0
+    return params_RP
+
+
+def count(
+    token_R: Tensor, penalized_R: Tensor, slot_R: Tensor, state: sample.SamplingState
+) -> None:
+    """Count what was sampled, where there are penalties."""
+    place = (slot_R, token_R.clamp(min=0).long())
+    seen_R = state.counts[place]
+    full_R = (seen_R & sample.COUNT.value) == sample.COUNT.value
+    state.counts[place] = seen_R + ((token_R >= 0) & penalized_R & ~full_R)
+
+
+def score(own_RV: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
+    """The tokens' log-probabilities and ranks by the model, float32 and int32 [R]."""
+    chosen_R1 = own_RV.gather(-1, token_R.clamp(min=0).long()[:, None])
+    logprob_R = chosen_R1[:, 0] - own_RV.logsumexp(-1)
+    return logprob_R, 1 + (own_RV > chosen_R1).sum(-1, dtype=torch.int32)

@@ -1,0 +1,135 @@
+"""Steps in flight: where they leave their results, and the future that reads them back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.engine.gpu.graphs import StagingBuffer
+from ruvon.engine.gpu.scoring import PromptScores, to_host
+from ruvon.engine.sampler import finite
+from ruvon.engine.types import Plan, StepResult, TokenLogprobs
+from ruvon.kernels import sample
+
+ERRORS = {
+    sample.NOT_A_NUMBER: "the model computed logits that are not numbers (NaN)",
+    sample.INFINITE: "the model computed an infinite logit",
+    sample.NOTHING_LEFT: "no token is left: every one is ruled out by what the request bans or "
+    "allows",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class InFlightStep:
+    """A launched step."""
+
+    plan: Plan
+    staging: StagingBuffer
+    began: float
+    tops: Mapping[int, Alternatives | None]  # of rows whose logprobs are wanted
+    scores: Sequence[PromptScores]
+
+    def wait(self) -> None:
+        if self.staging.done is not None:
+            self.staging.done.synchronize()
+
+    def is_over(self) -> bool:
+        """Whether `wait` would return at once."""
+        return self.staging.done is None or bool(self.staging.done.query())
+
+
+class StepFuture(Future[StepResult]):
+    """A step in flight. It is over when the device says so, whoever looks first."""
+
+    def __init__(self, step: InFlightStep, waiter: Executor) -> None:
+        super().__init__()
+        self.step = step
+        self._waiter = waiter
+        self._reading = Lock()
+
+    def done(self) -> bool:
+        """Whether `result` returns at once, or has little to read back. Scores of a long prompt
+        are much: they are left to the waiting thread."""
+        return super().done() or (not self.step.scores and self.step.is_over())
+
+    def result(self, timeout: float | None = None) -> StepResult:
+        """Waits for the device, however long that takes."""
+        self.read_back()
+        return super().result(timeout)
+
+    def add_done_callback(self, fn: Callable[[Future[StepResult]], object]) -> None:
+        super().add_done_callback(fn)
+        if not super().done():
+            self._waiter.submit(self.read_back)
+
+    def read_back(self) -> None:
+        """Take the results in, once the device has them, if nobody has."""
+        with self._reading:
+            if super().done():
+                return
+            try:
+                result = read_back(self.step)
+            except BaseException as error:
+                self.set_exception(error)
+            else:
+                self.set_result(result)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternatives:
+    """A row's likeliest tokens, on the way to the host."""
+
+    logprobs: Tensor
+    ids: Tensor
+
+
+def alternatives(row_V: Tensor, num_top: int) -> Alternatives | None:
+    """The ``num_top`` likeliest tokens of a row of logits."""
+    if not num_top:
+        return None
+    with torch.inference_mode():
+        values, ids = row_V.log_softmax(-1).topk(min(num_top, len(row_V)))
+        return Alternatives(to_host(values), to_host(ids))
+
+
+def read_back(step: InFlightStep) -> StepResult:
+    """Wait for a step and read its results."""
+    step.wait()
+    rows = step.plan.rows
+    tokens, logprobs, ranks = step.staging.results.numpy()
+    sampled = tokens[: len(rows)].tolist()
+    scores: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
+    if step.tops:
+        values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
+        for i, top in step.tops.items():
+            scores[i] = (score(sampled[i], values[i], places[i], top),)
+    errors = {}
+    if sampled and min(sampled) < 0:
+        errors = {rows[i]: ERRORS[code] for i, code in enumerate(sampled) if code < 0}
+    prompts = {}
+    for prompt in step.scores:
+        prompts[prompt.row.seq_id], error = prompt.read()
+        if error is not None:
+            errors.setdefault(prompt.row.seq_id, error)
+    return StepResult(
+        tokens=tuple([(token,) if token >= 0 else () for token in sampled]),
+        logprobs=tuple(scores),
+        prompt_logprobs=prompts,
+        errors=errors,
+        seconds=time.perf_counter() - step.began,
+    )
+
+
+def score(token: int, logprob: float, rank: int, top: Alternatives | None) -> TokenLogprobs:
+    pairs: Any = ()
+    if top is not None:
+        pairs = zip(top.ids.tolist(), top.logprobs.tolist(), strict=True)
+    return TokenLogprobs(token, finite(logprob), rank, tuple((i, finite(v)) for i, v in pairs))

@@ -1,0 +1,170 @@
+"""A step's ends on the device: it takes its inputs out of the host's memory itself, and puts its
+results there. So nothing but a graph has to be launched for a step.
+
+The host has several *staging buffers*, of which it fills one while the device is busy with others;
+the device counts on whose turn it is. Inputs are 32-bit words, of which the device keeps a copy. In
+steady decode it needs nearly none of them: it knows what each sequence has sampled, and counts its
+own copy up.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ruvon.kernels.pdl import release, wait
+
+BLOCK = 256
+
+
+class Places(NamedTuple):
+    """Where among the words of a step its inputs begin; token ids are at 0."""
+
+    num_ids: int
+    positions: int
+    slots: int
+    context_lens: int
+    logit_rows: int
+    params: int  # of so many words each, one of which is the row's place in the persistent batch
+    mode: int  # a word: 0 to take all from the staging buffer, 1 to advance
+    new_blocks: int  # for each row, if advancing: the block that its table grows by, or -1
+    patches: int  # pairs of words (place, block) up to
+    end: int
+    num_rows: int
+
+
+@triton.jit
+def _copy(
+    staging_ptr, words_ptr, last_tokens_ptr, tables_ptr, at, num_words, num_ids, patches, end
+):
+    """Take a step's words as they are, but for placeholders and patches of block tables."""
+    inside = at < num_words
+    word = tl.load(staging_ptr + at, mask=inside, other=0)
+    placeholder = (at < num_ids) & (word < 0)
+    sampled = tl.load(last_tokens_ptr + (-1 - word), mask=placeholder, other=0)
+    tl.store(words_ptr + at, tl.where(placeholder, sampled, word), mask=inside)
+    place = (at >= patches) & (at < end) & ((at - patches) % 2 == 0) & (word >= 0)
+    block = tl.load(staging_ptr + at + 1, mask=place, other=0)
+    tl.store(tables_ptr + word, block, mask=place)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "staging_size", "num_words", "num_ids", "positions", "slots", "context_lens", "logit_rows",
+        "params", "mode", "new_blocks", "patches", "end", "num_rows", "width", "page",
+    ]
+)  # fmt: skip
+def _load_inputs_kernel(
+    staging_ptr, turn_ptr, words_ptr, last_tokens_ptr, tables_ptr,
+    staging_size, num_words,
+    num_ids, positions, slots, context_lens, logit_rows, params, mode, new_blocks, patches, end,
+    num_rows, width, page,
+    PARAMS: tl.constexpr, SLOT: tl.constexpr, DRAW: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release(PDL)
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    wait(PDL)
+    staging_ptr += tl.load(turn_ptr).to(tl.int64) * staging_size
+    if tl.load(staging_ptr + mode) == 0:
+        _copy(
+            staging_ptr, words_ptr, last_tokens_ptr, tables_ptr, at, num_words, num_ids, patches,
+            end,
+        )  # fmt: skip
+    else:  # every row goes on where it was, with the token it has sampled
+        param_ptr = words_ptr + params + at * PARAMS
+        slot = tl.load(param_ptr + SLOT, mask=at < num_rows, other=-1)
+        used = slot >= 0
+        token_ptr = words_ptr + tl.load(words_ptr + logit_rows + at, mask=used, other=0)
+        position = tl.load(token_ptr + positions, mask=used, other=0) + 1
+        place_ptr = tables_ptr + slot * width + position // page
+        new_block = tl.load(staging_ptr + new_blocks + at, mask=used, other=-1)
+        grown = used & (new_block >= 0)
+        tl.store(place_ptr, new_block, mask=grown)
+        block = tl.load(place_ptr, mask=used & (new_block < 0), other=0)
+        block = tl.where(grown, new_block, block)
+        tl.store(token_ptr, tl.load(last_tokens_ptr + slot, mask=used, other=0), mask=used)
+        tl.store(token_ptr + positions, position, mask=used)
+        tl.store(token_ptr + slots, block * page + position % page, mask=used)
+        tl.store(words_ptr + context_lens + slot, position + 1, mask=used)
+        draw = tl.load(param_ptr + DRAW, mask=used, other=0)
+        tl.store(param_ptr + DRAW, draw + 1, mask=used)
+
+
+def load_inputs(
+    staging_BW: Tensor,
+    turn: Tensor,
+    words: Tensor,
+    last_tokens: Tensor,
+    tables: Tensor,
+    places: Places,
+    block_size: int,
+    param_words: tuple[int, int, int],
+    pdl: bool = False,
+) -> None:
+    """Bring ``words`` up to date from the staging buffer whose ``turn`` it is.
+
+    In mode 0 they are copied: ``-1 - slot`` among the ids becomes what that slot of the persistent
+    batch sampled last, and patches go to ``tables``, taken as flat (a negative place is none). In
+    mode 1 the words are those of the step before, each of whose rows had one token and sampled.
+
+    ``param_words``: how many words a row's parameters have, and which of them are its slot and the
+    number of its draw.
+    """
+    size, slot, draw = param_words
+    _load_inputs_kernel[(triton.cdiv(words.shape[0], BLOCK),)](
+        staging_BW,
+        turn,
+        words,
+        last_tokens,
+        tables,
+        staging_BW.shape[1],
+        words.shape[0],
+        *places,
+        tables.shape[1],
+        block_size,
+        PARAMS=size,
+        SLOT=slot,
+        DRAW=draw,
+        BLOCK=BLOCK,
+        PDL=pdl,
+        launch_pdl=pdl,
+    )
+
+
+@triton.jit(do_not_specialize=["size"])
+def _store_outputs_kernel(
+    results_ptr,
+    staging_ptr,
+    turn_ptr,
+    size,
+    BUFFERS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    release(PDL)
+    wait(PDL)
+    turn = tl.load(turn_ptr)
+    for start in tl.range(0, size, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        word = tl.load(results_ptr + at, mask=at < size, other=0)
+        tl.store(staging_ptr + turn * size + at, word, mask=at < size)
+    tl.debug_barrier()  # every thread has read whose turn it is
+    tl.store(turn_ptr, (turn + 1) % BUFFERS)
+
+
+def store_outputs(results: Tensor, staging_BW: Tensor, turn: Tensor, pdl: bool = False) -> None:
+    """Copy ``results`` to the staging buffer whose ``turn`` it is, and let it be the next one's."""
+    _store_outputs_kernel[(1,)](
+        results,
+        staging_BW,
+        turn,
+        results.numel(),
+        BUFFERS=staging_BW.shape[0],
+        BLOCK=BLOCK,
+        PDL=pdl,
+        launch_pdl=pdl,
+    )
