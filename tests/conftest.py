@@ -25,6 +25,14 @@ if find_spec("triton") is None:  # it is not on every platform
     collect_ignore_glob = ["kernels/test_triton_*.py"]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow tests are not measured in this process, which would make them half as slow again; the
+    servers that they start are."""
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.no_cover)
+
+
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
     """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""

@@ -55,8 +55,12 @@ class Process:
         return "".join(iter(lambda: self.lines.get(timeout=1), None))
 
     def end(self) -> None:
-        self.popen.kill()
-        self.popen.wait()
+        self.popen.terminate()  # a server that is killed would not say what it has run
+        try:
+            self.popen.wait(10)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            self.popen.wait()
         self._reader.join()
         self.popen.stderr.close()
 

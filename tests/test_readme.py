@@ -31,7 +31,7 @@ def address() -> Iterator[str]:
         yield str(url)
 
 
-@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=["sdk", "async", "aiohttp", "llm"])
+@pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
 def test_an_example_prints_what_stands_below_it(address: str, code: str, printed: str):
     code = code.replace(ADDRESS, address)
     done = subprocess.run(
