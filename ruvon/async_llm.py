@@ -27,7 +27,7 @@ from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.loop import EngineLoop
-from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.models.chat import Options, PlainParser
 from ruvon.telemetry import silent
@@ -45,23 +45,23 @@ class AsyncLLM:
     def __init__(self, model: str | None = None, **settings: Any) -> None:
         """Says what to load, as `LLM` has it; ``async with`` loads it. Raises ConfigError."""
         config = EngineConfig(model=model, **settings)
-        self._start: Callable[[], Started] = lambda: start_engine(config, silent)
+        self._start: Callable[[], LoadedEngine] = lambda: start_engine(config, silent)
         self._loop: EngineLoop | None = None  # while this is open
         self._closed = False
 
     @classmethod
-    def over(cls, started: Started) -> AsyncLLM:
+    def over(cls, loaded: LoadedEngine) -> AsyncLLM:
         """An AsyncLLM over an engine that has been started already, and is now this one's to
         close."""
         llm = cls()
-        llm._start = lambda: started
+        llm._start = lambda: loaded
         return llm
 
     async def __aenter__(self) -> AsyncLLM:
         """Load, in a thread. Raises ConfigError or LoadError."""
         self._check_not_closed()
-        self.started = await asyncio.to_thread(self._start)
-        engine = self.started.engine
+        self.loaded = await asyncio.to_thread(self._start)
+        engine = self.loaded.engine
         self._loop = EngineLoop(engine, Metrics("model", engine.max_model_len))
         self._loop.start()
         return self
@@ -80,7 +80,7 @@ class AsyncLLM:
         if self._loop is not None:
             loop, self._loop = self._loop, None
             await loop.stop(0)
-            self.started.close()
+            self.loaded.close()
 
     # ------------------------------------------------------------------ what people call
 
@@ -96,7 +96,7 @@ class AsyncLLM:
         close it (``contextlib.aclosing``): that ends the work.
         """
         self._open_loop()
-        ids = await asyncio.to_thread(encode_prompt, prompt, self.started.tokenizer)
+        ids = await asyncio.to_thread(encode_prompt, prompt, self.loaded.tokenizer)
         async with aclosing(self._run(self._job(ids, sampling, text), PlainParser)) as deltas:
             async for delta in deltas:
                 yield delta
@@ -110,7 +110,7 @@ class AsyncLLM:
     ) -> AsyncGenerator[Delta]:
         """The answer to a conversation, as `stream` gives it."""
         job = await self._chat_job(messages, sampling, text, 1, **template)
-        async with aclosing(self._run(job, self.started.chat.parser)) as deltas:
+        async with aclosing(self._run(job, self.loaded.chat.parser)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -125,7 +125,7 @@ class AsyncLLM:
         """``n`` completions of one prompt. For several prompts call it several times at once, such
         as with ``asyncio.gather``."""
         self._open_loop()
-        ids = await asyncio.to_thread(encode_prompt, prompt, self.started.tokenizer)
+        ids = await asyncio.to_thread(encode_prompt, prompt, self.loaded.tokenizer)
         return await self._finish(self._job(ids, sampling, text, n), PlainParser)
 
     async def chat(
@@ -139,11 +139,11 @@ class AsyncLLM:
     ) -> list[Completion]:
         """``n`` answers to one conversation, rendered as `LLM.chat` does."""
         job = await self._chat_job(messages, sampling, text, n, **template)
-        return await self._finish(job, self.started.chat.parser)
+        return await self._finish(job, self.loaded.chat.parser)
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
         """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
-        return SamplingParams(**{**self.started.defaults, **fields})
+        return SamplingParams(**{**self.loaded.defaults, **fields})
 
     # ------------------------------------------------------------------ jobs in, deltas out
 
@@ -171,7 +171,7 @@ class AsyncLLM:
         **template: Unpack[Options],
     ) -> Job:
         self._open_loop()
-        ids = await asyncio.to_thread(self.started.chat.encode, messages, **template)
+        ids = await asyncio.to_thread(self.loaded.chat.encode, messages, **template)
         return self._job(ids, sampling or self.default_sampling(max_tokens=None), text, n)
 
     async def _finish(self, job: Job, parser: MakeParser) -> list[Completion]:
@@ -184,7 +184,7 @@ class AsyncLLM:
     async def _run(self, job: Job, parser: MakeParser) -> AsyncGenerator[Delta]:
         """Run a job to its end. However it ends, nothing of it stays in the engine."""
         loop = self._open_loop()
-        detokenizer = Detokenizer([job], self.started.tokenizer, parser)
+        detokenizer = Detokenizer([job], self.loaded.tokenizer, parser)
         async with aclosing(loop.generate([job])) as stream:
             async for emissions in stream:
                 for delta in detokenizer.push(emissions, stream.stop):

@@ -32,7 +32,7 @@ from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.engine import Pending
-from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options, PlainParser
@@ -48,23 +48,23 @@ class LLM:
         self._take(start_engine(EngineConfig(model=model, **settings), silent))
 
     @classmethod
-    def over(cls, started: Started) -> LLM:
+    def over(cls, loaded: LoadedEngine) -> LLM:
         """An LLM over an engine that has been started already, and is now this one's to close."""
         llm = cls.__new__(cls)
-        llm._take(started)
+        llm._take(loaded)
         return llm
 
-    def _take(self, started: Started) -> None:
-        self.engine = started.engine
-        self.tokenizer = started.tokenizer
-        self.started = started
+    def _take(self, loaded: LoadedEngine) -> None:
+        self.engine = loaded.engine
+        self.tokenizer = loaded.tokenizer
+        self.loaded = loaded
         self._closed = False
 
     def close(self) -> None:
         """End the engine's thread; nothing can be generated any more. The memory goes with the
         object."""
         self._closed = True
-        self.started.close()
+        self.loaded.close()
 
     def __enter__(self) -> LLM:
         return self
@@ -113,7 +113,7 @@ class LLM:
         encoded = [self.encode_chat(talk, **template) for talk in _listed_talks(messages)]
         sampling = sampling or self.default_sampling(max_tokens=None)
         jobs = self._jobs(encoded, sampling, text, n)
-        return self._finish(jobs, self.started.chat.parser, use_tqdm)
+        return self._finish(jobs, self.loaded.chat.parser, use_tqdm)
 
     def stream(
         self,
@@ -136,15 +136,15 @@ class LLM:
         """The answer to a conversation, as `stream` gives it."""
         sampling = sampling or self.default_sampling(max_tokens=None)
         jobs = self._jobs([self.encode_chat(messages, **template)], sampling, text, 1)
-        return self._stream(jobs, self.started.chat.parser)
+        return self._stream(jobs, self.loaded.chat.parser)
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
         """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
-        return SamplingParams(**{**self.started.defaults, **fields})
+        return SamplingParams(**{**self.loaded.defaults, **fields})
 
     def encode_chat(self, messages: Conversation, **template: Unpack[Options]) -> list[int]:
         """The token ids that a conversation becomes."""
-        return self.started.chat.encode(messages, **template)
+        return self.loaded.chat.encode(messages, **template)
 
     # ------------------------------------------------------------------ jobs in
 

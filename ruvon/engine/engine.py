@@ -19,7 +19,7 @@ from ruvon.engine.blocks import BlockPool
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
-from ruvon.engine.validation import check_length, check_sampling, settle
+from ruvon.engine.validation import check_length, check_sampling, normalize
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
@@ -110,7 +110,7 @@ class Engine:
         self._check_queue(job.n)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
-        sampling = settle(job.sampling)
+        sampling = normalize(job.sampling)
         sequences = [
             Sequence(
                 id=next(self._ids),

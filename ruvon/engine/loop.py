@@ -18,9 +18,10 @@ from typing import Protocol
 import structlog
 
 from ruvon.engine import types
+from ruvon.engine.admission import MOST_ARRIVALS, Admission
+from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.engine import Engine, Pending, dead_error
 from ruvon.engine.stream import Stream
-from ruvon.engine.turns import MOST_NEWCOMERS, Gate, Wakes
 from ruvon.engine.types import Emission, FinishReason, Job
 from ruvon.errors import NotReadyError, QueueFullError
 
@@ -71,7 +72,7 @@ class LoopMetrics(Protocol):
 
 
 @dataclass(slots=True)
-class _Ticket:
+class RequestState:
     """Where one sequence's emissions go, and when they came."""
 
     seq: types.Sequence
@@ -96,7 +97,7 @@ class EngineLoop:
         self.progressed_at = clock()  # when a step was last collected, or work last began
         self._metrics = metrics
         self._clock = clock
-        self._tickets: dict[int, _Ticket] = {}
+        self._states: dict[int, RequestState] = {}
         self._finished_at: deque[float] = deque(maxlen=64)
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
@@ -104,8 +105,8 @@ class EngineLoop:
         self._task: asyncio.Task[None] | None = None
         self._numbers = count()  # of streams
         self._pending: deque[Pending] = deque()  # launched steps, oldest first
-        self._wakes = Wakes()
-        self._gate = Gate(lambda: bool(self._pending) and self._pending[0].future.done())
+        self._coalescer = Coalescer()
+        self._admission = Admission(lambda: bool(self._pending) and self._pending[0].future.done())
 
     # ---------------------------------------------------------------- life
 
@@ -125,7 +126,7 @@ class EngineLoop:
     @property
     def num_open(self) -> int:
         """Sequences whose end somebody waits for."""
-        return len(self._tickets)
+        return len(self._states)
 
     @property
     def ready(self) -> bool:
@@ -135,7 +136,7 @@ class EngineLoop:
     @property
     def stalled_for(self) -> float:
         """Seconds since the last progress, 0 without work: a large number means a stuck step."""
-        return self._clock() - self.progressed_at if self._tickets else 0.0
+        return self._clock() - self.progressed_at if self._states else 0.0
 
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
@@ -163,9 +164,9 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- requests
 
-    async def turn(self) -> None:
+    async def admission(self) -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
-        await self._gate.enter()
+        await self._admission.enter()
 
     def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
@@ -205,7 +206,7 @@ class EngineLoop:
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
         for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
-            self._tickets[seq_id] = _Ticket(self.engine.sequence(seq_id), stream, job.n)
+            self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
             self._idle.clear()
 
@@ -213,98 +214,98 @@ class EngineLoop:
         """A reader wants no more of these unfinished sequences."""
         now = self._clock()
         for seq_id in seq_ids:
-            self._record_finished(self._tickets[seq_id], reason, now)
+            self._record_finished(self._states[seq_id], reason, now)
         self._discard(stream, seq_ids)
 
     def _discard(self, stream: Stream, seq_ids: Iterable[int]) -> None:
         self.engine.abort(seq_ids)
         for seq_id in seq_ids:
-            del self._tickets[seq_id]
+            del self._states[seq_id]
             stream.open.discard(seq_id)
         self._note_idle()
 
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
-        self.engine.abort(self._tickets)
+        self.engine.abort(self._states)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
-            for seq in (ticket.seq for ticket in self._tickets.values())
+            for seq in (state.seq for state in self._states.values())
         ]
         self._deliver(emissions, self._clock())
-        self._wakes.end_step()
+        self._coalescer.end_step()
 
     def _note_idle(self) -> None:
-        if not self._tickets:
+        if not self._states:
             self._idle.set()
 
     # ---------------------------------------------------------------- the task
 
     async def _run(self) -> None:
         try:
-            while self._pending or self._tickets or not self.draining:
+            while self._pending or self._states or not self.draining:
                 while (step := self.engine.launch(self._clock())) is not None:
                     self._pending.append(step)
                 if self._pending:
                     await self._finish(self._pending[0])
                 else:
-                    self._gate.open_all()
+                    self._admission.admit_all()
                     self._work.clear()
                     await self._work.wait()
         except Exception as error:  # whatever it is, no stream may wait for ever
             self._die(self.engine.dead or error)
         finally:
             self._pending.clear()
-            self._gate.open_all()
+            self._admission.admit_all()
 
     async def _finish(self, pending: Pending) -> None:
-        await asyncio.sleep(0)  # a turn for readers and newcomers
+        await asyncio.sleep(0)  # a turn for readers and arrivals
         behind = pending.future.done()
         if not behind:
-            self._gate.open_meanwhile()
+            self._admission.admit_meanwhile()
             with suppress(Exception):  # `collect` knows what it means
                 await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
         self._record_step()
-        self._wakes.begin_step(behind, len(self._tickets))
+        self._coalescer.begin_step(behind, len(self._states))
         self._deliver(emissions, now)
-        self._wakes.end_step()
+        self._coalescer.end_step()
         if self.engine.failure is not None:  # said last: nobody's news wait for a log
             log.error("step_failed", sequences=len(emissions), exc_info=self.engine.failure)
-        self._gate.open(MOST_NEWCOMERS)
+        self._admission.admit(MOST_ARRIVALS)
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""
         intervals: dict[float, int] = {}  # since when, and how many sequences
         for emission in emissions:
-            ticket = self._tickets[emission.seq_id]
+            state = self._states[emission.seq_id]
             urgent = emission.finish is not None
             if emission.tokens:
-                if ticket.first_token_at is None:
+                if state.first_token_at is None:
                     urgent = True
-                    ticket.first_token_at = now
-                    self._metrics.record_prompt(ticket.seq.num_prompt, ticket.seq.num_cached)
-                    self._metrics.record_first_token(now - ticket.seq.arrived_at)
+                    state.first_token_at = now
+                    self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
+                    self._metrics.record_first_token(now - state.seq.arrived_at)
                 else:
-                    intervals[ticket.token_at] = intervals.get(ticket.token_at, 0) + 1
-                ticket.token_at = now
+                    intervals[state.token_at] = intervals.get(state.token_at, 0) + 1
+                state.token_at = now
             if emission.finish is not None:
-                if emission.finish == "length" and ticket.first_token_at is None:  # scored only
-                    self._metrics.record_prompt(ticket.seq.num_prompt, ticket.seq.num_cached)
-                self._record_finished(ticket, emission.finish, now)
-                del self._tickets[emission.seq_id]
-            ticket.stream.put(emission)
-            self._wakes.add(ticket.stream, urgent)
+                if emission.finish == "length" and state.first_token_at is None:  # scored only
+                    self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
+                self._record_finished(state, emission.finish, now)
+                del self._states[emission.seq_id]
+            state.stream.put(emission)
+            self._coalescer.add(state.stream, urgent)
         for since, num in intervals.items():
             self._metrics.record_inter_token(now - since, num)
         self._note_idle()
 
     def _die(self, error: Exception) -> None:
         self.dead = error
-        for stream in {id(t.stream): t.stream for t in self._tickets.values()}.values():
+        for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
             stream.fail(dead_error(error))
-        self._tickets.clear()
+        self._states.clear()
         self._note_idle()
         log.error("engine_dead", exc_info=error)  # last: whatever comes of it, all have been told
 
@@ -322,19 +323,19 @@ class EngineLoop:
             num_preempted=stats.num_preempted,
         )
 
-    def _record_finished(self, ticket: _Ticket, reason: str, now: float) -> None:
+    def _record_finished(self, state: RequestState, reason: str, now: float) -> None:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
         self._finished_at.append(now)
-        seq = ticket.seq
+        seq = state.seq
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
-        first_token_at = now if ticket.first_token_at is None else ticket.first_token_at
+        first_token_at = now if state.first_token_at is None else state.first_token_at
         self._metrics.record_finished(
             reason=reason,
             num_prompt=seq.num_prompt,
             num_output=seq.num_output,
             num_cached=seq.num_cached,
             max_tokens=seq.max_tokens,
-            n=ticket.n,
+            n=state.n,
             queue=scheduled_at - seq.arrived_at,
             prefill=first_token_at - scheduled_at,
             decode=now - first_token_at,

@@ -65,7 +65,7 @@ a few times."""
 
 
 @dataclass(frozen=True, slots=True)
-class Started:
+class LoadedEngine:
     """A loaded model, ready to run, and what was decided on the way."""
 
     engine: Engine
@@ -87,7 +87,7 @@ class Started:
     """What the runner counts, for metrics: by name, help and value."""
 
 
-def start_engine(config: EngineConfig, progress: Progress) -> Started:
+def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     """Load what ``config`` names and make an engine of it.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
@@ -100,15 +100,15 @@ def start_engine(config: EngineConfig, progress: Progress) -> Started:
     checkpoint = open_checkpoint(config, progress)
     longest_sequence(checkpoint.spec, config)  # refuses what is too long before loading takes time
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
-    ending = ExitStack()
+    stack = ExitStack()
     try:
         backend = choose_backend(checkpoint.spec, config, device, threads)
-        ending.callback(backend.close)
+        stack.callback(backend.close)
         refuse_idle(config, backend)
-        started = assemble(checkpoint, config, backend, threads, ending, progress)
-        return dataclasses.replace(started, defaults=defaults)
+        loaded = assemble(checkpoint, config, backend, threads, stack, progress)
+        return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:
-        ending.close()
+        stack.close()
         if is_shortage(error):
             raise LoadError(f"{checkpoint.path}: memory does not suffice ({error})") from error
         raise
@@ -159,9 +159,9 @@ def assemble(
     config: EngineConfig,
     backend: Backend,
     threads: int,
-    ending: ExitStack,
+    stack: ExitStack,
     progress: Progress,
-) -> Started:
+) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``ending`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
         words = beside.submit(load_words, checkpoint)
@@ -177,10 +177,10 @@ def assemble(
     ends = dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids))
     eos_token_ids = tuple(id for id in ends if 0 <= id < model.spec.vocab_size)
     runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
-    ending.callback(runner.close)
+    stack.callback(runner.close)
     progress("warming up", 0.0)
     warm_up(runner, config)
-    return Started(
+    return LoadedEngine(
         engine=Engine(
             runner,
             config,
@@ -200,7 +200,7 @@ def assemble(
         batch_invariant=backend.ops.batch_invariant,
         dtype=str(backend.ops.dtype).removeprefix("torch."),
         threads=threads,
-        close=ending.close,
+        close=stack.close,
         counters={} if isinstance(runner, Runner) else runner.counters,
     )
 
@@ -247,7 +247,7 @@ def make_runner(
         block_size=config.block_size,
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
-        at_start=backend.settle,
+        at_start=backend.pin_thread,
     )
 
 

@@ -26,7 +26,7 @@ class Stream:
         """``number`` spreads streams over the steps at which they wake."""
         self.number = number
         self.open: set[int] = set()  # ids of the unfinished sequences
-        self.listed = False  # for a later wake, see `ruvon.engine.turns`
+        self.queued = False  # for a later wake, see `ruvon.engine.coalescing`
         self._end = end
         self._news: list[Emission] = []
         self._error: UnavailableError | None = None

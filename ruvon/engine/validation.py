@@ -33,7 +33,7 @@ OPTIONAL = WHOLE - {"top_k", "min_tokens"}  # None says something of its own
 LEAST = 2.0**-126  # of the numbers that a GPU's float32 surely tells from 0
 
 
-def settle(sampling: SamplingParams) -> SamplingParams:
+def normalize(sampling: SamplingParams) -> SamplingParams:
     """The same draws in numbers that every sampler can compute with: a temperature too small to
     divide by is none, and so is a share that leaves the likeliest token only."""
     if sampling.temperature and min(sampling.temperature, sampling.top_p) < LEAST:

@@ -16,9 +16,9 @@ LEFT_OUT = (
     "num_beams", "penalty_alpha", "no_repeat_ngram_size", "bad_words_ids", "suppress_tokens",
     "begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id", "min_length",
     "min_new_tokens", "stop_strings", "sequence_bias", "epsilon_cutoff", "eta_cutoff", "top_h",
-    "guidance_scale", "xtc_probability", "mirostat",
+    "guidance_scale", "xtc_probability", "mirostat", "max_new_tokens",
 )  # fmt: skip
-"""What would change the draws, and is not done."""
+"""What would change the answers, and is not done. How long they are a request says, or the API."""
 
 GGUF_PREFIX = "general.sampling."
 GGUF_NAMES = {"temp": "temperature", "penalty_repeat": "repetition_penalty"}

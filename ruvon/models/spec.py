@@ -46,7 +46,6 @@ class ModelSpec:
     windows: tuple[int, ...]  # per layer, in tokens; 0 sees everything
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
-    bos_token_id: int | None
     dtype: str  # the checkpoint's own: "float32", "bfloat16" or "float16"
 
 
@@ -75,7 +74,6 @@ def spec_from_config(
         spec = ModelSpec(
             architecture=architecture,
             eos_token_ids=tuple(dict.fromkeys(ends)),
-            bos_token_id=config.get("bos_token_id"),
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
             **CONFIG_READERS[architecture](config),
         )
@@ -291,7 +289,6 @@ def _from_gguf(
         ),
         tie_embeddings="output.weight" not in tensors,
         eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
         dtype=GGUF_DTYPES.get(metadata.get("general.file_type", 1), "float16"),
     )
 

@@ -12,7 +12,7 @@ from ruvon import __version__
 from ruvon.engine.validation import check_ids
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import parse
-from ruvon.server.requests import aside, encode_chat
+from ruvon.server.requests import encode_chat, offload
 from ruvon.server.responses import ModelCard
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.state import STATE, Service, State
@@ -126,7 +126,7 @@ async def _tokenize_prompt(body: bytes, service: Service) -> tuple[list[int], bo
     service.check_model(request.model)
     text, special = request.prompt, request.add_special_tokens is not False
     encode = service.tokenizer.encode
-    tokens = await aside(len(text), lambda: encode(text, add_special_tokens=special))
+    tokens = await offload(len(text), lambda: encode(text, add_special_tokens=special))
     return tokens, bool(request.return_token_strs)
 
 

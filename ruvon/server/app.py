@@ -14,7 +14,7 @@ import uvloop
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
-from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.server import admin, console
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -85,16 +85,16 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
         os._exit(0)
 
 
-def start_for_good(config: EngineConfig, progress: Progress) -> Started:
+def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:
     """Start an engine that lives as long as the process. So does most of what was made on the way:
     the garbage collector, which else would stop everything to look through it every now and then
     (for 0.2 s), leaves it alone. And it looks less often for what is new: a step of hundreds of
     sequences makes as many objects, most of which are gone with the next."""
-    started = start_engine(config, progress)
+    loaded = start_engine(config, progress)
     gc.collect()
     gc.freeze()
     gc.set_threshold(YOUNG_OBJECTS)
-    return started
+    return loaded
 
 
 async def run(app: web.Application) -> None:

@@ -16,7 +16,7 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Answer a chat."""
     state = http.app[STATE]
     service = state.ready()
-    await service.generator.turn()
+    await service.generator.admission()
     request, ignored = parse(ChatRequest, await http.read(), state.server.strict)
     service.check_model(request.model)
     jobs = await prepare_chat(request, service, state.server.max_logprobs)

@@ -17,7 +17,7 @@ async def completions(http: web.Request) -> web.StreamResponse:
     """Complete one or several prompts."""
     state = http.app[STATE]
     service = state.ready()
-    await service.generator.turn()
+    await service.generator.admission()
     request, ignored = parse(CompletionRequest, await http.read(), state.server.strict)
     service.check_model(request.model)
     jobs = await prepare_completion(request, service, state.server.max_logprobs)

@@ -17,7 +17,7 @@ from aiohttp import web
 from ruvon import __version__
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.loop import EngineLoop
-from ruvon.engine.startup import Started
+from ruvon.engine.startup import LoadedEngine
 from ruvon.errors import ConfigError
 from ruvon.models.chat import ChatFormat, load_chat, read_template
 from ruvon.server import console
@@ -31,7 +31,7 @@ log = structlog.get_logger(__name__)
 LOADER = "ruvon-load"  # the loading thread
 STATS_EVERY = 10.0  # seconds between stats lines, while there is work
 
-Start: TypeAlias = Callable[[EngineConfig, Progress], Started]
+Start: TypeAlias = Callable[[EngineConfig, Progress], LoadedEngine]
 T = TypeVar("T")
 
 
@@ -58,9 +58,9 @@ async def load(state: State, start: Start) -> None:
     try:
         template = state.server.chat_template
         source = None if template is None else read_template(template)
-        started = await in_thread(lambda: start_shown(state, start))
-        chat = started.chat if source is None else load_chat(started.tokenizer, source)
-        service = make_service(started, chat, state.server)
+        loaded = await in_thread(lambda: start_shown(state, start))
+        chat = loaded.chat if source is None else load_chat(loaded.tokenizer, source)
+        service = make_service(loaded, chat, state.server)
     except Exception as error:
         state.failure = error
         state.ended.set()
@@ -69,13 +69,13 @@ async def load(state: State, start: Start) -> None:
     state.share, state.service = 1.0, service
     console.announce(
         state.server,
-        summary(started, service),
+        summary(loaded, service),
         time.monotonic() - began,
         state.address or (state.server.host, state.server.port),
     )
 
 
-def start_shown(state: State, start: Start) -> Started:
+def start_shown(state: State, start: Start) -> LoadedEngine:
     """Start, and show how far it is: to clients, and on the terminal or in the log."""
     with console.loading(state.server) as show:
 
@@ -86,30 +86,30 @@ def start_shown(state: State, start: Start) -> Started:
         return start(state.engine, progress)
 
 
-def make_service(started: Started, chat: ChatFormat, server: ServerConfig) -> Service:
+def make_service(loaded: LoadedEngine, chat: ChatFormat, server: ServerConfig) -> Service:
     """What handlers need, out of what start-up made."""
-    checkpoint, engine = started.checkpoint, started.engine
+    checkpoint, engine = loaded.checkpoint, loaded.engine
     names = served_names(server.served_model_name or checkpoint.name)
     metrics = Metrics(names[0], engine.max_model_len)
     metrics.describe_cache(
         block_size=engine.config.block_size,
-        num_gpu_blocks=started.memory.num_blocks,
-        cache_dtype=started.memory.dtype,
+        num_gpu_blocks=loaded.memory.num_blocks,
+        cache_dtype=loaded.memory.dtype,
         enable_prefix_caching=engine.config.enable_prefix_caching,
         gpu_memory_utilization=engine.config.gpu_memory_utilization,
     )
-    for name, (help, read) in started.counters.items():
+    for name, (help, read) in loaded.counters.items():
         metrics.watch(name, help, read)
     return Service(
         names=names,
         root=str(checkpoint.name),
         generator=EngineLoop(engine, metrics),
-        tokenizer=started.tokenizer,
+        tokenizer=loaded.tokenizer,
         chat=chat,
         metrics=metrics,
-        fingerprint=fingerprint(started),
-        defaults=started.defaults,
-        close=started.close,
+        fingerprint=fingerprint(loaded),
+        defaults=loaded.defaults,
+        close=loaded.close,
     )
 
 
@@ -121,11 +121,11 @@ def served_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def fingerprint(started: Started) -> str:
+def fingerprint(loaded: LoadedEngine) -> str:
     """``system_fingerprint``: equal where equal requests with a seed get equal answers."""
     parts = (
-        __version__, started.checkpoint.name, started.checkpoint.spec, started.engine.config,
-        started.device, started.kernels, started.dtype,
+        __version__, loaded.checkpoint.name, loaded.checkpoint.spec, loaded.engine.config,
+        loaded.device, loaded.kernels, loaded.dtype,
     )  # fmt: skip
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
@@ -172,17 +172,17 @@ async def report(state: State) -> None:
         before = replace(metrics.totals)
 
 
-def summary(started: Started, service: Service) -> dict[str, str]:
+def summary(loaded: LoadedEngine, service: Service) -> dict[str, str]:
     """What start-up decided, in words."""
-    memory, spec = started.memory, started.checkpoint.spec
-    step = started.engine.config.largest_step
+    memory, spec = loaded.memory, loaded.checkpoint.spec
+    step = loaded.engine.config.largest_step
     drawn = ", ".join(f"{name} {value}" for name, value in service.defaults.items())
     return {
         "model": ", ".join(service.names),
         "weights": f"{memory.weight_bytes / 1e6:,.1f} MB, {spec.architecture},"
         f" {spec.num_layers} layers",
-        "computes_in": f"{started.dtype} on {started.device}, {started.threads} threads,"
-        f" kernels {started.kernels}",
+        "computes_in": f"{loaded.dtype} on {loaded.device}, {loaded.threads} threads,"
+        f" kernels {loaded.kernels}",
         "kv_cache": f"{size(memory.cache_bytes)} of {memory.dtype}: {memory.num_blocks} blocks of"
         f" {memory.block_size} tokens",
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"

@@ -38,7 +38,7 @@ async def prepare_completion(
     """A job for each prompt."""
     special = request.add_special_tokens is not False
     size = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
-    prompts = await aside(size, lambda: [_encode(p, special, service) for p in request.prompt])
+    prompts = await offload(size, lambda: [_encode(p, special, service) for p in request.prompt])
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     logprobs = request.logprobs
     if logprobs is None and (request.best_of or 1) > (request.n or 1):
@@ -77,7 +77,7 @@ async def encode_chat(request: TemplateFields, service: Service) -> list[int]:
     """Messages → the ids that the model reads, through its own chat template."""
     messages = [message.for_template() for message in request.messages]
     size = sum(len(message["content"]) for message in messages)
-    return await aside(
+    return await offload(
         size,
         lambda: service.chat.encode(
             messages,
@@ -88,7 +88,7 @@ async def encode_chat(request: TemplateFields, service: Service) -> list[int]:
     )
 
 
-async def aside(size: int, work: Callable[[], T]) -> T:
+async def offload(size: int, work: Callable[[], T]) -> T:
     """Do ``work`` here if it is short, in a thread if its text is long."""
     return work() if size <= LONG else await asyncio.to_thread(work)
 

@@ -41,7 +41,7 @@ class Generator(Protocol):
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
 
-    async def turn(self) -> None:
+    async def admission(self) -> None:
         """Wait until reading a new request keeps nobody waiting."""
 
     def generate(self, jobs: Sequence[Job]) -> Stream:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ruvon.engine.engine import Engine, Pending
-from ruvon.engine.startup import Started
+from ruvon.engine.startup import LoadedEngine
 from ruvon.verify.answers import Answer, Difference, Outcome, find_difference
 from ruvon.verify.requests import Requests, outgrows
 
@@ -65,21 +65,21 @@ class Row:
         return self.difference is None and self.missing is None
 
 
-def run(case: Case, started: Started, jobs: Requests) -> Outcome:
+def run(case: Case, loaded: LoadedEngine, jobs: Requests) -> Outcome:
     """Answer the jobs, of a crowded case some of them, in one way."""
-    config, num_blocks = started.engine.config, started.memory.num_blocks
+    config, num_blocks = loaded.engine.config, loaded.memory.num_blocks
     settings = dict(case.settings)
     if case.crowded:
         jobs, num_blocks = crowd(jobs, config.block_size)
     budget = settings.get("max_num_batched_tokens", config.largest_step.tokens)
     settings.setdefault("max_num_seqs", min(config.largest_step.sequences, budget))
     engine = Engine(
-        started.runner,
+        loaded.runner,
         replace(config, **settings),
-        max_model_len=started.memory.max_model_len,
+        max_model_len=loaded.memory.max_model_len,
         num_blocks=num_blocks,
-        vocab_size=started.engine.vocab_size,
-        eos_token_ids=started.eos_token_ids,
+        vocab_size=loaded.engine.vocab_size,
+        eos_token_ids=loaded.eos_token_ids,
     )
     for _ in range(case.rounds):
         outcome = answer_alone(engine, jobs) if case.alone else answer(engine, jobs)

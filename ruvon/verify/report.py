@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 
 from ruvon.config import EngineConfig
-from ruvon.engine.startup import Started, start_engine
+from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.errors import ConfigError
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.tokenizer import Tokenizer
@@ -56,21 +56,21 @@ def verify(
     not count. Raises ConfigError and LoadError as `start_engine` does.
     """
     config = engine_settings(config, number, progress)
-    with closing(start_engine(config, progress)) as started:
-        room = room_for_prompts(started.memory.max_model_len, tokens)
-        jobs = make_jobs(started.tokenizer, number, tokens, room, started.memory.block_size)
+    with closing(start_engine(config, progress)) as loaded:
+        room = room_for_prompts(loaded.memory.max_model_len, tokens)
+        jobs = make_jobs(loaded.tokenizer, number, tokens, room, loaded.memory.block_size)
         report = Report(
-            model=started.checkpoint.name,
-            tokenizer=started.tokenizer,
-            device=started.device,
-            kernels=started.kernels,
-            dtype=started.dtype,
-            threads=started.threads,
-            promised=started.batch_invariant,
-            rows=check_cases(started, jobs, progress),
+            model=loaded.checkpoint.name,
+            tokenizer=loaded.tokenizer,
+            device=loaded.device,
+            kernels=loaded.kernels,
+            dtype=loaded.dtype,
+            threads=loaded.threads,
+            promised=loaded.batch_invariant,
+            rows=check_cases(loaded, jobs, progress),
         )
-        text = started.tokenizer.encode(TEXT)[: started.memory.max_model_len]
-    del started  # its weights too, before others are loaded
+        text = loaded.tokenizer.encode(TEXT)[: loaded.memory.max_model_len]
+    del loaded  # its weights too, before others are loaded
     report.rows += check_restarts(config, report, jobs, progress)
     if reference and report.kernels != "torch":
         report.comparison = compare_with_torch(config, text, progress)
@@ -103,12 +103,12 @@ def engine_settings(config: EngineConfig, number: int, progress: Progress) -> En
     )
 
 
-def check_cases(started: Started, jobs: Requests, progress: Progress) -> list[Row]:
+def check_cases(loaded: LoadedEngine, jobs: Requests, progress: Progress) -> list[Row]:
     """Everything that one loaded model can show."""
     rows: list[Row] = []
     for i, case in enumerate((ALONE, *CASES)):
         progress(case.name, i / (len(CASES) + 1))
-        outcome = run(case, started, jobs)
+        outcome = run(case, loaded, jobs)
         rows.append(judge(case, rows[0].outcome if rows else outcome, outcome))
     return rows
 
@@ -121,9 +121,9 @@ def check_restarts(
     starts = [(Case(f"threads: {threads}"), threads) for threads in teams]
     rows = []
     for case, threads in (*starts, (Case("loaded again, alone", alone=True), config.threads)):
-        with closing(start_engine(replace(config, threads=threads), progress)) as started:
+        with closing(start_engine(replace(config, threads=threads), progress)) as loaded:
             progress(case.name, 0.0)
-            rows.append(judge(case, report.rows[0].outcome, run(case, started, jobs)))
+            rows.append(judge(case, report.rows[0].outcome, run(case, loaded, jobs)))
     return rows
 
 

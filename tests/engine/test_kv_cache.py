@@ -42,7 +42,6 @@ SPEC = ModelSpec(
     windows=(0, 0, 0, 0),
     tie_embeddings=True,
     eos_token_ids=(2,),
-    bos_token_id=1,
     dtype="float32",
 )
 PER_TOKEN = 2 * 4 * 2 * 8 * 4  # keys and values, layers, heads, head size, float32: 512 bytes

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 from fakes import LETTERS, FakeMetrics, FakeRunner
 
+from ruvon.engine.admission import MOST_ARRIVALS, Admission
+from ruvon.engine.coalescing import FEW_READERS, MOST_STEPS, Coalescer
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.stream import Stream
-from ruvon.engine.turns import FEW_READERS, MOST_NEWCOMERS, MOST_STEPS, Gate, Wakes
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import (
     ContextLengthError,
@@ -56,7 +57,7 @@ def running(make_engine, depth):
         while not stopping.done():
             await turn(runner if by_hand else None)
         await stopping
-        assert loop._tickets == {}
+        assert loop.num_open == 0
         if loop.dead is None:
             assert_clean(loop)
 
@@ -64,9 +65,8 @@ def running(make_engine, depth):
 
 
 def assert_clean(loop):
-    scheduler = loop.engine._scheduler
-    assert not scheduler.sequences
-    scheduler.pool.check([])
+    assert not loop.engine.has_work
+    assert loop.load == (0, 0, 0.0)
 
 
 async def turn(runner=None):
@@ -219,13 +219,13 @@ async def test_a_few_readers_hear_of_every_step(running):
 
 
 def test_readers_that_are_outrun_take_turns():
-    wakes, heard = Wakes(), []
+    coalescer, heard = Coalescer(), []
     streams = [listener(number, heard) for number in range(8)]
     for _ in range(4 * MOST_STEPS):
-        wakes.begin_step(behind=True, num_readers=MANY)
+        coalescer.begin_step(behind=True, num_readers=MANY)
         for stream in streams:
-            wakes.add(stream, urgent=False)
-        wakes.end_step()
+            coalescer.add(stream, urgent=False)
+        coalescer.end_step()
         heard.append(None)
     rounds = [list(group) for new, group in groupby(heard, lambda item: item is None) if not new]
     assert [len(numbers) for numbers in rounds[-MOST_STEPS:]] == [2] * MOST_STEPS
@@ -233,88 +233,88 @@ def test_readers_that_are_outrun_take_turns():
 
 
 def test_readers_that_keep_up_are_woken_every_step():
-    wakes, heard = Wakes(), []
+    coalescer, heard = Coalescer(), []
     streams = [listener(number, heard) for number in range(3)]
     for behind in [True] * 9 + [False] * 9:
-        wakes.begin_step(behind, num_readers=MANY)
+        coalescer.begin_step(behind, num_readers=MANY)
         heard.clear()
         for stream in streams:
-            wakes.add(stream, urgent=False)
-        wakes.end_step()
+            coalescer.add(stream, urgent=False)
+        coalescer.end_step()
     assert sorted(heard) == [0, 1, 2]
 
 
 def test_news_that_wait_go_out_though_no_others_follow():
-    wakes, heard = Wakes(), []
+    coalescer, heard = Coalescer(), []
     for _ in range(MOST_STEPS):
-        wakes.begin_step(behind=True, num_readers=MANY)
+        coalescer.begin_step(behind=True, num_readers=MANY)
     for number in range(MOST_STEPS):
-        wakes.add(listener(number, heard), urgent=False)
+        coalescer.add(listener(number, heard), urgent=False)
     for _ in range(MOST_STEPS):
-        wakes.end_step()
-        wakes.begin_step(behind=True, num_readers=MANY)
+        coalescer.end_step()
+        coalescer.begin_step(behind=True, num_readers=MANY)
     assert sorted(heard) == list(range(MOST_STEPS))
 
 
-# -------------------------------------------------------------------- newcomers
+# -------------------------------------------------------------------- arrivals
 
 
-class Newcomers:
+class Arrivals:
     """As many as there are at a gate; ``let_in`` are the numbers of those that passed."""
 
-    def __init__(self, gate, number):
+    def __init__(self, admission, number):
         self.let_in = []
-        self._gate = gate
+        self._admission = admission
         self.tasks = [asyncio.create_task(self._come(i)) for i in range(number)]
 
     async def _come(self, i):
-        await self._gate.enter()
+        await self._admission.enter()
         self.let_in.append(i)
 
 
-async def test_newcomers_wait_for_a_step_that_is_over_and_come_in_a_few_at_a_time():
-    gate = Gate(lambda: True)
-    newcomers = Newcomers(gate, 5)
+async def test_arrivals_wait_for_a_step_that_is_over_and_come_in_a_few_at_a_time():
+    admission = Admission(lambda: True)
+    arrivals = Arrivals(admission, 5)
     await settle()
-    assert newcomers.let_in == []
-    newcomers.tasks[0].cancel()
+    assert arrivals.let_in == []
+    arrivals.tasks[0].cancel()
     await settle()
-    gate.open(2)
+    admission.admit(2)
     await settle()
-    assert newcomers.let_in == [1, 2]
-    gate.open_all()
+    assert arrivals.let_in == [1, 2]
+    admission.admit_all()
     await settle()
-    assert newcomers.let_in == [1, 2, 3, 4]
+    assert arrivals.let_in == [1, 2, 3, 4]
 
 
-async def test_newcomers_come_in_one_by_one_while_no_step_is_over():
+async def test_arrivals_come_in_one_by_one_while_no_step_is_over():
     over = iter([True, False, False, False, True])
-    gate = Gate(lambda: next(over))
-    newcomers = Newcomers(gate, 5)
+    admission = Admission(lambda: next(over))
+    arrivals = Arrivals(admission, 5)
     await settle()
-    gate.open_meanwhile()
+    admission.admit_meanwhile()
     await settle()
-    assert newcomers.let_in == [0, 1, 2]
+    assert arrivals.let_in == [0, 1, 2]
 
 
-async def test_nobody_is_left_at_the_gate_when_the_engine_is_idle_or_dead(running, depth):
+async def test_nobody_is_left_waiting_when_the_engine_is_idle_or_dead(running, depth):
     async with running(by_hand=True) as (loop, runner):
         stream = loop.generate([Job((97,), SamplingParams(max_tokens=1))])
         await turn()
-        newcomers = Newcomers(loop._gate, 3 * MOST_NEWCOMERS)
+        arrivals = Arrivals(loop._admission, 3 * MOST_ARRIVALS)
         await settle()
-        assert len(newcomers.let_in) == 3 * MOST_NEWCOMERS  # no step is over
+        assert len(arrivals.let_in) == 3 * MOST_ARRIVALS  # no step is over
         runner.finish_step()
-        late = Newcomers(loop._gate, 3 * MOST_NEWCOMERS)
+        late = Arrivals(loop._admission, 3 * MOST_ARRIVALS)
         await turn()
-        assert len(late.let_in) == 3 * MOST_NEWCOMERS  # nothing is left to do
+        assert len(late.let_in) == 3 * MOST_ARRIVALS  # nothing is left to do
         await stream.aclose()
         stream = loop.generate([Job((97,), LONG)])
         runner.broken, runner.lost = RuntimeError("broken"), True
         await turn(runner)
         await turn(runner)
         assert loop.dead
-        await asyncio.wait_for(loop.turn(), 5)
+        await asyncio.wait_for(loop.admission(), 5)
 
 
 def listener(number, heard):
@@ -374,7 +374,7 @@ async def test_as_many_steps_are_under_way_as_the_runner_takes(running, depth):
         assert len(tokens(await read(stream))) == len(runner.plans) == 5
 
 
-async def test_a_newcomer_joins_the_next_launch(running, depth):
+async def test_an_arrival_joins_the_next_launch(running, depth):
     async with running(by_hand=True) as (loop, runner):
         first = loop.generate([Job((97,), LONG)])
         await turn(runner)
@@ -414,7 +414,7 @@ async def test_leaving_while_waiting(running):
         stays, leaves = (loop.generate([Job((97,), LONG)]) for _ in range(2))
         await turn(runner)
         await leaves.aclose()
-        assert len(loop._tickets) == 1
+        assert loop.num_open == 1
         await stays.aclose()
 
 
@@ -444,7 +444,7 @@ async def test_blocks_in_flight_are_not_given_to_the_next_request(running):
         await turn()
         await gone.aclose()
         stream = loop.generate([Job((98,) * 40, SamplingParams(max_tokens=3))])
-        while loop._tickets:
+        while loop.num_open:
             await turn(runner)
         assert len(tokens(await read(stream))) == 3
 
@@ -483,7 +483,7 @@ async def test_a_thousand_come_and_go_and_leave_nothing(running):
 
         await asyncio.gather(*(visits(range(start, 1000, 50)) for start in range(50)))
         await turn()
-        assert loop._tickets == {}
+        assert loop.num_open == 0
         assert_clean(loop)
         assert len(loop.engine._scheduler.waiting._heap) < 100
         assert {c["reason"] for c in loop._metrics.all("finished")} == {"abort"}

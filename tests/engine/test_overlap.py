@@ -31,7 +31,7 @@ SAMPLINGS = (
 @pytest.fixture
 def engine(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
-    started = start_engine(
+    loaded = start_engine(
         EngineConfig(
             str(tmp_path),
             load_format="dummy",
@@ -46,8 +46,8 @@ def engine(tmp_path):
         ),
         silent,
     )
-    yield started.engine
-    started.close()
+    yield loaded.engine
+    loaded.close()
 
 
 def run(engine, jobs) -> tuple[dict[int, list[int]], dict[int, list[float]]]:

@@ -41,52 +41,52 @@ def drain(engine) -> list[int]:
 
 def test_an_engine_starts_says_what_it_is_and_runs(folder):
     phases = []
-    started = start_engine(settings(folder), lambda phase, share: phases.append((phase, share)))
-    assert (started.device, started.kernels, started.dtype) == ("cpu", "torch", "float32")
-    assert started.threads == torch.get_num_threads() == 1
-    assert started.memory.bytes_per_token == 2 * 2 * 2 * 16 * 4
-    assert started.memory.num_blocks == 2**20 // (16 * 512)
+    loaded = start_engine(settings(folder), lambda phase, share: phases.append((phase, share)))
+    assert (loaded.device, loaded.kernels, loaded.dtype) == ("cpu", "torch", "float32")
+    assert loaded.threads == torch.get_num_threads() == 1
+    assert loaded.memory.bytes_per_token == 2 * 2 * 2 * 16 * 4
+    assert loaded.memory.num_blocks == 2**20 // (16 * 512)
     embedding = 320 * 64
     layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
     rope = 2 * 128 * 8
-    assert started.memory.weight_bytes == 4 * (embedding + 2 * layer + 64 + rope)
-    assert started.engine.max_model_len == 128
-    assert started.engine.config.device == "cpu"
+    assert loaded.memory.weight_bytes == 4 * (embedding + 2 * layer + 64 + rope)
+    assert loaded.engine.max_model_len == 128
+    assert loaded.engine.config.device == "cpu"
     assert list(dict.fromkeys(phase for phase, _ in phases)) == [
         "opening model",
         "loading weights",
         "warming up",
     ]
     assert all(0 <= share <= 1 for _, share in phases)
-    started.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
-    assert len(drain(started.engine)) in range(1, 6)
-    started.close()
+    loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
+    assert len(drain(loaded.engine)) in range(1, 6)
+    loaded.close()
 
 
 def test_ends_that_are_no_tokens_end_nothing(folder):
     config = TINY_LLAMA | {"eos_token_id": [7, 320, -1]}  # of 320
     (folder / "config.json").write_text(json.dumps(config))
-    started = start_engine(settings(folder), lambda phase, share: None)
-    assert started.eos_token_ids == (7,)
+    loaded = start_engine(settings(folder), lambda phase, share: None)
+    assert loaded.eos_token_ids == (7,)
     held_off = SamplingParams(temperature=0, max_tokens=3, min_tokens=3)
-    started.engine.add(Job((1, 2, 3), held_off), 0.0)
-    assert len(drain(started.engine)) == 3
-    started.close()
+    loaded.engine.add(Job((1, 2, 3), held_off), 0.0)
+    assert len(drain(loaded.engine)) == 3
+    loaded.close()
 
 
 def test_a_models_own_sampling_is_read_and_checked_once(folder):
     path = folder / "generation_config.json"
     path.write_text(json.dumps({"temperature": "0.7", "top_k": 50.0, "max_length": 9}))
-    started = start_engine(settings(folder), lambda phase, share: None)
-    started.close()
-    assert started.defaults == {"temperature": 0.7, "top_k": 50}
+    loaded = start_engine(settings(folder), lambda phase, share: None)
+    loaded.close()
+    assert loaded.defaults == {"temperature": 0.7, "top_k": 50}
     path.write_text(json.dumps({"top_p": 1.5}))
     with pytest.raises(LoadError, match=r"sampling defaults: top_p must be from 0 to 1.*--generat"):
         start_engine(settings(folder), lambda phase, share: None)
     without = settings(folder, generation_config="none")
-    started = start_engine(without, lambda phase, share: None)
-    started.close()
-    assert started.defaults == {}
+    loaded = start_engine(without, lambda phase, share: None)
+    loaded.close()
+    assert loaded.defaults == {}
 
 
 @pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (3, 3), (9, 4)])
@@ -98,8 +98,8 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
         return models.load_model(*arguments)
 
     monkeypatch.setattr(startup, "load_model", load_model)
-    started = start_engine(settings(folder, threads=threads), lambda phase, share: None)
-    started.close()
+    loaded = start_engine(settings(folder, threads=threads), lambda phase, share: None)
+    loaded.close()
     assert asked == [at_once]
     assert torch.get_num_threads() == threads
 
@@ -114,10 +114,10 @@ def test_a_vocabulary_that_cannot_be_used_is_said(folder):
 
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
     monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
-    started = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
-    started.close()
-    assert started.memory.num_tokens == 96
-    assert started.engine.max_model_len == 96
+    loaded = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
+    loaded.close()
+    assert loaded.memory.num_tokens == 96
+    assert loaded.engine.max_model_len == 96
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
@@ -151,9 +151,9 @@ def test_too_little_memory_for_the_model_is_said(folder, monkeypatch, error):
 
 def test_closing_ends_every_thread(folder):
     before = threading.active_count()
-    started = start_engine(settings(folder, kernels="cpu", threads=2), lambda phase, share: None)
+    loaded = start_engine(settings(folder, kernels="cpu", threads=2), lambda phase, share: None)
     assert threading.active_count() == before + 2  # one launches steps, one helps it
-    started.close()
+    loaded.close()
     assert threading.active_count() == before
 
 
@@ -163,9 +163,9 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
         start_engine(settings(folder, kernels="cpu", block_size=8), lambda phase, share: None)
     given = settings(folder, kernels="auto", device="cpu", block_size=8)
     with capture_logs() as logs:
-        started = start_engine(given, lambda phase, share: None)
-    started.close()
-    assert started.kernels == "torch"
+        loaded = start_engine(given, lambda phase, share: None)
+    loaded.close()
+    assert loaded.kernels == "torch"
     (warning,) = logs
     assert (warning["log_level"], warning["event"]) == ("warning", "slow_kernels")
     assert "--block-size 8" in warning["reason"]
@@ -216,11 +216,11 @@ def test_the_device_follows_settings_and_machine(monkeypatch, given, has_gpu, ex
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs(folder, dtype):
-    started = start_engine(settings(folder, dtype=dtype), lambda phase, share: None)
-    assert started.memory.bytes_per_token == 2 * 2 * 2 * 16 * 2
-    started.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=3)), 0.0)
-    assert drain(started.engine)
-    started.close()
+    loaded = start_engine(settings(folder, dtype=dtype), lambda phase, share: None)
+    assert loaded.memory.bytes_per_token == 2 * 2 * 2 * 16 * 2
+    loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=3)), 0.0)
+    assert drain(loaded.engine)
+    loaded.close()
 
 
 def test_tied_weights_count_once():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from ruvon.engine.types import SamplingParams
-from ruvon.engine.validation import check_sampling, settle
+from ruvon.engine.validation import check_sampling, normalize
 from ruvon.errors import RequestError
 
 VOCAB = 100
@@ -96,9 +96,9 @@ def test_what_is_within_bounds_passes():
 )
 def test_what_leaves_the_likeliest_token_only_is_greedy(sampling):
     check_sampling(sampling, VOCAB)
-    assert settle(sampling).temperature == 0
+    assert normalize(sampling).temperature == 0
 
 
 def test_what_leaves_more_stays_as_it_is():
     for sampling in (SamplingParams(), SamplingParams(temperature=1e-37, top_p=1e-30)):
-        assert settle(sampling) is sampling
+        assert normalize(sampling) is sampling

@@ -10,6 +10,7 @@ import huggingface_hub
 import pytest
 import structlog
 from gguf_files import write_gguf
+from huggingface_hub.utils import filter_repo_objects
 from tiny import CONFIGS, make_reference
 
 from ruvon.cli.models import cached
@@ -178,6 +179,13 @@ class TestHub:
         assert "*.safetensors" not in wanted[1]
         for pattern in wanted[0]:
             assert not pattern.endswith(("bin", "pt", "pth", "pkl", "py", "*"))
+
+    def test_of_folders_only_that_of_templates_is_fetched(self, calls):
+        opened("org/Tiny-1M")
+        read = ["config.json", "model.safetensors", "additional_chat_templates/rag.jinja"]
+        others = ["onnx/config.json", "awq/model.safetensors", "consolidated.safetensors"]
+        patterns = {k: calls[0][k] for k in ("allow_patterns", "ignore_patterns")}
+        assert list(filter_repo_objects([*read, *others], **patterns)) == read
 
     def test_gguf_is_not_guessed(self, calls):
         with pytest.raises(ConfigError, match="load_format gguf: give the path"):

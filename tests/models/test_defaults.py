@@ -54,7 +54,10 @@ def test_what_is_not_done_is_named():
     with capture_logs() as logs:
         sampling_defaults({"num_beams": 4, "suppress_tokens": [7], "no_repeat_ngram_size": 0})
         sampling_defaults({"num_beams": 1, "guidance_scale": None})
-    assert [entry["keys"] for entry in logs] == [["num_beams", "suppress_tokens"]]
+        sampling_defaults({"max_new_tokens": 2048})
+    assert [entry["keys"] for entry in logs] == [
+        ["num_beams", "suppress_tokens"], ["max_new_tokens"]
+    ]  # fmt: skip
 
 
 def test_gguf_metadata_may_hold_them(tmp_path):
