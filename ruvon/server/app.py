@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 import uvloop
@@ -21,6 +22,7 @@ from ruvon.server.completions import completions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
+from ruvon.server.requests import READER
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -59,10 +61,17 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
+    app.on_cleanup.append(end_reader)
     app.cleanup_ctx.append(engine_context(start))
     return app
+
+
+async def end_reader(app: web.Application) -> None:
+    """What waits to be read has lost its client."""
+    app[READER].shutdown(wait=False, cancel_futures=True)
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
