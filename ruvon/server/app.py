@@ -59,7 +59,7 @@ def create_app(
     ``handler_cancellation=True``."""
     state = State(config, server, parse_size(server.max_body_size))
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
-    app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
+    app = web.Application(middlewares=[observe])
     app[STATE] = state
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app.add_routes(ROUTES)

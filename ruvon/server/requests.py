@@ -15,7 +15,7 @@ from typing import TypeVar
 from aiohttp import web
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.errors import ContextLengthError, RequestError
+from ruvon.errors import BodyTooLargeError, ContextLengthError, RequestError
 from ruvon.server.parsing import SMALL, load, parse
 from ruvon.server.schemas import (
     ChatRequest,
@@ -46,13 +46,33 @@ lock before the event loop does."""
 
 async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> T:
     """The request's body, understood; where that takes long, not on the event loop's thread."""
-    service = http.app[STATE].ready()
+    state = http.app[STATE]
+    service = state.ready()
     await service.generator.turn()
-    body = await http.read()
-    if len(body) <= SMALL:
-        return understand(body, service)
-    loop = asyncio.get_running_loop()
-    return await loop.run_in_executor(http.app[READER], understand, body, service)
+    pieces = await receive(http, state.max_body_size)
+    return await aside(
+        http, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
+    )
+
+
+async def receive(http: web.Request, limit: int) -> list[bytes]:
+    """The body as it comes. One that is declared too large is not waited for."""
+    size = http.content_length or 0
+    pieces: list[bytes] = []
+    while size <= limit:
+        piece = await http.content.readany()
+        if not piece:
+            return pieces
+        pieces.append(piece)
+        size = max(size, sum(map(len, pieces)))
+    raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
+
+
+async def aside(http: web.Request, large: bool, work: Callable[[], T]) -> T:
+    """Do ``work``, in the reader's thread if it is ``large``."""
+    if not large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(http.app[READER], work)
 
 
 async def read_jobs(
@@ -175,6 +195,8 @@ def sampling_params(
         given["top_k"] = max(request.top_k, 0)  # -1 is another way to say off
     values = dict(service.defaults) | {k: v for k, v in given.items() if v is not None}
     allowed = request.allowed_token_ids
+    if allowed is not None and len(allowed) > (size := service.generator.vocab_size):
+        raise RequestError(f"There are {size} tokens to allow, at most.", "allowed_token_ids")
     return SamplingParams(
         **values,
         max_tokens=max_tokens,

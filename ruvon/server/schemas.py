@@ -23,7 +23,8 @@ from ruvon.errors import RequestError
 INT64 = 2**63
 
 MAX_BIASES = 1024  # as many as vLLM takes, like the 128 ids that stop
-MAX_PROMPTS = 2048
+MAX_PROMPTS = 256
+MAX_FIELDS = 256  # of one object
 
 
 def as_list(value: object) -> object:
@@ -92,6 +93,13 @@ class Fields(BaseModel):
     """What all our models have in common: strict types, finite numbers, strangers kept aside."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_long", f"There should be at most {MAX_FIELDS} fields")
+        return data
 
 
 class StreamOptions(Fields):
@@ -203,7 +211,7 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Parts | None = None
     name: str | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=1024)] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None

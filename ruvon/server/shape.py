@@ -20,9 +20,10 @@ SLICE = 1 << 16  # bytes looked at in one native call
 class Bounds:
     """What one body may hold: as much as is parsed in some 10 ms each."""
 
-    values: int  # numbers, strings, lists, objects, keys not counted
-    containers: int = 32_768  # lists and objects among them
-    escapes: int = 1_048_576  # backslashes in strings
+    values: int  # numbers, strings, lists and objects
+    keys: int = 32_768  # of objects
+    containers: int = 16_384  # lists and objects among them
+    escapes: int = 524_288  # backslashes in strings
 
     @classmethod
     def of_context(cls, num_tokens: int) -> Bounds:
@@ -32,14 +33,16 @@ class Bounds:
 
 def check_shape(body: bytes, bounds: Bounds) -> None:
     """Raises RequestError for a body that holds more than ``bounds``, valid JSON or not."""
-    values = containers = escapes = 0
+    values = keys = containers = escapes = 0
     for outside, backslashes in slices(body):
         opened = outside.count(b"[") + outside.count(b"{")
         containers += opened
         values += opened + outside.count(b",")
+        keys += outside.count(b":")
         escapes += backslashes
         for count, limit, what in (
             (values, bounds.values, "values"),
+            (keys, bounds.keys, "keys"),
             (containers, bounds.containers, "lists and objects"),
             (escapes, bounds.escapes, "escapes"),
         ):
