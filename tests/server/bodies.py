@@ -50,7 +50,7 @@ BODIES = {
     "a chat that fills the context": (CHAT, user(text(8000)), 200),
     "a prompt that fills the context": (COMPLETE, prompt(text(8000)), 200),
     "ids that fill the context": (COMPLETE, prompt(ids(CONTEXT - 1)), 200),
-    "many of them": (COMPLETE, prompt(ids(CONTEXT - 1), b',"n":8'), 200),
+    "several of them": (COMPLETE, prompt(ids(CONTEXT - 1), b',"n":3'), 200),
     "all prompts": (COMPLETE, prompt(several(b'"a"', 256)), 200),
     "all completions": (COMPLETE, prompt(several(b'"a"', 256), b',"n":4'), 200),
     "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),

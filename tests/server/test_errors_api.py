@@ -239,11 +239,10 @@ async def test_a_failing_first_step_has_a_status(serve, stream):
 class Fails(ScriptRunner):
     """Cannot compute a sequence's third token."""
 
-    def _compute(self, plan):
-        for row in plan.rows:
-            if len(row.history) == row.num_prompt + 2:
-                self.errors[row.seq_id] = "NaN in the logits"
-        return super()._compute(plan)
+    def _draw(self, row, context):
+        if len(row.history) == row.num_prompt + 2:
+            self.errors[row.seq_id] = "NaN in the logits"
+        return super()._draw(row, context)
 
 
 async def test_an_error_in_mid_stream_is_an_event_then_done(serve):

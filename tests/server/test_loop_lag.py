@@ -15,7 +15,7 @@ import gc
 import math
 import time
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import asynccontextmanager
 from multiprocessing import get_context
 
@@ -88,16 +88,22 @@ def client() -> Iterator[ProcessPoolExecutor]:
 class QuickRunner(FakeRunner):
     """Says the same whatever it is asked: what computing costs is not the server's."""
 
-    def _compute(self, plan: Plan) -> StepResult:
+    def launch(self, plan: Plan) -> Future[StepResult]:
         entry = fake_logprobs(97, 20)
-        rows = [None if row.sampling.logprobs is None else (entry,) for row in plan.rows]
-        return StepResult(
-            tokens=((97,),) * len(rows),
-            logprobs=tuple(rows),
-            prompt_logprobs={row.seq_id: (entry,) * len(row.targets) for row in plan.prompt_rows},
-            errors={},
-            seconds=0.0,
+        self.plans.append(plan)
+        future: Future[StepResult] = Future()
+        future.set_result(
+            StepResult(
+                tokens=((97,),) * len(plan.rows),
+                logprobs=((entry,),) * len(plan.rows),
+                prompt_logprobs={
+                    row.seq_id: (entry,) * len(row.targets) for row in plan.prompt_rows
+                },
+                errors={},
+                seconds=0.0,
+            )
         )
+        return future
 
 
 def test_no_body_holds_the_loop(frozen, client):
