@@ -15,7 +15,13 @@ from typing import TypeVar
 from aiohttp import web
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.errors import BodyTooLargeError, ContextLengthError, RequestError
+from ruvon.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ContextLengthError,
+    EncodingError,
+    RequestError,
+)
 from ruvon.server.parsing import SMALL, load, parse
 from ruvon.server.schemas import (
     ChatRequest,
@@ -27,6 +33,7 @@ from ruvon.server.schemas import (
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service
 
+BODY_PATIENCE = 60.0  # seconds without a byte of a body that has not ended
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 PASSED = (
@@ -49,22 +56,29 @@ async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> 
     state = http.app[STATE]
     service = state.ready()
     await service.generator.turn()
-    pieces = await receive(http, state.max_body_size)
+    pieces = await receive(http)
     return await aside(
         http, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
     )
 
 
-async def receive(http: web.Request, limit: int) -> list[bytes]:
+async def receive(http: web.Request) -> list[bytes]:
     """The body as it comes. One that is declared too large is not waited for."""
-    size = http.content_length or 0
+    encoding, limit = http.headers.get("Content-Encoding", "identity"), http.client_max_size
+    if encoding.lower() != "identity":
+        raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
+    declared, size = http.content_length or 0, 0
     pieces: list[bytes] = []
-    while size <= limit:
-        piece = await http.content.readany()
+    while max(declared, size) <= limit:
+        try:
+            async with asyncio.timeout(BODY_PATIENCE):
+                piece = await http.content.readany()
+        except TimeoutError:
+            raise BodyTimeoutError(f"No more of the body in {BODY_PATIENCE:g} seconds.") from None
         if not piece:
             return pieces
         pieces.append(piece)
-        size = max(size, sum(map(len, pieces)))
+        size += len(piece)
     raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
 
 
