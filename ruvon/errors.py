@@ -9,7 +9,9 @@
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── ModelNotFoundError      404 model_not_found
-    │   └── BodyTooLargeError       413 request_too_large
+    │   ├── BodyTooLargeError       413 request_too_large
+    │   ├── BodyTimeoutError        408 request_timeout
+    │   └── EncodingError           415 unsupported_encoding
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
         ├── NotReadyError           503, still loading or draining
@@ -70,6 +72,20 @@ class BodyTooLargeError(RequestError):
 
     status = 413
     code = "request_too_large"
+
+
+class BodyTimeoutError(RequestError):
+    """The request body stopped coming."""
+
+    status = 408
+    code = "request_timeout"
+
+
+class EncodingError(RequestError):
+    """The request body is compressed."""
+
+    status = 415
+    code = "unsupported_encoding"
 
 
 class UnavailableError(RuvonError):

@@ -8,7 +8,7 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
@@ -87,6 +87,7 @@ class Engine:
         self._scheduler = Scheduler(pool, limits)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._ids = count()
+        self._valid: SamplingParams | None = None  # the last that was checked
         self._counted = Counters()  # up to the latest launch
         self._num_launched = 0  # tokens of the latest step
         self._num_failures = 0  # steps that failed since one succeeded
@@ -209,13 +210,11 @@ class Engine:
 
     # ---------------------------------------------------------------- validation
 
-    def check(self, jobs: Iterable[Job]) -> None:
+    def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
-        num_new = 0
+        self._check_queue(sum(job.n for job in jobs))
         for job in jobs:
             self.validate(job)
-            num_new += job.n
-        self._check_queue(num_new)
 
     def validate(self, job: Job) -> int:
         """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
@@ -230,7 +229,9 @@ class Engine:
                 f"{self.vocab_size}.",
                 job.param,
             )
-        check_sampling(job.sampling, self.vocab_size)
+        if job.sampling is not self._valid:  # a request's jobs share theirs
+            check_sampling(job.sampling, self.vocab_size)
+            self._valid = job.sampling
         num_prompt, max_tokens = len(job.prompt), job.sampling.max_tokens
         check_length(num_prompt, max_tokens, self.max_model_len, job.param)
         return self.max_model_len - num_prompt if max_tokens is None else max_tokens

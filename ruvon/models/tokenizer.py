@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import tokenizers
@@ -86,6 +87,11 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         return self.chat_templates.get("default")
+
+    @cached_property
+    def longest(self) -> int:
+        """Characters that one token can stand for, at most."""
+        return max(map(len, self._parsing.get_vocab()))
 
     def encode(
         self, text: str, *, add_special_tokens: bool = True, parse_special: bool = False

@@ -11,10 +11,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ruvon import __version__
 from ruvon.engine.validation import check_ids
 from ruvon.server.middleware import json_response
-from ruvon.server.parsing import parse
-from ruvon.server.requests import encode_chat, offload
+from ruvon.server.parsing import load, parse
+from ruvon.server.requests import check_size, encode_chat, read, read_fields
 from ruvon.server.responses import ModelCard
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State
 
 STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
@@ -100,50 +101,47 @@ async def metrics(http: web.Request) -> web.Response:
 
 async def tokenize(http: web.Request) -> web.Response:
     """A prompt, or messages through the chat template, as ids."""
-    service = http.app[STATE].ready()
-    body = await http.read()
-    encode = _tokenize_chat if _has_messages(body) else _tokenize_prompt
-    tokens, wants_strings = await encode(body, service)
-    strings = [service.tokenizer.token_text(token) for token in tokens]
-    return json_response(
+    return _json(await read(http, _tokenize))
+
+
+def _tokenize(body: bytes, service: Service) -> bytes:
+    data = load(body, Bounds.of_context(service.max_model_len))
+    tokens, wants_strings = (_chat_ids if "messages" in data else _prompt_ids)(data, service)
+    token_text = service.tokenizer.token_text
+    return orjson.dumps(
         {
             "count": len(tokens),
             "max_model_len": service.max_model_len,
             "tokens": tokens,
-            "token_strs": strings if wants_strings else None,
+            "token_strs": [token_text(token) for token in tokens] if wants_strings else None,
         }
     )
 
 
-async def _tokenize_chat(body: bytes, service: Service) -> tuple[list[int], bool]:
-    request, _ = parse(TokenizeChatRequest, body, strict=True)
-    service.check_model(request.model)
-    return await encode_chat(request, service), bool(request.return_token_strs)
+def _chat_ids(data: dict[str, Any], service: Service) -> tuple[list[int], bool]:
+    request, _ = parse(TokenizeChatRequest, data, True, service.check_model)
+    return encode_chat(request, service), bool(request.return_token_strs)
 
 
-async def _tokenize_prompt(body: bytes, service: Service) -> tuple[list[int], bool]:
-    request, _ = parse(TokenizeRequest, body, strict=True)
-    service.check_model(request.model)
-    text, special = request.prompt, request.add_special_tokens is not False
-    encode = service.tokenizer.encode
-    tokens = await offload(len(text), lambda: encode(text, add_special_tokens=special))
+def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[list[int], bool]:
+    request, _ = parse(TokenizeRequest, data, True, service.check_model)
+    check_size(len(request.prompt), service, "prompt")
+    special = request.add_special_tokens is not False
+    tokens = service.tokenizer.encode(request.prompt, add_special_tokens=special)
     return tokens, bool(request.return_token_strs)
-
-
-def _has_messages(body: bytes) -> bool:
-    try:
-        data: Any = orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return False
-    return isinstance(data, dict) and "messages" in data
 
 
 async def detokenize(http: web.Request) -> web.Response:
     """Ids as text, special tokens included."""
-    service = http.app[STATE].ready()
-    request, _ = parse(DetokenizeRequest, await http.read(), strict=True)
-    service.check_model(request.model)
+    return _json(await read(http, _detokenize))
+
+
+def _detokenize(body: bytes, service: Service) -> bytes:
+    request, _ = read_fields(DetokenizeRequest, body, service)
     check_ids(request.tokens, service.generator.vocab_size, "tokens")
-    return json_response(
-        {"prompt": service.tokenizer.decode(request.tokens, skip_special_tokens=False)}
-    )
+    text = service.tokenizer.decode(request.tokens, skip_special_tokens=False)
+    return orjson.dumps({"prompt": text})
+
+
+def _json(body: bytes) -> web.Response:
+    return web.Response(body=body, content_type="application/json")

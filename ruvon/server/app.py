@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 import uvloop
@@ -18,9 +19,11 @@ from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.server import admin, console
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
+from ruvon.server.connection import Runner, expect
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
+from ruvon.server.requests import READER
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -32,12 +35,12 @@ SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
 ROUTES = (
-    web.post("/v1/chat/completions", chat_completions),
-    web.post("/v1/completions", completions),
+    web.post("/v1/chat/completions", chat_completions, expect_handler=expect),
+    web.post("/v1/completions", completions, expect_handler=expect),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
-    web.post("/tokenize", admin.tokenize),
-    web.post("/detokenize", admin.detokenize),
+    web.post("/tokenize", admin.tokenize, expect_handler=expect),
+    web.post("/detokenize", admin.detokenize, expect_handler=expect),
     web.get("/health", admin.health),
     web.get("/live", admin.live),
     web.get("/ready", admin.ready),
@@ -59,15 +62,22 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
+    app.on_cleanup.append(end_reader)
     app.cleanup_ctx.append(engine_context(start))
     return app
 
 
+async def end_reader(app: web.Application) -> None:
+    """What waits to be read has lost its client."""
+    app[READER].shutdown(wait=False, cancel_futures=True)
+
+
 def make_runner(app: web.Application) -> web.AppRunner:
     """What runs the application: a client that leaves cancels its handler."""
-    return web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=GOODBYE)
+    return Runner(app, shutdown_timeout=GOODBYE)
 
 
 def serve(config: EngineConfig, server: ServerConfig) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections import deque
+from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
+from functools import partial
 from urllib.parse import quote
 
 import orjson
@@ -18,6 +20,7 @@ from ruvon.engine.types import Emission, Job
 from ruvon.errors import GenerationError, NotReadyError
 from ruvon.server.events import send_events
 from ruvon.server.middleware import FACTS
+from ruvon.server.requests import offload
 from ruvon.server.schemas import GenerationFields
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
@@ -48,24 +51,30 @@ class Generation:
                 if request.stream:
                     interval = http.app[STATE].server.sse_keep_alive_interval
                     first = self._push(await first_news(stream, interval), stream)
-                    async with aclosing(self._events(first, stream)) as events:
+                    async with aclosing(self._events(http, first, stream)) as events:
                         return await send_events(http, events, headers, interval)
-                body = orjson.dumps(await self._fold(stream))
+                body = await self._fold(http, stream)
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
                 http[FACTS].update(self._facts(bool(request.stream)))
 
-    async def _fold(self, stream: Stream) -> object:
+    async def _fold(self, http: web.Request, stream: Stream) -> bytes:
         """The whole answer."""
+        writer, scored = self._writer, False
         async for emissions in stream:
-            for delta in self._push(emissions, stream):
-                self._writer.feed(delta)
-        return self._writer.result()
+            deltas = self._push(emissions, stream)
+            scored = scored or has_scores(deltas)
+            await offload(http, has_scores(deltas), partial(deque, map(writer.feed, deltas), 0))
+        return await offload(http, scored, lambda: orjson.dumps(writer.result()))
 
-    async def _events(self, first: list[Delta], stream: Stream) -> AsyncGenerator[bytes, None]:
+    async def _events(
+        self, http: web.Request, first: list[Delta], stream: Stream
+    ) -> AsyncGenerator[bytes, None]:
         """The answer as events: one run of bytes for each step, whatever the number of chunks."""
         writer = self._writer
-        yield b"".join([writer.opening(), *map(writer.events, first)])
+        yield writer.opening() + await offload(
+            http, has_scores(first), lambda: b"".join(map(writer.events, first))
+        )
         async for emissions in stream:
             data = b"".join([writer.events(delta) for delta in self._push(emissions, stream)])
             if data:
@@ -98,6 +107,11 @@ class Generation:
         if self._first_at is not None:
             facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
         return facts
+
+
+def has_scores(deltas: Iterable[Delta]) -> bool:
+    """Whether prompts' log-probabilities are among them, which take long to write."""
+    return any(delta.prompt_logprobs for delta in deltas)
 
 
 async def first_news(stream: Stream, patience: float) -> list[Emission]:

@@ -13,7 +13,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from ruvon.errors import BodyTooLargeError, QueueFullError, RequestError, UnavailableError
+from ruvon.errors import QueueFullError, RequestError, UnavailableError
 from ruvon.server.events import CLIENT_LEFT, EventResponse, error_answer, status_of
 from ruvon.server.state import STATE, State
 
@@ -66,9 +66,6 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _as_ours(error: Exception, http: web.Request) -> Exception:
     """aiohttp's errors as ours; others as they are."""
-    if isinstance(error, web.HTTPRequestEntityTooLarge):
-        limit = http.app[STATE].max_body_size
-        return BodyTooLargeError(f"The request body is larger than {limit} bytes.")
     if isinstance(error, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         return UrlError(error, f"{http.method} {http.path[:100]}")
     if isinstance(error, web.RequestPayloadError):

@@ -1,81 +1,68 @@
 """From bytes to a request, or to one bounded sentence about what is wrong with it.
 
-A field that ruvon cannot honour yet is refused (`UNSERVED`); a field that changes nothing here, or
-that nobody knows, is reported back by name, never dropped in silence.
+What `fields` lists as not served is refused; a field that changes nothing here, or that nobody
+knows, is reported back by name, never dropped in silence. Everything here may run in any thread.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import TypeVar
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any, TypeVar
 
+import orjson
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ruvon.errors import RequestError
+from ruvon.server.fields import EMPTY, HARMLESS, INSTEAD, SWITCHES, UNSERVED
 from ruvon.server.schemas import Fields
+from ruvon.server.shape import Bounds, check_shape
 
 MAX_IGNORED = 32  # names reported back
 MAX_MESSAGE = 400  # characters of a validation message: a small request must not get a huge answer
-
-UNSERVED: Mapping[str, tuple[object, ...]] = {
-    "audio": (),
-    "chat_template": (),
-    "documents": (),
-    "function_call": ("none",),
-    "functions": (),
-    "grammar": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "json_schema": (),
-    "length_penalty": (1.0,),
-    "logprob_token_ids": (),
-    "logits_processors": (),
-    "mm_processor_kwargs": (),
-    "modalities": (["text"],),
-    "moderation": (),
-    "prompt_embeds": (),
-    "repetition_detection": (),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
-    "suffix": (),
-    "thinking_token_budget": (),
-    "tool_choice": ("none",),
-    "tools": (),
-    "truncate_prompt_tokens": (),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-"""Fields that would change the answer but are not served: name → values that ask for nothing."""
-
-HARMLESS = frozenset(
-    {
-        "metadata", "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-        "prompt_cache_retention", "reasoning_effort", "safety_identifier", "service_tier", "store",
-        "stream_options.include_obfuscation", "user", "verbosity",
-    }
-)  # fmt: skip
-"""OpenAI's own fields that have no effect here: reported, and accepted even when strict."""
-
-EMPTY: tuple[object, ...] = (None, "", [], {})
+SMALL = 4096  # bytes of a body that no count of values can make slow
 
 R = TypeVar("R", bound=Fields)
 
 
-def parse(kind: type[R], body: bytes, strict: bool = False) -> tuple[R, list[str]]:
-    """A request's body → the request, and the names of fields that have no effect.
+def load(body: bytes, bounds: Bounds) -> dict[str, Any]:
+    """A body's JSON object; of equal keys the last counts, as everywhere.
 
-    Raises RequestError for bad JSON, a wrong field, a field that is not served and, when
-    ``strict``, for an unknown one.
+    Raises RequestError for what is no JSON, holds more than ``bounds``, or is no object.
     """
+    if len(body) > SMALL:
+        check_shape(body, bounds)
     try:
-        request = kind.model_validate_json(body)
+        data = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        reason = str(error)[:MAX_MESSAGE]
+        raise RequestError(f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
+    if not isinstance(data, dict):
+        raise RequestError("The body must be a JSON object.", None, "invalid_type")
+    return data
+
+
+def parse(
+    kind: type[R],
+    data: dict[str, Any],
+    strict: bool = False,
+    check_model: Callable[[str], None] = lambda name: None,
+) -> tuple[R, list[str]]:
+    """A body's JSON → the request, and the names of fields that have no effect.
+
+    Raises what ``check_model`` raises for the model's name, before anything else is looked at;
+    RequestError for a wrong field, a field that is not served and, when ``strict``, for an unknown
+    one.
+    """
+    if isinstance(name := data.get("model"), str):
+        check_model(name)
+    try:
+        request = kind.model_validate(data)
     except ValidationError as error:
         raise explain(error) from None
     refuse_unserved(request)
-    ignored = list(unused(request))[:MAX_IGNORED]
+    ignored = list(islice(unused(request), MAX_IGNORED))
     for name in ignored if strict else ():
         if name not in HARMLESS:
             raise RequestError(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
@@ -84,11 +71,16 @@ def parse(kind: type[R], body: bytes, strict: bool = False) -> tuple[R, list[str
 
 def refuse_unserved(request: Fields) -> None:
     """Raise for a field that would change the answer and that ruvon does not serve."""
-    for name, value in (request.model_extra or {}).items():
-        if name in UNSERVED and value not in EMPTY and value not in UNSERVED[name]:
-            raise RequestError(
-                f"'{name[:64]}' is not supported by this server.", name, "unsupported_parameter"
-            )
+    extra = request.model_extra or {}
+    for name, value in extra.items():
+        if name not in UNSERVED or value in EMPTY or value in UNSERVED[name]:
+            continue
+        if name in SWITCHES and extra.get(SWITCHES[name]) == "none":
+            continue
+        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
+        raise RequestError(
+            f"'{name}' is not supported by this server{instead}.", name, "unsupported_parameter"
+        )
 
 
 def unused(model: Fields, prefix: str = "") -> Iterator[str]:
@@ -110,8 +102,6 @@ def explain(error: ValidationError) -> RequestError:
     details = error.errors(include_url=False, include_input=False, include_context=False)
     first = details[0]
     message = first["msg"][:MAX_MESSAGE]
-    if first["type"] == "json_invalid":
-        return RequestError(f"The body is not valid JSON: {message}.", None, "invalid_json")
     param = field_name(first)
     if first["type"] == "missing":
         return RequestError(

@@ -1,26 +1,39 @@
-"""A request → jobs: prompts as ids, sampling as the engine takes it.
+"""A body → a request → jobs: prompts as ids, sampling as the engine takes it.
 
-Everything that can be wrong with a request is found in `schemas`, here, or by the engine before it
-queues the jobs: before the first byte of an answer.
+Everything that can be wrong with a request is found in `parsing`, here, or by the engine before it
+queues the jobs: before the first byte of an answer. All of it happens in one function that the
+event loop runs itself for a small body, and leaves to a thread for a large one.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
+from aiohttp import web
+
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.errors import RequestError
+from ruvon.errors import (
+    BodyTimeoutError,
+    BodyTooLargeError,
+    ContextLengthError,
+    EncodingError,
+    RequestError,
+)
+from ruvon.server.parsing import SMALL, load, parse
 from ruvon.server.schemas import (
     ChatRequest,
     CompletionRequest,
+    Fields,
     GenerationFields,
     TemplateFields,
 )
-from ruvon.server.state import Service
+from ruvon.server.shape import Bounds
+from ruvon.server.state import STATE, Service
 
-LONG = 4096  # characters; encoding more takes milliseconds, so it leaves the event loop's thread
+BODY_PATIENCE = 60.0  # seconds without a byte of a body that has not ended
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 PASSED = (
@@ -30,15 +43,79 @@ PASSED = (
 """Fields that mean the same in a request and in `SamplingParams`."""
 
 T = TypeVar("T")
+R = TypeVar("R", bound=Fields)
+G = TypeVar("G", bound=GenerationFields)
+
+READER = web.AppKey("reader", ThreadPoolExecutor)
+"""The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
+lock before the event loop does."""
 
 
-async def prepare_completion(
+async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> T:
+    """The request's body, understood; where that takes long, not on the event loop's thread."""
+    state = http.app[STATE]
+    service = state.ready()
+    await service.generator.admission()
+    pieces = await receive(http)
+    return await offload(
+        http, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
+    )
+
+
+async def receive(http: web.Request) -> list[bytes]:
+    """The body as it comes. One that is declared too large is not waited for."""
+    encoding, limit = http.headers.get("Content-Encoding", "identity"), http.client_max_size
+    if encoding.lower() != "identity":
+        raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
+    declared, size = http.content_length or 0, 0
+    pieces: list[bytes] = []
+    while max(declared, size) <= limit:
+        try:
+            async with asyncio.timeout(BODY_PATIENCE):
+                piece = await http.content.readany()
+        except TimeoutError:
+            raise BodyTimeoutError(f"No more of the body in {BODY_PATIENCE:g} seconds.") from None
+        if not piece:
+            return pieces
+        pieces.append(piece)
+        size += len(piece)
+    raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
+
+
+async def offload(http: web.Request, large: bool, work: Callable[[], T]) -> T:
+    """Do ``work``, in the reader's thread if it is ``large``."""
+    if not large:
+        return work()
+    return await asyncio.get_running_loop().run_in_executor(http.app[READER], work)
+
+
+async def read_jobs(
+    http: web.Request, kind: type[G], prepare: Callable[[G, Service, int], list[Job]]
+) -> tuple[G, list[str], list[Job]]:
+    """The request, the names of its fields without effect, and what the engine is to do."""
+    server = http.app[STATE].server
+
+    def understand(body: bytes, service: Service) -> tuple[G, list[str], list[Job]]:
+        request, ignored = read_fields(kind, body, service, server.strict)
+        return request, ignored, prepare(request, service, server.max_logprobs)
+
+    return await read(http, understand)
+
+
+def read_fields(
+    kind: type[R], body: bytes, service: Service, strict: bool = True
+) -> tuple[R, list[str]]:
+    """`parse`, with the bounds and the names of the model that is served."""
+    data = load(body, Bounds.of_context(service.max_model_len))
+    return parse(kind, data, strict, service.check_model)
+
+
+def prepare_completion(
     request: CompletionRequest, service: Service, max_logprobs: int
 ) -> list[Job]:
     """A job for each prompt."""
     special = request.add_special_tokens is not False
-    size = sum(len(prompt) for prompt in request.prompt if isinstance(prompt, str))
-    prompts = await offload(size, lambda: [_encode(p, special, service) for p in request.prompt])
+    prompts = [_encode(prompt, special, service) for prompt in request.prompt]
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
     logprobs = request.logprobs
     if logprobs is None and (request.best_of or 1) > (request.n or 1):
@@ -57,9 +134,9 @@ async def prepare_completion(
     return [_job(request, prompt, sampling, n, "prompt") for prompt in prompts]
 
 
-async def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> list[Job]:
+def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> list[Job]:
     """The one job of a chat."""
-    prompt = await encode_chat(request, service)
+    prompt = encode_chat(request, service)
     max_tokens = request.max_completion_tokens or request.max_tokens
     sampling = sampling_params(
         request,
@@ -73,30 +150,23 @@ async def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int
     return [_job(request, prompt, sampling, request.n or 1, "messages")]
 
 
-async def encode_chat(request: TemplateFields, service: Service) -> list[int]:
+def encode_chat(request: TemplateFields, service: Service) -> list[int]:
     """Messages → the ids that the model reads, through its own chat template."""
     messages = [message.for_template() for message in request.messages]
-    size = sum(len(message["content"]) for message in messages)
-    return await offload(
-        size,
-        lambda: service.chat.encode(
-            messages,
-            add_generation_prompt=request.add_generation_prompt,
-            continue_final_message=bool(request.continue_final_message),
-            kwargs=request.chat_template_kwargs,
-        ),
+    check_size(sum(len(message["content"]) for message in messages), service, "messages")
+    return service.chat.encode(
+        messages,
+        add_generation_prompt=request.add_generation_prompt,
+        continue_final_message=bool(request.continue_final_message),
+        kwargs=request.chat_template_kwargs,
     )
-
-
-async def offload(size: int, work: Callable[[], T]) -> T:
-    """Do ``work`` here if it is short, in a thread if its text is long."""
-    return work() if size <= LONG else await asyncio.to_thread(work)
 
 
 def _encode(prompt: str | list[int], special: bool, service: Service) -> list[int]:
     """One prompt as ids. Nothing at all means: begin a document."""
     if not isinstance(prompt, str):
         return prompt
+    check_size(len(prompt), service, "prompt")
     tokenizer = service.tokenizer
     ids = tokenizer.encode(prompt, add_special_tokens=special)
     start = tokenizer.bos_id
@@ -139,6 +209,8 @@ def sampling_params(
         given["top_k"] = max(request.top_k, 0)  # -1 is another way to say off
     values = dict(service.defaults) | {k: v for k, v in given.items() if v is not None}
     allowed = request.allowed_token_ids
+    if allowed is not None and len(allowed) > (size := service.generator.vocab_size):
+        raise RequestError(f"There are {size} tokens to allow, at most.", "allowed_token_ids")
     return SamplingParams(
         **values,
         max_tokens=max_tokens,
@@ -163,3 +235,15 @@ def bounded(value: int | None, limit: int, name: str) -> int | None:
     if value is not None and value > limit:
         raise RequestError(f"{name} must be at most {limit} on this server, not {value}.", name)
     return value
+
+
+def check_size(num_characters: int, service: Service, param: str) -> None:
+    """Raise for a text that cannot fit the context whatever its tokens are: to encode it would
+    take seconds."""
+    limit = service.max_model_len
+    if num_characters > limit and num_characters > limit * service.tokenizer.longest:
+        raise ContextLengthError(
+            f"This model's maximum context length is {limit} tokens. However, your {param} has"
+            f" {num_characters} characters. Please reduce the length of the {param}.",
+            param,
+        )

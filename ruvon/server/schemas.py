@@ -1,7 +1,7 @@
 """OpenAI's requests, as pydantic models.
 
 Types are strict (``"1"`` is not a number) and ``null`` means "not given", as OpenAI has it. What is
-not declared here is kept aside, for `parsing` to refuse or to report.
+not declared here is kept offload, for `parsing` to refuse or to report.
 """
 
 from __future__ import annotations
@@ -21,6 +21,10 @@ from pydantic_core import PydanticCustomError
 from ruvon.errors import RequestError
 
 INT64 = 2**63
+
+MAX_BIASES = 1024  # as many as vLLM takes, like the 128 ids that stop
+MAX_PROMPTS = 256
+MAX_FIELDS = 256  # of one object
 
 
 def as_list(value: object) -> object:
@@ -44,6 +48,8 @@ def as_prompts(value: object) -> list[str | list[int]]:
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
+        if len(value) > MAX_PROMPTS:
+            raise PydanticCustomError("too_long", f"There should be at most {MAX_PROMPTS} prompts")
         if all(isinstance(item, str) or is_ids(item) for item in value):
             return value
     raise PydanticCustomError(
@@ -62,6 +68,8 @@ def as_bias(value: object) -> dict[int, float]:
     """``{"50256": -100}`` → ``{50256: -100.0}``."""
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "Input should be a map from token ids to numbers")
+    if len(value) > MAX_BIASES:
+        raise PydanticCustomError("too_long", f"There should be at most {MAX_BIASES} entries")
     bias = {}
     for key, number in value.items():
         if not (key.isascii() and key.isdigit()) or len(key) > 10:
@@ -72,11 +80,12 @@ def as_bias(value: object) -> dict[int, float]:
     return bias
 
 
-Text = Annotated[str, Field(min_length=1)]
+Text = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Prompts = Annotated[list[str | list[int]], PlainValidator(as_prompts)]
 Bias = Annotated[dict[int, float], PlainValidator(as_bias)]
-Texts = Annotated[list[Text], Field(fail_fast=True, max_length=256)]
+Word = Annotated[str, Field(min_length=1, max_length=128)]
+Texts = Annotated[list[Word], Field(fail_fast=True, max_length=256)]
 Stops = Annotated[list[Text], Field(fail_fast=True, max_length=64), BeforeValidator(as_list)]
 
 
@@ -84,6 +93,13 @@ class Fields(BaseModel):
     """What all our models have in common: strict types, finite numbers, strangers kept aside."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_size(cls, data: Any) -> Any:
+        if isinstance(data, dict) and len(data) > MAX_FIELDS:
+            raise PydanticCustomError("too_long", f"There should be at most {MAX_FIELDS} fields")
+        return data
 
 
 class StreamOptions(Fields):
@@ -114,7 +130,7 @@ class GenerationFields(Fields):
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop_token_ids: TokenIds | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
@@ -171,7 +187,7 @@ class TextPart(Fields):
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(fail_fast=True), BeforeValidator(as_parts)]
+Parts = Annotated[list[TextPart], Field(fail_fast=True, max_length=1024), BeforeValidator(as_parts)]
 
 
 class FunctionCall(Fields):
@@ -195,7 +211,7 @@ class Message(Fields):
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Parts | None = None
     name: str | None = None
-    tool_calls: list[ToolCall] | None = None
+    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True, max_length=128)] | None = None
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
@@ -225,7 +241,7 @@ class Message(Fields):
 class TemplateFields(Fields):
     """How messages become a prompt."""
 
-    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1)]
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None

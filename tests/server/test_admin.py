@@ -93,22 +93,6 @@ async def test_tokenize_errors(serve):
         assert reply.error["param"] == param
 
 
-async def test_long_prompts_are_encoded_aside(serve, monkeypatch):
-    server = await serve(numbers={"max_model_len": 9000, "num_blocks": 1024})
-    threads = []
-    to_thread = asyncio.to_thread
-
-    async def spy(work):
-        threads.append(work)
-        return await to_thread(work)
-
-    monkeypatch.setattr(asyncio, "to_thread", spy)
-    assert (await server.complete("x" * 8000, max_tokens=1)).status == 200
-    assert (await server.chat("x" * 8000, max_tokens=1)).status == 200
-    assert (await server.complete("x" * 100, max_tokens=1)).status == 200
-    assert len(threads) == 2
-
-
 async def test_metrics_count_what_was_done(serve):
     server = await serve("Hello")
     await server.chat("Hi")

@@ -318,12 +318,12 @@ async def test_a_top_p_of_zero_is_greedy(serve):
 
 
 def capture(server):
-    """The sampling of each row that the server's runner draws."""
+    """The sampling of each sequence that the server's runner is told of."""
     rows = []
     launch = server.fake.launch
 
     def spy(plan):
-        rows.extend(row.sampling for row in plan.rows)
+        rows.extend(new.sampling for new in plan.new)
         return launch(plan)
 
     server.fake.launch = spy

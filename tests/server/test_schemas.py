@@ -6,14 +6,17 @@ import orjson
 import pytest
 
 from ruvon.errors import RequestError
-from ruvon.server.parsing import MAX_IGNORED, parse
+from ruvon.server import shape
+from ruvon.server.parsing import MAX_IGNORED, load, parse
 from ruvon.server.schemas import ChatRequest, CompletionRequest
+from ruvon.server.shape import Bounds, check_shape
 
+BOUNDS = Bounds(values=1000, containers=100, escapes=50)
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 def chat(**fields):
-    return parse(ChatRequest, orjson.dumps(CHAT | fields))
+    return parse(ChatRequest, CHAT | fields)
 
 
 @pytest.mark.parametrize("name", sorted(ChatRequest.model_fields.keys() - {"messages"}))
@@ -33,8 +36,10 @@ def test_types_are_strict():
 
 
 def test_numbers_must_be_finite():
-    with pytest.raises(RequestError, match="finite"):
-        parse(CompletionRequest, b'{"prompt": "a", "temperature": NaN}')
+    for number in (b"NaN", b"Infinity", b"1e999"):
+        with pytest.raises(RequestError) as error:
+            load(b'{"prompt": "a", "temperature": %s}' % number, BOUNDS)
+        assert error.value.code == "invalid_json"
 
 
 def test_nested_names_are_reported():
@@ -50,7 +55,7 @@ def test_reports_are_bounded():
 
 def test_a_million_mistakes_cost_one_error():
     with pytest.raises(RequestError) as error:
-        parse(ChatRequest, b'{"messages": [' + b"1," * 200_000 + b"1]}")
+        chat(messages=[1] * 8000)
     assert "more)" not in error.value.message
     assert error.value.param == "messages[0]"
 
@@ -63,5 +68,46 @@ def test_several_mistakes_are_counted():
 @pytest.mark.parametrize("value", [[], {}, 5, [[]], [True], [[1], "a", 2], [None]])
 def test_prompts_of_no_known_shape(value):
     with pytest.raises(RequestError) as error:
-        parse(CompletionRequest, orjson.dumps({"prompt": value}))
+        parse(CompletionRequest, {"prompt": value})
     assert error.value.param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("bulk", "what"),
+    [
+        (b"1," * 999, None),
+        (b"1," * 1001, "1000 values"),
+        (b"[]," * 99, None),
+        (b"[]," * 101, "100 lists and objects"),
+        (b"{}," * 101, "100 lists and objects"),
+        (rb'"\n\n\n\n\n",' * 10, None),
+        (rb'"\n\n\n\n\n",' * 11, "50 escapes"),
+        (b'"' + b",[{:" * 30_000 + b'"', None),  # text that looks like structure
+        (rb'"\"[[",' * 25, None),
+        (rb'"\\",[],' * 25, None),
+        (rb'"\\",[[[[[]]]]],' * 25, "100 lists and objects"),
+    ],
+)
+def test_what_a_body_holds_is_counted_outside_of_strings(bulk, what):
+    if what is None:
+        check_shape(b"[" + bulk + b"1]", BOUNDS)
+    else:
+        with pytest.raises(RequestError, match=f"more than {what}") as error:
+            check_shape(b"[" + bulk + b"1]", BOUNDS)
+        assert error.value.code == "too_large"
+
+
+@pytest.mark.parametrize("shift", range(12))
+def test_slices_may_cut_anywhere(monkeypatch, shift):
+    """Each text is counted alike, whether or not a slice ends within its escapes."""
+    monkeypatch.setattr(shape, "SLICE", 7)
+    body = b" " * shift + rb'{"a\\\"[": ["\\", "x\\\\", {"\"": "[,"}], "b": "\u005b,"}'
+    assert orjson.loads(body)
+    outside = b"".join(part for part, _ in shape.slices(body)).strip()
+    assert outside == b"{: [, , {: }], : }"
+
+
+@pytest.mark.parametrize("size", range(1, 9))
+def test_backslashes_without_end(monkeypatch, size):
+    monkeypatch.setattr(shape, "SLICE", size)
+    assert list(shape.slices(b"\\" * 99 + b'"'))

@@ -95,11 +95,10 @@ async def test_errors_are_the_clients_own_classes(serve, connect):
 
 async def test_an_error_in_mid_stream_is_raised(serve, connect):
     class Fails(ScriptRunner):
-        def _compute(self, plan):
-            for row in plan.rows:
-                if len(row.history) > row.num_prompt + 2:
-                    self.errors[row.seq_id] = "NaN in the logits"
-            return super()._compute(plan)
+        def _draw(self, row, context):
+            if len(row.history) > row.num_prompt + 2:
+                self.errors[row.seq_id] = "NaN in the logits"
+            return super()._draw(row, context)
 
     server = await serve(runner=Fails("Hello"))
     async with connect(server) as client:

@@ -1,0 +1,119 @@
+"""Large bodies, and a client that sends them from a process of its own."""
+
+from __future__ import annotations
+
+import http.client
+
+CONTEXT = 8192
+CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+
+WORDS = b"hello wo" * (1 << 20)
+EMPTY = b'{"role":"user","content":""},'
+PART = b'{"type":"text","text":"a"},'
+CALL = b'{"type":"function","function":{"name":"f","arguments":"{}"}},'
+
+
+def user(content: bytes) -> bytes:
+    return b'{"messages":[{"role":"user","content":%s}],"max_tokens":1}' % content
+
+
+def messages(one: bytes, count: int, more: bytes = b"") -> bytes:
+    return b'{"messages":[%s%s],"max_tokens":1%s}' % (one * (count - 1), EMPTY[:-1], more)
+
+
+def prompt(value: bytes, more: bytes = b"") -> bytes:
+    return b'{"prompt":%s,"max_tokens":1%s}' % (value, more)
+
+
+def text(size: int) -> bytes:
+    return b'"%s"' % WORDS[:size]
+
+
+def ids(count: int) -> bytes:
+    return b"[%s97]" % (b"97," * (count - 1))
+
+
+def several(one: bytes, count: int) -> bytes:
+    return b"[%s]" % b",".join([one] * count)
+
+
+def biases(count: int) -> bytes:
+    return b"{%s}" % b",".join(b'"%d":1' % number for number in range(count))
+
+
+def message(role: bytes, field: bytes, value: bytes) -> bytes:
+    return b'{"role":"%s","%s":%s},' % (role, field, value)
+
+
+BODIES = {
+    # what is taken
+    "a chat that fills the context": (CHAT, user(text(8000)), 200),
+    "a prompt that fills the context": (COMPLETE, prompt(text(8000)), 200),
+    "ids that fill the context": (COMPLETE, prompt(ids(CONTEXT - 1)), 200),
+    "several of them": (COMPLETE, prompt(ids(CONTEXT - 1), b',"n":3'), 200),
+    "all prompts": (COMPLETE, prompt(several(b'"a"', 256)), 200),
+    "all completions": (COMPLETE, prompt(several(b'"a"', 256), b',"n":4'), 200),
+    "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),
+    "scores beside a chat": (CHAT, messages(EMPTY, 200, b',"prompt_logprobs":20'), 200),
+    "as many characters as may fit": (
+        "/tokenize",
+        b'{"prompt":%s,"return_token_strs":true}' % text(CONTEXT * 12),
+        200,
+    ),
+    "as many messages as are taken": ("/tokenize", messages(EMPTY, 4096)[:-16] + b"}", 200),
+    "as many ids as are taken": ("/detokenize", b'{"tokens":%s}' % ids(80_000), 200),
+    "all biases": (COMPLETE, prompt(b'"a"', b',"logit_bias":' + biases(260)), 200),
+    "bad words": (COMPLETE, prompt(b'"a"', b',"bad_words":' + several(text(128), 256)), 200),
+    "stops": (COMPLETE, prompt(b'"a"', b',"stop":' + several(text(1024), 64)), 200),
+    "tool calls": (
+        CHAT,
+        messages(message(b"assistant", b"tool_calls", several(CALL[:-1], 128)), 30),
+        200,
+    ),
+    "template variables": (
+        CHAT,
+        messages(EMPTY, 1, b',"chat_template_kwargs":{"a":%s}' % ids(80_000)),
+        200,
+    ),
+    "unknown fields": (CHAT, messages(EMPTY, 1, b"," + biases(250)[1:-1]), 200),
+    # what is refused after a look at it
+    "one text": (CHAT, user(text((8 << 20) - 100)), 400),
+    "one text of escapes": (CHAT, user(b'"%s' % (b"\\n" * 520_000) + text(7_000_000)[1:]), 400),
+    "letters beyond ASCII": (COMPLETE, prompt('"{}"'.format("é" * 4_000_000).encode()), 400),
+    "messages that do not fit": (CHAT, messages(EMPTY, 4096), 400),
+    "too many messages": (CHAT, messages(EMPTY, 16_000), 400),
+    "far too many messages": (CHAT, messages(EMPTY, 150_000), 400),
+    "parts": (
+        CHAT,
+        messages(message(b"user", b"content", several(PART[:-1], 1024)), 16),
+        400,
+    ),
+    "tools": (CHAT, messages(EMPTY, 1, b',"tools":' + ids(80_000)), 400),
+    "fields without end": (CHAT, messages(EMPTY, 1, b"," + biases(80_000)[1:-1]), 400),
+    "another model's": (CHAT, messages(EMPTY, 16_000, b',"model":"x"'), 404),
+    "ids that do not fit": (COMPLETE, prompt(ids(80_000)), 400),
+    "far too many ids": (COMPLETE, prompt(ids(2_000_000)), 400),
+    "prompts": (COMPLETE, prompt(several(b'"hello"', 80_000)), 400),
+    "prompts of ids": (COMPLETE, prompt(several(b"[1,2,3]", 16_000)), 400),
+    "too many biases": (COMPLETE, prompt(b'"a"', b',"logit_bias":' + biases(80_000)), 400),
+    "far too many biases": (COMPLETE, prompt(b'"a"', b',"logit_bias":' + biases(400_000)), 400),
+    "allowed ids": (COMPLETE, prompt(b'"a"', b',"allowed_token_ids":' + ids(80_000)), 400),
+    "ids that stop": (COMPLETE, prompt(b'"a"', b',"stop_token_ids":' + ids(80_000)), 400),
+    "too many stops": (COMPLETE, prompt(b'"a"', b',"stop":' + several(b'"b"', 80_000)), 400),
+    "lists in lists": (COMPLETE, prompt(b"[" * 500_000), 400),
+    "quotes": (COMPLETE, b'"' * (8 << 20), 400),
+    "backslashes": (COMPLETE, b'{"prompt":"%s' % (b"\\" * 8_000_000), 400),
+    "zeros": (COMPLETE, bytes(8 << 20), 400),
+}
+"""What → path, body, status."""
+
+
+def post(address: str, name: str) -> int:
+    """Send one of the bodies; returns the status."""
+    path, body, _ = BODIES[name]
+    connection = http.client.HTTPConnection(address)
+    connection.request("POST", path, body)
+    response = connection.getresponse()
+    response.read()
+    connection.close()
+    return response.status
