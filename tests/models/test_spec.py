@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
@@ -188,7 +190,7 @@ def test_architecture_by_model_type():
         ({**LLAMA, "tie_word_embeddings": "yes"}, "tie_embeddings 'yes' makes no sense"),
         ({**LLAMA, "torch_dtype": 16}, "dtype 16 makes no sense"),
         ({**LLAMA, "rms_norm_eps": "1e-5"}, "norm_eps '1e-5' makes no sense"),
-        ({**LLAMA, "max_position_embeddings": 2**40}, "1099511627776 tokens makes no sense"),
+        ({**LLAMA, "max_position_embeddings": 2**24 + 1}, "16777217 tokens makes no sense"),
         (
             {**CONFIGS["gpt2"].to_dict(), "model_type": "gpt2", "activation_function": "mish"},
             "activation 'mish'",
@@ -228,6 +230,23 @@ def test_gguf_metadata():
     assert spec.eos_token_ids == (1, 2)
     assert (spec.qkv_bias, spec.output_bias, spec.tie_embeddings) == (True, False, True)
     assert spec.rope.theta == 1e6
+
+
+@pytest.mark.parametrize(
+    ("tensor", "field", "value"),
+    [
+        ("blk.0.attn_q.bias", "qkv_bias", True),
+        ("blk.0.attn_qkv.bias", "qkv_bias", True),
+        ("blk.0.attn_output.bias", "output_bias", True),
+        ("blk.0.ffn_up.bias", "mlp_bias", True),
+        ("blk.0.attn_q_norm.weight", "qk_norm", True),
+        ("output.weight", "tie_embeddings", False),
+    ],
+)
+def test_a_gguf_file_s_tensors_say_what_its_metadata_does_not(tensor, field, value):
+    with_it, without = spec_from_gguf(GGUF, {tensor}), spec_from_gguf(GGUF, {"other"})
+    assert getattr(with_it, field) is value
+    assert with_it == replace(without, **{field: value})
 
 
 ROPE = "qwen2.rope"
