@@ -26,10 +26,10 @@ if find_spec("triton") is None:  # it is not on every platform
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Slow tests are not measured in this process, which would make them half as slow again; the
-    servers that they start are."""
+    """What takes long is not measured in this process, which would make it half as slow again: slow
+    tests, whose servers are, and single kernels in Triton's interpreter, which whole models run."""
     for item in items:
-        if item.get_closest_marker("slow"):
+        if item.get_closest_marker("slow") or item.path.name.startswith("test_triton_"):
             item.add_marker(pytest.mark.no_cover)
 
 
