@@ -18,6 +18,11 @@ from ruvon.telemetry import silent
 
 ROOT = Path(__file__).parent.parent
 SERIES = sorted((ROOT / "docs" / "series").glob("*.md"))
+FILES = [
+    f"/{file.relative_to(ROOT).as_posix()}"
+    for pattern in ("ruvon/**/*.py", "tests/**/*.py", "bench/*.py", "scripts/*.py")
+    for file in ROOT.glob(pattern)
+]
 
 PLACED = re.compile(r"`([A-Za-z_][\w.]*)`\s+(?:in\s+|\()\[`?([\w/.]+\.py)`?\]\(([^)]+)\)")
 """A name and the file it is said to be in: `name` in [file](link), or `name` ([file](link))."""
@@ -44,6 +49,12 @@ def test_no_part_shows_code_of_its_own_making(path: Path):
 def test_names_are_defined_where_documents_say(path: Path):
     for name, _, link in PLACED.findall(path.read_text()):
         fragments.span((path.parent / link).read_text(), name)
+
+
+@pytest.mark.parametrize("path", [*SERIES, ROOT / "CONTRIBUTING.md"], ids=by_name)
+def test_files_that_are_named_exist(path: Path):
+    for name in re.findall(r"`([\w/]+\.py)`", path.read_text()):
+        assert any(file.endswith("/" + name) for file in FILES), f"there is no {name}"
 
 
 def test_a_definition_is_found_with_its_decorators():
