@@ -17,6 +17,7 @@ from contextlib import closing, suppress
 from types import TracebackType
 from typing import Any, Unpack
 
+import structlog
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -37,6 +38,8 @@ from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options, PlainParser
 from ruvon.telemetry import silent
+
+log = structlog.get_logger(__name__)
 
 
 class LLM:
@@ -213,6 +216,8 @@ class LLM:
                     pending.append(step)
                 emissions = self.engine.collect(pending[0])
                 pending.popleft()
+                if self.engine.failure is not None:
+                    log.error("step_failed", exc_info=self.engine.failure)
                 yield from detokenizer.push(emissions, self._stop)
         finally:
             self.engine.abort(seq_ids)

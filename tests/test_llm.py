@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeRunner
+from structlog.testing import capture_logs
 
 from ruvon import LLM, SamplingParams, TextOptions
 from ruvon.engine.detokenizer import Detokenizer
@@ -219,7 +220,11 @@ def test_an_interruption_leaves_the_engine_clean(fake, runner, monkeypatch, mome
 def test_a_failed_step_fails_its_requests_and_no_later_ones(fake, runner):
     expected = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
     runner.failing = {len(runner.plans) + 2: "run"}
-    failed = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    with capture_logs() as logs:
+        failed = fake.generate(PROMPTS, GREEDY, use_tqdm=False)
+    assert [(line["event"], type(line["exc_info"])) for line in logs] == [
+        ("step_failed", ArithmeticError)
+    ]
     assert {one.finish_reason for (one,) in failed} == {"error", "length"}
     assert {one.error for (one,) in failed if one.finish_reason == "error"} == {
         "The step that computed it failed (ArithmeticError)."

@@ -149,7 +149,7 @@ def fake_loaded(make_engine: Any, runner: Any = None, promised: bool = True) -> 
     )  # fmt: skip
     return SimpleNamespace(
         engine=engine,
-        runner=runner or FakeRunner(16),
+        runner=runner or Fresh(),
         memory=SimpleNamespace(max_model_len=600, num_blocks=400, block_size=16),
         eos_token_ids=(),
         tokenizer=ByteTokenizer(),
@@ -169,7 +169,7 @@ class Fresh:
     depth = 1
 
     def launch(self, plan: Plan) -> Future[StepResult]:
-        if plan.step == 0 or not hasattr(self, "_runner"):
+        if plan.step == 1:
             self._runner = FakeRunner(16)
         return self._runner.launch(plan)
 

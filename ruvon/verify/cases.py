@@ -103,7 +103,10 @@ def answer(engine: Engine, jobs: Requests) -> Outcome:
     while engine.has_work or pending:
         while (step := engine.launch(time.monotonic())) is not None:
             pending.append(step)
-        for emission in engine.collect(pending.popleft()):
+        emissions = engine.collect(pending.popleft())
+        if engine.failure is not None:
+            raise engine.failure
+        for emission in emissions:
             outcome.answers[emission.index].take(emission)
         outcome.preempted += engine.stats.num_preempted
         outcome.cached += engine.stats.num_cached

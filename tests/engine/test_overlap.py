@@ -9,6 +9,7 @@ from fakes import TINY_LLAMA
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
+from ruvon.models.llama import Llama
 from ruvon.telemetry import silent
 
 CONFIG = TINY_LLAMA | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
@@ -28,8 +29,28 @@ SAMPLINGS = (
 )
 
 
+class Failures:
+    """Which of the next calls of a model raise."""
+
+    def __init__(self):
+        self.calls, self.failing = 0, ()
+
+    def __call__(self, forward, *arguments, **named):
+        self.calls += 1
+        if self.calls in self.failing:
+            raise ArithmeticError(f"call {self.calls}")
+        return forward(*arguments, **named)
+
+
 @pytest.fixture
-def engine(tmp_path):
+def failures(monkeypatch):
+    failures, forward = Failures(), Llama.forward
+    monkeypatch.setattr(Llama, "forward", lambda *a, **named: failures(forward, *a, **named))
+    return failures
+
+
+@pytest.fixture
+def engine(tmp_path, failures):
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     loaded = start_engine(
         EngineConfig(
@@ -61,30 +82,44 @@ def run(engine, jobs) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
         while (step := engine.launch(0.0)) is not None:
             pending.append(step)
         for emission in engine.collect(pending.pop(0)):
-            assert emission.error is None
+            assert emission.error is None or engine.failure is not None
             tokens[emission.index] += emission.tokens
             scores = [*(emission.prompt_logprobs or [None])[1:], *(emission.logprobs or ())]
             logprobs[emission.index] += [score.logprob for score in scores]
     return tokens, logprobs
 
 
+JOBS = [
+    Job(
+        tuple(range(k, k + 3 + 5 * (k % 3))),
+        SamplingParams(**sampling, max_tokens=20, seed=k),
+        n=1 + k % 2,
+    )
+    for k, sampling in enumerate(SAMPLINGS)
+]
+
+
 def test_the_same_is_drawn_one_step_ahead(engine):
-    jobs = [
-        Job(
-            tuple(range(k, k + 3 + 5 * (k % 3))),
-            SamplingParams(**sampling, max_tokens=20, seed=k),
-            n=1 + k % 2,
-        )
-        for k, sampling in enumerate(SAMPLINGS)
-    ]
     engine._runner.depth = 1
-    tokens, logprobs = run(engine, jobs)
+    tokens, logprobs = run(engine, JOBS)
     assert {len(drawn) == 20 for drawn in tokens.values()} == {True, False}
     engine.reset_prefix_cache()
     engine._runner.depth = 2
-    tokens_ahead, logprobs_ahead = run(engine, jobs)
+    tokens_ahead, logprobs_ahead = run(engine, JOBS)
     assert tokens_ahead == tokens
     for index, scores in logprobs.items():
         assert logprobs_ahead[index] == pytest.approx(scores, abs=1e-4)
     assert any(logprobs.values())
     assert engine._scheduler.counters.preempted
+
+
+def test_steps_that_fail_cost_nobody_else_a_token(engine, failures):
+    tokens, _ = run(engine, JOBS)
+    engine.reset_prefix_cache()
+    failures.failing = {failures.calls + number for number in (2, 5, 6, 20)}
+    with_failures, _ = run(engine, JOBS)
+    unhurt = [index for index in tokens if with_failures[index] == tokens[index]]
+    assert 0 < len(unhurt) < len(tokens)
+    for index, drawn in with_failures.items():
+        assert drawn == tokens[index][: len(drawn)]
+    assert run(engine, JOBS)[0] == tokens  # over the prefixes that the others have left
