@@ -6,6 +6,7 @@ import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import orjson
 import structlog
@@ -18,6 +19,7 @@ from rich.table import Table
 from ruvon import __version__
 from ruvon.config import ServerConfig
 from ruvon.telemetry import Progress as Report
+from ruvon.telemetry.logs import Sink
 
 log = structlog.get_logger(__name__)
 
@@ -27,20 +29,26 @@ ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}  # listened on, but nobody is
 
 def is_watched(server: ServerConfig) -> bool:
     """Whether a person looks on: at a terminal that was not asked to be a file of JSON."""
-    return sys.stderr.isatty() and server.log_format != "json"
+    return Sink(sys.stderr).isatty() and server.log_format != "json"
+
+
+def terminal(**options: Any) -> Console:
+    """The terminal; what it does not take, because it is gone, is dropped."""
+    sink: Any = Sink(sys.stderr)
+    return Console(file=sink, highlight=False, **options)
 
 
 def greet(server: ServerConfig) -> None:
     """Say what this is, before importing it takes seconds."""
     if is_watched(server):
-        Console(stderr=True, highlight=False).print(f"\n[bold]ruvon {__version__}[/bold]")
+        terminal().print(f"\n[bold]ruvon {__version__}[/bold]")
 
 
 def tell_address(server: ServerConfig, host: str, port: int) -> None:
     """Say where it listens, which it does before the model is loaded."""
     url = f"http://{bracketed(host)}:{port}"
     if is_watched(server):
-        Console(stderr=True, highlight=False).print(f"OpenAI's API on [bold]{url}[/bold]\n")
+        terminal().print(f"OpenAI's API on [bold]{url}[/bold]\n")
     else:
         log.info("listening", url=url, port=port)
 
@@ -54,7 +62,7 @@ def loading(server: ServerConfig) -> Iterator[Report]:
     columns = (
         TextColumn("  {task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=terminal(), transient=True) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda phase, share: bar.update(task, description=phase, completed=share)
 
@@ -81,7 +89,7 @@ def announce(
     table = Table(box=SIMPLE, show_header=False, pad_edge=False)
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), value, style="bold" if name == "model" else None)
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = terminal(soft_wrap=True)
     console.print(Padding(table, (0, 0, 0, 1)))
     console.print(f"[bold]Ready[/bold] after {seconds:.1f} s. In another terminal:\n")
     console.print(f"  {first_request(*address)}\n", markup=False)

@@ -106,6 +106,7 @@ class QuickRunner(FakeRunner):
         return future
 
 
+@pytest.mark.slow
 def test_no_body_holds_the_loop(frozen, client):
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # the loop that serves
         lags = runner.run(measure(client))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from urllib.request import urlopen
@@ -109,6 +111,25 @@ def test_a_log_that_nobody_reads_costs_nobody_an_answer():
         assert float(dropped[0].split()[1]) >= 2  # one more met a read that had begun
         process.popen.send_signal(signal.SIGTERM)
         assert process.popen.wait(20) == 0
+
+
+def listening(port: int) -> bool:
+    with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+        return True
+    return False
+
+
+@needs_model
+def test_no_stderr_at_all():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "ruvon", "serve", "--port", str(port)]
+    with subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 2>&-', *command]) as process:
+        while not listening(port):
+            with suppress(subprocess.TimeoutExpired):
+                pytest.fail(f"ended with {process.wait(0.1)}")
+        process.terminate()
+        assert process.wait(60) == 0
 
 
 def test_a_failed_load_ends_with_its_error_and_code_1(tmp_path):
