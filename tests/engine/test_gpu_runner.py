@@ -437,7 +437,7 @@ def test_slots_stay_low_and_changes_only_are_sent():
 def test_a_moved_row_keeps_its_counts_and_plans_can_be_replayed(gpu_runner, expected):
     """The last of three goes on alone, in another slot; then all of it again, from a file."""
     sampling = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
-    a, b = (Story(90 + i, PROMPTS[i], [7 * i + j for j in range(7)]) for i in range(2))
+    a, b = (Story(90 + i, PROMPTS[0], [7 * i + j for j in range(7)]) for i in range(2))
     c = Story(92, PROMPTS[2], [14 + j for j in range(7)], sampling)
     plans = [
         plan_of(*((s, s.chunk()) for s in (a, b, c))),
