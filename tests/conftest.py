@@ -17,12 +17,8 @@ from ruvon.engine.engine import Engine
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
 if find_spec("triton") is None:  # it is not on every platform
-    collect_ignore = [
-        "engine/test_gpu_runner.py",
-        "engine/test_scoring.py",
-        "engine/test_inputs.py",
-    ]
-    collect_ignore_glob = ["kernels/test_triton_*.py"]
+    collect_ignore = ["engine/test_scoring.py", "engine/test_inputs.py"]
+    collect_ignore_glob = ["engine/test_gpu_*.py", "kernels/test_triton_*.py"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

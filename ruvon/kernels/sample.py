@@ -168,8 +168,8 @@ def first_above(cumulative_N, mass_N, target, places_N):
 
 
 @triton.jit
-def score_sampled(logits_ptr, token, V, BLOCK: tl.constexpr):
-    """The token's log-probability and rank by the model, before all transforms."""
+def norm_and_rank(logits_ptr, token, V, BLOCK: tl.constexpr):
+    """The logarithm of the sum of a row's exponentials, and a token's rank, by the model."""
     lanes = tl.arange(0, BLOCK)
     chosen = tl.load(logits_ptr + token)
     top_N = tl.full([BLOCK], float("-inf"), tl.float32)
@@ -185,7 +185,29 @@ def score_sampled(logits_ptr, token, V, BLOCK: tl.constexpr):
         top_N = new_N
     highest = tl.max(top_N, axis=0)
     weight = tl.sum(weight_N * tl.exp(top_N - highest), axis=0)
-    return chosen - highest - tl.log(weight), 1 + tl.sum(ahead_N, axis=0)
+    return highest + tl.log(weight), 1 + tl.sum(ahead_N, axis=0)
+
+
+@triton.jit
+def _score_kernel(logits_ptr, tokens_ptr, norms_ptr, ranks_ptr, V, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    token = tl.maximum(tl.load(tokens_ptr + row), 0)
+    norm, rank = norm_and_rank(logits_ptr + row.to(tl.int64) * V, token, V, BLOCK)
+    tl.store(norms_ptr + row, norm)
+    tl.store(ranks_ptr + row, rank)
+
+
+def score(logits_LV: Tensor, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
+    """What to take from a row's logits to make log-probabilities of them, float32 [L], and its
+    token's rank, int32 [L]. A row comes out the same to the last bit among any others."""
+    rows, vocab = logits_LV.shape
+    norms_L = torch.empty(rows, dtype=torch.float32, device=logits_LV.device)
+    ranks_L = torch.empty(rows, dtype=torch.int32, device=logits_LV.device)
+    block = min(4096, triton.next_power_of_2(vocab))
+    _score_kernel[(rows,)](
+        logits_LV, tokens_L, norms_L, ranks_L, vocab, BLOCK=block, num_warps=8
+    )  # fmt: skip
+    return norms_L, ranks_L
 
 
 @triton.jit
@@ -271,8 +293,8 @@ def _sample_kernel(
     token = tl.where(top == float("inf"), -2, token)
     token = tl.where(broken > 0, -1, token)
     if (tl.load(ints + 12) > 0) & (token >= 0):
-        logprob, rank = score_sampled(logits_row, token, V, BLOCK)
-        tl.store(logprobs_ptr + index, logprob)
+        norm, rank = norm_and_rank(logits_row, token, V, BLOCK)
+        tl.store(logprobs_ptr + index, tl.load(logits_row + token) - norm)
         tl.store(ranks_ptr + index, rank)
     tl.store(tokens_ptr + index, token)
     if slot >= 0:

@@ -54,14 +54,14 @@ def _copy(
 @triton.jit(
     do_not_specialize=[
         "staging_size", "num_words", "num_ids", "positions", "slots", "context_lens", "logit_rows",
-        "params", "mode", "new_blocks", "patches", "end", "num_rows", "width", "page",
+        "first_param", "mode", "new_blocks", "patches", "end", "num_rows", "width", "page",
     ]
 )  # fmt: skip
 def _load_inputs_kernel(
     staging_ptr, turn_ptr, words_ptr, last_tokens_ptr, tables_ptr,
     staging_size, num_words,
-    num_ids, positions, slots, context_lens, logit_rows, params, mode, new_blocks, patches, end,
-    num_rows, width, page,
+    num_ids, positions, slots, context_lens, logit_rows, first_param, mode, new_blocks,
+    patches, end, num_rows, width, page,
     PARAMS: tl.constexpr, SLOT: tl.constexpr, DRAW: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +75,7 @@ def _load_inputs_kernel(
             end,
         )  # fmt: skip
     else:  # every row goes on where it was, with the token it has sampled
-        param_ptr = words_ptr + params + at * PARAMS
+        param_ptr = words_ptr + first_param + at * PARAMS
         slot = tl.load(param_ptr + SLOT, mask=at < num_rows, other=-1)
         used = slot >= 0
         token_ptr = words_ptr + tl.load(words_ptr + logit_rows + at, mask=used, other=0)

@@ -1,5 +1,6 @@
 """The GPU's runner: on a GPU as it is, without one over Triton's interpreter and no graphs."""
 
+import pickle
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
@@ -427,3 +428,43 @@ def test_slots_stay_low_and_changes_only_are_sent():
     again = assign((0, 3), (3, 3), highest=2, new=[3], ended=(3,))
     assert again.newcomers == {0}
     assert again.patches == [(0, 30), (1, 31), (2, 32)]
+
+
+# ------------------------------------------------------------------- plans as values
+
+
+@pytest.mark.slow
+def test_a_moved_row_keeps_its_counts_and_plans_can_be_replayed(gpu_runner, expected):
+    """The last of three goes on alone, in another slot; then all of it again, from a file."""
+    sampling = SamplingParams(temperature=0, presence_penalty=2.0, frequency_penalty=2.0)
+    a, b = (Story(90 + i, PROMPTS[0], [7 * i + j for j in range(7)]) for i in range(2))
+    c = Story(92, PROMPTS[2], [14 + j for j in range(7)], sampling)
+    plans = [
+        plan_of(*((s, s.chunk()) for s in (a, b, c))),
+        plan_of(*((s, s.chunk(ahead=True)) for s in (a, b, c))),
+        *(plan_of((c, c.chunk(ahead=True))) for _ in range(5)),
+    ]
+    first = [gpu_runner.launch(plan).result().tokens for plan in plans]
+    tokens = [step[-1][0] for step in first]
+    assert tokens == expected(PROMPTS[2], 7, sampling)
+    assert tokens != expected(PROMPTS[2], 7)
+    read = [pickle.loads(pickle.dumps(plan)) for plan in plans]
+    assert [gpu_runner.launch(plan).result().tokens for plan in read] == first
+
+
+def test_a_typical_row_and_its_logprob_come_from_the_device(gpu_runner):
+    """Of a distribution cut to a share, only the most typical tokens are sampled."""
+    sampling = SamplingParams(typical_p=1e-6, seed=3, logprobs=1)
+    story = Story(95, PROMPTS[2], [4, 5, 6], sampling)
+    result = gpu_runner.launch(plan_of((story, story.chunk()))).result()
+    (token,), ((score,),) = result.tokens[0], result.logprobs
+    chunk = replace(Story(96, PROMPTS[2], [4, 5, 6]).chunk(), samples=False)
+    scored = PromptRow(96, 0, (*PROMPTS[2][1:], token), 97)
+    new = (NewSequence(96, SamplingParams(), 18, 0),)
+    plan = Plan(0, (chunk,), new, prompt_rows=(scored,))
+    alternatives = gpu_runner.launch(plan).result().prompt_logprobs[96][-1]
+    logprobs = np.array([value for _, value in sorted(alternatives.top)])
+    entropy = -(np.exp(logprobs) * logprobs).sum()
+    assert token == np.abs(-logprobs - entropy).argmin()
+    assert score.logprob == pytest.approx(alternatives.logprob, abs=1e-4)
+    assert score.rank == alternatives.rank

@@ -294,13 +294,54 @@ def test_rows_do_not_depend_on_other_rows(dtype, activation):
         assert torch.equal(ops.logits(x[rows], head), many_logits[rows])
 
 
+HEADS = ((6, 2, 64), (3, 3, 64), (4, 1, 80), (6, 6, 96), (4, 2, 128), (2, 1, 256)) if GPU else (
+    (6, 2, 64), (2, 2, 80)
+)  # fmt: skip
+"""Query heads, key heads and their size; some in the interpreter, for it is slow."""
+
+PRODUCTS = (  # outputs and columns of GPT-2's products, 124M and XL, and of heads of many sizes
+    (2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768), (4800, 1600), (1600, 6400),
+    (80, 1920), (960, 576), (336, 160),
+)  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
+@pytest.mark.parametrize(("outputs", "columns"), PRODUCTS)
+@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 33, 64, 65, 129])
+def test_no_product_depends_on_its_number_of_rows(outputs, columns, rows):
+    ops = make_triton_ops(torch.bfloat16, DEVICE, batch_invariant=True)
+    x = randn(300, columns, dtype=torch.bfloat16)
+    weight = ops.pack(Dense(randn(outputs, columns) * 0.05))
+    bias = randn(outputs, dtype=torch.bfloat16)
+    for product in (lambda x: ops.linear(x, weight, bias, "none"), lambda x: ops.logits(x, weight)):
+        assert torch.equal(product(x[7 : 7 + rows]), product(x)[7 : 7 + rows])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
+@pytest.mark.parametrize("norm", ["rms_norm", "layer_norm"])
+@pytest.mark.parametrize("columns", [160, 576, 768, 1600, 2880])
+def test_no_norm_depends_on_its_number_of_rows(norm, columns):
+    ops = make_triton_ops(torch.bfloat16, DEVICE, batch_invariant=True)
+    x, residual = (randn(100, columns, dtype=torch.bfloat16) for _ in range(2))
+    weights = [randn(columns) for _ in range(1 if norm == "rms_norm" else 2)]
+    many = getattr(ops, norm)(x, residual, *weights, 1e-5)
+    few = getattr(ops, norm)(x[9:12], residual[9:12], *weights, 1e-5)
+    assert all(torch.equal(a, b[9:12]) for a, b in zip(few, many, strict=True))
+
+
+@pytest.mark.parametrize(("heads", "groups", "size"), HEADS)
 @pytest.mark.parametrize("window", [0, 20])
-def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(dtype, window):
+def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(
+    dtype, window, heads, groups, size
+):
     """To the last bit on a GPU. In the interpreter numpy adds as it likes."""
     ops = make_triton_ops(dtype, DEVICE, batch_invariant=True)
     batch = make_batch((1, 130, 40), (700, 150, 90), 16)
-    k_cache, v_cache = make_cache(batch, 16, 2, 64, dtype)
-    spec, q = AttentionSpec(6, 2, 64, 0.125, window), randn(171, 6, 64, dtype=dtype)
+    k_cache, v_cache = make_cache(batch, 16, groups, size, dtype)
+    spec = AttentionSpec(heads, groups, size, size**-0.5, window)
+    q = randn(171, heads, size, dtype=dtype)
     together = ops.attention(q, k_cache, v_cache, batch, spec, None)
     assert_close(together, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
     whole = together[1:131]  # of 130 queries at the end of 150 tokens, cut anywhere:

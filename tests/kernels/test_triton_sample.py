@@ -74,6 +74,17 @@ def test_logprob_and_rank_are_the_models_own():
         assert rank == 1 + int((logits > logits[token]).sum())
 
 
+def test_scores_are_the_models_and_those_of_a_row_alone():
+    logits = torch.randn(5, VOCAB, device=DEVICE) * 3
+    tokens = torch.tensor([0, 4999, 17, 800, 3], dtype=torch.int32, device=DEVICE)
+    norms, ranks = kernels.score(logits, tokens)
+    torch.testing.assert_close(norms, logits.logsumexp(-1))
+    chosen = logits.gather(-1, tokens[:, None].long())
+    assert ranks.tolist() == (1 + (logits > chosen).sum(-1)).tolist()
+    alone = [kernels.score(logits[i : i + 1], tokens[i : i + 1])[0] for i in range(5)]
+    assert torch.equal(torch.cat(alone), norms)
+
+
 def test_a_nucleus_of_nothing_is_the_likeliest():
     logits = torch.randn(VOCAB)
     drawn = draw(logits, top_p=0.0, repeat=8).tokens.tolist()

@@ -71,8 +71,10 @@ def sample_deferred(
     neutral_RP = neutral(params_RP)
     sample.sample(scores_RV.masked_fill_(~kept_RV, -torch.inf), neutral_RP, state, sampled, pdl)
     count(sampled.tokens, params_RP[:, sample.HISTORY] >= 0, slot_R, state)
-    logprobs, ranks = score(own_RV, sampled.tokens)
-    results[:, row_R] = torch.stack((sampled.tokens, logprobs.view(torch.int32), ranks))
+    norm_R, rank_R = sample.score(own_RV, sampled.tokens)
+    chosen_R = own_RV.gather(-1, sampled.tokens.clamp(min=0).long()[:, None])[:, 0]
+    logprob_R = (chosen_R - norm_R).view(torch.int32)
+    results[:, row_R] = torch.stack((sampled.tokens, logprob_R, rank_R))
 
 
 def upload(
@@ -169,10 +171,3 @@ def count(
     seen_R = state.counts[place]
     full_R = (seen_R & sample.COUNT.value) == sample.COUNT.value
     state.counts[place] = seen_R + ((token_R >= 0) & penalized_R & ~full_R)
-
-
-def score(own_RV: Tensor, token_R: Tensor) -> tuple[Tensor, Tensor]:
-    """The tokens' log-probabilities and ranks by the model, float32 and int32 [R]."""
-    chosen_R1 = own_RV.gather(-1, token_R.clamp(min=0).long()[:, None])
-    logprob_R = chosen_R1[:, 0] - own_RV.logsumexp(-1)
-    return logprob_R, 1 + (own_RV > chosen_R1).sum(-1, dtype=torch.int32)

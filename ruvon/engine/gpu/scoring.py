@@ -16,6 +16,7 @@ from ruvon.engine.batch import lay_out, to_device
 from ruvon.engine.sampler import finite, undrawable
 from ruvon.engine.types import Chunk, Plan, PromptRow, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.sample import score
 
 Piece: TypeAlias = tuple[Tensor, ...]
 """By position, on the way to the host: the best logit, the target's log-probability and rank, the
@@ -72,7 +73,7 @@ class Scorer:
             layout = lay_out(plan, {chunk.seq_id: table}, self._block_size)
             hidden_QC = self._hidden(layout.to_batch(self._device))
             targets = np.array(row.targets, dtype=np.int32)
-            targets_Q = to_device((targets,), self._device)[0].long()
+            targets_Q = to_device((targets,), self._device)[0]
             hidden_QC = hidden_QC[: len(targets)]  # the last token of a prompt has no target
             cut = partial(torch.split, split_size_or_sections=self._piece)
             pieces = zip(cut(hidden_QC), cut(targets_Q), strict=True)
@@ -80,14 +81,13 @@ class Scorer:
 
     def _score(self, hidden_QC: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
         logits_QV = self._logits(hidden_QC)
-        chosen_Q1 = logits_QV.gather(-1, targets_Q[:, None])
-        norm_Q1 = logits_QV.logsumexp(-1, keepdim=True)
+        norm_Q, rank_Q = score(logits_QV, targets_Q)
         top = logits_QV.topk(min(num_top, logits_QV.shape[1]))
         results = (
             logits_QV.amax(-1),
-            (chosen_Q1 - norm_Q1)[:, 0],
-            1 + (logits_QV > chosen_Q1).sum(-1),
-            top.values - norm_Q1,
+            logits_QV.gather(-1, targets_Q[:, None].long())[:, 0] - norm_Q,
+            rank_Q,
+            top.values - norm_Q[:, None],
             top.indices,
         )
         return tuple([to_host(values) for values in results])

@@ -1,0 +1,160 @@
+"""Every model family and size of head on a GPU, with the host's plain torch as the oracle.
+
+Without a GPU this runs over Triton's interpreter, on the smallest of everything.
+"""
+
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+
+from ruvon.engine.batch import BlockTables, build_batch, lay_out
+from ruvon.engine.types import Chunk, NewSequence, Plan, SamplingParams
+from ruvon.kernels.reference import make_torch_ops
+from ruvon.kernels.triton_ops import make_triton_ops
+from ruvon.models import MODELS
+from ruvon.models.quantize import SCHEMES
+from ruvon.models.spec import spec_from_config
+from ruvon.models.weights import RandomTensors, Weights
+
+pytestmark = [
+    pytest.mark.usefixtures("triton_device"),
+    pytest.mark.filterwarnings("ignore:overflow"),
+    pytest.mark.filterwarnings("ignore:invalid value"),
+    pytest.mark.filterwarnings("ignore:divide by zero"),
+]
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+CPU = torch.device("cpu")
+PAGE, BLOCKS = 16, 40
+
+SHAPE = {
+    "vocab_size": 101,
+    "num_hidden_layers": 2,
+    "max_position_embeddings": 256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+}
+GPT2 = {
+    "vocab_size": 101,
+    "n_layer": 2,
+    "n_positions": 256,
+    "layer_norm_epsilon": 1e-5,
+    "activation_function": "gelu_new",
+}
+FAMILIES = {
+    "GPT2LMHeadModel": GPT2 | {"model_type": "gpt2"},
+    "LlamaForCausalLM": SHAPE | {"model_type": "llama"},
+    "MistralForCausalLM": SHAPE | {"model_type": "mistral", "sliding_window": 24},
+    "Qwen2ForCausalLM": SHAPE | {"model_type": "qwen2"},
+    "Qwen3ForCausalLM": SHAPE | {"model_type": "qwen3"},
+}
+HEADS = [64, 80, 96, 128] if GPU else [16]
+
+
+def config_of(architecture, head_dim):
+    shape = FAMILIES[architecture] | {"architectures": [architecture]}
+    if architecture == "GPT2LMHeadModel":
+        return shape | {"n_embd": 3 * head_dim, "n_head": 3}
+    return shape | {
+        "hidden_size": 4 * head_dim,
+        "intermediate_size": 6 * head_dim,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": head_dim,
+    }
+
+
+class Weighty(RandomTensors):
+    """Weights large enough for logits to depend on what came before."""
+
+    def read(self, name, shape):
+        values = super().read(name, shape)
+        return values * 5 if len(shape) > 1 else values
+
+
+def build(architecture, head_dim, ops):
+    spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
+    source = Weighty(Path("tiny"), 0, torch.float32)
+    weights = Weights(
+        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, num_layers=2
+    )
+    return family.build(spec, weights, ops)
+
+
+def over_cache(model):
+    """Its forward pass, over a cache of its own."""
+    ops, spec = model.ops, model.spec
+    shape = (2, BLOCKS, spec.num_kv_heads, PAGE, spec.head_dim)
+    layers = [torch.zeros(shape, dtype=ops.dtype, device=ops.device) for _ in range(2)]
+    return partial(model.forward, cache=[(layer[0], layer[1]) for layer in layers])
+
+
+LENGTHS = (37, 1, 50, 18) if GPU else (19, 1)
+
+
+def prompts():
+    return [
+        tuple((7 * i + 3 * place) % 101 for place in range(length))
+        for i, length in enumerate(LENGTHS)
+    ]
+
+
+def mixed_steps():
+    """All prompts in a step but for the end of one; then that, and a token of each other."""
+    new = tuple(NewSequence(i, SamplingParams(), 1, 0) for i in range(len(LENGTHS)))
+    first, second = [], []
+    for i, prompt in enumerate(prompts()):
+        end = 10 if i == 0 else len(prompt)
+        blocks = tuple(range(6 * i, 6 * i + 6))
+        first.append(Chunk(i, 0, prompt[:end], 0, blocks, True))
+        second.append(Chunk(i, 0, prompt[end:] or (5 + i,), end, (), True))
+    return Plan(1, tuple(first), new), Plan(2, tuple(second))
+
+
+def run(forward, plans, device):
+    """Logits of the last token of each sequence, by step."""
+    tables, logits = BlockTables(), []
+    for plan in plans:
+        tables.follow(plan)
+        with torch.inference_mode():
+            logits.append(forward(lay_out(plan, tables, PAGE).to_batch(device)).cpu())
+    return logits
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("head_dim", HEADS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
+    on_host = build(architecture, head_dim, make_torch_ops(torch.float32, CPU))
+    on_gpu = build(architecture, head_dim, make_triton_ops(torch.float32, DEVICE))
+    expected = run(over_cache(on_host), mixed_steps(), CPU)
+    for actual, wanted in zip(
+        run(over_cache(on_gpu), mixed_steps(), DEVICE), expected, strict=True
+    ):
+        assert (actual - wanted).abs().max() < 2e-2 * wanted.abs().max()
+        assert torch.equal(actual.argmax(-1), wanted.argmax(-1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
+@pytest.mark.parametrize("head_dim", HEADS)
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_deterministic_kernels_give_a_row_the_same_bits_among_others_and_alone(
+    architecture, head_dim
+):
+    ops = make_triton_ops(torch.bfloat16, DEVICE, batch_invariant=True)
+    model = build(architecture, head_dim, ops)
+    together = run(over_cache(model), mixed_steps(), DEVICE)[-1]
+    forward = over_cache(model)
+    for i, prompt in enumerate(prompts()):
+        tokens = prompt if i == 0 else (*prompt, 5 + i)
+        chunk = Chunk(i, 0, tokens, 0, tuple(range(6)), True)
+        plan = Plan(1, (chunk,), (NewSequence(i, SamplingParams(), 1, 0),))
+        with torch.inference_mode():
+            alone = forward(build_batch(plan, PAGE, DEVICE)).cpu()
+        assert torch.equal(alone[0], together[i]), f"{LENGTHS[i]} tokens"
