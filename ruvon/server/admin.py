@@ -10,9 +10,10 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ruvon import __version__
 from ruvon.engine.validation import check_ids
+from ruvon.server.body import read
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
-from ruvon.server.requests import check_size, encode_chat, read, read_fields
+from ruvon.server.requests import check_size, encode_chat, read_fields
 from ruvon.server.responses import ModelCard
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.shape import Bounds

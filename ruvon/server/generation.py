@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import deque
 from collections.abc import AsyncGenerator, Iterable, Sequence
 from contextlib import aclosing
 from functools import partial
@@ -18,9 +17,9 @@ from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import GenerationError, NotReadyError
+from ruvon.server.body import offload
 from ruvon.server.events import send_events
 from ruvon.server.middleware import FACTS
-from ruvon.server.requests import offload
 from ruvon.server.schemas import GenerationFields
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
@@ -36,6 +35,8 @@ class Generation:
         self._jobs = jobs
         self._writer = writer
         self._detokenizer = Detokenizer(jobs, service.tokenizer, parser)
+        # What a prompt's tokens scored takes long to write.
+        self._scored = any(job.sampling.prompt_logprobs is not None for job in jobs)
         self._started_at = time.monotonic()
         self._first_at: float | None = None
 
@@ -60,27 +61,29 @@ class Generation:
 
     async def _fold(self, http: web.Request, stream: Stream) -> bytes:
         """The whole answer."""
-        writer, scored = self._writer, False
         async for emissions in stream:
-            deltas = self._push(emissions, stream)
-            scored = scored or has_scores(deltas)
-            await offload(http, has_scores(deltas), partial(deque, map(writer.feed, deltas), 0))
-        return await offload(http, scored, lambda: orjson.dumps(writer.result()))
+            await offload(http, self._scored, partial(self._feed, self._push(emissions, stream)))
+        return await offload(http, self._scored, lambda: orjson.dumps(self._writer.result()))
 
     async def _events(
         self, http: web.Request, first: list[Delta], stream: Stream
     ) -> AsyncGenerator[bytes, None]:
         """The answer as events: one run of bytes for each step, whatever the number of chunks."""
         writer = self._writer
-        yield writer.opening() + await offload(
-            http, has_scores(first), lambda: b"".join(map(writer.events, first))
-        )
+        yield writer.opening() + await offload(http, self._scored, partial(self._write, first))
         async for emissions in stream:
-            data = b"".join([writer.events(delta) for delta in self._push(emissions, stream)])
-            if data:
+            deltas = self._push(emissions, stream)
+            if data := await offload(http, self._scored, partial(self._write, deltas)):
                 yield data
         if data := writer.closing():
             yield data
+
+    def _feed(self, deltas: Iterable[Delta]) -> None:
+        for delta in deltas:
+            self._writer.feed(delta)
+
+    def _write(self, deltas: Iterable[Delta]) -> bytes:
+        return b"".join([self._writer.events(delta) for delta in deltas])
 
     def _push(self, emissions: Sequence[Emission], stream: Stream) -> list[Delta]:
         """Raises `UnavailableError` when the engine gave a sequence up."""
@@ -107,11 +110,6 @@ class Generation:
         if self._first_at is not None:
             facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
         return facts
-
-
-def has_scores(deltas: Iterable[Delta]) -> bool:
-    """Whether prompts' log-probabilities are among them, which take long to write."""
-    return any(delta.prompt_logprobs for delta in deltas)
 
 
 async def first_news(stream: Stream, patience: float) -> list[Emission]:

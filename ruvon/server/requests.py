@@ -7,22 +7,15 @@ event loop runs itself for a small body, and leaves to a thread for a large one.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from aiohttp import web
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.errors import (
-    BodyTimeoutError,
-    BodyTooLargeError,
-    ContextLengthError,
-    EncodingError,
-    RequestError,
-)
-from ruvon.server.parsing import SMALL, load, parse
+from ruvon.errors import ContextLengthError, RequestError
+from ruvon.server.body import read
+from ruvon.server.parsing import load, parse
 from ruvon.server.schemas import (
     ChatRequest,
     CompletionRequest,
@@ -33,7 +26,6 @@ from ruvon.server.schemas import (
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service
 
-BODY_PATIENCE = 60.0  # seconds without a byte of a body that has not ended
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 PASSED = (
@@ -42,51 +34,8 @@ PASSED = (
 )  # fmt: skip
 """Fields that mean the same in a request and in `SamplingParams`."""
 
-T = TypeVar("T")
 R = TypeVar("R", bound=Fields)
 G = TypeVar("G", bound=GenerationFields)
-
-READER = web.AppKey("reader", ThreadPoolExecutor)
-"""The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
-lock before the event loop does."""
-
-
-async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> T:
-    """The request's body, understood; where that takes long, not on the event loop's thread."""
-    state = http.app[STATE]
-    service = state.ready()
-    await service.generator.admission()
-    pieces = await receive(http)
-    return await offload(
-        http, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
-    )
-
-
-async def receive(http: web.Request) -> list[bytes]:
-    """The body as it comes. One that is declared too large is not waited for."""
-    encoding, limit = http.headers.get("Content-Encoding", "identity"), http.client_max_size
-    if encoding.lower() != "identity":
-        raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
-    declared, size = http.content_length or 0, 0
-    pieces: list[bytes] = []
-    while max(declared, size) <= limit:
-        try:
-            async with asyncio.timeout(BODY_PATIENCE):
-                piece = await http.content.readany()
-        except TimeoutError:
-            raise BodyTimeoutError(f"No more of the body in {BODY_PATIENCE:g} seconds.") from None
-        if not piece:
-            return pieces
-        pieces.append(piece)
-        size += len(piece)
-    raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
-
-
-async def offload(http: web.Request, large: bool, work: Callable[[], T]) -> T:
-    """Do ``work``, in the reader's thread if it is ``large``."""
-    if not large:
-        return work()
-    return await asyncio.get_running_loop().run_in_executor(http.app[READER], work)
 
 
 async def read_jobs(

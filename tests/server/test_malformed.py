@@ -8,7 +8,7 @@ import pytest
 from serving import Reply, Server
 
 from ruvon.config import ServerConfig
-from ruvon.server import requests
+from ruvon.server import body as reading
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 GOOD = b'{"prompt":"Hi"}'
@@ -99,7 +99,7 @@ async def test_a_body_in_pieces(serve):
 
 
 async def test_a_body_that_stops_coming(serve, monkeypatch):
-    monkeypatch.setattr(requests, "BODY_PATIENCE", 0.05)
+    monkeypatch.setattr(reading, "BODY_PATIENCE", 0.05)
     server = await serve()
     (reply,) = await send(server, HEAD + b"Content-Length: 99\r\n\r\n", b'{"prompt":')
     assert (reply.status, reply.error["code"]) == (408, "request_timeout")
