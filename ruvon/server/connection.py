@@ -37,6 +37,8 @@ class Connection(web.RequestHandler):
         """The answer to a request that could not be parsed; the connection is closed after it."""
         if status >= 500:
             log.error("connection_failed", exc_info=exc)
+            if request.writer.output_size:  # an answer has begun; all that is left is to break off
+                raise ConnectionError
             response = error_response(exc if isinstance(exc, Exception) else RuntimeError(message))
         else:
             reason = (message or "").partition("\n")[0].rstrip(":")[:200] or "not HTTP"

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
+import orjson
 import pytest
 from serving import Reply, Server
 
 from ruvon.config import ServerConfig
 from ruvon.server import body as reading
+from ruvon.server.connection import Connection
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
 GOOD = b'{"prompt":"Hi"}'
@@ -184,3 +187,14 @@ async def test_paths_of_all_kinds(serve):
         (reply,) = await send(server, f"GET {path} HTTP/1.1\r\nHost: x\r\n\r\n".encode())
         assert reply.status == 404
         assert reply.error["code"] in ("unknown_url", "model_not_found")
+
+
+def test_a_fault_outside_of_all_handlers_is_not_told_to_clients():
+    fault = ArithmeticError("secret")
+    request = SimpleNamespace(writer=SimpleNamespace(output_size=0))
+    response = Connection.handle_error(None, request, 500, fault)
+    assert (response.status, response.keep_alive) == (500, False)
+    assert orjson.loads(response.body)["error"]["message"] == "Internal error."
+    request.writer.output_size = 1  # an answer has begun: only breaking off is left
+    with pytest.raises(ConnectionError):
+        Connection.handle_error(None, request, 500, fault)
