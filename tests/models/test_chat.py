@@ -20,6 +20,7 @@ from ruvon.errors import ConfigError, RequestError
 from ruvon.models import template
 from ruvon.models.chat import FORMATS, ChatFormat, load_chat, read_template
 from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.messages import plain
 from ruvon.models.text_stream import TextStream
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.telemetry import silent
@@ -486,3 +487,18 @@ def test_the_plain_parser_takes_all_ids_for_text(pieces):
     assert "".join(delta.text for delta in deltas) == b"".join(pieces).decode(errors="replace")
     assert all(delta == Delta(text=delta.text) and delta.text for delta in deltas)
     assert type(parser) is FORMATS["plain"].parser
+
+
+def test_plain_data_keeps_its_numbers_and_nothing_with_methods_of_its_own():
+    class Kind(enum.IntEnum):
+        ONE = 1
+
+    class Size(float):
+        pass
+
+    stated = {"a": [Kind.ONE, Size(2.5), True, None, "x"], 3: ("y",)}
+    copy = plain(stated, "tools")
+    assert copy == {"a": [1, 2.5, True, None, "x"], "3": ["y"]}
+    assert [type(item) for item in copy["a"]] == [int, float, bool, type(None), str]
+    with pytest.raises(RequestError, match="set is not JSON data"):
+        plain({"a": {1}}, "tools")
