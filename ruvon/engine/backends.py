@@ -106,6 +106,24 @@ def choose_backend(
     return backend
 
 
+def refuse_idle(config: EngineConfig, backend: Backend) -> None:
+    """Raises ConfigError for a setting that would do nothing here, or nothing good."""
+    ops, wanted = backend.ops, config.quantization
+    if wanted in ("int8", "int4") and not backend.quantized:
+        raise ConfigError(
+            f"--quantization {wanted}: the kernels '{ops.name}' compute with plain weights, so it "
+            "would cost quality and save nothing"
+        )
+    if config.pin_threads == "on" and not backend.takes_arrays:
+        raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
+    share = config.gpu_memory_utilization
+    if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
+        raise ConfigError(
+            f"--gpu-memory-utilization {share}: there is no GPU in use; --kv-cache-memory is for "
+            "main memory"
+        )
+
+
 def find_backend(
     spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
 ) -> Backend:

@@ -19,6 +19,7 @@ from ruvon.engine.backends import (
     StepLimits,
     choose_backend,
     choose_device,
+    refuse_idle,
     step_limits,
 )
 from ruvon.engine.engine import Engine
@@ -42,7 +43,7 @@ from ruvon.engine.types import (
     StepResult,
 )
 from ruvon.engine.validation import check_sampling
-from ruvon.errors import ConfigError, LoadError, RequestError
+from ruvon.errors import LoadError, RequestError
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
 from ruvon.models.chat import ChatFormat, load_chat
@@ -112,24 +113,6 @@ def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
         if is_shortage(error):
             raise LoadError(f"{checkpoint.path}: memory does not suffice ({error})") from error
         raise
-
-
-def refuse_idle(config: EngineConfig, backend: Backend) -> None:
-    """Raises ConfigError for a setting that would do nothing here, or nothing good."""
-    ops, wanted = backend.ops, config.quantization
-    if wanted in ("int8", "int4") and not backend.quantized:
-        raise ConfigError(
-            f"--quantization {wanted}: the kernels '{ops.name}' compute with plain weights, so it "
-            "would cost quality and save nothing"
-        )
-    if config.pin_threads == "on" and not backend.takes_arrays:
-        raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
-    share = config.gpu_memory_utilization
-    if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
-        raise ConfigError(
-            f"--gpu-memory-utilization {share}: there is no GPU in use; --kv-cache-memory is for "
-            "main memory"
-        )
 
 
 def is_shortage(error: BaseException) -> bool:
