@@ -60,29 +60,34 @@ class _Parts:
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     num_cached: int = 0
-    last: Delta | None = None
+    end: Delta | None = None  # the delta that says why it ended
 
     def feed(self, delta: Delta) -> None:
         self.text += delta.text
-        self.reasoning += delta.reasoning
         self.tokens += delta.tokens
-        self.logprobs += delta.logprobs
+        if delta.reasoning:
+            self.reasoning += delta.reasoning
+        if delta.logprobs:
+            self.logprobs += delta.logprobs
         if delta.prompt_logprobs is not None:
             self.prompt_logprobs = tuple(delta.prompt_logprobs)
-        self.num_cached = self.num_cached or delta.num_cached
-        self.last = delta
+        if delta.num_cached:
+            self.num_cached = delta.num_cached
+        if delta.finish is not None:
+            self.end = delta
 
     def completion(self) -> Completion:
-        assert self.last is not None
-        assert self.last.finish is not None, "it has not ended"
+        end = self.end
+        assert end is not None
+        assert end.finish is not None
         return Completion(
             index=self.index,
             text=self.text,
             reasoning=self.reasoning,
             tokens=tuple(self.tokens),
-            finish_reason=self.last.finish,
-            stop_reason=self.last.stop_reason,
-            error=self.last.error,
+            finish_reason=end.finish,
+            stop_reason=end.stop_reason,
+            error=end.error,
             logprobs=None if self.job.sampling.logprobs is None else tuple(self.logprobs),
             prompt_logprobs=self.prompt_logprobs,
             num_prompt=len(self.job.prompt),

@@ -34,12 +34,14 @@ from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.engine import Pending
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.engine.types import Job, SamplingParams, TextOptions
+from ruvon.engine.types import Emission, Job, SamplingParams, TextOptions
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options, PlainParser
 from ruvon.telemetry import silent
 
 log = structlog.get_logger(__name__)
+
+GATHERED = 16  # steps whose tokens become text at once, which costs less than one by one
 
 
 class LLM:
@@ -178,7 +180,9 @@ class LLM:
     ) -> list[list[Completion]]:
         writer = CompletionWriter(jobs)
         began, num_tokens = time.monotonic(), 0
-        with progress_bar(use_tqdm) as bar, closing(self._run(jobs, parser)) as deltas:
+        # A stop string has to be found at once; else nobody looks at a text before its end.
+        every = 1 if any(job.text.stop for job in jobs) else GATHERED
+        with progress_bar(use_tqdm) as bar, closing(self._deltas(jobs, parser, every)) as deltas:
             task = bar.add_task("generating", total=sum(job.n for job in jobs), rate="")
             for delta in deltas:
                 writer.feed(delta)
@@ -193,16 +197,27 @@ class LLM:
         self, jobs: Sequence[Job], parser: MakeParser
     ) -> Generator[Delta, None, Completion]:
         writer = CompletionWriter(jobs)
-        with closing(self._run(jobs, parser)) as deltas:
+        with closing(self._deltas(jobs, parser)) as deltas:
             for delta in deltas:
                 writer.feed(delta)
                 yield delta
         return writer.result()[0]
 
-    def _run(self, jobs: Sequence[Job], parser: MakeParser) -> Generator[Delta]:
+    def _deltas(self, jobs: Sequence[Job], parser: MakeParser, every: int = 1) -> Generator[Delta]:
+        """Run jobs to their end, and give their deltas after every few steps."""
+        detokenizer = Detokenizer(jobs, self.tokenizer, parser)
+        news: list[Emission] = []
+        with closing(self._run(jobs)) as steps:
+            for number, emissions in enumerate(steps, 1):
+                news += emissions
+                if number % every == 0:
+                    yield from detokenizer.push(news, self._stop)
+                    news.clear()
+            yield from detokenizer.push(news, self._stop)
+
+    def _run(self, jobs: Sequence[Job]) -> Generator[list[Emission]]:
         """Run jobs to their end. However it ends, nothing of them stays in the engine."""
         self._check_idle()
-        detokenizer = Detokenizer(jobs, self.tokenizer, parser)
         waiting, first = deque(jobs), 0
         seq_ids: list[int] = []
         pending: deque[Pending] = deque()
@@ -218,7 +233,7 @@ class LLM:
                 pending.popleft()
                 if self.engine.failure is not None:
                     log.error("step_failed", exc_info=self.engine.failure)
-                yield from detokenizer.push(emissions, self._stop)
+                yield emissions
         finally:
             self.engine.abort(seq_ids)
             self._settle(pending)

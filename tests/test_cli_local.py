@@ -15,16 +15,16 @@ from ruvon.models.chat import PlainParser
 
 
 class Shouting:
-    """A parser that holds its last piece back: reasoning in lower case, text in upper."""
+    """A parser that holds its last character back: reasoning in lower case, text in upper."""
 
     def __init__(self, text):
         self.text = text
         self.held = ""
 
     def push(self, ids):
-        deltas = [Delta(reasoning=self.held)] if self.held else []
-        self.held = self.text.push(ids)
-        return deltas
+        said = self.held + self.text.push(ids)
+        self.held = said[-1:]
+        return [Delta(reasoning=said[:-1])] if said[:-1] else []
 
     def finish(self):
         return [Delta(text=(self.held + self.text.finish()).upper())]

@@ -6,10 +6,10 @@ The server, `ruvon.LLM` and `ruvon.AsyncLLM` all come through here, whichever wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice
+from itertools import chain
 from typing import Protocol, TypeAlias
 
-from ruvon.deltas import Delta
+from ruvon.deltas import Delta, TokenLogprobs
 from ruvon.engine.types import Emission, Job
 from ruvon.models.chat import Parser, PlainParser
 from ruvon.models.text_stream import TextStream
@@ -53,8 +53,11 @@ class Detokenizer:
         """
         news: dict[int, list[Emission]] = {}
         for emission in emissions:
-            news.setdefault(emission.index, []).append(emission)
-        deltas = []
+            if emission.index in news:  # it gathered several steps
+                news[emission.index].append(emission)
+            else:
+                news[emission.index] = [emission]
+        deltas: list[Delta] = []
         for index, mine in news.items():
             completion = self._completions[index]
             if completion.ended:
@@ -87,40 +90,43 @@ class _Completion:
     def push(self, index: int, emissions: Sequence[Emission]) -> list[Delta]:
         """The deltas of this completion, the request's ``index``-th; the last may end it."""
         first, last = emissions[0], emissions[-1]
-        tokens = first.tokens
+        tokens, logprobs = first.tokens, first.logprobs or ()
         if len(emissions) > 1:
-            tokens = tuple(chain.from_iterable([emission.tokens for emission in emissions]))
-        deltas, num_taken = self._parse(tokens, last)
-        self._end(last, deltas[-1])
-        first_delta = deltas[0]
-        first_delta.tokens = tokens[:num_taken]
-        if first.logprobs is not None:
-            scores = chain.from_iterable([emission.logprobs or () for emission in emissions])
-            first_delta.logprobs = tuple(islice(scores, num_taken))
-        first_delta.prompt_logprobs = first.prompt_logprobs
-        first_delta.num_cached = first.num_cached
+            tokens, logprobs = _gather(emissions)
+        before = self._text.num_tokens
+        hidden = last.stop_token is not None and not self._include_stop
+        deltas = self._parser.push(tokens[:-1] if hidden else tokens)
+        stopped = self._text.stopped
+        if stopped is not None:
+            num_taken = self._text.num_tokens - before  # with the one that completed the string
+            tokens, logprobs = tokens[:num_taken], logprobs[:num_taken]
+        self.ended = stopped is not None or last.finish is not None
+        if self.ended:
+            deltas += self._parser.finish()
+        if not deltas:
+            deltas = [Delta()]
+        if self.ended:
+            self._say_why(deltas[-1], last, stopped)
+        gained = deltas[0]
+        gained.tokens, gained.logprobs = tokens, logprobs
+        gained.prompt_logprobs, gained.num_cached = first.prompt_logprobs, first.num_cached
         for delta in deltas:
             delta.index = index
         return deltas
 
-    def _parse(self, tokens: tuple[int, ...], last: Emission) -> tuple[list[Delta], int]:
-        """(What these tokens say, at least one delta; how many of them there are, up to the one
-        that completed a stop string)."""
-        before = self._text.num_tokens
-        hidden = last.stop_token is not None and not self._include_stop
-        deltas = self._parser.push(tokens[:-1] if hidden else tokens)
-        stopped = self._text.stopped is not None
-        if stopped or last.finish is not None:
-            self.ended = True
-            deltas += self._parser.finish()
-        num_taken = self._text.num_tokens - before if stopped else len(tokens)
-        return deltas or [Delta()], num_taken
+    def _say_why(self, delta: Delta, emission: Emission, stopped: str | None) -> None:
+        """It ended at a stop string, or as the engine says."""
+        if stopped is not None:
+            delta.finish, delta.stop_reason = "stop", stopped
+            return
+        delta.finish, delta.error = emission.finish, emission.error
+        if emission.stop_token in self._stop_ids:
+            delta.stop_reason = emission.stop_token
 
-    def _end(self, emission: Emission, delta: Delta) -> None:
-        """Say why it ended, if it did."""
-        if self._text.stopped is not None:
-            delta.finish, delta.stop_reason = "stop", self._text.stopped
-        elif emission.finish is not None:
-            delta.finish, delta.error = emission.finish, emission.error
-            if emission.stop_token in self._stop_ids:
-                delta.stop_reason = emission.stop_token
+
+def _gather(emissions: Sequence[Emission]) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
+    """(The tokens, the log-probabilities) of several steps."""
+    return (
+        tuple(chain.from_iterable([emission.tokens for emission in emissions])),
+        tuple(chain.from_iterable([emission.logprobs or () for emission in emissions])),
+    )

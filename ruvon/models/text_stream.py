@@ -8,7 +8,7 @@ pieces joined are the text that decoding all ids at once would give.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 from ruvon.errors import RequestError
 
@@ -45,10 +45,9 @@ class TextStream:
     def stopped(self) -> str | None:
         return self._stops.matched if self._stops else None
 
-    def push(self, ids: Iterable[int]) -> str:
+    def push(self, ids: Sequence[int]) -> str:
         """The text that is certain now. After a stop string it stays empty."""
         if self._stops is None and not self._strip:  # most streams, for most of their time
-            ids = tuple(ids)
             self.num_tokens += len(ids)
             return self._decode(ids)
         pieces = []
@@ -68,8 +67,12 @@ class TextStream:
         return text + self._stops.finish() if self._stops else text
 
     def _decode(self, ids: Sequence[int]) -> str:
-        spelled = [self._token_bytes(id) for id in ids if id not in self._hidden]
-        data = self._rest + b"".join(spelled)
+        if len(ids) == 1:  # of a step, as a rule
+            data = b"" if ids[0] in self._hidden else self._token_bytes(ids[0])
+        else:
+            data = b"".join([self._token_bytes(id) for id in ids if id not in self._hidden])
+        if self._rest:
+            data = self._rest + data
         text, num_decoded = codecs.utf_8_decode(data, "replace", False)
         self._rest = data[num_decoded:]
         return text

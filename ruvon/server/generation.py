@@ -91,10 +91,8 @@ class Generation:
             self._first_at = time.monotonic()
         deltas = self._detokenizer.push(emissions, stream.stop)
         for delta in deltas:
-            if delta.finish == "error":
-                raise GenerationError(delta.error or "This completion could not be computed.")
-            if delta.finish == "abort":
-                raise NotReadyError("The server is shutting down.", retry_after=1.0)
+            if delta.finish is not None:
+                check_end(delta)
         return deltas
 
     def _facts(self, stream: bool) -> dict[str, object]:
@@ -110,6 +108,14 @@ class Generation:
         if self._first_at is not None:
             facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
         return facts
+
+
+def check_end(delta: Delta) -> None:
+    """Raise for a completion that did not come to its end."""
+    if delta.finish == "error":
+        raise GenerationError(delta.error or "This completion could not be computed.")
+    if delta.finish == "abort":
+        raise NotReadyError("The server is shutting down.", retry_after=1.0)
 
 
 async def first_news(stream: Stream, patience: float) -> list[Emission]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from types import SimpleNamespace
 
 import aiohttp
 import pytest
@@ -270,6 +271,16 @@ async def test_a_failed_step_is_an_error_of_its_requests_alone(serve, stream):
     assert (await server.chat(stream=stream)).status == 200
     assert (await server.get("/ready")).status == 200
     server.assert_idle()
+
+
+async def test_an_error_in_mid_stream_is_told_before_it_is_logged(serve, monkeypatch):
+    def unwritable(*args, **fields):
+        raise OSError("nobody reads the log")
+
+    monkeypatch.setattr("ruvon.server.events.log", SimpleNamespace(warning=unwritable))
+    server = await serve(runner=Fails("Hello"))
+    reply = await server.chat(stream=True)
+    assert reply.events[-1]["error"]["code"] == "generation_failed"
 
 
 async def test_a_dead_engine_fails_everything_loudly(serve):

@@ -23,6 +23,7 @@ from ruvon.config import EngineConfig, ServerConfig
 from ruvon.errors import ConfigError, LoadError
 from ruvon.server import console, lifecycle
 from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
+from ruvon.server.events import EventResponse
 from ruvon.server.listen import listen
 
 
@@ -229,6 +230,20 @@ async def test_a_client_that_leaves_frees_its_blocks_within_a_step(serve, stream
     text = (await server.get("/metrics")).body.decode()
     assert f'finished_reason="abort",model_name="org/fake"}} {n}.0' in text
     assert 'http_requests_total{handler="/v1/chat/completions",method="POST",status="499"}' in text
+
+
+async def test_a_stream_that_finds_its_client_gone_is_logged_as_such(serve, monkeypatch):
+    """Not as 200, though that is what went out."""
+    server = await serve("Hello")
+
+    async def gone(self, data):
+        raise ConnectionResetError
+
+    monkeypatch.setattr(EventResponse, "write", gone)
+    with capture_logs() as logs:
+        await server.chat(stream=True)
+    (line,) = (entry for entry in logs if entry["event"] == "request")
+    assert line["status"] == 499
 
 
 async def test_leaving_while_queued(serve):

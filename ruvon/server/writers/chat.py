@@ -16,7 +16,7 @@ from ruvon.server.responses import (
 )
 from ruvon.server.schemas import ChatRequest
 from ruvon.server.state import Service
-from ruvon.server.writers.envelope import Envelope, Tally
+from ruvon.server.writers.envelope import Envelope
 from ruvon.server.writers.logprobs import chat_logprobs, prompt_logprobs
 
 
@@ -26,19 +26,12 @@ class ChatWriter:
     def __init__(self, request: ChatRequest, job: Job, service: Service) -> None:
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._envelope = Envelope(request, service, [job], id_prefix="chatcmpl", kind=kind)
+        self.id, self.tally = self._envelope.id, self._envelope.tally
         self._request = request
         self._job = job
         self._tokenizer: Tokenizer = service.tokenizer
         self._chunks: list[list[ChatChunkChoice]] = [[self._role(k)] for k in range(job.n)]
         self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
-
-    @property
-    def id(self) -> str:
-        return self._envelope.id
-
-    @property
-    def tally(self) -> Tally:
-        return self._envelope.tally
 
     def opening(self) -> bytes:
         extra = {"prompt_token_ids": self._job.prompt} if self._request.return_token_ids else None

@@ -9,7 +9,7 @@ from ruvon.engine.types import Job
 from ruvon.server.responses import CompletionChoice, CompletionLogprobs
 from ruvon.server.schemas import CompletionRequest
 from ruvon.server.state import Service
-from ruvon.server.writers.envelope import Envelope, Tally
+from ruvon.server.writers.envelope import Envelope
 from ruvon.server.writers.logprobs import (
     OffsetLogprobs,
     join_logprobs,
@@ -25,6 +25,7 @@ class CompletionsWriter:
 
     def __init__(self, request: CompletionRequest, jobs: Sequence[Job], service: Service) -> None:
         self._envelope = Envelope(request, service, jobs, id_prefix="cmpl", kind="text_completion")
+        self.id, self.tally = self._envelope.id, self._envelope.tally
         self._request = request
         self._jobs = jobs
         self._tokenizer = service.tokenizer
@@ -32,18 +33,10 @@ class CompletionsWriter:
         num = self._per_job * len(jobs)
         self._chunks: list[list[CompletionChoice]] = [[] for _ in range(num)]
         self._scores: list[list[TokenLogprobs]] = [[] for _ in range(num)]  # to find the best
-        self._begun: set[int] = set()
+        self._begun = [False] * num
         self._offsets: dict[int, OffsetLogprobs] = {}
         skip = jobs[0].text.skip_special_tokens
         self._hidden = self._tokenizer.special_ids if skip else NONE_HIDDEN
-
-    @property
-    def id(self) -> str:
-        return self._envelope.id
-
-    @property
-    def tally(self) -> Tally:
-        return self._envelope.tally
 
     def opening(self) -> bytes:
         return b""
@@ -74,54 +67,48 @@ class CompletionsWriter:
         """The chunk that a delta makes. The first of a choice begins with the prompt, if that is to
         be echoed."""
         self.tally.feed(delta)
-        number = delta.index // self._per_job
-        first = delta.index not in self._begun
-        self._begun.add(delta.index)
-        echo = self._echo(number) if first and self._request.echo else ""
+        request = self._request
+        first, self._begun[delta.index] = not self._begun[delta.index], True
+        echo = self._echo(delta.index) if first and request.echo else ""
         chunk: CompletionChoice = {
             "index": delta.index,
             "text": echo + delta.text,
-            "logprobs": self._logprobs(delta, number, echo) if self._wants_logprobs else None,
+            "logprobs": None if request.logprobs is None else self._logprobs(delta, echo),
             "finish_reason": delta.finish,
         }
         if delta.finish is not None:
             chunk["stop_reason"] = delta.stop_reason
-        if self._request.return_token_ids:
+        if request.return_token_ids:
             chunk["token_ids"] = delta.tokens
             if first:
-                chunk["prompt_token_ids"] = self._jobs[number].prompt
-        if self._request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
+                chunk["prompt_token_ids"] = self._jobs[delta.index // self._per_job].prompt
+        if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
             chunk["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
         return chunk
 
-    @property
-    def _wants_logprobs(self) -> bool:
-        return self._request.logprobs is not None
-
-    def _echo(self, number: int) -> str:
+    def _echo(self, index: int) -> str:
         """A prompt as it was given, or as all of its ids read."""
-        given = self._request.prompt[number]
+        given = self._request.prompt[index // self._per_job]
         if isinstance(given, str):
             return given
         return self._tokenizer.decode(given, skip_special_tokens=False)
 
-    def _logprobs(self, delta: Delta, number: int, echo: str) -> CompletionLogprobs | None:
+    def _logprobs(self, delta: Delta, echo: str) -> CompletionLogprobs | None:
         """Those of the delta's tokens, and with the first those of an echoed prompt before them."""
         parts = []
         offsets = self._offsets.get(delta.index)
         if offsets is None:
             offsets = self._offsets[delta.index] = OffsetLogprobs(self._tokenizer)
             if self._request.echo:
-                parts.append(self._prompt_part(offsets, delta, number, echo))
+                parts.append(self._prompt_part(offsets, delta, echo))
         if delta.tokens:
             parts.append(offsets.add(delta.tokens, delta.logprobs, self._hidden))
         return join_logprobs(parts) if parts else None
 
-    def _prompt_part(
-        self, offsets: OffsetLogprobs, delta: Delta, number: int, echo: str
-    ) -> CompletionLogprobs:
+    def _prompt_part(self, offsets: OffsetLogprobs, delta: Delta, echo: str) -> CompletionLogprobs:
         """A text's ids may begin with some that it does not show, such as BOS, and with a space
         that a tokenizer has put before it; ids that were given are all shown."""
+        number = delta.index // self._per_job
         prompt = self._jobs[number].prompt
         is_text = isinstance(self._request.prompt[number], str)
         hidden = self._tokenizer.special_ids if is_text else NONE_HIDDEN
