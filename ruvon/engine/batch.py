@@ -39,7 +39,7 @@ class BlockTables(dict[int, list[int]]):
 
 
 @dataclass(slots=True)
-class Layout:
+class PendingBatch:
     """A `ForwardBatch` in the making: its arrays, and which tokens are missing."""
 
     token_ids: Ints
@@ -91,7 +91,7 @@ def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBat
     return lay_out(plan, tables, block_size).to_batch(device)
 
 
-def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> Layout:
+def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> PendingBatch:
     """All of the batch for a plan of at least one chunk, but tokens that are being sampled.
 
     ``tables`` have followed the plan. ``logit_rows`` starts with the rows of ``plan.rows``, in
@@ -109,7 +109,7 @@ def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> Lay
         [-(-context // block_size) for context in contexts],
     )
     positions, slots = places(chunks, query_starts, block_tables, block_size)
-    return Layout(
+    return PendingBatch(
         token_ids=token_ids,
         positions=positions,
         slots=slots,

@@ -18,12 +18,12 @@ from torch import Tensor
 from ruvon.engine.sampler import (
     Floats,
     Indices,
-    RowDraw,
+    RowResult,
     completing_ids,
     finite,
     greedy_result,
     is_greedy,
-    join_draws,
+    join_rows,
     output_penalties,
     sample_row,
     stopping_ids,
@@ -56,15 +56,15 @@ class CpuSampler:
         if all(row.plain for row in rows):
             ids_L = self._argmax()[: len(rows)].tolist()
             return greedy_result(rows, ids_L, [float(logits[at]) for at in enumerate(ids_L)])
-        drawn: dict[int, RowDraw] = {}
+        done: dict[int, RowResult] = {}
         compiled = []
         for n, row in enumerate(rows):
             if row.sampling.typical_p == 1:
                 compiled.append(n)
             else:  # rare enough to have no kernel
-                drawn[n] = sample_row(logits[n], row, transforms_of(row), eos_token_ids)
-        drawn |= zip(compiled, self._draw(logits, compiled, rows, eos_token_ids), strict=True)
-        return join_draws(rows, [drawn[n] for n in range(len(rows))])
+                done[n] = sample_row(logits[n], row, transforms_of(row), eos_token_ids)
+        done |= zip(compiled, self._draw(logits, compiled, rows, eos_token_ids), strict=True)
+        return join_rows(rows, [done[n] for n in range(len(rows))])
 
     def _draw(
         self,
@@ -72,7 +72,7 @@ class CpuSampler:
         places: Sequence[int],
         rows: Sequence[SamplingRow],
         eos_token_ids: Sequence[int],
-    ) -> list[RowDraw]:
+    ) -> list[RowResult]:
         """The draws of the rows at some places."""
         chosen = [rows[n] for n in places]
         edits = [edits_of(row, eos_token_ids) for row in chosen]
@@ -82,10 +82,10 @@ class CpuSampler:
             record(row, edit, base + n * stride, top)
             for n, row, edit, top in zip(places, chosen, edits, tops, strict=True)
         ]
-        drawn = self._drawer(np.array(records, dtype=ROW)).tolist()
+        sampled = self._drawer(np.array(records, dtype=ROW)).tolist()
         return [
             outcome(row, logits_LV[n], each, top)
-            for n, row, each, top in zip(places, chosen, drawn, tops, strict=True)
+            for n, row, each, top in zip(places, chosen, sampled, tops, strict=True)
         ]
 
 
@@ -152,7 +152,9 @@ def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float
     )
 
 
-def outcome(row: SamplingRow, logits_V: Floats, drawn: tuple[int, int, float], top: Ids) -> RowDraw:
+def outcome(
+    row: SamplingRow, logits_V: Floats, drawn: tuple[int, int, float], top: Ids
+) -> RowResult:
     """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `DRAWN`."""
     token, rank, norm = drawn
     if token < 0:

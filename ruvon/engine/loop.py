@@ -277,7 +277,7 @@ class EngineLoop:
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""
-        intervals: dict[float, int] = {}  # since when, and how many sequences
+        intervals: dict[tuple[float, int], int] = {}  # since when, how many tokens → sequences
         for emission in emissions:
             state = self._states[emission.seq_id]
             urgent = emission.finish is not None
@@ -288,7 +288,8 @@ class EngineLoop:
                     self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
                     self._metrics.record_first_token(now - state.seq.arrived_at)
                 else:
-                    intervals[state.token_at] = intervals.get(state.token_at, 0) + 1
+                    interval = (state.token_at, len(emission.tokens))
+                    intervals[interval] = intervals.get(interval, 0) + 1
                 state.token_at = now
             if emission.finish is not None:
                 if emission.finish == "length" and state.first_token_at is None:  # scored only
@@ -297,8 +298,8 @@ class EngineLoop:
                 del self._states[emission.seq_id]
             state.stream.put(emission)
             self._coalescer.add(state.stream, urgent)
-        for since, num in intervals.items():
-            self._metrics.record_inter_token(now - since, num)
+        for (since, num_tokens), num in intervals.items():  # tokens of one step share its time
+            self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
         self._note_idle()
 
     def _die(self, error: Exception) -> None:

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import BlockTables, Layout, lay_out
+from ruvon.engine.batch import BlockTables, PendingBatch, lay_out
 from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
@@ -57,7 +57,9 @@ class Runner:
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
         self._tables = BlockTables()
-        self._launched: SimpleQueue[tuple[Plan, Layout, Future[StepResult]] | None] = SimpleQueue()
+        self._launched: SimpleQueue[tuple[Plan, PendingBatch, Future[StepResult]] | None] = (
+            SimpleQueue()
+        )
         self._closed = False
         # A daemon, for a step that is stuck must not keep the process alive.
         self._worker = Thread(target=self._work, name="ruvon-step", daemon=True)
@@ -113,7 +115,7 @@ class Runner:
                 state.record(plan, result)
                 future.set_result(result)
 
-    def _run(self, plan: Plan, layout: Layout, state: SamplingRows) -> StepResult:
+    def _run(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
         began = time.perf_counter()
         with torch.inference_mode():
             batch = layout.to_batch(self._device, state.sampled)

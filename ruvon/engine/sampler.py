@@ -37,7 +37,7 @@ from ruvon.engine.types import (
 
 Floats: TypeAlias = np.ndarray[Any, np.dtype[np.floating[Any]]]
 Indices: TypeAlias = np.ndarray[Any, np.dtype[np.integer[Any]]]
-RowDraw: TypeAlias = tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None, str | None]
+RowResult: TypeAlias = tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None, str | None]
 
 LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot carry
 TILE = 128  # entries summarised by one number, so that most need no closer look
@@ -48,7 +48,7 @@ def sample(
 ) -> StepResult:
     """Draw one token for each row. ``logits_LV`` is float32, row for row, and stays as it is.
 
-    A row that cannot be drawn from (its logits are not numbers, or every token is ruled out) gets
+    A row that cannot be sampled from (its logits are not numbers, or every token is ruled out) gets
     no token and an entry in ``errors``; the others are unharmed.
     """
     if all(row.plain for row in rows):
@@ -57,10 +57,10 @@ def sample(
         sample_row(logits_V, row, transforms_of(row), eos_token_ids)
         for logits_V, row in zip(logits_LV.numpy(force=True), rows, strict=True)
     ]
-    return join_draws(rows, draws)
+    return join_rows(rows, draws)
 
 
-def join_draws(rows: Sequence[SamplingRow], draws: Sequence[RowDraw]) -> StepResult:
+def join_rows(rows: Sequence[SamplingRow], draws: Sequence[RowResult]) -> StepResult:
     """A step's result out of its rows' (one at least)."""
     tokens, logprobs, errors = zip(*draws, strict=True)
     failed = {row.seq_id: error for row, error in zip(rows, errors, strict=True) if error}
@@ -96,7 +96,7 @@ def sample_row(
     row: SamplingRow,
     transforms: Sequence[Transform],
     eos_token_ids: Sequence[int],
-) -> RowDraw:
+) -> RowResult:
     """One row's token, its logprobs if wanted, and why there is none."""
     scores_V = logits_V.copy() if transforms else logits_V
     for transform in transforms:
@@ -151,7 +151,7 @@ def completing_ids(row: SamplingRow) -> list[int]:
 
 
 def delay_stop(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
-    """Nothing that would stop the sequence is drawn before its ``min_tokens``."""
+    """Nothing that would stop the sequence is sampled before its ``min_tokens``."""
     scores_V[stopping_ids(row, eos_token_ids)] = -np.inf
 
 
@@ -198,7 +198,7 @@ TRANSFORMS: tuple[tuple[Callable[[SamplingParams, int], bool], Transform], ...] 
         penalize_output,
     ),
 )
-"""When a transform is wanted, given the tokens drawn so far, and the transform; in order."""
+"""When a transform is wanted, given the tokens sampled so far, and the transform; in order."""
 
 
 def transforms_of(row: SamplingRow) -> list[Transform]:

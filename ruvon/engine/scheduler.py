@@ -21,6 +21,7 @@ next one is first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -40,6 +41,10 @@ from ruvon.engine.types import (
 
 NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
 NO_BLOCKS: tuple[int, ...] = ()
+
+KEYS_A_STEP = 512
+"""Most keys of waiting prompts that are computed in a step while others run, for some 3 ms: all of
+a long prompt's would hold them up."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +92,7 @@ class Scheduler:
         self._full: list[Sequence] = []  # need a new block for their next token
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
+        self._keys_left = 0  # of this step's `KEYS_A_STEP`
         self._ended: list[int] = []  # whom runners are to forget with the next plan
         self._held_up = False  # whether the last step left running streams out for a long prompt
 
@@ -124,6 +130,7 @@ class Scheduler:
     def schedule(self, now: float) -> Plan | None:
         """Plan one step, at the time ``now``; None if something must be committed first, or there
         is no work. Never None if there is work and nothing in flight."""
+        self._keys_left = KEYS_A_STEP if self._num_holding else sys.maxsize
         self._full = [seq for seq in self._full if seq.finish is None]
         if self.num_in_flight and len(self._full) > self.pool.num_free:
             return None
@@ -191,6 +198,8 @@ class Scheduler:
         if headroom <= 0 or seq.awaits in self._computing or self._is_blocked(seq, headroom):
             return False
         blocks = self._find_prefix(seq)
+        if blocks is None:
+            return False
         num_new = self.pool.blocks_for(len(seq.tokens)) - len(blocks)
         is_short = num_new + self._num_holding > self.pool.num_free
         if seq.awaits is not None or is_short:
@@ -213,10 +222,14 @@ class Scheduler:
         to look its prefix up again would be in vain."""
         return headroom <= seq.headroom and not self.pool.has(seq.missing)
 
-    def _find_prefix(self, seq: Sequence) -> list[int]:
-        """Take hold of the published blocks its tokens start with, and see who makes the next."""
+    def _find_prefix(self, seq: Sequence) -> list[int] | None:
+        """Take hold of the published blocks its tokens start with, and see who makes the next; None
+        if it is so long that the next step must go on with that."""
         num_shared = self._num_shared(seq)
         found = self.pool.match(self._keys_of(seq, num_shared))
+        if len(found) == len(seq.keys) < num_shared:
+            self.pool.release(found)
+            return None
         seq.missing = seq.keys[len(found)] if len(found) < num_shared else None
         seq.awaits = seq.missing if seq.missing in self._computing else None
         return found
@@ -224,7 +237,11 @@ class Scheduler:
     def _keys_of(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
         """The keys of its first blocks, computed as they are asked for: a long prompt has many."""
         for i in range(num_keys):
-            self._extend_keys(seq, i + 1)
+            if i == len(seq.keys):
+                if not self._keys_left:
+                    return
+                self._keys_left -= 1
+                self._extend_keys(seq, i + 1)
             yield seq.keys[i]
 
     def _num_shared(self, seq: Sequence) -> int:
@@ -409,18 +426,19 @@ class Scheduler:
 
         That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
         """
-        num_output = end - seq.num_prompt
-        if len(tokens) > 1 or num_output + len(tokens) > seq.max_tokens:
-            tokens = self._cut(seq, num_output, tokens)
+        several = len(tokens) > 1
+        if several:
+            tokens = self._cut(seq, end - seq.num_prompt, tokens)
             logprobs = logprobs and logprobs[: len(tokens)]
         seq.tokens += tokens
+        num_output = end - seq.num_prompt + len(tokens)
         if tokens and tokens[-1] in seq.stop_ids:
             seq.finish = "stop"
-        elif num_output + len(tokens) >= seq.max_tokens:
+        elif num_output >= seq.max_tokens:
             seq.finish = "length"
         elif not tokens:
             return None
-        elif len(tokens) > 1:
+        elif several:
             self._pend(seq, len(tokens) - 1)
         emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
         if seq.finish == "stop":
@@ -433,7 +451,7 @@ class Scheduler:
     def _cut(seq: Sequence, num_output: int, tokens: tuple[int, ...]) -> tuple[int, ...]:
         """Those of several tokens that the sequence may have: none beyond ``max_tokens``, none
         after a stop token."""
-        tokens = tokens[: max(seq.max_tokens - num_output, 0)]
+        tokens = tokens[: seq.max_tokens - num_output]
         stop = next((i for i, token in enumerate(tokens) if token in seq.stop_ids), len(tokens))
         return tokens[: stop + 1]
 

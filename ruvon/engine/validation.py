@@ -35,7 +35,10 @@ LEAST = 2.0**-126  # of the numbers that a GPU's float32 surely tells from 0
 
 def normalize(sampling: SamplingParams) -> SamplingParams:
     """The same draws in numbers that every sampler can compute with: a temperature too small to
-    divide by is none, and so is a share that leaves the likeliest token only."""
+    divide by is none, and so is a share that leaves the likeliest token only. Biases are a dict of
+    our own, for whoever gave them may change them, or have them in what cannot be pickled."""
+    if sampling.logit_bias:
+        sampling = replace(sampling, logit_bias=dict(sampling.logit_bias))
     if sampling.temperature and min(sampling.temperature, sampling.top_p) < LEAST:
         return replace(sampling, temperature=0.0)
     return sampling

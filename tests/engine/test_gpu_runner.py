@@ -13,7 +13,7 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu.graphs import Bucket, StepWords, mixed_buckets, single_buckets
+from ruvon.engine.gpu.graphs import Bucket, Graphs, StepWords, mixed_buckets, single_buckets
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.gpu.scoring import Scorer
@@ -29,6 +29,7 @@ from ruvon.engine.types import (
     SamplingParams,
 )
 from ruvon.kernels.reference import make_torch_ops
+from ruvon.kernels.sample import BIAS, HISTORY, make_state
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
 from ruvon.models.quantize import SCHEMES
@@ -468,3 +469,39 @@ def test_a_typical_row_and_its_logprob_come_from_the_device(gpu_runner):
     assert token == np.abs(-logprobs - entropy).argmin()
     assert score.logprob == pytest.approx(alternatives.logprob, abs=1e-4)
     assert score.rank == alternatives.rank
+
+
+def test_logits_may_be_changed_between_two_graphs():
+    """What a mask that the host computes will need: a step captured in two parts."""
+    bucket, table = Bucket(True, 1, 1), torch.randn(97, 97, device=DEVICE)
+    graphs = Graphs(
+        lambda batch: table[batch.token_ids.long()],
+        make_state(1, 97, DEVICE),
+        table_width=1, block_size=PAGE, max_context=PAGE, buckets=[bucket], pdl=False,
+    )  # fmt: skip
+    staging = graphs.staging()
+    for buffer in staging:
+        inputs = buffer.inputs[bucket]
+        inputs["token_ids"][:] = 5
+        inputs["query_starts"][:] = 0, 1
+        inputs["context_lens"][:] = 1
+        inputs["params"][0, [HISTORY, BIAS]] = -1
+    first = partial(graphs.forward, bucket)
+    second = partial(graphs.sample, bucket)
+    second(first())  # compiles
+    if GPU:
+        torch.cuda.synchronize()
+        one, two = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(one):
+            logits = first()
+        with torch.cuda.graph(two):
+            second(logits)
+        one.replay()
+    else:
+        logits = first()
+    best, next_best = table[5].topk(2).indices.tolist()
+    logits[0, best] = -torch.inf
+    two.replay() if GPU else second(logits)
+    if GPU:
+        torch.cuda.synchronize()
+    assert [buffer.results[0, 0].item() for buffer in staging[:2]] == [best, next_best]

@@ -698,3 +698,18 @@ async def test_what_is_recorded_of_one_that_left_the_queue(running, clock, metri
         assert (finished["queue"], finished["prefill"], finished["decode"]) == (4, 0, 0)
         assert len(metrics.all("prompt")) == 1
         await stays.aclose()
+
+
+async def test_tokens_that_come_at_once_share_their_time(make_engine):
+    """As those of accepted drafts do."""
+    runner = FakeRunner(by_hand=True, at_once=2)
+    loop = EngineLoop(make_engine(runner), FakeMetrics(), Clock())
+    loop.start()
+    stream = loop.generate([Job((97,), SamplingParams(max_tokens=6, ignore_eos=True))])
+    await turn()
+    for _ in range(3):
+        loop._clock.now += 4
+        await turn(runner)
+    assert sum(len(emission.tokens) for emission in await read(stream)) == 6
+    assert loop._metrics.all("inter_token") == [{"seconds": 2}] * 4
+    await loop.stop(0)

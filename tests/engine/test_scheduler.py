@@ -651,6 +651,25 @@ def test_keys_of_a_long_prompt_are_computed_as_it_is():
     assert lengths == [9, 17, 25]
 
 
+def test_a_long_prefix_is_looked_up_in_several_steps_while_others_run(monkeypatch):
+    scheduler = make(num_blocks=1000, max_tokens=512)
+    scheduler.add(sequence(0, range(400), max_tokens=1))
+    run_out(scheduler)
+    scheduler.add(sequence(1, [5], max_tokens=30))
+    step(scheduler)
+    monkeypatch.setattr("ruvon.engine.scheduler.KEYS_A_STEP", 30)
+    seq = sequence(2, [*range(400), 1], max_tokens=2)
+    scheduler.add(seq)
+    lengths = []
+    while not seq.blocks:
+        assert 1 in step(scheduler)[0]
+        lengths.append(len(seq.keys))
+    assert lengths == [30, 60, 90, 100]
+    assert seq.num_cached == 400
+    run_out(scheduler)
+    scheduler.pool.check([])
+
+
 def test_who_is_blocked_is_looked_up_again_only_when_something_has_changed(monkeypatch):
     scheduler = make(num_blocks=8, block_size=4)
     scheduler.add(sequence(0, range(10, 20), max_tokens=9))

@@ -1,0 +1,117 @@
+"""Plans are values: written down, read back and run again, they give the same tokens, whatever a
+runner keeps of sequences in between."""
+
+import pickle
+from collections import deque
+from dataclasses import replace
+from functools import partial
+from types import MappingProxyType
+
+import numpy as np
+import pytest
+import torch
+
+from ruvon.config import EngineConfig
+from ruvon.engine.engine import Engine
+from ruvon.engine.runner import Runner
+from ruvon.engine.sampler import sample
+from ruvon.engine.types import Job, SamplingParams
+
+PAGE, BLOCKS, VOCAB, LONGEST = 4, 16, 40, 40
+
+SAMPLINGS = (
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1),
+    SamplingParams(temperature=0, repetition_penalty=1.5, frequency_penalty=1.0),
+    SamplingParams(temperature=1, presence_penalty=2.0, logprobs=2),
+    SamplingParams(temperature=0, bad_words=tuple((a, b) for a in range(40) for b in range(20))),
+    SamplingParams(temperature=0, min_tokens=9, logit_bias=MappingProxyType({3: 4.0, 7: 4.0})),
+    SamplingParams(temperature=0, prompt_logprobs=1),
+)
+JOBS = [
+    Job(
+        tuple((5 * i + place) % VOCAB for place in range(3 + 4 * i % 13)),
+        replace(sampling, max_tokens=18, seed=i),
+        n=1 + i % 2,
+    )
+    for i, sampling in enumerate(SAMPLINGS * 2)
+]
+
+
+class Context:
+    """A model whose logits depend on all tokens of a sequence, read from a cache by its table."""
+
+    def __init__(self):
+        self._cache = np.zeros(BLOCKS * PAGE, dtype=np.int64)
+
+    def __call__(self, batch):
+        self._cache[batch.slots] = batch.token_ids
+        logits = torch.empty(len(batch.logit_rows), VOCAB)
+        for i, row in enumerate(batch.logit_rows.tolist()):
+            owner = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
+            places = np.arange(int(batch.positions[row]) + 1)
+            table = batch.block_tables[owner]
+            tokens = self._cache[table[places // PAGE] * PAGE + places % PAGE]
+            seed = hash(tuple(tokens.tolist())) % 2**31
+            logits[i] = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
+        return logits
+
+
+@pytest.fixture
+def make_runner():
+    made = []
+
+    def make():
+        runner = Runner(
+            Context(), partial(sample, eos_token_ids=(0,)),
+            block_size=PAGE, device=None, max_logit_rows=100,
+        )  # fmt: skip
+        made.append(runner)
+        return runner
+
+    yield make
+    for runner in made:
+        runner.close()
+
+
+def drive(runner, jobs, depth):
+    """Tokens by completion, and all plans as they were written down, each with its result."""
+    config = EngineConfig(block_size=PAGE, max_num_seqs=5, max_num_batched_tokens=12)
+    engine = Engine(
+        runner, config,
+        max_model_len=LONGEST, num_blocks=BLOCKS, vocab_size=VOCAB, eos_token_ids=(0,),
+    )  # fmt: skip
+    runner.depth = depth
+    tokens, written, pending, first = {}, [], deque(), 0
+    for job in jobs:
+        tokens |= {first + k: [] for k in range(job.n)}
+        engine.add(job, 0.0, first)
+        first += job.n
+    while engine.has_work:
+        while (step := engine.launch(0.0)) is not None:
+            written.append(pickle.dumps(step.plan))
+            pending.append(step)
+        step = pending.popleft()
+        written[step.plan.step - 1] = (written[step.plan.step - 1], step.future.result())
+        for emission in engine.collect(step):
+            assert emission.error is None
+            tokens[emission.index] += emission.tokens
+    return tokens, written, engine._scheduler.counters.preempted
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_plans_that_were_written_down_give_the_same_again(make_runner, depth):
+    tokens, written, preempted = drive(make_runner(), JOBS, depth)
+    assert preempted
+    again = make_runner()
+    for plan, result in written:
+        new = again.launch(pickle.loads(plan)).result()
+        assert new.tokens == result.tokens
+        assert new.logprobs == result.logprobs
+        assert new.prompt_logprobs == result.prompt_logprobs
+    alone, number = {}, 0
+    for job in JOBS:
+        for _, own in sorted(drive(make_runner(), [job], 1)[0].items()):
+            alone[number] = own
+            number += 1
+    assert tokens == alone
