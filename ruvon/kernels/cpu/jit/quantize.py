@@ -21,7 +21,7 @@ from ruvon.kernels.cpu.jit.simd import (
     tree,
     vector,
 )
-from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, SCALE, TOTAL, Form
+from ruvon.kernels.cpu.kinds import FIRST_HALF, LANES, SCALE, TOTAL, Form
 
 F32V, I32V = vector(F32), vector(I32)
 
@@ -70,12 +70,10 @@ def quantize_to(form: Form):
                 store_codes(b, codes, half, block, form)
             signed = (b.sext(b.trunc(codes, vector(I8)), I32V) for codes in lanes)
             first_sum, second_sum = sum_halves(b, *signed)
-            total, by_128 = b.add(first_sum, second_sum), ir.Constant(I32, -128)
             tail = {
                 SCALE: b.fmul(peak, ir.Constant(F32, 1 / 127)),
-                TOTAL: b.sitofp(total, F32),
-                NEGATED: b.mul(total, by_128),
-                NEGATED_HALF: b.mul(first_sum, by_128),
+                TOTAL: b.sitofp(b.add(first_sum, second_sum), F32),
+                FIRST_HALF: b.sitofp(first_sum, F32),
             }
             for at, value in tail.items():
                 store_as(b, offset(b, block, form.tail + at), value, 4)
