@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.program import SCRATCH_BYTES
+from ruvon.kernels.cpu.params import SCRATCH_BYTES
 
 # The control block, in bytes. What threads write has a cache line to itself.
 EPOCH = 0  # programs begun so far

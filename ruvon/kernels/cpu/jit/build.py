@@ -10,11 +10,10 @@ from collections.abc import Callable
 from llvmlite import binding
 from numba import types
 
+from ruvon.kernels.cpu.compiled import Key
 from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
 from ruvon.kernels.cpu.jit import attention, linear, rows, sample, threads
 from ruvon.kernels.cpu.jit.translate import translate
-
-Key = tuple[str, int | None]
 
 KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
@@ -26,9 +25,9 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "layer_norm": (rows.layer_norm, KERNEL),
     "activate": (rows.activate, KERNEL),
     "add": (rows.add, KERNEL),
-    "take": (rows.take, KERNEL),
+    "gather": (rows.gather, KERNEL),
     "argmax": (rows.argmax, KERNEL),
-    "draw": (sample.draw, KERNEL),
+    "sample": (sample.sample, KERNEL),
 }
 FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
     "embed": rows.make_embed,

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
+from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
@@ -29,7 +30,6 @@ from ruvon.kernels.cpu.jit.simd import (
     splat,
     vector,
 )
-from ruvon.kernels.cpu.kinds import FIRST_HALF, LANES, TOTAL, VECTORS, TileKind
 
 I32V, F32V = vector(I32), vector(F32)
 
@@ -46,7 +46,7 @@ class Group:
 
     b: ir.IRBuilder
     isa: Isa
-    kind: TileKind
+    kind: TileFormat
     w: ir.Value  # where it lies
     loaded: dict[int, ir.Value] = field(default_factory=dict)
 

@@ -6,6 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, SCALE, TOTAL, Form
 from ruvon.kernels.cpu.jit.simd import (
     F32,
     I8,
@@ -21,7 +22,6 @@ from ruvon.kernels.cpu.jit.simd import (
     tree,
     vector,
 )
-from ruvon.kernels.cpu.kinds import FIRST_HALF, LANES, SCALE, TOTAL, Form
 
 F32V, I32V = vector(F32), vector(I32)
 

@@ -1,4 +1,4 @@
-"""The kernel that draws tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
+"""The kernel that samples tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
 
 A unit of work is a *workspace*, which serves every so many rows one after the other: a row's
 weights, V floats, stay in the cache of whoever works on it. Nothing is sorted. A filter's threshold
@@ -18,20 +18,19 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.jit.rows import first_in_row, max_or_nan
+from ruvon.kernels.cpu.arguments import Sample
+from ruvon.kernels.cpu.jit.rows import first_in_row, largest, max_of
 from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
     any_equal,
+    arguments,
     define,
     exp16,
     f32x16,
-    fma,
     get,
     keep_first,
-    larger,
     load,
-    max_lanes,
     read_f32,
     read_f64,
     read_i32,
@@ -46,10 +45,11 @@ from ruvon.kernels.cpu.jit.simd import (
     write_u8,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.program import Field, Param
-from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Word
+from ruvon.kernels.cpu.params import Param
+from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Row
 
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
+RANK, NORM = map(Result._fields.index, ("rank", "norm"))  # behind the token
 PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 
 
@@ -191,17 +191,6 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 
 
 @helper
-def max_of(x, width):
-    """The largest of some numbers that are no NaN."""
-    low = splat16(-np.inf)
-    whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, low)
-    for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
-
-
-@helper
 def cut_of_largest(x, width, count, scratch):
     """The ``count``-th largest number, and how many equal to it are among the largest.
 
@@ -234,21 +223,6 @@ def drop_ties(x, width, cut, kept, instead):
 
 
 @helper
-def best_of(x, width):
-    """The largest number, or NaN if there is one."""
-    zeros = splat16(0.0)
-    whole = width // 16 * 16
-    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
-    for at in range(0, whole, 16):
-        nothing = fma(load(x + 4 * at), zeros, nothing)
-    found = max_of(x, width)
-    if sum_lanes(nothing) != 0:  # a NaN or an infinity
-        for at in range(width):
-            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
-    return found
-
-
-@helper
 def trouble(best):
     """What to say instead of a token if the best score is this; 0 if it is a number."""
     if best != best:
@@ -261,15 +235,15 @@ def trouble(best):
 @helper
 def is_edited(row):
     """Whether scores differ from logits, or will be marked by top_k."""
-    edits = get(row, Word.NUM_BANNED) + get(row, Word.NUM_BIASED) + get(row, Word.NUM_SEEN)
-    edits += get(row, Word.NUM_COUNTED) + get(row, Word.TOP_K)
-    return edits > 0 or get(row, Word.NUM_ALLOWED) >= 0
+    edits = row.num_banned + row.num_biased + row.num_seen
+    edits += row.num_counted + row.top_k
+    return edits > 0 or row.num_allowed >= 0
 
 
 @helper
 def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
-    allowed, low = get(row, Word.NUM_ALLOWED), splat16(-np.inf)
+    allowed, low = row.num_allowed, splat16(-np.inf)
     for at in range(0, width, 16):
         store(out + 4 * at, low if allowed >= 0 else load(x + 4 * at))
     for n in range(allowed):
@@ -302,32 +276,32 @@ def penalize_seen(ids, count, penalty, width, x, marks):
 @helper
 def edit(row, x, width, out, scratch):
     """Write a row's scores after all that the request bans, adds and penalizes."""
-    ids, amounts = get(row, Word.IDS), get(row, Word.AMOUNTS)
+    ids, amounts = row.ids, row.amounts
     ids = copy_allowed(row, x, width, ids, out)
-    for _ in range(get(row, Word.NUM_BANNED)):
+    for _ in range(row.num_banned):
         write_f32(out + 4 * read_i32(ids), -np.inf)
         ids += 4
-    biased, seen = get(row, Word.NUM_BIASED), get(row, Word.NUM_SEEN)
+    biased, seen = row.num_biased, row.num_seen
     add_amounts(ids, amounts, biased, out)
     ids += 4 * biased
     if seen > 0:
-        penalty = np.float32(read_f64(row + 8 * Word.REPETITION))
+        penalty = np.float32(row.repetition)
         penalize_seen(ids, seen, penalty, width, out, scratch)
-    add_amounts(ids + 4 * seen, amounts + 4 * biased, get(row, Word.NUM_COUNTED), out)
+    add_amounts(ids + 4 * seen, amounts + 4 * biased, row.num_counted, out)
 
 
-# Weights and draws
+# Weights, and a token by them
 
 
 @helper
 def weigh(row, x, width, best, out, scratch):
     """What remains to draw from after temperature, top_k and min_p: weights, 1 for the best."""
-    cut, top_k = np.float32(-np.inf), get(row, Word.TOP_K)
+    cut, top_k = np.float32(-np.inf), row.top_k
     if 0 < top_k < width:  # then x is a copy, see `is_edited`
         cut, ties = cut_of_largest(x, width, top_k, scratch)
         drop_ties(x, width, cut, ties, -np.inf)
-    temperature = splat16(np.float32(read_f64(row + 8 * Word.TEMPERATURE)))
-    least, zeros = splat16(np.float32(read_f64(row + 8 * Word.MIN_P))), splat16(0.0)
+    temperature = splat16(np.float32(row.temperature))
+    least, zeros = splat16(np.float32(row.min_p)), splat16(0.0)
     lowest, highest = splat16(cut), splat16(best)
     for at in range(0, width, 16):
         score = load(x + 4 * at)
@@ -398,24 +372,24 @@ def invert(x, tiles, share):
 
 
 @helper
-def draw_one(row, width, work, scratch):
+def sample_one(row, width, work, scratch):
     """A token, or why there is none. ``work``: float32 [tiles * TILE], zeros from V on."""
-    x = get(row, Word.LOGITS)
-    best = best_of(x, width)
+    x = row.logits
+    best = largest(x, width)
     error = trouble(best)
     if error == 0 and is_edited(row):
         edit(row, x, width, work, scratch)
-        x, best = work, best_of(work, width)
+        x, best = work, largest(work, width)
         error = trouble(best)
     if error != 0:
         return error
-    if read_f64(row + 8 * Word.TEMPERATURE) == 0:
+    if row.temperature == 0:
         return first_in_row(x, width, best)
-    tiles, top_p = (width + TILE - 1) // TILE, read_f64(row + 8 * Word.TOP_P)
+    tiles, top_p = (width + TILE - 1) // TILE, row.top_p
     weigh(row, x, width, best, work, scratch)
     if top_p != 1:
         keep_nucleus(work, width, tiles, top_p, scratch)
-    return invert(work, tiles, uniform(get(row, Word.SEED), get(row, Word.POSITION)))
+    return invert(work, tiles, uniform(row.seed, row.position))
 
 
 # Logprobs
@@ -424,7 +398,7 @@ def draw_one(row, width, work, scratch):
 @helper
 def log_norm(x, width):
     """The logarithm of the sum of exponentials."""
-    best, low = best_of(x, width), splat16(-np.inf)
+    best, low = largest(x, width), splat16(-np.inf)
     highest, total = splat16(best), 0.0
     for start in range(0, width, TILE):
         sums = splat16(0.0)
@@ -462,23 +436,23 @@ def list_largest(x, width, count, ids, scratch):
 @helper
 def score(row, width, token, result, scratch):
     """How likely the model found a token, and which it found likeliest."""
-    x, top = get(row, Word.LOGITS), get(row, Word.NUM_TOP)
-    write_i64(result + 8 * Result.RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
-    write_f64(result + 8 * Result.NORM, log_norm(x, width))
+    x, top = row.logits, row.num_top
+    write_i64(result + 8 * RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
+    write_f64(result + 8 * NORM, log_norm(x, width))
     if top > 0:
-        list_largest(x, width, top, get(row, Word.TOP), scratch)
+        list_largest(x, width, top, row.top, scratch)
 
 
-def draw(instruction, params, start, stop, scratch):
-    """Draw for all rows; X: their parameters, OUT: results, TOTAL: workspaces."""
+def sample(address, params, start, stop, scratch):
+    """Sample all rows."""
+    a = arguments(Sample, address)
     rows, spaces = get(params, Param.LOGIT_ROWS), get(params, Param.SEQUENCES)
-    width = get(instruction, Field.WIDTH)
+    space_bytes = (a.vocab_size + TILE - 1) // TILE * TILE * 4
     for space in range(start, stop):
-        work = get(instruction, Field.TOTAL) + space * ((width + TILE - 1) // TILE * TILE * 4)
+        work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row = get(instruction, Field.X) + n * get(instruction, Field.X_STRIDE)
-            result = get(instruction, Field.OUT) + n * get(instruction, Field.OUT_STRIDE)
-            token = draw_one(row, width, work, scratch)
-            write_i64(result + 8 * Result.TOKEN, token)
-            if token >= 0 and get(row, Word.NUM_TOP) >= 0:
-                score(row, width, token, result, scratch)
+            row, result = arguments(Row, a.rows + n * a.row_bytes), a.results + n * a.result_bytes
+            token = sample_one(row, a.vocab_size, work, scratch)
+            write_i64(result, token)
+            if token >= 0 and row.num_top >= 0:
+                score(row, a.vocab_size, token, result, scratch)

@@ -11,6 +11,7 @@ off, sums over lanes use one fixed tree.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -21,8 +22,9 @@ from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from ruvon.kernels.cpu.arguments import fields
+from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.kinds import LANES
 
 I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
@@ -436,9 +438,38 @@ def write_i64(typing, address, x):
 
 
 @helper
-def get(instruction, field):
-    """An instruction's field, or a step's parameter."""
-    return read_i64(instruction + 8 * field)
+def get(params, number):
+    """A step's parameter."""
+    return read_i64(params + 8 * number)
+
+
+def numba_type(kind: Any) -> types.Type:
+    """Of a field of arguments, or of a whole tuple of them."""
+    if kind is float:
+        return types.float64
+    if not hasattr(kind, "_fields"):
+        return types.intp
+    return types.BaseTuple.from_types([*map(numba_type, fields(kind).values())], kind)
+
+
+@intrinsic
+def arguments(typing, kind, address):
+    """A tuple of `ruvon.kernels.cpu.arguments`, of this kind, as it lies at ``address``."""
+    result = numba_type(kind.instance_class)
+
+    def generate(context, b, sig, values):
+        places = (b.add(values[1], number(at)) for at in itertools.count(0, 8))
+
+        def read(kind):
+            if kind is types.float64:
+                return load_as(b, next(places), ir.DoubleType(), 8)
+            if kind is types.intp:
+                return load_as(b, next(places), I64, 8)
+            return context.make_tuple(b, kind, [read(each) for each in kind])
+
+        return read(result)
+
+    return result(kind, types.intp), generate
 
 
 # Functions of vectors

@@ -21,6 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
 from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
 from ruvon.kernels.cpu.jit.simd import (
@@ -45,7 +46,6 @@ from ruvon.kernels.cpu.jit.simd import (
     vector,
     widen,
 )
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, ROWS, SCALE, SUPER, Form, TileKind
 
 F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
@@ -76,7 +76,7 @@ def counted_loop(
     return following
 
 
-def load_scales(b: ir.IRBuilder, kind: TileKind, s: ir.Value, over: ir.Value) -> list[ir.Value]:
+def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) -> list[ir.Value]:
     """The scales of one group (two if halves), then its offsets if there are any. What multiplies
     them, if something does, is at ``over``: products of such numbers are exact."""
     places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
@@ -138,7 +138,7 @@ DENSE = {"f32": vector(F32), "f16": vector(F16), "bf16": vector(I16)}  # as they
 @intrinsic(prefer_literal=True)
 def load_dense(typing, kind, address):
     """Sixteen numbers of a dense tile."""
-    element = DENSE[KINDS[kind.literal_value].storage]
+    element = DENSE[FORMATS[kind.literal_value].storage]
     return define(
         f32x16, (kind, types.intp), lambda b, _, address: widen(b, load_as(b, address, element, 2))
     )
@@ -179,7 +179,7 @@ def pairs_step(b: ir.IRBuilder, w: ir.Value, x: ir.Value, outs: list[ir.Value]) 
     return outs
 
 
-def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) -> None:
+def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileFormat, rows: int) -> None:
     """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
     by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
     second-level cache: the first has too few requests in flight.
@@ -195,7 +195,7 @@ def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) ->
 def emit_product(
     b: ir.IRBuilder,
     isa: Isa,
-    kind: TileKind,
+    kind: TileFormat,
     places: list[ir.Value],
     w: ir.Value,
     x: ir.Value,
@@ -206,37 +206,36 @@ def emit_product(
     rows = len(places)
     tables = b.add(w, b.mul(steps, number(kind.step_bytes)))
     over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
-    ahead = kind.step_bytes + kind.group_scale_bytes
     x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
-    moves = (kind.step_bytes, kind.group_scale_bytes, x_step, ahead)
+    ahead = kind.step_bytes + kind.group_scale_bytes
     # Few registers are better filled with a group's integers, while sums wait in the cache.
     waiting = kind.quantized and rows > 1 and isa.registers == 16
 
     def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
-        (w, s, x, fetch), outs = carried[:4], carried[4:]
+        w, s, x, fetch, *outs = carried
         emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
             by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
-            scales = load_scales(b, kind, s, by)
-            sums = [partial(load_as, b, at, F32V, 4) for at in places]
-            if not waiting:
-                sums = [lambda out=out: out for out in outs]
-            outs = quantized_step(Group(b, isa, kind, w), scales, x, sums)
+            load = [partial(load_as, b, place, F32V, 4) for place in places]
+            keep = [partial(lambda out: out, out) for out in outs]
+            scales, group = load_scales(b, kind, s, by), Group(b, isa, kind, w)
+            outs = quantized_step(group, scales, x, load if waiting else keep)
         elif kind.pairs:
             outs = pairs_step(b, w, x, outs)
         else:
-            outs = dense_step(
-                b, [w], [offset(b, x, 4 * row) for row in range(rows)], outs, kind.storage
-            )
+            x_rows = [offset(b, x, 4 * row) for row in range(rows)]
+            outs = dense_step(b, [w], x_rows, outs, kind.storage)
         if waiting:
             store_all(b, places, outs)
-        moved = [offset(b, at, by) for at, by in zip(carried, moves)]
-        return moved if waiting else [*moved, *outs]
+            outs = []
+        moves = {w: kind.step_bytes, s: kind.group_scale_bytes, x: x_step, fetch: ahead}
+        return [*(offset(b, at, by) for at, by in moves.items()), *outs]
 
-    zeros = [ZEROS] * rows
+    outs = [ZEROS] * rows
     if waiting:
-        store_all(b, places, zeros)
-    outs = counted_loop(b, steps, [w, tables, x, fetch, *([] if waiting else zeros)], body)[4:]
+        store_all(b, places, outs)
+        outs = []
+    _, _, _, _, *outs = counted_loop(b, steps, [w, tables, x, fetch, *outs], body)
     if not waiting:
         store_all(b, places, outs)
 
@@ -265,11 +264,11 @@ def multiply_tile(typing, isa, kind, w, x, steps, out, out_stride, rows, fetch):
     """``rows`` (1 to as many as the instruction set takes) rows of packed activations by one tile
     of weights.
 
-    ``isa`` and ``kind`` index `ISAS` and `KINDS` and are constants of the kernel. ``out_stride``
+    ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. ``out_stride``
     is in bytes. From ``fetch`` on, as many bytes as the tile has are brought into the cache
     meanwhile.
     """
-    chosen, tile = ISAS[isa.literal_value], KINDS[kind.literal_value]
+    chosen, tile = ISAS[isa.literal_value], FORMATS[kind.literal_value]
 
     def body(b, w, x, steps, out, out_stride, rows, fetch):
         def of(count):
@@ -325,7 +324,7 @@ def attend_tiles(typing, isa, kind, fresh, x_stride, out_stride, addresses, x, s
     ``x_stride`` bytes. Instruction set, kind, ``fresh`` (start from zero, not from out) and strides
     are constants of the kernel.
     """
-    chosen, storage = ISAS[isa.literal_value], KINDS[kind.literal_value].storage
+    chosen, storage = ISAS[isa.literal_value], FORMATS[kind.literal_value].storage
     x_bytes, out_bytes, new = (c.literal_value for c in (x_stride, out_stride, fresh))
 
     def body(b, addresses, x, steps, out, rows):

@@ -1,12 +1,13 @@
-"""A model's whole step as one native call: recorded once, replayed for every batch.
+"""A model's whole step as one native call: captured once, replayed for every batch.
 
 It is to a CPU what a CUDA graph is to a GPU, but sizes stay free: instructions read the number of
-tokens, sequences and logit rows when they run, so one tape serves every batch up to its limits.
+tokens, sequences and logit rows when they run, so one graph serves every batch up to its limits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -14,20 +15,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header, Place, leaves, words
+from ruvon.kernels.cpu.capture import Capture, Instruction, Value
 from ruvon.kernels.cpu.compiled import Compiled
-from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, PANEL, QUERY_TOKENS, Field, Param
-from ruvon.kernels.cpu.recorder import Recording
+from ruvon.kernels.cpu.formats import GROUP, Form
+from ruvon.kernels.cpu.layout import aligned_bytes, round_up
+from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
 from ruvon.kernels.cpu.team import Team
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
 Progress: TypeAlias = Callable[[str, float], None]
+WORDS = INSTRUCTION_BYTES // 8
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """The largest step a tape must serve."""
+    """The largest step a graph must serve."""
 
     tokens: int
     sequences: int
@@ -36,19 +40,23 @@ class Limits:
 
 
 class Program:
-    """A finished recording in memory, ready to run."""
+    """Captured instructions in memory, ready to run."""
 
-    def __init__(self, recording: Recording, compiled: Compiled, team: Team) -> None:
-        recording.foresee()
-        self.instructions = recording.instructions
-        self._kept = recording.kept, recording.values
+    def __init__(
+        self, capture: Capture, results: Iterable[Tensor], compiled: Compiled, team: Team
+    ) -> None:
+        """``results`` stand for values that are read after the last instruction."""
+        self.instructions = capture.instructions  # which keep all that they point at
         self._team = team
-        memory = aligned_bytes(len(self.instructions) * INSTRUCTION_BYTES)
-        self._memory = memory.view(torch.int64).view(-1, INSTRUCTION_BYTES // 8)
-        for line, instruction in zip(self._memory, self.instructions, strict=True):
-            line[Field.KERNEL] = compiled.address(instruction.kernel)
-            for field, number in instruction.fields.items():
-                line[field] = number
+        wanted = {capture.value_of(tensor).read().value for tensor in results}
+        give_memory(capture, wanted)
+        links = prefetch_links(self.instructions)
+        self._memory = new_instructions(len(self.instructions))
+        for line, each, link in zip(self._memory, self.instructions, links, strict=True):
+            address = compiled.address(each.kernel)
+            header = Header(address, each.count, each.units, each.dynamic, *link)
+            numbers = words((header, each.arguments))
+            line[: len(numbers)] = torch.tensor(numbers)
 
     def run(self, sizes: Sequence[int], lines: Tensor | None = None) -> None:
         """One step of these sizes; returns when all threads are done.
@@ -59,10 +67,54 @@ class Program:
 
     def pick(self, numbers: Sequence[int]) -> Tensor:
         """A copy of the instructions of these numbers."""
-        lines = aligned_bytes(len(numbers) * INSTRUCTION_BYTES).view(torch.int64)
-        lines = lines.view(-1, INSTRUCTION_BYTES // 8)
+        lines = new_instructions(len(numbers))
         lines.copy_(self._memory[list(numbers)])
         return lines
+
+
+def new_instructions(count: int) -> Tensor:
+    return aligned_bytes(count * INSTRUCTION_BYTES).view(torch.int64).view(-1, WORDS)
+
+
+def places(line: Instruction) -> Iterator[tuple[Value, Form]]:
+    """The memory that an instruction reads or writes and that somebody wants."""
+    for leaf in leaves(line.arguments):
+        if isinstance(leaf, Place) and leaf.form in leaf.value.wanted:
+            yield leaf.value, leaf.form
+
+
+def give_memory(capture: Capture, results: set[Value]) -> None:
+    """Every value has memory from the instruction that makes it to the last that reads it; that of
+    ``results`` is theirs for good.
+
+    Only buffers of one form and shape share: what pads them stays zero.
+    """
+    last = {place: n for n, line in enumerate(capture.instructions) for place in places(line)}
+    free: dict[tuple[Form, Param, int], list[Tensor]] = defaultdict(list)
+    for number, line in enumerate(capture.instructions):
+        mine = dict.fromkeys(places(line))
+        for value, form in mine:
+            if form not in value.memory:
+                rows = round_up(capture.capacity[value.rows], GROUP)
+                unused = free[form, value.rows, value.width]
+                size = rows * value.groups * form.group_bytes
+                value.memory[form] = unused.pop() if unused else aligned_bytes(size)
+        for value, form in mine:
+            if last[value, form] == number and value not in results:
+                free[form, value.rows, value.width].append(value.memory[form])
+
+
+def prefetch_links(instructions: Sequence[Instruction]) -> list[tuple[Any, int, int]]:
+    """For each instruction the weights of the product that follows: tiles, units, bytes of a unit.
+    After the last product comes the first, of the next step."""
+    link: tuple[Any, int, int] = (None, 0, 0)
+    links = []
+    for line in [*instructions, *instructions][::-1]:
+        links.append(link)
+        if line.kernel[0] == "linear":
+            weight = line.arguments.weight
+            link = weight.tiles, line.units, 2 * weight.tile_bytes
+    return links[: len(instructions) - 1 : -1]
 
 
 def sizes_of(query_starts: np.ndarray[Any, Any], logit_rows: int) -> list[int]:
@@ -84,7 +136,7 @@ assert [*Param] == [
 ]
 
 
-class Tape:
+class Graph:
     """One model's step. `replay` is a runner's ``forward``."""
 
     def __init__(
@@ -92,20 +144,19 @@ class Tape:
         forward: Forward,
         cache: Sequence[tuple[Tensor, Tensor]],
         limits: Limits,
-        recording: Recording,
-        finish: Callable[[Recording], Program],
+        capture: Capture,
+        finish: Callable[[Capture, Iterable[Tensor]], Program],
     ) -> None:
-        """``recording`` is the one that the model's operations write to."""
-        self.limits = limits
+        """``capture`` is the one that the model's operations write to."""
         self._batch = empty_batch(limits)
         self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
         self._tables = self._batch.block_tables.numpy()
         logits = forward(self._batch, cache)
         likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
-        recording.argmax(logits, likeliest)
+        capture.argmax(logits, likeliest)
         self._likeliest = likeliest.numpy()
-        self._logits = logits
-        self.program = finish(recording)
+        self.program = finish(capture, [logits])
+        self._logits = capture.result(logits)
         self.num_rows = 0
 
     def replay(self, batch: ForwardBatch) -> Tensor:
