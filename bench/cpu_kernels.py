@@ -136,7 +136,7 @@ def work_of(line: Instruction, tokens: int, rows: int) -> tuple[int, int]:
         return 0, 0
     told = line.arguments
     tiles = told.columns * 2 * (2 if told.gate_bytes else 1)
-    height = tokens if told.count == Param.TOKENS else rows
+    height = tokens if told.counted == Param.TOKENS else rows
     k = told.weight.steps * FORMATS[line.kernel[1]].step
     return tiles * told.weight.tile_bytes, 2 * height * tiles * 16 * k
 

@@ -152,7 +152,7 @@ def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float
 
 
 def outcome(row: SamplingRow, logits_V: Floats, drawn: tuple[int, int, float], top: Ids) -> RowDraw:
-    """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `sampling.Result`."""
+    """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `Result`."""
     token, rank, norm = drawn
     if token < 0:
         return (), None, undrawable(TROUBLE[token])

@@ -42,7 +42,7 @@ MAIN = """
 #include <sys/mman.h>
 #include <unistd.h>
 
-typedef void kernel(int64_t *arguments, int64_t *params, int64_t start, int64_t stop, char *scratch);
+typedef void kernel(int64_t *told, int64_t *params, int64_t start, int64_t stop, char *scratch);
 kernel %(symbols)s;
 static kernel *const kernels[] = {%(symbols)s};
 static _Alignas(64) char scratch[%(scratch)d];
@@ -57,7 +57,7 @@ int main(int argc, char **argv)
     if (params == MAP_FAILED)
         return 1;
     for (; lines--; line += %(words)d) {
-        int64_t units = params[line[%(count)d]] * line[%(units)d];
+        int64_t units = params[line[%(counted)d]] * line[%(units)d];
         kernels[line[%(kernel)d]](line + %(header)d, params, 0, units, scratch);
     }
     return 0;

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cpu_models import Prompts, random_quantized
 from emulated import CPUS, MISSING, Emulator, build, run
-from test_cpu_ops import FORMATS
 from test_cpu_graph import SHAPES, capture
+from test_cpu_ops import FORMATS
 
 from ruvon.kernels import cpu as package
 from ruvon.kernels.cpu import CpuKernels, isa

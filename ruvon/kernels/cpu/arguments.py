@@ -7,7 +7,7 @@ An *instruction* is a `Header` and the arguments of its kernel, each field an in
 
 It does units ``start`` to ``stop`` of its instruction; what a unit is (a row, 32 outputs of a
 product, a head) is the kernel's own business. There are ``units`` of them for each of what is
-counted at ``params + 8 * count``, so that one graph serves every batch size.
+counted at ``params + 8 * counted``, so that one graph serves every batch size.
 
 The same tuples are filled in by `graph`, with values, tensors and numbers, and read by compiled
 code, with addresses and numbers (`jit.simd.arguments`). Strides are in bytes; what is absent has
@@ -47,7 +47,7 @@ class Header(NamedTuple):
     """What threads are told of an instruction."""
 
     kernel: int  # address
-    count: int  # a `Param`
+    counted: int  # a `Param`
     units: int  # for each of those counted
     dynamic: int  # 1: units cost so unlike that threads take them one by one; 0: each has its own
     next_tiles: Address = 0  # those of the next product, to be fetched into the cache meanwhile
@@ -128,7 +128,7 @@ class Linear(NamedTuple):
     weight: Tiles
     bias: Address
     activation: int
-    count: int  # the `Param` that counts rows
+    counted: int  # the `Param` of rows
     columns: int  # units of a panel of rows
     width: int
     gate_bytes: int  # from a gate's tile to its partner's; 0 if the product is not gated

@@ -60,7 +60,7 @@ class Instruction(NamedTuple):
     """A kernel and what it is told; ``units`` for each of what is counted."""
 
     kernel: Key
-    count: Param
+    counted: Param
     units: int
     dynamic: bool
     arguments: Any  # of `arguments`
@@ -153,10 +153,10 @@ class Capture:
 
     def result(self, x: Tensor) -> Tensor:
         """What a tensor stands for, once there is memory."""
-        floats = self.value_of(x).floats()
-        if x.dim() == 2:
-            return floats[: x.shape[0]]
-        return floats[: x.shape[0]].unflatten(1, (x.shape[1], -1))[:, :, : x.shape[2]]
+        floats = self.value_of(x).floats()[: x.shape[0]]
+        if x.dim() == 3:  # heads, padded
+            floats = floats.view(*x.shape[:2], -1)[:, :, : x.shape[2]]
+        return floats
 
     def packed(self, value: Value, form: Form) -> Place:
         """Where packed rows for a product will be: written by what makes the value if that can,
@@ -229,7 +229,7 @@ class Capture:
         arguments = Norm(
             x=x.read(),
             residual=None if residual_TC is None else self.value_of(residual_TC).read(),
-            total=total and total.read(),
+            total=None if total is None else total.read(),
             stride=x.stride,
             width=x.width,
             weight=constant(weight_C),
@@ -261,7 +261,7 @@ class Capture:
                 weight=tiles_of(kind, tiles, inputs),
                 bias=None if bias is None else bias[first:],
                 activation=ACTIVATIONS[activation],
-                count=x.rows,
+                counted=x.rows,
                 columns=columns,
                 width=rows,
                 gate_bytes=width // LANES * tiles.stride(0) if gated else 0,
@@ -308,8 +308,8 @@ class Capture:
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
             positions=ints(batch.positions),
             slots=ints(batch.slots),
-            cos=rope and rope.cos_PD.contiguous(),
-            sin=rope and rope.sin_PD.contiguous(),
+            cos=None if rope is None else rope.cos_PD.contiguous(),
+            sin=None if rope is None else rope.sin_PD.contiguous(),
             pairs=0 if rope is None else rope.cos_PD.shape[1],
             q_norm=constant(q_norm_D),
             k_norm=constant(k_norm_D),

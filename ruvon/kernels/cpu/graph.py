@@ -54,7 +54,7 @@ class Program:
         self._memory = new_instructions(len(self.instructions))
         for line, each, link in zip(self._memory, self.instructions, links, strict=True):
             address = compiled.address(each.kernel)
-            header = Header(address, each.count, each.units, each.dynamic, *link)
+            header = Header(address, each.counted, each.units, each.dynamic, *link)
             numbers = words((header, each.arguments))
             line[: len(numbers)] = torch.tensor(numbers)
 

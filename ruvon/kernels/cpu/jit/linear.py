@@ -91,7 +91,7 @@ def make_linear(kind, isa):
 
     def linear(address, params, start, stop, scratch):
         a = arguments(Linear, address)
-        rows, unit_bytes = get(params, a.count), 2 * a.weight.tile_bytes
+        rows, unit_bytes = get(params, a.counted), 2 * a.weight.tile_bytes
         for unit in range(start, stop):
             column, panel = unit % a.columns, unit // a.columns
             w = a.weight.tiles + column * unit_bytes

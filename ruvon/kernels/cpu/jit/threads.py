@@ -134,7 +134,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     same ones every step. Who computes a part does not change its result.
     """
     header, told = arguments(Header, instruction), instruction + HEADER_BYTES
-    units = get(params, header.count) * header.units
+    units = get(params, header.counted) * header.units
     finish_reads()
     if read_atomic(control + EPOCH) != epoch:
         return  # what was read may belong to a newer order
@@ -165,7 +165,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
 @helper
 def run_alone(instruction, params, scratch):
     header, told = arguments(Header, instruction), instruction + HEADER_BYTES
-    units = get(params, header.count) * header.units
+    units = get(params, header.counted) * header.units
     if units:
         plan_fetching(header, 0, 1, units, scratch)
         call_kernel(header.kernel, told, params, 0, units, scratch)
