@@ -16,21 +16,22 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.arguments import Sample
 from ruvon.kernels.cpu.jit.rows import first_in_row, largest, max_of
 from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
+    V,
     any_equal,
+    any_lane,
     arguments,
-    define,
     exp16,
-    f32x16,
     get,
     keep_first,
     load,
+    number,
+    operation,
     read_f32,
     read_f64,
     read_i32,
@@ -55,54 +56,36 @@ PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 
 # Vectors and bits
 
-
-@intrinsic
-def where_at_least(typing, x, cut, kept, other):
-    """Lanes of ``kept`` where x reaches ``cut``, the rest of ``other``."""
-
-    def emit(b, x, cut, kept, other):
-        return b.select(b.fcmp_ordered(">=", x, cut), kept, other)
-
-    return define(f32x16, (f32x16,) * 4, emit)
+NUMBER, DOUBLE = ir.FloatType(), ir.DoubleType()
 
 
-@intrinsic
-def any_within(typing, x, low, high):
-    """Whether any lane lies from ``low`` to ``high``."""
-
-    def emit(b, x, low, high):
-        inside = b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high))
-        lanes = b.bitcast(inside, ir.IntType(16))
-        return b.icmp_unsigned("!=", lanes, ir.Constant(ir.IntType(16), 0))
-
-    return define(types.boolean, (f32x16,) * 3, emit)
+def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    return any_lane(b, b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high)))
 
 
-@intrinsic
-def order_of(typing, x):
-    """An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same."""
-
-    def emit(b, x):
-        x = b.fadd(x, ir.Constant(ir.FloatType(), 0.0))  # which makes -0 a 0
-        bits = b.sext(b.bitcast(x, I32), I64)
-        flipped = b.xor(bits, ir.Constant(I64, 0x7FFFFFFF))
-        ordered = b.select(b.icmp_signed("<", bits, ir.Constant(I64, 0)), flipped, bits)
-        return b.add(ordered, ir.Constant(I64, 1 << 31))
-
-    return define(types.intp, (types.float32,), emit)
+def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Between a float's bits, as a signed integer, and an integer of the same order."""
+    return b.select(b.icmp_signed("<", bits, number(0)), b.xor(bits, number(0x7FFFFFFF)), bits)
 
 
-@intrinsic
-def float_at(typing, order):
-    """The float that `order_of` gave this number."""
+def emit_order(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    x = b.fadd(x, ir.Constant(NUMBER, 0.0))  # which makes -0 a 0
+    return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
 
-    def emit(b, order):
-        ordered = b.sub(order, ir.Constant(I64, 1 << 31))
-        flipped = b.xor(ordered, ir.Constant(I64, 0x7FFFFFFF))
-        bits = b.select(b.icmp_signed("<", ordered, ir.Constant(I64, 0)), flipped, ordered)
-        return b.bitcast(b.trunc(bits, I32), ir.FloatType())
 
-    return define(types.float32, (types.intp,), emit)
+def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
+    bits = flip_negative(b, b.sub(order, number(1 << 31)))
+    return b.bitcast(b.trunc(bits, I32), NUMBER)
+
+
+# (x, cut, kept, other): lanes of ``kept`` where x reaches ``cut``, the rest of ``other``
+where_at_least = operation(
+    lambda b, x, cut, kept, other: b.select(b.fcmp_ordered(">=", x, cut), kept, other), V, V, V, V
+)
+any_within = operation(emit_any_within, V, V, V, result=types.boolean)
+# An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same
+order_of = operation(emit_order, types.float32, result=types.intp)
+float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
 
 
 def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
@@ -112,31 +95,27 @@ def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, i
     return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
 
 
-@intrinsic
-def uniform(typing, seed, position):
-    """A number in [0, 1) out of Philox4x64-10, as `ruvon.engine.sampler` draws it: numpy counts
-    one on before it draws."""
+def emit_uniform(b: ir.IRBuilder, seed: ir.Value, position: ir.Value) -> ir.Value:
+    words = [b.add(position, number(1)), number(0), number(0), number(0)]
+    keys = [seed, number(0)]
+    for _ in range(10):
+        high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
+        other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
+        words = [
+            b.xor(b.xor(other_high, words[1]), keys[0]),
+            other_low,
+            b.xor(b.xor(high, words[3]), keys[1]),
+            low,
+        ]
+        steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+        keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
+    bits = b.lshr(words[0], number(16))
+    return b.fmul(b.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 2.0**-48))
 
-    def emit(b, seed, position):
-        zero = ir.Constant(I64, 0)
-        words = [b.add(position, ir.Constant(I64, 1)), zero, zero, zero]
-        keys = [seed, zero]
-        for _ in range(10):
-            high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
-            other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
-            words = [
-                b.xor(b.xor(other_high, words[1]), keys[0]),
-                other_low,
-                b.xor(b.xor(high, words[3]), keys[1]),
-                low,
-            ]
-            steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-            keys = [b.add(key, ir.Constant(I64, by)) for key, by in zip(keys, steps, strict=True)]
-        bits = b.lshr(words[0], ir.Constant(I64, 16))
-        scale = ir.Constant(ir.DoubleType(), 2.0**-48)
-        return b.fmul(b.uitofp(bits, ir.DoubleType()), scale)
 
-    return define(types.float64, (types.intp, types.intp), emit)
+# A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
+# numpy counts one on before it draws
+uniform = operation(emit_uniform, types.intp, types.intp, result=types.float64)
 
 
 # Thresholds
