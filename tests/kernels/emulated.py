@@ -1,8 +1,8 @@
 """The CPU kernels on an emulated Arm CPU, for tests: compiled here (and kept, as all kernels are),
 linked into a program, run on copies of the memory that their instructions point at.
 
-An `Emulator` takes the places of `Compiled` and of `Team` in `CpuKernels`: what is computed with
-those operations is then computed by Arm's instructions.
+An `Emulator` takes the places of `Compiled` and of `ThreadPool` in `CpuKernels`: what is computed
+with those operations is then computed by Arm's instructions.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Emulator:
         return self._keys.index(key)
 
     def run(self, program: torch.Tensor, params: list[int]) -> None:
-        """What `Team.run` does."""
+        """What `ThreadPool.run` does."""
         lines = program.numpy().copy()
         kernels = lines[:, NUMBERS["kernel"]]
         used, kernels[:] = np.unique(kernels, return_inverse=True)

@@ -31,7 +31,7 @@ def arm(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "choose", lambda _: chosen)
         patch.setattr(package, "Compiled", lambda _, cores: emulator)
-        patch.setattr(package, "Team", lambda *_: emulator)
+        patch.setattr(package, "ThreadPool", lambda *_: emulator)
         return CpuKernels(threads=1)
 
 

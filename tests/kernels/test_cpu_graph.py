@@ -161,7 +161,7 @@ def test_a_bad_number_stays_in_its_row(cpu):
     assert torch.equal(rows[1:], expected)
 
 
-def test_one_team_serves_graphs_and_threads(cpu):
+def test_one_pool_serves_graphs_and_threads(cpu):
     """Steps from several threads wait for each other."""
     shape, prompts = Shape(), Prompts([30, 30])
     batches = [prompts.batch((s, 0, 30)) for s in range(2)]
@@ -209,11 +209,11 @@ def test_a_thread_that_settles_stays_on_its_core():
 
 def test_closing_leaves_a_program_that_is_stuck_alone():
     kernels = CpuKernels(2)
-    with kernels._team._busy:
+    with kernels._pool._busy:
         kernels.close()
-    assert kernels._team.threads == 2
+    assert kernels._pool.threads == 2
     kernels.close()
-    assert kernels._team.threads == 0
+    assert kernels._pool.threads == 0
 
 
 def test_a_crowd_of_threads_on_few_cores(cpu):

@@ -6,15 +6,15 @@
     model = load_model(checkpoint, config, cpu.ops, progress)      # cpu.ops is an `Ops`
     cache = allocate_cache(layers, blocks, kv_heads, block_size, head_dim, torch.float16)
     graph = cpu.capture(model.forward, cache, Limits(512, 64, 64, 128), progress)
-    logits_LV = graph.replay(batch)                                 # the runner's forward
-    graph.argmax                                                    # greedy tokens [L], computed
+    logits_LV = graph.replay(batch)                                # the runner's forward
+    graph.argmax                                                   # greedy tokens [L], computed
     cpu.sampler(vocab_size, 64)(rows)                              # sampled tokens, see `sampling`
     cpu.close()
 
 Outside of `capture`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
 From the outside in: `graph` replays a step and `sampling` has a program of its own; `capture`
-traces a model's calls, `arguments` says what its kernels are told, `team` runs them on its threads,
+traces a model's calls, `arguments` says what its kernels are told, `thread_pool` runs them,
 `isa` what the CPU can do, `formats` and `layout` how data lies in memory; `compiled` keeps machine
 code between starts. The kernels are in `jit`, and so is numba: only imported to be compiled.
 """
@@ -37,7 +37,7 @@ from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.cpu.sampling import Sampler
-from ruvon.kernels.cpu.team import Team
+from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
 
 __all__ = ["CpuKernels", "Graph", "Limits", "Sampler", "allocate_cache"]
@@ -69,10 +69,10 @@ class CpuKernels:
         self.isa = choose(isa)
         self._compiled = Compiled(self.isa, cores=threads)
         self._dense_dtype = dense_dtype
-        self._team = Team(
+        self._pool = ThreadPool(
             threads,
-            self._compiled.address(("lead", None)),
-            self._compiled.address(("follow", None)),
+            self._compiled.address(("leader", None)),
+            self._compiled.address(("worker", None)),
             cores,
         )
         self._capturing: Capture | None = None
@@ -114,15 +114,15 @@ class CpuKernels:
     def sampler(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Sampler:
         """Samples tokens for up to ``max_rows`` rows of logits at once. Compiles like `capture`."""
         finish = functools.partial(self._finish, progress)
-        return Sampler(vocab_size, max_rows, self._team.threads, Capture({}, self.isa), finish)
+        return Sampler(vocab_size, max_rows, self._pool.threads, Capture({}, self.isa), finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""
-        self._team.settle()
+        self._pool.settle()
 
     def close(self) -> None:
         """End the threads, and whoever still compiles."""
-        self._team.close()
+        self._pool.close()
         self._compiled.close()
 
     def _pack(self, weight: Weight) -> Packed:
@@ -156,7 +156,7 @@ class CpuKernels:
             if progress is not None:
                 progress("compiling kernels", done / len(kernels))
             self._compiled.address(kernel)
-        return Program(capture, results, self._compiled, self._team)
+        return Program(capture, results, self._compiled, self._pool)
 
 
 def allocate_cache(

@@ -21,7 +21,7 @@ from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.formats import GROUP, Form
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
 from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
-from ruvon.kernels.cpu.team import Team
+from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
@@ -43,11 +43,11 @@ class Program:
     """Captured instructions in memory, ready to run."""
 
     def __init__(
-        self, capture: Capture, results: Iterable[Tensor], compiled: Compiled, team: Team
+        self, capture: Capture, results: Iterable[Tensor], compiled: Compiled, pool: ThreadPool
     ) -> None:
         """``results`` stand for values that are read after the last instruction."""
         self.instructions = capture.instructions  # which keep all that they point at
-        self._team = team
+        self._pool = pool
         wanted = {capture.value_of(tensor).read().value for tensor in results}
         give_memory(capture, wanted)
         links = prefetch_links(self.instructions)
@@ -63,7 +63,7 @@ class Program:
 
         ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
         """
-        self._team.run(self._memory if lines is None else lines, sizes)
+        self._pool.run(self._memory if lines is None else lines, sizes)
 
     def pick(self, numbers: Sequence[int]) -> Tensor:
         """A copy of the instructions of these numbers."""

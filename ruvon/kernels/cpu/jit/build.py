@@ -17,8 +17,8 @@ from ruvon.kernels.cpu.jit.translate import translate
 
 KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
-    "lead": (threads.lead, types.void(*[types.intp] * 2)),
-    "follow": (threads.follow, types.void(*[types.intp] * 4)),
+    "leader": (threads.lead, types.void(*[types.intp] * 2)),
+    "worker": (threads.work, types.void(*[types.intp] * 4)),
     "pack": (rows.pack, KERNEL),
     "interleave": (rows.interleave, KERNEL),
     "rms_norm": (rows.rms_norm, KERNEL),

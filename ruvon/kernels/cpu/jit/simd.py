@@ -27,7 +27,7 @@ from ruvon.kernels.cpu.arguments import fields
 from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.jit.translate import helper
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 

@@ -1,4 +1,4 @@
-"""What each thread of the team does, see `ruvon.kernels.cpu.team`: claim parts, run them, wait."""
+"""What each thread does, see `ruvon.kernels.cpu.thread_pool`: claim parts, run them, wait."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ from ruvon.kernels.cpu.params import (
     OWN_END,
     SCRATCH_BYTES,
 )
-from ruvon.kernels.cpu.team import (
+from ruvon.kernels.cpu.thread_pool import (
     COUNT,
     COUNTERS,
     EPOCH,
     FIRST,
-    ORDER_BYTES,
-    ORDERS,
+    JOB_BYTES,
+    JOBS,
     PARAMS,
     PROGRAM,
     SCRATCH,
@@ -137,7 +137,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     units = get(params, header.counted) * header.units
     finish_reads()
     if read_atomic(control + EPOCH) != epoch:
-        return  # what was read may belong to a newer order
+        return  # what was read may belong to a newer job
     plan_fetching(header, thread, threads, units, scratch)
     counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
     own, owners = PARTS_EACH, threads
@@ -182,10 +182,10 @@ def offer_core(scratch):
 
 
 @helper
-def run_program(control, order, epoch, thread, threads):
-    """All instructions of an order, unless a newer one is under way: then this one is done."""
-    program, params = read_i64(order + PROGRAM), order + PARAMS
-    count, first = read_i64(order + COUNT), read_i64(order + FIRST)
+def run_job(control, job, epoch, thread, threads):
+    """All instructions of a job, unless a newer one is under way: then this one is done."""
+    program, params = read_i64(job + PROGRAM), job + PARAMS
+    count, first = read_i64(job + COUNT), read_i64(job + FIRST)
     scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
     for index in range(count):
         instruction = program + index * INSTRUCTION_BYTES
@@ -199,15 +199,15 @@ def run_program(control, order, epoch, thread, threads):
 
 
 def lead(control, threads):
-    """The calling thread's part: publish the order that was written, run it as thread 0."""
+    """The calling thread's part: publish the job that was written, run it as thread 0."""
     epoch = fetch_add(control + EPOCH, 1) + 1
     if read_atomic(control + SLEEPING) > 0:
         futex(control + EPOCH, FUTEX_WAKE, EVERYBODY)
-    run_program(control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, 0, threads)
+    run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, 0, threads)
 
 
 @helper
-def wait_for_order(control, epoch):
+def wait_for_job(control, epoch):
     """Spin a little, then sleep, until the epoch moves on from ``epoch``; returns the new one."""
     turns = 0
     while read_atomic(control + EPOCH) == epoch:
@@ -221,16 +221,14 @@ def wait_for_order(control, epoch):
     return read_atomic(control + EPOCH)
 
 
-def follow(control, presence, thread, threads):
+def work(control, presence, thread, threads):
     """A parked thread's whole life. ``presence`` tells which program's memory it may look at."""
     epoch = 0
     while True:
-        epoch = wait_for_order(control, epoch)
+        epoch = wait_for_job(control, epoch)
         if read_atomic(control + STOP) != 0:
             return
         exchange(presence, epoch)
         if read_atomic(control + EPOCH) == epoch:  # else that memory may be gone already
-            run_program(
-                control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, thread, threads
-            )
+            run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, thread, threads)
         exchange(presence, 0)
