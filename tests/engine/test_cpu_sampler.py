@@ -65,7 +65,7 @@ def sampler(kernels: CpuKernels, vocab: int) -> CpuSampler:
 
 
 def padded(logits_LV: torch.Tensor) -> torch.Tensor:
-    """With rows of whole vectors, as a tape has them; what stands between rows is wild."""
+    """With rows of whole vectors, as a graph has them; what stands between rows is wild."""
     rows, vocab = logits_LV.shape
     wide = torch.full((rows, -(-vocab // 32) * 32), math.nan)
     wide[:, :vocab] = logits_LV

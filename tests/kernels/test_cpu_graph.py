@@ -5,9 +5,15 @@ import threading
 
 import pytest
 import torch
-from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel
+from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel, random_quantized
 
 from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
+from ruvon.kernels.cpu.capture import Capture
+from ruvon.kernels.cpu.formats import Form
+from ruvon.kernels.cpu.graph import give_memory, prefetch_links
+from ruvon.kernels.cpu.isa import choose
+from ruvon.kernels.cpu.layout import pack
+from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import Dense
 
 LIMITS = Limits(tokens=300, sequences=8, logit_rows=300, blocks_per_sequence=BLOCKS)
@@ -22,6 +28,55 @@ SHAPES = {
     "sinks, odd sizes": Shape(sinks=True, hidden=50, wide=40, dim=8, quantized=False),
     "whole groups": Shape(hidden=128, wide=192, dim=64, heads=3, groups=1),
 }
+
+
+def traced():
+    """An empty capture, and a tensor that stands for 4 tokens of width 64."""
+    made = Capture({Param.TOKENS: 4, Param.LOGIT_ROWS: 4}, choose("portable"))
+    return made, made.add(torch.ones(4, 64), torch.ones(4, 64))
+
+
+def test_memory_is_given_on_after_the_last_use():
+    trace, first = traced()
+    second = trace.add(first, first)
+    third = trace.add(second, second)
+    last = trace.add(third, second)
+    values = [trace.value_of(x) for x in (first, second, third, last)]
+    give_memory(trace, {values[3]})
+    addresses = [value.memory[Form.ROWS].data_ptr() for value in values]
+    assert addresses[2] == addresses[0]  # first was read for the last time before
+    assert len(set(addresses[1:])) == 3
+
+
+def test_results_keep_their_memory():
+    trace, first = traced()
+    second = trace.add(first, first)
+    third = trace.add(second, second)
+    values = [trace.value_of(x) for x in (first, second, third)]
+    give_memory(trace, {values[0]})
+    assert len({value.memory[Form.ROWS].data_ptr() for value in values}) == 3
+
+
+def test_values_are_made_in_the_forms_that_somebody_wants():
+    trace, x = traced()
+    normed, _ = trace.rms_norm(x, None, torch.ones(64), 1e-5)
+    weight = pack(random_quantized(32, 64, 4), None, bf16=False)
+    out = trace.linear(normed, weight, None, "none")
+    give_memory(trace, {trace.value_of(out).read().value})
+    assert trace.value_of(normed).memory.keys() == {Form.INT8}
+    assert trace.value_of(out).memory.keys() == {Form.ROWS}
+    assert [line.kernel[0] for line in trace.instructions] == ["add", "rms_norm", "linear"]
+
+
+def test_each_instruction_knows_the_product_that_follows():
+    trace, x = traced()
+    first, second = (pack(Dense(torch.ones(64, 64)), None, bf16=False) for _ in range(2))
+    trace.linear(trace.add(trace.linear(x, first, None, "none"), x), second, None, "none")
+    names = [line.kernel[0] for line in trace.instructions]
+    tiles = {first.tensors[0].data_ptr(): "first", second.tensors[0].data_ptr(): "second"}
+    links = [tiles[link[0].data_ptr()] for link in prefetch_links(trace.instructions)]
+    assert names == ["add", "interleave", "linear", "add", "interleave", "linear"]
+    assert links == ["first", "first", "second", "second", "second", "first"]
 
 
 def fresh_cache(shape, dtype=torch.float16):

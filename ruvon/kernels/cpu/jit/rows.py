@@ -1,6 +1,6 @@
 """Kernels that work row by row: packing activations, norms, embedding, small element-wise things.
 
-A unit of work is one row, in all of them (see `program`).
+A unit of work is one row, in all of them (see `arguments`).
 """
 
 from __future__ import annotations
