@@ -20,11 +20,11 @@ import numpy as np
 import torch
 
 from ruvon.config import EngineConfig
-from ruvon.kernels.cpu import CpuKernels, Limits, Tape, allocate_cache
-from ruvon.kernels.cpu.kinds import KINDS
-from ruvon.kernels.cpu.program import Field
-from ruvon.kernels.cpu.recorder import Instruction
-from ruvon.kernels.cpu.tape import sizes_of
+from ruvon.kernels.cpu import CpuKernels, Graph, Limits, allocate_cache
+from ruvon.kernels.cpu.capture import Instruction
+from ruvon.kernels.cpu.formats import FORMATS
+from ruvon.kernels.cpu.graph import sizes_of
+from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
@@ -55,23 +55,23 @@ def main() -> None:
     print(f"{kernels.ops.name}, {args.threads} threads; torch ", end="")
     print(f"reads {ceilings['GB/s']:.1f} GB/s, ", end="")
     print(f"multiplies {ceilings['GOP/s']:.0f} GOP/s (int8)\n")
-    tape = load_tape(kernels, config)
+    graph = load_graph(kernels, config)
     results = {"ceilings": ceilings}
     for name, batch in batches().items():
-        results[name] = report(name, tape, batch)
+        results[name] = report(name, graph, batch)
     kernels.close()
     if args.json:
         with open(args.json, "w") as file:
             json.dump(results, file, indent=1)
 
 
-def load_tape(kernels: CpuKernels, config: EngineConfig) -> Tape:
+def load_graph(kernels: CpuKernels, config: EngineConfig) -> Graph:
     model = load_model(open_checkpoint(config, silent), config, kernels.ops, silent)
     spec = model.spec
     cache = allocate_cache(
         spec.num_layers, 32 * 16, spec.num_kv_heads, PAGE, spec.head_dim, torch.float16
     )
-    return kernels.record(model.forward, cache, Limits(PROMPT, 64, 64, 64))
+    return kernels.capture(model.forward, cache, Limits(PROMPT, 64, 64, 64))
 
 
 def batches() -> dict[str, ForwardBatch]:
@@ -122,29 +122,29 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def kind_of_work(line: Instruction) -> str:
-    name, fields = line.kernel[0], line.fields
+    name, told = line.kernel[0], line.arguments
     if name != "linear":
         return name
-    tile = KINDS[line.kernel[1]]
-    n, k = fields[Field.WIDTH], fields[Field.STEPS] * tile.step
-    return f"{tile.storage} {n}{' x 2' if Field.GATE_BYTES in fields else ''} < {k}"
+    tile = FORMATS[line.kernel[1]]
+    gated = " x 2" if told.gate_bytes else ""
+    return f"{tile.storage} {told.width}{gated} < {told.weight.steps * tile.step}"
 
 
 def work_of(line: Instruction, tokens: int, rows: int) -> tuple[int, int]:
     """(bytes of weights read, multiply-adds counted twice) of a product."""
     if line.kernel[0] != "linear":
         return 0, 0
-    fields, tile = line.fields, KINDS[line.kernel[1]]
-    tiles = fields[Field.PER_COUNT] * 2 * (2 if Field.GATE_BYTES in fields else 1)
-    height = rows if fields[Field.COUNT] >= 2 else tokens
-    k = fields[Field.STEPS] * tile.step
-    return tiles * fields[Field.TILE_BYTES], 2 * height * tiles * 16 * k
+    told = line.arguments
+    tiles = told.columns * 2 * (2 if told.gate_bytes else 1)
+    height = tokens if told.counted == Param.TOKENS else rows
+    k = told.weight.steps * FORMATS[line.kernel[1]].step
+    return tiles * told.weight.tile_bytes, 2 * height * tiles * 16 * k
 
 
-def report(name: str, tape: Tape, batch: ForwardBatch) -> dict[str, float]:
-    step = timed(lambda: tape.replay(batch))
-    program, tokens = tape.program, batch.token_ids.numel()
-    sizes = sizes_of(batch.query_starts.numpy(), tape.num_rows)
+def report(name: str, graph: Graph, batch: ForwardBatch) -> dict[str, float]:
+    step = timed(lambda: graph.replay(batch))
+    program, tokens = graph.program, batch.token_ids.numel()
+    sizes = sizes_of(batch.query_starts.numpy(), graph.num_rows)
     groups = defaultdict(list)
     for number, line in enumerate(program.instructions):
         groups[kind_of_work(line)].append(number)
@@ -154,7 +154,7 @@ def report(name: str, tape: Tape, batch: ForwardBatch) -> dict[str, float]:
     for kind, numbers in groups.items():
         lines = program.pick(numbers)
         best = min(timed(lambda lines=lines: program.run(sizes, lines), 0.2))
-        work = [work_of(program.instructions[n], tokens, tape.num_rows) for n in numbers]
+        work = [work_of(program.instructions[n], tokens, graph.num_rows) for n in numbers]
         size, operations = (sum(column) for column in zip(*work, strict=True))
         rates = (
             f"{size / best / 1e9:8.1f} GB/s {operations / best / 1e9:6.0f} GOP/s" if size else ""

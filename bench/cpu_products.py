@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu import CpuKernels, Limits
-from ruvon.kernels.cpu.tape import sizes_of
+from ruvon.kernels.cpu.graph import sizes_of
 from ruvon.kernels.ops import Dense, ForwardBatch, Quantized, Weight
 
 WEIGHT_BYTES = 1 << 26  # of all weights of a shape: more than caches hold
@@ -126,13 +126,13 @@ def ours(kernels: CpuKernels, weights: list[Weight], rows: int) -> tuple[Work, i
         outs = [kernels.ops.linear(x, weight, None, "none") for weight in packed]
         return functools.reduce(kernels.ops.add, outs)  # somebody has to read them
 
-    tape = kernels.record(forward, [], Limits(rows, 1, rows, 1))
+    graph = kernels.capture(forward, [], Limits(rows, 1, rows, 1))
     sizes = sizes_of(np.array([0, rows], np.int32), rows)
-    tape.program.run(sizes)  # packs x
-    instructions = enumerate(tape.program.instructions)
-    lines = tape.program.pick([n for n, line in instructions if line.kernel[0] == "linear"])
+    graph.program.run(sizes)  # packs x
+    instructions = enumerate(graph.program.instructions)
+    lines = graph.program.pick([n for n, line in instructions if line.kernel[0] == "linear"])
     size = sum(tensor.nbytes for weight in packed for tensor in weight.tensors)
-    return (lambda: tape.program.run(sizes, lines)), size
+    return (lambda: graph.program.run(sizes, lines)), size
 
 
 def theirs(weights: list[Weight], rows: int) -> tuple[Work, int]:

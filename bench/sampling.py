@@ -1,4 +1,4 @@
-"""Drawing tokens on the CPU: compiled kernels beside their meaning in numpy, taking turns.
+"""Sampling on the CPU: compiled kernels beside their meaning in numpy, taking turns.
 
 python bench/sampling.py [--threads 2] [--vocab 49152] [--rows 32]
 """
@@ -33,7 +33,7 @@ def main() -> None:
     args = parser.parse_args()
     kernels = CpuKernels(args.threads)
     compiled = CpuSampler(
-        kernels.drawer(args.vocab, args.rows), lambda: torch.zeros(args.rows, dtype=torch.int64)
+        kernels.sampler(args.vocab, args.rows), lambda: torch.zeros(args.rows, dtype=torch.int64)
     )
     generator = torch.Generator().manual_seed(0)
     logits_LV = 3 * torch.randn(args.rows, args.vocab, generator=generator)

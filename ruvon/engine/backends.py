@@ -166,15 +166,15 @@ def triton_backend(dtype: torch.dtype, device: torch.device, config: EngineConfi
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
-    """The compiled kernels, over a tape. Whatever ``--dtype`` keeps weights and cache in, they
+    """The compiled kernels, as a graph. Whatever ``--dtype`` keeps weights and cache in, they
     compute in float32; unasked, the cache is float16 and weights are as the checkpoint has them.
 
     Raises ConfigError for a model or setting that they do not do.
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
     from ruvon.kernels.cpu import CpuKernels, Limits
-    from ruvon.kernels.cpu.kinds import LANES
-    from ruvon.kernels.cpu.recorder import check_attention
+    from ruvon.kernels.cpu.capture import check_attention
+    from ruvon.kernels.cpu.formats import LANES
 
     asked = None if config.dtype == "auto" else getattr(torch, config.dtype)
     kv = KVFormat(asked or torch.float16, multiple=LANES)
@@ -185,17 +185,17 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     cores = cores_to_pin(threads, config.pin_threads)
     kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
 
-    def record(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
+    def capture(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(
             tokens=limits.tokens,
             sequences=limits.sequences,
             logit_rows=limits.logit_rows,
             blocks_per_sequence=limits.blocks_per_sequence,
         )
-        tape = kernels.record(model.forward, cache, largest, progress)
-        drawer = kernels.drawer(spec.vocab_size, limits.sequences, progress)
-        return Step(tape.replay, CpuSampler(drawer, lambda: tape.argmax))
+        graph = kernels.capture(model.forward, cache, largest, progress)
+        sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
+        return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax))
 
     return Backend(
-        kernels.ops, kv, record, kernels.close, kernels.settle, takes_arrays=True, quantized=True
+        kernels.ops, kv, capture, kernels.close, kernels.settle, takes_arrays=True, quantized=True
     )

@@ -31,8 +31,8 @@ from ruvon.engine.sampler import (
     undrawable,
 )
 from ruvon.engine.types import SamplingRow, StepResult, TokenLogprobs
-from ruvon.kernels.cpu.draw import ROW, Drawer
-from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT
+from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, ROW
+from ruvon.kernels.cpu.sampling import Sampler
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -43,9 +43,9 @@ TROUBLE = {BROKEN: math.nan, INFINITE: math.inf, NOTHING_LEFT: -math.inf}
 class CpuSampler:
     """Draws from the logits of the model's last step, on the threads that computed it."""
 
-    def __init__(self, drawer: Drawer, argmax: Callable[[], Indices]) -> None:
+    def __init__(self, kernel: Sampler, argmax: Callable[[], Indices]) -> None:
         """``argmax``: the likeliest token of each row, [L], which the step has found."""
-        self._drawer = drawer
+        self._kernel = kernel
         self._argmax = argmax
 
     def __call__(
@@ -82,7 +82,7 @@ class CpuSampler:
             record(row, edit, base + n * stride, top)
             for n, row, edit, top in zip(places, chosen, edits, tops, strict=True)
         ]
-        sampled = self._drawer(np.array(records, dtype=ROW)).tolist()
+        sampled = self._kernel(np.array(records, dtype=ROW)).tolist()
         return [
             outcome(row, logits_LV[n], each, top)
             for n, row, each, top in zip(places, chosen, sampled, tops, strict=True)
@@ -133,7 +133,7 @@ def address(array: Ids | Floats) -> int:
 
 
 def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float, ...]:
-    """A row for the kernel, in the order of `Word`; ``logits`` is an address."""
+    """A row for the kernel, in the order of `sampling.Row`; ``logits`` is an address."""
     sampling = row.sampling
     return (
         logits,
@@ -155,7 +155,7 @@ def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float
 def outcome(
     row: SamplingRow, logits_V: Floats, drawn: tuple[int, int, float], top: Ids
 ) -> RowResult:
-    """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `DRAWN`."""
+    """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `Result`."""
     token, rank, norm = drawn
     if token < 0:
         return (), None, undrawable(TROUBLE[token])

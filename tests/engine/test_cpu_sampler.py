@@ -61,11 +61,11 @@ def sampler(kernels: CpuKernels, vocab: int) -> CpuSampler:
     def unwanted():
         raise AssertionError("the step's own argmax is for steps of greedy rows only")
 
-    return CpuSampler(kernels.drawer(vocab, MOST_ROWS), unwanted)
+    return CpuSampler(kernels.sampler(vocab, MOST_ROWS), unwanted)
 
 
 def padded(logits_LV: torch.Tensor) -> torch.Tensor:
-    """With rows of whole vectors, as a tape has them; what stands between rows is wild."""
+    """With rows of whole vectors, as a graph has them; what stands between rows is wild."""
     rows, vocab = logits_LV.shape
     wide = torch.full((rows, -(-vocab // 32) * 32), math.nan)
     wide[:, :vocab] = logits_LV
@@ -181,7 +181,7 @@ def test_greedy_steps_take_what_the_model_step_has_found(kernels):
     logits_LV = some_logits(50)[:3]
     logits_LV[1, 7] = math.nan
     rows = [SamplingRow(n, SamplingParams(temperature=0), [1], 1, 0) for n in range(3)]
-    draw = CpuSampler(kernels.drawer(50, 4), lambda: torch.tensor([4, 7, 9, 1]))
+    draw = CpuSampler(kernels.sampler(50, 4), lambda: torch.tensor([4, 7, 9, 1]))
     found = draw(logits_LV, rows, EOS)
     assert found.tokens == ((4,), (), (9,))
     assert list(found.errors) == [1]

@@ -1,4 +1,4 @@
-"""Small models as bare sequences of operations, and batches for them, for tests of the CPU tape."""
+"""Small models as bare sequences of operations, and batches for them, for tests of CPU graphs."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The CPU kernels on an emulated Arm CPU, for tests: compiled here (and kept, as all kernels are),
 linked into a program, run on copies of the memory that their instructions point at.
 
-An `Emulator` takes the places of `Compiled` and of `Team` in `CpuKernels`: what is computed with
-those operations is then computed by Arm's instructions.
+An `Emulator` takes the places of `Compiled` and of `ThreadPool` in `CpuKernels`: what is computed
+with those operations is then computed by Arm's instructions.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from typing import IO
 import numpy as np
 import torch
 
-from ruvon.kernels.cpu.compiled import DIFFER_BY_ISA, Key, open_store
+from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header
+from ruvon.kernels.cpu.arguments import Key
+from ruvon.kernels.cpu.compiled import DIFFER_BY_ISA, open_store
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.build import assembly
 from ruvon.kernels.cpu.layout import round_up
-from ruvon.kernels.cpu.program import INSTRUCTION_BYTES, SCRATCH_BYTES, Field
+from ruvon.kernels.cpu.params import SCRATCH_BYTES
 
 TRIPLE = "aarch64-unknown-linux-gnu"
 QEMU, COMPILER = TOOLS = "qemu-aarch64", "aarch64-linux-gnu-gcc"
@@ -41,7 +43,7 @@ MAIN = """
 #include <sys/mman.h>
 #include <unistd.h>
 
-typedef void kernel(int64_t *line, int64_t *params, int64_t start, int64_t stop, char *scratch);
+typedef void kernel(int64_t *told, int64_t *params, int64_t start, int64_t stop, char *scratch);
 kernel %(symbols)s;
 static kernel *const kernels[] = {%(symbols)s};
 static _Alignas(64) char scratch[%(scratch)d];
@@ -56,8 +58,8 @@ int main(int argc, char **argv)
     if (params == MAP_FAILED)
         return 1;
     for (; lines--; line += %(words)d) {
-        int64_t units = params[line[%(count)d]] * line[%(per)d];
-        kernels[line[%(kernel)d]](line, params, 0, units, scratch);
+        int64_t units = params[line[%(counted)d]] * line[%(units)d];
+        kernels[line[%(kernel)d]](line + %(header)d, params, 0, units, scratch);
     }
     return 0;
 }
@@ -67,9 +69,8 @@ NUMBERS = {
     "base": BASE,
     "page": PAGE,
     "words": INSTRUCTION_BYTES // 8,
-    "kernel": Field.KERNEL,
-    "count": Field.COUNT,
-    "per": Field.PER_COUNT,
+    "header": len(Header._fields),
+    **{name: number for number, name in enumerate(Header._fields)},
 }
 
 
@@ -90,9 +91,10 @@ class Emulator:
         return self._keys.index(key)
 
     def run(self, program: torch.Tensor, params: list[int]) -> None:
-        """What `Team.run` does."""
+        """What `ThreadPool.run` does."""
         lines = program.numpy().copy()
-        used, lines[:, Field.KERNEL] = np.unique(lines[:, Field.KERNEL], return_inverse=True)
+        kernels = lines[:, NUMBERS["kernel"]]
+        used, kernels[:] = np.unique(kernels, return_inverse=True)
         executable = self._executable([self._keys[number] for number in used])
         segments, size = move(lines, PAGE + round_up(lines.nbytes, PAGE))
         path = self._folder / "memory"

@@ -4,8 +4,8 @@ import pytest
 import torch
 from cpu_models import Prompts, random_quantized
 from emulated import CPUS, MISSING, Emulator, build, run
+from test_cpu_graph import SHAPES, capture
 from test_cpu_ops import FORMATS
-from test_cpu_tape import SHAPES, record
 
 from ruvon.kernels import cpu as package
 from ruvon.kernels.cpu import CpuKernels, isa
@@ -31,7 +31,7 @@ def arm(request, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(package, "choose", lambda _: chosen)
         patch.setattr(package, "Compiled", lambda _, cores: emulator)
-        patch.setattr(package, "Team", lambda *_: emulator)
+        patch.setattr(package, "ThreadPool", lambda *_: emulator)
         return CpuKernels(threads=1)
 
 
@@ -60,8 +60,8 @@ def test_dense_linear(portable, arm, dtype):
 @pytest.mark.parametrize(("arm", "name"), MODELS, indirect=["arm"])
 def test_whole_model(cpu, arm, name):
     batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
-    expected = record(cpu, SHAPES[name]).replay(batch).clone()
-    assert torch.equal(record(arm, SHAPES[name]).replay(batch), expected)
+    expected = capture(cpu, SHAPES[name]).replay(batch).clone()
+    assert torch.equal(capture(arm, SHAPES[name]).replay(batch), expected)
 
 
 WORD = """

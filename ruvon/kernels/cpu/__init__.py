@@ -5,42 +5,42 @@
     cpu = CpuKernels(threads=2)
     model = load_model(checkpoint, config, cpu.ops, progress)      # cpu.ops is an `Ops`
     cache = allocate_cache(layers, blocks, kv_heads, block_size, head_dim, torch.float16)
-    tape = cpu.record(model.forward, cache, Limits(512, 64, 64, 128), progress)
-    logits_LV = tape.replay(batch)                                 # the runner's forward
-    tape.argmax                                                    # greedy tokens [L], computed
-    cpu.drawer(vocab_size, 64)(rows)                               # drawn tokens, see `draw`
+    graph = cpu.capture(model.forward, cache, Limits(512, 64, 64, 128), progress)
+    logits_LV = graph.replay(batch)                                # the runner's forward
+    graph.argmax                                                   # greedy tokens [L], computed
+    cpu.sampler(vocab_size, 64)(rows)                              # sampled tokens, see `sampling`
     cpu.close()
 
-Outside of `record`, every operation of `cpu.ops` computes at once, so tests can call them singly.
+Outside of `capture`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
-From the outside in: `tape` replays a program and `draw` has one for sampling, `recorder` writes one
-from a model's calls, `team` runs it on its threads, `program` says what an instruction is, `isa`
-what the CPU can do, `kinds` and `layout` how data lies in memory; `compiled` keeps machine code
-between starts. The kernels are in `jit`, and so is numba: only imported to be compiled.
+From the outside in: `graph` replays a step and `sampling` has a program of its own; `capture`
+traces a model's calls, `arguments` says what its kernels are told, `thread_pool` runs them,
+`isa` what the CPU can do, `formats` and `layout` how data lies in memory; `compiled` keeps machine
+code between starts. The kernels are in `jit`, and so is numba: only imported to be compiled.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
-from ruvon.kernels.cpu.draw import Drawer
+from ruvon.kernels.cpu.formats import LANES
+from ruvon.kernels.cpu.graph import Forward, Graph, Limits, Program, Progress, sizes_of
 from ruvon.kernels.cpu.isa import choose
-from ruvon.kernels.cpu.kinds import LANES
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
-from ruvon.kernels.cpu.program import Param
-from ruvon.kernels.cpu.recorder import Recording
-from ruvon.kernels.cpu.tape import Forward, Limits, Program, Progress, Tape, sizes_of
-from ruvon.kernels.cpu.team import Team
+from ruvon.kernels.cpu.params import Param
+from ruvon.kernels.cpu.sampling import Sampler
+from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
 
-__all__ = ["CpuKernels", "Drawer", "Limits", "Tape", "allocate_cache"]
+__all__ = ["CpuKernels", "Graph", "Limits", "Sampler", "allocate_cache"]
 
 
 class CpuKernels:
@@ -69,91 +69,94 @@ class CpuKernels:
         self.isa = choose(isa)
         self._compiled = Compiled(self.isa, cores=threads)
         self._dense_dtype = dense_dtype
-        self._team = Team(
+        self._pool = ThreadPool(
             threads,
-            self._compiled.address(("lead", None)),
-            self._compiled.address(("follow", None)),
+            self._compiled.address(("leader", None)),
+            self._compiled.address(("worker", None)),
             cores,
         )
-        self._recording: Recording | None = None
+        self._capturing: Capture | None = None
         self.ops = Ops(
             name=f"cpu, {self.isa.name}",
             pack=self._pack,
-            embed=functools.partial(self._operate, Recording.embed),
-            add=functools.partial(self._operate, Recording.add),
-            rms_norm=functools.partial(self._operate, Recording.rms_norm),
-            layer_norm=functools.partial(self._operate, Recording.layer_norm),
-            linear=functools.partial(self._operate, Recording.linear),
-            write_kv=functools.partial(self._operate, Recording.write_kv),
-            attention=functools.partial(self._operate, Recording.attention),
-            take=functools.partial(self._operate, Recording.take),
-            logits=functools.partial(self._operate, Recording.logits),
+            embed=functools.partial(self._operate, Capture.embed),
+            add=functools.partial(self._operate, Capture.add),
+            rms_norm=functools.partial(self._operate, Capture.rms_norm),
+            layer_norm=functools.partial(self._operate, Capture.layer_norm),
+            linear=functools.partial(self._operate, Capture.linear),
+            write_kv=functools.partial(self._operate, Capture.write_kv),
+            attention=functools.partial(self._operate, Capture.attention),
+            take=functools.partial(self._operate, Capture.take),
+            logits=functools.partial(self._operate, Capture.logits),
             batch_invariant=True,
         )
 
-    def record(
+    def capture(
         self,
         forward: Forward,
         cache: Sequence[tuple[Tensor, Tensor]],
         limits: Limits,
         progress: Progress | None = None,
-    ) -> Tape:
+    ) -> Graph:
         """The step of a model that was built with these `ops`, for batches within ``limits``.
 
         Kernels that are not on disk yet are compiled here, a few seconds each.
         """
         capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
-        self._recording = Recording(capacity, self.isa)
+        self._capturing = Capture(capacity, self.isa)
         try:
-            return Tape(
-                forward, cache, limits, self._recording, functools.partial(self._finish, progress)
+            return Graph(
+                forward, cache, limits, self._capturing, functools.partial(self._finish, progress)
             )
         finally:
-            self._recording = None
+            self._capturing = None
 
-    def drawer(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Drawer:
-        """Draws tokens for up to ``max_rows`` rows of logits at once. Compiles like `record`."""
+    def sampler(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Sampler:
+        """Samples tokens for up to ``max_rows`` rows of logits at once. Compiles like `capture`."""
         finish = functools.partial(self._finish, progress)
-        return Drawer(vocab_size, max_rows, self._team.threads, Recording({}, self.isa), finish)
+        return Sampler(vocab_size, max_rows, self._pool.threads, Capture({}, self.isa), finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""
-        self._team.settle()
+        self._pool.settle()
 
     def close(self) -> None:
         """End the threads, and whoever still compiles."""
-        self._team.close()
+        self._pool.close()
         self._compiled.close()
 
     def _pack(self, weight: Weight) -> Packed:
         return pack(weight, self._dense_dtype, self.isa.bf16)
 
     def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
-        if self._recording is not None:
-            return operation(self._recording, *arguments)
+        if self._capturing is not None:
+            return operation(self._capturing, *arguments)
         return self._compute(operation, *arguments)
 
     def _compute(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """One operation, now."""
         tokens = arguments[0].shape[0]
-        logit_rows = arguments[1].shape[0] if operation is Recording.take else 0
-        recording = Recording({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows}, self.isa)
-        result = operation(recording, *arguments)
-        for tensor in result if isinstance(result, tuple) else (result,):
-            recording.floats(recording.value_of(tensor))
+        logit_rows = arguments[1].shape[0] if operation is Capture.take else 0
+        capture = Capture({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows}, self.isa)
+        made = operation(capture, *arguments)
+        results = made if isinstance(made, tuple) else (made,)
         batches = [a for a in arguments if isinstance(a, ForwardBatch)]
         starts = batches[0].query_starts.numpy() if batches else np.array([0, tokens], np.int32)
-        self._finish(None, recording).run(sizes_of(starts, logit_rows))
-        return result
+        program = self._finish(None, capture, [x for x in results if x.is_meta])
+        program.run(sizes_of(starts, logit_rows))
+        results = tuple(capture.result(x) if x.is_meta else x for x in results)
+        return results if isinstance(made, tuple) else results[0]
 
-    def _finish(self, progress: Progress | None, recording: Recording) -> Program:
-        kernels = list(dict.fromkeys(line.kernel for line in recording.instructions))
+    def _finish(
+        self, progress: Progress | None, capture: Capture, results: Iterable[Tensor]
+    ) -> Program:
+        kernels = list(dict.fromkeys(line.kernel for line in capture.instructions))
         kernels.sort(key=USUAL.__contains__)  # those may be made elsewhere in the meantime
         for done, kernel in enumerate(kernels):
             if progress is not None:
                 progress("compiling kernels", done / len(kernels))
             self._compiled.address(kernel)
-        return Program(recording, self._compiled, self._team)
+        return Program(capture, results, self._compiled, self._pool)
 
 
 def allocate_cache(

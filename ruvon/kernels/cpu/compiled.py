@@ -24,18 +24,16 @@ import structlog
 from llvmlite import binding, ir
 
 from ruvon.config import cache_root
+from ruvon.kernels.cpu.arguments import Key
+from ruvon.kernels.cpu.formats import F16_CACHE
 from ruvon.kernels.cpu.isa import Isa, choose, target_features
-from ruvon.kernels.cpu.kinds import F16_CACHE
 
 log = structlog.get_logger(__name__)
-
-Key = tuple[str, int | None]
-"""A kernel's name, and the kind of weight or cache it is made for if it has one (see `KINDS`)."""
 
 DIFFER_BY_ISA = ("linear", "attention")
 """Kernels written for an instruction set; of the others LLVM makes the best it can."""
 
-USUAL: tuple[Key, ...] = (("attention", F16_CACHE), ("draw", None))
+USUAL: tuple[Key, ...] = (("attention", F16_CACHE), ("sample", None))
 """Kernels that nearly every start needs: half of the work where nothing has been compiled."""
 
 FORGOTTEN_AFTER = 30 * 24 * 3600  # seconds that the code of another version lies unused

@@ -14,7 +14,7 @@ Where scales are small integers, what multiplies those of eight groups stands be
 float16 for each row, and another for offsets. N is padded to 32, K to 32, with zeros, so kernels
 meet no tails.
 
-**Activations** are packed by 8 rows, in one of the forms of `kinds`: quantized, a group of 32 k is
+**Activations** are packed by 8 rows, in a `Form` of `formats`: quantized, a group of 32 k is
 8 x 48 bytes, or 8 x 80 with codes of 16 bits, of each four the first, the third, the second and the
 fourth; for pairs, a group is 8 x 32 bfloat16; otherwise each k is 8 floats.
 
@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, VECTORS, TileKind
+from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, VECTORS, TileFormat
 from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input
@@ -80,7 +80,7 @@ def pack(weight: Weight, dense_dtype: torch.dtype | None, bf16: bool) -> Packed:
 def pack_dense(weight_NK: Tensor, dtype: torch.dtype | None, bf16: bool) -> Packed:
     padded = pad(weight_NK if dtype is None else weight_NK.to(dtype), COLUMNS, GROUP)
     n, k = padded.shape
-    kind = TileKind(STORAGES[padded.dtype], pairs=bf16 and padded.dtype == torch.bfloat16)
+    kind = TileFormat(STORAGES[padded.dtype], pairs=bf16 and padded.dtype == torch.bfloat16)
     memory, packed = new_tiles(kind, weight_NK.shape, n, k)
     words = padded.view(torch.int32) if kind.pairs else padded
     rows = words.unflatten(0, (-1, LANES))  # tile, row, word
@@ -93,7 +93,7 @@ def pack_quantized(weight: Quantized) -> Packed:
     scales, offsets = spread_scales(weight)
     codes = pad(weight.codes_NK, COLUMNS, GROUP)
     n, k = codes.shape
-    kind = TileKind(
+    kind = TileFormat(
         storage=f"q{weight.bits}",
         offsets=offsets is not None,
         zero=128 if weight.bits == 8 else weight.zero,
@@ -122,11 +122,11 @@ def smallest(*tables: Tensor | None) -> Literal["f16", "f32"]:
     return "f16" if all(fit) else "f32"
 
 
-def new_tiles(kind: TileKind, shape: torch.Size, n: int, k: int) -> tuple[Tensor, Packed]:
+def new_tiles(kind: TileFormat, shape: torch.Size, n: int, k: int) -> tuple[Tensor, Packed]:
     """Memory for a weight of padded size n, k: uint8 [tiles, bytes of a tile]."""
     count, size = n // LANES, kind.tile_bytes(k // kind.step)
     memory = aligned_bytes(count * size).view(count, size)
-    return memory, Packed(str(KINDS.index(kind)), (shape[0], shape[1]), (memory,))
+    return memory, Packed(str(FORMATS.index(kind)), (shape[0], shape[1]), (memory,))
 
 
 def spread_scales(weight: Quantized) -> tuple[Tensor, Tensor | None]:
@@ -147,7 +147,7 @@ def spread_scales(weight: Quantized) -> tuple[Tensor, Tensor | None]:
     return spread(weight.scales), None if weight.offsets is None else spread(weight.offsets)
 
 
-def write_codes(codes_NK: Tensor, memory: Tensor, kind: TileKind) -> None:
+def write_codes(codes_NK: Tensor, memory: Tensor, kind: TileFormat) -> None:
     """Four codes along k, in one 32-bit word, stay together all the way."""
     words = codes_NK.view(torch.int32).unflatten(0, (-1, LANES))  # tile, row, word
     if kind.bits == 8:
@@ -169,7 +169,7 @@ def split_codes(words: Tensor, extra: int) -> Tensor:
     return torch.cat(planes, dim=-1)
 
 
-def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: TileKind) -> None:
+def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: TileFormat) -> None:
     """For each group of a tile its scales, then its offsets."""
     tables = [scales] if offsets is None else [scales, offsets]
     dtype = {"f16": torch.float16, "f32": torch.float32, "two": torch.int8}[kind.scales]
@@ -179,5 +179,5 @@ def write_scales(scales: Tensor, offsets: Tensor | None, memory: Tensor, kind: T
 
 
 def parts_of(weight: Packed) -> list[tuple[int, Tensor]]:
-    """The kind, as an index of `KINDS`, and the tiles of each of its parts."""
+    """The kind, as an index of `FORMATS`, and the tiles of each of its parts."""
     return [*zip(map(int, weight.kind.split(",")), weight.tensors, strict=True)]

@@ -1,44 +1,53 @@
-"""What is asked of the kernel that draws tokens, and what it answers: a row's parameters and
-results, word by word."""
+"""Tokens out of logits: a program of one instruction, on the threads that run the model."""
 
 from __future__ import annotations
 
-from enum import IntEnum
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
 
-from ruvon.kernels.cpu.program import SCRATCH_BYTES
+import numpy as np
+from torch import Tensor
 
-TILE = 128  # numbers summed up, or represented by their largest, at once
-MOST_TOKENS = 8 * (SCRATCH_BYTES // 2)
-"""The largest vocabulary: the marks of tokens seen before, a bit for each, lie in scratch."""
+from ruvon.kernels.cpu.arguments import Sample
+from ruvon.kernels.cpu.capture import Capture
+from ruvon.kernels.cpu.graph import Program
+from ruvon.kernels.cpu.layout import aligned_bytes, round_up
+from ruvon.kernels.cpu.params import Param
+from ruvon.kernels.cpu.records import MOST_TOKENS, ROW, SAMPLED, TILE
 
-BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
+Records: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
 
-
-class Word(IntEnum):
-    """Index of an int64, or a float64 where said, in a row's parameters."""
-
-    LOGITS = 0  # address of float32 [V]
-    TEMPERATURE = 1  # float64; 0 is greedy
-    TOP_K = 2  # 0 is off
-    MIN_P = 3  # float64
-    TOP_P = 4  # float64; 1 is off
-    SEED = 5
-    POSITION = 6  # in the output
-    IDS = 7  # address of int32 token ids: allowed, banned, biased, seen, counted ones
-    AMOUNTS = 8  # address of float32 amounts to add to biased and counted ones
-    NUM_ALLOWED = 9  # -1: all are
-    NUM_BANNED = 10
-    NUM_BIASED = 11
-    NUM_SEEN = 12  # with repetitions
-    NUM_COUNTED = 13
-    REPETITION = 14  # float64, for those seen
-    NUM_TOP = 15  # how many of the likeliest are wanted; -1: no logprobs at all
-    TOP = 16  # address of int32 [NUM_TOP]
+SPACES_EACH = 4  # workspaces for each thread, so that others can take over what one is late with
 
 
-class Result(IntEnum):
-    """Index of an int64, or a float64 where said, in what is told of a row."""
+class Sampler:
+    """Samples tokens for up to ``max_rows`` rows of logits [V] at once, by ``threads`` threads."""
 
-    TOKEN = 0
-    RANK = 1  # 1 is the likeliest; with logprobs only
-    NORM = 2  # float64, with logprobs only: a logit less this is a log-probability
+    def __init__(
+        self,
+        vocab_size: int,
+        max_rows: int,
+        threads: int,
+        capture: Capture,
+        finish: Callable[[Capture, Iterable[Tensor]], Program],
+    ) -> None:
+        """``capture`` is an empty one."""
+        assert vocab_size <= MOST_TOKENS
+        rows = aligned_bytes(max_rows * ROW.itemsize)
+        results = aligned_bytes(max_rows * SAMPLED.itemsize)
+        self._spaces = SPACES_EACH * threads
+        spaces = aligned_bytes(self._spaces * round_up(vocab_size, TILE) * 4)
+        arguments = Sample(rows, ROW.itemsize, results, SAMPLED.itemsize, spaces, vocab_size)
+        capture.append(("sample", None), Param.SEQUENCES, arguments, dynamic=True)
+        self._rows, self._results = rows.numpy().view(ROW), results.numpy().view(SAMPLED)
+        self._program = finish(capture, ())
+
+    def __call__(self, rows: Records) -> Records:
+        """`SAMPLED` for each of some `ROW`. What their addresses point at must be alive meanwhile;
+        logits are read in whole vectors of 16."""
+        num = len(rows)
+        self._rows[:num] = rows
+        sizes = dict.fromkeys(Param, 0)
+        sizes |= {Param.LOGIT_ROWS: num, Param.SEQUENCES: min(num, self._spaces)}
+        self._program.run([*sizes.values()])
+        return self._results[:num].copy()

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from ruvon.kernels.cpu.arguments import Attention, WriteKV
+from ruvon.kernels.cpu.formats import F32_CACHE, FORMATS, LANES
 from ruvon.kernels.cpu.isa import ISAS
 from ruvon.kernels.cpu.jit.rows import write_packs
 from ruvon.kernels.cpu.jit.simd import (
+    arguments,
     exp16,
     fma,
     get,
@@ -25,7 +28,6 @@ from ruvon.kernels.cpu.jit.simd import (
     max_lanes,
     prefetch,
     read_f32,
-    read_f64,
     read_i32,
     scatter_lanes,
     splat16,
@@ -37,15 +39,7 @@ from ruvon.kernels.cpu.jit.simd import (
 )
 from ruvon.kernels.cpu.jit.tiles import TILES, attend_tiles, load_dense
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.kinds import F32_CACHE, KINDS, LANES
-from ruvon.kernels.cpu.program import (
-    MOST_DIMS,
-    QUERY_TOKENS,
-    SCRATCH_BYTES,
-    TILE_ROWS,
-    Field,
-    Param,
-)
+from ruvon.kernels.cpu.params import MOST_DIMS, QUERY_TOKENS, SCRATCH_BYTES, TILE_ROWS, Param
 
 SPAN = 128  # keys
 SPAN_BYTES = 4 * SPAN + 64  # one cache line more, so that rows do not compete for cache sets
@@ -62,7 +56,7 @@ ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
 WIDENED = ADDRESSES + 64  # float32 [TILES, MOST_DIMS, 16]: tiles of the cache
 assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - 64
 
-CACHE_BYTES = tuple(kind.step_bytes // LANES for kind in KINDS)  # of one number
+CACHE_BYTES = tuple(kind.step_bytes // LANES for kind in FORMATS)  # of one number
 FEW_ROWS = 8  # that multiply a tile of the cache as it is
 LOWEST = np.float32(-1e30)  # below every score; not infinite, so that differences stay numbers
 
@@ -98,17 +92,27 @@ def rotate_head(head, pairs, cos, sin):
 
 
 @helper
-def prepare_head(instruction, source, token, norm, head):
+def prepare_head(a, source, position, norm, head):
     """Copy one head to ``head``, norm and rotate it there."""
-    dim, zeros = get(instruction, Field.HEAD_DIM), splat16(0.0)
+    dim, zeros = a.cache.head_dim, splat16(0.0)
     for c in range(0, dim, 16):
         store(head + 4 * c, keep_first(load(source + 4 * c), dim - c, zeros))
     if norm != 0:
-        normalize_head(head, dim, norm, read_f64(instruction + 8 * Field.EPS))
-    pairs = get(instruction, Field.ROTATED)
-    if pairs != 0:
-        at = read_i32(get(instruction, Field.IDS) + 4 * token) * 4 * pairs
-        rotate_head(head, pairs, get(instruction, Field.COS) + at, get(instruction, Field.SIN) + at)
+        normalize_head(head, dim, norm, a.eps)
+    if a.pairs != 0:
+        at = position * 4 * a.pairs
+        rotate_head(head, a.pairs, a.cos + at, a.sin + at)
+
+
+@helper
+def write_queries(a, token, group, position, head):
+    """The query heads of one token that share a key/value head, one after another."""
+    dim, share = a.cache.head_dim, a.cache.heads // a.cache.kv_heads
+    row, out, padded = a.qkv + token * a.stride, a.out + token * a.out_stride, round_lanes(dim)
+    for h in range(group * share, (group + 1) * share):
+        prepare_head(a, row + 4 * h * dim, position, a.q_norm, head)
+        for c in range(0, dim, 16):
+            store(out + 4 * (h * padded + c), load(head + 4 * c))
 
 
 def make_write_kv(cache, isa):
@@ -117,37 +121,31 @@ def make_write_kv(cache, isa):
     A unit is one token's query heads and key/value head of one group.
     """
     size = CACHE_BYTES[cache]
-    bits, brain = 8 * size, int(KINDS[cache].storage == "bf16")
+    bits, brain = 8 * size, int(FORMATS[cache].storage == "bf16")
 
-    def write_kv(instruction, params, start, stop, scratch):
-        groups, dim = get(instruction, Field.KV_HEADS), get(instruction, Field.HEAD_DIM)
-        heads, page = get(instruction, Field.HEADS), get(instruction, Field.PAGE)
-        share, padded, head = heads // groups, round_lanes(dim), scratch + HEAD
+    @helper
+    def write_cache(cache, slot, group, head, value):
+        """A key that was prepared, and its value, into their place in the cache."""
+        dim, page, zeros = cache.head_dim, cache.page, splat16(0.0)
+        padded, at = round_lanes(dim), slot % page
+        place = (slot // page * cache.kv_heads + group) * page * padded
+        keys = cache.keys + size * (place + at // 16 * 16 * padded + at % 16)
+        values = cache.values + size * (place + 16 * at)
+        for c in range(0, dim, 16):
+            scatter_lanes(bits, brain, keys + size * 16 * c, load(head + 4 * c))
+            of_value = keep_first(load(value + 4 * c), dim - c, zeros)
+            store_lanes(bits, brain, values + size * page * c, of_value)
+
+    def write_kv(address, params, start, stop, scratch):
+        a, head = arguments(WriteKV, address), scratch + HEAD
+        groups, dim = a.cache.kv_heads, a.cache.head_dim
         for unit in range(start, stop):
             token, group = unit // groups, unit % groups
-            row = get(instruction, Field.X) + token * get(instruction, Field.X_STRIDE)
-            out = get(instruction, Field.OUT) + token * get(instruction, Field.OUT_STRIDE)
-            for h in range(group * share, (group + 1) * share):
-                prepare_head(
-                    instruction, row + 4 * h * dim, token, get(instruction, Field.Q_NORM), head
-                )
-                for c in range(0, dim, 16):
-                    store(out + 4 * (h * padded + c), load(head + 4 * c))
-            key = row + 4 * (heads + group) * dim
-            prepare_head(instruction, key, token, get(instruction, Field.K_NORM), head)
-            slot = read_i32(get(instruction, Field.SLOTS) + 4 * token)
-            place = (slot // page * groups + group) * page * padded
-            offset = slot % page
-            keys = get(instruction, Field.KEYS) + size * (
-                place + offset // 16 * 16 * padded + offset % 16
-            )
-            values = get(instruction, Field.VALUES) + size * (place + 16 * offset)
-            value = key + 4 * groups * dim
-            zeros = splat16(0.0)
-            for c in range(0, dim, 16):
-                scatter_lanes(bits, brain, keys + size * 16 * c, load(head + 4 * c))
-                of_value = keep_first(load(value + 4 * c), dim - c, zeros)
-                store_lanes(bits, brain, values + size * page * c, of_value)
+            position, slot = read_i32(a.positions + 4 * token), read_i32(a.slots + 4 * token)
+            write_queries(a, token, group, position, head)
+            key = a.qkv + token * a.stride + 4 * (a.cache.heads + group) * dim
+            prepare_head(a, key, position, a.k_norm, head)
+            write_cache(a.cache, slot, group, head, key + 4 * groups * dim)
 
     return write_kv
 
@@ -164,35 +162,31 @@ def tile_tokens(share):
 
 
 @helper
-def find_tile(instruction, params, tile):
+def find_tile(starts, sequences, tile):
     """(sequence, its first token in this tile): tiles are numbered sequence by sequence."""
-    starts = get(instruction, Field.STARTS)
-    tokens = QUERY_TOKENS
-    for s in range(get(params, Param.SEQUENCES)):
+    for s in range(sequences):
         first, end = read_i32(starts + 4 * s), read_i32(starts + 4 * s + 4)
-        tiles = (end - first + tokens - 1) // tokens
+        tiles = (end - first + QUERY_TOKENS - 1) // QUERY_TOKENS
         if tile < tiles:
-            return s, first + tile * tokens
+            return s, first + tile * QUERY_TOKENS
         tile -= tiles
     return 0, 0
 
 
 @helper
-def gather_queries(instruction, scratch, group, first, count):
+def gather_queries(a, scratch, group, first, count):
     """Copy the tile's query rows together and clear its running state."""
-    share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
-    dim = round_lanes(get(instruction, Field.HEAD_DIM))
+    share = a.cache.heads // a.cache.kv_heads
+    dim = round_lanes(a.cache.head_dim)
     zeros = splat16(0.0)
-    for t in range(count):
-        token = get(instruction, Field.X) + (first + t) * get(instruction, Field.X_STRIDE)
-        for h in range(share):
-            row = t * share + h
-            source = token + 4 * (group * share + h) * dim
-            for c in range(0, 4 * dim, 64):
-                store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
-                store(scratch + SUMS + row * ROW_BYTES + c, zeros)
-            write_f32(scratch + PEAKS + 4 * row, LOWEST)
-            store(scratch + MASSES + 64 * row, zeros)
+    for row in range(count * share):
+        token, head = first + row // share, group * share + row % share
+        source = a.queries + token * a.stride + 4 * head * dim
+        for c in range(0, 4 * dim, 64):
+            store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
+            store(scratch + SUMS + row * ROW_BYTES + c, zeros)
+        write_f32(scratch + PEAKS + 4 * row, LOWEST)
+        store(scratch + MASSES + 64 * row, zeros)
 
 
 @helper
@@ -235,23 +229,25 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
 
 
 @helper
-def finish_query(instruction, scratch, row, token, head):
-    """Divide by the softmax's denominator, a sink's share in it, and write the result."""
-    peak = read_f32(scratch + PEAKS + 4 * row)
+def share_of_one(scratch, row, sinks, head):
+    """One by the softmax's denominator, a sink's share in it."""
     mass = sum_lanes(load(scratch + MASSES + 64 * row))
-    sums, dim = scratch + SUMS + row * ROW_BYTES, get(instruction, Field.HEAD_DIM)
-    sinks = get(instruction, Field.SINKS)
-    if sinks != 0:
-        sink = read_f32(sinks + 4 * head)
-        highest = max(peak, sink)
-        fade = np.exp(np.float64(peak - highest))
-        mass = np.float32(mass * fade + np.exp(np.float64(sink - highest)))
-        by = splat16(np.float32(fade / mass))
-    else:
-        by = splat16(np.float32(np.float32(1.0) / mass))
-    out = get(instruction, Field.OUT)
-    if out != 0:
-        out += token * get(instruction, Field.OUT_STRIDE) + 4 * head * dim
+    if sinks == 0:
+        return np.float32(np.float32(1.0) / mass)
+    peak, sink = read_f32(scratch + PEAKS + 4 * row), read_f32(sinks + 4 * head)
+    highest = max(peak, sink)
+    fade = np.exp(np.float64(peak - highest))
+    mass = np.float32(mass * fade + np.exp(np.float64(sink - highest)))
+    return np.float32(fade / mass)
+
+
+@helper
+def finish_query(a, scratch, row, token, head):
+    """Divide by the softmax's denominator and write the result."""
+    sums, dim = scratch + SUMS + row * ROW_BYTES, a.cache.head_dim
+    by = splat16(share_of_one(scratch, row, a.sinks, head))
+    if a.out.rows != 0:
+        out = a.out.rows + token * a.out.stride + 4 * head * dim
         for c in range(0, dim - 15, 16):
             store(out + 4 * c, load(sums + 4 * c) * by)
         rest = dim % 16
@@ -260,47 +256,33 @@ def finish_query(instruction, scratch, row, token, head):
             store(last, load(last) * by)
             for c in range(dim - rest, dim):
                 write_f32(out + 4 * c, read_f32(sums + 4 * c))
-    if get(instruction, Field.GROUPS) != 0:
+    if a.out.int8 | a.out.int16 | a.out.bf16 != 0:
         for c in range(0, dim, 32):
-            a, b = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
-            write_packs(instruction, token, (head * dim + c) // 32, a, b)
+            x, y = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
+            write_packs(a.out, token, (head * dim + c) // 32, x, y)
 
 
 @helper
-def cached_at(instruction, table, key):
-    """Where a key's block of the head group starts, counted in tokens of all heads."""
-    page = get(instruction, Field.PAGE)
-    block = read_i32(table + 4 * (key // page))
-    return block * get(instruction, Field.KV_HEADS) * page
-
-
-@helper
-def note_address(scratch, t, tile):
-    write_i64(scratch + ADDRESSES + 8 * t, tile)
+def cached_at(cache, table, key, group):
+    """Where a key's block of a head group starts, counted in tokens of all heads."""
+    block = read_i32(table + 4 * (key // cache.page))
+    return (block * cache.kv_heads + group) * cache.page
 
 
 def make_rows(cache, isa, fresh, x_stride, out_stride):
     """The function that multiplies the tiles that were noted by all rows, a few at once; see
     `attend_tiles`."""
-    most = ISAS[isa].rows
+    most, wide = ISAS[isa].rows, F32_CACHE
 
     @helper
     def multiply_rows(many, scratch, x, steps, out, rows):
-        at = scratch + ADDRESSES
+        tiles = scratch + ADDRESSES
         for row in range(0, rows, most):
-            x_row, out_row, count = (
-                x + row * x_stride,
-                out + row * out_stride,
-                min(most, rows - row),
-            )
+            count, at, to = min(most, rows - row), x + row * x_stride, out + row * out_stride
             if many:
-                attend_tiles(
-                    isa, F32_CACHE, fresh, x_stride, out_stride, at, x_row, steps, out_row, count
-                )
+                attend_tiles(isa, wide, fresh, x_stride, out_stride, tiles, at, steps, to, count)
             else:
-                attend_tiles(
-                    isa, cache, fresh, x_stride, out_stride, at, x_row, steps, out_row, count
-                )
+                attend_tiles(isa, cache, fresh, x_stride, out_stride, tiles, at, steps, to, count)
 
     return multiply_rows
 
@@ -321,44 +303,40 @@ def make_spans(cache, isa):
             for n in range(vectors):
                 store(wide + 64 * n, load_dense(cache, tile + 16 * size * n))
             tile = wide
-        note_address(scratch, t, tile)
+        write_i64(scratch + ADDRESSES + 8 * t, tile)
 
     score_rows = make_rows(cache, isa, 1, ROW_BYTES, SPAN_BYTES)
     mix_rows = make_rows(cache, isa, 0, SPAN_BYTES, ROW_BYTES)
 
     @helper
-    def score_span(instruction, scratch, table, group, at, skipped, keys, rows):
+    def score_span(cached, scratch, table, group, at, skipped, keys, rows):
         """scores[row, key] = query[row] . key, for keys ``at + skipped`` to ``at + keys``.
 
         Four blocks at once; where fewer are left, the last one again: nobody looks at its scores.
         """
-        page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-        many = rows > FEW_ROWS
+        dim, many = round_lanes(cached.head_dim), rows > FEW_ROWS
         for c in range(skipped, keys, 16 * TILES):
             for t in range(TILES):
                 key = at + min(c + 16 * t, (keys - 1) // 16 * 16)
-                place = cached_at(instruction, table, key) + group * page + key % page
-                tile = get(instruction, Field.KEYS) + size * place * dim
+                place = cached_at(cached, table, key, group) + key % cached.page
+                tile, value = cached.keys + size * place * dim, cached.values + size * place * dim
                 place_tile(tile, dim, many, t, scratch)
-                value = get(instruction, Field.VALUES) + (tile - get(instruction, Field.KEYS))
                 for line in range(0, size * 16 * dim, 64):
                     prefetch(value + line)
             score_rows(many, scratch, scratch + QUERIES, dim, scratch + SCORES + 4 * c, rows)
 
     @helper
-    def mix_span(instruction, scratch, table, group, at, skipped, keys, rows):
+    def mix_span(cached, scratch, table, group, at, skipped, keys, rows):
         """sums[row] += numerator[row, key] * value[key]: 64 dims at once, the last ones again where
         fewer are left."""
-        page, dim = get(instruction, Field.PAGE), round_lanes(get(instruction, Field.HEAD_DIM))
-        many = rows > FEW_ROWS
+        dim, many = round_lanes(cached.head_dim), rows > FEW_ROWS
         for c in range(skipped, keys, 16):
-            place = (cached_at(instruction, table, at + c) + group * page) * dim
-            place += (at + c) % page * 16
+            place = cached_at(cached, table, at + c, group) * dim + (at + c) % cached.page * 16
             steps = min(16, keys - c)  # what lies behind may be anything, even not a number
             for d in range(0, dim, 16 * TILES):
                 for t in range(TILES):
-                    column = page * min(d + 16 * t, dim - 16)
-                    tile = get(instruction, Field.VALUES) + size * (place + column)
+                    column = cached.page * min(d + 16 * t, dim - 16)
+                    tile = cached.values + size * (place + column)
                     place_tile(tile, steps, many, t, scratch)
                 x, out = scratch + SCORES + 4 * c, scratch + SUMS + 4 * d
                 mix_rows(many, scratch, x, steps, out, rows)
@@ -371,41 +349,41 @@ def make_attention(cache, isa):
     score_span, mix_span = make_spans(cache, isa)
 
     @helper
-    def attend_queries(instruction, scratch, table, group, position, rows):
+    def attend_queries(a, scratch, table, group, position, rows):
         """All keys that the gathered rows may see; the first row stands at ``position``."""
-        share = get(instruction, Field.HEADS) // get(instruction, Field.KV_HEADS)
-        window, dim = get(instruction, Field.WINDOW), round_lanes(get(instruction, Field.HEAD_DIM))
-        scale = np.float32(read_f64(instruction + 8 * Field.SCALE))
+        share, window, dim = a.cache.heads // a.cache.kv_heads, a.window, a.cache.head_dim
+        scale, dim = np.float32(a.scale), round_lanes(dim)
         end = position + (rows - 1) // share + 1
         first_seen = max(0, position - window + 1) if window > 0 else 0
         for at in range(first_seen // SPAN * SPAN, end, SPAN):
             keys, skipped = min(SPAN, end - at), max(0, first_seen - at) // 64 * 64
-            score_span(instruction, scratch, table, group, at, skipped, keys, rows)
+            score_span(a.cache, scratch, table, group, at, skipped, keys, rows)
             for row in range(rows):
                 me = position + row // share - at
                 seen_from = max(0, me - window + 1) if window > 0 else 0
                 soften(scratch, row, seen_from, me + 1, keys, dim, scale)
-            mix_span(instruction, scratch, table, group, at, skipped, keys, rows)
+            mix_span(a.cache, scratch, table, group, at, skipped, keys, rows)
 
-    def attention(instruction, params, start, stop, scratch):
-        groups = get(instruction, Field.KV_HEADS)
-        share = get(instruction, Field.HEADS) // groups
+    @helper
+    def attend_tile(a, scratch, s, group, tile_first):
+        """The queries of one sequence ``s`` and head group from ``tile_first`` on."""
+        share, table = a.cache.heads // a.cache.kv_heads, a.tables + s * a.table_stride
+        end, context = read_i32(a.starts + 4 * s + 4), read_i32(a.contexts + 4 * s)
+        tile_end = min(end, tile_first + QUERY_TOKENS)
+        for first in range(tile_first, tile_end, tile_tokens(share)):
+            tokens = min(tile_tokens(share), tile_end - first)
+            gather_queries(a, scratch, group, first, tokens)
+            attend_queries(a, scratch, table, group, context - (end - first), tokens * share)
+            for row in range(tokens * share):
+                finish_query(a, scratch, row, first + row // share, group * share + row % share)
+
+    def attention(address, params, start, stop, scratch):
+        a = arguments(Attention, address)
+        groups, sequences = a.cache.kv_heads, get(params, Param.SEQUENCES)
         units = get(params, Param.QUERY_TILES) * groups
         for turn in range(start, stop):
             unit = units - 1 - turn  # a long prompt's last tiles are its heaviest: they go first
-            group = unit % groups
-            s, tile_first = find_tile(instruction, params, unit // groups)
-            end = read_i32(get(instruction, Field.STARTS) + 4 * s + 4)
-            context = read_i32(get(instruction, Field.CONTEXTS) + 4 * s)
-            table = get(instruction, Field.TABLES) + s * get(instruction, Field.TABLE_STRIDE)
-            tile_end = min(end, tile_first + QUERY_TOKENS)
-            for first in range(tile_first, tile_end, tile_tokens(share)):
-                tokens = min(tile_tokens(share), tile_end - first)
-                gather_queries(instruction, scratch, group, first, tokens)
-                position, rows = context - (end - first), tokens * share
-                attend_queries(instruction, scratch, table, group, position, rows)
-                for row in range(rows):
-                    head = group * share + row % share
-                    finish_query(instruction, scratch, row, first + row // share, head)
+            s, tile_first = find_tile(a.starts, sequences, unit // groups)
+            attend_tile(a, scratch, s, unit % groups, tile_first)
 
     return attention

@@ -10,25 +10,24 @@ from collections.abc import Callable
 from llvmlite import binding
 from numba import types
 
+from ruvon.kernels.cpu.arguments import Key
 from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
 from ruvon.kernels.cpu.jit import attention, linear, rows, sample, threads
 from ruvon.kernels.cpu.jit.translate import translate
 
-Key = tuple[str, int | None]
-
 KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
-    "lead": (threads.lead, types.void(*[types.intp] * 2)),
-    "follow": (threads.follow, types.void(*[types.intp] * 4)),
+    "leader": (threads.lead, types.void(*[types.intp] * 2)),
+    "worker": (threads.work, types.void(*[types.intp] * 4)),
     "pack": (rows.pack, KERNEL),
     "interleave": (rows.interleave, KERNEL),
     "rms_norm": (rows.rms_norm, KERNEL),
     "layer_norm": (rows.layer_norm, KERNEL),
     "activate": (rows.activate, KERNEL),
     "add": (rows.add, KERNEL),
-    "take": (rows.take, KERNEL),
+    "gather": (rows.gather, KERNEL),
     "argmax": (rows.argmax, KERNEL),
-    "draw": (sample.draw, KERNEL),
+    "sample": (sample.sample, KERNEL),
 }
 FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
     "embed": rows.make_embed,

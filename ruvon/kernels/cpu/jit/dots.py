@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
+from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
@@ -23,12 +24,12 @@ from ruvon.kernels.cpu.jit.simd import (
     I32,
     broadcast,
     call,
+    fused,
     load_as,
     offset,
     splat,
     vector,
 )
-from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, TOTAL, VECTORS, TileKind
 
 I32V, F32V = vector(I32), vector(F32)
 
@@ -45,7 +46,7 @@ class Group:
 
     b: ir.IRBuilder
     isa: Isa
-    kind: TileKind
+    kind: TileFormat
     w: ir.Value  # where it lies
     loaded: dict[int, ir.Value] = field(default_factory=dict)
 
@@ -90,48 +91,33 @@ class Group:
 
 
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
-    """For each row, at ``blocks``, int32 sums [16] of (code - zero) * activation over one part of
-    the group: all of it, or a half where each half has a scale."""
+    """For each row, at ``blocks``, sums [16] of (code - zero) * activation over one part of the
+    group: all of it, or a half where each half has a scale. They are integers, as exact floats."""
     per_part = VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    start = [bias_of_zero(group, block, part) for block in blocks]
-    if group.isa.dot == "maddubs":
-        if group.kind.bits == 8:
-            return madd_words(group, blocks, which, start)
-        return madd_bytes(group, blocks, which, start)
-    if group.isa.dot == "plain":
-        return plain(group, blocks, which, start)
-    return dot_bytes(group, blocks, which, start)
+    product = {"plain": plain, "maddubs": madd_bytes}.get(group.isa.dot, dot_bytes)
+    if group.isa.dot == "maddubs" and group.kind.bits == 8:
+        product = madd_words
+    sums = [group.b.sitofp(each, F32V) for each in product(group, blocks, which)]
+    if not group.kind.zero or group.signed:
+        return sums
+    # Below 2 ** 24 this rounds nothing. It comes last because registers are few until then.
+    minus_zero = ir.Constant(F32V, [-float(group.kind.zero)] * LANES)
+    return [
+        fused(group.b, code_sum(group, block, part), minus_zero, each)
+        for block, each in zip(blocks, sums, strict=True)
+    ]
 
 
-def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
-    b, kind = group.b, group.kind
-    if not kind.zero or group.signed:
-        return constant(0)
-    negated = negated_sum(group, x, part)
-    shift = (128 // kind.zero).bit_length() - 1
-    return b.ashr(negated, constant(shift)) if shift else negated
-
-
-def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-128 * sum of the activation codes in this part of the group."""
+def code_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """The sum of the activation codes in this part of the group."""
     b, tail = group.b, group.isa.form(group.kind).tail
     if not group.kind.half:
-        return broadcast(b, offset(b, x, tail + NEGATED), I32)
-    first = broadcast(b, offset(b, x, tail + NEGATED_HALF), I32)
+        return broadcast(b, offset(b, x, tail + TOTAL), F32)
+    first = broadcast(b, offset(b, x, tail + FIRST_HALF), F32)
     if part == 0:
         return first
-    return b.sub(broadcast(b, offset(b, x, tail + NEGATED), I32), first)
-
-
-def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """The sum of the activation codes in this part of the group, as a float."""
-    b = group.b
-    if not group.kind.half:
-        return broadcast(b, offset(b, x, group.isa.form(group.kind).tail + TOTAL), F32)
-    negated = b.sitofp(negated_sum(group, x, part), F32V)
-    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
+    return b.fsub(broadcast(b, offset(b, x, tail + TOTAL), F32), first)
 
 
 # In registers of the machine's own width
@@ -182,13 +168,11 @@ def most_in_words(bits: int) -> int:
     return int((2**15 - 1) // (2 * 127 * (2**bits - 1)))
 
 
-def madd_bytes(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
     ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
-    totals = [cut(b, value, I32, width) if group.kind.zero else None for value in start]
+    totals: list[list[ir.Value] | None] = [None] * len(blocks)
     most = most_in_words(group.kind.bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value] | None] = [None] * len(blocks)
@@ -203,12 +187,10 @@ def madd_bytes(
     return [join(b, total or []) for total in totals]
 
 
-def madd_words(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def madd_words(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Codes and activations of 16 bits: of each four the first and third, then the others."""
     b, width = group.b, group.isa.width
-    totals: list[list[ir.Value]] = [cut(b, value, I32, width) for value in start]
+    totals: list[list[ir.Value] | None] = [None] * len(blocks)
     for q in which:
         for odd in (0, 1):
             codes = group.codes(q)
@@ -222,7 +204,7 @@ def madd_words(
                 x = splat_bytes(b, offset(b, block, 8 * q + 4 * odd), width, I16)
                 wide = [madd(b, MADD_WORDS, part, x) for part in parts]
                 totals[row] = add_all(b, totals[row], wide)
-    return [join(b, total) for total in totals]
+    return [join(b, total or []) for total in totals]
 
 
 def splat_words(value: int) -> ir.Constant:
@@ -253,13 +235,11 @@ DOT_BYTES = {
 }
 
 
-def dot_bytes(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def dot_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Fours of products straight into 32 bits."""
     b, isa = group.b, group.isa
     name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
-    totals = [cut(b, value, I32, isa.width) for value in start]
+    totals = [cut(b, constant(0), I32, isa.width) for _ in blocks]
     for q in which:
         codes = cut(b, group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
@@ -280,11 +260,9 @@ def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.T
     return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
 
 
-def plain(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Byte by byte, in int32."""
-    b, totals = group.b, [*start]
+    b, totals = group.b, [constant(0) for _ in blocks]
     for q in which:
         for j in range(4):
             code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))

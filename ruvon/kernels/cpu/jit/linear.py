@@ -6,49 +6,35 @@ within a panel stay in the second-level cache while one unit after another strea
 
 from __future__ import annotations
 
+from ruvon.kernels.cpu.arguments import Linear
+from ruvon.kernels.cpu.formats import FORMATS, GROUP, ROWS, Form
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_packs
-from ruvon.kernels.cpu.jit.simd import get, load, read_i64, store, write_i64
+from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_row
+from ruvon.kernels.cpu.jit.simd import arguments, get, load, read_i64, write_i64
 from ruvon.kernels.cpu.jit.tiles import multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, Form
-from ruvon.kernels.cpu.program import (
-    FETCH_AT,
-    NONE,
-    OWN_END,
-    PANEL,
-    SILU_GATED,
-    Field,
-    Param,
-)
+from ruvon.kernels.cpu.params import FETCH_AT, NONE, OWN_END, PANEL, SILU_GATED
 
 AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
 
 
 @helper
-def finish_row(instruction, sums, row, column):
-    """Bias, activation, then out as floats, packed, or both: 32 outputs of one row."""
-    a, b = load(sums), load(sums + 64)
-    bias, activation = get(instruction, Field.BIAS), get(instruction, Field.ACTIVATION)
-    if bias != 0:
-        a = a + load(bias + 128 * column)
-        b = b + load(bias + 128 * column + 64)
-    if activation == SILU_GATED:
-        up = sums + 128
-        c, d = load(up), load(up + 64)
-        if bias != 0:
-            up_bias = bias + 4 * get(instruction, Field.WIDTH) + 128 * column
-            c = c + load(up_bias)
-            d = d + load(up_bias + 64)
-        a, b = sigmoid_times(a) * c, sigmoid_times(b) * d
-    elif activation != NONE:
-        a, b = activate16(a, activation), activate16(b, activation)
-    out = get(instruction, Field.OUT)
-    if out != 0:
-        out += row * get(instruction, Field.OUT_STRIDE) + 128 * column
-        store(out, a)
-        store(out + 64, b)
-    write_packs(instruction, row, column, a, b)
+def finish_row(a, sums, row, column):
+    """Bias and activation of 32 outputs of one row."""
+    x, y = load(sums), load(sums + 64)
+    if a.bias != 0:
+        x = x + load(a.bias + 128 * column)
+        y = y + load(a.bias + 128 * column + 64)
+    if a.activation == SILU_GATED:
+        up_x, up_y = load(sums + 128), load(sums + 192)
+        if a.bias != 0:
+            bias = a.bias + 4 * a.width + 128 * column
+            up_x = up_x + load(bias)
+            up_y = up_y + load(bias + 64)
+        x, y = sigmoid_times(x) * up_x, sigmoid_times(y) * up_y
+    elif a.activation != NONE:
+        x, y = activate16(x, a.activation), activate16(y, a.activation)
+    write_row(a.out, row, column, x, y)
 
 
 @helper
@@ -65,18 +51,16 @@ def next_tiles(scratch, unit, own, size):
 
 
 @helper
-def is_plain(instruction):
-    """Whether sums are what is wanted, as floats."""
-    more = get(instruction, Field.BIAS) | get(instruction, Field.INT8)
-    more |= get(instruction, Field.INT16) | get(instruction, Field.BF16)
-    return more == 0 and get(instruction, Field.ACTIVATION) == NONE
+def is_plain(a):
+    """Whether sums are what is wanted, as plain rows."""
+    return a.bias | a.out.int8 | a.out.int16 | a.out.bf16 == 0 and a.activation == NONE
 
 
 def make_linear(kind, isa):
-    """The product with weights of this kind, packed activations in, see `Field` for the rest."""
-    form, most = ISAS[isa].form(KINDS[kind]), ISAS[isa].rows
-    x_row = 4 if form == Form.FLOAT else form.group_bytes  # from one row to the next
-    x_step = ROWS * form.group_bytes * KINDS[kind].step // GROUP
+    """The product with weights of this format."""
+    form, most = ISAS[isa].form(FORMATS[kind]), ISAS[isa].rows
+    x_row = 4 if form == Form.INTERLEAVED else form.group_bytes  # from one row to the next
+    x_step = ROWS * form.group_bytes * FORMATS[kind].step // GROUP
 
     @helper
     def multiply(w, x, steps, out, out_stride, rows, fetch):
@@ -87,36 +71,36 @@ def make_linear(kind, isa):
             multiply_tile(isa, kind, w, at, steps, out + row * out_stride, out_stride, count, fetch)
             fetch = w
 
-    def linear(instruction, params, start, stop, scratch):
-        counted = get(instruction, Field.COUNT)
-        rows = get(params, counted - 1)  # the count of panels stands behind the count of rows
-        columns = get(instruction, Field.PER_COUNT)
-        steps, tile_bytes = get(instruction, Field.STEPS), get(instruction, Field.TILE_BYTES)
-        gate, plain = get(instruction, Field.GATE_BYTES), is_plain(instruction)
-        stride = get(instruction, Field.OUT_STRIDE) if plain else 256
+    @helper
+    def multiply_rows(a, w, fetch, partner, first, count, column, sums):
+        """A unit's tiles by the ``count`` rows from ``first`` on. What is fetched meanwhile begins
+        at ``fetch`` and, for partners of gates, at ``partner``; 0 if it has been before."""
+        plain, steps, tile_bytes = is_plain(a), a.weight.steps, a.weight.tile_bytes
+        stride, x = 256, a.x + first // ROWS * steps * x_step
+        if plain:
+            stride, sums = a.out.stride, a.out.rows + first * a.out.stride + 128 * column
+        for tile in range(4 if a.gate_bytes != 0 else 2):
+            at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
+            ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
+            if fetch == 0:
+                ahead = at
+            multiply(at, x, steps, sums + 64 * tile, stride, count, ahead)
+        if not plain:
+            for row in range(count):
+                finish_row(a, sums + row * stride, first + row, column)
+
+    def linear(address, params, start, stop, scratch):
+        a = arguments(Linear, address)
+        rows, unit_bytes = get(params, a.counted), 2 * a.weight.tile_bytes
         for unit in range(start, stop):
-            column, panel = unit % columns, unit // columns
-            w = get(instruction, Field.WEIGHT) + 2 * column * tile_bytes
-            fetch = next_tiles(scratch, unit, w, 2 * tile_bytes)
-            partner = next_tiles(scratch, unit, w + gate, 2 * tile_bytes) if gate != 0 else 0
+            column, panel = unit % a.columns, unit // a.columns
+            w = a.weight.tiles + column * unit_bytes
+            fetch, partner = next_tiles(scratch, unit, w, unit_bytes), 0
+            if a.gate_bytes != 0:
+                partner = next_tiles(scratch, unit, w + a.gate_bytes, unit_bytes)
             for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), AT_ONCE):
                 count = min(AT_ONCE, rows - first)
-                x = get(instruction, Field.X) + first // ROWS * steps * x_step
-                sums = scratch
-                if plain:
-                    sums = get(instruction, Field.OUT) + first * stride + 128 * column
-                for tile in range(4 if gate != 0 else 2):
-                    behind = (tile & 1) * tile_bytes + (tile >> 1) * gate
-                    ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
-                    if first > panel * PANEL:  # there is nothing left to fetch
-                        ahead = w + behind
-                    multiply(w + behind, x, steps, sums + 64 * tile, stride, count, ahead)
-                if not plain:
-                    for row in range(count):
-                        finish_row(instruction, sums + row * stride, first + row, column)
+                multiply_rows(a, w, fetch, partner, first, count, column, scratch)
+                fetch = 0
 
     return linear
-
-
-assert Param.TOKEN_PANELS == Param.TOKENS + 1
-assert Param.LOGIT_PANELS == Param.LOGIT_ROWS + 1

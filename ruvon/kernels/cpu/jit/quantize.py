@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
+from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, SCALE, TOTAL, Form
 from ruvon.kernels.cpu.jit.simd import (
     F32,
     I8,
     I16,
     I32,
+    V,
     call,
-    define,
-    f32x16,
     greater,
     offset,
+    operation,
     splat,
     store_as,
     tree,
     vector,
 )
-from ruvon.kernels.cpu.kinds import LANES, NEGATED, NEGATED_HALF, SCALE, TOTAL, Form
 
 F32V, I32V = vector(F32), vector(I32)
 
@@ -53,36 +54,29 @@ def store_codes(b: ir.IRBuilder, codes: ir.Value, half: int, block: ir.Value, fo
     return store_as(b, offset(b, block, 32 * half), words, 1)
 
 
-def quantize_to(form: Form):
-    """The intrinsic that writes 32 floats as one group of a packed row: codes, scale, and the sums
+def quantize_to(form: Form) -> Any:
+    """The function that writes 32 floats as one group of a packed row: codes, scale, and the sums
     of codes."""
 
-    @intrinsic
-    def quantize_group(typing, x, y, block):
-        def emit(b, x, y, block):
-            sizes = [call(b, "llvm.fabs.v16f32", F32V, [value]) for value in (x, y)]
-            peak = tree(b, greater(b, *sizes), greater)
-            some = b.fcmp_ordered(">", peak, ir.Constant(F32, 0.0))
-            inverse = b.fdiv(ir.Constant(F32, 127.0), peak)
-            by = splat(b, b.select(some, inverse, ir.Constant(F32, 0.0)))
-            lanes = [quantize_lanes(b, value, by) for value in (x, y)]
-            for half, codes in enumerate(lanes):
-                store_codes(b, codes, half, block, form)
-            signed = (b.sext(b.trunc(codes, vector(I8)), I32V) for codes in lanes)
-            first_sum, second_sum = sum_halves(b, *signed)
-            total, by_128 = b.add(first_sum, second_sum), ir.Constant(I32, -128)
-            tail = {
-                SCALE: b.fmul(peak, ir.Constant(F32, 1 / 127)),
-                TOTAL: b.sitofp(total, F32),
-                NEGATED: b.mul(total, by_128),
-                NEGATED_HALF: b.mul(first_sum, by_128),
-            }
-            for at, value in tail.items():
-                store_as(b, offset(b, block, form.tail + at), value, 4)
+    def emit(b: ir.IRBuilder, x: ir.Value, y: ir.Value, block: ir.Value) -> None:
+        sizes = [call(b, "llvm.fabs.v16f32", F32V, [value]) for value in (x, y)]
+        peak = tree(b, greater(b, *sizes), greater)
+        some = b.fcmp_ordered(">", peak, ir.Constant(F32, 0.0))
+        inverse = b.fdiv(ir.Constant(F32, 127.0), peak)
+        by = splat(b, b.select(some, inverse, ir.Constant(F32, 0.0)))
+        lanes = [quantize_lanes(b, value, by) for value in (x, y)]
+        for half, codes in enumerate(lanes):
+            store_codes(b, codes, half, block, form)
+        first, second = sum_halves(b, *(b.sext(b.trunc(x, vector(I8)), I32V) for x in lanes))
+        tail = {
+            SCALE: b.fmul(peak, ir.Constant(F32, 1 / 127)),
+            TOTAL: b.sitofp(b.add(first, second), F32),
+            FIRST_HALF: b.sitofp(first, F32),
+        }
+        for at, value in tail.items():
+            store_as(b, offset(b, block, form.tail + at), value, 4)
 
-        return define(types.void, (f32x16, f32x16, types.intp), emit)
-
-    return quantize_group
+    return operation(emit, V, V, types.intp, result=types.void)
 
 
 quantize_bytes, quantize_words = quantize_to(Form.INT8), quantize_to(Form.INT16)

@@ -1,19 +1,30 @@
 """Kernels that work row by row: packing activations, norms, embedding, small element-wise things.
 
-A unit of work is one row, in all of them (see `program`).
+A unit of work is one row, in all of them (see `arguments`).
 """
 
 from __future__ import annotations
 
 import numpy as np
 
+from ruvon.kernels.cpu.arguments import (
+    Activate,
+    Add,
+    Argmax,
+    Embed,
+    Gather,
+    Interleave,
+    Norm,
+    Pack,
+)
+from ruvon.kernels.cpu.formats import FORMATS, ROWS, SUPER, Form
 from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
     any_equal,
+    arguments,
     exp16,
     fma,
-    get,
     keep_first,
     larger,
     load,
@@ -21,7 +32,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_bf16,
     read_f16,
     read_f32,
-    read_f64,
     read_i8,
     read_i32,
     read_u8,
@@ -33,8 +43,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, ROWS, SUPER, Form
-from ruvon.kernels.cpu.program import GELU, GELU_TANH, RELU, SILU, SILU_GATED, Field
+from ruvon.kernels.cpu.params import GELU, GELU_TANH, RELU, SILU, SILU_GATED
 
 INT8_BYTES, INT16_BYTES, BF16_BYTES = (
     form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
@@ -44,36 +53,45 @@ INT8_BYTES, INT16_BYTES, BF16_BYTES = (
 
 
 @helper
-def write_packs(instruction, row, group, a, b):
+def write_packs(out, row, group, a, b):
     """32 numbers of a row, in each packed form that is asked for."""
-    int8, int16 = get(instruction, Field.INT8), get(instruction, Field.INT16)
-    bf16 = get(instruction, Field.BF16)
-    block = (row // ROWS * get(instruction, Field.GROUPS) + group) * ROWS + row % ROWS
-    if int8 != 0:
-        quantize_bytes(a, b, int8 + block * INT8_BYTES)
-    if int16 != 0:
-        quantize_words(a, b, int16 + block * INT16_BYTES)
-    if bf16 != 0:
-        store_lanes(16, 1, bf16 + block * BF16_BYTES, a)
-        store_lanes(16, 1, bf16 + block * BF16_BYTES + 32, b)
+    block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
+    if out.int8 != 0:
+        quantize_bytes(a, b, out.int8 + block * INT8_BYTES)
+    if out.int16 != 0:
+        quantize_words(a, b, out.int16 + block * INT16_BYTES)
+    if out.bf16 != 0:
+        store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
+        store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)
 
 
-def pack(instruction, params, start, stop, scratch):
+@helper
+def write_row(out, row, group, a, b):
+    """32 numbers of a row: plain, packed, or both."""
+    if out.rows != 0:
+        at = out.rows + row * out.stride + 128 * group
+        store(at, a)
+        store(at + 64, b)
+    write_packs(out, row, group, a, b)
+
+
+def pack(address, params, start, stop, scratch):
     """Pack rows for a product that takes them by groups of 32."""
+    a = arguments(Pack, address)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        for group in range(get(instruction, Field.GROUPS)):
+        x = a.x + row * a.stride
+        for group in range(a.out.groups):
             at = x + 128 * group
-            write_packs(instruction, row, group, load(at), load(at + 64))
+            write_packs(a.out, row, group, load(at), load(at + 64))
 
 
-def interleave(instruction, params, start, stop, scratch):
+def interleave(address, params, start, stop, scratch):
     """Pack rows for a product in float32: eight side by side for each k."""
-    width = get(instruction, Field.GROUPS) * GROUP
+    a = arguments(Interleave, address)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        pack = get(instruction, Field.OUT) + (row // ROWS) * width * 4 * ROWS + (row % ROWS) * 4
-        for k in range(width):
+        x = a.x + row * a.stride
+        pack = a.out + (row // ROWS) * a.width * 4 * ROWS + (row % ROWS) * 4
+        for k in range(a.width):
             write_f32(pack + 4 * ROWS * k, read_f32(x + 4 * k))
 
 
@@ -91,55 +109,48 @@ def sum_with_residual(x, residual, total, stride):
 
 
 @helper
-def finish_norm(instruction, source, row, scale, shift):
-    """(source - shift) * scale * weight (+ bias), as floats, packed, or both."""
-    weight, bias = get(instruction, Field.WEIGHT), get(instruction, Field.BIAS)
-    out, stride = get(instruction, Field.OUT), get(instruction, Field.X_STRIDE)
-    if out != 0:
-        out += row * stride
+def finish_norm(a, source, row, scale, shift):
+    """(source - shift) * scale * weight (+ bias)."""
     minus, by = splat16(shift), splat16(scale)
-    for c in range(0, stride, 128):
-        a = (load(source + c) - minus) * by * load(weight + c)
-        b = (load(source + c + 64) - minus) * by * load(weight + c + 64)
-        if bias != 0:
-            a = a + load(bias + c)
-            b = b + load(bias + c + 64)
-        if out != 0:
-            store(out + c, a)
-            store(out + c + 64, b)
-        write_packs(instruction, row, c // 128, a, b)
+    for c in range(0, a.stride, 128):
+        x = (load(source + c) - minus) * by * load(a.weight + c)
+        y = (load(source + c + 64) - minus) * by * load(a.weight + c + 64)
+        if a.bias != 0:
+            x = x + load(a.bias + c)
+            y = y + load(a.bias + c + 64)
+        write_row(a.out, row, c // 128, x, y)
 
 
 @helper
-def norm_row(instruction, row, centered):
-    stride, width = get(instruction, Field.X_STRIDE), get(instruction, Field.WIDTH)
-    x, residual = get(instruction, Field.X) + row * stride, get(instruction, Field.Y)
+def norm_row(a, row, centered):
+    x, residual, total = a.x + row * a.stride, a.residual, a.total + row * a.stride
     if residual != 0:
-        residual += row * stride
-    source = sum_with_residual(x, residual, get(instruction, Field.TOTAL) + row * stride, stride)
-    mean = np.float32(0.0)
+        residual += row * a.stride
+    source = sum_with_residual(x, residual, total, a.stride)
+    mean, width = np.float32(0.0), np.float32(a.width)
     if centered:
         sums = splat16(0.0)
-        for c in range(0, stride, 64):
+        for c in range(0, a.stride, 64):
             sums = sums + load(source + c)
-        mean = np.float32(sum_lanes(sums) / np.float32(width))
+        mean = np.float32(sum_lanes(sums) / width)
     squares, minus, zeros = splat16(0.0), splat16(mean), splat16(0.0)
-    for c in range(0, stride, 64):
-        away = keep_first(load(source + c) - minus, width - c // 4, zeros)
+    for c in range(0, a.stride, 64):
+        away = keep_first(load(source + c) - minus, a.width - c // 4, zeros)
         squares = fma(away, away, squares)
-    eps = read_f64(instruction + 8 * Field.EPS)
-    scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(width) + eps))
-    finish_norm(instruction, source, row, scale, mean)
+    scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / width + a.eps))
+    finish_norm(a, source, row, scale, mean)
 
 
-def rms_norm(instruction, params, start, stop, scratch):
+def rms_norm(address, params, start, stop, scratch):
+    a = arguments(Norm, address)
     for row in range(start, stop):
-        norm_row(instruction, row, False)
+        norm_row(a, row, False)
 
 
-def layer_norm(instruction, params, start, stop, scratch):
+def layer_norm(address, params, start, stop, scratch):
+    a = arguments(Norm, address)
     for row in range(start, stop):
-        norm_row(instruction, row, True)
+        norm_row(a, row, True)
 
 
 # Activations
@@ -147,8 +158,13 @@ def layer_norm(instruction, params, start, stop, scratch):
 
 @helper
 def sigmoid_times(x):
-    one = splat16(1.0)
-    return x / (one + exp16(splat16(0.0) - x))
+    return sigmoid_of(x, x)
+
+
+@helper
+def sigmoid_of(x, inner):
+    """x times the sigmoid of ``inner``."""
+    return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
 
 
 @helper
@@ -180,45 +196,35 @@ def activate16(x, activation):
     return x
 
 
-@helper
-def sigmoid_of(x, inner):
-    return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
-
-
-def activate(instruction, params, start, stop, scratch):
+def activate(address, params, start, stop, scratch):
     """The activation of a product that could not do it itself."""
-    width, activation = get(instruction, Field.WIDTH), get(instruction, Field.ACTIVATION)
+    a = arguments(Activate, address)
     zeros = splat16(0.0)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + row * get(instruction, Field.X_STRIDE)
-        out = get(instruction, Field.OUT) + row * get(instruction, Field.OUT_STRIDE)
-        for c in range(0, width, 16):
+        x, out = a.x + row * a.stride, a.out + row * a.out_stride
+        for c in range(0, a.width, 16):
             value = load(x + 4 * c)
-            if activation == SILU_GATED:
-                value = sigmoid_times(value) * load(x + 4 * (width + c))
+            if a.activation == SILU_GATED:
+                value = sigmoid_times(value) * load(x + 4 * (a.width + c))
             else:
-                value = activate16(value, activation)
-            store(out + 4 * c, keep_first(value, width - c, zeros))
+                value = activate16(value, a.activation)
+            store(out + 4 * c, keep_first(value, a.width - c, zeros))
 
 
 # Rows in and out
 
 
-def add(instruction, params, start, stop, scratch):
-    stride = get(instruction, Field.X_STRIDE)
-    for row in range(start, stop):
-        x, y = get(instruction, Field.X) + row * stride, get(instruction, Field.Y) + row * stride
-        out = get(instruction, Field.OUT) + row * stride
-        for c in range(0, stride, 64):
-            store(out + c, load(x + c) + load(y + c))
+def add(address, params, start, stop, scratch):
+    a = arguments(Add, address)
+    for at in range(start * a.stride, stop * a.stride, 64):
+        store(a.out + at, load(a.x + at) + load(a.y + at))
 
 
-def take(instruction, params, start, stop, scratch):
-    stride = get(instruction, Field.X_STRIDE)
+def gather(address, params, start, stop, scratch):
+    a = arguments(Gather, address)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + read_i32(get(instruction, Field.IDS) + 4 * row) * stride
-        out = get(instruction, Field.OUT) + row * stride
-        for c in range(0, stride, 64):
+        x, out = a.x + read_i32(a.rows + 4 * row) * a.stride, a.out + row * a.stride
+        for c in range(0, a.stride, 64):
             store(out + c, load(x + c))
 
 
@@ -285,22 +291,21 @@ def dense_value(tile, lane, k, single, brain, pairs):
 
 def make_embed(kind, isa):
     """The kernel that reads rows out of a table in tiles of this kind."""
-    form = KINDS[kind]
+    form = FORMATS[kind]
     quantized, coded_value = form.quantized, make_coded_value(form)
     single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
 
-    def embed(instruction, params, start, stop, scratch):
-        width, steps = get(instruction, Field.WIDTH), get(instruction, Field.STEPS)
+    def embed(address, params, start, stop, scratch):
+        a = arguments(Embed, address)
         for row in range(start, stop):
-            token = read_i32(get(instruction, Field.IDS) + 4 * row)
-            tile = get(instruction, Field.WEIGHT)
-            tile += token // 16 * get(instruction, Field.TILE_BYTES)
-            out = get(instruction, Field.OUT) + row * get(instruction, Field.OUT_STRIDE)
-            for k in range(width):
+            token = read_i32(a.ids + 4 * row)
+            tile, lane = a.table.tiles + token // 16 * a.table.tile_bytes, token % 16
+            out = a.out + row * a.stride
+            for k in range(a.width):
                 if quantized:
-                    value = coded_value(tile, token % 16, steps, k)
+                    value = coded_value(tile, lane, a.table.steps, k)
                 else:
-                    value = dense_value(tile, token % 16, k, single, brain, pairs)
+                    value = dense_value(tile, lane, k, single, brain, pairs)
                 write_f32(out + 4 * k, value)
 
     return embed
@@ -321,25 +326,38 @@ def first_in_row(x, width, wanted):
     return at
 
 
-def argmax(instruction, params, start, stop, scratch):
+def argmax(address, params, start, stop, scratch):
     """Where each row is largest, the first place if there are several, as int64. A NaN counts as
     larger than any number, as in numpy."""
-    width, stride = get(instruction, Field.WIDTH), get(instruction, Field.X_STRIDE)
-    low, zeros = splat16(-np.inf), splat16(0.0)
+    a = arguments(Argmax, address)
     for row in range(start, stop):
-        x = get(instruction, Field.X) + row * stride
-        whole = width // 16 * 16
-        best = keep_first(load(x + 4 * whole), width - whole, low)
-        nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
-        for c in range(0, 4 * whole, 64):
-            value = load(x + c)
-            best = larger(best, value)
-            nothing = fma(value, zeros, nothing)
-        wanted = max_lanes(best)
-        if sum_lanes(nothing) != 0:  # a NaN or an infinity
-            for at in range(width):
-                wanted = wanted if wanted != wanted else max_or_nan(wanted, read_f32(x + 4 * at))
-        write_i64(get(instruction, Field.OUT) + 8 * row, first_in_row(x, width, wanted))
+        x = a.x + row * a.stride
+        write_i64(a.out + 8 * row, first_in_row(x, a.width, largest(x, a.width)))
+
+
+@helper
+def max_of(x, width):
+    """The largest of some numbers that are no NaN."""
+    whole = width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    for at in range(0, whole, 16):
+        best = larger(load(x + 4 * at), best)
+    return max_lanes(best)
+
+
+@helper
+def largest(x, width):
+    """The largest number, or NaN if there is one."""
+    zeros = splat16(0.0)
+    whole = width // 16 * 16
+    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
+    for at in range(0, whole, 16):
+        nothing = fma(load(x + 4 * at), zeros, nothing)
+    found = max_of(x, width)
+    if sum_lanes(nothing) != 0:  # a NaN or an infinity
+        for at in range(width):
+            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
+    return found
 
 
 @helper

@@ -1,4 +1,4 @@
-"""The kernel that draws tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
+"""The kernel that samples tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
 
 A unit of work is a *workspace*, which serves every so many rows one after the other: a row's
 weights, V floats, stay in the cache of whoever works on it. Nothing is sorted. A filter's threshold
@@ -16,22 +16,22 @@ import math
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.jit.rows import first_in_row, max_or_nan
+from ruvon.kernels.cpu.arguments import Sample
+from ruvon.kernels.cpu.jit.rows import first_in_row, largest, max_of
 from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
+    V,
     any_equal,
-    define,
+    any_lane,
+    arguments,
     exp16,
-    f32x16,
-    fma,
     get,
     keep_first,
-    larger,
     load,
-    max_lanes,
+    number,
+    operation,
     read_f32,
     read_f64,
     read_i32,
@@ -46,63 +46,46 @@ from ruvon.kernels.cpu.jit.simd import (
     write_u8,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.program import Field, Param
-from ruvon.kernels.cpu.sampling import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Word
+from ruvon.kernels.cpu.params import Param
+from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Row
 
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
+RANK, NORM = map(Result._fields.index, ("rank", "norm"))  # behind the token
 PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 
 
 # Vectors and bits
 
-
-@intrinsic
-def where_at_least(typing, x, cut, kept, other):
-    """Lanes of ``kept`` where x reaches ``cut``, the rest of ``other``."""
-
-    def emit(b, x, cut, kept, other):
-        return b.select(b.fcmp_ordered(">=", x, cut), kept, other)
-
-    return define(f32x16, (f32x16,) * 4, emit)
+NUMBER, DOUBLE = ir.FloatType(), ir.DoubleType()
 
 
-@intrinsic
-def any_within(typing, x, low, high):
-    """Whether any lane lies from ``low`` to ``high``."""
-
-    def emit(b, x, low, high):
-        inside = b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high))
-        lanes = b.bitcast(inside, ir.IntType(16))
-        return b.icmp_unsigned("!=", lanes, ir.Constant(ir.IntType(16), 0))
-
-    return define(types.boolean, (f32x16,) * 3, emit)
+def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    return any_lane(b, b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high)))
 
 
-@intrinsic
-def order_of(typing, x):
-    """An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same."""
-
-    def emit(b, x):
-        x = b.fadd(x, ir.Constant(ir.FloatType(), 0.0))  # which makes -0 a 0
-        bits = b.sext(b.bitcast(x, I32), I64)
-        flipped = b.xor(bits, ir.Constant(I64, 0x7FFFFFFF))
-        ordered = b.select(b.icmp_signed("<", bits, ir.Constant(I64, 0)), flipped, bits)
-        return b.add(ordered, ir.Constant(I64, 1 << 31))
-
-    return define(types.intp, (types.float32,), emit)
+def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+    """Between a float's bits, as a signed integer, and an integer of the same order."""
+    return b.select(b.icmp_signed("<", bits, number(0)), b.xor(bits, number(0x7FFFFFFF)), bits)
 
 
-@intrinsic
-def float_at(typing, order):
-    """The float that `order_of` gave this number."""
+def emit_order(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    x = b.fadd(x, ir.Constant(NUMBER, 0.0))  # which makes -0 a 0
+    return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
 
-    def emit(b, order):
-        ordered = b.sub(order, ir.Constant(I64, 1 << 31))
-        flipped = b.xor(ordered, ir.Constant(I64, 0x7FFFFFFF))
-        bits = b.select(b.icmp_signed("<", ordered, ir.Constant(I64, 0)), flipped, ordered)
-        return b.bitcast(b.trunc(bits, I32), ir.FloatType())
 
-    return define(types.float32, (types.intp,), emit)
+def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
+    bits = flip_negative(b, b.sub(order, number(1 << 31)))
+    return b.bitcast(b.trunc(bits, I32), NUMBER)
+
+
+# (x, cut, kept, other): lanes of ``kept`` where x reaches ``cut``, the rest of ``other``
+where_at_least = operation(
+    lambda b, x, cut, kept, other: b.select(b.fcmp_ordered(">=", x, cut), kept, other), V, V, V, V
+)
+any_within = operation(emit_any_within, V, V, V, result=types.boolean)
+# An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same
+order_of = operation(emit_order, types.float32, result=types.intp)
+float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
 
 
 def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
@@ -112,31 +95,27 @@ def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, i
     return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
 
 
-@intrinsic
-def uniform(typing, seed, position):
-    """A number in [0, 1) out of Philox4x64-10, as `ruvon.engine.sampler` draws it: numpy counts
-    one on before it draws."""
+def emit_uniform(b: ir.IRBuilder, seed: ir.Value, position: ir.Value) -> ir.Value:
+    words = [b.add(position, number(1)), number(0), number(0), number(0)]
+    keys = [seed, number(0)]
+    for _ in range(10):
+        high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
+        other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
+        words = [
+            b.xor(b.xor(other_high, words[1]), keys[0]),
+            other_low,
+            b.xor(b.xor(high, words[3]), keys[1]),
+            low,
+        ]
+        steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+        keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
+    bits = b.lshr(words[0], number(16))
+    return b.fmul(b.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 2.0**-48))
 
-    def emit(b, seed, position):
-        zero = ir.Constant(I64, 0)
-        words = [b.add(position, ir.Constant(I64, 1)), zero, zero, zero]
-        keys = [seed, zero]
-        for _ in range(10):
-            high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
-            other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
-            words = [
-                b.xor(b.xor(other_high, words[1]), keys[0]),
-                other_low,
-                b.xor(b.xor(high, words[3]), keys[1]),
-                low,
-            ]
-            steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-            keys = [b.add(key, ir.Constant(I64, by)) for key, by in zip(keys, steps, strict=True)]
-        bits = b.lshr(words[0], ir.Constant(I64, 16))
-        scale = ir.Constant(ir.DoubleType(), 2.0**-48)
-        return b.fmul(b.uitofp(bits, ir.DoubleType()), scale)
 
-    return define(types.float64, (types.intp, types.intp), emit)
+# A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
+# numpy counts one on before it draws
+uniform = operation(emit_uniform, types.intp, types.intp, result=types.float64)
 
 
 # Thresholds
@@ -191,17 +170,6 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 
 
 @helper
-def max_of(x, width):
-    """The largest of some numbers that are no NaN."""
-    low = splat16(-np.inf)
-    whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, low)
-    for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
-
-
-@helper
 def cut_of_largest(x, width, count, scratch):
     """The ``count``-th largest number, and how many equal to it are among the largest.
 
@@ -234,21 +202,6 @@ def drop_ties(x, width, cut, kept, instead):
 
 
 @helper
-def best_of(x, width):
-    """The largest number, or NaN if there is one."""
-    zeros = splat16(0.0)
-    whole = width // 16 * 16
-    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
-    for at in range(0, whole, 16):
-        nothing = fma(load(x + 4 * at), zeros, nothing)
-    found = max_of(x, width)
-    if sum_lanes(nothing) != 0:  # a NaN or an infinity
-        for at in range(width):
-            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
-    return found
-
-
-@helper
 def trouble(best):
     """What to say instead of a token if the best score is this; 0 if it is a number."""
     if best != best:
@@ -261,15 +214,15 @@ def trouble(best):
 @helper
 def is_edited(row):
     """Whether scores differ from logits, or will be marked by top_k."""
-    edits = get(row, Word.NUM_BANNED) + get(row, Word.NUM_BIASED) + get(row, Word.NUM_SEEN)
-    edits += get(row, Word.NUM_COUNTED) + get(row, Word.TOP_K)
-    return edits > 0 or get(row, Word.NUM_ALLOWED) >= 0
+    edits = row.num_banned + row.num_biased + row.num_seen
+    edits += row.num_counted + row.top_k
+    return edits > 0 or row.num_allowed >= 0
 
 
 @helper
 def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
-    allowed, low = get(row, Word.NUM_ALLOWED), splat16(-np.inf)
+    allowed, low = row.num_allowed, splat16(-np.inf)
     for at in range(0, width, 16):
         store(out + 4 * at, low if allowed >= 0 else load(x + 4 * at))
     for n in range(allowed):
@@ -302,32 +255,32 @@ def penalize_seen(ids, count, penalty, width, x, marks):
 @helper
 def edit(row, x, width, out, scratch):
     """Write a row's scores after all that the request bans, adds and penalizes."""
-    ids, amounts = get(row, Word.IDS), get(row, Word.AMOUNTS)
+    ids, amounts = row.ids, row.amounts
     ids = copy_allowed(row, x, width, ids, out)
-    for _ in range(get(row, Word.NUM_BANNED)):
+    for _ in range(row.num_banned):
         write_f32(out + 4 * read_i32(ids), -np.inf)
         ids += 4
-    biased, seen = get(row, Word.NUM_BIASED), get(row, Word.NUM_SEEN)
+    biased, seen = row.num_biased, row.num_seen
     add_amounts(ids, amounts, biased, out)
     ids += 4 * biased
     if seen > 0:
-        penalty = np.float32(read_f64(row + 8 * Word.REPETITION))
+        penalty = np.float32(row.repetition)
         penalize_seen(ids, seen, penalty, width, out, scratch)
-    add_amounts(ids + 4 * seen, amounts + 4 * biased, get(row, Word.NUM_COUNTED), out)
+    add_amounts(ids + 4 * seen, amounts + 4 * biased, row.num_counted, out)
 
 
-# Weights and draws
+# Weights, and a token by them
 
 
 @helper
 def weigh(row, x, width, best, out, scratch):
     """What remains to draw from after temperature, top_k and min_p: weights, 1 for the best."""
-    cut, top_k = np.float32(-np.inf), get(row, Word.TOP_K)
+    cut, top_k = np.float32(-np.inf), row.top_k
     if 0 < top_k < width:  # then x is a copy, see `is_edited`
         cut, ties = cut_of_largest(x, width, top_k, scratch)
         drop_ties(x, width, cut, ties, -np.inf)
-    temperature = splat16(np.float32(read_f64(row + 8 * Word.TEMPERATURE)))
-    least, zeros = splat16(np.float32(read_f64(row + 8 * Word.MIN_P))), splat16(0.0)
+    temperature = splat16(np.float32(row.temperature))
+    least, zeros = splat16(np.float32(row.min_p)), splat16(0.0)
     lowest, highest = splat16(cut), splat16(best)
     for at in range(0, width, 16):
         score = load(x + 4 * at)
@@ -398,24 +351,24 @@ def invert(x, tiles, share):
 
 
 @helper
-def draw_one(row, width, work, scratch):
+def sample_one(row, width, work, scratch):
     """A token, or why there is none. ``work``: float32 [tiles * TILE], zeros from V on."""
-    x = get(row, Word.LOGITS)
-    best = best_of(x, width)
+    x = row.logits
+    best = largest(x, width)
     error = trouble(best)
     if error == 0 and is_edited(row):
         edit(row, x, width, work, scratch)
-        x, best = work, best_of(work, width)
+        x, best = work, largest(work, width)
         error = trouble(best)
     if error != 0:
         return error
-    if read_f64(row + 8 * Word.TEMPERATURE) == 0:
+    if row.temperature == 0:
         return first_in_row(x, width, best)
-    tiles, top_p = (width + TILE - 1) // TILE, read_f64(row + 8 * Word.TOP_P)
+    tiles, top_p = (width + TILE - 1) // TILE, row.top_p
     weigh(row, x, width, best, work, scratch)
     if top_p != 1:
         keep_nucleus(work, width, tiles, top_p, scratch)
-    return invert(work, tiles, uniform(get(row, Word.SEED), get(row, Word.POSITION)))
+    return invert(work, tiles, uniform(row.seed, row.position))
 
 
 # Logprobs
@@ -424,7 +377,7 @@ def draw_one(row, width, work, scratch):
 @helper
 def log_norm(x, width):
     """The logarithm of the sum of exponentials."""
-    best, low = best_of(x, width), splat16(-np.inf)
+    best, low = largest(x, width), splat16(-np.inf)
     highest, total = splat16(best), 0.0
     for start in range(0, width, TILE):
         sums = splat16(0.0)
@@ -462,23 +415,23 @@ def list_largest(x, width, count, ids, scratch):
 @helper
 def score(row, width, token, result, scratch):
     """How likely the model found a token, and which it found likeliest."""
-    x, top = get(row, Word.LOGITS), get(row, Word.NUM_TOP)
-    write_i64(result + 8 * Result.RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
-    write_f64(result + 8 * Result.NORM, log_norm(x, width))
+    x, top = row.logits, row.num_top
+    write_i64(result + 8 * RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
+    write_f64(result + 8 * NORM, log_norm(x, width))
     if top > 0:
-        list_largest(x, width, top, get(row, Word.TOP), scratch)
+        list_largest(x, width, top, row.top, scratch)
 
 
-def draw(instruction, params, start, stop, scratch):
-    """Draw for all rows; X: their parameters, OUT: results, TOTAL: workspaces."""
+def sample(address, params, start, stop, scratch):
+    """Sample all rows."""
+    a = arguments(Sample, address)
     rows, spaces = get(params, Param.LOGIT_ROWS), get(params, Param.SEQUENCES)
-    width = get(instruction, Field.WIDTH)
+    space_bytes = (a.vocab_size + TILE - 1) // TILE * TILE * 4
     for space in range(start, stop):
-        work = get(instruction, Field.TOTAL) + space * ((width + TILE - 1) // TILE * TILE * 4)
+        work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row = get(instruction, Field.X) + n * get(instruction, Field.X_STRIDE)
-            result = get(instruction, Field.OUT) + n * get(instruction, Field.OUT_STRIDE)
-            token = draw_one(row, width, work, scratch)
-            write_i64(result + 8 * Result.TOKEN, token)
-            if token >= 0 and get(row, Word.NUM_TOP) >= 0:
-                score(row, width, token, result, scratch)
+            row, result = arguments(Row, a.rows + n * a.row_bytes), a.results + n * a.result_bytes
+            token = sample_one(row, a.vocab_size, work, scratch)
+            write_i64(result, token)
+            if token >= 0 and row.num_top >= 0:
+                score(row, a.vocab_size, token, result, scratch)

@@ -11,8 +11,10 @@ off, sums over lanes use one fixed tree.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Callable
+from inspect import Parameter, Signature
 from typing import Any
 
 from llvmlite import ir
@@ -21,10 +23,11 @@ from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
+from ruvon.kernels.cpu.arguments import fields
+from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.kinds import LANES
 
-I1, I8, I16, I32, I64 = (ir.IntType(bits) for bits in (1, 8, 16, 32, 64))
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32 = ir.HalfType(), ir.FloatType()
 
 
@@ -196,78 +199,44 @@ for _symbol, _method in (
 
 # Vectors
 
-
-@intrinsic
-def splat16(typing, x):
-    """One float in all lanes."""
-    return define(f32x16, (types.float32,), splat)
+V = f32x16
 
 
-@intrinsic
-def fma(typing, x, y, z):
-    """x * y + z, rounded once."""
-    return define(f32x16, (f32x16,) * 3, fused)
+def operation(
+    emit: Callable[..., ir.Value | None], *arguments: types.Type, result: types.Type = V
+) -> Any:
+    """A function that kernels may call, which ``emit`` writes in LLVM's language."""
+
+    def called(typing, *_given):
+        return define(result, arguments, emit)
+
+    names = ["typing", *(f"x{n}" for n in range(len(arguments)))]
+    each = [Parameter(name, Parameter.POSITIONAL_OR_KEYWORD) for name in names]
+    called.__signature__ = Signature(each)  # type: ignore[attr-defined]  # numba wants to know
+    return intrinsic(called)
 
 
-@intrinsic
-def larger(typing, x, y):
-    """The larger of each pair of lanes."""
-    return define(f32x16, (f32x16,) * 2, greater)
+def unary(name: str) -> Callable[..., ir.Value]:
+    return lambda b, x: call(b, f"llvm.{name}.v16f32", vector(F32), [x])
 
 
-@intrinsic
-def absolute(typing, x):
-    return define(f32x16, (f32x16,), lambda b, x: call(b, "llvm.fabs.v16f32", vector(F32), [x]))
+def emit_power_of_two(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+    whole = b.fptosi(x, vector(I32))
+    biased = b.add(whole, ir.Constant(vector(I32), [127] * LANES))
+    return b.bitcast(b.shl(biased, ir.Constant(vector(I32), [23] * LANES)), vector(F32))
 
 
-@intrinsic
-def nearest(typing, x):
-    """Round to the nearest integer, ties to even."""
-    return define(f32x16, (f32x16,), lambda b, x: call(b, "llvm.rint.v16f32", vector(F32), [x]))
+def emit_keep_between(
+    b: ir.IRBuilder, x: ir.Value, start: ir.Value, stop: ir.Value, other: ir.Value
+) -> ir.Value:
+    inside = b.and_(first_lanes(b, stop), b.not_(first_lanes(b, start)))
+    return b.select(inside, x, other)
 
 
-@intrinsic
-def power_of_two(typing, x):
-    """2 ** x for integral lanes in [-127, 127]; -127 gives 0."""
-
-    def emit(b, x):
-        whole = b.fptosi(x, vector(I32))
-        biased = b.add(whole, ir.Constant(vector(I32), [127] * LANES))
-        return b.bitcast(b.shl(biased, ir.Constant(vector(I32), [23] * LANES)), vector(F32))
-
-    return define(f32x16, (f32x16,), emit)
-
-
-@intrinsic
-def keep_first(typing, x, count, other):
-    """Lanes below ``count`` of x, the rest of ``other``."""
-    return define(
-        f32x16,
-        (f32x16, types.intp, f32x16),
-        lambda b, x, count, other: b.select(first_lanes(b, count), x, other),
-    )
-
-
-@intrinsic
-def keep_between(typing, x, start, stop, other):
-    """Lanes from ``start`` to below ``stop`` of x, the rest of ``other``."""
-
-    def emit(b, x, start, stop, other):
-        inside = b.and_(first_lanes(b, stop), b.not_(first_lanes(b, start)))
-        return b.select(inside, x, other)
-
-    return define(f32x16, (f32x16, types.intp, types.intp, f32x16), emit)
-
-
-@intrinsic
-def any_equal(typing, x, y):
-    """Whether x and y agree in any lane."""
-
-    def emit(b, x, y):
-        lanes = b.bitcast(b.fcmp_ordered("==", x, y), ir.IntType(LANES))
-        return b.icmp_unsigned("!=", lanes, ir.Constant(ir.IntType(LANES), 0))
-
-    return define(types.boolean, (f32x16, f32x16), emit)
+def any_lane(b: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
+    """Whether any of 16 booleans is true."""
+    bits = ir.IntType(LANES)
+    return b.icmp_unsigned("!=", b.bitcast(lanes, bits), ir.Constant(bits, 0))
 
 
 def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
@@ -281,27 +250,32 @@ def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.V
     return b.extract_element(x, ir.Constant(I32, 0))
 
 
-@intrinsic
-def sum_lanes(typing, x):
-    return define(types.float32, (f32x16,), lambda b, x: tree(b, x, lambda b, p, q: b.fadd(p, q)))
+splat16 = operation(splat, types.float32)  # one float in all lanes
+fma = operation(fused, V, V, V)  # x * y + z, rounded once
+larger = operation(greater, V, V)
+absolute = operation(unary("fabs"), V)
+nearest = operation(unary("rint"), V)  # ties to even
+power_of_two = operation(emit_power_of_two, V)  # integral, in [-127, 127]; -127 gives 0
+sum_lanes = operation(
+    lambda b, x: tree(b, x, lambda b, p, q: b.fadd(p, q)), V, result=types.float32
+)
+max_lanes = operation(lambda b, x: tree(b, x, greater), V, result=types.float32)
 
-
-@intrinsic
-def max_lanes(typing, x):
-    return define(types.float32, (f32x16,), lambda b, x: tree(b, x, greater))
+# (x, count, other): lanes below ``count`` of x, the rest of ``other``
+keep_first = operation(
+    lambda b, x, count, other: b.select(first_lanes(b, count), x, other), V, types.intp, V
+)
+# (x, start, stop, other): lanes from ``start`` to below ``stop`` of x, the rest of ``other``
+keep_between = operation(emit_keep_between, V, types.intp, types.intp, V)
+any_equal = operation(
+    lambda b, x, y: any_lane(b, b.fcmp_ordered("==", x, y)), V, V, result=types.boolean
+)
 
 
 # Memory: vectors
 
-
-@intrinsic
-def load(typing, address):
-    return define(f32x16, (types.intp,), lambda b, a: load_as(b, a, vector(F32), 4))
-
-
-@intrinsic
-def store(typing, address, x):
-    return define(types.void, (types.intp, f32x16), lambda b, a, x: store_as(b, a, x, 4))
+load = operation(lambda b, at: load_as(b, at, vector(F32), 4), types.intp)
+store = operation(lambda b, at, x: store_as(b, at, x, 4), types.intp, V, result=types.void)
 
 
 def stored(b: ir.IRBuilder, x: ir.Value, bits: int, brain: bool) -> ir.Value:
@@ -340,105 +314,83 @@ def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
     call(b, "llvm.prefetch.p0", ir.VoidType(), [pointer(b, address, I8), *hints])
 
 
-@intrinsic
-def prefetch(typing, address):
-    """Ask for a cache line that will be read soon."""
-    return define(types.void, (types.intp,), emit_prefetch)
+# Ask for a cache line that will be read soon
+prefetch = operation(emit_prefetch, types.intp, result=types.void)
 
 
 # Memory: scalars
 
 
-def scalar_reader(kind: ir.Type, size: int, result: types.Type, convert: str | None) -> Any:
-    """The body of an intrinsic that reads one number at an address and widens it."""
+def reader(kind: ir.Type, size: int, convert: str | None = None) -> Any:
+    """Reads an integer at an address, widened to int64, or a float, widened to float32."""
+    real = kind in (F16, F32)
 
     def emit(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
         value = load_as(b, address, kind, size)
-        wide = F32 if result is types.float32 else I64
-        return value if convert is None else getattr(b, convert)(value, wide)
+        return value if convert is None else getattr(b, convert)(value, F32 if real else I64)
 
-    return define(result, (types.intp,), emit)
-
-
-@intrinsic
-def read_i64(typing, address):
-    return scalar_reader(I64, 8, types.intp, None)
+    return operation(emit, types.intp, result=types.float32 if real else types.intp)
 
 
-@intrinsic
-def read_i32(typing, address):
-    return scalar_reader(I32, 4, types.intp, "sext")
+def writer(size: int, kind: types.Type, narrow: ir.Type | None = None) -> Any:
+    """Writes a number at an address, an integer cut to a narrow type."""
+
+    def emit(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
+        store_as(b, address, x if narrow is None else b.trunc(x, narrow), size)
+
+    return operation(emit, types.intp, kind, result=types.void)
 
 
-@intrinsic
-def read_i8(typing, address):
-    return scalar_reader(I8, 1, types.intp, "sext")
+def emit_read_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
+    wide = b.shl(b.zext(load_as(b, address, I16, 2), I32), ir.Constant(I32, 16))
+    return b.bitcast(wide, F32)
 
 
-@intrinsic
-def read_u8(typing, address):
-    return scalar_reader(I8, 1, types.intp, "zext")
-
-
-@intrinsic
-def read_f32(typing, address):
-    return scalar_reader(F32, 4, types.float32, None)
-
-
-@intrinsic
-def read_f16(typing, address):
-    return scalar_reader(F16, 2, types.float32, "fpext")
-
-
-@intrinsic
-def read_bf16(typing, address):
-    def emit(b, address):
-        wide = b.shl(b.zext(load_as(b, address, I16, 2), I32), ir.Constant(I32, 16))
-        return b.bitcast(wide, F32)
-
-    return define(types.float32, (types.intp,), emit)
-
-
-@intrinsic
-def read_f64(typing, address):
-    return define(types.float64, (types.intp,), lambda b, a: load_as(b, a, ir.DoubleType(), 8))
-
-
-@intrinsic
-def write_f32(typing, address, x):
-    return define(types.void, (types.intp, types.float32), lambda b, a, x: store_as(b, a, x, 4))
-
-
-@intrinsic
-def write_f64(typing, address, x):
-    return define(types.void, (types.intp, types.float64), lambda b, a, x: store_as(b, a, x, 8))
-
-
-@intrinsic
-def write_u8(typing, address, x):
-    def emit(b, address, x):
-        store_as(b, address, b.trunc(x, I8), 1)
-
-    return define(types.void, (types.intp, types.intp), emit)
-
-
-@intrinsic
-def write_i32(typing, address, x):
-    def emit(b, address, x):
-        store_as(b, address, b.trunc(x, I32), 4)
-
-    return define(types.void, (types.intp, types.intp), emit)
-
-
-@intrinsic
-def write_i64(typing, address, x):
-    return define(types.void, (types.intp, types.intp), lambda b, a, x: store_as(b, a, x, 8))
+read_i64, read_i32 = reader(I64, 8), reader(I32, 4, "sext")
+read_i8, read_u8 = reader(I8, 1, "sext"), reader(I8, 1, "zext")
+read_f32, read_f16 = reader(F32, 4), reader(F16, 2, "fpext")
+read_bf16 = operation(emit_read_bf16, types.intp, result=types.float32)
+read_f64 = operation(
+    lambda b, at: load_as(b, at, ir.DoubleType(), 8), types.intp, result=types.float64
+)
+write_f32, write_f64 = writer(4, types.float32), writer(8, types.float64)
+write_i64, write_i32 = writer(8, types.intp), writer(4, types.intp, I32)
+write_u8 = writer(1, types.intp, I8)
 
 
 @helper
-def get(instruction, field):
-    """An instruction's field, or a step's parameter."""
-    return read_i64(instruction + 8 * field)
+def get(params, number):
+    """A step's parameter."""
+    return read_i64(params + 8 * number)
+
+
+def numba_type(kind: Any) -> types.Type:
+    """Of a field of arguments, or of a whole tuple of them."""
+    if kind is float:
+        return types.float64
+    if not hasattr(kind, "_fields"):
+        return types.intp
+    return types.BaseTuple.from_types([*map(numba_type, fields(kind).values())], kind)
+
+
+@intrinsic
+def arguments(typing, kind, address):
+    """A tuple of `ruvon.kernels.cpu.arguments`, of this kind, as it lies at ``address``."""
+    result = numba_type(kind.instance_class)
+
+    def generate(context, b, sig, values):
+        places = (b.add(values[1], number(at)) for at in itertools.count(0, 8))
+
+        def read(kind):
+            if kind is types.float64:
+                return load_as(b, next(places), ir.DoubleType(), 8)
+            if kind is types.intp:
+                return load_as(b, next(places), I64, 8)
+            return context.make_tuple(b, kind, [read(each) for each in kind])
+
+        return read(result)
+
+    return result(kind, types.intp), generate
 
 
 # Functions of vectors

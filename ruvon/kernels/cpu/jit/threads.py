@@ -1,4 +1,4 @@
-"""What each thread of the team does, see `ruvon.kernels.cpu.team`: claim parts, run them, wait."""
+"""What each thread does, see `ruvon.kernels.cpu.thread_pool`: claim parts, run them, wait."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.jit.simd import I64, define, get, prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header
+from ruvon.kernels.cpu.jit.simd import I64, arguments, define, get, prefetch, read_i64, write_i64
 from ruvon.kernels.cpu.jit.sync import (
     EVERYBODY,
     FUTEX_WAIT,
@@ -22,24 +23,22 @@ from ruvon.kernels.cpu.jit.sync import (
     wait_a_little,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.program import (
+from ruvon.kernels.cpu.params import (
     CLOCK,
     FETCH_AT,
     FETCH_END,
     FETCH_FOR,
-    INSTRUCTION_BYTES,
     OFFERED,
     OWN_END,
     SCRATCH_BYTES,
-    Field,
 )
-from ruvon.kernels.cpu.team import (
+from ruvon.kernels.cpu.thread_pool import (
     COUNT,
     COUNTERS,
     EPOCH,
     FIRST,
-    ORDER_BYTES,
-    ORDERS,
+    JOB_BYTES,
+    JOBS,
     PARAMS,
     PROGRAM,
     SCRATCH,
@@ -58,8 +57,11 @@ TURNS_BEFORE_SLEEP = 4000
 OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating system
 
 
+HEADER_BYTES = 8 * len(Header._fields)
+
+
 @intrinsic
-def call_kernel(typing, kernel, instruction, params, start, stop, scratch):
+def call_kernel(typing, kernel, arguments, params, start, stop, scratch):
     """Call the C function at an address."""
 
     def emit(b, kernel, *arguments):
@@ -97,14 +99,16 @@ def is_done(word, number, parts):
 
 
 @helper
-def plan_fetching(instruction, thread, threads, units, scratch):
+def plan_fetching(header, thread, threads, units, scratch):
     """Note which tiles this thread will multiply next, unless it began to fetch them before."""
     write_i64(scratch + OWN_END, (thread + 1) * units // threads)
-    tiles = get(instruction, Field.NEXT)
+    tiles, size = header.next_tiles, header.next_unit_bytes
     if tiles == read_i64(scratch + FETCH_FOR):
         return
-    next_units, size = get(instruction, Field.NEXT_UNITS), get(instruction, Field.NEXT_UNIT_BYTES)
-    first, last = thread * next_units // threads, (thread + 1) * next_units // threads
+    first, last = (
+        thread * header.next_units // threads,
+        (thread + 1) * header.next_units // threads,
+    )
     write_i64(scratch + FETCH_FOR, tiles)
     write_i64(scratch + FETCH_AT, tiles + first * size)
     write_i64(scratch + FETCH_END, tiles + min(last * size, first * size + MOST_FETCHED))
@@ -129,15 +133,15 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     A thread's own parts lie side by side, so that it streams through its weights and meets the
     same ones every step. Who computes a part does not change its result.
     """
-    kernel = get(instruction, Field.KERNEL)
-    units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    header, told = arguments(Header, instruction), instruction + HEADER_BYTES
+    units = get(params, header.counted) * header.units
     finish_reads()
     if read_atomic(control + EPOCH) != epoch:
-        return  # what was read may belong to a newer order
-    plan_fetching(instruction, thread, threads, units, scratch)
+        return  # what was read may belong to a newer job
+    plan_fetching(header, thread, threads, units, scratch)
     counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
     own, owners = PARTS_EACH, threads
-    if get(instruction, Field.DRAWN):  # all parts are everybody's
+    if header.dynamic:  # all parts are everybody's
         own, owners, thread = min(units, MOST_PARTS), 1, 0
     parts = own * owners
     for turn in range(owners):
@@ -149,7 +153,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
             part += owner * own
             start, stop = part * units // parts, (part + 1) * units // parts
             if start < stop:
-                call_kernel(kernel, instruction, params, start, stop, scratch)
+                call_kernel(header.kernel, told, params, start, stop, scratch)
             count_done(counters, number)
     turns = 0
     while parts and not is_done(counters, number, parts):
@@ -160,10 +164,11 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
 
 @helper
 def run_alone(instruction, params, scratch):
-    units = get(params, get(instruction, Field.COUNT)) * get(instruction, Field.PER_COUNT)
+    header, told = arguments(Header, instruction), instruction + HEADER_BYTES
+    units = get(params, header.counted) * header.units
     if units:
-        plan_fetching(instruction, 0, 1, units, scratch)
-        call_kernel(get(instruction, Field.KERNEL), instruction, params, 0, units, scratch)
+        plan_fetching(header, 0, 1, units, scratch)
+        call_kernel(header.kernel, told, params, 0, units, scratch)
 
 
 @helper
@@ -177,10 +182,10 @@ def offer_core(scratch):
 
 
 @helper
-def run_program(control, order, epoch, thread, threads):
-    """All instructions of an order, unless a newer one is under way: then this one is done."""
-    program, params = read_i64(order + PROGRAM), order + PARAMS
-    count, first = read_i64(order + COUNT), read_i64(order + FIRST)
+def run_job(control, job, epoch, thread, threads):
+    """All instructions of a job, unless a newer one is under way: then this one is done."""
+    program, params = read_i64(job + PROGRAM), job + PARAMS
+    count, first = read_i64(job + COUNT), read_i64(job + FIRST)
     scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
     for index in range(count):
         instruction = program + index * INSTRUCTION_BYTES
@@ -194,15 +199,15 @@ def run_program(control, order, epoch, thread, threads):
 
 
 def lead(control, threads):
-    """The calling thread's part: publish the order that was written, run it as thread 0."""
+    """The calling thread's part: publish the job that was written, run it as thread 0."""
     epoch = fetch_add(control + EPOCH, 1) + 1
     if read_atomic(control + SLEEPING) > 0:
         futex(control + EPOCH, FUTEX_WAKE, EVERYBODY)
-    run_program(control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, 0, threads)
+    run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, 0, threads)
 
 
 @helper
-def wait_for_order(control, epoch):
+def wait_for_job(control, epoch):
     """Spin a little, then sleep, until the epoch moves on from ``epoch``; returns the new one."""
     turns = 0
     while read_atomic(control + EPOCH) == epoch:
@@ -216,16 +221,14 @@ def wait_for_order(control, epoch):
     return read_atomic(control + EPOCH)
 
 
-def follow(control, presence, thread, threads):
+def work(control, presence, thread, threads):
     """A parked thread's whole life. ``presence`` tells which program's memory it may look at."""
     epoch = 0
     while True:
-        epoch = wait_for_order(control, epoch)
+        epoch = wait_for_job(control, epoch)
         if read_atomic(control + STOP) != 0:
             return
         exchange(presence, epoch)
         if read_atomic(control + EPOCH) == epoch:  # else that memory may be gone already
-            run_program(
-                control, control + ORDERS + ORDER_BYTES * (epoch % 2), epoch, thread, threads
-            )
+            run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, thread, threads)
         exchange(presence, 0)

@@ -14,14 +14,16 @@ sums. See `layout` for how all of them lie in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
-from ruvon.kernels.cpu.jit.dots import Group, float_sum, group_sums
+from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
 from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
@@ -44,7 +46,6 @@ from ruvon.kernels.cpu.jit.simd import (
     vector,
     widen,
 )
-from ruvon.kernels.cpu.kinds import GROUP, KINDS, LANES, ROWS, SCALE, SUPER, Form, TileKind
 
 F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
@@ -75,7 +76,7 @@ def counted_loop(
     return following
 
 
-def load_scales(b: ir.IRBuilder, kind: TileKind, s: ir.Value, over: ir.Value) -> list[ir.Value]:
+def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) -> list[ir.Value]:
     """The scales of one group (two if halves), then its offsets if there are any. What multiplies
     them, if something does, is at ``over``: products of such numbers are exact."""
     places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
@@ -94,26 +95,24 @@ def load_scales(b: ir.IRBuilder, kind: TileKind, s: ir.Value, over: ir.Value) ->
 
 
 def quantized_step(
-    b: ir.IRBuilder,
-    isa: Isa,
-    kind: TileKind,
-    w: ir.Value,
+    group: Group,
     scales: list[ir.Value],
     x: ir.Value,
-    outs: list[ir.Value],
+    sums: Sequence[Callable[[], ir.Value]],
 ) -> list[ir.Value]:
-    """One group of k for all rows. Rows' groups lie behind each other from x on."""
-    form = isa.form(kind)
-    group = Group(b, isa, kind, w)
+    """One group of k for all rows: their ``sums``, which are only asked for once the integers are
+    summed up. Rows' groups lie behind each other from x on."""
+    b, form = group.b, group.isa.form(group.kind)
     following = []
-    for rows in isa.in_turn(range(len(outs))):
+    for rows in group.isa.in_turn(range(len(sums))):
         blocks = [offset(b, x, row * form.group_bytes) for row in rows]
-        by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
-        sums = [outs[row] for row in rows]
-        for part in range(kind.scales_per_group):
+        outs: list[ir.Value] = []
+        for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
-            sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
-        following += sums
+            by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
+            outs = outs or [sums[row]() for row in rows]
+            outs = [fused(b, *args) for args in zip(products, by, outs, strict=True)]
+        following += outs
     return following
 
 
@@ -123,12 +122,12 @@ def group_products(
     """Each row's share of one group (or half a group), before the activation's scale."""
     b, kind = group.b, group.kind
     sums = group_sums(group, blocks, part)
-    products = [b.fmul(b.sitofp(each, F32V), scales[part]) for each in sums]
+    products = [b.fmul(each, scales[part]) for each in sums]
     if not kind.offsets:
         return products
     shift = scales[kind.scales_per_group + part]
     return [
-        fused(b, shift, float_sum(group, block, part), product)
+        fused(b, shift, code_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
     ]
 
@@ -139,7 +138,7 @@ DENSE = {"f32": vector(F32), "f16": vector(F16), "bf16": vector(I16)}  # as they
 @intrinsic(prefer_literal=True)
 def load_dense(typing, kind, address):
     """Sixteen numbers of a dense tile."""
-    element = DENSE[KINDS[kind.literal_value].storage]
+    element = DENSE[FORMATS[kind.literal_value].storage]
     return define(
         f32x16, (kind, types.intp), lambda b, _, address: widen(b, load_as(b, address, element, 2))
     )
@@ -180,7 +179,7 @@ def pairs_step(b: ir.IRBuilder, w: ir.Value, x: ir.Value, outs: list[ir.Value]) 
     return outs
 
 
-def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) -> None:
+def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileFormat, rows: int) -> None:
     """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
     by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
     second-level cache: the first has too few requests in flight.
@@ -196,40 +195,54 @@ def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileKind, rows: int) ->
 def emit_product(
     b: ir.IRBuilder,
     isa: Isa,
-    kind: TileKind,
-    rows: int,
+    kind: TileFormat,
+    places: list[ir.Value],
     w: ir.Value,
     x: ir.Value,
     steps: ir.Value,
     fetch: ir.Value,
-) -> list[ir.Value]:
-    """The sums of ``rows`` rows of packed activations by one tile."""
+) -> None:
+    """Write the sums of rows of packed activations by one tile, each row's to its place."""
+    rows = len(places)
+    tables = b.add(w, b.mul(steps, number(kind.step_bytes)))
+    over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
     x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
-
-    scales = b.add(w, b.mul(steps, number(kind.step_bytes)))
-    over = b.add(scales, b.mul(steps, number(kind.group_scale_bytes)))
+    ahead = kind.step_bytes + kind.group_scale_bytes
+    # Few registers are better filled with a group's integers, while sums wait in the cache.
+    waiting = kind.quantized and rows > 1 and isa.registers == 16
 
     def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, fetch, *outs = carried
         emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
-            at = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
-            outs = quantized_step(b, isa, kind, w, load_scales(b, kind, s, at), x, outs)
+            by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
+            load = [partial(load_as, b, place, F32V, 4) for place in places]
+            keep = [partial(lambda out: out, out) for out in outs]
+            scales, group = load_scales(b, kind, s, by), Group(b, isa, kind, w)
+            outs = quantized_step(group, scales, x, load if waiting else keep)
         elif kind.pairs:
             outs = pairs_step(b, w, x, outs)
         else:
             x_rows = [offset(b, x, 4 * row) for row in range(rows)]
             outs = dense_step(b, [w], x_rows, outs, kind.storage)
-        return [
-            offset(b, w, kind.step_bytes),
-            offset(b, s, kind.group_scale_bytes),
-            offset(b, x, x_step),
-            offset(b, fetch, kind.step_bytes + kind.group_scale_bytes),
-            *outs,
-        ]
+        if waiting:
+            store_all(b, places, outs)
+            outs = []
+        moves = {w: kind.step_bytes, s: kind.group_scale_bytes, x: x_step, fetch: ahead}
+        return [*(offset(b, at, by) for at, by in moves.items()), *outs]
 
-    _, _, _, _, *outs = counted_loop(b, steps, [w, scales, x, fetch, *[ZEROS] * rows], body)
-    return outs
+    outs = [ZEROS] * rows
+    if waiting:
+        store_all(b, places, outs)
+        outs = []
+    _, _, _, _, *outs = counted_loop(b, steps, [w, tables, x, fetch, *outs], body)
+    if not waiting:
+        store_all(b, places, outs)
+
+
+def store_all(b: ir.IRBuilder, places: list[ir.Value], values: list[ir.Value]) -> None:
+    for place, value in zip(places, values, strict=True):
+        store_as(b, place, value, 4)
 
 
 def for_each_count(b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[int], None]) -> None:
@@ -251,16 +264,16 @@ def multiply_tile(typing, isa, kind, w, x, steps, out, out_stride, rows, fetch):
     """``rows`` (1 to as many as the instruction set takes) rows of packed activations by one tile
     of weights.
 
-    ``isa`` and ``kind`` index `ISAS` and `KINDS` and are constants of the kernel. ``out_stride``
+    ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. ``out_stride``
     is in bytes. From ``fetch`` on, as many bytes as the tile has are brought into the cache
     meanwhile.
     """
-    chosen, tile = ISAS[isa.literal_value], KINDS[kind.literal_value]
+    chosen, tile = ISAS[isa.literal_value], FORMATS[kind.literal_value]
 
     def body(b, w, x, steps, out, out_stride, rows, fetch):
         def of(count):
-            for row, value in enumerate(emit_product(b, chosen, tile, count, w, x, steps, fetch)):
-                store_as(b, b.add(out, b.mul(out_stride, number(row))), value, 4)
+            places = [b.add(out, b.mul(out_stride, number(row))) for row in range(count)]
+            emit_product(b, chosen, tile, places, w, x, steps, fetch)
 
         for_each_count(b, rows, chosen.rows, of)
 
@@ -311,7 +324,7 @@ def attend_tiles(typing, isa, kind, fresh, x_stride, out_stride, addresses, x, s
     ``x_stride`` bytes. Instruction set, kind, ``fresh`` (start from zero, not from out) and strides
     are constants of the kernel.
     """
-    chosen, storage = ISAS[isa.literal_value], KINDS[kind.literal_value].storage
+    chosen, storage = ISAS[isa.literal_value], FORMATS[kind.literal_value].storage
     x_bytes, out_bytes, new = (c.literal_value for c in (x_stride, out_stride, fresh))
 
     def body(b, addresses, x, steps, out, rows):

@@ -1,13 +1,19 @@
-"""Whole models on the tape: right, and the same to the last bit however the work is cut."""
+"""Whole models as graphs: right, and the same to the last bit however the work is cut."""
 
 import os
 import threading
 
 import pytest
 import torch
-from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel
+from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel, random_quantized
 
 from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
+from ruvon.kernels.cpu.capture import Capture
+from ruvon.kernels.cpu.formats import Form
+from ruvon.kernels.cpu.graph import give_memory, prefetch_links
+from ruvon.kernels.cpu.isa import choose
+from ruvon.kernels.cpu.layout import pack
+from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import Dense
 
 LIMITS = Limits(tokens=300, sequences=8, logit_rows=300, blocks_per_sequence=BLOCKS)
@@ -24,6 +30,55 @@ SHAPES = {
 }
 
 
+def traced():
+    """An empty capture, and a tensor that stands for 4 tokens of width 64."""
+    made = Capture({Param.TOKENS: 4, Param.LOGIT_ROWS: 4}, choose("portable"))
+    return made, made.add(torch.ones(4, 64), torch.ones(4, 64))
+
+
+def test_memory_is_given_on_after_the_last_use():
+    trace, first = traced()
+    second = trace.add(first, first)
+    third = trace.add(second, second)
+    last = trace.add(third, second)
+    values = [trace.value_of(x) for x in (first, second, third, last)]
+    give_memory(trace, {values[3]})
+    addresses = [value.memory[Form.ROWS].data_ptr() for value in values]
+    assert addresses[2] == addresses[0]  # first was read for the last time before
+    assert len(set(addresses[1:])) == 3
+
+
+def test_results_keep_their_memory():
+    trace, first = traced()
+    second = trace.add(first, first)
+    third = trace.add(second, second)
+    values = [trace.value_of(x) for x in (first, second, third)]
+    give_memory(trace, {values[0]})
+    assert len({value.memory[Form.ROWS].data_ptr() for value in values}) == 3
+
+
+def test_values_are_made_in_the_forms_that_somebody_wants():
+    trace, x = traced()
+    normed, _ = trace.rms_norm(x, None, torch.ones(64), 1e-5)
+    weight = pack(random_quantized(32, 64, 4), None, bf16=False)
+    out = trace.linear(normed, weight, None, "none")
+    give_memory(trace, {trace.value_of(out).read().value})
+    assert trace.value_of(normed).memory.keys() == {Form.INT8}
+    assert trace.value_of(out).memory.keys() == {Form.ROWS}
+    assert [line.kernel[0] for line in trace.instructions] == ["add", "rms_norm", "linear"]
+
+
+def test_each_instruction_knows_the_product_that_follows():
+    trace, x = traced()
+    first, second = (pack(Dense(torch.ones(64, 64)), None, bf16=False) for _ in range(2))
+    trace.linear(trace.add(trace.linear(x, first, None, "none"), x), second, None, "none")
+    names = [line.kernel[0] for line in trace.instructions]
+    tiles = {first.tensors[0].data_ptr(): "first", second.tensors[0].data_ptr(): "second"}
+    links = [tiles[link[0].data_ptr()] for link in prefetch_links(trace.instructions)]
+    assert names == ["add", "interleave", "linear", "add", "interleave", "linear"]
+    assert links == ["first", "first", "second", "second", "second", "first"]
+
+
 def fresh_cache(shape, dtype=torch.float16):
     cache = allocate_cache(shape.layers, BLOCKS, shape.groups, PAGE, shape.dim, dtype)
     for layer in cache:
@@ -32,8 +87,10 @@ def fresh_cache(shape, dtype=torch.float16):
     return cache
 
 
-def record(kernels, shape, dtype=torch.float16, limits=LIMITS):
-    return kernels.record(SmallModel(kernels.ops, shape).forward, fresh_cache(shape, dtype), limits)
+def capture(kernels, shape, dtype=torch.float16, limits=LIMITS):
+    return kernels.capture(
+        SmallModel(kernels.ops, shape).forward, fresh_cache(shape, dtype), limits
+    )
 
 
 @pytest.fixture(params=SHAPES)
@@ -44,7 +101,7 @@ def shape(request):
 def test_logits_equal_the_reference(cpu, reference, shape):
     prompts = Prompts([70, 5, 33])
     batch = prompts.batch((0, 0, 70), (1, 0, 5), (2, 0, 33))
-    got = record(cpu, shape, torch.float32).replay(batch)
+    got = capture(cpu, shape, torch.float32).replay(batch)
     plain = [
         tuple(torch.zeros(BLOCKS, shape.groups, PAGE, shape.dim) for _ in range(2))
         for _ in range(shape.layers)
@@ -58,31 +115,31 @@ def test_logits_equal_the_reference(cpu, reference, shape):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_recording_equals_computing_at_once(cpu, shape):
+def test_capturing_equals_computing_at_once(cpu, shape):
     """Fusing and reusing buffers changes nothing."""
     prompts = Prompts([40, 20])
     batch = prompts.batch((0, 0, 40), (1, 0, 20))
     at_once = SmallModel(cpu.ops, shape).forward(batch, fresh_cache(shape))
-    tape = record(cpu, shape)
+    graph = capture(cpu, shape)
     for _ in range(2):  # buffers start dirty the second time
-        assert torch.equal(tape.replay(batch), at_once)
+        assert torch.equal(graph.replay(batch), at_once)
 
 
 def test_any_cut_gives_the_same_bits(cpu, shape):
     prompts = Prompts([150, 40, 90])
-    whole = record(cpu, shape).replay(prompts.batch((0, 0, 150))).clone()
-    tape = record(cpu, shape)
+    whole = capture(cpu, shape).replay(prompts.batch((0, 0, 150))).clone()
+    graph = capture(cpu, shape)
     pieces = []
     for start, end in ((0, 1), (1, 17), (17, 18), (18, 100), (100, 149), (149, 150)):
         others = ((1, 0, 40), (2, 0, 90)) if start == 18 else ()
-        logits = tape.replay(prompts.batch((0, start, end), *others))
+        logits = graph.replay(prompts.batch((0, start, end), *others))
         pieces.append(logits[: end - start].clone())
     assert torch.equal(torch.cat(pieces), whole)
 
 
 def test_token_by_token_in_any_company(cpu, shape):
     prompts = Prompts([20, 20, 20, 20])
-    together, alone = record(cpu, shape), record(cpu, shape)
+    together, alone = capture(cpu, shape), capture(cpu, shape)
     for at in range(20):
         rows = together.replay(prompts.batch(*((s, at, at + 1) for s in (3, 0, 2, 1)))).clone()
         assert torch.equal(alone.replay(prompts.batch((0, at, at + 1)))[0], rows[1])
@@ -91,10 +148,10 @@ def test_token_by_token_in_any_company(cpu, shape):
 @pytest.mark.parametrize("threads", [1, 3])
 def test_any_number_of_threads_gives_the_same_bits(cpu, shape, threads):
     batch = Prompts([150, 40]).batch((0, 0, 150), (1, 0, 40))
-    expected = record(cpu, shape).replay(batch).clone()
+    expected = capture(cpu, shape).replay(batch).clone()
     kernels = CpuKernels(threads)
     try:
-        assert torch.equal(record(kernels, shape).replay(batch), expected)
+        assert torch.equal(capture(kernels, shape).replay(batch), expected)
     finally:
         kernels.close()
 
@@ -103,18 +160,18 @@ def test_any_number_of_threads_gives_the_same_bits(cpu, shape, threads):
 def test_every_instruction_set_gives_the_same_bits(cpu, lesser, name):
     shape = SHAPES[name]
     batch = Prompts([30, 4]).batch((0, 0, 30), (1, 0, 4))
-    expected = record(cpu, shape).replay(batch).clone()
-    assert torch.equal(record(lesser, shape).replay(batch), expected)
+    expected = capture(cpu, shape).replay(batch).clone()
+    assert torch.equal(capture(lesser, shape).replay(batch), expected)
 
 
 def test_only_the_rows_asked_for(cpu):
     shape, prompts = Shape(), Prompts([30, 4])
-    every = record(cpu, shape).replay(prompts.batch((0, 0, 30), (1, 0, 4))).clone()
-    tape = record(cpu, shape)
-    last = tape.replay(prompts.batch((0, 0, 30), (1, 0, 4), every_row=False))
+    every = capture(cpu, shape).replay(prompts.batch((0, 0, 30), (1, 0, 4))).clone()
+    graph = capture(cpu, shape)
+    last = graph.replay(prompts.batch((0, 0, 30), (1, 0, 4), every_row=False))
     assert torch.equal(last, every[[29, 33]])
     assert last.shape == (2, VOCAB)
-    assert tape.argmax.tolist() == every[[29, 33]].argmax(-1).tolist()
+    assert graph.argmax.tolist() == every[[29, 33]].argmax(-1).tolist()
 
 
 def test_argmax_takes_the_first_of_equals(cpu):
@@ -128,47 +185,47 @@ def test_argmax_takes_the_first_of_equals(cpu):
     rows[3, 50] = torch.nan  # found before anything larger, as numpy does
     rows[4, [100, 300]] = torch.inf
     table = cpu.ops.pack(Dense(rows))
-    tape = cpu.record(flat, [], LIMITS)
+    graph = cpu.capture(flat, [], LIMITS)
     prompts = Prompts([5])
     prompts.tokens[0] = [0, 1, 2, 3, 4]
-    tape.replay(prompts.batch((0, 0, 5)))
-    assert tape.argmax.tolist() == [7, 200, 332, 50, 100]
+    graph.replay(prompts.batch((0, 0, 5)))
+    assert graph.argmax.tolist() == [7, 200, 332, 50, 100]
 
 
 def test_no_logit_rows(cpu):
     """A chunk of a prompt that is not the last one."""
     shape, prompts = Shape(), Prompts([30])
-    tape = record(cpu, shape)
+    graph = capture(cpu, shape)
     batch = prompts.batch((0, 0, 29))
     batch.logit_rows.resize_(0)
-    assert tape.replay(batch).shape == (0, VOCAB)
-    logits = tape.replay(prompts.batch((0, 29, 30)))
-    assert torch.equal(logits[0], record(cpu, shape).replay(prompts.batch((0, 0, 30)))[29])
+    assert graph.replay(batch).shape == (0, VOCAB)
+    logits = graph.replay(prompts.batch((0, 29, 30)))
+    assert torch.equal(logits[0], capture(cpu, shape).replay(prompts.batch((0, 0, 30)))[29])
 
 
 def test_a_bad_number_stays_in_its_row(cpu):
     """One sequence's NaN or infinity reaches no other, even through blocks it leaves behind."""
     shape, prompts = Shape(), Prompts([40, 20])
-    expected = record(cpu, shape).replay(prompts.batch((0, 0, 40))).clone()
+    expected = capture(cpu, shape).replay(prompts.batch((0, 0, 40))).clone()
     model, cache = SmallModel(cpu.ops, shape), fresh_cache(shape)
-    tape = cpu.record(model.forward, cache, LIMITS)
+    graph = cpu.capture(model.forward, cache, LIMITS)
     for keys, values in cache:
         keys[prompts.blocks[1]] = torch.inf
         values[prompts.blocks[1]] = torch.inf
-    rows = tape.replay(prompts.batch((1, 19, 20), (0, 0, 40)))
+    rows = graph.replay(prompts.batch((1, 19, 20), (0, 0, 40)))
     assert torch.equal(rows[1:], expected)
 
 
-def test_one_team_serves_tapes_and_threads(cpu):
+def test_one_pool_serves_graphs_and_threads(cpu):
     """Steps from several threads wait for each other."""
     shape, prompts = Shape(), Prompts([30, 30])
     batches = [prompts.batch((s, 0, 30)) for s in range(2)]
-    expected = [record(cpu, shape).replay(batch).clone() for batch in batches]
-    tapes, right = [record(cpu, shape) for _ in batches], [0, 0]
+    expected = [capture(cpu, shape).replay(batch).clone() for batch in batches]
+    graphs, right = [capture(cpu, shape) for _ in batches], [0, 0]
 
     def work(s):
         for _ in range(50):
-            right[s] += torch.equal(tapes[s].replay(batches[s]), expected[s])
+            right[s] += torch.equal(graphs[s].replay(batches[s]), expected[s])
 
     threads = [threading.Thread(target=work, args=(s,)) for s in range(2)]
     for thread in threads:
@@ -207,23 +264,23 @@ def test_a_thread_that_settles_stays_on_its_core():
 
 def test_closing_leaves_a_program_that_is_stuck_alone():
     kernels = CpuKernels(2)
-    with kernels._team._busy:
+    with kernels._pool._busy:
         kernels.close()
-    assert kernels._team.threads == 2
+    assert kernels._pool.threads == 2
     kernels.close()
-    assert kernels._team.threads == 0
+    assert kernels._pool.threads == 0
 
 
 def test_a_crowd_of_threads_on_few_cores(cpu):
     """Threads that are held up are not waited for, and do no harm when they come late."""
     shape, prompts = Shape(), Prompts([30, 30, 30])
     batches = [prompts.batch((s, 0, 29 - s)) for s in range(3)]
-    expected = [record(cpu, shape).replay(batch).clone() for batch in batches]
+    expected = [capture(cpu, shape).replay(batch).clone() for batch in batches]
     kernels = CpuKernels(9)
     try:
         for _ in range(20):  # programs come and go while some thread may still be in an old one
-            tape = record(kernels, shape)
+            graph = capture(kernels, shape)
             for batch, logits in zip(batches, expected, strict=True):
-                assert torch.equal(tape.replay(batch), logits)
+                assert torch.equal(graph.replay(batch), logits)
     finally:
         kernels.close()

@@ -1,6 +1,6 @@
-"""A team of threads that runs a program together: the CPU's answer to a kernel launch.
+"""Threads that run a program together: the CPU's answer to a kernel launch.
 
-Every thread walks the whole program (see `program`). An instruction's units of work are cut into
+Every thread walks the whole program (see `graph`). An instruction's units of work are cut into
 *parts*; a thread claims the parts that are its own, then those that others have not come to, and
 goes on when all parts are done. One native call runs everything with the GIL released: what a
 step costs beside its arithmetic is some 0.2 µs an instruction.
@@ -31,22 +31,22 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu.layout import aligned_bytes
-from ruvon.kernels.cpu.program import SCRATCH_BYTES
+from ruvon.kernels.cpu.params import SCRATCH_BYTES
 
 # The control block, in bytes. What threads write has a cache line to itself.
 EPOCH = 0  # programs begun so far
 SLEEPING = 64  # threads asleep
 STOP = 128
 SCRATCH = 136  # address of the threads' scratch space
-ORDERS, ORDER_BYTES = 192, 128  # two of them, the newest is number EPOCH % 2
-PROGRAM, COUNT, FIRST, PARAMS = 0, 8, 16, 64  # in an order; FIRST numbers its first instruction
+JOBS, JOB_BYTES = 192, 128  # two of them, the newest is number EPOCH % 2
+PROGRAM, COUNT, FIRST, PARAMS = 0, 8, 16, 64  # in a job; FIRST numbers its first instruction
 COUNTERS = 448  # SLOTS times (a word of parts done, then a word of parts claimed for each thread)
 SLOTS = 8
 
 MOST_IN_USE = 16  # programs that are kept before it is looked which are still in use
 
 
-class Team:
+class ThreadPool:
     """The threads, their scratch space, and the control block they meet at.
 
     Thread 0 is whoever calls `run`; the others are parked. Each can be held to a core of its own
@@ -54,9 +54,9 @@ class Team:
     """
 
     def __init__(
-        self, threads: int, lead: int, follow: int, cores: Sequence[int] | None = None
+        self, threads: int, leader: int, worker: int, cores: Sequence[int] | None = None
     ) -> None:
-        """``lead`` and ``follow`` are the addresses of the compiled entries of `jit.threads`,
+        """``leader`` and ``worker`` are the addresses of the compiled entries of `jit.threads`,
         ``cores`` has one for each thread to be held to."""
         self.threads = threads
         counters = SLOTS * 64 * (1 + threads)
@@ -65,8 +65,8 @@ class Team:
         self._presence = self._control[(COUNTERS + counters) // 8 :: 8]
         self._scratch = aligned_bytes(threads * SCRATCH_BYTES)
         self._control[SCRATCH // 8] = self._scratch.data_ptr()
-        self._lead = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(lead)
-        self._follow = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(follow)
+        self._leader = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(leader)
+        self._worker = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(worker)
         self._address = int(self._control.ctypes.data)
         self._epoch = 0
         self._first = 1  # number of the next program's first instruction
@@ -84,15 +84,15 @@ class Team:
     def run(self, program: Tensor, params: Sequence[int]) -> None:
         """Run a program's instructions [count, int64 fields]; returns when all are done."""
         with self._busy, held_to(self._core_to_take()):
-            assert self.threads, "the team was closed"
-            order = self._next_order()
-            order[PROGRAM // 8] = program.data_ptr()
-            order[COUNT // 8] = program.shape[0]
-            order[FIRST // 8] = self._first
-            order[PARAMS // 8 : PARAMS // 8 + len(params)] = params
+            assert self.threads, "the thread pool was closed"
+            job = self._next_job()
+            job[PROGRAM // 8] = program.data_ptr()
+            job[COUNT // 8] = program.shape[0]
+            job[FIRST // 8] = self._first
+            job[PARAMS // 8 : PARAMS // 8 + len(params)] = params
             self._first += program.shape[0]
             self._in_use.append((self._epoch, program))
-            self._lead(self._address, self.threads)
+            self._leader(self._address, self.threads)
             if len(self._in_use) > MOST_IN_USE:
                 self._forget_finished()
 
@@ -106,11 +106,11 @@ class Team:
     def _core_to_take(self) -> int | None:
         return None if threading.get_ident() == self._settled else self._cores[0]
 
-    def _next_order(self) -> np.ndarray[Any, Any]:
+    def _next_job(self) -> np.ndarray[Any, Any]:
         """The one that no thread reads: of two, the older."""
         self._epoch += 1
-        start = (ORDERS + ORDER_BYTES * (self._epoch % 2)) // 8
-        return self._control[start : start + ORDER_BYTES // 8]
+        start = (JOBS + JOB_BYTES * (self._epoch % 2)) // 8
+        return self._control[start : start + JOB_BYTES // 8]
 
     def _forget_finished(self) -> None:
         """A thread that was held up may still look at a program that the others have finished, so
@@ -126,8 +126,8 @@ class Team:
         if not self._busy.acquire(blocking=False):
             return
         self._control[STOP // 8] = 1
-        self._next_order()[COUNT // 8] = 0
-        self._lead(self._address, 1)  # nothing to run, but the epoch moves on
+        self._next_job()[COUNT // 8] = 0
+        self._leader(self._address, 1)  # nothing to run, but the epoch moves on
         for other in self._others:
             other.join()
         self.threads = 0
@@ -136,7 +136,7 @@ class Team:
     def _park(self, thread: int) -> None:
         presence = self._presence[thread:].ctypes.data
         with held_to(self._cores[thread]):
-            self._follow(self._address, presence, thread, self.threads)
+            self._worker(self._address, presence, thread, self.threads)
 
 
 @contextmanager

@@ -1,12 +1,10 @@
-"""The kinds of tiles: how a weight is stored, and how the activations that it meets are packed."""
+"""Tile formats: how a weight is stored, and how the activations that it meets are packed."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
-
-from ruvon.kernels.cpu.program import Field
 
 LANES = 16  # rows of weight in a tile, floats in a vector of the kernels
 ROWS = 8  # rows of activations that are packed together
@@ -16,31 +14,31 @@ SUPER = 8  # groups whose scales are small integers that one number multiplies
 
 
 class Form(Enum):
-    """How rows of activations are packed. The value is the field that holds the address of such
-    rows in the instruction that makes them."""
+    """How rows of activations lie in memory: plain, or packed as a product wants them."""
 
-    INT8 = Field.INT8  # a group is 32 codes of 8 bits, then `Tail`
-    INT16 = Field.INT16  # the same codes in 16 bits, ordered as `layout` says, then `Tail`
-    BF16 = Field.BF16  # a group is 32 numbers
-    FLOAT = Field.OUT  # each k is eight rows' numbers, side by side
+    ROWS = "plain float32"
+    INT8 = "a group is 32 codes of 8 bits, then its `tail`"
+    INT16 = "the same codes in 16 bits, ordered as `layout` says, then `tail`"
+    BF16 = "a group is 32 numbers"
+    INTERLEAVED = "float32, eight rows' numbers of each k side by side"
 
     @property
     def group_bytes(self) -> int:
         """Of one row's group."""
-        return {Form.INT8: 48, Form.INT16: 80, Form.BF16: 64, Form.FLOAT: 128}[self]
+        return {Form.INT8: 48, Form.INT16: 80, Form.BF16: 64}.get(self, 128)
 
     @property
     def tail(self) -> int:
-        """Where four numbers stand in a quantized group, behind its codes: float32 scale, float32
-        sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
+        """Where float32 numbers stand in a quantized group, behind its codes: the scale, the sum of
+        all codes, that of the first sixteen."""
         return {Form.INT8: 32, Form.INT16: 64}[self]
 
 
-SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
+SCALE, TOTAL, FIRST_HALF = 0, 4, 8  # in a tail of 16 bytes
 
 
 @dataclass(frozen=True, slots=True)
-class TileKind:
+class TileFormat:
     """How a weight is stored."""
 
     storage: str  # "f32", "f16", "bf16", or codes: "q4", "q5", "q6", "q8"
@@ -98,9 +96,9 @@ class TileKind:
         return -(-(size + -(-steps // SUPER) * self.super_bytes) // 64) * 64
 
 
-KINDS: tuple[TileKind, ...] = (
+FORMATS: tuple[TileFormat, ...] = (
     *(
-        TileKind(storage, offsets, zero, scales, half)
+        TileFormat(storage, offsets, zero, scales, half)
         for half in (False, True)
         for scales in ("f16", "f32")
         for storage, offsets, zero in (
@@ -111,17 +109,17 @@ KINDS: tuple[TileKind, ...] = (
             ("q8", False, 128),
         )
     ),
-    TileKind("q5", offsets=True),
-    TileKind("q5", zero=16),
-    TileKind("q4", offsets=True, scales="two"),
-    TileKind("q5", offsets=True, scales="two"),
-    TileKind("q6", zero=32, scales="two", half=True),
-    TileKind("f32"),
-    TileKind("f16"),
-    TileKind("bf16"),
-    TileKind("bf16", pairs=True),
+    TileFormat("q5", offsets=True),
+    TileFormat("q5", zero=16),
+    TileFormat("q4", offsets=True, scales="two"),
+    TileFormat("q5", offsets=True, scales="two"),
+    TileFormat("q6", zero=32, scales="two", half=True),
+    TileFormat("f32"),
+    TileFormat("f16"),
+    TileFormat("bf16"),
+    TileFormat("bf16", pairs=True),
 )
-"""A kernel is told its kind by the index here."""
+"""A kernel is told its format by the index here."""
 
-F32_CACHE, F16_CACHE, BF16_CACHE = (KINDS.index(TileKind(s)) for s in ("f32", "f16", "bf16"))
+F32_CACHE, F16_CACHE, BF16_CACHE = (FORMATS.index(TileFormat(s)) for s in ("f32", "f16", "bf16"))
 """How keys and values are stored."""

@@ -1,0 +1,236 @@
+"""What kernels are told: for each a tuple of named fields, and how it lies in memory.
+
+An *instruction* is a `Header` and the arguments of its kernel, each field an int64 or a float64,
+256 bytes in all. A kernel is a compiled function over addresses:
+
+    kernel(arguments, params, start, stop, scratch)
+
+It does units ``start`` to ``stop`` of its instruction; what a unit is (a row, 32 outputs of a
+product, a head) is the kernel's own business. There are ``units`` of them for each of what is
+counted at ``params + 8 * counted``, so that one graph serves every batch size.
+
+The same tuples are filled in by `graph`, with values, tensors and numbers, and read by compiled
+code, with addresses and numbers (`jit.simd.arguments`). Strides are in bytes; what is absent has
+address 0; ids, positions and the like are int32, all rows float32.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeAlias, get_type_hints
+
+from torch import Tensor
+
+INSTRUCTION_BYTES = 256
+
+Key: TypeAlias = tuple[str, int | None]
+"""A kernel's name, and the kind of weight or cache it is made for if it has one (see `FORMATS`)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value lies in one form, ``offset`` bytes on. Nowhere, if nobody wants that form."""
+
+    value: Any  # a `graph.Value`
+    form: Any  # a `formats.Form`
+    offset: int = 0
+
+    @property
+    def address(self) -> int:
+        memory = self.value.memory.get(self.form)
+        return 0 if memory is None else int(memory.data_ptr()) + self.offset
+
+
+Address: TypeAlias = "Place | Tensor | int | None"
+
+
+class Header(NamedTuple):
+    """What threads are told of an instruction."""
+
+    kernel: int  # address
+    counted: int  # a `Param`
+    units: int  # for each of those counted
+    dynamic: int  # 1: units cost so unlike that threads take them one by one; 0: each has its own
+    next_tiles: Address = 0  # those of the next product, to be fetched into the cache meanwhile
+    next_units: int = 0
+    next_unit_bytes: int = 0
+
+
+class Output(NamedTuple):
+    """Where rows go, in each form that somebody wants."""
+
+    rows: Address = 0
+    stride: int = 0
+    int8: Address = 0
+    int16: Address = 0
+    bf16: Address = 0
+    groups: int = 0  # of 32, in a packed row
+
+
+class Tiles(NamedTuple):
+    """A weight, see `layout`."""
+
+    tiles: Address
+    steps: int  # turns along k
+    tile_bytes: int
+
+
+class Pack(NamedTuple):
+    x: Address
+    stride: int
+    out: Output
+
+
+class Interleave(NamedTuple):
+    x: Address
+    stride: int
+    width: int  # of a packed row
+    out: Address
+
+
+class Embed(NamedTuple):
+    ids: Address
+    table: Tiles
+    width: int
+    out: Address
+    stride: int
+
+
+class Add(NamedTuple):
+    x: Address
+    y: Address
+    out: Address
+    stride: int  # of all three
+
+
+class Gather(NamedTuple):
+    x: Address
+    rows: Address  # their numbers
+    out: Address
+    stride: int
+
+
+class Norm(NamedTuple):
+    """RMSNorm, or LayerNorm if ``centered``."""
+
+    x: Address
+    residual: Address
+    total: Address  # x + residual out
+    stride: int  # of all three
+    width: int
+    weight: Address
+    bias: Address
+    eps: float
+    out: Output
+
+
+class Linear(NamedTuple):
+    x: Address  # packed
+    weight: Tiles
+    bias: Address
+    activation: int
+    counted: int  # the `Param` of rows
+    columns: int  # units of a panel of rows
+    width: int
+    gate_bytes: int  # from a gate's tile to its partner's; 0 if the product is not gated
+    out: Output
+
+
+class Activate(NamedTuple):
+    x: Address
+    stride: int
+    activation: int
+    width: int
+    out: Address
+    out_stride: int
+
+
+class Cache(NamedTuple):
+    """A layer's keys and values, and what their blocks look like."""
+
+    keys: Address
+    values: Address
+    heads: int
+    kv_heads: int
+    head_dim: int
+    page: int  # tokens in a block
+
+
+class WriteKV(NamedTuple):
+    qkv: Address
+    stride: int
+    cache: Cache
+    positions: Address
+    slots: Address
+    cos: Address  # [positions, pairs]
+    sin: Address
+    pairs: int  # of dims that rotate
+    q_norm: Address
+    k_norm: Address
+    eps: float
+    out: Address  # queries, heads padded to whole vectors
+    out_stride: int
+
+
+class Attention(NamedTuple):
+    queries: Address
+    stride: int
+    cache: Cache
+    starts: Address  # first token of each sequence
+    contexts: Address
+    tables: Address
+    table_stride: int
+    scale: float
+    window: int
+    sinks: Address
+    out: Output
+
+
+class Argmax(NamedTuple):
+    x: Address
+    stride: int
+    width: int
+    out: Address  # int64
+
+
+class Sample(NamedTuple):
+    rows: Address  # `sampling.Row`
+    row_bytes: int
+    results: Address  # `sampling.Result`
+    result_bytes: int
+    spaces: Address  # workspaces, float32 [vocabulary, rounded up]
+    vocab_size: int
+
+
+def leaves(arguments: tuple[Any, ...]) -> Iterator[Any]:
+    """All that the fields hold, in order."""
+    for each in arguments:
+        if isinstance(each, tuple):
+            yield from leaves(each)
+        else:
+            yield each
+
+
+def words(arguments: tuple[Any, ...]) -> list[int]:
+    """How they lie in memory."""
+    return [word(each) for each in leaves(arguments)]
+
+
+def word(leaf: Address | float) -> int:
+    match leaf:
+        case None:
+            return 0
+        case Place():
+            return leaf.address
+        case Tensor():
+            return leaf.data_ptr()
+        case float():
+            return int(struct.unpack("<q", struct.pack("<d", leaf))[0])
+    return int(leaf)
+
+
+def fields(kind: type) -> dict[str, Any]:
+    """The type of each field of a tuple: float, another tuple, or whatever is an int64."""
+    return get_type_hints(kind)

@@ -1,0 +1,203 @@
+"""A model's whole step as one native call: captured once, replayed for every batch.
+
+It is to a CPU what a CUDA graph is to a GPU, but sizes stay free: instructions read the number of
+tokens, sequences and logit rows when they run, so one graph serves every batch up to its limits.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header, Place, leaves, words
+from ruvon.kernels.cpu.capture import Capture, Instruction, Value
+from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.kernels.cpu.formats import GROUP, Form
+from ruvon.kernels.cpu.layout import aligned_bytes, round_up
+from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
+from ruvon.kernels.cpu.thread_pool import ThreadPool
+from ruvon.kernels.ops import ForwardBatch
+
+Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
+Progress: TypeAlias = Callable[[str, float], None]
+WORDS = INSTRUCTION_BYTES // 8
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """The largest step a graph must serve."""
+
+    tokens: int
+    sequences: int
+    logit_rows: int
+    blocks_per_sequence: int
+
+
+class Program:
+    """Captured instructions in memory, ready to run."""
+
+    def __init__(
+        self, capture: Capture, results: Iterable[Tensor], compiled: Compiled, pool: ThreadPool
+    ) -> None:
+        """``results`` stand for values that are read after the last instruction."""
+        self.instructions = capture.instructions  # which keep all that they point at
+        self._pool = pool
+        wanted = {capture.value_of(tensor).read().value for tensor in results}
+        give_memory(capture, wanted)
+        links = prefetch_links(self.instructions)
+        self._memory = new_instructions(len(self.instructions))
+        for line, each, link in zip(self._memory, self.instructions, links, strict=True):
+            address = compiled.address(each.kernel)
+            header = Header(address, each.counted, each.units, each.dynamic, *link)
+            numbers = words((header, each.arguments))
+            line[: len(numbers)] = torch.tensor(numbers)
+
+    def run(self, sizes: Sequence[int], lines: Tensor | None = None) -> None:
+        """One step of these sizes; returns when all threads are done.
+
+        ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
+        """
+        self._pool.run(self._memory if lines is None else lines, sizes)
+
+    def pick(self, numbers: Sequence[int]) -> Tensor:
+        """A copy of the instructions of these numbers."""
+        lines = new_instructions(len(numbers))
+        lines.copy_(self._memory[list(numbers)])
+        return lines
+
+
+def new_instructions(count: int) -> Tensor:
+    return aligned_bytes(count * INSTRUCTION_BYTES).view(torch.int64).view(-1, WORDS)
+
+
+def places(line: Instruction) -> Iterator[tuple[Value, Form]]:
+    """The memory that an instruction reads or writes and that somebody wants."""
+    for leaf in leaves(line.arguments):
+        if isinstance(leaf, Place) and leaf.form in leaf.value.wanted:
+            yield leaf.value, leaf.form
+
+
+def give_memory(capture: Capture, results: set[Value]) -> None:
+    """Every value has memory from the instruction that makes it to the last that reads it; that of
+    ``results`` is theirs for good.
+
+    Only buffers of one form and shape share: what pads them stays zero.
+    """
+    last = {place: n for n, line in enumerate(capture.instructions) for place in places(line)}
+    free: dict[tuple[Form, Param, int], list[Tensor]] = defaultdict(list)
+    for number, line in enumerate(capture.instructions):
+        mine = dict.fromkeys(places(line))
+        for value, form in mine:
+            if form not in value.memory:
+                rows = round_up(capture.capacity[value.rows], GROUP)
+                unused = free[form, value.rows, value.width]
+                size = rows * value.groups * form.group_bytes
+                value.memory[form] = unused.pop() if unused else aligned_bytes(size)
+        for value, form in mine:
+            if last[value, form] == number and value not in results:
+                free[form, value.rows, value.width].append(value.memory[form])
+
+
+def prefetch_links(instructions: Sequence[Instruction]) -> list[tuple[Any, int, int]]:
+    """For each instruction the weights of the product that follows: tiles, units, bytes of a unit.
+    After the last product comes the first, of the next step."""
+    link: tuple[Any, int, int] = (None, 0, 0)
+    links = []
+    for line in [*instructions, *instructions][::-1]:
+        links.append(link)
+        if line.kernel[0] == "linear":
+            weight = line.arguments.weight
+            link = weight.tiles, line.units, 2 * weight.tile_bytes
+    return links[: len(instructions) - 1 : -1]
+
+
+def sizes_of(query_starts: np.ndarray[Any, Any], logit_rows: int) -> list[int]:
+    """The parameters of a step, in the order of `Param`; ``query_starts`` [S + 1] as in a batch."""
+    tokens, sequences = int(query_starts[-1]), len(query_starts) - 1
+    tiles = tokens
+    if tokens != sequences:
+        tiles = int((-(-np.diff(query_starts) // QUERY_TOKENS)).sum())
+    return [tokens, -(-tokens // PANEL), logit_rows, -(-logit_rows // PANEL), sequences, tiles]
+
+
+assert [*Param] == [
+    Param.TOKENS,
+    Param.TOKEN_PANELS,
+    Param.LOGIT_ROWS,
+    Param.LOGIT_PANELS,
+    Param.SEQUENCES,
+    Param.QUERY_TILES,
+]
+
+
+class Graph:
+    """One model's step. `replay` is a runner's ``forward``."""
+
+    def __init__(
+        self,
+        forward: Forward,
+        cache: Sequence[tuple[Tensor, Tensor]],
+        limits: Limits,
+        capture: Capture,
+        finish: Callable[[Capture, Iterable[Tensor]], Program],
+    ) -> None:
+        """``capture`` is the one that the model's operations write to."""
+        self._batch = empty_batch(limits)
+        self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
+        self._tables = self._batch.block_tables.numpy()
+        logits = forward(self._batch, cache)
+        likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
+        capture.argmax(logits, likeliest)
+        self._likeliest = likeliest.numpy()
+        self.program = finish(capture, [logits])
+        self._logits = capture.result(logits)
+        self.num_rows = 0
+
+    def replay(self, batch: ForwardBatch) -> Tensor:
+        """float32 logits [L, V] of the batch's ``logit_rows``, valid until the next replay.
+
+        The batch may be of numpy arrays. All between two replays runs with cold caches, as weights
+        have just streamed through them, and torch is a long way to a few numbers.
+        """
+        tables = np.asarray(batch.block_tables)
+        self._tables[: tables.shape[0], : tables.shape[1]] = tables
+        given = [np.asarray(getattr(batch, name)) for name in COPIED]
+        for array, numbers in zip(self._arrays, given, strict=True):
+            array[: numbers.size] = numbers
+        self.num_rows = given[-1].size
+        self.program.run(sizes_of(given[STARTS], self.num_rows))
+        return self._logits[: self.num_rows]
+
+    @property
+    def argmax(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """[L]: the likeliest token of each row of the last replay; of equals, the first."""
+        return self._likeliest[: self.num_rows]
+
+
+COPIED = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
+STARTS = COPIED.index("query_starts")
+
+
+def empty_batch(limits: Limits) -> ForwardBatch:
+    """The batch whose memory the instructions read."""
+
+    def ints(*shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=torch.int32)
+
+    return ForwardBatch(
+        token_ids=ints(limits.tokens),
+        positions=ints(limits.tokens),
+        slots=ints(limits.tokens),
+        block_tables=ints(limits.sequences, limits.blocks_per_sequence),
+        query_starts=ints(limits.sequences + 1),
+        context_lens=ints(limits.sequences),
+        logit_rows=ints(limits.logit_rows),
+        max_query=limits.tokens,
+        max_context=0,
+    )

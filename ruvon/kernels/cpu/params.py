@@ -1,0 +1,42 @@
+"""Numbers that graphs, threads and compiled kernels share."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+
+class Param(IntEnum):
+    """Index of an int64 in params: what differs from step to step."""
+
+    TOKENS = 0
+    TOKEN_PANELS = 1  # panels of `PANEL` activation rows: behind what counts the rows
+    LOGIT_ROWS = 2
+    LOGIT_PANELS = 3
+    SEQUENCES = 4
+    QUERY_TILES = 5  # of `QUERY_TOKENS` tokens of one sequence
+
+
+PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
+
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
+ACTIVATIONS = {
+    "none": NONE,
+    "gelu_tanh": GELU_TANH,
+    "gelu": GELU,
+    "relu": RELU,
+    "silu": SILU,
+    "silu_gated": SILU_GATED,
+}
+
+# What attention can do
+QUERY_TOKENS = 16
+TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
+MOST_DIMS = 256
+
+# A thread's scratch space, and its own notes at the end of it.
+SCRATCH_BYTES = 1 << 18
+FETCH_AT, FETCH_END, FETCH_FOR, OWN_END, OFFERED, CLOCK = (
+    SCRATCH_BYTES - 64 + 8 * n for n in range(6)
+)
+"""Which weights it will fetch next and up to where; whose they are; the unit behind its own last
+one in this instruction; when it last offered its core, and what the clock says."""
