@@ -19,8 +19,7 @@ from typing import IO
 import numpy as np
 import torch
 
-from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header
-from ruvon.kernels.cpu.arguments import Key
+from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header, Key
 from ruvon.kernels.cpu.compiled import DIFFER_BY_ISA, open_store
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.build import assembly
