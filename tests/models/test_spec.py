@@ -131,6 +131,15 @@ def test_older_scaling_wins_as_in_transformers():
     assert spec_from_config({**LLAMA, **both}).rope.scaling == LinearScaling(4.0)
 
 
+def test_the_mlp_of_gpt2_is_four_times_as_wide_unless_stated():
+    config = CONFIGS["gpt2"].to_dict() | {
+        "model_type": "gpt2",
+        "architectures": ["GPT2LMHeadModel"],
+    }
+    assert spec_from_config(config | {"n_inner": None}).intermediate_size == 4 * config["n_embd"]
+    assert spec_from_config(config | {"n_inner": 40}).intermediate_size == 40
+
+
 def test_windows():
     assert spec_from_config(LLAMA).windows == (0, 0, 0)
     mistral = {**SHAPE, "architectures": ["MistralForCausalLM"]}
