@@ -314,7 +314,7 @@ class Watched:
 
 
 def drive(gpu_runner, depth):
-    """More jobs than seats; some join when others are under way and one is aborted under way.
+    """More jobs than slots; some join when others are under way and one is aborted under way.
     Tokens and finish by job, and the runner, which knows sequences by the numbers of their jobs."""
     runner = Watched(gpu_runner, depth)
     config = EngineConfig(block_size=PAGE, max_num_seqs=SLOTS, max_num_batched_tokens=40)
