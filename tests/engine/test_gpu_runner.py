@@ -13,6 +13,7 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
+from ruvon.engine.gpu.deferred import BadWords
 from ruvon.engine.gpu.graphs import Bucket, Graphs, StepWords, mixed_buckets, single_buckets
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.runner import GpuRunner
@@ -313,7 +314,7 @@ class Watched:
 
 
 def drive(gpu_runner, depth):
-    """More jobs than seats; some join when others are under way and one is aborted under way.
+    """More jobs than slots; some join when others are under way and one is aborted under way.
     Tokens and finish by job, and the runner, which knows sequences by the numbers of their jobs."""
     runner = Watched(gpu_runner, depth)
     config = EngineConfig(block_size=PAGE, max_num_seqs=SLOTS, max_num_batched_tokens=40)
@@ -432,6 +433,14 @@ def test_slots_stay_low_and_changes_only_are_sent():
 
 
 # ------------------------------------------------------------------- plans as values
+
+
+def test_bad_words_are_found_by_what_only_the_device_knows_or_not():
+    words = BadWords([(9,), (1, 2), (1, 3), (5, 1, 4), (6, 6, 7, 8)])
+    assert words.completed([5, 1], 2).tolist() == [[-1, 9], [-1, 2], [-1, 3], [-1, 4]]
+    assert words.completed([5], 2).tolist() == [[-1, 9], [1, 2], [1, 3], [1, 4]]
+    assert words.completed([6, 6, 7], 3).tolist() == [[-1, 9], [-1, 8]]
+    assert words.completed([6, 6], 3).tolist() == [[-1, 9], [1, 2], [1, 3], [7, 8]]
 
 
 @pytest.mark.slow

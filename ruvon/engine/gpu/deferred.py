@@ -25,29 +25,36 @@ class DeferredRow:
     slot: int
     params: Words  # [PARAMS], as for the captured step
     typical_p: float
-    banned: list[tuple[int, int]]  # (the token before, -1 for any; a token not to come after it)
+    banned_N2: Words  # (the token before, -1 for any; a token not to come after it)
+
+
+NOTHING_BANNED: Words = np.zeros((0, 2), dtype=np.int32)
 
 
 class BadWords:
     """A request's bad words, found by the tokens before their last two."""
 
     def __init__(self, words: Sequence[tuple[int, ...]]) -> None:
-        self._ends: dict[tuple[int, ...], list[tuple[int, int]]] = {}
+        ends: dict[tuple[int, ...], list[tuple[int, int]]] = {}
         for *before, last in words:
             previous = before.pop() if before else -1
-            self._ends.setdefault(tuple(before), []).append((previous, last))
+            ends.setdefault(tuple(before), []).append((previous, last))
+        self._ends = {before: np.array(pairs, dtype=np.int32) for before, pairs in ends.items()}
         self._lengths = sorted({len(before) for before in self._ends})
 
-    def completed(self, history: Sequence[int], context: int) -> list[tuple[int, int]]:
-        """Pairs as in `DeferredRow.banned`: which token would complete a word after the first
+    def completed(self, history: Sequence[int], context: int) -> Words:
+        """Pairs as in `DeferredRow.banned_N2`: which token would complete a word after the first
         ``context`` tokens. Of these the last may be missing from ``history``, for only the device
         knows it yet."""
         end = context - 1
         tails = [tuple(history[end - length : end]) for length in self._lengths if length <= end]
-        pairs = [pair for tail in tails for pair in self._ends.get(tail, ())]
+        found = [self._ends[tail] for tail in tails if tail in self._ends]
+        pairs_N2: Words = np.concatenate([NOTHING_BANNED, *found])
         if len(history) < context:
-            return pairs
-        return [(-1, last) for before, last in pairs if before in (-1, history[end])]
+            return pairs_N2
+        pairs_N2 = pairs_N2[(pairs_N2[:, 0] == -1) | (pairs_N2[:, 0] == history[end])]
+        pairs_N2[:, 0] = -1
+        return pairs_N2
 
 
 def sample_deferred(
@@ -82,13 +89,16 @@ def upload(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the device needs of the rows: parameters, typical_p, places, and (row, before, last) of
     what is banned."""
-    pairs = [(i, before, last) for i, row in enumerate(rows) for before, last in row.banned]
+    numbers = [len(row.banned_N2) for row in rows]
+    banned_N3 = np.column_stack(
+        (np.repeat(np.arange(len(rows)), numbers), np.concatenate([r.banned_N2 for r in rows]))
+    )
     params, typical, places, banned = to_device(
         (
             np.stack([row.params for row in rows]),
             np.array([row.typical_p for row in rows], dtype=np.float32).view(np.int32),
             np.array([row.row for row in rows], dtype=np.int32),
-            np.array(pairs, dtype=np.int32).reshape(-1, 3).T.copy(),
+            np.ascontiguousarray(banned_N3.T, dtype=np.int32),
         ),
         device,
     )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import to_device
-from ruvon.engine.gpu.deferred import BadWords, DeferredRow
+from ruvon.engine.gpu.deferred import NOTHING_BANNED, BadWords, DeferredRow
 from ruvon.engine.gpu.graphs import Words
 from ruvon.engine.types import BEING_SAMPLED, NewSequence, Plan, SamplingParams
 from ruvon.kernels import sample
@@ -127,7 +127,7 @@ class SlotStates:
         ]
 
     def _defer(self, row: int, params: Words, seq_id: int, slot: int, context: int) -> DeferredRow:
-        own, banned = params[row].copy(), []
+        own, banned = params[row].copy(), NOTHING_BANNED
         params[row, sample.SLOT] = -1
         if seq_id in self._bad_words:
             banned = self._bad_words[seq_id].completed(self._histories[seq_id], context)
