@@ -336,24 +336,16 @@ def argmax(address, params, start, stop, scratch):
 
 
 @helper
-def max_of(x, width):
-    """The largest of some numbers that are no NaN."""
-    whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
-
-
-@helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
-    zeros = splat16(0.0)
-    whole = width // 16 * 16
+    zeros, whole = splat16(0.0), width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
     nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
     for at in range(0, whole, 16):
-        nothing = fma(load(x + 4 * at), zeros, nothing)
-    found = max_of(x, width)
+        value = load(x + 4 * at)
+        best = larger(best, value)
+        nothing = fma(value, zeros, nothing)
+    found = max_lanes(best)
     if sum_lanes(nothing) != 0:  # a NaN or an infinity
         for at in range(width):
             found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))

@@ -18,7 +18,7 @@ from llvmlite import ir
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Sample
-from ruvon.kernels.cpu.jit.rows import first_in_row, largest, max_of
+from ruvon.kernels.cpu.jit.rows import first_in_row, largest
 from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
@@ -29,7 +29,9 @@ from ruvon.kernels.cpu.jit.simd import (
     exp16,
     get,
     keep_first,
+    larger,
     load,
+    max_lanes,
     number,
     operation,
     read_f32,
@@ -167,6 +169,16 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
         low = max(low, float_at(above << shift))
         high = min(high, float_at((above + 1) << shift))
     return low, goal
+
+
+@helper
+def max_of(x, width):
+    """The largest of some numbers that are no NaN."""
+    whole = width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    for at in range(0, whole, 16):
+        best = larger(load(x + 4 * at), best)
+    return max_lanes(best)
 
 
 @helper
