@@ -161,6 +161,7 @@ def move(lines: np.ndarray, start: int) -> tuple[list[tuple[int, int, int]], int
 
 def living_memory() -> np.ndarray:
     """Where the memory of every tensor in this process begins and ends, in order."""
-    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    things = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor]
+    tensors = [thing for thing in things if not thing.is_meta]  # those have no memory
     storages = [tensor.untyped_storage() for tensor in tensors]
     return np.array(sorted({(s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages}))
