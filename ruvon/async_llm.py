@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import aclosing
+from functools import partial
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -95,9 +96,8 @@ class AsyncLLM:
         A reader who is slow gets larger deltas. Whoever leaves early and keeps the generator should
         close it (``contextlib.aclosing``): that ends the work.
         """
-        self._open_loop()
-        ids = await asyncio.to_thread(encode_prompt, prompt, self.loaded.tokenizer)
-        async with aclosing(self._run(self._job(ids, sampling, text), PlainParser)) as deltas:
+        job = await self._job(partial(self._encode, prompt), sampling, text)
+        async with aclosing(self._run(job, PlainParser)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -124,9 +124,8 @@ class AsyncLLM:
     ) -> list[Completion]:
         """``n`` completions of one prompt. For several prompts call it several times at once, such
         as with ``asyncio.gather``."""
-        self._open_loop()
-        ids = await asyncio.to_thread(encode_prompt, prompt, self.loaded.tokenizer)
-        return await self._finish(self._job(ids, sampling, text, n), PlainParser)
+        job = await self._job(partial(self._encode, prompt), sampling, text, n)
+        return await self._finish(job, PlainParser)
 
     async def chat(
         self,
@@ -157,10 +156,19 @@ class AsyncLLM:
             raise RuntimeError("this AsyncLLM is not open yet: `async with` opens it")
         return self._loop
 
-    def _job(
-        self, ids: Sequence[int], sampling: SamplingParams | None, text: TextOptions, n: int = 1
+    def _encode(self, prompt: Prompt) -> Sequence[int]:
+        return encode_prompt(prompt, self.loaded.tokenizer)
+
+    async def _job(
+        self,
+        encode: Callable[[], Sequence[int]],
+        sampling: SamplingParams | None,
+        text: TextOptions,
+        n: int = 1,
     ) -> Job:
-        return Job(tuple(ids), sampling or self.default_sampling(), text, n)
+        """A job for what ``encode`` gives; made in a thread, for a long prompt takes long."""
+        loop, wanted = self._open_loop(), sampling or self.default_sampling()
+        return await asyncio.to_thread(lambda: loop.prepare(Job(tuple(encode()), wanted, text, n)))
 
     async def _chat_job(
         self,
@@ -171,8 +179,8 @@ class AsyncLLM:
         **template: Unpack[Options],
     ) -> Job:
         self._open_loop()
-        ids = await asyncio.to_thread(self.loaded.chat.encode, messages, **template)
-        return self._job(ids, sampling or self.default_sampling(max_tokens=None), text, n)
+        encode = partial(self.loaded.chat.encode, messages, **template)
+        return await self._job(encode, sampling or self.default_sampling(max_tokens=None), text, n)
 
     async def _finish(self, job: Job, parser: MakeParser) -> list[Completion]:
         writer = CompletionWriter([job])

@@ -185,7 +185,7 @@ class ServerConfig:
     )
     chat_template: str | None = setting(None, "File with a Jinja chat template to use instead.")
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
-    max_body_size: str = setting("8MiB", "Larger request bodies get a 413.", unit="size")
+    max_body_size: str = setting("4MiB", "Larger request bodies get a 413.", unit="size")
     sse_keep_alive_interval: float = setting(
         15.0, "Seconds of silence in a stream before a comment line.", least=0.1, most=A_DAY
     )

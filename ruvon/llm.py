@@ -34,7 +34,7 @@ from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.engine import Pending
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.engine.types import Emission, Job, SamplingParams, TextOptions
+from ruvon.engine.types import Emission, Job, SamplingParams, TextOptions, gather
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options, PlainParser
 from ruvon.telemetry import silent
@@ -166,12 +166,10 @@ class LLM:
             sampling = [sampling or self.default_sampling()] * len(prompts)
         if len(sampling) != len(prompts):
             raise RequestError(f"{len(sampling)} sampling for {len(prompts)} prompts", "sampling")
-        jobs = [
-            Job(tuple(ids), params, text, n) for ids, params in zip(prompts, sampling, strict=True)
+        return [
+            self.engine.prepare(Job(tuple(ids), params, text, n))
+            for ids, params in zip(prompts, sampling, strict=True)
         ]
-        for job in jobs:
-            self.engine.validate(job)
-        return jobs
 
     # ------------------------------------------------------------------ deltas out
 
@@ -206,14 +204,14 @@ class LLM:
     def _deltas(self, jobs: Sequence[Job], parser: MakeParser, every: int = 1) -> Generator[Delta]:
         """Run jobs to their end, and give their deltas after every few steps."""
         detokenizer = Detokenizer(jobs, self.tokenizer, parser)
-        news: list[Emission] = []
+        news: dict[int, Emission] = {}
         with closing(self._run(jobs)) as steps:
             for number, emissions in enumerate(steps, 1):
-                news += emissions
+                gather(news, emissions)
                 if number % every == 0:
-                    yield from detokenizer.push(news, self._stop)
+                    yield from detokenizer.push(news.values(), self._stop)
                     news.clear()
-            yield from detokenizer.push(news, self._stop)
+            yield from detokenizer.push(news.values(), self._stop)
 
     def _run(self, jobs: Sequence[Job]) -> Generator[list[Emission]]:
         """Run jobs to their end. However it ends, nothing of them stays in the engine."""

@@ -6,11 +6,10 @@ The server, `ruvon.LLM` and `ruvon.AsyncLLM` all come through here, whichever wa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from itertools import chain
 from typing import Protocol, TypeAlias
 
-from ruvon.deltas import Delta, TokenLogprobs
-from ruvon.engine.types import Emission, Job
+from ruvon.deltas import Delta
+from ruvon.engine.types import Emission, Job, gather
 from ruvon.models.chat import Parser, PlainParser
 from ruvon.models.text_stream import TextStream
 
@@ -51,20 +50,16 @@ class Detokenizer:
         ``stop`` is called with the sequence of a completion that a stop string ends: the engine
         knows nothing of those.
         """
-        news: dict[int, list[Emission]] = {}
-        for emission in emissions:
-            if emission.index in news:  # it gathered several steps
-                news[emission.index].append(emission)
-            else:
-                news[emission.index] = [emission]
+        news: dict[int, Emission] = {}
+        gather(news, emissions)
         deltas: list[Delta] = []
-        for index, mine in news.items():
+        for index, emission in news.items():
             completion = self._completions[index]
             if completion.ended:
                 continue
-            deltas += completion.push(index, mine)
-            if completion.ended and mine[-1].finish is None:
-                stop(mine[-1].seq_id)
+            deltas += completion.push(emission)
+            if completion.ended and emission.finish is None:
+                stop(emission.seq_id)
         return deltas
 
 
@@ -87,31 +82,29 @@ class _Completion:
         self._stop_ids = job.sampling.stop_token_ids
         self.ended = False
 
-    def push(self, index: int, emissions: Sequence[Emission]) -> list[Delta]:
-        """The deltas of this completion, the request's ``index``-th; the last may end it."""
-        first, last = emissions[0], emissions[-1]
-        tokens, logprobs = first.tokens, first.logprobs or ()
-        if len(emissions) > 1:
-            tokens, logprobs = _gather(emissions)
+    def push(self, emission: Emission) -> list[Delta]:
+        """The deltas of this completion; the last may end it."""
+        tokens, logprobs = emission.tokens, emission.logprobs or ()
         before = self._text.num_tokens
-        hidden = last.stop_token is not None and not self._include_stop
+        hidden = emission.stop_token is not None and not self._include_stop
         deltas = self._parser.push(tokens[:-1] if hidden else tokens)
         stopped = self._text.stopped
         if stopped is not None:
             num_taken = self._text.num_tokens - before  # with the one that completed the string
             tokens, logprobs = tokens[:num_taken], logprobs[:num_taken]
-        self.ended = stopped is not None or last.finish is not None
+        self.ended = stopped is not None or emission.finish is not None
         if self.ended:
             deltas += self._parser.finish()
         if not deltas:
             deltas = [Delta()]
         if self.ended:
-            self._say_why(deltas[-1], last, stopped)
+            self._say_why(deltas[-1], emission, stopped)
         gained = deltas[0]
         gained.tokens, gained.logprobs = tokens, logprobs
-        gained.prompt_logprobs, gained.num_cached = first.prompt_logprobs, first.num_cached
+        gained.prompt_logprobs = emission.prompt_logprobs
+        gained.num_cached = emission.num_cached
         for delta in deltas:
-            delta.index = index
+            delta.index = emission.index
         return deltas
 
     def _say_why(self, delta: Delta, emission: Emission, stopped: str | None) -> None:
@@ -122,11 +115,3 @@ class _Completion:
         delta.finish, delta.error = emission.finish, emission.error
         if emission.stop_token in self._stop_ids:
             delta.stop_reason = emission.stop_token
-
-
-def _gather(emissions: Sequence[Emission]) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...]]:
-    """(The tokens, the log-probabilities) of several steps."""
-    return (
-        tuple(chain.from_iterable([emission.tokens for emission in emissions])),
-        tuple(chain.from_iterable([emission.logprobs or () for emission in emissions])),
-    )

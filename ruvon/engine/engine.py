@@ -15,7 +15,7 @@ from itertools import count
 from typing import Protocol
 
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool
+from ruvon.engine.blocks import BlockPool, block_keys
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
@@ -100,6 +100,16 @@ class Engine:
         """Whether there is something to launch or to collect."""
         return bool(self._scheduler.sequences)
 
+    def prepare(self, job: Job) -> Job:
+        """The job, with the keys of its prompt's blocks if they will be asked for: for a long
+        prompt that takes long, and this may be called in any thread. Raises `RequestError` for what
+        can never run."""
+        self.validate(job)
+        if not self.config.enable_prefix_caching or job.sampling.prompt_logprobs is not None:
+            return job
+        keys = block_keys(job.prompt, self.config.block_size, job.cache_salt)
+        return replace(job, keys=tuple(keys))
+
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up.
 
@@ -125,6 +135,7 @@ class Engine:
                 priority=job.priority,
                 salt=job.cache_salt,
                 arrived_at=now,
+                keys=list(job.keys),
                 prompt_logprobs=None if job.sampling.prompt_logprobs is None else [None],
             )
             for k in range(job.n)

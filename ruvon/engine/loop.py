@@ -164,6 +164,10 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- requests
 
+    def prepare(self, job: Job) -> Job:
+        """As `Engine.prepare`."""
+        return self.engine.prepare(job)
+
     async def admission(self) -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
         await self._admission.enter()

@@ -21,7 +21,6 @@ next one is first.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -42,9 +41,9 @@ from ruvon.engine.types import (
 NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
 NO_BLOCKS: tuple[int, ...] = ()
 
-KEYS_A_STEP = 512
-"""Most keys of waiting prompts that are computed in a step while others run, for some 3 ms: all of
-a long prompt's would hold them up."""
+STARTED_BLOCKS = 4096
+"""Of sequences that start in one step while others run; more would hold these up for milliseconds,
+as when all completions of a long prompt start."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +91,7 @@ class Scheduler:
         self._full: list[Sequence] = []  # need a new block for their next token
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
-        self._keys_left = 0  # of this step's `KEYS_A_STEP`
+        self._startable = 0  # of this step's `STARTED_BLOCKS`
         self._ended: list[int] = []  # whom runners are to forget with the next plan
         self._held_up = False  # whether the last step left running streams out for a long prompt
 
@@ -130,7 +129,7 @@ class Scheduler:
     def schedule(self, now: float) -> Plan | None:
         """Plan one step, at the time ``now``; None if something must be committed first, or there
         is no work. Never None if there is work and nothing in flight."""
-        self._keys_left = KEYS_A_STEP if self._num_holding else sys.maxsize
+        self._startable = STARTED_BLOCKS
         self._full = [seq for seq in self._full if seq.finish is None]
         if self.num_in_flight and len(self._full) > self.pool.num_free:
             return None
@@ -192,14 +191,15 @@ class Scheduler:
 
         Not yet, if another sequence is computing a block of the same prefix right now: wait for
         it rather than compute it twice. Nor if the newcomer would leave less than one block for
-        each running sequence to grow into, and so be preempted soon.
+        each running sequence to grow into, and so be preempted soon. Nor if others with many blocks
+        have started in this very step.
         """
         headroom = self.pool.num_free - self._num_holding
+        if self._startable <= 0 and self._num_holding:
+            return False
         if headroom <= 0 or seq.awaits in self._computing or self._is_blocked(seq, headroom):
             return False
         blocks = self._find_prefix(seq)
-        if blocks is None:
-            return False
         num_new = self.pool.blocks_for(len(seq.tokens)) - len(blocks)
         is_short = num_new + self._num_holding > self.pool.num_free
         if seq.awaits is not None or is_short:
@@ -210,6 +210,7 @@ class Scheduler:
         seq.num_published = len(blocks)
         self.pool.grow(blocks, len(seq.tokens))
         seq.blocks = blocks
+        self._startable -= len(blocks)
         self._num_holding += 1
         seq.num_computed = seq.num_published * self.pool.block_size
         seq.num_pending = len(seq.tokens) - seq.num_computed
@@ -222,26 +223,18 @@ class Scheduler:
         to look its prefix up again would be in vain."""
         return headroom <= seq.headroom and not self.pool.has(seq.missing)
 
-    def _find_prefix(self, seq: Sequence) -> list[int] | None:
-        """Take hold of the published blocks its tokens start with, and see who makes the next; None
-        if it is so long that the next step must go on with that."""
+    def _find_prefix(self, seq: Sequence) -> list[int]:
+        """Take hold of the published blocks its tokens start with, and see who makes the next."""
         num_shared = self._num_shared(seq)
         found = self.pool.match(self._keys_of(seq, num_shared))
-        if len(found) == len(seq.keys) < num_shared:
-            self.pool.release(found)
-            return None
         seq.missing = seq.keys[len(found)] if len(found) < num_shared else None
         seq.awaits = seq.missing if seq.missing in self._computing else None
         return found
 
     def _keys_of(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
-        """The keys of its first blocks, computed as they are asked for: a long prompt has many."""
+        """The keys of its first blocks, computed as they are asked for if they are not known."""
         for i in range(num_keys):
-            if i == len(seq.keys):
-                if not self._keys_left:
-                    return
-                self._keys_left -= 1
-                self._extend_keys(seq, i + 1)
+            self._extend_keys(seq, i + 1)
             yield seq.keys[i]
 
     def _num_shared(self, seq: Sequence) -> int:

@@ -10,7 +10,7 @@ not declared ``frozen`` all the same: to make a frozen one takes six times as lo
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from ruvon.deltas import FinishReason as FinishReason
@@ -67,6 +67,7 @@ class Job:
     n: int = 1
     priority: int = 0  # lower runs first, under the policy "priority"
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
+    keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
     param: str = "prompt"  # the field that errors about the prompt name
 
 
@@ -226,6 +227,22 @@ class Emission:
     finish: FinishReason | None = None
     stop_token: int | None = None  # the id that stopped it, if one did; it is the last of tokens
     error: str | None = None
+
+    def extend(self, later: Emission) -> None:
+        """Take in what came of the same sequence next. Many small objects that wait for each other
+        would be looked at by the garbage collector again and again."""
+        self.tokens += later.tokens
+        if later.logprobs is not None:
+            self.logprobs = (self.logprobs or ()) + later.logprobs
+        self.finish, self.stop_token, self.error = later.finish, later.stop_token, later.error
+
+
+def gather(news: dict[int, Emission], emissions: Iterable[Emission]) -> None:
+    """Add emissions to ``news``, which has one for each index."""
+    for emission in emissions:
+        earlier = news.setdefault(emission.index, emission)
+        if earlier is not emission:
+            earlier.extend(emission)
 
 
 @dataclass(frozen=True, slots=True)

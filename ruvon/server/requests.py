@@ -26,6 +26,7 @@ from ruvon.server.schemas import (
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service
 
+MOST_COMPLETIONS = 512  # in one request: more would be started in one go
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 PASSED = (
@@ -80,7 +81,13 @@ def prepare_completion(
         prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
     n = request.best_of or request.n or 1
-    return [_job(request, prompt, sampling, n, "prompt") for prompt in prompts]
+    if n * len(prompts) > MOST_COMPLETIONS:
+        raise RequestError(
+            f"A request may ask for at most {MOST_COMPLETIONS} completions of all its prompts, not "
+            f"{n * len(prompts)}.",
+            "n" if request.best_of is None else "best_of",
+        )
+    return [_job(request, prompt, sampling, n, service, "prompt") for prompt in prompts]
 
 
 def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> list[Job]:
@@ -96,7 +103,7 @@ def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> l
         else None,
         prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
-    return [_job(request, prompt, sampling, request.n or 1, "messages")]
+    return [_job(request, prompt, sampling, request.n or 1, service, "messages")]
 
 
 def encode_chat(request: TemplateFields, service: Service) -> list[int]:
@@ -127,9 +134,10 @@ def _job(
     prompt: Sequence[int],
     sampling: SamplingParams,
     n: int,
+    service: Service,
     param: str,
 ) -> Job:
-    return Job(
+    job = Job(
         prompt=tuple(prompt),
         sampling=sampling,
         text=TextOptions(
@@ -142,6 +150,7 @@ def _job(
         cache_salt=request.cache_salt or "",
         param=param,
     )
+    return service.generator.prepare(job)
 
 
 def sampling_params(

@@ -44,6 +44,9 @@ class Generator(Protocol):
     async def admission(self) -> None:
         """Wait until reading a new request keeps nobody waiting."""
 
+    def prepare(self, job: Job) -> Job:
+        """Check a job, and do for it what takes long with a long prompt; in any thread."""
+
     def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise why not."""
 

@@ -651,21 +651,13 @@ def test_keys_of_a_long_prompt_are_computed_as_it_is():
     assert lengths == [9, 17, 25]
 
 
-def test_a_long_prefix_is_looked_up_in_several_steps_while_others_run(monkeypatch):
-    scheduler = make(num_blocks=1000, max_tokens=512)
-    scheduler.add(sequence(0, range(400), max_tokens=1))
-    run_out(scheduler)
-    scheduler.add(sequence(1, [5], max_tokens=30))
-    step(scheduler)
-    monkeypatch.setattr("ruvon.engine.scheduler.KEYS_A_STEP", 30)
-    seq = sequence(2, [*range(400), 1], max_tokens=2)
-    scheduler.add(seq)
-    lengths = []
-    while not seq.blocks:
-        assert 1 in step(scheduler)[0]
-        lengths.append(len(seq.keys))
-    assert lengths == [30, 60, 90, 100]
-    assert seq.num_cached == 400
+def test_many_completions_of_a_long_prompt_start_a_few_a_step(monkeypatch):
+    monkeypatch.setattr("ruvon.engine.scheduler.STARTED_BLOCKS", 20)
+    scheduler = make(num_blocks=1000, block_size=4, max_tokens=512)
+    for k in range(8):
+        scheduler.add(sequence(k, range(33), max_tokens=9))
+    sizes = [len(step(scheduler)[0]) for _ in range(5)]
+    assert sizes == [1, 4, 7, 8, 8]
     run_out(scheduler)
     scheduler.pool.check([])
 

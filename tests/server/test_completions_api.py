@@ -174,6 +174,15 @@ async def test_best_of_gives_the_likeliest_per_token(serve):
     assert silent[0]["logprobs"] is None
 
 
+@pytest.mark.parametrize("field", ["n", "best_of"])
+async def test_a_request_asks_for_so_many_completions_at_most(serve, field):
+    server = await serve()
+    reply = await server.complete(["x"] * 256, **{field: 3})
+    assert reply.status == 400
+    assert (reply.error["param"], reply.error["code"]) == (field, "invalid_value")
+    assert "512" in reply.error["message"]
+
+
 async def test_prompt_logprobs_of_each_choice(serve):
     server = await serve("a")
     choice = (await server.complete("Hi", prompt_logprobs=0)).json["choices"][0]

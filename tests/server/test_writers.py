@@ -110,6 +110,9 @@ class Parrot:
 
     async def admission(self) -> None: ...
 
+    def prepare(self, job: Job) -> Job:
+        return job
+
     def generate(self, jobs: list[Job]) -> Stream:
         stream = Stream(lambda stream, ids, reason: stream.open.difference_update(ids))
         for index, job in enumerate(jobs):
