@@ -189,10 +189,12 @@ def norm_and_rank(logits_ptr, token, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _score_kernel(logits_ptr, tokens_ptr, norms_ptr, ranks_ptr, V, BLOCK: tl.constexpr):
+def _score_kernel(
+    logits_ptr, tokens_ptr, norms_ptr, ranks_ptr, V, logits_stride, BLOCK: tl.constexpr
+):
     row = tl.program_id(0)
     token = tl.maximum(tl.load(tokens_ptr + row), 0)
-    norm, rank = norm_and_rank(logits_ptr + row.to(tl.int64) * V, token, V, BLOCK)
+    norm, rank = norm_and_rank(logits_ptr + row.to(tl.int64) * logits_stride, token, V, BLOCK)
     tl.store(norms_ptr + row, norm)
     tl.store(ranks_ptr + row, rank)
 
@@ -205,7 +207,7 @@ def score(logits_LV: Tensor, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
     ranks_L = torch.empty(rows, dtype=torch.int32, device=logits_LV.device)
     block = min(4096, triton.next_power_of_2(vocab))
     _score_kernel[(rows,)](
-        logits_LV, tokens_L, norms_L, ranks_L, vocab, BLOCK=block, num_warps=8
+        logits_LV, tokens_L, norms_L, ranks_L, vocab, logits_LV.stride(0), BLOCK=block, num_warps=8
     )  # fmt: skip
     return norms_L, ranks_L
 

@@ -15,6 +15,7 @@ from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
 from ruvon.engine.gpu.deferred import BadWords
 from ruvon.engine.gpu.graphs import Bucket, Graphs, StepWords, mixed_buckets, single_buckets
+from ruvon.engine.gpu.in_flight import alternatives
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.gpu.scoring import Scorer
@@ -269,6 +270,16 @@ def test_what_the_device_samples_is_what_the_host_would(gpu_runner, expected, sa
         plan = plan_of((story, story.chunk(ahead=True)))
     sampled = [future.result().tokens[0][0] for future in futures]
     assert sampled == expected(PROMPTS[2], 4, sampling)
+
+
+def test_a_rows_alternatives_do_not_depend_on_its_place(triton_device):
+    """A row of an odd vocabulary begins anywhere in memory."""
+    row_V = torch.linspace(-9, 9, 5027).sin() * 9
+    tops = alternatives(row_V.repeat(7, 1).to(triton_device), dict.fromkeys(range(7), 4))
+    assert len({tuple(top.logprobs.tolist()) for top in tops.values()}) == 1
+    expected = row_V.log_softmax(-1).topk(4)
+    assert torch.allclose(tops[0].logprobs, expected.values, atol=1e-5)
+    assert alternatives(row_V[None].to(triton_device), {0: 0}) == {0: None}
 
 
 def test_logprobs(gpu_runner):

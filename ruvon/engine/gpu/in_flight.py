@@ -91,13 +91,21 @@ class Alternatives:
     ids: Tensor
 
 
-def alternatives(row_V: Tensor, num_top: int) -> Alternatives | None:
-    """The ``num_top`` likeliest tokens of a row of logits."""
-    if not num_top:
-        return None
+def alternatives(logits_LV: Tensor, wanted: Mapping[int, int]) -> dict[int, Alternatives | None]:
+    """The likeliest tokens of some rows of logits: row → how many are ``wanted``.
+
+    All rows' norms come from one kernel, for torch's own sum of a row depends on where it begins in
+    memory, and so on its place in the batch.
+    """
+    if not any(wanted.values()):
+        return dict.fromkeys(wanted)
     with torch.inference_mode():
-        values, ids = row_V.log_softmax(-1).topk(min(num_top, len(row_V)))
-        return Alternatives(to_host(values), to_host(ids))
+        norm_L, _ = sample.score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
+        tops: dict[int, Alternatives | None] = {}
+        for i, num in wanted.items():
+            values, ids = logits_LV[i].topk(min(num, logits_LV.shape[1]))
+            tops[i] = Alternatives(to_host(values - norm_L[i]), to_host(ids)) if num else None
+        return tops
 
 
 def read_back(step: InFlightStep) -> StepResult:

@@ -156,11 +156,8 @@ class GpuRunner:
         wanted = self._states.num_logprobs
         if not wanted:
             return {}
-        return {
-            i: alternatives(logits_LV[i], wanted[seq_id])
-            for i, seq_id in enumerate(plan.rows)
-            if seq_id in wanted
-        }
+        rows = {i: wanted[seq_id] for i, seq_id in enumerate(plan.rows) if seq_id in wanted}
+        return alternatives(logits_LV[: len(plan.rows)], rows)
 
     def _score(self, plan: Plan) -> list[PromptScores]:
         return [
