@@ -272,6 +272,7 @@ def make_gpu_runner(
     )
     for sampling in RARE:
         runner.launch(short_step(config, sampling)).result()
+    runner.start_counting()
     return runner
 
 

@@ -15,6 +15,7 @@ from ruvon.engine.backends import choose_device
 from ruvon.engine.startup import distinct, start_engine, tensors_of
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
+from ruvon.telemetry import silent
 
 
 @pytest.fixture
@@ -37,6 +38,14 @@ def drain(engine) -> list[int]:
             assert emission.error is None
             tokens += emission.tokens
     return tokens
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_what_a_gpu_does_at_start_is_not_counted(folder):
+    loaded = start_engine(settings(folder, device="cuda", kernels="auto"), silent)
+    counts = {name: value() for name, (_, value) in loaded.runner.counters.items()}
+    loaded.close()
+    assert counts == {"graph_misses": 0, "kernel_compilations": 0}
 
 
 def test_an_engine_starts_says_what_it_is_and_runs(folder):

@@ -81,12 +81,16 @@ class GpuRunner:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
         self._in_flight: deque[StepFuture] = deque()
+        self.start_counting()
+
+    def start_counting(self) -> None:
+        """From here on it is worth telling what is compiled, and what no graph is enough for."""
         self.num_misses = 0  # steps that a graph alone was not enough for
         self._num_variants = count_variants()
 
     @property
     def num_compilations(self) -> int:
-        """Kernels compiled or loaded since all graphs were captured: each held up a step."""
+        """Kernels compiled or loaded since counting started: each held up a step."""
         return count_variants() - self._num_variants
 
     @property
