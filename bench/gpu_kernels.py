@@ -150,8 +150,8 @@ def measure_rows(name: str, shape: Shape, report: Report) -> None:
     for rows in (1, 256):
         x = [normal(8192, shape.hidden) for _ in range(spread(2 * 8192 * shape.hidden))]
         wanted = indices(rows, 8192)
-        took = seconds(lambda i: ops.take(x[i], wanted), len(x))  # noqa: B023
-        report.add(f"{name} take, {rows} rows", took, 2 * 2 * rows * shape.hidden)
+        took = seconds(lambda i: ops.gather_rows(x[i], wanted), len(x))  # noqa: B023
+        report.add(f"{name} gather_rows, {rows} rows", took, 2 * 2 * rows * shape.hidden)
 
 
 def indices(count: int, below: int) -> Tensor:

@@ -24,16 +24,16 @@ def attention(
     sinks_H: Tensor | None,
     workspace: Workspace,
     pdl: bool = False,
-    steady: bool = False,
+    batch_invariant: bool = False,
 ) -> Tensor:
     """As the reference. Rows of padding (sequences with no queries) are left as they are.
 
-    Where ``steady``, the prefill kernel takes all sequences: then neither how many there are nor
-    how a prompt is cut into chunks changes a bit.
+    Where ``batch_invariant``, the prefill kernel takes all sequences: then neither how many there
+    are nor how a prompt is cut into chunks changes a bit.
     """
     out_TE = q_THD.new_empty(q_THD.shape[0], spec.num_heads * spec.head_dim)
     caches = k_cache_BGPD, v_cache_BGPD
-    if steady:
+    if batch_invariant:
         launch_prefill(q_THD, *caches, batch, spec, sinks_H, out_TE, pdl, fewest=1)
         return out_TE
     if batch.max_query > 1:

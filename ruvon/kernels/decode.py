@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ruvon.kernels.kv import load_heads
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
-from ruvon.kernels.pages import LOG2_E, finish, finite, key_rows
+from ruvon.kernels.paged import LOG2_E, finish, finite, key_rows
 from ruvon.kernels.pdl import prefetch, release, wait
 
 PROGRAMS = 264  # two for each multiprocessor of an H100

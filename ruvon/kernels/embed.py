@@ -11,7 +11,9 @@ from ruvon.kernels.pdl import release, wait
 
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # they may begin anywhere
-def _take_kernel(table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _gather_rows_kernel(
+    table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     out_row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
@@ -33,11 +35,11 @@ def _add_kernel(x_ptr, y_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.conste
     tl.store(out_ptr + at, x + y, mask=inside)
 
 
-def take(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
+def gather_rows(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
     """``x[rows]``. A row index out of range is the caller's mistake and is not caught."""
     columns = x_TC.shape[1]
     out_LC = x_TC.new_empty(rows_L.shape[0], columns)
-    _take_kernel[(rows_L.shape[0],)](
+    _gather_rows_kernel[(rows_L.shape[0],)](
         x_TC,
         rows_L,
         out_LC,
@@ -50,7 +52,7 @@ def take(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
 
 
 def embed(ids_T: Tensor, table: Packed, pdl: bool = False) -> Tensor:
-    return take(table.tensors[0], ids_T, pdl)
+    return gather_rows(table.tensors[0], ids_T, pdl)
 
 
 def add(x_TC: Tensor, y_TC: Tensor, pdl: bool = False) -> Tensor:

@@ -6,7 +6,7 @@ of it (see `ruvon.kernels.pdl`), and can apply the residual addition and the nor
 product itself, so that a layer is five launches. With up to `SKINNY_ROWS` rows `_skinny_kernel`
 uses tensor cores, asks for its weights before it waits, and splits long sums over programs; so do
 logits of any number of rows, in float32. Both finish with bias and activation. Large weights and 33
-to 64 rows go to `ruvon.kernels.stream`.
+to 64 rows go to `ruvon.kernels.tma_linear`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from ruvon.kernels.activation import KINDS, activate, apply_activation
 from ruvon.kernels.norm import add_norm
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
-from ruvon.kernels.splits import Workspace, join_splits, plan_splits
-from ruvon.kernels.stream import stream, stream_tile
+from ruvon.kernels.split_k import Workspace, plan_split_k, reduce_split_k
+from ruvon.kernels.tma_linear import tma_linear, tma_tile
 
 GEMV_ROWS = 2
 GEMV_COLUMNS = 8192  # a weight row longer than this does not fit the registers
@@ -114,7 +114,7 @@ def _skinny_kernel(
     x_stride,
     K: tl.constexpr,
     PER_SPLIT: tl.constexpr,  # columns of one program, a multiple of BLOCK_K
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -150,8 +150,8 @@ def _skinny_kernel(
         if GATED:
             up = tl.load(weight_at[:, None] + offset + columns[None, :], mask=inside, other=0.0)
             ups = tl.dot(x, up.T, ups, input_precision="ieee")
-    sums, finishing = join_splits(
-        sums, tile, split, counters_ptr, partial_ptr, SPLITS, BLOCK_M, BLOCK_N
+    sums, finishing = reduce_split_k(
+        sums, tile, split, counters_ptr, partial_ptr, SPLIT_K, BLOCK_M, BLOCK_N
     )
     if finishing:
         if HAS_BIAS:
@@ -240,7 +240,7 @@ class SkinnyTile(NamedTuple):
     rows: int
     outputs: int
     columns: int
-    splits: int
+    split_k: int
     stages: int
     warps: int = 4
 
@@ -248,19 +248,19 @@ class SkinnyTile(NamedTuple):
 def skinny_tile(m: int, n: int, k: int, gated: bool) -> SkinnyTile:
     """As measured on an H100 (docs/log.md)."""
     if m > 64:
-        return steady_tile(m, gated)
+        return batch_invariant_tile(m, gated)
     few = m <= 16
     rows = 16 if few else 64  # the matrix unit takes 64, and is slower with 32
     if n > 16384:
-        return SkinnyTile(rows, 32, 256, 1, 4) if few else steady_tile(m, gated)
+        return SkinnyTile(rows, 32, 256, 1, 4) if few else batch_invariant_tile(m, gated)
     if gated:
-        return SkinnyTile(rows, 32, 64, 1, 4) if few else steady_tile(m, gated)
+        return SkinnyTile(rows, 32, 64, 1, 4) if few else batch_invariant_tile(m, gated)
     if k > 1024 and n <= 1024:
         return SkinnyTile(rows, 32, 128, min(6, k // 256), 4)
     return SkinnyTile(rows, 32, 256 if few and n > 1024 else 128, 1, 4)
 
 
-def steady_tile(m: int, gated: bool) -> SkinnyTile:
+def batch_invariant_tile(m: int, gated: bool) -> SkinnyTile:
     """Tiles of one kind of matrix instruction, which adds up a row's products in one order: so a
     row comes out the same to the last bit among however many others."""
     if m <= 64:
@@ -268,7 +268,7 @@ def steady_tile(m: int, gated: bool) -> SkinnyTile:
     return SkinnyTile(128, 64 if gated else 128, 64, 1, 3 if gated else 4, 8)
 
 
-def streams(n: int, k: int) -> bool:
+def skinny_is_faster(n: int, k: int) -> bool:
     """Whether `skinny` beats cuBLAS, which needs no launch in between but cannot overlap any.
 
     On an H100 it does for weights of up to some 6 MB, and for heads: for them cuBLAS has no good
@@ -293,9 +293,9 @@ def skinny(
     n = weight.shape[0] // (2 if gated else 1)
     tile = tile or skinny_tile(rows, n, k, gated)
     columns = min(tile.columns, max(16, triton.next_power_of_2(k)))
-    tiles, splits, per_split = plan_splits(n, k, tile.outputs, columns, tile.splits)
+    tiles, split_k, per_split = plan_split_k(n, k, tile.outputs, columns, tile.split_k)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
-    _skinny_kernel[(tiles, splits, triton.cdiv(rows, tile.rows))](
+    _skinny_kernel[(tiles, split_k, triton.cdiv(rows, tile.rows))](
         x_TK,
         weight.tensors[0],
         bias_N,
@@ -307,7 +307,7 @@ def skinny(
         x_TK.stride(0),
         K=k,
         PER_SPLIT=per_split,
-        SPLITS=splits,
+        SPLIT_K=split_k,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=columns,
@@ -334,18 +334,18 @@ def linear(
     rows, k = x_TK.shape
     if rows <= GEMV_ROWS and k <= GEMV_COLUMNS:
         return gemv(x_TK, None, None, weight, bias_N, activation, x_TK.dtype, pdl)[0]
-    if rows <= SKINNY_ROWS and streams(*weight.shape):
+    if rows <= SKINNY_ROWS and skinny_is_faster(*weight.shape):
         return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl)
-    tile = stream_tile(rows, *weight.shape, activation == "silu_gated")
+    tile = tma_tile(rows, *weight.shape, activation == "silu_gated")
     if tile is not None and x_TK.is_contiguous() and x_TK.dtype != torch.float32:
-        return stream(x_TK, weight, bias_N, activation, workspace, pdl, tile)
+        return tma_linear(x_TK, weight, bias_N, activation, workspace, pdl, tile)
     dense_NK = weight.tensors[0]
     if activation == "gelu_tanh" and bias_N is not None and x_TK.is_cuda:
         return torch._addmm_activation(bias_N, x_TK, dense_NK.T, use_gelu=True)  # cuBLAS's is tanh
     return apply_activation(F.linear(x_TK, dense_NK, bias_N), activation, pdl)
 
 
-def steady_linear(
+def batch_invariant_linear(
     x_TK: Tensor,
     weight: Packed,
     bias_N: Tensor | None,
@@ -354,7 +354,7 @@ def steady_linear(
     pdl: bool = False,
 ) -> Tensor:
     """`linear`, with the same bits for a row whatever the others are, and how many."""
-    tile = steady_tile(x_TK.shape[0], activation == "silu_gated")
+    tile = batch_invariant_tile(x_TK.shape[0], activation == "silu_gated")
     return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl, tile)
 
 
@@ -387,7 +387,9 @@ def logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) 
     return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl)
 
 
-def steady_logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) -> Tensor:
-    """`logits`, as `steady_linear` is `linear`."""
-    tile = steady_tile(x_LC.shape[0], gated=False)
+def batch_invariant_logits(
+    x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False
+) -> Tensor:
+    """`logits`, as `batch_invariant_linear` is `linear`."""
+    tile = batch_invariant_tile(x_LC.shape[0], gated=False)
     return skinny(x_LC, head, None, "none", torch.float32, workspace, pdl, tile)

@@ -184,7 +184,7 @@ class Ops:
     """(q_THD, k_cache, v_cache, batch, AttentionSpec, sinks_H or None) → [T, H * D]. Causal over
     each sequence's own blocks. A sink joins the softmax's denominator only."""
 
-    take: Callable[[Tensor, Tensor], Tensor]
+    gather_rows: Callable[[Tensor, Tensor], Tensor]
     """(x_TC, rows_L) → x_LC."""
 
     logits: Callable[[Tensor, Packed], Tensor]

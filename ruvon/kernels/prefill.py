@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch
-from ruvon.kernels.pages import LOG2_E, finish, finite, key_rows
+from ruvon.kernels.paged import LOG2_E, finish, finite, key_rows
 from ruvon.kernels.pdl import release, wait
 
 

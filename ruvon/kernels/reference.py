@@ -39,7 +39,7 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
         linear=linear,
         write_kv=write_kv,
         attention=attention,
-        take=take,
+        gather_rows=gather_rows,
         logits=logits,
         dtype=dtype,
         device=device,
@@ -50,7 +50,7 @@ def embed(ids_T: Tensor, table: Packed) -> Tensor:
     return F.embedding(ids_T, table.tensors[0])
 
 
-def take(x_TC: Tensor, rows_L: Tensor) -> Tensor:
+def gather_rows(x_TC: Tensor, rows_L: Tensor) -> Tensor:
     return x_TC.index_select(0, rows_L)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, kv, linear, norm, splits
+from ruvon.kernels import attention, decode, embed, kv, linear, norm, split_k
 from ruvon.kernels.ops import Dense, Ops, Packed, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -28,7 +28,7 @@ def make_triton_ops(
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
-    sums = splits.make_workspace(device)
+    sums = split_k.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
         dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
@@ -45,9 +45,9 @@ def make_triton_ops(
         linear=partial(linear.linear, workspace=sums, pdl=pdl),
         write_kv=partial(kv.write_kv, pdl=pdl),
         attention=partial(
-            attention.attention, workspace=workspace, pdl=pdl, steady=batch_invariant
+            attention.attention, workspace=workspace, pdl=pdl, batch_invariant=batch_invariant
         ),
-        take=partial(embed.take, pdl=pdl),
+        gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
@@ -58,8 +58,8 @@ def make_triton_ops(
         return ops
     return replace(
         ops,
-        linear=partial(linear.steady_linear, workspace=sums, pdl=pdl),
-        logits=partial(linear.steady_logits, workspace=sums, pdl=pdl),
+        linear=partial(linear.batch_invariant_linear, workspace=sums, pdl=pdl),
+        logits=partial(linear.batch_invariant_logits, workspace=sums, pdl=pdl),
         norm_linear=None,
         attend=None,
         batch_invariant=True,

@@ -14,13 +14,14 @@ from ruvon.kernels import (
     norm,
     prefill,
     sample,
-    splits,
+    split_k,
     staging,
-    stream,
+    tma_linear,
 )
 
 MODULES = (
-    activation, attention, decode, embed, kv, linear, norm, prefill, sample, splits, staging, stream
+    activation, attention, decode, embed, kv, linear, norm, prefill, sample, split_k, staging,
+    tma_linear,
 )  # fmt: skip
 
 

@@ -82,8 +82,8 @@ class GPT2:
             qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
             x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
             if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
-                x_TC = self.ops.take(x_TC, batch.logit_rows)
-                residual_TC = self.ops.take(residual_TC, batch.logit_rows)
+                x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
+                residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
             x_TC = layer.attn_out(x_TC)
             x_TC, residual_TC = norm_linear(layer.mlp_norm, layer.up, x_TC, residual_TC)
             x_TC = layer.down(x_TC)

@@ -8,8 +8,8 @@ from compiled import run_compiled
 from fakes import TINY_LLAMA
 
 from ruvon.engine.startup import SCORED, scoring_plans
-from ruvon.kernels.linear import GEMV_ROWS, SKINNY_ROWS, skinny_tile, steady_tile
-from ruvon.kernels.stream import stream_tile
+from ruvon.kernels.linear import GEMV_ROWS, SKINNY_ROWS, batch_invariant_tile, skinny_tile
+from ruvon.kernels.tma_linear import tma_tile
 
 LLAMA = TINY_LLAMA | {"max_position_embeddings": 2048}
 GPT2 = {
@@ -57,8 +57,8 @@ def test_every_number_of_rows_is_multiplied_as_one_of_these(n, k, gated):
             rows if rows <= GEMV_ROWS else None,
             rows <= SKINNY_ROWS,
             skinny_tile(rows, n, k, gated),
-            steady_tile(rows, gated),
-            stream_tile(rows, n, k, gated),
+            batch_invariant_tile(rows, gated),
+            tma_tile(rows, n, k, gated),
         )
 
     known = {choices(rows) for rows in SCORED}

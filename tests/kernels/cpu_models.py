@@ -129,7 +129,7 @@ class SmallModel:
             x = ops.linear(x, *layer["up"], "gelu_tanh" if self.shape.gpt else "silu_gated")
             x = ops.linear(x, *layer["down"], "none")
         x, _ = self.normed(x, residual, self.last)
-        return ops.logits(ops.take(x, batch.logit_rows), self.table)
+        return ops.logits(ops.gather_rows(x, batch.logit_rows), self.table)
 
 
 class Prompts:

@@ -9,10 +9,10 @@ import pytest
 import torch
 from compiled import run_compiled
 
-from ruvon.kernels import decode, reference, splits
+from ruvon.kernels import decode, reference, split_k
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, Rope
 from ruvon.kernels.pdl import supports_pdl
-from ruvon.kernels.stream import StreamTile, stream
+from ruvon.kernels.tma_linear import TmaTile, tma_linear
 from ruvon.kernels.triton_ops import make_triton_ops
 
 pytestmark = pytest.mark.usefixtures("triton_device")
@@ -74,7 +74,7 @@ def test_small_moves(ops, dtype):
     ids = torch.tensor([0, 36, 5, 5], dtype=torch.int32, device=DEVICE)
     x = ops.embed(ids, table)
     assert torch.equal(x, reference.embed(ids, table))
-    assert torch.equal(ops.take(x, ids[2:] - 3), x[ids[2:].long() - 3])
+    assert torch.equal(ops.gather_rows(x, ids[2:] - 3), x[ids[2:].long() - 3])
     assert torch.equal(ops.add(x, x), x + x)
 
 
@@ -380,17 +380,17 @@ def test_invariant_products_are_right(dtype, activation):
 @pytest.mark.parametrize(
     ("rows", "outputs", "columns", "tile"),
     [
-        (5, 100, 96, StreamTile(16, 32, 64, 1, 3)),
-        (13, 70, 200, StreamTile(16, 32, 64, 3, 3)),
-        (50, 70, 200, StreamTile(64, 32, 64, 1, 3, ahead=128)),
+        (5, 100, 96, TmaTile(16, 32, 64, 1, 3)),
+        (13, 70, 200, TmaTile(16, 32, 64, 3, 3)),
+        (50, 70, 200, TmaTile(64, 32, 64, 1, 3, ahead=128)),
     ],
 )
 def test_streamed_product(dtype, rows, outputs, columns, tile):
     """Rows, outputs and columns that fill no tile; the second splits its sums."""
     x, weight = randn(rows, columns, dtype=dtype), randn(outputs, columns, dtype=dtype)
-    bias, sums = randn(outputs, dtype=dtype), splits.make_workspace(DEVICE)
+    bias, sums = randn(outputs, dtype=dtype), split_k.make_workspace(DEVICE)
     packed = Packed("dense", (outputs, columns), (weight,))
-    actual = stream(x, packed, bias, "relu", sums, supports_pdl(DEVICE), tile)
+    actual = tma_linear(x, packed, bias, "relu", sums, supports_pdl(DEVICE), tile)
     expected = (x.double() @ weight.double().T + bias.double()).relu()
     assert_close(actual, expected, dtype)
     assert not sums.counters.any(), "they are zero between uses"

@@ -86,7 +86,7 @@ class CpuKernels:
             linear=functools.partial(self._operate, Capture.linear),
             write_kv=functools.partial(self._operate, Capture.write_kv),
             attention=functools.partial(self._operate, Capture.attention),
-            take=functools.partial(self._operate, Capture.take),
+            gather_rows=functools.partial(self._operate, Capture.gather_rows),
             logits=functools.partial(self._operate, Capture.logits),
             batch_invariant=True,
         )
@@ -136,7 +136,7 @@ class CpuKernels:
     def _compute(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """One operation, now."""
         tokens = arguments[0].shape[0]
-        logit_rows = arguments[1].shape[0] if operation is Capture.take else 0
+        logit_rows = arguments[1].shape[0] if operation is Capture.gather_rows else 0
         capture = Capture({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows}, self.isa)
         made = operation(capture, *arguments)
         results = made if isinstance(made, tuple) else (made,)

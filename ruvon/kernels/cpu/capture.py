@@ -192,7 +192,7 @@ class Capture:
         self.append(("add", None), x.rows, Add(x.read(), y.read(), out.read(), x.stride))
         return self.stand_in(out)
 
-    def take(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
+    def gather_rows(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
         x = self.value_of(x_TC)
         out = self.new(Param.LOGIT_ROWS, x.width)
         arguments = Gather(x.read(), ints(rows_L), out.read(), x.stride)

@@ -19,11 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
-from ruvon.kernels.splits import Workspace, join_splits, plan_splits
+from ruvon.kernels.split_k import Workspace, plan_split_k, reduce_split_k
 
 
 @triton.jit(do_not_specialize=["M"])  # one variant for all numbers of rows
-def _stream_kernel(
+def _tma_kernel(
     x_desc,  # [M, K] in boxes of [BLOCK_M, BLOCK_K]
     weight_desc,  # [N, K] in boxes of [BLOCK_N, BLOCK_K]
     weight_ptr,
@@ -35,7 +35,7 @@ def _stream_kernel(
     N,
     K: tl.constexpr,
     PER_SPLIT: tl.constexpr,  # columns of one program, a multiple of BLOCK_K
-    SPLITS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -63,8 +63,8 @@ def _stream_kernel(
         x = x_desc.load([first_row, k])
         weight = weight_desc.load([first_output, k])
         sums = tl.dot(x, weight.T, sums, input_precision="ieee")
-    sums, finishing = join_splits(
-        sums, tile, split, counters_ptr, partial_ptr, SPLITS, BLOCK_M, BLOCK_N
+    sums, finishing = reduce_split_k(
+        sums, tile, split, counters_ptr, partial_ptr, SPLIT_K, BLOCK_M, BLOCK_N
     )
     if finishing:
         if HAS_BIAS:
@@ -75,43 +75,43 @@ def _stream_kernel(
         tl.store(out_at, y, mask=(rows < M)[:, None] & used[None, :])
 
 
-class StreamTile(NamedTuple):
+class TmaTile(NamedTuple):
     rows: int
     outputs: int
     columns: int
-    splits: int
+    split_k: int
     stages: int
     warps: int = 4
     ahead: int = 0
 
 
-def stream_tile(m: int, n: int, k: int, gated: bool) -> StreamTile | None:
+def tma_tile(m: int, n: int, k: int, gated: bool) -> TmaTile | None:
     """As measured on an H100 for GPT-2 XL; None where cuBLAS is as fast: it is up to 32 rows, for
     weights of up to 6 MB, where others are better anyway, and for tensors that cannot be copied in
     bulk."""
     if gated or not 32 < m <= 64 or n * k <= 3 << 20 or n > 16384 or k % 8:
         return None
     if n <= 3200 and k > 3200:
-        return StreamTile(64, 32, 128, 2, 6, ahead=512)
-    return StreamTile(64, 64 if n <= 4800 else 32, 128, 1, 6 if n <= 4800 else 4, ahead=512)
+        return TmaTile(64, 32, 128, 2, 6, ahead=512)
+    return TmaTile(64, 64 if n <= 4800 else 32, 128, 1, 6 if n <= 4800 else 4, ahead=512)
 
 
-def stream(
+def tma_linear(
     x_TK: Tensor,
     weight: Packed,
     bias_N: Tensor | None,
     activation: Activation,
     workspace: Workspace,
     pdl: bool,
-    tile: StreamTile,
+    tile: TmaTile,
 ) -> Tensor:
     """act(x Wᵀ + b)."""
     rows, k = x_TK.shape
     n = weight.shape[0]
-    tiles, splits, per_split = plan_splits(n, k, tile.outputs, tile.columns, tile.splits)
+    tiles, split_k, per_split = plan_split_k(n, k, tile.outputs, tile.columns, tile.split_k)
     out_TN = torch.empty(rows, n, dtype=x_TK.dtype, device=x_TK.device)
     weight_NK = weight.tensors[0]
-    _stream_kernel[(tiles, splits, triton.cdiv(rows, tile.rows))](
+    _tma_kernel[(tiles, split_k, triton.cdiv(rows, tile.rows))](
         TensorDescriptor.from_tensor(x_TK, [tile.rows, tile.columns]),
         TensorDescriptor.from_tensor(weight_NK, [tile.outputs, tile.columns]),
         weight_NK,
@@ -123,7 +123,7 @@ def stream(
         n,
         K=k,
         PER_SPLIT=per_split,
-        SPLITS=splits,
+        SPLIT_K=split_k,
         BLOCK_M=tile.rows,
         BLOCK_N=tile.outputs,
         BLOCK_K=tile.columns,
