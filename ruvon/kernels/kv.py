@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
 from ruvon.kernels.pdl import release, wait
+
+
+class Angles(NamedTuple):
+    """The tables of a `Rope`; None where there are none."""
+
+    cos: Tensor | None
+    sin: Tensor | None
+    stride: int
+
+
+def make_angles(rope: Rope | None) -> Angles:
+    return (
+        Angles(rope.cos_PD, rope.sin_PD, rope.cos_PD.stride(0)) if rope else Angles(None, None, 0)
+    )
+
+
+@triton.jit
+def angles_at(rope, position_ptr, ROTATED: tl.constexpr):
+    """Where the cosines and sines of a token's position are; anywhere, if nothing turns."""
+    cos, sin = position_ptr, position_ptr
+    if ROTATED > 0:
+        position = tl.load(position_ptr).to(tl.int64)
+        cos, sin = rope.cos + position * rope.stride, rope.sin + position * rope.stride
+    return cos, sin
 
 
 @triton.jit

@@ -1,21 +1,51 @@
-"""What both attention kernels share: finding keys in the paged cache, and ending a softmax.
+"""What both attention kernels share: finding keys in the paged cache, and an online softmax.
 
-Softmax runs online in base 2 and float32. A sink enters once, when a row is finished.
+The softmax is in base 2 and float32. A sink enters once, when a row is finished.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
+class Caches(NamedTuple):
+    """One layer's keys and values, [B, G, P, D] each."""
+
+    k: Tensor
+    v: Tensor
+
+
+class Softmax(NamedTuple):
+    """What rows have of the keys seen so far. In kernels only: tensors of rows, of the last ``D``
+    columns too."""
+
+    top: Tensor  # the largest score
+    weight: Tensor  # the sum of exponentials, over that of the largest
+    total: Tensor  # the sum of values, weighted so
+
+
 @triton.jit
-def key_rows(table_ptr, keys, inside, group, G, PAGE: tl.constexpr, D: tl.constexpr):
-    """Offsets of these keys' rows in either cache."""
+def load_kv(
+    caches, table_ptr, keys, last, group, G,
+    D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """A group's keys and values ``[keys, BLOCK_D]``, zeros from key ``last`` on."""
+    inside = keys < last
     page = tl.load(table_ptr + keys // PAGE, mask=inside, other=0).to(tl.int64)
-    return ((page * G + group) * PAGE + keys % PAGE) * D
+    rows = ((page * G + group) * PAGE + keys % PAGE) * D
+    dims = tl.arange(0, BLOCK_D)
+    at = rows[:, None] + dims[None, :]
+    mask = inside[:, None] & (dims < D)[None, :]
+    return (
+        tl.load(caches.k + at, mask=mask, other=0.0),
+        tl.load(caches.v + at, mask=mask, other=0.0),
+    )
 
 
 @triton.jit
@@ -25,12 +55,39 @@ def finite(maximum):
 
 
 @triton.jit
-def finish(top_H, weight_H, sum_HD, sinks_ptr, heads, used, HAS_SINKS: tl.constexpr):
-    """The softmax-weighted mean; a sink takes its share and gives nothing."""
-    if HAS_SINKS:
-        sink_H = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * LOG2_E
-        new_H = tl.maximum(top_H, sink_H)
-        keep_H = tl.exp2(top_H - new_H)
-        weight_H = weight_H * keep_H + tl.exp2(sink_H - new_H)
-        sum_HD = sum_HD * keep_H[:, None]
-    return sum_HD / tl.where(weight_H > 0.0, weight_H, 1.0)[:, None]
+def no_keys(ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The softmax before any key."""
+    return Softmax(
+        tl.full([ROWS], float("-inf"), tl.float32),
+        tl.zeros([ROWS], tl.float32),
+        tl.zeros([ROWS, BLOCK_D], tl.float32),
+    )
+
+
+@triton.jit
+def one_key(score, value):
+    """The softmax of each row over one key."""
+    return Softmax(score, tl.full(score.shape, 1.0, tl.float32), value.to(tl.float32))
+
+
+@triton.jit
+def merge(one, other):
+    """The softmax over the keys of both."""
+    top = tl.maximum(one.top, other.top)
+    base = finite(top)
+    keep, add = tl.exp2(one.top - base), tl.exp2(other.top - base)
+    weight = one.weight * keep + other.weight * add
+    return Softmax(top, weight, one.total * keep[:, None] + other.total * add[:, None])
+
+
+@triton.jit
+def finish(softmax, sinks_ptr, heads, used):
+    """The weighted mean of values; a sink takes its share and gives nothing."""
+    weight, total = softmax.weight, softmax.total
+    if sinks_ptr is not None:
+        sink = tl.load(sinks_ptr + heads, mask=used, other=0.0).to(tl.float32) * LOG2_E
+        top = tl.maximum(softmax.top, sink)
+        keep = tl.exp2(softmax.top - top)
+        weight = weight * keep + tl.exp2(sink - top)
+        total = total * keep[:, None]
+    return total / tl.where(weight > 0.0, weight, 1.0)[:, None]

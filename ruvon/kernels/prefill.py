@@ -9,13 +9,13 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch
-from ruvon.kernels.paged import LOG2_E, finish, finite, key_rows
+from ruvon.kernels.paged import LOG2_E, Caches, Softmax, finish, finite, load_kv, no_keys
 from ruvon.kernels.pdl import release, wait
 
 
 @triton.jit
 def attend_tile(
-    q, top_M, weight_M, sum_MD, k_cache_ptr, v_cache_ptr, table_ptr, first, last, positions_M,
+    q, softmax, caches, table_ptr, first, last, positions_M,
     group, G, scale, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -25,17 +25,13 @@ def attend_tile(
     both ways must round alike: what a compiler could fuse in one of them and not in the other is
     fused by name.
     """
-    dims = tl.arange(0, BLOCK_D)
+    top_M, weight_M, sum_MD = softmax
     for start in tl.range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        inside = keys < last
-        at = key_rows(table_ptr, keys, inside, group, G, PAGE, D)[:, None] + dims[None, :]
-        mask = inside[:, None] & (dims < D)[None, :]
-        k = tl.load(k_cache_ptr + at, mask=mask, other=0.0)
-        v = tl.load(v_cache_ptr + at, mask=mask, other=0.0)
+        k, v = load_kv(caches, table_ptr, keys, last, group, G, D, PAGE, BLOCK_D)
         products = tl.dot(q, k.T, input_precision="ieee")
         if MASKED:
-            seen = (keys[None, :] <= positions_M[:, None]) & inside[None, :]
+            seen = (keys[None, :] <= positions_M[:, None]) & (keys < last)[None, :]
             if WINDOW > 0:
                 seen &= keys[None, :] > positions_M[:, None] - WINDOW
             products = tl.where(seen, products, float("-inf"))
@@ -46,14 +42,13 @@ def attend_tile(
         weight_M = tl.fma(weight_M, keep_M, tl.sum(p, axis=1))
         sum_MD = tl.dot(p.to(v.dtype), v, sum_MD * keep_M[:, None], input_precision="ieee")
         top_M = new_M
-    return top_M, weight_M, sum_MD
+    return Softmax(top_M, weight_M, sum_MD)
 
 
 @triton.jit(do_not_specialize=["S", "table_stride"])  # one variant for all shapes of tables
 def _prefill_kernel(
     q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
+    caches,  # Caches
     tables_ptr,
     query_starts_ptr,
     context_lens_ptr,
@@ -68,7 +63,6 @@ def _prefill_kernel(
     D: tl.constexpr,
     PAGE: tl.constexpr,
     WINDOW: tl.constexpr,
-    HAS_SINKS: tl.constexpr,
     FEWEST: tl.constexpr,  # queries of the sequences to take
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -106,27 +100,26 @@ def _prefill_kernel(
         inside = used[:, None] & (dims < D)[None, :]
         q_at = q_ptr + (token + query).to(tl.int64)[:, None] * q_stride + heads[:, None] * D
         q = tl.load(q_at + dims[None, :], mask=inside, other=0.0)
-        q = q.to(k_cache_ptr.dtype.element_ty)
+        q = q.to(caches.k.dtype.element_ty)
         positions_M = context - queries + query
         first_position = context - queries + first_query
         last = tl.minimum(first_position + BLOCK_Q, context)
         table = tables_ptr + s.to(tl.int64) * table_stride
-        top = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        weight = tl.zeros([BLOCK_M], tl.float32)
-        total = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+        softmax = no_keys(BLOCK_M, BLOCK_D)
         if WINDOW > 0:
             clear = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
         else:
             clear = (first_position + 1) // BLOCK_N * BLOCK_N
-            top, weight, total = attend_tile(
-                q, top, weight, total, k_cache_ptr, v_cache_ptr, table, 0, clear, positions_M,
+            softmax = attend_tile(
+                q, softmax, caches, table, 0, clear, positions_M,
                 group, G, scale, D, PAGE, WINDOW, False, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-        top, weight, total = attend_tile(
-            q, top, weight, total, k_cache_ptr, v_cache_ptr, table, clear, last, positions_M,
+        softmax = attend_tile(
+            q, softmax, caches, table, clear, last, positions_M,
             group, G, scale, D, PAGE, WINDOW, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
-        y = finish(top * scale, weight, total, sinks_ptr, heads, used, HAS_SINKS)
+        scaled = Softmax(softmax.top * scale, softmax.weight, softmax.total)
+        y = finish(scaled, sinks_ptr, heads, used)
         out_at = out_ptr + ((token + query).to(tl.int64) * H + heads)[:, None] * D + dims[None, :]
         tl.store(out_at, y.to(out_ptr.dtype.element_ty), mask=inside)
 
@@ -166,8 +159,7 @@ def launch_prefill(
     tiles = q_THD.shape[0] // block_q + sequences
     _prefill_kernel[(tiles, groups)](
         q_THD,
-        k_cache_BGPD,
-        v_cache_BGPD,
+        Caches(k_cache_BGPD, v_cache_BGPD),
         batch.block_tables,
         batch.query_starts,
         batch.context_lens,
@@ -182,7 +174,6 @@ def launch_prefill(
         D=spec.head_dim,
         PAGE=k_cache_BGPD.shape[2],
         WINDOW=spec.window,
-        HAS_SINKS=sinks_H is not None,
         FEWEST=fewest,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,

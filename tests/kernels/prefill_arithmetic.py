@@ -13,24 +13,26 @@ from triton import compile as compile_kernel
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from ruvon.kernels.paged import Caches
 from ruvon.kernels.prefill import _prefill_kernel
 
-POINTERS = {"q_ptr": "*bf16", "k_cache_ptr": "*bf16", "v_cache_ptr": "*bf16", "tables_ptr": "*i32"}
-POINTERS |= {"query_starts_ptr": "*i32", "context_lens_ptr": "*i32", "sinks_ptr": "*bf16"}
-NUMBERS = {"q_stride": "i32", "table_stride": "i32", "S": "i32", "G": "i32", "scale": "fp32"}
+TYPES = {
+    "q_ptr": "*bf16", "caches": Caches("*bf16", "*bf16"), "tables_ptr": "*i32",
+    "query_starts_ptr": "*i32", "context_lens_ptr": "*i32", "out_ptr": "*bf16",
+    "q_stride": "i32", "table_stride": "i32", "S": "i32", "G": "i32", "scale": "fp32",
+}  # fmt: skip
 CONSTANTS = {
-    "GROUP": 3, "D": 64, "PAGE": 16, "WINDOW": 0, "HAS_SINKS": False, "FEWEST": 1,
+    "sinks_ptr": None, "GROUP": 3, "D": 64, "PAGE": 16, "WINDOW": 0, "FEWEST": 1,
     "BLOCK_Q": 42, "BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": 64, "PDL": True,
 }  # fmt: skip
 ARITHMETIC = re.compile(r"\b(?:fma|mul|add|sub|ex2|max)\.[a-z0-9.]*f32\b")
 
 
 def main() -> None:
-    types = POINTERS | NUMBERS | {"out_ptr": "*bf16"}
     names = _prefill_kernel.arg_names
     source = ASTSource(
         fn=_prefill_kernel,
-        signature={name: types.get(name, "constexpr") for name in names},
+        signature={name: TYPES.get(name, "constexpr") for name in names},
         constexprs={(names.index(name),): value for name, value in CONSTANTS.items()},
     )
     options = {"num_warps": 8, "num_stages": 2}
