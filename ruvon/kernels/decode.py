@@ -14,20 +14,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvon.kernels.kv import angles_at, load_heads, make_angles
+from ruvon.kernels.kv import Norms, angles_at, load_heads, make_angles
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
 from ruvon.kernels.paged import (
     LOG2_E,
     Caches,
     Softmax,
+    cache_row,
     finish,
     finite,
     load_kv,
     merge,
     no_keys,
     one_key,
+    prefetch_pages,
 )
-from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.pdl import release, wait
 
 PROGRAMS = 264  # two for each multiprocessor of an H100
 SHORTEST_SPLIT = tl.constexpr(256)  # keys; merging costs about as much as reading these
@@ -66,14 +68,6 @@ class PagedIndex(NamedTuple):
     slots: Tensor
 
 
-class Norms(NamedTuple):
-    """Of query heads and key heads; None where there are none."""
-
-    q: Tensor | None
-    k: Tensor | None
-    eps: float
-
-
 class Shape(NamedTuple):
     """Of one layer's attention, and of the blocks that hold it."""
 
@@ -110,28 +104,11 @@ def split_keys(
 
 
 @triton.jit
-def prefetch_pages(
-    caches, table_ptr, first, last, group, G,
-    PAGE: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Ask for the pages that hold keys ``first .. last`` of a group; the first 64 of them."""
-    pages = first // PAGE + tl.arange(0, 64)
-    wanted = pages * PAGE < last
-    block = tl.load(table_ptr + pages, mask=wanted, other=0).to(tl.int64)
-    start = (block * G + group) * PAGE * D
-    num_bytes = PAGE * D * (caches.k.dtype.element_ty.primitive_bitwidth // 8)
-    nothing = start * 0
-    prefetch(tl.where(wanted, (caches.k + start).to(tl.int64), nothing), num_bytes, PDL)
-    prefetch(tl.where(wanted, (caches.v + start).to(tl.int64), nothing), num_bytes, PDL)
-
-
-@triton.jit
 def load_query(row, heads, used, angles, norms, SHAPE: tl.constexpr, FUSED: tl.constexpr):
     """A token's query heads ``[BLOCK_H, BLOCK_D]`` in float32; normed and rotated if ``FUSED``."""
     if FUSED:
         q = load_heads(
-            row, heads, used, norms.q, angles[0], angles[1], norms.eps,
-            SHAPE.D, SHAPE.ROTATED, norms.q is not None, SHAPE.BLOCK_D,
+            row, heads, used, norms.q, norms.eps, angles, SHAPE.D, SHAPE.ROTATED, SHAPE.BLOCK_D
         ).to(row.dtype.element_ty)  # fmt: skip
     else:
         dims = tl.arange(0, SHAPE.BLOCK_D)
@@ -187,8 +164,8 @@ def load_new_kv(row, caches, group, H, G, angles, norms, SHAPE: tl.constexpr):
     dims = tl.arange(0, SHAPE.BLOCK_D)
     head = tl.zeros([1], tl.int32) + group
     k = load_heads(
-        row + H * SHAPE.D, head, head >= 0, norms.k, angles[0], angles[1], norms.eps,
-        SHAPE.D, SHAPE.ROTATED, norms.k is not None, SHAPE.BLOCK_D,
+        row + H * SHAPE.D, head, head >= 0, norms.k, norms.eps, angles,
+        SHAPE.D, SHAPE.ROTATED, SHAPE.BLOCK_D,
     )  # fmt: skip
     v_at = row + (H + G + head[:, None]) * SHAPE.D + dims[None, :]
     v = tl.load(v_at, mask=(dims < SHAPE.D)[None, :], other=0.0)
@@ -198,8 +175,8 @@ def load_new_kv(row, caches, group, H, G, angles, norms, SHAPE: tl.constexpr):
 @triton.jit
 def store_new_kv(k, v, caches, slot, group, G, SHAPE: tl.constexpr):
     dims = tl.arange(0, SHAPE.BLOCK_D)[None, :]
-    page = (slot // SHAPE.PAGE) * G + group
-    at = (page * SHAPE.PAGE + slot % SHAPE.PAGE) * SHAPE.D + dims
+    block, place = slot // SHAPE.PAGE, slot % SHAPE.PAGE
+    at = cache_row(block, place, group, G, SHAPE.PAGE, SHAPE.D) + dims
     tl.store(caches.k + at, k, mask=dims < SHAPE.D)
     tl.store(caches.v + at, v, mask=dims < SHAPE.D)
 

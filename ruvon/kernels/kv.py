@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
+from ruvon.kernels.paged import Caches, cache_row
 from ruvon.kernels.pdl import release, wait
 
 
@@ -18,6 +19,14 @@ class Angles(NamedTuple):
     cos: Tensor | None
     sin: Tensor | None
     stride: int
+
+
+class Norms(NamedTuple):
+    """Of query heads and of key heads; None where there are none."""
+
+    q: Tensor | None
+    k: Tensor | None
+    eps: float
 
 
 def make_angles(rope: Rope | None) -> Angles:
@@ -42,17 +51,15 @@ def load_heads(
     heads,
     used,
     norm_ptr,
-    cos_ptr,
-    sin_ptr,
     eps,
+    angles,
     D: tl.constexpr,
     ROTATED: tl.constexpr,  # dims that turn; 0 for no rotation
-    NORMED: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """Heads ``[heads, BLOCK_D]`` of one token, normed and rotated, in float32.
 
-    ``cos_ptr`` and ``sin_ptr`` point at this token's position. Each dim also loads its partner,
+    ``angles`` are of this token's position (`angles_at`). Each dim also loads its partner,
     half a rotation away, so nothing has to be moved between threads.
     """
     dims = tl.arange(0, BLOCK_D)
@@ -61,7 +68,7 @@ def load_heads(
     raw = tl.load(at + dims[None, :], mask=inside, other=0.0)
     x = raw.to(tl.float32)
     scale = tl.full([1], 1.0, tl.float32)[:, None]
-    if NORMED:
+    if norm_ptr is not None:
         scale = tl.rsqrt(tl.sum(x * x, axis=1) / D + eps)[:, None]
         gain = tl.load(norm_ptr + dims, mask=dims < D, other=0.0).to(tl.float32)
         x = (x * scale * gain[None, :]).to(raw.dtype).to(tl.float32)
@@ -72,12 +79,12 @@ def load_heads(
         partner = tl.where(low, dims + HALF, dims - HALF)
         partner = tl.where(turns, partner, dims)
         other = tl.load(at + partner[None, :], mask=inside, other=0.0).to(tl.float32)
-        if NORMED:
+        if norm_ptr is not None:
             gain = tl.load(norm_ptr + partner, mask=dims < D, other=0.0).to(tl.float32)
             other = (other * scale * gain[None, :]).to(raw.dtype).to(tl.float32)
         angle = tl.where(low, dims, dims - HALF)
-        cos = tl.load(cos_ptr + angle, mask=turns, other=1.0)
-        sin = tl.load(sin_ptr + angle, mask=turns, other=0.0)
+        cos = tl.load(angles[0] + angle, mask=turns, other=1.0)
+        sin = tl.load(angles[1] + angle, mask=turns, other=0.0)
         sin = tl.where(low, -sin, sin)
         x = x * cos[None, :] + other * sin[None, :]
     return x
@@ -88,22 +95,16 @@ def _write_kernel(
     qkv_ptr,
     positions_ptr,
     slots_ptr,
-    cos_ptr,
-    sin_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
+    rope,  # Angles
+    norms,  # Norms
     q_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    eps,
+    caches,  # Caches
     H,
     G,
     qkv_stride,
-    angle_stride,
     D: tl.constexpr,
     PAGE: tl.constexpr,
     ROTATED: tl.constexpr,
-    NORMED: tl.constexpr,
     WRITES_Q: tl.constexpr,
     BLOCK_H: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -118,14 +119,11 @@ def _write_kernel(
     kv_tiles = tl.cdiv(G, BLOCK_H)
     wait(PDL)
     row = qkv_ptr + token * qkv_stride
-    cos, sin = row, row
-    if ROTATED > 0:
-        position = tl.load(positions_ptr + token).to(tl.int64)
-        cos, sin = cos_ptr + position * angle_stride, sin_ptr + position * angle_stride
+    angles = angles_at(rope, positions_ptr + token, ROTATED)
     if tile < q_tiles:
         heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         used = heads < H
-        q = load_heads(row, heads, used, q_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D)
+        q = load_heads(row, heads, used, norms.q, norms.eps, angles, D, ROTATED, BLOCK_D)
         at = q_ptr + (token * H + heads[:, None]) * D + dims[None, :]
         inside = used[:, None] & (dims < D)[None, :]
         tl.store(at, q.to(q_ptr.dtype.element_ty), mask=inside)
@@ -137,17 +135,16 @@ def _write_kernel(
             heads = (tile - tl.where(is_v, kv_tiles, 0)) * BLOCK_H + tl.arange(0, BLOCK_H)
             used = heads < G
             inside = used[:, None] & (dims < D)[None, :]
-            page = (slot // PAGE) * G + heads[:, None]
-            at = (page * PAGE + slot % PAGE) * D + dims[None, :]
+            at = cache_row(slot // PAGE, slot % PAGE, heads[:, None], G, PAGE, D) + dims[None, :]
             if is_v:
                 source = row + (H + G + heads[:, None]) * D + dims[None, :]
                 v = tl.load(source, mask=inside)
-                tl.store(v_cache_ptr + at, v.to(v_cache_ptr.dtype.element_ty), mask=inside)
+                tl.store(caches.v + at, v.to(caches.v.dtype.element_ty), mask=inside)
             else:
                 k = load_heads(
-                    row + H * D, heads, used, k_norm_ptr, cos, sin, eps, D, ROTATED, NORMED, BLOCK_D
+                    row + H * D, heads, used, norms.k, norms.eps, angles, D, ROTATED, BLOCK_D
                 )
-                tl.store(k_cache_ptr + at, k.to(k_cache_ptr.dtype.element_ty), mask=inside)
+                tl.store(caches.k + at, k.to(caches.k.dtype.element_ty), mask=inside)
 
 
 def write_kv(
@@ -180,22 +177,16 @@ def write_kv(
         qkv_TE,
         batch.positions,
         batch.slots,
-        rope.cos_PD if rope else None,
-        rope.sin_PD if rope else None,
-        q_norm_D,
-        k_norm_D,
+        make_angles(rope),
+        Norms(q_norm_D, k_norm_D, eps),
         q_THD,
-        k_cache_BGPD,
-        v_cache_BGPD,
-        eps,
+        Caches(k_cache_BGPD, v_cache_BGPD),
         heads,
         groups,
         qkv_TE.stride(0),
-        rope.cos_PD.stride(0) if rope else 0,
         D=dim,
         PAGE=k_cache_BGPD.shape[2],
         ROTATED=2 * rope.cos_PD.shape[1] if rope else 0,
-        NORMED=q_norm_D is not None,
         WRITES_Q=writes_q,
         BLOCK_H=block_h,
         BLOCK_D=block_d,

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ruvon.kernels.pdl import prefetch
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -31,14 +33,36 @@ class Softmax(NamedTuple):
 
 
 @triton.jit
+def cache_row(block, place, group, G, PAGE: tl.constexpr, D: tl.constexpr):
+    """Where the key of a token is in its cache, and its value in the other."""
+    return ((block * G + group) * PAGE + place) * D
+
+
+@triton.jit
+def prefetch_pages(
+    caches, table_ptr, first, last, group, G,
+    PAGE: tl.constexpr, D: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Ask for the pages that hold keys ``first .. last`` of a group; the first 64 of them."""
+    pages = first // PAGE + tl.arange(0, 64)
+    wanted = pages * PAGE < last
+    block = tl.load(table_ptr + pages, mask=wanted, other=0).to(tl.int64)
+    start = cache_row(block, 0, group, G, PAGE, D)
+    num_bytes = PAGE * D * (caches.k.dtype.element_ty.primitive_bitwidth // 8)
+    nothing = start * 0
+    prefetch(tl.where(wanted, (caches.k + start).to(tl.int64), nothing), num_bytes, PDL)
+    prefetch(tl.where(wanted, (caches.v + start).to(tl.int64), nothing), num_bytes, PDL)
+
+
+@triton.jit
 def load_kv(
     caches, table_ptr, keys, last, group, G,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """A group's keys and values ``[keys, BLOCK_D]``, zeros from key ``last`` on."""
     inside = keys < last
-    page = tl.load(table_ptr + keys // PAGE, mask=inside, other=0).to(tl.int64)
-    rows = ((page * G + group) * PAGE + keys % PAGE) * D
+    block = tl.load(table_ptr + keys // PAGE, mask=inside, other=0).to(tl.int64)
+    rows = cache_row(block, keys % PAGE, group, G, PAGE, D)
     dims = tl.arange(0, BLOCK_D)
     at = rows[:, None] + dims[None, :]
     mask = inside[:, None] & (dims < D)[None, :]
