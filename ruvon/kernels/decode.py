@@ -52,9 +52,8 @@ def make_workspace(device: torch.device) -> Workspace:
 
 def num_splits(sequences: int, groups: int, max_context: int) -> int:
     """Programs for one sequence and group: a power of two, so that few variants are compiled."""
-    wanted = min(
-        PROGRAMS // (sequences * groups), triton.cdiv(max_context, SHORTEST_SPLIT.value), 32
-    )
+    useful = triton.cdiv(max_context, SHORTEST_SPLIT.value)
+    wanted = min(PROGRAMS // (sequences * groups), useful, 32)
     return 1 << max(0, int(wanted).bit_length() - 1)
 
 
@@ -173,7 +172,8 @@ def load_new_kv(row, caches, group, H, G, angles, norms, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_new_kv(k, v, caches, slot, group, G, SHAPE: tl.constexpr):
+def store_new_kv(k, v, caches, slot_ptr, group, G, SHAPE: tl.constexpr):
+    slot = tl.load(slot_ptr).to(tl.int64)
     dims = tl.arange(0, SHAPE.BLOCK_D)[None, :]
     block, place = slot // SHAPE.PAGE, slot % SHAPE.PAGE
     at = cache_row(block, place, group, G, SHAPE.PAGE, SHAPE.D) + dims
@@ -182,9 +182,7 @@ def store_new_kv(k, v, caches, slot, group, G, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def part_places(
-    partial_ptr, s, split, heads, S, H, SPLITS: tl.constexpr, SHAPE: tl.constexpr
-):  # fmt: skip
+def part_places(partial_ptr, s, split, heads, S, H, SPLITS: tl.constexpr, SHAPE: tl.constexpr):
     """Where a split leaves its softmax for the others."""
     tops_ptr = partial_ptr + S * SPLITS * H * SHAPE.D
     row = (s * SPLITS + split) * H + heads
@@ -269,9 +267,7 @@ def _decode_kernel(
         if FUSED:  # noqa: SIM102, only the inner one is decided when running
             if split == active - 1:
                 k, v = load_new_kv(row, caches, group, H, G, angles, norms, SHAPE)
-                store_new_kv(
-                    k, v, caches, tl.load(index.slots + token).to(tl.int64), group, G, SHAPE
-                )
+                store_new_kv(k, v, caches, index.slots + token, group, G, SHAPE)
                 part = merge(part, one_key(tl.sum(q * k.to(tl.float32), axis=1) * scale, v))
         out_at = out_ptr + (token * H + heads[:, None]) * SHAPE.D + dims[None, :]
         if (SPLITS == 1) | (active == 1):

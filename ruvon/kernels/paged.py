@@ -24,12 +24,11 @@ class Caches(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """What rows have of the keys seen so far. In kernels only: tensors of rows, of the last ``D``
-    columns too."""
+    """Of rows (heads, or queries) over the keys seen so far; only in kernels."""
 
     top: Tensor  # the largest score
-    weight: Tensor  # the sum of exponentials, over that of the largest
-    total: Tensor  # the sum of values, weighted so
+    weight: Tensor  # sum of 2 ** (score - top)
+    total: Tensor  # [rows, BLOCK_D], sum of values times the same
 
 
 @triton.jit
