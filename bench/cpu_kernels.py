@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ruvon.config import EngineConfig
+from ruvon.engine.resources import cores_to_pin
 from ruvon.kernels.cpu import CpuKernels, Graph, Limits, allocate_cache
 from ruvon.kernels.cpu.capture import Instruction
 from ruvon.kernels.cpu.formats import FORMATS
@@ -50,7 +51,7 @@ def main() -> None:
         quantization=args.quantization,
     )
     dense = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    kernels = CpuKernels(args.threads, dense_dtype=dense)
+    kernels = CpuKernels(args.threads, dense_dtype=dense, cores=cores_to_pin(args.threads, "auto"))
     ceilings = measure_ceilings()
     print(f"{kernels.ops.name}, {args.threads} threads; torch ", end="")
     print(f"reads {ceilings['GB/s']:.1f} GB/s, ", end="")

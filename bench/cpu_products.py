@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.engine.resources import cores_to_pin
 from ruvon.kernels.cpu import CpuKernels, Limits
 from ruvon.kernels.cpu.graph import sizes_of
 from ruvon.kernels.ops import Dense, ForwardBatch, Quantized, Weight
@@ -78,7 +79,10 @@ FORMATS: dict[str, Callable[[int, int], Weight]] = {
 def main() -> None:
     args = parse()
     torch.set_num_threads(args.threads)
-    kernels = [CpuKernels(args.threads, isa=name) for name in args.isa or [None]]
+    kernels = [
+        CpuKernels(args.threads, isa=name, cores=cores_to_pin(args.threads, "auto"))
+        for name in args.isa or [None]
+    ]
     names = [*(each.isa.name for each in kernels), "torch"]
     print(f"| format | inputs x outputs | rows | {' | '.join(names)} |")
     print(f"|---|---|---:|{'---:|' * len(names)}")

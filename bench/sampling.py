@@ -12,6 +12,7 @@ import time
 import torch
 
 from ruvon.engine.cpu_sampler import CpuSampler
+from ruvon.engine.resources import cores_to_pin
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingParams, SamplingRow
 from ruvon.kernels.cpu import CpuKernels
@@ -31,7 +32,7 @@ def main() -> None:
     parser.add_argument("--vocab", type=int, default=49152)
     parser.add_argument("--rows", type=int, default=32)
     args = parser.parse_args()
-    kernels = CpuKernels(args.threads)
+    kernels = CpuKernels(args.threads, cores=cores_to_pin(args.threads, "auto"))
     compiled = CpuSampler(
         kernels.sampler(args.vocab, args.rows), lambda: torch.zeros(args.rows, dtype=torch.int64)
     )

@@ -97,8 +97,8 @@ class EngineConfig:
     )
     pin_threads: Literal["auto", "on", "off"] = setting(
         "auto",
-        "Hold each thread of kernels 'cpu' to a core of its own. auto: where the process was given "
-        "fewer CPUs than there are (taskset, a cpuset) and its threads fill their cores.",
+        "Hold each thread of kernels 'cpu' to a core of its own. auto: where there is a thread for "
+        "every core that the process may run on.",
     )
     max_model_len: int | None = setting(
         None,

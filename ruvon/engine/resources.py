@@ -57,9 +57,9 @@ def cores_to_pin(
 ) -> list[int] | None:
     """A core for each compute thread to stay on; None where the system shall place them.
 
-    ``auto`` pins only where somebody gave this process fewer CPUs than there are, and all of those
-    cores are used. Any other choice might be made by the next process too, and both would share
-    some cores while others lie idle.
+    ``auto`` pins where the threads fill the cores that this process may run on: left alone, two of
+    them meet on one core again and again, and wait for each other. Where they do not fill them, as
+    under a limit of time, the next process might choose the same ones, and others would lie idle.
 
     Raises ConfigError for ``on`` where that cannot be.
     """
@@ -68,9 +68,8 @@ def cores_to_pin(
         raise ConfigError(
             f"--pin-threads on: {threads} threads cannot each have one of {len(own)} cores here"
         )
-    narrowed = len(allowed_cpus()) < (os.cpu_count() or 1)
-    given = narrowed and threads == len(own) and hasattr(os, "sched_setaffinity")
-    return own[:threads] if wanted == "on" or (wanted == "auto" and given) else None
+    fills = threads == len(own) and hasattr(os, "sched_setaffinity")
+    return own[:threads] if wanted == "on" or (wanted == "auto" and fills) else None
 
 
 OWN_LIMITS = {"Max address space": "VmSize", "Max data size": "VmData"}

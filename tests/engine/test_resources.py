@@ -146,7 +146,8 @@ def test_cores_are_those_this_process_may_run_on(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("allowed", "threads", "wanted", "expected"),
     [
-        (range(8), 4, "auto", None),  # the whole machine: who else is there?
+        (range(8), 4, "auto", [0, 2, 4, 6]),  # the whole machine
+        (range(8), 3, "auto", None),  # which of the four another may choose too
         ({0, 1, 2, 3}, 2, "auto", [0, 2]),  # given to us, with both threads of each core
         ({2, 5}, 2, "auto", [2, 5]),
         ({2, 4, 6}, 2, "auto", None),  # which of the three another may choose too
@@ -155,7 +156,7 @@ def test_cores_are_those_this_process_may_run_on(tmp_path, monkeypatch):
         ({2, 5}, 2, "off", None),
     ],
 )
-def test_threads_are_pinned_to_cores_given_to_us(
+def test_threads_are_pinned_where_they_fill_the_cores(
     tmp_path, monkeypatch, allowed, threads, wanted, expected
 ):
     files = {SIBLINGS.format(n): f"{n & ~1}-{n | 1}" for n in range(8)}

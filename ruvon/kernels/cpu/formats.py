@@ -29,12 +29,12 @@ class Form(Enum):
 
     @property
     def tail(self) -> int:
-        """Where float32 numbers stand in a quantized group, behind its codes: the scale, the sum of
-        all codes, that of the first sixteen."""
+        """Where four numbers stand in a quantized group, behind its codes: float32 scale, float32
+        sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
         return {Form.INT8: 32, Form.INT16: 64}[self]
 
 
-SCALE, TOTAL, FIRST_HALF = 0, 4, 8  # in a tail of 16 bytes
+SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
 
 
 @dataclass(frozen=True, slots=True)

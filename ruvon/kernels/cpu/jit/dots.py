@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, TOTAL, VECTORS, TileFormat
+from ruvon.kernels.cpu.formats import LANES, NEGATED, NEGATED_HALF, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
@@ -24,7 +24,6 @@ from ruvon.kernels.cpu.jit.simd import (
     I32,
     broadcast,
     call,
-    fused,
     load_as,
     offset,
     splat,
@@ -91,33 +90,48 @@ class Group:
 
 
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
-    """For each row, at ``blocks``, sums [16] of (code - zero) * activation over one part of the
-    group: all of it, or a half where each half has a scale. They are integers, as exact floats."""
+    """For each row, at ``blocks``, int32 sums [16] of (code - zero) * activation over one part of
+    the group: all of it, or a half where each half has a scale."""
     per_part = VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    product = {"plain": plain, "maddubs": madd_bytes}.get(group.isa.dot, dot_bytes)
-    if group.isa.dot == "maddubs" and group.kind.bits == 8:
-        product = madd_words
-    sums = [group.b.sitofp(each, F32V) for each in product(group, blocks, which)]
-    if not group.kind.zero or group.signed:
-        return sums
-    # Below 2 ** 24 this rounds nothing. It comes last because registers are few until then.
-    minus_zero = ir.Constant(F32V, [-float(group.kind.zero)] * LANES)
-    return [
-        fused(group.b, code_sum(group, block, part), minus_zero, each)
-        for block, each in zip(blocks, sums, strict=True)
-    ]
+    start = [bias_of_zero(group, block, part) for block in blocks]
+    if group.isa.dot == "maddubs":
+        if group.kind.bits == 8:
+            return madd_words(group, blocks, which, start)
+        return madd_bytes(group, blocks, which, start)
+    if group.isa.dot == "plain":
+        return plain(group, blocks, which, start)
+    return dot_bytes(group, blocks, which, start)
 
 
-def code_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """The sum of the activation codes in this part of the group."""
+def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
+    b, kind = group.b, group.kind
+    if not kind.zero or group.signed:
+        return constant(0)
+    negated = negated_sum(group, x, part)
+    shift = (128 // kind.zero).bit_length() - 1
+    return b.ashr(negated, constant(shift)) if shift else negated
+
+
+def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """-128 * sum of the activation codes in this part of the group."""
     b, tail = group.b, group.isa.form(group.kind).tail
     if not group.kind.half:
-        return broadcast(b, offset(b, x, tail + TOTAL), F32)
-    first = broadcast(b, offset(b, x, tail + FIRST_HALF), F32)
+        return broadcast(b, offset(b, x, tail + NEGATED), I32)
+    first = broadcast(b, offset(b, x, tail + NEGATED_HALF), I32)
     if part == 0:
         return first
-    return b.fsub(broadcast(b, offset(b, x, tail + TOTAL), F32), first)
+    return b.sub(broadcast(b, offset(b, x, tail + NEGATED), I32), first)
+
+
+def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+    """The sum of the activation codes in this part of the group, as a float."""
+    b = group.b
+    if not group.kind.half:
+        return broadcast(b, offset(b, x, group.isa.form(group.kind).tail + TOTAL), F32)
+    negated = b.sitofp(negated_sum(group, x, part), F32V)
+    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
 
 
 # In registers of the machine's own width
@@ -168,11 +182,13 @@ def most_in_words(bits: int) -> int:
     return int((2**15 - 1) // (2 * 127 * (2**bits - 1)))
 
 
-def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+def madd_bytes(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
     ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
-    totals: list[list[ir.Value] | None] = [None] * len(blocks)
+    totals = [cut(b, value, I32, width) if group.kind.zero else None for value in start]
     most = most_in_words(group.kind.bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value] | None] = [None] * len(blocks)
@@ -187,10 +203,12 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
     return [join(b, total or []) for total in totals]
 
 
-def madd_words(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+def madd_words(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
     """Codes and activations of 16 bits: of each four the first and third, then the others."""
     b, width = group.b, group.isa.width
-    totals: list[list[ir.Value] | None] = [None] * len(blocks)
+    totals: list[list[ir.Value]] = [cut(b, value, I32, width) for value in start]
     for q in which:
         for odd in (0, 1):
             codes = group.codes(q)
@@ -204,7 +222,8 @@ def madd_words(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
                 x = splat_bytes(b, offset(b, block, 8 * q + 4 * odd), width, I16)
                 wide = [madd(b, MADD_WORDS, part, x) for part in parts]
                 totals[row] = add_all(b, totals[row], wide)
-    return [join(b, total or []) for total in totals]
+            totals = fence(b, totals)
+    return [join(b, total) for total in totals]
 
 
 def splat_words(value: int) -> ir.Constant:
@@ -215,6 +234,22 @@ def splat_bytes(b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type
     """Four bytes from memory, again and again through a register."""
     lanes = splat(b, load_as(b, address, I32, 4), width // 4)
     return b.bitcast(lanes, vector(element, 8 * width // element.width))
+
+
+def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
+    """The same sums, all of which are there before anything that comes after is loaded.
+
+    Left alone, LLVM takes one row after the other through the whole group, and keeps the codes on
+    the stack meanwhile, for which there are not enough registers. That costs codes of 8 bits, all
+    of which are made wider before, more than it gains; it gains with 4 bits.
+    """
+    flat = [part for row in rows for part in row]
+    outs = ir.LiteralStructType([part.type for part in flat]) if len(flat) > 1 else flat[0].type
+    places = ",".join(["=v"] * len(flat) + [str(n) for n in range(len(flat))] + ["~{memory}"])
+    kind = ir.FunctionType(outs, [part.type for part in flat])
+    after = b.asm(kind, "", places, flat, side_effect=True)
+    news = iter([b.extract_value(after, n) for n in range(len(flat))] if len(flat) > 1 else [after])
+    return [[next(news) for _ in row] for row in rows]
 
 
 def add_all(
@@ -235,11 +270,13 @@ DOT_BYTES = {
 }
 
 
-def dot_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+def dot_bytes(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
     """Fours of products straight into 32 bits."""
     b, isa = group.b, group.isa
     name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
-    totals = [cut(b, constant(0), I32, isa.width) for _ in blocks]
+    totals = [cut(b, value, I32, isa.width) for value in start]
     for q in which:
         codes = cut(b, group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
@@ -260,9 +297,11 @@ def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.T
     return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
 
 
-def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+def plain(
+    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
+) -> list[ir.Value]:
     """Byte by byte, in int32."""
-    b, totals = group.b, [constant(0) for _ in blocks]
+    b, totals = group.b, [*start]
     for q in which:
         for j in range(4):
             code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))

@@ -7,7 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from ruvon.kernels.cpu.formats import FIRST_HALF, LANES, SCALE, TOTAL, Form
+from ruvon.kernels.cpu.formats import LANES, NEGATED, NEGATED_HALF, SCALE, TOTAL, Form
 from ruvon.kernels.cpu.jit.simd import (
     F32,
     I8,
@@ -68,10 +68,12 @@ def quantize_to(form: Form) -> Any:
         for half, codes in enumerate(lanes):
             store_codes(b, codes, half, block, form)
         first, second = sum_halves(b, *(b.sext(b.trunc(x, vector(I8)), I32V) for x in lanes))
+        total, by_128 = b.add(first, second), ir.Constant(I32, -128)
         tail = {
             SCALE: b.fmul(peak, ir.Constant(F32, 1 / 127)),
-            TOTAL: b.sitofp(b.add(first, second), F32),
-            FIRST_HALF: b.sitofp(first, F32),
+            TOTAL: b.sitofp(total, F32),
+            NEGATED: b.mul(total, by_128),
+            NEGATED_HALF: b.mul(first, by_128),
         }
         for at, value in tail.items():
             store_as(b, offset(b, block, form.tail + at), value, 4)

@@ -14,8 +14,7 @@ sums. See `layout` for how all of them lie in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 
 from llvmlite import ir
 from numba import types
@@ -23,7 +22,7 @@ from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
-from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
+from ruvon.kernels.cpu.jit.dots import Group, float_sum, group_sums
 from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
@@ -95,24 +94,19 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
 
 
 def quantized_step(
-    group: Group,
-    scales: list[ir.Value],
-    x: ir.Value,
-    sums: Sequence[Callable[[], ir.Value]],
+    group: Group, scales: list[ir.Value], x: ir.Value, outs: list[ir.Value]
 ) -> list[ir.Value]:
-    """One group of k for all rows: their ``sums``, which are only asked for once the integers are
-    summed up. Rows' groups lie behind each other from x on."""
+    """One group of k for all rows. Rows' groups lie behind each other from x on."""
     b, form = group.b, group.isa.form(group.kind)
     following = []
-    for rows in group.isa.in_turn(range(len(sums))):
+    for rows in group.isa.in_turn(range(len(outs))):
         blocks = [offset(b, x, row * form.group_bytes) for row in rows]
-        outs: list[ir.Value] = []
+        by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
+        sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
-            by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
-            outs = outs or [sums[row]() for row in rows]
-            outs = [fused(b, *args) for args in zip(products, by, outs, strict=True)]
-        following += outs
+            sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
+        following += sums
     return following
 
 
@@ -122,12 +116,12 @@ def group_products(
     """Each row's share of one group (or half a group), before the activation's scale."""
     b, kind = group.b, group.kind
     sums = group_sums(group, blocks, part)
-    products = [b.fmul(each, scales[part]) for each in sums]
+    products = [b.fmul(b.sitofp(each, F32V), scales[part]) for each in sums]
     if not kind.offsets:
         return products
     shift = scales[kind.scales_per_group + part]
     return [
-        fused(b, shift, code_sum(group, block, part), product)
+        fused(b, shift, float_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
     ]
 
@@ -208,40 +202,25 @@ def emit_product(
     over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
     x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
     ahead = kind.step_bytes + kind.group_scale_bytes
-    # Few registers are better filled with a group's integers, while sums wait in the cache.
-    waiting = kind.quantized and rows > 1 and isa.registers == 16
 
     def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, fetch, *outs = carried
         emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
             by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
-            load = [partial(load_as, b, place, F32V, 4) for place in places]
-            keep = [partial(lambda out: out, out) for out in outs]
-            scales, group = load_scales(b, kind, s, by), Group(b, isa, kind, w)
-            outs = quantized_step(group, scales, x, load if waiting else keep)
+            scales = load_scales(b, kind, s, by)
+            outs = quantized_step(Group(b, isa, kind, w), scales, x, outs)
         elif kind.pairs:
             outs = pairs_step(b, w, x, outs)
         else:
             x_rows = [offset(b, x, 4 * row) for row in range(rows)]
             outs = dense_step(b, [w], x_rows, outs, kind.storage)
-        if waiting:
-            store_all(b, places, outs)
-            outs = []
         moves = {w: kind.step_bytes, s: kind.group_scale_bytes, x: x_step, fetch: ahead}
         return [*(offset(b, at, by) for at, by in moves.items()), *outs]
 
-    outs = [ZEROS] * rows
-    if waiting:
-        store_all(b, places, outs)
-        outs = []
-    _, _, _, _, *outs = counted_loop(b, steps, [w, tables, x, fetch, *outs], body)
-    if not waiting:
-        store_all(b, places, outs)
-
-
-def store_all(b: ir.IRBuilder, places: list[ir.Value], values: list[ir.Value]) -> None:
-    for place, value in zip(places, values, strict=True):
+    start = [w, tables, x, fetch, *[ZEROS] * rows]
+    _, _, _, _, *outs = counted_loop(b, steps, start, body)
+    for place, value in zip(places, outs, strict=True):
         store_as(b, place, value, 4)
 
 
