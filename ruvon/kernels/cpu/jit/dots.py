@@ -240,8 +240,8 @@ def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     """The same sums, all of which are there before anything that comes after is loaded.
 
     Left alone, LLVM takes one row after the other through the whole group, and keeps the codes on
-    the stack meanwhile, for which there are not enough registers. That costs codes of 8 bits, all
-    of which are made wider before, more than it gains; it gains with 4 bits.
+    the stack meanwhile, for which there are not enough registers: too many, where codes of 8 bits
+    have become words.
     """
     flat = [part for row in rows for part in row]
     outs = ir.LiteralStructType([part.type for part in flat]) if len(flat) > 1 else flat[0].type

@@ -147,6 +147,7 @@ def outlined(
         function = ir.Function(b.module, kind, name)
         function.linkage = "internal"
         function.attributes.add("noinline")
+        function.attributes.alignstack = 64  # what is spilled must not lie across cache lines
         inner = ir.IRBuilder(function.append_basic_block())
         emit(inner, *function.args)
         inner.ret_void()
