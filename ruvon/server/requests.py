@@ -26,7 +26,7 @@ from ruvon.server.schemas import (
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service
 
-MOST_COMPLETIONS = 512  # in one request: more would be started in one go
+MOST_COMPLETIONS = 256  # in one request: more would be started in one go
 DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's
 
 PASSED = (

@@ -52,7 +52,7 @@ BODIES = {
     "ids that fill the context": (COMPLETE, prompt(ids(CONTEXT - 1)), 200),
     "several of them": (COMPLETE, prompt(ids(CONTEXT - 1), b',"n":128'), 200),
     "all prompts": (COMPLETE, prompt(several(b'"a"', 256)), 200),
-    "all completions": (COMPLETE, prompt(several(b'"a"', 256), b',"n":2'), 200),
+    "all completions": (COMPLETE, prompt(several(b'"a"', 128), b',"n":2'), 200),
     "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),
     "scores beside a chat": (CHAT, messages(EMPTY, 200, b',"prompt_logprobs":20'), 200),
     "as many characters as may fit": (

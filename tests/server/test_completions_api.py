@@ -180,7 +180,7 @@ async def test_a_request_asks_for_so_many_completions_at_most(serve, field):
     reply = await server.complete(["x"] * 256, **{field: 3})
     assert reply.status == 400
     assert (reply.error["param"], reply.error["code"]) == (field, "invalid_value")
-    assert "512" in reply.error["message"]
+    assert "256" in reply.error["message"]
 
 
 async def test_prompt_logprobs_of_each_choice(serve):
