@@ -20,12 +20,13 @@ from aiohttp.http_writer import StreamWriter
 
 from ruvon.cli import main
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu import flight
+from ruvon.engine.gpu import in_flight
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.scheduler import Scheduler
-from ruvon.server import answers, completions
+from ruvon.server import requests
+from ruvon.server.generation import Generation
 
 EVERY = 2.0  # seconds
 LEAST_STEPS = 20  # in that time; without, nothing is printed
@@ -34,16 +35,16 @@ PARTS: dict[str, tuple[Any, str]] = {
     "launch": (Engine, "launch"),
     "  schedule": (Scheduler, "schedule"),
     "  runner": (GpuRunner, "launch"),
-    "    words anew": (StepInputs, "_start"),
-    "    words counted up": (StepInputs, "_go_on"),
+    "    inputs anew": (StepInputs, "_start"),
+    "    inputs advanced": (StepInputs, "_advance"),
     "collect": (Engine, "collect"),
-    "  take results": (flight, "land"),
+    "  read back": (in_flight, "read_back"),
     "  commit": (Scheduler, "commit"),
     "deliver": (EngineLoop, "_deliver"),
-    "read a request's JSON": (completions, "parse"),
+    "read a request's JSON": (requests, "read_fields"),
     "queue a request": (EngineLoop, "generate"),
-    "tokens to text": (answers.Answer, "_push"),
-    "text to events": (answers.Answer, "_chunks"),
+    "ids to deltas": (Generation, "_push"),
+    "deltas to events": (Generation, "_write"),
     "write": (StreamWriter, "_writelines"),
 }
 

@@ -33,14 +33,14 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     return blake2b(parent + array("i", tokens).tobytes(), digest_size=32).digest()
 
 
-def block_keys(tokens: Sequence[int], size: int, salt: str) -> list[bytes]:
-    """The keys of all full blocks of ``size`` tokens; 8 microseconds each."""
-    parent = root_key(salt)
-    keys = []
-    for start in range(0, len(tokens) - size + 1, size):
-        parent = block_key(parent, tokens[start : start + size])
-        keys.append(parent)
-    return keys
+def extend_keys(
+    keys: list[bytes], num_keys: int, tokens: Sequence[int], size: int, salt: str
+) -> None:
+    """Let ``keys`` have those of the first ``num_keys`` blocks of ``size`` tokens, at least; 8
+    microseconds for each that is new."""
+    for start in range(len(keys) * size, num_keys * size, size):
+        parent = keys[-1] if keys else root_key(salt)
+        keys.append(block_key(parent, tokens[start : start + size]))
 
 
 class BlockPool:

@@ -15,7 +15,7 @@ from itertools import count
 from typing import Protocol
 
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool, block_keys
+from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
@@ -107,7 +107,9 @@ class Engine:
         self.validate(job)
         if not self.config.enable_prefix_caching or job.sampling.prompt_logprobs is not None:
             return job
-        keys = block_keys(job.prompt, self.config.block_size, job.cache_salt)
+        keys: list[bytes] = []
+        size = self.config.block_size
+        extend_keys(keys, len(job.prompt) // size, job.prompt, size, job.cache_salt)
         return replace(job, keys=tuple(keys))
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:

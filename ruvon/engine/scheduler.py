@@ -24,7 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ruvon.engine.blocks import BlockPool, block_key, root_key
+from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.policies import Policy, Rank, WaitingQueue
 from ruvon.engine.types import (
     BEING_SAMPLED,
@@ -245,10 +245,7 @@ class Scheduler:
         return (len(seq.tokens) - 1) // self.pool.block_size
 
     def _extend_keys(self, seq: Sequence, num_keys: int) -> None:
-        size = self.pool.block_size
-        for start in range(len(seq.keys) * size, num_keys * size, size):
-            parent = seq.keys[-1] if seq.keys else root_key(seq.salt)
-            seq.keys.append(block_key(parent, seq.tokens[start : start + size]))
+        extend_keys(seq.keys, num_keys, seq.tokens, self.pool.block_size, seq.salt)
 
     def _claim(self, seq: Sequence, num_planned: int) -> None:
         """Tell others which blocks of a prompt are in the making: the planned ones and, so that

@@ -145,7 +145,7 @@ def assemble(
     stack: ExitStack,
     progress: Progress,
 ) -> LoadedEngine:
-    """Everything that a backend and a checkpoint make. ``ending`` learns how to close it."""
+    """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
         words = beside.submit(load_words, checkpoint)
         model = load_on(checkpoint, config, backend.ops, threads, progress)

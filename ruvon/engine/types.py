@@ -4,8 +4,9 @@ Going down: `Job` → `Sequence` → `Chunk`s in a `Plan` → `ForwardBatch` (se
 Coming up: `StepResult` → `Emission` → `Delta` (see `ruvon.deltas`). Token ids only up to there;
 `TextOptions` rides along in a job for `Detokenizer`, the engine never reads it.
 
-Nothing here changes once made, but for `Sequence`. The types made for each sequence and step are
-not declared ``frozen`` all the same: to make a frozen one takes six times as long.
+Nothing here changes once made, but for `Sequence`, and an `Emission` that gathers later ones. The
+types made for each sequence and step are not declared ``frozen`` all the same: to make a frozen one
+takes six times as long.
 """
 
 from __future__ import annotations

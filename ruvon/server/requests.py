@@ -64,6 +64,13 @@ def prepare_completion(
     request: CompletionRequest, service: Service, max_logprobs: int
 ) -> list[Job]:
     """A job for each prompt."""
+    n = request.best_of or request.n or 1
+    if n * len(request.prompt) > MOST_COMPLETIONS:
+        raise RequestError(
+            f"A request may ask for at most {MOST_COMPLETIONS} completions of all its prompts, not "
+            f"{n * len(request.prompt)}.",
+            "n" if request.best_of is None else "best_of",
+        )
     special = request.add_special_tokens is not False
     prompts = [_encode(prompt, special, service) for prompt in request.prompt]
     max_tokens = DEFAULT_COMPLETION_TOKENS if request.max_tokens is None else request.max_tokens
@@ -80,13 +87,6 @@ def prepare_completion(
         logprobs=bounded(logprobs, max_logprobs, "logprobs"),
         prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
-    n = request.best_of or request.n or 1
-    if n * len(prompts) > MOST_COMPLETIONS:
-        raise RequestError(
-            f"A request may ask for at most {MOST_COMPLETIONS} completions of all its prompts, not "
-            f"{n * len(prompts)}.",
-            "n" if request.best_of is None else "best_of",
-        )
     return [_job(request, prompt, sampling, n, service, "prompt") for prompt in prompts]
 
 

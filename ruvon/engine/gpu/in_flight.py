@@ -101,10 +101,11 @@ def alternatives(logits_LV: Tensor, wanted: Mapping[int, int]) -> dict[int, Alte
         return dict.fromkeys(wanted)
     with torch.inference_mode():
         norm_L, _ = sample.score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
-        tops: dict[int, Alternatives | None] = {}
+        tops: dict[int, Alternatives | None] = dict.fromkeys(wanted)
         for i, num in wanted.items():
-            values, ids = logits_LV[i].topk(min(num, logits_LV.shape[1]))
-            tops[i] = Alternatives(to_host(values - norm_L[i]), to_host(ids)) if num else None
+            if num:
+                values, ids = logits_LV[i].topk(min(num, logits_LV.shape[1]))
+                tops[i] = Alternatives(to_host(values - norm_L[i]), to_host(ids))
         return tops
 
 
