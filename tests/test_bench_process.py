@@ -48,3 +48,11 @@ def test_a_server_s_workers_are_its_own(process):
         assert server.ready_memory > BALLAST
     assert process.own_ticks() - before > 0.9 * CPU_SECONDS * process.TICKS
     assert not {*members} & {*process.parents()}  # none is left, not even as a zombie
+
+
+def test_what_is_timed_of_a_step_exists(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    parts = importlib.import_module("parts").PARTS
+    assert [
+        name for name, (owner, attribute) in parts.items() if not hasattr(owner, attribute)
+    ] == []
