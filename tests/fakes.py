@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -147,6 +148,7 @@ class FakeRunner:
         self._generations: dict[int, int] = {}
         self._rows = SamplingRows()
         self._failed: dict[int, int] = {}  # seq id → its first step that failed
+        self._unlaunched: deque[Plan] = deque()  # whose rows are to be followed in their turn
         self._step = 0  # being computed
         self._worker = ThreadPoolExecutor(1) if seconds else None
 
@@ -159,6 +161,7 @@ class FakeRunner:
         self._tables.follow(plan)
         tables = {chunk.seq_id: tuple(self._tables[chunk.seq_id]) for chunk in plan.chunks}
         if self.failing.get(plan.step) == "launch":
+            self._unlaunched.append(plan)
             self._fail(plan, tables)
         if self._worker is not None:
             return self._worker.submit(self._compute, plan, tables)
@@ -195,10 +198,11 @@ class FakeRunner:
 
     def _compute(self, plan: Plan, tables: Tables) -> StepResult:
         time.sleep(self._seconds)
+        while self._unlaunched and self._unlaunched[0].step < plan.step:
+            self._follow_failed(self._unlaunched.popleft())
         self._step = plan.step
         if self.broken is not None or plan.step in self.failing:
-            self._rows.follow(plan)
-            self._rows.sampled = {}
+            self._follow_failed(plan)
             self._fail(plan, tables)
         chunks = [self._complete(chunk) for chunk in plan.chunks]
         contexts = {chunk.seq_id: self._context(chunk, tables) for chunk in chunks}
@@ -218,6 +222,10 @@ class FakeRunner:
         )
         self._rows.record(plan, result)
         return result
+
+    def _follow_failed(self, plan: Plan) -> None:
+        self._rows.follow(plan)
+        self._rows.sampled = {}
 
     def _fail(self, plan: Plan, tables: Tables) -> None:
         """Raise, and leave rubbish behind."""

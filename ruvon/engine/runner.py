@@ -57,9 +57,7 @@ class Runner:
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
         self._tables = BlockTables()
-        self._launched: SimpleQueue[tuple[Plan, PendingBatch, Future[StepResult]] | None] = (
-            SimpleQueue()
-        )
+        self._launched: SimpleQueue[Launched | None] = SimpleQueue()
         self._closed = False
         # A daemon, for a step that is stuck must not keep the process alive.
         self._worker = Thread(target=self._work, name="ruvon-step", daemon=True)
@@ -74,11 +72,13 @@ class Runner:
         if self._closed:  # nobody would ever compute it
             future.set_exception(RuntimeError("the runner is closed"))
             return future
+        self._tables.follow(plan)
+        layout: PendingBatch | Exception
         try:
-            self._tables.follow(plan)
-            self._launched.put((plan, lay_out(plan, self._tables, self._block_size), future))
-        except Exception as error:
-            future.set_exception(error)
+            layout = lay_out(plan, self._tables, self._block_size)
+        except Exception as error:  # in its turn, for the next step goes on from this plan
+            layout = error
+        self._launched.put((plan, layout, future))
         return future
 
     @property
@@ -107,6 +107,8 @@ class Runner:
                     continue
                 if broken is not None:
                     raise broken
+                if isinstance(layout, Exception):
+                    raise layout
                 result = self._run(plan, layout, state)
             except BaseException as error:
                 state.sampled = {}
@@ -142,6 +144,9 @@ class Runner:
         for first in range(0, len(batch.logit_rows), self._max_logit_rows):
             rows = batch.logit_rows[first : first + self._max_logit_rows]
             yield self._forward(replace(batch, logit_rows=rows))
+
+
+Launched: TypeAlias = tuple[Plan, PendingBatch | Exception, Future[StepResult]]
 
 
 class SamplingRows:

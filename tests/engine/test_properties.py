@@ -127,6 +127,8 @@ class Run:
             self.results.append(self.pending[0].future.result())
         for emission in self.engine.collect(self.pending.popleft()):
             self._take_in(emission)
+        if not isinstance(self.engine.failure, ArithmeticError | None):  # the runner's own
+            raise self.engine.failure
         check(self.engine)
 
     def _check_plan(self, plan: Plan) -> None:

@@ -119,6 +119,20 @@ def test_failures_are_the_futures(make_runner, forward):
     assert runner.launch(mixed_plan()).result(timeout=10).tokens == ((11,), (33,))
 
 
+def test_a_step_that_cannot_be_laid_out_fails_nobody_elses(make_runner):
+    """The next one was planned on top of it: it goes on with the sequences that it introduced."""
+    runner = make_runner()
+    failing = Plan(0, (Chunk(1, 0, (4, 5), 0, (), True),), (greedy(1),))
+    both = Plan(
+        1,
+        (Chunk(1, 0, BEING_SAMPLED, 2, (1,), True), Chunk(2, 0, (7, 8), 0, (2,), True)),
+        (greedy(2),),
+    )
+    failed, result = runner.launch(failing), runner.launch(both)
+    assert failed.exception(timeout=10) is not None
+    assert result.result(timeout=10).tokens[1] == (9,)
+
+
 def test_a_thread_that_cannot_start_is_told_to_whoever_waits(forward):
     def broken():
         raise PermissionError("no such core")
