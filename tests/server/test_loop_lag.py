@@ -5,7 +5,9 @@ processor time that this process spends between two turns of a timer that is due
 It grows while the event loop's thread works through one callback, and while another thread keeps
 the interpreter's lock in one native call; it stands still while others have the processor. Threads
 that work without the lock can add to it while the system keeps the loop's thread waiting: so the
-best of a few tries counts, for what holds the loop does so in each of them.
+best of a few tries counts, for what holds the loop does so in each of them. And a processor whose
+other half is busy takes twice as long for the same: so a piece of work is timed beside each try,
+and the budget holds for a processor that does that in `PIECE` seconds.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from ruvon.engine.types import Plan, StepResult
 
 BUDGET = 0.020  # seconds
 TRIES = 6
+PIECE = 0.018  # seconds that `slowness` works on an EPYC of 2021 that is left alone
 
 
 @pytest.fixture
@@ -127,7 +130,14 @@ async def lag_of(server: Server, client: ProcessPoolExecutor, name: str) -> floa
         lag = Lag()
         sent = client.submit(post, server.url.removeprefix("http://"), name)
         assert await asyncio.wrap_future(sent) == BODIES[name][2], name
-        best = min(best, lag.stop())
+        best = min(best, lag.stop() / slowness())
         if best < BUDGET:
             break
     return best
+
+
+def slowness() -> float:
+    """How many times as long as it should this processor takes now; never less than 1."""
+    began = time.process_time()
+    sum(str(number).count("1") for number in range(50_000))
+    return max((time.process_time() - began) / PIECE, 1.0)
