@@ -30,12 +30,14 @@ class TokenLogprobs:
 @dataclass(frozen=True, slots=True)
 class ToolCall:
     """A piece of one tool call. ``index`` counts the calls of a completion; ``id`` and ``name``
-    come with its first piece only; the ``arguments`` joined are JSON."""
+    come with its first piece only; the ``arguments`` joined are JSON, or the input of a custom
+    tool."""
 
     index: int
     id: str | None = None
     name: str | None = None
     arguments: str = ""
+    custom: bool = False
 
 
 @dataclass(slots=True)
@@ -49,6 +51,7 @@ class Delta:
     reasoning: str = ""
     tool_call: ToolCall | None = None
     tokens: Sequence[int] = ()  # all that were drawn, one that stopped it included
+    num_reasoning: int = 0  # tokens of reasoning among them
     logprobs: Sequence[TokenLogprobs] = ()  # one a token, if asked for
     prompt_logprobs: Sequence[TokenLogprobs | None] | None = None  # once; None for the first token
     num_cached: int = 0  # prompt tokens found in the prefix cache; with tokens only

@@ -13,7 +13,7 @@ import pytest
 import ruvon
 
 ROOT = Path(ruvon.__file__).parent
-LEAVES = {"config", "deltas", "errors", "locate", "telemetry"}
+LEAVES = {"config", "deltas", "errors", "grammars", "locate", "telemetry"}
 LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
 FRONT = {
     "", "__main__", "async_llm", "bench", "cli", "completion", "llm", "verify"

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from ruvon.deltas import FinishReason as FinishReason
 from ruvon.deltas import TokenLogprobs as TokenLogprobs
+from ruvon.grammars import Grammar
 
 PLACEHOLDER = -1
 """In a chunk, in place of a token that the step before is sampling while this one is planned: the
@@ -45,6 +46,7 @@ class SamplingParams:
     min_tokens: int = 0  # no stop token before this many, nor a stop string
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
     ignore_eos: bool = False
+    grammar: Grammar | None = None  # what the output must be
     logprobs: int | None = None  # alternatives per token; 0 is the sampled token alone
     prompt_logprobs: int | None = None
 
