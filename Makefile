@@ -41,8 +41,9 @@ run-cli: $(RUN_STAMP) ## Chat in the terminal; MODEL=, ARGS=.
 test-all: $(DEV_STAMP) ## Run all tests; ARGS= goes to pytest.
 	$(BIN)/python -m pytest $(ARGS)
 
-coverage: $(DEV_STAMP) ## The same, and fail where too little of ruvon/ is run.
-	$(BIN)/python -m pytest --cov --cov-report=term $(ARGS)
+coverage: $(DEV_STAMP) ## The same, and fail where too few of the branches of ruvon/ are taken.
+	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+	$(BIN)/python scripts/branches.py build/coverage.json 92
 
 fmt: $(DEV_STAMP) ## Format and fix what can be fixed.
 	$(BIN)/ruff format .

@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import math
+import sys
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -110,6 +111,7 @@ class QuickRunner(FakeRunner):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("coverage" in sys.modules, reason="each line takes longer while it is counted")
 def test_no_body_holds_the_loop(frozen, client):
     with asyncio.Runner(debug=False, loop_factory=uvloop.new_event_loop) as runner:
         lags = runner.run(measure(client))
