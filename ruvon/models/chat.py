@@ -23,6 +23,8 @@ import jinja2
 
 from ruvon.deltas import Delta
 from ruvon.errors import ConfigError, RequestError
+from ruvon.grammars import Grammar
+from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
 from ruvon.models.messages import Message, map_strings, plain, prepare, strings
 from ruvon.models.template import Template, compile_own, compile_template, render_template
 from ruvon.models.text_stream import TextStream
@@ -74,6 +76,15 @@ class PlainParser:
     def finish(self) -> list[Delta]:
         text = self._text.finish()
         return [Delta(text=text)] if text else []
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer to be given: what the model reads, and how what it writes is read."""
+
+    prompt: tuple[int, ...]
+    parser: Callable[[TextStream], Parser]  # made once for each completion
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +160,29 @@ class ChatFormat:
     def parser(self, text: TextStream) -> Parser:
         """A parser for one completion, whose ids become text through ``text``."""
         return self._format.parser(text)
+
+    def turn(  # noqa: PLR0913
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Tool] = (),
+        choice: ToolChoice = ToolChoice(),  # noqa: B008 - a frozen value
+        response: Grammar | None = None,
+        reasoning: Reasoning = Reasoning(),  # noqa: B008
+        documents: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Turn:
+        """The answer to come: errors as in `render`."""
+        prompt = self.encode(
+            messages,
+            documents=documents,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            kwargs=kwargs,
+        )
+        return Turn(tuple(prompt), self._format.parser, response)
 
     def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
         """The prompt as text.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import orjson
@@ -11,9 +12,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ruvon import __version__
 from ruvon.engine.validation import check_ids
 from ruvon.server.body import read
+from ruvon.server.chat import conversation_of
+from ruvon.server.conversation import take_turn
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
-from ruvon.server.requests import check_size, encode_chat, read_fields
+from ruvon.server.requests import check_size, read_fields
 from ruvon.server.responses import ModelCard
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.shape import Bounds
@@ -119,12 +122,12 @@ def _tokenize(body: bytes, service: Service) -> bytes:
     )
 
 
-def _chat_ids(data: dict[str, Any], service: Service) -> tuple[list[int], bool]:
+def _chat_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], bool]:
     request, _ = parse(TokenizeChatRequest, data, True, service.check_model)
-    return encode_chat(request, service), bool(request.return_token_strs)
+    return take_turn(conversation_of(request), service).prompt, bool(request.return_token_strs)
 
 
-def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[list[int], bool]:
+def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], bool]:
     request, _ = parse(TokenizeRequest, data, True, service.check_model)
     check_size(len(request.prompt), service, "prompt")
     special = request.add_special_tokens is not False

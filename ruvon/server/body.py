@@ -29,7 +29,7 @@ async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> 
     await service.generator.admission()
     pieces = await receive(http)
     return await offload(
-        http, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
+        http.app, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
     )
 
 
@@ -53,8 +53,8 @@ async def receive(http: web.Request) -> list[bytes]:
     raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
 
 
-async def offload(http: web.Request, large: bool, work: Callable[[], T]) -> T:
+async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T:
     """Do ``work``, in the reader's thread if it is ``large``."""
     if not large:
         return work()
-    return await asyncio.get_running_loop().run_in_executor(http.app[READER], work)
+    return await asyncio.get_running_loop().run_in_executor(app[READER], work)

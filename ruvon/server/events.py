@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Mapping
 from contextlib import suppress
+from typing import Protocol
 
 import orjson
 import structlog
 from aiohttp import web
 
-from ruvon.errors import RequestError, UnavailableError
-from ruvon.server.responses import ErrorAnswer
+from ruvon.errors import UnavailableError
+from ruvon.server.failures import failure, openai_error
 
 log = structlog.get_logger(__name__)
 
@@ -25,6 +26,29 @@ HEADERS = {
 }
 
 
+class Framing(Protocol):
+    """How an API ends its streams. Every `Writer` is one."""
+
+    @property
+    def done(self) -> bytes:
+        """What goes out last of all, after an error too."""
+
+    def error(self, error: Exception) -> bytes:
+        """Events that tell of a failure in mid-stream. Clients raise for it; a stream that just
+        ends looks like success."""
+
+
+def event(data: object, name: str | None = None) -> bytes:
+    """One event of JSON, with its name on a line of its own if it has one."""
+    head = b"" if name is None else b"event: " + name.encode() + b"\n"
+    return head + b"data: " + orjson.dumps(data) + b"\n\n"
+
+
+def error_event(error: Exception) -> bytes:
+    """A failure in mid-stream as OpenAI's chat and completions tell it."""
+    return event(openai_error(error))
+
+
 class EventResponse(web.StreamResponse):
     """A response of events. ``outcome`` is the status for logs and metrics: an error in mid-stream
     comes too late for the one that the client saw, and whoever left early has seen no end."""
@@ -35,16 +59,17 @@ class EventResponse(web.StreamResponse):
 async def send_events(
     http: web.Request,
     events: AsyncIterator[bytes],
+    framing: Framing,
     headers: Mapping[str, str],
     keep_alive: float,
 ) -> web.StreamResponse:
-    """Write ``events`` as they come, then ``[DONE]``; an error becomes the last event.
+    """Write ``events`` as they come; an error becomes the last one.
 
     A client that leaves cancels this task (aiohttp's ``handler_cancellation``), and the caller's
     ``aclosing`` frees what it held; a write that finds the connection gone just ends here.
     """
     response = EventResponse(headers={**HEADERS, **headers})
-    failure: Exception | None = None
+    failed: Exception | None = None
     with suppress(ConnectionResetError):
         await response.prepare(http)
         with Pulse(response, keep_alive) as pulse:
@@ -54,14 +79,14 @@ async def send_events(
             except ConnectionResetError:
                 raise
             except Exception as error:
-                failure = error
-                response.outcome = status_of(error)
-                await pulse.write(error_event(error))
-        await response.write_eof(DONE)
-        if failure is None:
+                failed = error
+                response.outcome = failure(error).status
+                await pulse.write(framing.error(error))
+        await response.write_eof(framing.done)
+        if failed is None:
             response.outcome = 200
-    if failure is not None:  # told to the client first
-        log_failure(failure)
+    if failed is not None:  # told to the client first
+        log_failure(failed)
     return response
 
 
@@ -104,27 +129,6 @@ class Pulse:
     async def _write_comment(self) -> None:
         with suppress(ConnectionResetError):
             await self.write(KEEP_ALIVE)
-
-
-def status_of(error: Exception) -> int:
-    """The HTTP status of an error; 500 for our own mistakes."""
-    return error.status if isinstance(error, RequestError | UnavailableError) else 500
-
-
-def error_answer(error: Exception) -> ErrorAnswer:
-    """OpenAI's error object. What is our own mistake stays in the log, not in the answer."""
-    if isinstance(error, RequestError):
-        kind, param, code, message = error.type, error.param, error.code, error.message
-    elif isinstance(error, UnavailableError):
-        kind, param, code, message = error.type, None, error.code, error.message
-    else:
-        kind, param, code, message = "server_error", None, "internal_error", "Internal error."
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def error_event(error: Exception) -> bytes:
-    """An error in mid-stream. Clients raise for it; a stream that just ends looks like success."""
-    return b"data: " + orjson.dumps(error_answer(error)) + b"\n\n"
 
 
 def log_failure(error: Exception) -> None:

@@ -20,7 +20,6 @@ from ruvon.errors import GenerationError, NotReadyError
 from ruvon.server.body import offload
 from ruvon.server.events import send_events
 from ruvon.server.middleware import FACTS
-from ruvon.server.schemas import GenerationFields
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
 
@@ -41,39 +40,40 @@ class Generation:
         self._first_at: float | None = None
 
     async def send(
-        self, http: web.Request, request: GenerationFields, ignored: Sequence[str]
+        self, http: web.Request, *, stream: bool, ignored: Sequence[str] = ()
     ) -> web.StreamResponse:
-        """Run the jobs and send what they give. Whichever way this is left, it frees what the
+        """Run the jobs and send what they give, as a ``stream`` or as a whole; ``ignored`` are
+        fields of the request that have no effect. Whichever way this is left, it frees what the
         jobs held."""
         names = ",".join(quote(name, safe="[]") for name in ignored)
         headers = {"X-Ruvon-Ignored": names} if names else {}
-        async with aclosing(self._service.generator.generate(self._jobs)) as stream:
+        async with aclosing(self._service.generator.generate(self._jobs)) as source:
             try:
-                if request.stream:
+                if stream:
                     interval = http.app[STATE].server.sse_keep_alive_interval
-                    first = self._push(await first_news(stream, interval), stream)
-                    async with aclosing(self._events(http, first, stream)) as events:
-                        return await send_events(http, events, headers, interval)
-                body = await self._fold(http, stream)
+                    first = self._push(await first_news(source, interval), source)
+                    async with aclosing(self._events(http.app, first, source)) as events:
+                        return await send_events(http, events, self._writer, headers, interval)
+                body = await self._fold(http.app, source)
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
-                http[FACTS].update(self._facts(bool(request.stream)))
+                http[FACTS].update(self._facts(stream))
 
-    async def _fold(self, http: web.Request, stream: Stream) -> bytes:
+    async def _fold(self, app: web.Application, source: Stream) -> bytes:
         """The whole answer."""
-        async for emissions in stream:
-            await offload(http, self._scored, partial(self._feed, self._push(emissions, stream)))
-        return await offload(http, self._scored, lambda: orjson.dumps(self._writer.result()))
+        async for emissions in source:
+            await offload(app, self._scored, partial(self._feed, self._push(emissions, source)))
+        return await offload(app, self._scored, lambda: orjson.dumps(self._writer.result()))
 
     async def _events(
-        self, http: web.Request, first: list[Delta], stream: Stream
+        self, app: web.Application, first: list[Delta], source: Stream
     ) -> AsyncGenerator[bytes, None]:
         """The answer as events: one run of bytes for each step, whatever the number of chunks."""
         writer = self._writer
-        yield writer.opening() + await offload(http, self._scored, partial(self._write, first))
-        async for emissions in stream:
-            deltas = self._push(emissions, stream)
-            if data := await offload(http, self._scored, partial(self._write, deltas)):
+        yield writer.opening() + await offload(app, self._scored, partial(self._write, first))
+        async for emissions in source:
+            deltas = self._push(emissions, source)
+            if data := await offload(app, self._scored, partial(self._write, deltas)):
                 yield data
         if data := writer.closing():
             yield data
@@ -85,11 +85,11 @@ class Generation:
     def _write(self, deltas: Iterable[Delta]) -> bytes:
         return b"".join([self._writer.events(delta) for delta in deltas])
 
-    def _push(self, emissions: Sequence[Emission], stream: Stream) -> list[Delta]:
+    def _push(self, emissions: Sequence[Emission], source: Stream) -> list[Delta]:
         """Raises `UnavailableError` when the engine gave a sequence up."""
         if self._first_at is None and emissions:
             self._first_at = time.monotonic()
-        deltas = self._detokenizer.push(emissions, stream.stop)
+        deltas = self._detokenizer.push(emissions, source.stop)
         for delta in deltas:
             if delta.finish is not None:
                 check_end(delta)

@@ -14,7 +14,8 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import QueueFullError, RequestError, UnavailableError
-from ruvon.server.events import CLIENT_LEFT, EventResponse, error_answer, status_of
+from ruvon.server.events import CLIENT_LEFT, EventResponse
+from ruvon.server.failures import error_answer, failure
 from ruvon.server.state import STATE, State
 
 log = structlog.get_logger(__name__)
@@ -61,7 +62,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
             _count_rejection(http.app[STATE])
         if not isinstance(error, RequestError | UnavailableError):
             log.error("request_failed", exc_info=error)
-        return error_response(error)
+        return error_response(error, http.path)
 
 
 def _as_ours(error: Exception, http: web.Request) -> Exception:
@@ -86,10 +87,11 @@ class UrlError(RequestError):
             self.headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
 
 
-def error_response(error: Exception) -> web.Response:
-    """The one place where an error becomes a status, headers and JSON."""
+def error_response(error: Exception, path: str = "") -> web.Response:
+    """The one place where an error becomes a status, headers and JSON, as the API at ``path`` says
+    it."""
     headers: dict[str, str] = {}
-    status = status_of(error)
+    status = failure(error).status
     if isinstance(error, UrlError):
         headers = error.headers
     if isinstance(error, UnavailableError) and error.retry_after is not None:
@@ -97,7 +99,7 @@ def error_response(error: Exception) -> web.Response:
         headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after))
     if status == 500:
         headers["X-Should-Retry"] = "false"  # the OpenAI SDK would try twice more
-    return json_response(error_answer(error), status, headers)
+    return json_response(error_answer(error, path), status, headers)
 
 
 def json_response(

@@ -144,3 +144,15 @@ class ErrorAnswer(TypedDict):
     """OpenAI's nested error."""
 
     error: ErrorBody
+
+
+class AnthropicErrorBody(TypedDict):
+    type: str
+    message: str
+
+
+class AnthropicErrorAnswer(TypedDict):
+    """Anthropic's error."""
+
+    type: Literal["error"]
+    error: AnthropicErrorBody

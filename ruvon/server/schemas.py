@@ -109,14 +109,10 @@ class StreamOptions(Fields):
     continuous_usage_stats: bool | None = None
 
 
-class GenerationFields(Fields):
-    """What completions and chat share: how tokens are drawn, and how they are sent."""
+class SamplingFields(Fields):
+    """How tokens are drawn, and when they end: the same words in every API."""
 
-    model: str | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
-    stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    # OpenAI's sampling
+    # OpenAI's
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -136,9 +132,18 @@ class GenerationFields(Fields):
     include_stop_str_in_output: bool | None = None
     bad_words: Texts | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+
+
+class GenerationFields(SamplingFields):
+    """What completions and chat share besides: what is sent, and how."""
+
+    model: str | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
     return_token_ids: bool | None = None
     echo: bool | None = None
 

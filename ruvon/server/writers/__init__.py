@@ -23,6 +23,13 @@ class Writer(Protocol):
     @property
     def tally(self) -> Tally: ...
 
+    @property
+    def done(self) -> bytes:
+        """What ends a stream, whatever happened."""
+
+    def error(self, error: Exception) -> bytes:
+        """Events for a failure in mid-stream."""
+
     def opening(self) -> bytes:
         """Events that go before all others."""
 

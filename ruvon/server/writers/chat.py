@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from ruvon.deltas import Delta, TokenLogprobs
 from ruvon.engine.types import Job
 from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.events import DONE, error_event
 from ruvon.server.responses import (
     ChatChoice,
     ChatChunkChoice,
@@ -22,6 +23,9 @@ from ruvon.server.writers.logprobs import chat_logprobs, prompt_logprobs
 
 class ChatWriter:
     """Writes the answer to one chat."""
+
+    done = DONE
+    error = staticmethod(error_event)
 
     def __init__(self, request: ChatRequest, job: Job, service: Service) -> None:
         kind = "chat.completion.chunk" if request.stream else "chat.completion"

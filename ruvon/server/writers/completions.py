@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from ruvon.deltas import Delta, TokenLogprobs
 from ruvon.engine.types import Job
+from ruvon.server.events import DONE, error_event
 from ruvon.server.responses import CompletionChoice, CompletionLogprobs
 from ruvon.server.schemas import CompletionRequest
 from ruvon.server.state import Service
@@ -22,6 +23,9 @@ NONE_HIDDEN: frozenset[int] = frozenset()
 
 class CompletionsWriter:
     """Writes the completions of one or several prompts, ``n`` (or ``best_of``) of each."""
+
+    done = DONE
+    error = staticmethod(error_event)
 
     def __init__(self, request: CompletionRequest, jobs: Sequence[Job], service: Service) -> None:
         self._envelope = Envelope(request, service, jobs, id_prefix="cmpl", kind="text_completion")

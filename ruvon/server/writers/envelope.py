@@ -23,6 +23,7 @@ class Tally:
     def __init__(self, jobs: Sequence[Job]) -> None:
         self.num_prompt = sum(len(job.prompt) for job in jobs)
         self.num_output = 0
+        self.num_reasoning = 0  # of the output
         self._firsts = {0, *accumulate(job.n for job in jobs)}  # of each job, and one past all
         self._cached: dict[int, int] = {}  # by a job's first completion
 
@@ -33,6 +34,7 @@ class Tally:
 
     def feed(self, delta: Delta) -> None:
         self.num_output += len(delta.tokens)
+        self.num_reasoning += delta.num_reasoning
         if delta.index in self._firsts:
             self._cached.setdefault(delta.index, delta.num_cached)
 
@@ -96,7 +98,7 @@ def usage(tally: Tally) -> Usage:
         "total_tokens": tally.num_prompt + tally.num_output,
         "prompt_tokens_details": {"cached_tokens": tally.num_cached, "audio_tokens": 0},
         "completion_tokens_details": {
-            "reasoning_tokens": 0,
+            "reasoning_tokens": tally.num_reasoning,
             "audio_tokens": 0,
             "accepted_prediction_tokens": 0,
             "rejected_prediction_tokens": 0,

@@ -1,0 +1,1 @@
+"""How families of models are talked to: one file a format."""
