@@ -26,7 +26,8 @@ VARIABLES = {
     "cache_dir": "Folder for compiled kernels. Default: `ruvon` in the user's cache folder.",
     "config": "File of settings, as `--config`.",
     "url": "Server that `chat`, `complete` and `models` ask, as their `--url`.",
-    "api_key": "Key for that server, as their `--api-key`; `OPENAI_API_KEY` serves as well.",
+    "api_key": "Key for that server, as their `--api-key`, of several the first; `OPENAI_API_KEY` "
+    "serves as well. A server takes it as its own setting.",
 }
 """Variables that are no settings: a name without prefix, as it is documented."""
 
@@ -38,8 +39,11 @@ SERVICE = re.compile(r"(service_(host|port)|port_\d+_(tcp|udp|sctp))(_\w+)?")
 
 def setting(default: Any, help: str, **extra: Any) -> Any:
     """A dataclass field that carries its help text and what else its checks need: ``least`` and
-    ``most`` bound a number, ``unit="size"`` marks a string that `parse_size` must accept."""
-    return field(default=default, metadata={"help": help, **extra})
+    ``most`` bound a number, ``unit="size"`` marks a string that `parse_size` must accept, ``form``
+    is a pattern with its description that each of several texts must fit, ``secret=True`` keeps
+    a value out of messages and of the config's own repr."""
+    secret = extra.get("secret", False)
+    return field(default=default, repr=not secret, metadata={"help": help, **extra})
 
 
 class StepSize(NamedTuple):
@@ -48,6 +52,9 @@ class StepSize(NamedTuple):
     sequences: int
     tokens: int
 
+
+KEY = (r"[\x21-\x2b\x2d-\x7e]+", "printable ASCII without spaces and commas")
+ORIGIN = (r"\*|[a-z][a-z0-9+.-]*://[^\s/,*]+", "an origin like https://chat.example.com, or *")
 
 A_DAY = 86_400.0  # seconds; an event loop's timers have an end
 CPU_STEP = StepSize(64, 512)
@@ -184,6 +191,19 @@ class ServerConfig:
         None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
     )
     chat_template: str | None = setting(None, "File with a Jinja chat template to use instead.")
+    api_key: tuple[str, ...] = setting(
+        (),
+        "Key without which only /live and /ready answer. Several: repeated, or comma-separated. "
+        "The variable and the file keep it out of the list of processes.",
+        form=KEY,
+        secret=True,
+    )
+    cors_allow_origin: tuple[str, ...] = setting(
+        (),
+        "Origin of web pages that may read answers, such as https://chat.example.com; * is any. "
+        "Several: repeated, or comma-separated. Default: none.",
+        form=ORIGIN,
+    )
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
     max_body_size: str = setting("4MiB", "Larger request bodies get a 413.", unit="size")
     sse_keep_alive_interval: float = setting(
@@ -214,8 +234,11 @@ class Kind:
     base: type
     optional: bool
     choices: tuple[str, ...]
+    many: bool = False  # a tuple of texts, comma-separated where it is one text
 
     def __str__(self) -> str:
+        if self.many:
+            return "texts"
         return " | ".join(self.choices) if self.choices else NAMES[self.base]
 
 
@@ -233,6 +256,8 @@ def _kind(hint: Any) -> Kind:
         return dataclasses.replace(_kind(inner), optional=True)
     if get_origin(hint) is Literal:
         return Kind(str, False, get_args(hint))
+    if get_origin(hint) is tuple:
+        return Kind(str, False, (), many=True)
     return Kind(hint, False, ())
 
 
@@ -264,10 +289,21 @@ def load(
         if given and given.get(name) is not None:
             values[name] = given[name]
         elif text and not _is_service(name, text):
-            values[name] = _parsed(text, kind, variable(name))
+            values[name] = text if kind.many else _parsed(text, kind, variable(name))
         elif toml and name in toml:
-            values[name] = _typed(toml[name], kind, f"{name} in the TOML file")
+            source = f"{name} in the TOML file"
+            values[name] = toml[name] if kind.many else _typed(toml[name], kind, source)
+        if kind.many and name in values:
+            values[name] = several(values[name])
     return cls(**values)
+
+
+def several(value: Any) -> Any:
+    """``"a, b"`` or ``["a", "b"]`` → ``("a", "b")``; what is neither stays, for `check_fields`."""
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        return value
+    return tuple(part.strip() for text in texts for part in text.split(","))
 
 
 def cache_root(environ: Mapping[str, str] = os.environ) -> Path | None:
@@ -356,8 +392,23 @@ def check_fields(config: EngineConfig | ServerConfig) -> None:
         value = getattr(config, spec.name)
         if value is None and all_kinds[spec.name].optional:
             continue
+        if all_kinds[spec.name].many:
+            _formed(value, spec.metadata, spec.name)
+            continue
         _typed(value, all_kinds[spec.name], spec.name)
         _bounded(value, spec.metadata, spec.name)
+
+
+def _formed(value: Any, rules: Mapping[str, Any], name: str) -> None:
+    """Several texts, each of the setting's form."""
+    pattern, words = rules["form"]
+    texts = value if isinstance(value, tuple) else (value,)
+    for text in texts:
+        if not (isinstance(text, str) and re.fullmatch(pattern, text)):
+            shown = "" if rules.get("secret") else f", got {text!r}"
+            raise ConfigError(f"{name} must be {words}{shown}")
+    if texts is not value:
+        raise ConfigError(f"{name} must be a tuple of texts")
 
 
 def _bounded(value: Any, limits: Mapping[str, Any], name: str) -> None:

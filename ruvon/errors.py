@@ -8,6 +8,7 @@
     ├── PeerError                   a server that a client command talks to refused or failed
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
+    │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
@@ -57,6 +58,13 @@ class ContextLengthError(RequestError):
     """Prompt and requested completion do not fit the model's context."""
 
     code = "context_length_exceeded"
+
+
+class AuthenticationError(RequestError):
+    """The request carries no key of the server's, or a wrong one."""
+
+    status = 401
+    code = "invalid_api_key"
 
 
 class ModelNotFoundError(RequestError):

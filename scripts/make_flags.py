@@ -59,7 +59,7 @@ def off(base: type, spec: dataclasses.Field[object]) -> str:
 def default(value: object) -> str:
     if isinstance(value, bool):
         return "on" if value else "off"
-    return "none" if value is None else f"`{value}`"
+    return "none" if value in (None, ()) else f"`{value}`"
 
 
 if __name__ == "__main__":

@@ -141,6 +141,14 @@ def test_serve_builds_its_configs(monkeypatch, tmp_path):
     assert engine.max_num_seqs == 8
     assert engine.enable_prefix_caching is False
     assert (server.host, server.port) == ("::1", 9)
+    assert server.api_key == ()
+
+
+def test_serve_takes_keys_and_origins_repeated(monkeypatch):
+    keys = ["--api-key", "a", "--api-key", "b"]
+    _, server = served(monkeypatch, *keys, env={"RUVON_CORS_ALLOW_ORIGIN": "http://a,http://b"})
+    assert server.api_key == ("a", "b")
+    assert server.cors_allow_origin == ("http://a", "http://b")
 
 
 @pytest.mark.parametrize(
@@ -154,6 +162,7 @@ def test_serve_builds_its_configs(monkeypatch, tmp_path):
         (["bench", "serve", "--goodput", "itl:5"], "is not like ttft:200"),
         (["bench", "serve", "--goodput", "ttft:fast"], "is not like ttft:200"),
         (["serve", "a", "--model", "b"], "not both"),
+        (["serve", "--api-key", ""], "api_key must be printable"),
         (["serve", "--max-num-seqs", "0"], "max_num_seqs must be at least 1"),
         (["serve", "--config", "nowhere.toml"], "nowhere.toml"),
         (["chat", "--url", "http://127.0.0.1:9", "--threads", "2"], "--threads has no effect"),
@@ -210,7 +219,8 @@ def test_complete_reads_stdin(server):
 
 
 def test_models_of_a_server(server):
-    output = invoke("models", "--url", server.url).output
+    output = invoke("models", "--url", server.url, env={"RUVON_API_KEY": "mine, yours"}).output
+    assert server.asked[0][1]["Authorization"] == "Bearer mine"  # the servers' variable has several
     assert "fake" in output
     assert "2,048" in output
 

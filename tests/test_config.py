@@ -203,3 +203,30 @@ def test_a_user_without_a_home_keeps_nothing(monkeypatch, environ):
     monkeypatch.delenv("HOME")
     monkeypatch.setattr("pwd.getpwuid", stranger)
     assert cache_root(environ) is None
+
+
+@pytest.mark.parametrize(
+    ("given", "environ", "toml", "keys"),
+    [
+        ({"api_key": ("a", "b,c")}, {"RUVON_API_KEY": "x"}, {}, ("a", "b", "c")),
+        ({}, {"RUVON_API_KEY": "a, b"}, {"api_key": "x"}, ("a", "b")),
+        ({}, {}, {"api_key": ["a", "b"]}, ("a", "b")),
+        ({}, {}, {"api_key": "a"}, ("a",)),
+        ({}, {"RUVON_API_KEY": ""}, {}, ()),
+    ],
+)
+def test_several_texts(given, environ, toml, keys):
+    assert load(ServerConfig, given, environ, toml).api_key == keys
+
+
+@pytest.mark.parametrize("value", ["", "hidden,", "hidden hidden", "hiddén", ["hidden", 3], 3])
+def test_a_bad_key_is_no_open_door_and_is_not_shown(value):
+    with pytest.raises(ConfigError, match="api_key") as caught:
+        load(ServerConfig, environ={}, toml={"api_key": value})
+    assert "hidd" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["chat.example.com", "https://a.com/", "https://*.a.com", ""])
+def test_what_is_no_origin(value):
+    with pytest.raises(ConfigError, match="cors_allow_origin"):
+        load(ServerConfig, environ={}, toml={"cors_allow_origin": value})

@@ -19,6 +19,7 @@ from ruvon import __version__
 from ruvon.cli.bench import bench
 from ruvon.cli.options import (
     SettingsCommand,
+    first_key,
     load_engine,
     one_model,
     read_settings,
@@ -75,7 +76,10 @@ def source_options(function: Function) -> Function:
     options = [
         click.option("--url", envvar="RUVON_URL", help="Ask this server, not a model in process."),
         click.option(
-            "--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server."
+            "--api-key",
+            envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
+            callback=first_key,
+            help="Key for that server.",
         ),
         click.option("--temperature", type=float, help="0 is greedy. Default: the model's own."),
         click.option("--top-p", type=float, help="Share of probability to draw from."),
@@ -120,7 +124,12 @@ def complete(prompt: str, stop: tuple[str, ...], **given: Any) -> None:
 
 @main.command()
 @click.option("--url", envvar="RUVON_URL", help="Ask this server, not the local disk.")
-@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server.")
+@click.option(
+    "--api-key",
+    envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
+    callback=first_key,
+    help="Key for that server.",
+)
 def models(url: str | None, api_key: str | None) -> None:
     """List the models a server serves, or those on this machine's disk."""
     from ruvon.cli.models import print_local, print_remote

@@ -19,7 +19,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ruvon.cli.options import SettingsCommand, load_engine, one_model, read_settings, settings
+from ruvon.cli.options import (
+    SettingsCommand,
+    first_key,
+    load_engine,
+    one_model,
+    read_settings,
+    settings,
+)
 from ruvon.config import EngineConfig
 from ruvon.errors import PeerError
 
@@ -69,7 +76,7 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @click.option("--port", default=8000, show_default=True)
 @click.option("--backend", type=click.Choice(["openai", "openai-chat"]), default="openai")
 @click.option("--model", help="Default: the first that the server lists.")
-@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"])
+@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], callback=first_key)
 @click.option("--dataset-name", type=click.Choice(["random"]), default="random")
 @click.option(
     "--random-input-len",

@@ -90,13 +90,27 @@ def _option(
     names = [flag(spec.name), spec.name]
     if kind.base is bool:
         names[0] += "/--no-" + flag(spec.name).removeprefix("--")
-    shown = "" if spec.default is None else f"  [default: {_shown(spec.default)}]"
+    shown = "" if spec.default in (None, ()) else f"  [default: {_shown(spec.default)}]"
     return names, {
         "default": None,
         "type": _click_type(kind),
+        "multiple": kind.many,
+        "callback": _none_if_empty if kind.many else None,
         "help": spec.metadata["help"] + shown,
         "section": SECTIONS[cls],
     }
+
+
+def _none_if_empty(
+    ctx: click.Context, param: click.Parameter, value: tuple[str, ...]
+) -> tuple[str, ...] | None:
+    """None means not given, as for other settings."""
+    return value or None
+
+
+def first_key(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """A client's key, of a variable that it may share with a server that takes several."""
+    return (value or "").partition(",")[0].strip() or None
 
 
 def _click_type(kind: Kind) -> Any:

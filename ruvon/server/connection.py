@@ -9,7 +9,9 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import RequestError
+from ruvon.server import keys
 from ruvon.server.middleware import error_response
+from ruvon.server.state import STATE
 
 log = structlog.get_logger(__name__)
 
@@ -69,6 +71,7 @@ class Runner(web.AppRunner):
 
 async def expect(http: web.Request) -> None:
     """``Expect: 100-continue``: ask for the body, unless its handler will refuse it at once."""
-    if http.version >= (1, 1) and (http.content_length or 0) <= http.client_max_size:
+    small = (http.content_length or 0) <= http.client_max_size
+    if http.version >= (1, 1) and small and keys.allowed(http, http.app[STATE].server.api_key):
         await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         http.writer.output_size = 0  # as aiohttp does: the response has not begun

@@ -13,7 +13,8 @@ import orjson
 import structlog
 from aiohttp import web
 
-from ruvon.errors import QueueFullError, RequestError, UnavailableError
+from ruvon.errors import AuthenticationError, QueueFullError, RequestError, UnavailableError
+from ruvon.server import cors, keys
 from ruvon.server.events import CLIENT_LEFT, EventResponse
 from ruvon.server.failures import error_answer, failure
 from ruvon.server.state import STATE, State
@@ -49,12 +50,17 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
     """Signal before a response's headers go out."""
     response.headers["Server"] = "ruvon"
+    cors.add_headers(http, response, http.app[STATE].server.cors_allow_origin)
     if FACTS in http:
         response.headers["X-Request-Id"] = http[FACTS]["request_id"]
 
 
 async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
+    server = http.app[STATE].server
     try:
+        if server.cors_allow_origin and cors.is_preflight(http):
+            return cors.preflight(http, server.cors_allow_origin)
+        keys.check(http, server.api_key)
         return await handler(http)
     except Exception as error:
         error = _as_ours(error, http)
@@ -94,6 +100,8 @@ def error_response(error: Exception, path: str = "") -> web.Response:
     status = failure(error).status
     if isinstance(error, UrlError):
         headers = error.headers
+    if isinstance(error, AuthenticationError):
+        headers["WWW-Authenticate"] = "Bearer"
     if isinstance(error, UnavailableError) and error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
         headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after))

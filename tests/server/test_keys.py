@@ -1,0 +1,137 @@
+"""Keys, and which web pages may read answers."""
+
+from __future__ import annotations
+
+import pytest
+from serving import Reply
+
+from ruvon.config import ServerConfig
+from ruvon.server.app import ROUTES
+from ruvon.server.keys import OPEN
+
+KEYED = ServerConfig(port=0, api_key=("first-key", "second-key"))
+PAGE = "https://chat.example.com"
+
+
+def bearer(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        bearer("first-key"),
+        bearer("second-key"),
+        {"Authorization": "bearer  second-key "},
+        {"x-api-key": "first-key"},
+        {"x-api-key": "first-key", **bearer("none")},
+        {"x-api-key": "none", **bearer("first-key")},
+    ],
+)
+async def test_any_of_the_keys_in_either_header_opens(serve, headers):
+    server = await serve("Hello", server=KEYED)
+    body = {"messages": [{"role": "user", "content": "Hi"}]}
+    reply = await server.post("/v1/chat/completions", body, headers=headers)
+    assert reply.status == 200
+    assert (await server.get("/metrics", headers=headers)).status == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "told"),
+    [
+        ({}, "missing"),
+        (bearer(""), "missing"),
+        (bearer("first-ke"), "wrong"),
+        (bearer("first-key2"), "wrong"),
+        (bearer("first-key,second-key"), "wrong"),
+        ({"Authorization": "Basic first-key"}, "missing"),
+        ({"Authorization": "first-key"}, "missing"),
+        ({"x-api-key": "clé"}, "wrong"),
+    ],
+)
+async def test_nothing_else_opens(serve, headers, told):
+    server = await serve("Hello", server=KEYED)
+    reply = await server.post("/v1/completions", {"prompt": "Hi"}, headers=headers)
+    assert reply.status == 401
+    assert reply.headers["WWW-Authenticate"] == "Bearer"
+    assert reply.error["code"] == "invalid_api_key"
+    assert told in reply.error["message"]
+    assert b"key2" not in reply.body
+
+
+async def test_every_path_but_two_needs_a_key(serve):
+    server = await serve("Hello", server=KEYED)
+    for route in ROUTES:
+        async with server.session.request(route.method, server.url + route.path) as response:
+            assert (response.status == 401) == (route.path not in OPEN), route
+    assert {"/live", "/ready"} == OPEN
+    for path in ("/nowhere", "/live/", "//ready", "/ready/../metrics"):
+        assert (await server.get(path)).status == 401, path
+
+
+async def test_without_keys_any_will_do(serve):
+    server = await serve("Hello")
+    assert (await server.get("/v1/models", headers=bearer("none"))).status == 200
+
+
+def test_a_key_is_not_shown():
+    assert "first-key" not in repr(KEYED)
+
+
+async def ask(server, method: str, path: str, origin: str | None, **headers: str) -> Reply:
+    sent = headers if origin is None else {"Origin": origin, **headers}
+    async with server.session.request(method, server.url + path, headers=sent) as response:
+        return Reply(response.status, response.headers, await response.read())
+
+
+async def preflight(server, origin: str) -> Reply:
+    asked = {
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "authorization, content-type, x-stainless-os",
+    }
+    return await ask(server, "OPTIONS", "/v1/chat/completions", origin, **asked)
+
+
+def shown(reply: Reply) -> set[str]:
+    return {name for name in reply.headers if name.startswith("Access-Control")}
+
+
+async def test_no_page_may_read_by_default(serve):
+    server = await serve("Hello")
+    assert (await preflight(server, PAGE)).status == 405
+    for path in ("/v1/models", "/nowhere"):
+        assert not shown(await ask(server, "GET", path, PAGE))
+
+
+async def test_allowed_pages_may_read_answers_and_errors(serve):
+    other = "http://localhost:3000"
+    config = ServerConfig(port=0, cors_allow_origin=(PAGE, other), api_key=("k",))
+    server = await serve("Hello", server=config)
+    for origin in (PAGE, other):
+        reply = await preflight(server, origin)  # which has no key
+        assert reply.status == 204
+        assert reply.headers["Access-Control-Allow-Origin"] == origin
+        assert "x-stainless-os" in reply.headers["Access-Control-Allow-Headers"]
+        assert "POST" in reply.headers["Access-Control-Allow-Methods"]
+        assert "Access-Control-Allow-Credentials" not in reply.headers
+        for headers, status in ((bearer("k"), 200), ({}, 401)):
+            reply = await ask(server, "GET", "/v1/models", origin, **headers)
+            assert reply.status == status
+            assert reply.headers["Access-Control-Allow-Origin"] == origin
+            assert reply.headers["Vary"] == "Origin"
+            assert "X-Request-Id" in reply.headers["Access-Control-Expose-Headers"]
+    for origin in ("https://chat.example.com.evil.org", "https://chat.example.com:444", "null"):
+        assert not shown(await preflight(server, origin))
+        reply = await ask(server, "GET", "/v1/models", origin, **bearer("k"))
+        assert not shown(reply)
+        assert reply.headers["Vary"] == "Origin"
+    assert (await ask(server, "OPTIONS", "/v1/models", None)).status == 401
+
+
+async def test_a_star_is_any_page_in_streams_too(serve):
+    server = await serve("Hello", server=ServerConfig(port=0, cors_allow_origin=("*",)))
+    body = {"prompt": "Hi", "stream": True}
+    reply = await server.post("/v1/completions", body, headers={"Origin": "null"})
+    assert reply.events
+    assert reply.headers["Access-Control-Allow-Origin"] == "*"
+    assert "Vary" not in reply.headers
