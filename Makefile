@@ -24,7 +24,7 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 
-.PHONY: help setup run-api run-cli test-all coverage fmt lint mutants docs tour bench bench-peers bench-quality clean
+.PHONY: help setup run-api run-cli test-all clients coverage fmt lint mutants docs tour bench bench-peers bench-quality clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -40,6 +40,9 @@ run-cli: $(RUN_STAMP) ## Chat in the terminal; MODEL=, ARGS=.
 
 test-all: $(DEV_STAMP) ## Run all tests; ARGS= goes to pytest.
 	$(BIN)/python -m pytest $(ARGS)
+
+clients: $(DEV_STAMP) ## Drive clients and agents, each installed by itself; ARGS= names them.
+	PYTHONPATH=tests:tests/server $(BIN)/python tests/clients/run.py $(ARGS)
 
 coverage: $(DEV_STAMP) ## The same, and fail where too few of the branches of ruvon/ are taken.
 	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)

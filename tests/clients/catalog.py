@@ -1,0 +1,56 @@
+"""The clients that `make clients` runs: how each is installed, started and told what to find."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+HERE = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Client:
+    """``packages`` are those whose versions the report tells. ``tests`` run in the environment of
+    ``requirements`` (pip) or ``folder`` (npm); an agent's run in this one and start its program."""
+
+    name: str
+    kind: Literal["python", "node", "agent"]
+    packages: tuple[str, ...]
+    tests: str
+    exercised: str
+    requirements: str | None = None
+    folder: str | None = None
+    program: str | None = None  # within the environment
+    script: str = "obedient"
+    seconds: float = 300.0
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def python(name: str, packages: tuple[str, ...], exercised: str, **options: str) -> Client:
+    file = name.replace("-", "_")
+    return Client(
+        name, "python", packages, f"python/test_{file}.py", exercised,
+        requirements=f"python/{name}.txt", **options,
+    )  # fmt: skip
+
+
+CLIENTS = (
+    python(
+        "openai", ("openai",),
+        "sync, async and aiohttp transports; strict validation; chat, completions, responses,"
+        " embeddings; parse, stream helpers, tool loops, errors",
+    ),
+    python("anthropic", ("anthropic",), "messages, stream helper, tools, count_tokens, models"),
+    python("openai-agents", ("openai-agents",), "tool loop over chat and over responses"),
+    python(
+        "langchain", ("langchain-openai", "langchain-tests"),
+        "langchain-tests' standard integration tests over chat and over responses",
+        script="langchain",
+    ),
+    python("instructor", ("instructor",), "tools, JSON and JSON schema modes; lists; streaming"),
+    python("pydantic-ai", ("pydantic-ai-slim",), "agent: tools, typed output; three dialects"),
+    python("litellm", ("litellm",), "chat, stream, tools, responses, messages, embeddings"),
+    python("llama-index", ("llama-index-llms-openai-like",), "chat, complete, stream, tools"),
+    python("lm-eval", ("lm-eval",), "log-likelihoods by echo and logprobs, and generation"),
+)  # fmt: skip

@@ -1,0 +1,144 @@
+"""A real server whose model says what a script says; docs/clients.md has how to start it.
+
+Everything is ruvon's own, sockets, routes, template, tokenizer and parsers, but for the forward
+pass: the runner reads the prompt as text, as the model would, asks the script, and gives the ids of
+its answer. So a client is taken through a whole loop of tool calls, and what it sends back counts
+only once it has come as far as the prompt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+from fakes import FakeRunner, fake_logprobs
+from recorder import Recorder
+from serving import fake_start
+
+import scripts
+from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.engine import Engine
+from ruvon.engine.types import SamplingRow, TokenLogprobs
+from ruvon.models.chat import load_chat
+from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.tokenizer import Tokenizer, load_tokenizer
+from ruvon.server.app import create_app, make_runner
+from ruvon.server.lifecycle import Start
+from ruvon.server.listen import listen
+from ruvon.server.state import STATE
+from ruvon.telemetry import silent
+
+HERE = Path(__file__).parent
+MODEL = "scripted"
+MAX_MODEL_LEN = 1 << 17  # coding agents begin with tens of thousands of tokens
+BLOCK_SIZE = 64
+VOCAB_SIZE = 49152
+
+
+class ScriptedRunner(FakeRunner):
+    """Answers each prompt with what ``script(prompt)`` says, then ends it."""
+
+    def __init__(self, script: Callable[[str], str], tokenizer: Tokenizer) -> None:
+        super().__init__(BLOCK_SIZE)
+        self._script = script
+        self._tokenizer = tokenizer
+        self._answers: dict[int, Sequence[int]] = {}
+
+    def _draw(
+        self, row: SamplingRow, context: list[int]
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        if row.seq_id not in self._answers:
+            self._answers[row.seq_id] = self._answer(row.history[: row.num_prompt])
+        answer = self._answers[row.seq_id]
+        token = answer[min(len(context) - row.num_prompt, len(answer) - 1)]
+        num_top = row.sampling.logprobs
+        return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
+
+    def _answer(self, prompt: Sequence[int]) -> Sequence[int]:
+        text = self._script(self._tokenizer.decode(prompt, skip_special_tokens=False))
+        ids = self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+        return [*ids, min(self._tokenizer.eos_ids)]
+
+
+def scripted_start(script: Callable[[str], str]) -> Start:
+    """Loads the default model's tokenizer, and no weights."""
+
+    def start(config: EngineConfig, progress: Callable[[str, float], None]) -> Any:
+        tokenizer = load_tokenizer(open_checkpoint(EngineConfig(), silent))
+        runner = ScriptedRunner(script, tokenizer)
+        loaded = fake_start(runner, config)(config, progress)
+        loaded.checkpoint.name = MODEL
+        loaded.tokenizer = tokenizer
+        loaded.chat = load_chat(tokenizer, (HERE / "hermes.jinja").read_text())
+        loaded.engine = Engine(
+            runner,
+            config,
+            max_model_len=MAX_MODEL_LEN,
+            num_blocks=4 * MAX_MODEL_LEN // BLOCK_SIZE,
+            vocab_size=VOCAB_SIZE,
+            eos_token_ids=tuple(tokenizer.eos_ids),
+        )
+        return loaded
+
+    return start
+
+
+@contextmanager
+def running(script: str, record: Path | None = None) -> Iterator[str]:
+    """Serve in a thread of this process; gives the address. ``record`` gets requests and answers,
+    a line of JSON each."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="scripted")
+    thread.start()
+    runners: list[web.AppRunner] = []
+    try:
+        yield asyncio.run_coroutine_threadsafe(open_all(script, record, runners), loop).result(60)
+    finally:
+        for runner in reversed(runners):
+            asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+async def open_all(script: str, record: Path | None, runners: list[web.AppRunner]) -> str:
+    """Start a server, and a recorder before it; ``runners`` are to be cleaned up."""
+    config = EngineConfig(block_size=BLOCK_SIZE, max_num_batched_tokens=8192)
+    start = scripted_start(scripts.SCRIPTS[script])
+    app = create_app(config, ServerConfig(port=0, max_body_size="64MiB", log_requests=False), start)
+    runners.append(make_runner(app))
+    address = await listening(runners[-1])
+    while not (app[STATE].service or app[STATE].failure):  # noqa: ASYNC110 - no event says so
+        await asyncio.sleep(0.01)
+    if app[STATE].failure:
+        raise app[STATE].failure
+    if record is not None:
+        runners.append(web.AppRunner(Recorder(address, record).app()))
+        address = await listening(runners[-1])
+    return address
+
+
+async def listening(runner: web.AppRunner) -> str:
+    await runner.setup()
+    _, port = await listen(runner, "127.0.0.1", 0)
+    return f"http://127.0.0.1:{port}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--script", default="obedient", choices=sorted(scripts.SCRIPTS))
+    parser.add_argument("--record", type=Path, help="write requests and answers here, JSON lines")
+    options = parser.parse_args()
+    with running(options.script, options.record) as address:
+        print(address, flush=True)
+        threading.Event().wait()
+
+
+if __name__ == "__main__":
+    main()
