@@ -16,7 +16,7 @@ ROOT = Path(ruvon.__file__).parent
 LEAVES = {"config", "deltas", "errors", "grammars", "locate", "telemetry"}
 LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
 FRONT = {
-    "", "__main__", "async_llm", "bench", "cli", "completion", "llm", "verify"
+    "", "__main__", "async_llm", "bench", "cli", "completion", "doctor", "llm", "verify"
 }  # fmt: skip  # may use everything
 
 OPTIONAL = {

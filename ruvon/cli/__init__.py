@@ -179,6 +179,41 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
     print_verification(config, requests, tokens, reference, Console())
 
 
+@main.command()
+@click.argument("url", metavar="BASE_URL", required=False)
+@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server.")
+@click.option("--model", help="Ask this model. Default: the first that the server lists.")
+@click.option(
+    "--only", "globs", multiple=True, metavar="GLOB",
+    help="Checks or groups, such as chat.stream or '*.usage*'; may be repeated.",
+)  # fmt: skip
+@click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report there.")
+@click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option(
+    "--timeout", type=float, default=30.0, show_default=True, help="Seconds that a check may take."
+)
+@click.option("--list", "listing", is_flag=True, help="Name the checks instead of running them.")
+def doctor(
+    url: str | None, globs: tuple[str, ...], report: Path | None, listing: bool, **options: Any
+) -> None:
+    """Check that the server at BASE_URL speaks OpenAI's dialect: any server, not only ruvon's.
+
+    Exits with 1 if a check fails that is not about an extension.
+    """
+    from rich.console import Console
+
+    from ruvon.doctor.run import choose
+    from ruvon.doctor.table import print_checks, print_examination
+
+    console = Console(soft_wrap=True)
+    if listing:
+        print_checks(choose(globs), console)
+    elif url is None:
+        raise click.UsageError("BASE_URL is missing")
+    else:
+        print_examination(url, globs, report, console, **options)
+
+
 @contextmanager
 def importing() -> Iterator[None]:
     """Around imports that take seconds. They make much and drop little, so that the garbage
