@@ -24,6 +24,7 @@ from ruvon.server.connection import Runner, expect
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
+from ruvon.server.openapi import openapi
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -46,6 +47,7 @@ ROUTES = (
     web.get("/ready", admin.ready),
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
+    web.get("/openapi.json", openapi),
 )
 
 
