@@ -44,6 +44,18 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/models"): Operation("OpenAI", "The served names", responses.ModelList),
     ("GET", "/v1/models/{name}"): Operation("OpenAI", "One served name", responses.ModelCard),
+    ("POST", "/v1/chat/completions/render"): Operation(
+        "tokens", "What a chat gives the model", responses.Rendered, schemas.ChatRequest
+    ),
+    ("POST", "/v1/completions/render"): Operation(
+        "tokens",
+        "What completions give the model",
+        list[responses.Rendered],
+        schemas.CompletionRequest,
+    ),
+    ("POST", "/apply-template"): Operation(
+        "tokens", "A chat's prompt as text", responses.Prompt, schemas.ChatRequest
+    ),
     ("POST", "/tokenize"): Operation(
         "tokens",
         "A prompt, or messages, as ids",

@@ -207,6 +207,16 @@ class Prompt(TypedDict):
     prompt: str
 
 
+class Rendered(TypedDict):
+    """What a model would be given."""
+
+    model: str
+    prompt: str
+    token_ids: Sequence[int]
+    token_strs: list[str]
+    sampling_params: Mapping[str, Any]
+
+
 class Status(TypedDict):
     status: str
 
