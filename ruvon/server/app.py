@@ -24,6 +24,8 @@ from ruvon.server.connection import Runner, expect
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
+from ruvon.server.openapi import openapi
+from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -37,6 +39,9 @@ GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is compu
 ROUTES = (
     web.post("/v1/chat/completions", chat_completions, expect_handler=expect),
     web.post("/v1/completions", completions, expect_handler=expect),
+    web.post("/v1/chat/completions/render", render_chat, expect_handler=expect),
+    web.post("/v1/completions/render", render_completions, expect_handler=expect),
+    web.post("/apply-template", apply_template, expect_handler=expect),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),
@@ -46,6 +51,7 @@ ROUTES = (
     web.get("/ready", admin.ready),
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
+    web.get("/openapi.json", openapi),
 )
 
 

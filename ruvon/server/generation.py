@@ -45,8 +45,7 @@ class Generation:
         """Run the jobs and send what they give, as a ``stream`` or as a whole; ``ignored`` are
         fields of the request that have no effect. Whichever way this is left, it frees what the
         jobs held."""
-        names = ",".join(quote(name, safe="[]") for name in ignored)
-        headers = {"X-Ruvon-Ignored": names} if names else {}
+        headers = ignored_header(ignored)
         async with aclosing(self._service.generator.generate(self._jobs)) as source:
             try:
                 if stream:
@@ -108,6 +107,12 @@ class Generation:
         if self._first_at is not None:
             facts["ttft_ms"] = round(1000 * (self._first_at - self._started_at), 1)
         return facts
+
+
+def ignored_header(names: Sequence[str]) -> dict[str, str]:
+    """What tells a client which of its fields have no effect."""
+    joined = ",".join(quote(name, safe="[]") for name in names)
+    return {"X-Ruvon-Ignored": joined} if joined else {}
 
 
 def check_end(delta: Delta) -> None:

@@ -6,7 +6,9 @@ Keys that are not always present are ``NotRequired``: clients test presence as w
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, NotRequired, TypeAlias, TypedDict
+from typing import Any, Literal, NotRequired, TypeAlias
+
+from typing_extensions import TypedDict  # pydantic, which describes them, cannot read 3.11's own
 
 PromptLogprobs: TypeAlias = "list[dict[str, PromptLogprob] | None]"
 
@@ -156,3 +158,74 @@ class AnthropicErrorAnswer(TypedDict):
 
     type: Literal["error"]
     error: AnthropicErrorBody
+
+
+class Answer(TypedDict):
+    """What chat and completions say beside their choices."""
+
+    id: str
+    created: int
+    model: str
+    system_fingerprint: str
+    usage: Usage
+    prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_logprobs: NotRequired[PromptLogprobs]
+
+
+class ChatAnswer(Answer):
+    """A whole answer to a chat."""
+
+    object: Literal["chat.completion"]
+    choices: list[ChatChoice]
+    service_tier: str
+
+
+class TextAnswer(Answer):
+    """Whole completions."""
+
+    object: Literal["text_completion"]
+    choices: list[CompletionChoice]
+
+
+class ModelList(TypedDict):
+    object: Literal["list"]
+    data: list[ModelCard]
+
+
+class Tokens(TypedDict):
+    """A prompt taken apart."""
+
+    count: int
+    max_model_len: int
+    tokens: Sequence[int]
+    token_strs: list[str] | None
+
+
+class Prompt(TypedDict):
+    """Ids put together."""
+
+    prompt: str
+
+
+class Rendered(TypedDict):
+    """What a model would be given."""
+
+    model: str
+    prompt: str
+    token_ids: Sequence[int]
+    token_strs: list[str]
+    sampling_params: Mapping[str, Any]
+
+
+class Status(TypedDict):
+    status: str
+
+
+class Readiness(TypedDict):
+    status: str
+    phase: str
+    percent: int
+
+
+class Version(TypedDict):
+    version: str

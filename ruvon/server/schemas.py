@@ -82,11 +82,20 @@ def as_bias(value: object) -> dict[int, float]:
 
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
-Prompts = Annotated[list[str | list[int]], PlainValidator(as_prompts)]
-Bias = Annotated[dict[int, float], PlainValidator(as_bias)]
+Prompts = Annotated[
+    list[str | list[int]],
+    PlainValidator(
+        as_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+Bias = Annotated[dict[int, float], PlainValidator(as_bias, json_schema_input_type=dict[str, float])]
 Word = Annotated[str, Field(min_length=1, max_length=128)]
 Texts = Annotated[list[Word], Field(fail_fast=True, max_length=256)]
-Stops = Annotated[list[Text], Field(fail_fast=True, max_length=64), BeforeValidator(as_list)]
+Stops = Annotated[
+    list[Text],
+    Field(fail_fast=True, max_length=64),
+    BeforeValidator(as_list, json_schema_input_type=Text | list[Text]),
+]
 
 
 class Fields(BaseModel):
@@ -192,7 +201,11 @@ class TextPart(Fields):
     text: str
 
 
-Parts = Annotated[list[TextPart], Field(fail_fast=True, max_length=1024), BeforeValidator(as_parts)]
+Parts = Annotated[
+    list[TextPart],
+    Field(fail_fast=True, max_length=1024),
+    BeforeValidator(as_parts, json_schema_input_type=str | list[TextPart]),
+]
 
 
 class FunctionCall(Fields):

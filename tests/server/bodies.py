@@ -55,6 +55,8 @@ BODIES = {
     "all completions": (COMPLETE, prompt(several(b'"a"', 128), b',"n":2'), 200),
     "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),
     "scores beside a chat": (CHAT, messages(EMPTY, 200, b',"prompt_logprobs":20'), 200),
+    "a chat to be rendered": (CHAT + "/render", user(text(8000)), 200),
+    "ids to be rendered": (COMPLETE + "/render", prompt(ids(CONTEXT - 1)), 200),
     "as many characters as may fit": (
         "/tokenize",
         b'{"prompt":%s,"return_token_strs":true}' % text(CONTEXT * 12),

@@ -152,7 +152,7 @@ def test_no_field_is_in_two_classes():
 
 
 def test_every_endpoint_is_listed():
-    rows = re.findall(r"`(GET|POST) (/[\w/{}]*)`", TEXT)
+    rows = re.findall(r"`(GET|POST|DELETE) (/[\w/{}.-]*)`", TEXT)
     routes = {(route.method, re.sub(r":[^}]*", "", route.path)) for route in ROUTES}
     assert {(method, path.replace("{id}", "{name}")) for method, path in rows} == routes
 

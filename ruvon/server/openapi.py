@@ -1,0 +1,185 @@
+"""``GET /openapi.json``: what this server speaks, made from the types that requests are parsed to
+and answers are written from."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, TypeAlias
+
+import orjson
+from aiohttp import web
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
+
+from ruvon import __version__
+from ruvon.server import responses, schemas
+from ruvon.server.body import offload
+from ruvon.server.keys import OPEN
+from ruvon.server.state import STATE
+
+Schema: TypeAlias = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One endpoint. ``answer`` and ``body`` are types; an answer that is `str` is plain text."""
+
+    tag: str
+    summary: str
+    answer: Any
+    body: Any = None
+    streams: bool = False  # whether the answer may come as server-sent events
+    queries: Mapping[str, Any] = field(default_factory=dict)  # name → type
+
+
+OPERATIONS: Mapping[tuple[str, str], Operation] = {
+    ("POST", "/v1/chat/completions"): Operation(
+        "OpenAI", "Answer a conversation", responses.ChatAnswer, schemas.ChatRequest, streams=True
+    ),
+    ("POST", "/v1/completions"): Operation(
+        "OpenAI", "Continue texts", responses.TextAnswer, schemas.CompletionRequest, streams=True
+    ),
+    ("GET", "/v1/models"): Operation("OpenAI", "The served names", responses.ModelList),
+    ("GET", "/v1/models/{name}"): Operation("OpenAI", "One served name", responses.ModelCard),
+    ("POST", "/v1/chat/completions/render"): Operation(
+        "tokens", "What a chat gives the model", responses.Rendered, schemas.ChatRequest
+    ),
+    ("POST", "/v1/completions/render"): Operation(
+        "tokens",
+        "What completions give the model",
+        list[responses.Rendered],
+        schemas.CompletionRequest,
+    ),
+    ("POST", "/apply-template"): Operation(
+        "tokens", "A chat's prompt as text", responses.Prompt, schemas.ChatRequest
+    ),
+    ("POST", "/tokenize"): Operation(
+        "tokens",
+        "A prompt, or messages, as ids",
+        responses.Tokens,
+        schemas.TokenizeRequest | schemas.TokenizeChatRequest,
+    ),
+    ("POST", "/detokenize"): Operation(
+        "tokens", "Ids as text", responses.Prompt, schemas.DetokenizeRequest
+    ),
+    ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
+    ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
+    ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
+    ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
+    ("GET", "/metrics"): Operation("state", "Prometheus metrics", str),
+    ("GET", "/openapi.json"): Operation("state", "This document", dict[str, Any]),
+}
+"""Every endpoint, by method and path."""
+
+SECURITY: Schema = {
+    "bearer": {"type": "http", "scheme": "bearer"},
+    "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
+}
+REFERENCE = "#/components/schemas/{model}"
+
+
+async def openapi(http: web.Request) -> web.Response:
+    """The document."""
+    keyed = bool(http.app[STATE].server.api_key)
+    body = await offload(http.app, True, lambda: render(keyed))
+    return web.Response(body=body, content_type="application/json")
+
+
+@cache
+def render(keyed: bool) -> bytes:
+    """The document as JSON, for a server with keys or without."""
+    return orjson.dumps(document(keyed))
+
+
+def document(keyed: bool) -> Schema:
+    """The document: OpenAPI 3.1, whose schemas are JSON schemas."""
+    found, definitions = schemas_of(OPERATIONS)
+    paths: dict[str, Schema] = {}
+    for (method, path), operation in OPERATIONS.items():
+        entry = describe(method, path, operation, found)
+        if keyed and path not in OPEN:
+            entry["security"] = [{"bearer": []}, {"key": []}]
+        paths.setdefault(path, {})[method.lower()] = entry
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "ruvon", "version": __version__, "license": {"name": "MIT"}},
+        "paths": paths,
+        "components": {"schemas": definitions, "securitySchemes": SECURITY if keyed else {}},
+    }
+
+
+Found: TypeAlias = Mapping[tuple[str, JsonSchemaMode], Schema]
+"""The schema of an operation's part, such as ``POST /tokenize body``, by name and mode."""
+
+
+def schemas_of(operations: Mapping[tuple[str, str], Operation]) -> tuple[Found, Schema]:
+    """The schemas of all bodies and answers, and the definitions that they share."""
+    inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
+        ("error", "serialization", TypeAdapter(responses.ErrorAnswer))
+    ]
+    for (method, path), operation in operations.items():
+        name = f"{method} {path}"
+        inputs.append((f"{name} answer", "serialization", TypeAdapter(operation.answer)))
+        if operation.body is not None:
+            inputs.append((f"{name} body", "validation", TypeAdapter(operation.body)))
+        for query, kind in operation.queries.items():
+            inputs.append((f"{name}?{query}", "validation", TypeAdapter(kind)))
+    found, shared = TypeAdapter.json_schemas(inputs, ref_template=REFERENCE)
+    return found, shared.get("$defs", {})
+
+
+def describe(method: str, path: str, operation: Operation, found: Found) -> Schema:
+    """One operation."""
+    name = f"{method} {path}"
+    entry: Schema = {
+        "tags": [operation.tag],
+        "summary": operation.summary,
+        "operationId": re.sub(r"\W+", "_", name.lower()).strip("_"),
+        "responses": {
+            "200": {"description": "OK", "content": contents(name, operation, found)},
+            "4XX": failed("What is wrong with the request", found),
+            "5XX": failed("Why it cannot be answered now", found),
+        },
+    }
+    if path in ANSWERS_503:  # in the form of the answer, for it is one
+        entry["responses"]["503"] = entry["responses"]["200"] | {"description": "No"}
+    if parameters := parameters_of(name, path, operation, found):
+        entry["parameters"] = parameters
+    if operation.body is not None:
+        body = {"application/json": {"schema": found[f"{name} body", "validation"]}}
+        entry["requestBody"] = {"required": True, "content": body}
+    return entry
+
+
+ANSWERS_503 = frozenset({"/health", "/live", "/ready"})
+
+
+def parameters_of(name: str, path: str, operation: Operation, found: Found) -> list[Schema]:
+    """What is in the path, and what may follow it."""
+    inside: list[Schema] = [
+        {"name": each, "in": "path", "required": True, "schema": {"type": "string"}}
+        for each in re.findall(r"{(\w+)}", path)
+    ]
+    behind = [
+        {"name": each, "in": "query", "schema": found[f"{name}?{each}", "validation"]}
+        for each in operation.queries
+    ]
+    return inside + behind
+
+
+def contents(name: str, operation: Operation, found: Found) -> Schema:
+    """What an answer may be, by media type."""
+    if operation.answer is str:
+        return {"text/plain": {"schema": {"type": "string"}}}
+    content: Schema = {"application/json": {"schema": found[f"{name} answer", "serialization"]}}
+    if operation.streams:
+        content["text/event-stream"] = {"schema": {"type": "string"}}
+    return content
+
+
+def failed(description: str, found: Found) -> Schema:
+    schema = found["error", "serialization"]
+    return {"description": description, "content": {"application/json": {"schema": schema}}}
