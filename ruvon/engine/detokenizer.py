@@ -47,8 +47,8 @@ class Detokenizer:
     def push(self, emissions: Iterable[Emission], stop: Callable[[int], None]) -> list[Delta]:
         """What the completions gain: at least one delta for each with news that has not ended.
 
-        ``stop`` is called with the sequence of a completion that a stop string ends: the engine
-        knows nothing of those.
+        ``stop`` is called with the sequence of a completion that its text ends, such as a stop
+        string: the engine knows nothing of those.
         """
         news: dict[int, Emission] = {}
         gather(news, emissions)
@@ -88,17 +88,17 @@ class _Completion:
         before = self._text.num_tokens
         hidden = emission.stop_token is not None and not self._include_stop
         deltas = self._parser.push(tokens[:-1] if hidden else tokens)
-        stopped = self._text.stopped
-        if stopped is not None:
+        over = self._text.over
+        if over:
             num_taken = self._text.num_tokens - before  # with the one that completed the string
             tokens, logprobs = tokens[:num_taken], logprobs[:num_taken]
-        self.ended = stopped is not None or emission.finish is not None
+        self.ended = over or emission.finish is not None
         if self.ended:
             deltas += self._parser.finish()
         if not deltas:
             deltas = [Delta()]
         if self.ended:
-            self._say_why(deltas[-1], emission, stopped)
+            self._say_why(deltas[-1], emission)
         gained = deltas[0]
         gained.tokens, gained.logprobs = tokens, logprobs
         gained.prompt_logprobs = emission.prompt_logprobs
@@ -107,10 +107,10 @@ class _Completion:
             delta.index = emission.index
         return deltas
 
-    def _say_why(self, delta: Delta, emission: Emission, stopped: str | None) -> None:
-        """It ended at a stop string, or as the engine says."""
-        if stopped is not None:
-            delta.finish, delta.stop_reason = "stop", stopped
+    def _say_why(self, delta: Delta, emission: Emission) -> None:
+        """It ended at a stop string, where the parser had enough, or as the engine says."""
+        if self._text.over:
+            delta.finish, delta.stop_reason = "stop", self._text.stopped
             return
         delta.finish, delta.error = emission.finish, emission.error
         if emission.stop_token in self._stop_ids:

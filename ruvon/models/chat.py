@@ -1,112 +1,63 @@
-"""From messages to a prompt, and from a model's ids to what a client is told.
+"""From a conversation to the answer to be given: what the model reads, must write, and has written.
 
-A format is a renderer and a parser. ``plain`` renders with the model's own Jinja template and
-takes all ids for text; formats whose models write tool calls or reasoning add a row to `FORMATS`.
-
-Nothing a client writes can become a special token. A string of the request that spells one, such
-as ``<|im_end|>``, is rendered with a private-use character in place of its first: templates still
-see text of the same length that starts, ends, strips and compares as before, but the spelling is
-gone, so whatever special tokens the prompt then holds are the template's own. The characters are
-put back before encoding. The one thing a template cannot do is look for a special token in a
-message. A request without such strings is rendered and encoded with no detour.
+The prompt is rendered by the model's own Jinja template; special tokens in what a client writes
+stay text (`guard`). How calls and reasoning are written follows from that template and from the
+vocabulary (`ruvon.models.formats`), so nobody has to say it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
 import jinja2
 
-from ruvon.deltas import Delta
 from ruvon.errors import ConfigError, RequestError
 from ruvon.grammars import Grammar
-from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
-from ruvon.models.messages import Message, map_strings, plain, prepare, strings
-from ruvon.models.template import Template, compile_own, compile_template, render_template
+from ruvon.models.formats import find_format
+from ruvon.models.formats.answer import Answer, Thinking, chosen
+from ruvon.models.formats.plain import PlainParser as PlainParser
+from ruvon.models.formats.tools import Parser as Parser
+from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, openai_form
+from ruvon.models.formats.tools import Turn as Turn
+from ruvon.models.guard import Guard
+from ruvon.models.messages import Message, plain, prepare
+from ruvon.models.template import (
+    Template,
+    compile_own,
+    compile_template,
+    render_template,
+    variables_of,
+)
 from ruvon.models.text_stream import TextStream
 from ruvon.models.tokenizer import Tokenizer
 
-STAND_INS = range(0xF0000, 0xFFFFD)  # private use, plane 15
 FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
+THINK_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
+SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch of reasoning
+EFFORT = "reasoning_effort"
 
 
-class Options(TypedDict, total=False):
+class TurnOptions(TypedDict, total=False):
     """How to render messages. The generation prompt opens the assistant's turn; it is added unless
     told otherwise or the final message is to be continued. ``kwargs`` are further variables of the
     template."""
 
-    tools: Sequence[Mapping[str, Any]] | None
     documents: Sequence[Mapping[str, Any]] | None
     add_generation_prompt: bool | None
     continue_final_message: bool
     kwargs: Mapping[str, Any] | None
 
 
+class Options(TurnOptions, total=False):
+    """The same, with tools in OpenAI's form."""
+
+    tools: Sequence[Mapping[str, Any]] | None
+
+
 RESERVED = frozenset({"messages", *Options.__annotations__} - {"kwargs"})
-
-
-class Parser(Protocol):
-    """Reads one completion's ids as they come; any chunking of the same ids adds up to the same.
-
-    It is made with the `TextStream` through which all its ids become text, that it may hold back
-    what is undecided, and end at a stop string. It says what the completion says (text, reasoning,
-    tool calls) and leaves the other fields of a `Delta` alone.
-    """
-
-    def push(self, ids: Sequence[int]) -> list[Delta]: ...
-
-    def finish(self) -> list[Delta]:
-        """What was held back, once no more ids come."""
-
-
-class PlainParser:
-    """All output is the answer's text."""
-
-    def __init__(self, text: TextStream) -> None:
-        self._text = text
-
-    def push(self, ids: Sequence[int]) -> list[Delta]:
-        text = self._text.push(ids)
-        return [Delta(text=text)] if text else []
-
-    def finish(self) -> list[Delta]:
-        text = self._text.finish()
-        return [Delta(text=text)] if text else []
-
-
-@dataclass(frozen=True, slots=True)
-class Turn:
-    """One answer to be given: what the model reads, and how what it writes is read."""
-
-    prompt: tuple[int, ...]
-    parser: Callable[[TextStream], Parser]  # made once for each completion
-    grammar: Grammar | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Format:
-    """How a family of models is talked to. ``render`` takes the model's template, or None if it
-    has none, and the template's variables."""
-
-    render: Callable[[Template | None, Mapping[str, Any]], str]
-    parser: Callable[[TextStream], Parser]
-
-
-def _render_plain(template: Template | None, variables: Mapping[str, Any]) -> str:
-    if template is None:
-        raise RequestError(
-            "This model has no chat template. Give one with --chat-template, or use completions.",
-            param="messages",
-            code="unsupported_value",
-        )
-    return render_template(template, variables)
-
-
-FORMATS: Mapping[str, Format] = {"plain": Format(_render_plain, PlainParser)}
 
 
 def load_chat(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
@@ -117,13 +68,13 @@ def load_chat(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
     if template is None:
         own = tokenizer.chat_templates
         compiled = {name: compile_own(name, source) for name, source in own.items()}
-        return ChatFormat(tokenizer, own, compiled, FORMATS["plain"])
+        return ChatFormat(tokenizer, own, compiled)
     try:
         given = {"default": compile_template(template)}
     except jinja2.TemplateSyntaxError as error:
         where = f"line {error.lineno}: {error.message}"
         raise ConfigError(f"chat_template: not a Jinja template, {where}") from None
-    return ChatFormat(tokenizer, {"default": template}, given, FORMATS["plain"])
+    return ChatFormat(tokenizer, {"default": template}, given)
 
 
 def read_template(path: str) -> str:
@@ -138,51 +89,62 @@ class ChatFormat:
     """One model's way of chatting."""
 
     def __init__(
-        self,
-        tokenizer: Tokenizer,
-        sources: Mapping[str, str],
-        templates: Mapping[str, Template],
-        format: Format,
+        self, tokenizer: Tokenizer, sources: Mapping[str, str], templates: Mapping[str, Template]
     ) -> None:
         self._tokenizer = tokenizer
-        self._format = format
-        self._sources = sources
         self._templates = templates
+        self._guard = Guard(tokenizer, sources.values())
         named = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
         declared = {name: tokenizer.token_text(id) for name, id in named.items() if id is not None}
         self._named = {**declared, **tokenizer.named_tokens}
         self._knows_developer = any("developer" in source for source in sources.values())
-        texts = tokenizer.special_texts
-        self._beginnings = frozenset(text[:size] for text in texts for size in range(1, len(text)))
-        self._first = frozenset(text[0] for text in texts)
-        self._longest = max(map(len, texts), default=0)
+        self._used = frozenset[str]().union(*map(variables_of, sources.values()))
+        with_tools = sources.get("tool_use") or sources.get("default", "")
+        self._format = find_format(with_tools, "tool_use" in sources or "tools" in self._used)
+        self._tags = _find_tags("".join(sources.values()), tokenizer)
 
-    def parser(self, text: TextStream) -> Parser:
-        """A parser for one completion, whose ids become text through ``text``."""
-        return self._format.parser(text)
-
-    def turn(  # noqa: PLR0913
+    def turn(
         self,
         messages: Sequence[Message],
         *,
         tools: Sequence[Tool] = (),
-        choice: ToolChoice = ToolChoice(),  # noqa: B008 - a frozen value
+        choice: ToolChoice | None = None,
         response: Grammar | None = None,
-        reasoning: Reasoning = Reasoning(),  # noqa: B008
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
-        kwargs: Mapping[str, Any] | None = None,
+        reasoning: Reasoning | None = None,
+        **options: Unpack[TurnOptions],
     ) -> Turn:
-        """The answer to come: errors as in `render`."""
-        prompt = self.encode(
-            messages,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            kwargs=kwargs,
+        """The answer to a conversation: its prompt, its parser and its grammar.
+
+        ``response`` is the form of an answer that calls no tool. Raises RequestError as `encode`
+        does, and for a choice of tools that cannot be met.
+        """
+        choice, reasoning = choice or ToolChoice(), reasoning or Reasoning()
+        callable = chosen(tools, choice)
+        shown = [openai_form(tool) for tool in tools] if callable else None
+        kwargs, ignored = self._wishes(options.get("kwargs"), reasoning)
+        rendering: Options = {**options, "tools": shown, "kwargs": kwargs}
+        variables = self._variables(messages, **rendering)
+        prompt, text = self._encode(variables)
+        thinking = self._thinking(text) if variables["add_generation_prompt"] else None
+        if reasoning.budget is not None:
+            if thinking is not None and self._limits(thinking):
+                thinking = replace(thinking, budget=reasoning.budget)
+            elif thinking is not None or self._tags is None:
+                ignored = (*ignored, "thinking_token_budget")
+        answer = Answer(
+            self._format,
+            callable,
+            choice,
+            response,
+            thinking,
+            self._tokenizer.added_ids,
+            frozenset(self._tokenizer.special_texts),
         )
-        return Turn(tuple(prompt), self._format.parser, response)
+        return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
+
+    def parser(self, text: TextStream) -> Parser:
+        """A parser that takes all of a completion for text."""
+        return PlainParser(text)
 
     def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
         """The prompt as text.
@@ -194,11 +156,17 @@ class ChatFormat:
     def encode(self, messages: Sequence[Message], **options: Unpack[Options]) -> list[int]:
         """The prompt as ids, errors as in `render`. Special tokens that the request spells stay
         text."""
-        variables, stand_ins = self._guard(self._variables(messages, **options))
-        text = self._render(variables)
-        if not stand_ins:
-            return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-        return self._tokenizer.encode_guarded(text, stand_ins)
+        return self._encode(self._variables(messages, **options))[0]
+
+    # ------------------------------------------------------------------ the prompt
+
+    def _encode(self, variables: dict[str, Any]) -> tuple[list[int], str]:
+        """(the prompt's ids, its text as it was rendered)"""
+        guarded, stand_ins = self._guard.guard(variables)
+        text = self._render(guarded)
+        if stand_ins:
+            return self._tokenizer.encode_guarded(text, stand_ins), text
+        return self._tokenizer.encode(text, add_special_tokens=False, parse_special=True), text
 
     def _variables(
         self,
@@ -222,15 +190,17 @@ class ChatFormat:
             raise RequestError("there must be at least one message", param="messages")
         if add_generation_prompt is None:
             add_generation_prompt = not continue_final_message
-        prepared = [
-            prepare(message, i, self._knows_developer) for i, message in enumerate(messages)
-        ]
+        listed = plain(tools, "tools") or None
+        prepared = self._format.adapt(
+            [prepare(message, i, self._knows_developer) for i, message in enumerate(messages)],
+            listed,
+        )
         if continue_final_message:
             prepared[-1]["content"] += FINAL + " "
         return {
             **plain(kwargs or {}, "chat_template_kwargs"),
             "messages": prepared,
-            "tools": plain(tools, "tools") or None,
+            "tools": listed,
             "documents": plain(documents, "documents") or None,
             "add_generation_prompt": add_generation_prompt,
             "continue_final_message": continue_final_message,
@@ -239,47 +209,59 @@ class ChatFormat:
     def _render(self, variables: Mapping[str, Any]) -> str:
         wants_tools = variables["tools"] is not None and "tool_use" in self._templates
         template = self._templates.get("tool_use" if wants_tools else "default")
+        if template is None:
+            raise RequestError(
+                "This model has no chat template. Give one with --chat-template, or use "
+                "completions.",
+                param="messages",
+                code="unsupported_value",
+            )
         given = dict(variables)
         going_on = given.pop("continue_final_message")
-        text = self._format.render(template, self._named | given)
+        text = render_template(template, self._named | given)
         return _cut_after_final(text) if going_on else text
 
-    def _guard(self, variables: dict[str, Any]) -> tuple[dict[str, Any], dict[int, str]]:
-        """(``variables`` with a stand-in for a character of every spelling of a special token,
-        what each stand-in, by code point, stands for)."""
-        places = {text: found for text in set(strings(variables)) if (found := self._spells(text))}
-        if not places:
-            return variables, {}
-        originals = sorted({text[at] for text, found in places.items() for at in found})
-        used = set().union(*strings(variables), *self._sources.values())
-        free = (chr(code) for code in STAND_INS if chr(code) not in used)
-        stand_ins = dict(zip(originals, islice(free, len(originals)), strict=True))
-        guarded = {text: _replace(text, found, stand_ins) for text, found in places.items()}
-        return (
-            map_strings(variables, lambda text: guarded.get(text, text)),
-            {ord(stand_in): original for original, stand_in in stand_ins.items()},
-        )
+    # ------------------------------------------------------------------ reasoning
 
-    def _spells(self, text: str) -> set[int]:
-        """Where ``text`` spells a special token, or ends in the beginning of one that a string
-        after it might complete."""
-        if not any(char in text for char in self._first):
-            return set()
-        found: set[int] = set()
-        rest = text
-        while spans := self._tokenizer.special_spans(rest):  # again, for one within another
-            starts = {start for start, _ in spans}
-            found |= starts
-            rest = _replace(rest, starts, {rest[start]: chr(STAND_INS.stop) for start in starts})
-        ends = range(max(0, len(text) - self._longest), len(text))
-        return found | {at for at in ends if text[at:] in self._beginnings}
+    def _wishes(
+        self, kwargs: Mapping[str, Any] | None, reasoning: Reasoning
+    ) -> tuple[dict[str, Any], tuple[str, ...]]:
+        """(the template's variables, with those that tell it how to reason; the wishes that it has
+        no variable for). What ``kwargs`` say counts more."""
+        told: dict[str, Any] = {}
+        ignored: list[str] = []
+        switch = next((name for name in SWITCHES if name in self._used), None)
+        enabled, effort = reasoning.enabled, reasoning.effort
+        if effort == "none" and switch is not None:
+            enabled = False if enabled is None else enabled
+        elif effort is not None and EFFORT in self._used:
+            told[EFFORT] = effort
+        elif effort is not None:
+            ignored.append(EFFORT)
+        if enabled is not None and switch is not None:
+            told[switch] = enabled
+        elif enabled is not None:
+            ignored.append("enable_thinking")
+        return {**told, **(kwargs or {})}, tuple(ignored)
+
+    def _thinking(self, prompt: str) -> Thinking | None:
+        """How the answer to a prompt begins; None if it has no reasoning, or is over it."""
+        prompt = prompt.rstrip()
+        if self._tags is None or prompt.endswith(self._tags[1]):
+            return None
+        return Thinking(self._tags, opened=prompt.endswith(self._tags[0]))
+
+    def _limits(self, thinking: Thinking) -> bool:
+        """Whether the end of reasoning can be forced: where it is a token."""
+        return all(tag in self._tokenizer.added_ids for tag in thinking.tags)
 
 
-def _replace(text: str, places: set[int], stand_ins: Mapping[str, str]) -> str:
-    characters = list(text)
-    for at in places:
-        characters[at] = stand_ins[characters[at]]
-    return "".join(characters)
+def _find_tags(source: str, tokenizer: Tokenizer) -> tuple[str, str] | None:
+    """What encloses reasoning: tags that a template writes, or that are tokens."""
+    for tags in THINK_TAGS:
+        if tags[1] in source or all(tag in tokenizer.added_ids for tag in tags):
+            return tags
+    return None
 
 
 def _cut_after_final(text: str) -> str:

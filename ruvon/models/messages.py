@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
+from ruvon.models.formats.tools import INPUT
 
 Message: TypeAlias = Mapping[str, Any]
 
@@ -27,7 +28,10 @@ def prepare(message: Message, index: int, knows_developer: bool) -> dict[str, An
     prepared["content"] = _text(prepared.get("content"), f"{where}.content")
     if prepared.get("role") == "developer" and not knows_developer:
         prepared["role"] = "system"
+    if not prepared.get("tool_calls"):
+        prepared.pop("tool_calls", None)  # templates ask whether it is there
     for call in prepared.get("tool_calls") or ():
+        _as_function(call)
         _parse_arguments(call, where)
     reasoning = prepared.get("reasoning_content") or prepared.get("reasoning")
     if reasoning is not None:
@@ -47,6 +51,17 @@ def _text(content: Any, where: str) -> str:
                 f"This model reads text parts only, not {kind}.", param=f"{where}[{i}]"
             )
     return "\n".join(part["text"] for part in content)
+
+
+def _as_function(call: Any) -> None:
+    """A custom tool's call becomes that of a function of one string, which templates know."""
+    custom = call.pop("custom", None) if isinstance(call, dict) else None
+    if isinstance(custom, dict):
+        arguments = {INPUT: custom.get("input", "")}
+        call |= {
+            "type": "function",
+            "function": {"name": custom.get("name"), "arguments": arguments},
+        }
 
 
 def _parse_arguments(call: Any, where: str) -> None:

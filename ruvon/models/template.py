@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import jinja2
 import structlog
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -40,16 +40,28 @@ class GenerationBlocks(Extension):
 
 def compile_template(source: str) -> jinja2.Template:
     """Raises jinja2.TemplateSyntaxError, which knows the line."""
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[LoopControlExtension, GenerationBlocks],
-    )
+    environment = _environment()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now
     del environment.globals["lipsum"]  # writes as much as it is asked to
     return environment.from_string(source)
+
+
+def _environment() -> ImmutableSandboxedEnvironment:
+    return ImmutableSandboxedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[LoopControlExtension, GenerationBlocks],
+    )
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """The variables that a template looks up; none if it does not compile."""
+    try:
+        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
+    except jinja2.TemplateSyntaxError:
+        return frozenset()
 
 
 @dataclass(frozen=True, slots=True)

@@ -38,6 +38,7 @@ class TextStream:
         self._rest = b""  # of a character whose other bytes are still to come
         self._stops = StopStrings(stop, include_stop) if stop else None
         self._min_tokens = min_tokens
+        self._ended = False
         self.num_tokens = 0
         self._decode(prompt_ids[-4:])  # a character has at most four bytes
 
@@ -45,8 +46,23 @@ class TextStream:
     def stopped(self) -> str | None:
         return self._stops.matched if self._stops else None
 
+    @property
+    def over(self) -> bool:
+        """Whether a stop string, or whoever reads it, has ended the text."""
+        return self._ended or self.stopped is not None
+
+    def end(self) -> None:
+        """No more is wanted: what comes later is neither text nor counted."""
+        self._ended = True
+
+    def show(self, ids: frozenset[int]) -> None:
+        """Have these among the hidden ids give their text all the same."""
+        self._hidden -= ids
+
     def push(self, ids: Sequence[int]) -> str:
-        """The text that is certain now. After a stop string it stays empty."""
+        """The text that is certain now. Once it is over it stays empty."""
+        if self._ended:
+            return ""
         if self._stops is None and not self._strip:  # most streams, for most of their time
             self.num_tokens += len(ids)
             return self._decode(ids)
@@ -60,8 +76,8 @@ class TextStream:
 
     def finish(self) -> str:
         """The rest: an unfinished character as U+FFFD, and the beginning of a stop string that
-        never came. Empty after a stop string."""
-        if self.stopped is not None:
+        never came. Empty once the text is over."""
+        if self.over:
             return ""
         text = self._release(self._rest.decode(errors="replace"))
         return text + self._stops.finish() if self._stops else text

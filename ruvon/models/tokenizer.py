@@ -54,7 +54,8 @@ def _find_vocab(checkpoint: Checkpoint) -> Vocab:
 class Tokenizer:
     """A model's vocabulary. Safe to use from several threads at once.
 
-    ``special_ids`` are the tokens that no text spells; all ids are below ``vocab_size``; the rest
+    ``added_ids`` are the tokens outside the vocabulary proper, by their text, and ``special_ids``
+    those of them that no text spells; all ids are below ``vocab_size``; the rest
     is explained in `Vocab`.
     """
 
@@ -68,6 +69,7 @@ class Tokenizer:
         self.eos_ids = vocab.eos_ids
         self.named_tokens = vocab.named_tokens
         self.chat_templates = vocab.chat_templates
+        self.added_ids = {token.content: id for id, token in added.items()}
         self.special_ids = frozenset(id for id, token in added.items() if token.special)
         self.vocab_size = max([backend.get_vocab_size(False), *(id + 1 for id in added)])
         self._byte_level, self.strips_space = read_decoder(component_state(backend.decoder))

@@ -1,41 +1,104 @@
-"""What a client offers a model to call, and how it may."""
+"""What a client offers a model to call, what it asks of the answer, and the answer to be given."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+from ruvon.deltas import Delta
 from ruvon.grammars import Grammar
+from ruvon.models.text_stream import TextStream
+
+ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {}}
+INPUT = "input"  # the one argument as which a custom tool's input is written where calls are JSON
 
 
 @dataclass(frozen=True, slots=True)
 class Tool:
-    """One tool. What it is called with is JSON of the schema ``parameters``, or the text of a
-    ``custom`` tool, whose grammar may be ``syntax``."""
+    """A function that a model may call, or a custom tool, which takes text."""
 
     name: str
     description: str | None = None
-    parameters: Mapping[str, Any] | None = None  # None: any object
-    strict: bool = False
+    parameters: Mapping[str, Any] | None = None  # JSON schema of the arguments; None: any object
+    strict: bool = False  # calls match the schema even where the model is free to call or not
     custom: bool = False
-    syntax: Grammar | None = None
-    param: str = "tools"  # for errors, such as tools[0]
+    syntax: Grammar | None = None  # of a custom tool's input
+    param: str = "tools"  # the request's field that errors name
 
 
 @dataclass(frozen=True, slots=True)
 class ToolChoice:
-    """Which tools may or must be called."""
+    """Whether tools are called, and which."""
 
     mode: Literal["none", "auto", "required"] = "auto"
-    names: tuple[str, ...] = ()  # only these may be called; empty: all
+    names: tuple[str, ...] = ()  # only these; empty: all
     parallel: bool = True  # False: at most one call
+
+    def among(self, tools: Sequence[Tool]) -> tuple[Tool, ...]:
+        """The tools that may be called."""
+        if self.mode == "none":
+            return ()
+        return tuple(tool for tool in tools if not self.names or tool.name in self.names)
 
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """How much a model is to think before it answers."""
+    """How much a model is to think before it answers; None leaves it to the model's template."""
 
-    budget: int | None = None  # most tokens of reasoning; None: no limit
-    enabled: bool | None = None  # where the template has such a switch; None: its default
+    budget: int | None = None  # most tokens; then the answer is begun for it
+    enabled: bool | None = None
     effort: str | None = None
+
+
+class Parser(Protocol):
+    """Reads one completion's ids as they come; any chunking of the same ids adds up to the same.
+
+    It is made with the `TextStream` through which all its ids become text, that it may hold back
+    what is undecided, and end at a stop string. It says what the completion says (text, reasoning,
+    tool calls), how many tokens were reasoning, and leaves the other fields of a `Delta` alone.
+    """
+
+    def push(self, ids: Sequence[int]) -> list[Delta]: ...
+
+    def finish(self) -> list[Delta]:
+        """What was held back, once no more ids come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One answer to be given: what the model reads, what it must write, and how to read that.
+
+    ``ignored`` names what of the request this model's template has no use for.
+    """
+
+    prompt: tuple[int, ...]
+    parser: Callable[[TextStream], Parser]  # once for each completion
+    grammar: Grammar | None = None
+    ignored: tuple[str, ...] = ()
+
+
+def openai_form(tool: Tool) -> dict[str, Any]:
+    """A tool as chat templates expect it; a custom one as a function of one string."""
+    function: dict[str, Any] = {"name": tool.name, "description": _description(tool)}
+    function["parameters"] = arguments_schema(tool)
+    return {"type": "function", "function": function}
+
+
+def arguments_schema(tool: Tool) -> Mapping[str, Any]:
+    """The schema of the JSON that a call's arguments are."""
+    if not tool.custom:
+        return ANY_OBJECT if tool.parameters is None else tool.parameters
+    return {
+        "type": "object",
+        "properties": {INPUT: {"type": "string"}},
+        "required": [INPUT],
+        "additionalProperties": False,
+    }
+
+
+def _description(tool: Tool) -> str:
+    text = tool.description or ""
+    if tool.syntax is None:
+        return text
+    return f"{text}\n\nIts input must match this grammar:\n{tool.syntax.lark()}".lstrip()

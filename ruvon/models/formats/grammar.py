@@ -1,0 +1,184 @@
+"""What an answer must be, composed: reasoning, then calls, an answer of a given form, or both.
+
+In llguidance's Lark a marker that is one token of the vocabulary is ``<[id]>``: no text can spell
+it. Where the vocabulary has no such token, a marker is text like any other.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ruvon.grammars import Grammar
+from ruvon.models.formats.tools import Tool, arguments_schema
+
+ANYTHING = "<[*]>*"
+
+
+@dataclass(frozen=True, slots=True)
+class CallGrammar:
+    """How a format's calls are written, for a grammar.
+
+    ``body`` gives, as the right-hand side of a rule, what follows the marker ``start`` if one of
+    some tools is called, or several. ``joint`` is the text between one marked call and the next;
+    None if a body holds all calls. A ``bare`` format's calls need no marker, and a text is told
+    from them by its first character.
+    """
+
+    start: str
+    body: Callable[[Rules, Sequence[Tool], bool], str]
+    joint: str | None = None
+    bare: bool = False
+
+
+def json_schema(schema: Mapping[str, Any], *, param: str) -> Grammar:
+    options = {"whitespace_flexible": False}
+    return Grammar("%json " + json.dumps({**schema, "x-guidance": options}), param=param)
+
+
+class Rules:
+    """Rules in the making. Their names begin so that no client's grammar is likely to clash."""
+
+    def __init__(self, tokens: Mapping[str, int]) -> None:
+        self._tokens = tokens
+        self._rules: list[str] = []
+
+    def rule(self, body: str, options: str = "") -> str:
+        """Adds a rule; gives its name."""
+        name = f"turn-{len(self._rules)}"
+        self._rules.append(f"{name}{options}: {body}")
+        return name
+
+    def terminal(self, body: str) -> str:
+        name = f"TURN-{len(self._rules)}"
+        self._rules.append(f"{name}: {body}")
+        return name
+
+    def is_token(self, marker: str) -> bool:
+        return marker in self._tokens
+
+    def mark(self, marker: str) -> str:
+        """A marker, as a part of a rule's body."""
+        return f"<[{self._tokens[marker]}]>" if marker in self._tokens else quote(marker)
+
+    def arguments(self, tool: Tool) -> str:
+        """A call's arguments as JSON, as a rule."""
+        return self.include(json_schema(arguments_schema(tool), param=tool.param))
+
+    def include(self, grammar: Grammar) -> str:
+        """A whole grammar as one rule."""
+        if grammar.rules:
+            self._rules.append(grammar.rules)
+        return self.rule(grammar.start)
+
+    def text(self) -> str:
+        return "\n".join(self._rules)
+
+
+def quote(text: str) -> str:
+    """Text as a literal; empty text as nothing."""
+    return json.dumps(text) if text else ""
+
+
+def any_text(rules: Rules, without: str, least: int = 0) -> str:
+    """A terminal for text in which a marker does not occur."""
+    size = "*" if least == 0 else "+"
+    if not without:
+        return rules.terminal(f"/(?s:.{size})/")
+    pattern = re.escape(without).replace("/", "\\/")
+    return rules.terminal(f"/(?s:.{size})/ & ~/(?s:.*){pattern}(?s:.*)/")
+
+
+def calls_only(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
+    """Calls and nothing else."""
+    call = _marked(rules, form, tools, parallel)
+    if form.joint is None or not parallel:
+        return call
+    return f"{call} ({quote(form.joint)} {call})*"
+
+
+def calls_in_text(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
+    """Free text with calls in it; once a marker has been written, a call follows."""
+    repeat = "*" if parallel and form.joint is not None else "?"
+    if form.bare:
+        text = rules.terminal("/[^{ \\t\\r\\n](?s:.*)/")
+        return f"{_marked(rules, form, tools, parallel)} | {text}?"
+    tail = any_text(rules, form.start)
+    if rules.is_token(form.start):
+        call = _marked(rules, form, tools, parallel)
+        return f"{tail} ({call} {tail}){repeat}"
+    body = rules.rule(form.body(rules, tools, parallel and form.joint is None))
+    pattern = re.escape(form.start).replace("/", "\\/")
+    lead = rules.rule(f"/(?s:.*){pattern}/", "[lazy]")
+    return f"({lead} {body}){repeat} {tail}"
+
+
+def _marked(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
+    body = form.body(rules, tools, parallel and form.joint is None)
+    start = rules.mark(form.start)
+    return rules.rule(f"({start})? {body}" if form.bare and start else f"{start} {body}")
+
+
+def reasoned(
+    rules: Rules, answer: str | None, tags: tuple[str, str], opened: bool, budget: int | None
+) -> str | None:
+    """Reasoning of at most ``budget`` tokens, then the answer; None if nothing is limited.
+
+    ``opened``: the prompt has begun the reasoning already; else the model may leave it out.
+    """
+    start, end = tags
+    if not (rules.is_token(start) and rules.is_token(end)):
+        budget = None  # only tokens can be told from text where reasoning is cut off
+    if answer is None and budget is None:
+        return None
+    thought = f"{_thought(rules, end, budget)} {_gap(rules, answer)}"
+    if opened:
+        return thought
+    if answer is not None:
+        return f"({rules.mark(start)} {thought}) | ({answer})"
+    first = rules.mark(start).replace("[", "[^")
+    return f"({rules.mark(start)} {thought}) | ({first} {ANYTHING})?"
+
+
+def _gap(rules: Rules, answer: str | None) -> str:
+    """What follows the end of reasoning."""
+    return ANYTHING if answer is None else f"/\\n{{0,2}}/ ({answer})"
+
+
+def _thought(rules: Rules, end: str, budget: int | None) -> str:
+    if not rules.is_token(end):
+        pattern = re.escape(end).replace("/", "\\/")
+        return rules.rule(f"/(?s:.*){pattern}/", "[lazy]")
+    if budget == 0:
+        return rules.mark(end)
+    options = "" if budget is None else f"[max_tokens={budget}]"
+    return f"{rules.rule('/(?s:.*)/', options)} {rules.mark(end)}"
+
+
+def json_body(
+    begin: str = "",
+    end: tuple[str, str] = ("", ""),
+    *,
+    arguments: str = "arguments",
+    listed: bool = False,
+) -> Callable[[Rules, Sequence[Tool], bool], str]:
+    """The body of formats that write calls as JSON objects: ``begin`` before and ``end``, a text
+    and a marker, after one, or after a list of them."""
+
+    def body(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
+        one = rules.rule(" | ".join([_object(rules, tool, arguments) for tool in tools]))
+        if listed:
+            more = f'(", " {one})*' if several else ""
+            one = f'"[" {one} {more} "]"'
+        text, marker = end
+        return f"{quote(begin)} {one} {quote(text)} {rules.mark(marker)}"
+
+    return body
+
+
+def _object(rules: Rules, tool: Tool, arguments: str) -> str:
+    begin = f'{{"name": {json.dumps(tool.name, ensure_ascii=False)}, "{arguments}": '
+    return f"{quote(begin)} {rules.arguments(tool)} {quote('}')}"

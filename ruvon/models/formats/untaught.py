@@ -1,0 +1,75 @@
+"""Models whose template knows no tools: they are told of them in words, in the style of Hermes.
+
+What the model is to read goes into messages that every template takes: the tools into the system
+message, calls into the assistant's text, results into the user's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from ruvon.models.formats.format import Messages, Tools
+from ruvon.models.formats.hermes import END, HERMES, START
+
+INTRODUCTION = f"""# Tools
+
+You may call one or more functions. You are given their signatures within <tools></tools>:
+<tools>
+%s
+</tools>
+
+To call a function, write a JSON object with its name and arguments within {START}{END}:
+{START}
+{{"name": "function-name", "arguments": {{"argument": "value"}}}}
+{END}"""
+
+
+def in_words(messages: Messages, tools: Tools) -> Messages:
+    """Messages of text only, in which no two neighbours with results have the same role."""
+    told: Messages = []
+    for message in messages:
+        text, results = _as_text(message), message.get("role") == "tool"
+        if told and text["role"] == "user" == told[-1]["role"] and (results or told[-1]["results"]):
+            told[-1]["content"] += "\n" + text["content"]
+        else:
+            told.append({**text, "results": results})
+    for message in told:
+        del message["results"]
+    return introduced(told, tools)
+
+
+def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
+    if message.get("role") == "tool":
+        content = f"<tool_response>\n{message['content']}\n</tool_response>"
+        return {"role": "user", "content": content}
+    calls = message.get("tool_calls")
+    if not isinstance(calls, list):
+        return dict(message)
+    written = [message["content"], *map(_written, calls)]
+    content = "\n".join(part for part in written if part)
+    return {**{k: v for k, v in message.items() if k != "tool_calls"}, "content": content}
+
+
+def _written(call: Any) -> str:
+    function = call.get("function") if isinstance(call, dict) else None
+    return f"{START}\n{json.dumps(function or call, ensure_ascii=False)}\n{END}"
+
+
+def introduced(messages: Messages, tools: Tools) -> Messages:
+    """The messages with the tools in the system message."""
+    if not tools:
+        return messages
+    listed = "\n".join([json.dumps(tool, ensure_ascii=False) for tool in tools])
+    introduction = INTRODUCTION % listed
+    if messages[0].get("role") != "system":
+        return [{"role": "system", "content": introduction}, *messages]
+    first = messages[0]
+    content = f"{first['content']}\n\n{introduction}".lstrip()
+    return [{**first, "content": content}, *messages[1:]]
+
+
+UNTAUGHT = replace(HERMES, name="untaught", adapt=in_words)
+UNTOLD = replace(HERMES, name="untold", adapt=introduced)  # it does know calls
