@@ -125,7 +125,9 @@ def edits_of(row: SamplingRow, eos_token_ids: Sequence[int]) -> Edits:
 
 
 def num_top(row: SamplingRow, vocab_size: int) -> int:
-    return min(row.sampling.logprobs or 0, vocab_size)
+    """How many of the likeliest tokens are to be found."""
+    wanted = 0 if row.sampling.logprob_token_ids else row.sampling.logprobs
+    return min(wanted or 0, vocab_size)
 
 
 def address(array: Ids | Floats) -> int:
@@ -161,7 +163,10 @@ def outcome(
         return (), None, undrawable(TROUBLE[token])
     if row.sampling.logprobs is None:
         return (token,), None, None
-    best = top[np.argsort(-logits_V[top], kind="stable")].tolist()
+    best = [
+        *row.sampling.logprob_token_ids,
+        *top[np.argsort(-logits_V[top], kind="stable")].tolist(),
+    ]
     logprob, *others = (finite(float(logit) - norm) for logit in logits_V[[token, *best]])
     likeliest = tuple(zip(best, others, strict=True))
     return (token,), (TokenLogprobs(token, logprob, rank, likeliest),), None

@@ -109,7 +109,8 @@ def sample_row(
     token = draw(scores_V, row)
     if row.sampling.logprobs is None:
         return (token,), None, None
-    return (token,), (token_logprobs(logits_V, token, row.sampling.logprobs),), None
+    told = token_logprobs(logits_V, token, row.sampling.logprobs, row.sampling.logprob_token_ids)
+    return (token,), (told,), None
 
 
 def undrawable(best: float) -> str | None:
@@ -337,13 +338,15 @@ def invert(weights_K: Floats, share: float) -> int:
 # ----------------------------------------------------------------------------------- logprobs
 
 
-def token_logprobs(logits_V: Floats, token: int, num_top: int) -> TokenLogprobs:
-    """How likely the model found ``token``, and its ``num_top`` likeliest alternatives, out of
-    logits whose maximum is finite."""
+def token_logprobs(
+    logits_V: Floats, token: int, num_top: int, wanted: Sequence[int] = ()
+) -> TokenLogprobs:
+    """How likely the model found ``token``, and those ``wanted`` or, if there are none, its
+    ``num_top`` likeliest alternatives, out of logits whose maximum is finite."""
     best = logits_V.max()
     norm = float(best) + float(np.log(np.exp(logits_V - best).sum()))
-    top: list[int] = []
-    if num_top:
+    top = list(wanted)
+    if num_top and not wanted:
         ids = largest(logits_V, min(num_top, len(logits_V)))
         top = ids[np.argsort(-logits_V[ids], kind="stable")].tolist()
     return TokenLogprobs(

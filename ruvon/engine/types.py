@@ -48,6 +48,7 @@ class SamplingParams:
     ignore_eos: bool = False
     grammar: Grammar | None = None  # what the output must be
     logprobs: int | None = None  # alternatives per token; 0 is the sampled token alone
+    logprob_token_ids: tuple[int, ...] = ()  # with logprobs: these, in place of the likeliest
     prompt_logprobs: int | None = None
 
 

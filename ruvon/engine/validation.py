@@ -62,6 +62,9 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     check_ids(sampling.logit_bias, vocab_size, "logit_bias")
     check_ids(sampling.stop_token_ids, vocab_size, "stop_token_ids")
     check_ids(sampling.allowed_token_ids or (), vocab_size, "allowed_token_ids")
+    check_ids(sampling.logprob_token_ids, vocab_size, "logprob_token_ids")
+    if sampling.logprob_token_ids and sampling.logprobs is None:
+        raise RequestError("logprob_token_ids needs logprobs.", "logprob_token_ids")
     if sampling.allowed_token_ids == ():
         raise RequestError("allowed_token_ids must name at least one token.", "allowed_token_ids")
     for word in sampling.bad_words:

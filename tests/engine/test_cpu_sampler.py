@@ -47,6 +47,7 @@ KINDS = (
     {"temperature": 0, "logprobs": 0},
     {"logprobs": 3, "top_k": 4, "logit_bias": {6: 50.0}},
     {"logprobs": 10**6},
+    {"temperature": 0, "logprobs": 2, "logprob_token_ids": (7, 0, 3)},
 )
 
 

@@ -291,6 +291,18 @@ def test_logprobs(gpu_runner):
     assert [value for _, value in scores.top] == sorted((v for _, v in scores.top), reverse=True)
 
 
+def test_logprobs_of_named_tokens(gpu_runner):
+    everything = SamplingParams(temperature=0, logprobs=97)
+    named = SamplingParams(temperature=0, logprobs=0, logprob_token_ids=(5, 96, 0))
+    told = []
+    for seq_id, sampling in ((81, everything), (82, named)):
+        story = Story(seq_id, PROMPTS[0], [4, 5], sampling)
+        result = gpu_runner.launch(plan_of((story, story.chunk()))).result()
+        told.append(dict(result.logprobs[0][0].top))
+    assert list(told[1]) == [5, 96, 0]
+    assert told[1] == pytest.approx({token: told[0][token] for token in told[1]}, abs=1e-5)
+
+
 # ------------------------------------------------------------------- driven by an engine
 
 STOPS = tuple(range(0, 97, 4))

@@ -380,6 +380,17 @@ def test_logprobs_are_the_models_own():
     assert [p for _, p in entry.top] == pytest.approx(expected[best].tolist(), abs=1e-5)
 
 
+def test_logprobs_of_named_tokens_are_told_in_place_of_the_likeliest():
+    logits_LV = some_logits(1, 700)
+    expected = torch.log_softmax(logits_LV[0].double(), dim=-1)
+    given = row(temperature=0, logprobs=2, logprob_token_ids=(699, 3, 50))
+    (entry,) = sample(logits_LV, [given], EOS).logprobs[0]
+    assert [token for token, _ in entry.top] == [699, 3, 50]
+    wanted = expected[[699, 3, 50]].tolist()
+    assert [p for _, p in entry.top] == pytest.approx(wanted, abs=1e-5)
+    assert entry.logprob == pytest.approx(float(expected.max()), abs=1e-5)
+
+
 def test_logprobs_are_finite_and_no_more_than_there_are_tokens():
     logits_V = np.array([0.0, -math.inf, -1e6], dtype=np.float32)
     entry = token_logprobs(logits_V, 1, 99)

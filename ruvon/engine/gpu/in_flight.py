@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.graphs import StagingBuffer
 from ruvon.engine.gpu.scoring import PromptScores, to_host
 from ruvon.engine.sampler import finite
@@ -91,8 +92,10 @@ class Alternatives:
     ids: Tensor
 
 
-def alternatives(logits_LV: Tensor, wanted: Mapping[int, int]) -> dict[int, Alternatives | None]:
-    """The likeliest tokens of some rows of logits: row → how many are ``wanted``.
+def alternatives(
+    logits_LV: Tensor, wanted: Mapping[int, int | tuple[int, ...]]
+) -> dict[int, Alternatives | None]:
+    """The likeliest tokens of some rows of logits: row → how many are ``wanted``, or which.
 
     All rows' norms come from one kernel, for torch's own sum of a row depends on where it begins in
     memory, and so on its place in the batch.
@@ -104,9 +107,18 @@ def alternatives(logits_LV: Tensor, wanted: Mapping[int, int]) -> dict[int, Alte
         tops: dict[int, Alternatives | None] = dict.fromkeys(wanted)
         for i, num in wanted.items():
             if num:
-                values, ids = logits_LV[i].topk(min(num, logits_LV.shape[1]))
+                values, ids = pick(logits_LV[i], num)
                 tops[i] = Alternatives(to_host(values - norm_L[i]), to_host(ids))
         return tops
+
+
+def pick(logits_V: Tensor, wanted: int | tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """The logits and ids of the likeliest tokens, so many, or of those that are wanted."""
+    if isinstance(wanted, int):
+        top = logits_V.topk(min(wanted, logits_V.shape[0]))
+        return top.values, top.indices
+    (ids,) = to_device((np.array(wanted, dtype=np.int32),), logits_V.device)
+    return logits_V[ids.long()], ids
 
 
 def read_back(step: InFlightStep) -> StepResult:

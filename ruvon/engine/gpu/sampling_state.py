@@ -33,7 +33,8 @@ class SlotStates:
         self._sequences: dict[int, NewSequence] = {}
         self._histories: dict[int, list[int]] = {}  # of those whose sampling looks at it
         self._bad_words: dict[int, BadWords] = {}
-        self.num_logprobs: dict[int, int] = {}  # sequence → alternatives, where logprobs are wanted
+        # Sequence → how many alternatives, or which, where logprobs are wanted.
+        self.num_logprobs: dict[int, int | tuple[int, ...]] = {}
 
     @property
     def waiting(self) -> bool:
@@ -66,7 +67,7 @@ class SlotStates:
         sampling = new.sampling
         self._sequences[new.seq_id] = new
         if sampling.logprobs is not None:
-            self.num_logprobs[new.seq_id] = sampling.logprobs
+            self.num_logprobs[new.seq_id] = sampling.logprob_token_ids or sampling.logprobs
         if sampling.bad_words:
             self._bad_words[new.seq_id] = BadWords(sampling.bad_words)
         if sampling.bad_words or is_penalized(sampling):
