@@ -21,6 +21,7 @@ from ruvon.server.body import READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, expect
+from ruvon.server.decisions import decisions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.middleware import add_request_id, observe
@@ -42,6 +43,7 @@ ROUTES = (
     web.post("/v1/chat/completions/render", render_chat, expect_handler=expect),
     web.post("/v1/completions/render", render_completions, expect_handler=expect),
     web.post("/apply-template", apply_template, expect_handler=expect),
+    web.post("/v1/decisions", decisions, expect_handler=expect),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),

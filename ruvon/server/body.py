@@ -22,15 +22,17 @@ READER = web.AppKey("reader", ThreadPoolExecutor)
 lock before the event loop does."""
 
 
-async def read(http: web.Request, understand: Callable[[bytes, Service], T]) -> T:
-    """The request's body, understood; where that takes long, not on the event loop's thread."""
+async def read(
+    http: web.Request, understand: Callable[[bytes, Service], T], *, always_aside: bool = False
+) -> T:
+    """The request's body, understood; where that takes long, as it may ``always`` or for a large
+    body, not on the event loop's thread."""
     state = http.app[STATE]
     service = state.ready()
     await service.generator.admission()
     pieces = await receive(http)
-    return await offload(
-        http.app, sum(map(len, pieces)) > SMALL, lambda: understand(b"".join(pieces), service)
-    )
+    large = always_aside or sum(map(len, pieces)) > SMALL
+    return await offload(http.app, large, lambda: understand(b"".join(pieces), service))
 
 
 async def receive(http: web.Request) -> list[bytes]:

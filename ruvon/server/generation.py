@@ -12,7 +12,7 @@ from urllib.parse import quote
 import orjson
 from aiohttp import web
 
-from ruvon.deltas import Delta
+from ruvon.deltas import Delta, FinishReason
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
@@ -90,8 +90,7 @@ class Generation:
             self._first_at = time.monotonic()
         deltas = self._detokenizer.push(emissions, source.stop)
         for delta in deltas:
-            if delta.finish is not None:
-                check_end(delta)
+            check_end(delta.finish, delta.error)
         return deltas
 
     def _facts(self, stream: bool) -> dict[str, object]:
@@ -115,11 +114,11 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
     return {"X-Ruvon-Ignored": joined} if joined else {}
 
 
-def check_end(delta: Delta) -> None:
+def check_end(finish: FinishReason | None, error: str | None) -> None:
     """Raise for a completion that did not come to its end."""
-    if delta.finish == "error":
-        raise GenerationError(delta.error or "This completion could not be computed.")
-    if delta.finish == "abort":
+    if finish == "error":
+        raise GenerationError(error or "This completion could not be computed.")
+    if finish == "abort":
         raise NotReadyError("The server is shutting down.", retry_after=1.0)
 
 

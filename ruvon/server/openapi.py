@@ -17,6 +17,7 @@ from pydantic.json_schema import JsonSchemaMode
 from ruvon import __version__
 from ruvon.server import responses, schemas
 from ruvon.server.body import offload
+from ruvon.server.decisions import DecisionRequest
 from ruvon.server.keys import OPEN
 from ruvon.server.state import STATE
 
@@ -41,6 +42,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/completions"): Operation(
         "OpenAI", "Continue texts", responses.TextAnswer, schemas.CompletionRequest, streams=True
+    ),
+    ("POST", "/v1/decisions"): Operation(
+        "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest
     ),
     ("GET", "/v1/models"): Operation("OpenAI", "The served names", responses.ModelList),
     ("GET", "/v1/models/{name}"): Operation("OpenAI", "One served name", responses.ModelCard),

@@ -31,17 +31,22 @@ T = TypeVar("T")
 
 
 async def read_request(
-    http: web.Request, kind: type[R], prepare: Callable[[R, Service, int], T]
+    http: web.Request,
+    kind: type[R],
+    prepare: Callable[[R, Service, int], T],
+    *,
+    always_aside: bool = False,
 ) -> tuple[R, list[str], T]:
     """The request, the names of its fields without effect, and what ``prepare`` makes of it, the
-    service and the most log-probabilities that it may ask for."""
+    service and the most log-probabilities that it may ask for. ``always_aside``: that may take
+    long of a small body, too."""
     server = http.app[STATE].server
 
     def understand(body: bytes, service: Service) -> tuple[R, list[str], T]:
         request, ignored = read_fields(kind, body, service, server.strict)
         return request, ignored, prepare(request, service, server.max_logprobs)
 
-    return await read(http, understand)
+    return await read(http, understand, always_aside=always_aside)
 
 
 def read_fields(

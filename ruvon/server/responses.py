@@ -217,6 +217,67 @@ class Rendered(TypedDict):
     sampling_params: Mapping[str, Any]
 
 
+class PredicateAnswer(TypedDict):
+    type: Literal["predicate"]
+    name: str | None
+    probability: float
+
+
+class ChoiceProbability(TypedDict):
+    value: str | bool
+    probability: float
+
+
+class ChoiceAnswer(TypedDict):
+    type: Literal["choice"]
+    name: str | None
+    choice: str | bool
+    confidence: float
+    probabilities: list[ChoiceProbability]
+
+
+class LevelProbability(TypedDict):
+    label: str
+    value: int
+    probability: float
+
+
+class ScoreAnswer(TypedDict):
+    type: Literal["score"]
+    name: str | None
+    score: float
+    confidence: float
+    probabilities: list[LevelProbability]
+
+
+DecisionAnswer: TypeAlias = PredicateAnswer | ChoiceAnswer | ScoreAnswer
+
+
+class InputDetails(TypedDict):
+    cached_tokens: int
+    cache_write_tokens: int
+
+
+class OutputDetails(TypedDict):
+    reasoning_tokens: int
+
+
+class DecisionUsage(TypedDict):
+    input_tokens: int
+    input_tokens_details: InputDetails
+    output_tokens: int
+    output_tokens_details: OutputDetails
+    total_tokens: int
+
+
+class Answered(TypedDict):
+    """Answers to questions about an input."""
+
+    model: str
+    answers: list[DecisionAnswer]
+    usage: DecisionUsage
+
+
 class Status(TypedDict):
     status: str
 

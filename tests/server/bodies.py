@@ -45,6 +45,11 @@ def message(role: bytes, field: bytes, value: bytes) -> bytes:
     return b'{"role":"%s","%s":%s},' % (role, field, value)
 
 
+def questions(count: int) -> bytes:
+    one = b'{"type":"predicate","instructions":"a"}'
+    return b'{"input":%s,"questions":%s}' % (text(3000), several(one, count))
+
+
 BODIES = {
     # what is taken
     "a chat that fills the context": (CHAT, user(text(8000)), 200),
@@ -55,6 +60,8 @@ BODIES = {
     "all completions": (COMPLETE, prompt(several(b'"a"', 128), b',"n":2'), 200),
     "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),
     "scores beside a chat": (CHAT, messages(EMPTY, 200, b',"prompt_logprobs":20'), 200),
+    "questions": ("/v1/decisions", questions(128), 200),
+    "more questions than are taken": ("/v1/decisions", questions(300), 400),
     "a chat to be rendered": (CHAT + "/render", user(text(8000)), 200),
     "ids to be rendered": (COMPLETE + "/render", prompt(ids(CONTEXT - 1)), 200),
     "as many characters as may fit": (

@@ -17,7 +17,7 @@ from tokenizers import AddedToken
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.engine import Engine
-from ruvon.engine.types import SamplingRow, TokenLogprobs
+from ruvon.engine.types import SamplingParams, SamplingRow, TokenLogprobs
 from ruvon.models.chat import load_chat
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.models.vocab import Vocab, byte_vocab
@@ -62,8 +62,21 @@ class ScriptRunner(FakeRunner):
         prompt = bytes(t for t in context[: row.num_prompt] if t < 256).decode(errors="replace")
         answer = [*self._script(prompt).encode(), END]
         token = answer[min(len(context) - row.num_prompt, len(answer) - 1)]
-        num_top = row.sampling.logprobs
-        return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
+        return (token,), self._score(prompt, row.sampling, token)
+
+    def _score(
+        self, prompt: str, sampling: SamplingParams, token: int
+    ) -> tuple[TokenLogprobs, ...] | None:
+        if sampling.logprobs is None:
+            return None
+        entry = fake_logprobs(token, sampling.logprobs)
+        if wanted := sampling.logprob_token_ids:
+            entry.top = tuple((id, self.weigh(prompt, id)) for id in wanted)
+        return (entry,)
+
+    def weigh(self, prompt: str, token: int) -> float:
+        """The log-probability of a token that is asked for by name."""
+        return -1.0
 
 
 def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Start:

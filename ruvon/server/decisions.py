@@ -1,0 +1,327 @@
+"""``POST /v1/decisions``: typed questions about an input, answered with probabilities.
+
+Nothing is generated. Each question becomes the end of a chat that asks for a label (Yes or No, a
+letter, a digit), and the answer is read from what the model gives these labels as its next token,
+scaled to add up to 1. A label is one token, so its probability is exact, and options of many words
+compete on equal terms: they are in the prompt, and only their letters are scored. The questions
+share the input's blocks in the prefix cache.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import islice, product
+from string import ascii_uppercase, digits
+from typing import Annotated, Any, Literal, TypeAlias
+
+import orjson
+from aiohttp import web
+from pydantic import Field, model_validator
+
+from ruvon.engine.types import Emission, Job, SamplingParams
+from ruvon.errors import RequestError
+from ruvon.models.formats.tools import Reasoning
+from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.collect import collect
+from ruvon.server.conversation import Conversation, prepare_conversation
+from ruvon.server.generation import ignored_header
+from ruvon.server.middleware import FACTS, json_response
+from ruvon.server.requests import read_request
+from ruvon.server.responses import Answered, DecisionAnswer
+from ruvon.server.schemas import Fields
+from ruvon.server.state import STATE, Service
+
+MOST_QUESTIONS = 256  # as completions of one request
+MOST_CHOICES = 255
+MOST_LEVELS = len(digits)
+
+
+class Part(Fields):
+    """A part of an input's or a question's text."""
+
+    type: Literal["input_text", "output_text", "refusal", "input_json"]
+    text: str | None = None
+    refusal: str | None = None
+    data: dict[str, Any] | list[dict[str, Any]] | None = None
+
+    @property
+    def words(self) -> str:
+        if self.type == "input_json":
+            return orjson.dumps(self.data).decode()
+        return (self.refusal if self.type == "refusal" else self.text) or ""
+
+
+Content: TypeAlias = str | Annotated[list[Part], Field(fail_fast=True, max_length=1024)]
+
+
+class Item(Fields):
+    """A message of the input."""
+
+    type: Literal["message"] = "message"
+    role: Literal["user", "system", "developer", "assistant"]
+    content: Content
+
+
+class Question(Fields):
+    """What all questions have."""
+
+    name: str | None = None
+    instructions: Content
+
+
+class Predicate(Question):
+    """How likely is it that a statement is true?"""
+
+    type: Literal["predicate"]
+
+
+class Option(Fields):
+    """One of the options to choose from. A string and a boolean of equal text are two."""
+
+    value: str | bool
+    description: str | None = None
+
+
+class Choice(Question):
+    """Which of these is it?"""
+
+    type: Literal["choice"]
+    choices: Annotated[list[Option], Field(fail_fast=True, min_length=2, max_length=MOST_CHOICES)]
+
+
+class Level(Fields):
+    """One of the ordered levels of a scale."""
+
+    label: str
+    description: str | None = None
+
+
+class Score(Question):
+    """Where on this scale is it?"""
+
+    type: Literal["score"]
+    levels: Annotated[list[Level], Field(fail_fast=True, min_length=2, max_length=MOST_LEVELS)]
+
+
+class DecisionRequest(Fields):
+    """``POST /v1/decisions``."""
+
+    model: str | None = None
+    input: str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
+    questions: Annotated[
+        list[Annotated[Predicate | Choice | Score, Field(discriminator="type")]],
+        Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS),
+    ]
+
+    @model_validator(mode="after")
+    def _check_choices(self) -> DecisionRequest:
+        for n, question in enumerate(self.questions):
+            if isinstance(question, Choice):
+                values = [(type(option.value), option.value) for option in question.choices]
+                if len(set(values)) < len(values):
+                    raise RequestError("Choices must be unique.", f"questions[{n}].choices")
+        return self
+
+
+# ------------------------------------------------------------------------------------ labels
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """What stands for an option in the model's mouth, and the tokens that spell it, each alone."""
+
+    text: str
+    ids: tuple[int, ...]
+
+
+@lru_cache(maxsize=4)
+def letters(tokenizer: Tokenizer) -> tuple[Label, ...]:
+    """A, B, C … and then those of AA, AB … that are single tokens: at most `MOST_CHOICES`."""
+    texts = (*ascii_uppercase, *map("".join, product(ascii_uppercase, repeat=2)))
+    found = (label for text in texts if (label := spell(tokenizer, text, f" {text}")).ids)
+    return tuple(islice(found, MOST_CHOICES))
+
+
+@lru_cache(maxsize=4)
+def numbers(tokenizer: Tokenizer) -> tuple[Label, ...]:
+    """The digits."""
+    return tuple(spell(tokenizer, digit, f" {digit}") for digit in digits)
+
+
+@lru_cache(maxsize=4)
+def yes_and_no(tokenizer: Tokenizer) -> tuple[Label, ...]:
+    """The two words, or what they begin with where they are no single tokens."""
+    return tuple(
+        label if label.ids else Label(word, (tokenizer.encode(word, add_special_tokens=False)[0],))
+        for word in ("Yes", "No")
+        for label in [spell(tokenizer, word, f" {word}", word.lower(), f" {word.lower()}")]
+    )
+
+
+def spell(tokenizer: Tokenizer, text: str, *others: str) -> Label:
+    """A label, with those of its spellings that are one token: which of them a model prefers at
+    the beginning of its answer depends on its template."""
+    encoded = [tokenizer.encode(each, add_special_tokens=False) for each in (text, *others)]
+    return Label(text, tuple(dict.fromkeys(ids[0] for ids in encoded if len(ids) == 1)))
+
+
+def labels_of(question: Question, tokenizer: Tokenizer) -> tuple[Label, ...]:
+    """A label for each option. Raises RequestError if the vocabulary has too few."""
+    wanted, found = 2, yes_and_no(tokenizer)
+    if isinstance(question, Choice):
+        wanted, found = len(question.choices), letters(tokenizer)
+    elif isinstance(question, Score):
+        wanted, found = len(question.levels), numbers(tokenizer)
+    labels = found[:wanted]
+    ids = [id for label in labels for id in label.ids]
+    if len(labels) < wanted or not all(label.ids for label in labels) or len(set(ids)) < len(ids):
+        raise RequestError(
+            f"This model's vocabulary lacks labels of one token for {wanted} options.",
+            "questions",
+            "unsupported_value",
+        )
+    return labels
+
+
+# ----------------------------------------------------------------------------------- prompts
+
+
+def words_of(content: Content) -> str:
+    return content if isinstance(content, str) else "\n".join(part.words for part in content)
+
+
+def ask(question: Question, labels: Sequence[Label]) -> str:
+    """The question in words."""
+    said = words_of(question.instructions)
+    if isinstance(question, Choice):
+        options = [(said_value(each.value), each.description) for each in question.choices]
+        rest = f"{listed(options, labels)}\n\nAnswer only with the letter of the best choice."
+    elif isinstance(question, Score):
+        levels = [(level.label, level.description) for level in question.levels]
+        rest = f"{listed(levels, labels)}\n\nAnswer only with the number of the best level."
+    else:
+        rest = "Is this true? Answer only with Yes or No."
+    return f"{said}\n\n{rest}"
+
+
+def listed(options: Sequence[tuple[str, str | None]], labels: Sequence[Label]) -> str:
+    return "\n".join(
+        f"{label.text}: {name}" + (f" - {description}" if description else "")
+        for label, (name, description) in zip(labels, options, strict=True)
+    )
+
+
+def said_value(value: str | bool) -> str:
+    return value if isinstance(value, str) else str(value).lower()
+
+
+def messages_of(request: DecisionRequest) -> list[dict[str, Any]]:
+    """The input as messages, the last of which is a user's, for the question to follow in it:
+    many templates want turns to alternate."""
+    if isinstance(request.input, str):
+        return [{"role": "user", "content": request.input}]
+    messages = [{"role": item.role, "content": words_of(item.content)} for item in request.input]
+    if messages[-1]["role"] != "user":
+        messages.append({"role": "user", "content": ""})
+    return messages
+
+
+Asked: TypeAlias = tuple[list[Job], list[tuple[Label, ...]]]
+
+
+def prepare(request: DecisionRequest, service: Service, max_logprobs: int) -> Asked:
+    """A job for each question, and its labels."""
+    *before, last = messages_of(request)
+    labels = [labels_of(question, service.tokenizer) for question in request.questions]
+    texts = map(ask, request.questions, labels)
+    full = [f"{last['content']}\n\n{text}".lstrip("\n") for text in texts]
+    jobs = [
+        prepare_conversation(
+            Conversation(
+                [*before, {"role": "user", "content": content}],
+                reasoning=Reasoning(enabled=False),
+                param="input",
+            ),
+            SamplingParams(
+                temperature=0,
+                max_tokens=1,
+                ignore_eos=True,
+                logprobs=0,
+                logprob_token_ids=tuple(id for label in of for id in label.ids),
+            ),
+            service,
+        )[0]
+        for content, of in zip(full, labels, strict=True)
+    ]
+    return jobs, labels
+
+
+# ----------------------------------------------------------------------------------- answers
+
+
+async def decisions(http: web.Request) -> web.Response:
+    """Answer questions about an input."""
+    service = http.app[STATE].ready()
+    request, ignored, (jobs, labels) = await read_request(
+        http, DecisionRequest, prepare, always_aside=True
+    )
+    emissions = await collect(service, jobs)
+    answers = [
+        answer(question, shares(emission, of))
+        for question, emission, of in zip(request.questions, emissions, labels, strict=True)
+    ]
+    num_input = sum(len(job.prompt) for job in jobs)
+    num_cached = sum(emission.num_cached for emission in emissions)
+    http[FACTS].update(prompt_tokens=num_input, cached_tokens=num_cached, output_tokens=len(jobs))
+    body: Answered = {
+        "model": request.model or service.names[0],
+        "answers": answers,
+        "usage": {
+            "input_tokens": num_input,
+            "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": 0},
+            "output_tokens": len(jobs),
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": num_input + len(jobs),
+        },
+    }
+    return json_response(body, headers=ignored_header(ignored))
+
+
+def shares(emission: Emission, labels: Sequence[Label]) -> list[float]:
+    """The labels' probabilities, given that it is one of them."""
+    (entry,) = emission.logprobs or ()
+    logprobs: Mapping[int, float] = dict(entry.top)
+    best = max(logprobs.values())  # so that what is unlikely as a whole does not vanish
+    weights = [sum(math.exp(logprobs[id] - best) for id in label.ids) for label in labels]
+    return [weight / sum(weights) for weight in weights]
+
+
+def answer(question: Question, shares: Sequence[float]) -> DecisionAnswer:
+    """One answer, out of the probabilities of the question's options."""
+    if isinstance(question, Choice):
+        values = [option.value for option in question.choices]
+        return {
+            "type": "choice",
+            "name": question.name,
+            "choice": values[shares.index(max(shares))],
+            "confidence": max(shares),
+            "probabilities": [
+                {"value": value, "probability": share}
+                for value, share in zip(values, shares, strict=True)
+            ],
+        }
+    if isinstance(question, Score):
+        return {
+            "type": "score",
+            "name": question.name,
+            "score": sum(value * share for value, share in enumerate(shares)),
+            "confidence": max(shares),
+            "probabilities": [
+                {"label": level.label, "value": value, "probability": share}
+                for value, (level, share) in enumerate(zip(question.levels, shares, strict=True))
+            ],
+        }
+    return {"type": "predicate", "name": question.name, "probability": shares[0]}
