@@ -18,11 +18,13 @@ from typing import Any, Unpack
 
 from ruvon.completion import (
     PLAIN_TEXT,
+    ChatOptions,
     Completion,
     CompletionWriter,
     Conversation,
     Prompt,
     encode_prompt,
+    take_turn,
 )
 from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
@@ -30,7 +32,7 @@ from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.models.chat import Options, PlainParser
+from ruvon.models.chat import PlainParser
 from ruvon.telemetry import silent
 from ruvon.telemetry.metrics import Metrics
 
@@ -106,11 +108,11 @@ class AsyncLLM:
         messages: Conversation,
         sampling: SamplingParams | None = None,
         text: TextOptions = PLAIN_TEXT,
-        **template: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> AsyncGenerator[Delta]:
         """The answer to a conversation, as `stream` gives it."""
-        job = await self._chat_job(messages, sampling, text, 1, **template)
-        async with aclosing(self._run(job, self.loaded.chat.parser)) as deltas:
+        job, parser = await self._turn(messages, sampling, text, 1, **options)
+        async with aclosing(self._run(job, parser)) as deltas:
             async for delta in deltas:
                 yield delta
 
@@ -134,11 +136,11 @@ class AsyncLLM:
         text: TextOptions = PLAIN_TEXT,
         *,
         n: int = 1,
-        **template: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> list[Completion]:
-        """``n`` answers to one conversation, rendered as `LLM.chat` does."""
-        job = await self._chat_job(messages, sampling, text, n, **template)
-        return await self._finish(job, self.loaded.chat.parser)
+        """``n`` answers to one conversation, as `LLM.chat` gives them."""
+        job, parser = await self._turn(messages, sampling, text, n, **options)
+        return await self._finish(job, parser)
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
         """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
@@ -170,17 +172,22 @@ class AsyncLLM:
         loop, wanted = self._open_loop(), sampling or self.default_sampling()
         return await asyncio.to_thread(lambda: loop.prepare(Job(tuple(encode()), wanted, text, n)))
 
-    async def _chat_job(
+    async def _turn(
         self,
         messages: Conversation,
         sampling: SamplingParams | None,
         text: TextOptions,
         n: int,
-        **template: Unpack[Options],
-    ) -> Job:
-        self._open_loop()
-        encode = partial(self.loaded.chat.encode, messages, **template)
-        return await self._job(encode, sampling or self.default_sampling(max_tokens=None), text, n)
+        **options: Unpack[ChatOptions],
+    ) -> tuple[Job, MakeParser]:
+        """The job of an answer, and what reads it; made in a thread, as in `_job`."""
+        loop, wanted = self._open_loop(), sampling or self.default_sampling(max_tokens=None)
+
+        def make() -> tuple[Job, MakeParser]:
+            turn, params = take_turn(self.loaded.chat, messages, wanted, **options)
+            return loop.prepare(Job(turn.prompt, params, text, n)), turn.parser
+
+        return await asyncio.to_thread(make)
 
     async def _finish(self, job: Job, parser: MakeParser) -> list[Completion]:
         writer = CompletionWriter([job])

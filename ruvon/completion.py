@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias, Unpack
 
-from ruvon.deltas import Delta, FinishReason, TokenLogprobs
-from ruvon.engine.types import Job, TextOptions
+from ruvon.deltas import Delta, FinishReason, TokenLogprobs, ToolCall
+from ruvon.engine.types import Job, SamplingParams, TextOptions
+from ruvon.models.chat import ChatFormat, TurnOptions
+from ruvon.models.formats.tools import (
+    Reasoning,
+    Tool,
+    ToolChoice,
+    Turn,
+    read_choice,
+    read_tools,
+)
 from ruvon.models.tokenizer import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
@@ -17,6 +26,15 @@ Conversation: TypeAlias = Sequence[Mapping[str, Any]]
 PLAIN_TEXT = TextOptions()
 
 
+class ChatOptions(TurnOptions, total=False):
+    """What a chat may be given besides messages: tools and the choice among them, in OpenAI's form
+    or as `Tool`s and a `ToolChoice`, and how to reason."""
+
+    tools: Sequence[Tool | Mapping[str, Any]] | None
+    tool_choice: ToolChoice | str | Mapping[str, Any]
+    reasoning: Reasoning
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """One completion of one prompt."""
@@ -24,6 +42,7 @@ class Completion:
     index: int  # among the prompt's n
     text: str
     reasoning: str  # what a chat's answer says to itself, if the model's format has that
+    tool_calls: tuple[ToolCall, ...]  # whole, in their order
     tokens: tuple[int, ...]  # all that were drawn, one that stopped it included
     finish_reason: FinishReason
     stop_reason: str | int | None  # the stop string or stop token id that ended it
@@ -56,6 +75,7 @@ class _Parts:
     index: int
     text: str = ""
     reasoning: str = ""
+    calls: list[ToolCall] = field(default_factory=list)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
@@ -67,6 +87,8 @@ class _Parts:
         self.tokens += delta.tokens
         if delta.reasoning:
             self.reasoning += delta.reasoning
+        if delta.tool_call is not None:
+            self._call(delta.tool_call)
         if delta.logprobs:
             self.logprobs += delta.logprobs
         if delta.prompt_logprobs is not None:
@@ -76,6 +98,14 @@ class _Parts:
         if delta.finish is not None:
             self.end = delta
 
+    def _call(self, piece: ToolCall) -> None:
+        if piece.index == len(self.calls):
+            self.calls.append(piece)
+        else:
+            whole = self.calls[piece.index]
+            arguments = whole.arguments + piece.arguments
+            self.calls[piece.index] = replace(whole, arguments=arguments)
+
     def completion(self) -> Completion:
         end = self.end
         assert end is not None
@@ -84,6 +114,7 @@ class _Parts:
             index=self.index,
             text=self.text,
             reasoning=self.reasoning,
+            tool_calls=tuple(self.calls),
             tokens=tuple(self.tokens),
             finish_reason=end.finish,
             stop_reason=end.stop_reason,
@@ -93,6 +124,29 @@ class _Parts:
             num_prompt=len(self.job.prompt),
             num_cached=self.num_cached,
         )
+
+
+def take_turn(
+    chat: ChatFormat,
+    messages: Conversation,
+    sampling: SamplingParams,
+    *,
+    tools: Sequence[Tool | Mapping[str, Any]] | None = None,
+    tool_choice: ToolChoice | str | Mapping[str, Any] = "auto",
+    reasoning: Reasoning | None = None,
+    **template: Unpack[TurnOptions],
+) -> tuple[Turn, SamplingParams]:
+    """The answer to be given, and how to sample it; a grammar in ``sampling`` is the form of what
+    is no call. Raises RequestError."""
+    turn = chat.turn(
+        messages,
+        tools=read_tools(tools or ()),
+        choice=read_choice(tool_choice),
+        response=sampling.grammar,
+        reasoning=reasoning,
+        **template,
+    )
+    return turn, replace(sampling, grammar=turn.grammar)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Sequence[int]:

@@ -23,11 +23,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ruvon.completion import (
     PLAIN_TEXT,
+    ChatOptions,
     Completion,
     CompletionWriter,
     Conversation,
     Prompt,
     encode_prompt,
+    take_turn,
 )
 from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
@@ -100,7 +102,8 @@ class LLM:
         anything is computed, for what cannot run.
         """
         encoded = [encode_prompt(prompt, self.tokenizer) for prompt in _listed(prompts)]
-        return self._finish(self._jobs(encoded, sampling, text, n), PlainParser, use_tqdm)
+        jobs = self._jobs(encoded, sampling, text, n)
+        return self._finish(jobs, [PlainParser] * len(jobs), use_tqdm)
 
     def chat(
         self,
@@ -110,15 +113,13 @@ class LLM:
         *,
         n: int = 1,
         use_tqdm: bool = True,
-        **template: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> list[list[Completion]]:
-        """Answer one conversation or several, rendered with the model's chat template and its
-        options. Without ``sampling`` the model's own defaults hold, and answers are as long as
-        it likes."""
-        encoded = [self.encode_chat(talk, **template) for talk in _listed_talks(messages)]
-        sampling = sampling or self.default_sampling(max_tokens=None)
-        jobs = self._jobs(encoded, sampling, text, n)
-        return self._finish(jobs, self.loaded.chat.parser, use_tqdm)
+        """Answer one conversation or several, rendered with the model's chat template. Without
+        ``sampling`` the model's own defaults hold, and answers are as long as it likes. With
+        ``tools`` an answer may have ``tool_calls``."""
+        jobs, parsers = self._turns(_listed_talks(messages), sampling, text, n, **options)
+        return self._finish(jobs, parsers, use_tqdm)
 
     def stream(
         self,
@@ -129,19 +130,18 @@ class LLM:
         """One completion, delta by delta; the generator's value is the whole. Closing it stops the
         work. Raises RequestError, before anything is computed, for what cannot run."""
         ids = encode_prompt(prompt, self.tokenizer)
-        return self._stream(self._jobs([ids], sampling, text, 1), PlainParser)
+        return self._stream(self._jobs([ids], sampling, text, 1), [PlainParser])
 
     def stream_chat(
         self,
         messages: Conversation,
         sampling: SamplingParams | None = None,
         text: TextOptions = PLAIN_TEXT,
-        **template: Unpack[Options],
+        **options: Unpack[ChatOptions],
     ) -> Generator[Delta, None, Completion]:
         """The answer to a conversation, as `stream` gives it."""
-        sampling = sampling or self.default_sampling(max_tokens=None)
-        jobs = self._jobs([self.encode_chat(messages, **template)], sampling, text, 1)
-        return self._stream(jobs, self.loaded.chat.parser)
+        jobs, parsers = self._turns([messages], sampling, text, 1, **options)
+        return self._stream(jobs, parsers)
 
     def default_sampling(self, **fields: Any) -> SamplingParams:
         """What the model asks for by itself, with ``fields`` of `SamplingParams` over it."""
@@ -162,25 +162,41 @@ class LLM:
     ) -> list[Job]:
         """Jobs that the engine will take, sooner or later."""
         self._check_open()
-        if sampling is None or isinstance(sampling, SamplingParams):
-            sampling = [sampling or self.default_sampling()] * len(prompts)
-        if len(sampling) != len(prompts):
-            raise RequestError(f"{len(sampling)} sampling for {len(prompts)} prompts", "sampling")
+        each = _for_each(sampling or self.default_sampling(), len(prompts))
         return [
             self.engine.prepare(Job(tuple(ids), params, text, n))
-            for ids, params in zip(prompts, sampling, strict=True)
+            for ids, params in zip(prompts, each, strict=True)
         ]
+
+    def _turns(
+        self,
+        talks: Sequence[Conversation],
+        sampling: SamplingParams | Sequence[SamplingParams] | None,
+        text: TextOptions,
+        n: int,
+        **options: Unpack[ChatOptions],
+    ) -> tuple[list[Job], list[MakeParser]]:
+        """A job for each conversation, and what reads its answers."""
+        self._check_open()
+        each = _for_each(sampling or self.default_sampling(max_tokens=None), len(talks))
+        turns = [
+            take_turn(self.loaded.chat, talk, params, **options)
+            for talk, params in zip(talks, each, strict=True)
+        ]
+        prompts, params = [turn.prompt for turn, _ in turns], [params for _, params in turns]
+        return self._jobs(prompts, params, text, n), [turn.parser for turn, _ in turns]
 
     # ------------------------------------------------------------------ deltas out
 
     def _finish(
-        self, jobs: Sequence[Job], parser: MakeParser, use_tqdm: bool
+        self, jobs: Sequence[Job], parsers: Sequence[MakeParser], use_tqdm: bool
     ) -> list[list[Completion]]:
         writer = CompletionWriter(jobs)
         began, num_tokens = time.monotonic(), 0
-        # A stop string has to be found at once; else nobody looks at a text before its end.
-        every = 1 if any(job.text.stop for job in jobs) else GATHERED
-        with progress_bar(use_tqdm) as bar, closing(self._deltas(jobs, parser, every)) as deltas:
+        # What may end a text has to be found at once; else nobody looks at one before its end.
+        free = not any(job.text.stop for job in jobs) and {*parsers} == {PlainParser}
+        every = GATHERED if free else 1
+        with progress_bar(use_tqdm) as bar, closing(self._deltas(jobs, parsers, every)) as deltas:
             task = bar.add_task("generating", total=sum(job.n for job in jobs), rate="")
             for delta in deltas:
                 writer.feed(delta)
@@ -192,18 +208,20 @@ class LLM:
         return [[next(done) for _ in range(job.n)] for job in jobs]
 
     def _stream(
-        self, jobs: Sequence[Job], parser: MakeParser
+        self, jobs: Sequence[Job], parsers: Sequence[MakeParser]
     ) -> Generator[Delta, None, Completion]:
         writer = CompletionWriter(jobs)
-        with closing(self._deltas(jobs, parser)) as deltas:
+        with closing(self._deltas(jobs, parsers)) as deltas:
             for delta in deltas:
                 writer.feed(delta)
                 yield delta
         return writer.result()[0]
 
-    def _deltas(self, jobs: Sequence[Job], parser: MakeParser, every: int = 1) -> Generator[Delta]:
+    def _deltas(
+        self, jobs: Sequence[Job], parsers: Sequence[MakeParser], every: int = 1
+    ) -> Generator[Delta]:
         """Run jobs to their end, and give their deltas after every few steps."""
-        detokenizer = Detokenizer(jobs, self.tokenizer, parser)
+        detokenizer = Detokenizer(jobs, self.tokenizer, parsers)
         news: dict[int, Emission] = {}
         with closing(self._run(jobs)) as steps:
             for number, emissions in enumerate(steps, 1):
@@ -261,6 +279,17 @@ class LLM:
         with suppress(EngineDeadError):  # whoever comes next is told
             for step in pending:
                 self.engine.collect(step)
+
+
+def _for_each(
+    sampling: SamplingParams | Sequence[SamplingParams], number: int
+) -> Sequence[SamplingParams]:
+    """One for each prompt, or the same for all."""
+    if isinstance(sampling, SamplingParams):
+        return [sampling] * number
+    if len(sampling) != number:
+        raise RequestError(f"{len(sampling)} sampling for {number} prompts", "sampling")
+    return sampling
 
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -9,7 +9,7 @@ from fakes import ByteTokenizer, FakeRunner
 
 from ruvon import LLM, AsyncLLM, SamplingParams, TextOptions
 from ruvon.errors import ContextLengthError, EngineDeadError, QueueFullError, RequestError
-from ruvon.models.chat import PlainParser
+from ruvon.models.chat import PlainParser, Turn
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 LONG = SamplingParams(temperature=0, max_tokens=200)
@@ -19,10 +19,9 @@ HELLO = [{"role": "user", "content": "hello"}]
 class Chat:
     """Renders messages one after the other."""
 
-    parser = PlainParser
-
-    def encode(self, messages, **options):
-        return [token for message in messages for token in message["content"].encode()]
+    def turn(self, messages, **options):
+        prompt = [token for message in messages for token in message["content"].encode()]
+        return Turn(tuple(prompt), PlainParser)
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from ruvon.cli.answers import Usage
 from ruvon.cli.bench import progress_bar
 from ruvon.cli.local import Local, loading_bar
 from ruvon.deltas import Delta
-from ruvon.models.chat import PlainParser
+from ruvon.models.chat import PlainParser, Turn
 
 
 class Shouting:
@@ -34,8 +34,9 @@ class Chat:
     def __init__(self, parser):
         self.parser = parser
 
-    def encode(self, messages, **options):
-        return [token for message in messages for token in message["content"].encode()]
+    def turn(self, messages, **options):
+        prompt = [token for message in messages for token in message["content"].encode()]
+        return Turn(tuple(prompt), self.parser)
 
 
 def make_local(make_engine, parser=PlainParser, defaults=None):

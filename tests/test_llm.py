@@ -14,7 +14,7 @@ from structlog.testing import capture_logs
 from ruvon import LLM, SamplingParams, TextOptions
 from ruvon.engine.detokenizer import Detokenizer
 from ruvon.errors import ConfigError, ContextLengthError, EngineDeadError, RequestError
-from ruvon.models.chat import PlainParser
+from ruvon.models.chat import PlainParser, Turn
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12)
 PROMPTS = ["one", "two and three", "four", "a longer prompt than the others, by far"]
@@ -23,10 +23,9 @@ PROMPTS = ["one", "two and three", "four", "a longer prompt than the others, by 
 class Chat:
     """Renders messages one after the other."""
 
-    parser = PlainParser
-
-    def encode(self, messages, **options):
-        return [token for message in messages for token in message["content"].encode()]
+    def turn(self, messages, **options):
+        prompt = [token for message in messages for token in message["content"].encode()]
+        return Turn(tuple(prompt), PlainParser)
 
 
 @pytest.fixture

@@ -36,12 +36,18 @@ class Detokenizer:
     """All completions of one request: ``n`` for each job, numbered through."""
 
     def __init__(
-        self, jobs: Iterable[Job], tokenizer: Texts, parser: MakeParser = PlainParser
+        self,
+        jobs: Sequence[Job],
+        tokenizer: Texts,
+        parser: MakeParser | Sequence[MakeParser] = PlainParser,
     ) -> None:
-        """``parser`` reads each completion: `PlainParser`, or a chat format's. Raises RequestError
-        for an empty stop string."""
+        """``parser`` reads each completion: `PlainParser`, or a chat's, or a list of one for each
+        job. Raises RequestError for an empty stop string."""
+        parsers = parser if isinstance(parser, Sequence) else [parser] * len(jobs)
         self._completions = [
-            _Completion(job, tokenizer, parser) for job in jobs for _ in range(job.n)
+            _Completion(job, tokenizer, make)
+            for job, make in zip(jobs, parsers, strict=True)
+            for _ in range(job.n)
         ]
 
     def push(self, emissions: Iterable[Emission], stop: Callable[[int], None]) -> list[Delta]:

@@ -138,7 +138,6 @@ class ChatFormat:
             response,
             thinking,
             self._tokenizer.added_ids,
-            frozenset(self._tokenizer.special_texts),
         )
         return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
 

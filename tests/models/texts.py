@@ -61,10 +61,12 @@ def trained_json() -> str:
     return backend.to_str()
 
 
-def trained(specials: Sequence[str] = (), **fields: Any) -> Tokenizer:
-    """A tokenizer of the trained vocabulary, with more special tokens and fields of `Vocab`."""
+def trained(specials: Sequence[str] = (), added: Sequence[str] = (), **fields: Any) -> Tokenizer:
+    """A tokenizer of the trained vocabulary, with more tokens, special ones and others, and fields
+    of `Vocab`."""
     backend = tokenizers.Tokenizer.from_str(trained_json())
     backend.add_special_tokens([AddedToken(text, special=True) for text in specials])
+    backend.add_tokens([AddedToken(text, special=False, normalized=False) for text in added])
     return Tokenizer(Vocab(backend, **fields))
 
 

@@ -6,11 +6,13 @@ from ruvon.models.formats.format import Format
 from ruvon.models.formats.hermes import HERMES, SMOLLM
 from ruvon.models.formats.llama import LLAMA
 from ruvon.models.formats.mistral import MISTRAL, MISTRAL_NAMED
+from ruvon.models.formats.qwen_coder import QWEN_CODER
 from ruvon.models.formats.untaught import UNTAUGHT, UNTOLD
 
 FORMATS: tuple[tuple[tuple[str, ...], Format], ...] = (
     (("[TOOL_CALLS]", "[ARGS]"), MISTRAL_NAMED),
     (("[TOOL_CALLS]",), MISTRAL),
+    (("<function=", "<parameter="), QWEN_CODER),
     (("<tool_call>[",), SMOLLM),
     (("<tool_call>",), HERMES),
     (("<|python_tag|>",), LLAMA),

@@ -37,7 +37,7 @@ class Thinking:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What one answer may be. ``tools`` are those that may be called; ``tokens`` are the tokens
-    that markers are, by their text, and ``special`` those of them that are hidden in a text."""
+    that markers may be, by their text."""
 
     format: Format
     tools: Sequence[Tool]
@@ -45,7 +45,6 @@ class Answer:
     response: Grammar | None
     thinking: Thinking | None
     tokens: Mapping[str, int]
-    special: frozenset[str]
 
     @property
     def raw(self) -> Tool | None:
@@ -64,7 +63,6 @@ class Answer:
             bare=self.format.grammar.bare and bool(self.tools) and not self.raw,
             think=think,
             shown=frozenset(self.tokens[text] for text in texts if text in self.tokens),
-            hidden=self.special,
         )
         return partial(
             TurnParser,
@@ -110,7 +108,7 @@ class Answer:
         if self.response is not None:
             answer = rules.include(self.response)
             return f"{calls_only(rules, form, tools, parallel)} | {answer}" if tools else answer
-        if any(tool.strict for tool in tools):
+        if tools and (self.choice.names or any(tool.strict for tool in tools)):
             return calls_in_text(rules, form, tools, parallel)
         return None
 
@@ -118,7 +116,7 @@ class Answer:
         assert self.raw is not None
         (marker, text), suffix = self._envelope(self.raw)
         syntax = self.raw.syntax
-        body = any_text(rules, "") if syntax is None else rules.include(syntax)
+        body = any_text(rules) if syntax is None else rules.include(syntax)
         return f"{rules.mark(marker)} {quote(text)} {body} {rules.mark(suffix)}"
 
 

@@ -83,13 +83,15 @@ def quote(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-def any_text(rules: Rules, without: str, least: int = 0) -> str:
+def escape(text: str) -> str:
+    """Text as a part of a regular expression between slashes."""
+    return re.escape(text).replace("/", "\\/").replace("\\\n", "\\n")
+
+
+def any_text(rules: Rules, without: str = "") -> str:
     """A terminal for text in which a marker does not occur."""
-    size = "*" if least == 0 else "+"
-    if not without:
-        return rules.terminal(f"/(?s:.{size})/")
-    pattern = re.escape(without).replace("/", "\\/")
-    return rules.terminal(f"/(?s:.{size})/ & ~/(?s:.*){pattern}(?s:.*)/")
+    other = f" & ~/(?s:.*){escape(without)}(?s:.*)/" if without else ""
+    return rules.terminal(f"/(?s:.*)/{other}")
 
 
 def calls_only(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
@@ -111,8 +113,7 @@ def calls_in_text(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parall
         call = _marked(rules, form, tools, parallel)
         return f"{tail} ({call} {tail}){repeat}"
     body = rules.rule(form.body(rules, tools, parallel and form.joint is None))
-    pattern = re.escape(form.start).replace("/", "\\/")
-    lead = rules.rule(f"/(?s:.*){pattern}/", "[lazy]")
+    lead = rules.rule(f"/(?s:.*){escape(form.start)}/", "[lazy]")
     return f"({lead} {body}){repeat} {tail}"
 
 
@@ -150,12 +151,11 @@ def _gap(rules: Rules, answer: str | None) -> str:
 
 def _thought(rules: Rules, end: str, budget: int | None) -> str:
     if not rules.is_token(end):
-        pattern = re.escape(end).replace("/", "\\/")
-        return rules.rule(f"/(?s:.*){pattern}/", "[lazy]")
+        return rules.rule(f"/(?s:.*){escape(end)}/", "[lazy]")
     if budget == 0:
         return rules.mark(end)
     options = "" if budget is None else f"[max_tokens={budget}]"
-    return f"{rules.rule('/(?s:.*)/', options)} {rules.mark(end)}"
+    return f"{rules.rule(any_text(rules, end), options)} {rules.mark(end)}"
 
 
 def json_body(

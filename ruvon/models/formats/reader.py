@@ -41,7 +41,6 @@ class Markers:
     bare: bool = False  # a call may also begin the answer, without any
     think: tuple[str, str] | None = None  # around reasoning, if the model reasons
     shown: frozenset[int] = frozenset()  # the tokens of these and others that calls are made of
-    hidden: frozenset[str] = frozenset()  # those that are no text, should they mark no call
 
 
 class CallReader:
@@ -51,6 +50,7 @@ class CallReader:
         self.scanner = scanner
         self.deltas: list[Delta] = []
         self.num_calls = 0
+        self.marker = ""  # that is being followed
         self._tools = tools
         self._parallel = parallel
         self._custom = False
@@ -246,14 +246,11 @@ class TurnParser:
     def _call(self, marker: str) -> Waiting[None]:
         """Read what follows a marker: calls, or else more text."""
         calls = self._calls
-        before = calls.num_calls
+        before, calls.marker = calls.num_calls, marker
         try:
             yield from self._read(calls)
         except NotACallError:
-            text = self._scanner.drop()
-            if marker in self._markers.hidden:
-                text = text.replace(marker, "", 1)
-            calls.add(Delta(text=text))
+            calls.add(Delta(text=self._scanner.drop()))
         if calls.num_calls > before:
             yield from self._skip_spaces()
 

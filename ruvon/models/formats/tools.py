@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
 from ruvon.deltas import Delta
+from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
 from ruvon.models.text_stream import TextStream
 
@@ -76,6 +77,42 @@ class Turn:
     parser: Callable[[TextStream], Parser]  # once for each completion
     grammar: Grammar | None = None
     ignored: tuple[str, ...] = ()
+
+
+def read_tools(listed: Sequence[Tool | Mapping[str, Any]]) -> tuple[Tool, ...]:
+    """Tools given in OpenAI's form, or as they are. Raises RequestError for what is none."""
+    return tuple(
+        tool if isinstance(tool, Tool) else _read_tool(tool, f"tools[{number}]")
+        for number, tool in enumerate(listed)
+    )
+
+
+def _read_tool(tool: Mapping[str, Any], where: str) -> Tool:
+    kind = tool.get("type") if isinstance(tool, Mapping) else None
+    fields = tool.get(kind) if kind in ("function", "custom") else None
+    if not isinstance(fields, Mapping) or not isinstance(fields.get("name"), str):
+        raise RequestError("a tool is a named function or custom tool, in OpenAI's form", where)
+    return Tool(
+        fields["name"],
+        fields.get("description"),
+        fields.get("parameters"),
+        strict=bool(fields.get("strict")),
+        custom=kind == "custom",
+        param=where,
+    )
+
+
+def read_choice(choice: ToolChoice | str | Mapping[str, Any]) -> ToolChoice:
+    """A choice as it is or in OpenAI's form: a mode, or the one tool to be called."""
+    if isinstance(choice, ToolChoice):
+        return choice
+    if choice in ("none", "auto", "required"):
+        return ToolChoice(choice)  # type: ignore[arg-type]
+    kind = choice.get("type") if isinstance(choice, Mapping) else None
+    named = choice.get(kind) if isinstance(choice, Mapping) and kind else None
+    if not isinstance(named, Mapping) or not isinstance(named.get("name"), str):
+        raise RequestError("it is none, auto, required, or names a tool", "tool_choice")
+    return ToolChoice("required", (named["name"],))
 
 
 def openai_form(tool: Tool) -> dict[str, Any]:
