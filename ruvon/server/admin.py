@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 import orjson
@@ -11,9 +13,12 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from ruvon import __version__
 from ruvon.engine.validation import check_ids
+from ruvon.errors import RequestError
 from ruvon.server.body import read
 from ruvon.server.chat import conversation_of
 from ruvon.server.conversation import take_turn
+from ruvon.server.failures import speaks_anthropic
+from ruvon.server.messages_api.responses import ModelInfo, ModelPage
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
@@ -26,8 +31,10 @@ STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: al
 
 
 async def models(http: web.Request) -> web.Response:
-    """The served names."""
+    """The served names, as OpenAI or as Anthropic lists them."""
     service = http.app[STATE].ready()
+    if speaks_anthropic(http):
+        return json_response(_page(http, service))
     return json_response({"object": "list", "data": [_card(n, service) for n in service.names]})
 
 
@@ -36,7 +43,49 @@ async def model(http: web.Request) -> web.Response:
     service = http.app[STATE].ready()
     name = http.match_info["name"]
     service.check_model(name)
+    if speaks_anthropic(http):
+        return json_response(_anthropic_card(name, service))
     return json_response(_card(name, service))
+
+
+def _page(http: web.Request, service: Service) -> ModelPage:
+    """A page of the names, between ``after_id`` and ``before_id`` and of ``limit`` at most."""
+    names, query = list(service.names), http.query
+    begin = _place(names, query.get("after_id"), "after_id", -1) + 1
+    end = _place(names, query.get("before_id"), "before_id", len(names))
+    limit = query.get("limit", "20")
+    if not re.fullmatch(r"[1-9]\d{0,2}|1000", limit):
+        raise RequestError("limit must be from 1 to 1000.", "limit")
+    wanted = names[begin:end]
+    last = "before_id" in query
+    shown = wanted[-int(limit) :] if last else wanted[: int(limit)]
+    return {
+        "data": [_anthropic_card(name, service) for name in shown],
+        "has_more": len(shown) < len(wanted),
+        "first_id": shown[0] if shown else None,
+        "last_id": shown[-1] if shown else None,
+    }
+
+
+def _place(names: Sequence[str], name: str | None, param: str, otherwise: int) -> int:
+    if name is None:
+        return otherwise
+    if name not in names:
+        raise RequestError(f"There is no model '{name[:100]}'.", param)
+    return names.index(name)
+
+
+def _anthropic_card(name: str, service: Service) -> ModelInfo:
+    created = datetime.fromtimestamp(service.created, UTC)
+    return {
+        "type": "model",
+        "id": name,
+        "display_name": name,
+        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "lifecycle": "active",
+        "max_input_tokens": service.max_model_len - 1,
+        "max_tokens": service.max_model_len - 1,
+    }
 
 
 def _card(name: str, service: Service) -> ModelCard:

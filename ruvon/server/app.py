@@ -24,6 +24,7 @@ from ruvon.server.connection import Runner, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
+from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import openapi
 from ruvon.server.render import apply_template, render_chat, render_completions
@@ -44,6 +45,8 @@ ROUTES = (
     web.post("/v1/completions/render", render_completions, expect_handler=expect),
     web.post("/apply-template", apply_template, expect_handler=expect),
     web.post("/v1/decisions", decisions, expect_handler=expect),
+    web.post("/v1/messages", messages, expect_handler=expect),
+    web.post("/v1/messages/count_tokens", count_tokens, expect_handler=expect),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),

@@ -48,6 +48,7 @@ class Conversation:
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     kwargs: Mapping[str, Any] | None = None  # further variables of the template
+    at_most: bool = False  # max_tokens may be more than the context holds
     param: str = "messages"  # what errors about the prompt name
 
 
@@ -87,6 +88,11 @@ def prepare_conversation(
     """The job of a conversation's next turn, and the turn, whose parser reads what comes of it.
     In any thread. Raises RequestError for all that can be wrong with it."""
     turn = take_turn(conversation, service)
+    if (
+        conversation.at_most
+        and (sampling.max_tokens or 0) + len(turn.prompt) > service.max_model_len
+    ):
+        sampling = replace(sampling, max_tokens=None)
     job = Job(
         prompt=turn.prompt if truncate is None else truncate.of(turn.prompt),
         sampling=replace(sampling, grammar=turn.grammar),

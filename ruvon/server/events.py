@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import suppress
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import orjson
 import structlog
@@ -20,10 +20,19 @@ DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
 CLIENT_LEFT = 499  # how logs and metrics call it; nobody receives this status
 HEADERS = {
-    "Content-Type": "text/event-stream; charset=utf-8",
     "Cache-Control": "no-cache",
     "X-Accel-Buffering": "no",  # nginx: pass events on at once
 }
+
+
+class Media(NamedTuple):
+    """What a stream is made of, and what it says when it has long had nothing to say."""
+
+    content_type: str
+    beat: Callable[[], bytes]  # may be empty
+
+
+EVENTS = Media("text/event-stream; charset=utf-8", lambda: KEEP_ALIVE)
 
 
 class Framing(Protocol):
@@ -62,17 +71,18 @@ async def send_events(
     framing: Framing,
     headers: Mapping[str, str],
     keep_alive: float,
+    media: Media = EVENTS,
 ) -> web.StreamResponse:
     """Write ``events`` as they come; an error becomes the last one.
 
     A client that leaves cancels this task (aiohttp's ``handler_cancellation``), and the caller's
     ``aclosing`` frees what it held; a write that finds the connection gone just ends here.
     """
-    response = EventResponse(headers={**HEADERS, **headers})
+    response = EventResponse(headers={"Content-Type": media.content_type, **HEADERS, **headers})
     failed: Exception | None = None
     with suppress(ConnectionResetError):
         await response.prepare(http)
-        with Pulse(response, keep_alive) as pulse:
+        with Pulse(response, keep_alive, media.beat) as pulse:
             try:
                 async for data in events:
                     await pulse.write(data)
@@ -91,12 +101,15 @@ async def send_events(
 
 
 class Pulse:
-    """Writes events, and a comment after every ``interval`` seconds without one (0 is never), so
+    """Writes events, and a ``beat`` after every ``interval`` seconds without one (0 is never), so
     that proxies keep a quiet connection open. One timer for a stream, none for each event."""
 
-    def __init__(self, response: web.StreamResponse, interval: float) -> None:
+    def __init__(
+        self, response: web.StreamResponse, interval: float, beat: Callable[[], bytes]
+    ) -> None:
         self._response = response
         self._interval = interval
+        self._say = beat
         self._loop = asyncio.get_running_loop()
         self._written_at = self._loop.time()
         self._timer: asyncio.TimerHandle | None = None
@@ -122,13 +135,14 @@ class Pulse:
         quiet = self._loop.time() - self._written_at
         if quiet >= self._interval:
             quiet = 0.0
-            if self._comment is None or self._comment.done():
-                self._comment = self._loop.create_task(self._write_comment())
+            data = self._say()
+            if data and (self._comment is None or self._comment.done()):
+                self._comment = self._loop.create_task(self._write_comment(data))
         self._timer = self._loop.call_later(self._interval - quiet, self._beat)
 
-    async def _write_comment(self) -> None:
+    async def _write_comment(self, data: bytes) -> None:
         with suppress(ConnectionResetError):
-            await self.write(KEEP_ALIVE)
+            await self.write(data)
 
 
 def log_failure(error: Exception) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
-from ruvon.errors import RequestError, UnavailableError
-from ruvon.server.responses import AnthropicErrorAnswer, ErrorAnswer
+from aiohttp import web
+
+from ruvon.errors import ContextLengthError, RequestError, UnavailableError
+from ruvon.server.responses import AnthropicErrorAnswer, ErrorAnswer, OllamaErrorAnswer
 
 
 class Failure(NamedTuple):
@@ -28,7 +30,7 @@ def failure(error: Exception) -> Failure:
     return Failure(500, "server_error", "Internal error.", None, "internal_error")
 
 
-def openai_error(error: Exception) -> ErrorAnswer:
+def openai_error(error: Exception, request_id: str | None = None) -> ErrorAnswer:
     """OpenAI's nested object."""
     told = failure(error)
     return {
@@ -41,12 +43,26 @@ def openai_error(error: Exception) -> ErrorAnswer:
     }
 
 
-def anthropic_error(error: Exception) -> AnthropicErrorAnswer:
-    """Anthropic's: its type follows from the status, and the message names the field."""
+def anthropic_error(error: Exception, request_id: str | None = None) -> AnthropicErrorAnswer:
+    """Anthropic's: its type follows from the status, and the message names the field, or begins
+    with the words by which clients know that they must shorten a conversation."""
     told = failure(error)
-    field = f"{told.param}: " if told.param and told.param not in told.message else ""
+    start = f"{told.param}: " if told.param and told.param not in told.message else ""
+    if isinstance(error, ContextLengthError):
+        start = "prompt is too long: "
     kind = ANTHROPIC_TYPES.get(told.status, "api_error")
-    return {"type": "error", "error": {"type": kind, "message": field + told.message}}
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": start + told.message},
+        "request_id": request_id,
+    }
+
+
+def ollama_error(error: Exception, request_id: str | None = None) -> OllamaErrorAnswer:
+    """Ollama's is a sentence."""
+    told = failure(error)
+    start = f"{told.param}: " if told.param and told.param not in told.message else ""
+    return {"error": start + told.message}
 
 
 ANTHROPIC_TYPES: Mapping[int, str] = {
@@ -62,15 +78,20 @@ ANTHROPIC_TYPES: Mapping[int, str] = {
     503: "overloaded_error",
 }
 
-SHAPES: Mapping[str, Callable[[Exception], Mapping[str, object]]] = {
-    "/v1/messages": anthropic_error,
-}
+Shape: TypeAlias = Callable[[Exception, str | None], Mapping[str, object]]
+
+SHAPES: Mapping[str, Shape] = {"/v1/messages": anthropic_error, "/api/": ollama_error}
 """The beginning of a path → how an API says errors; all others say them as OpenAI does."""
 
 
-def error_answer(error: Exception, path: str = "") -> Mapping[str, object]:
-    """The body of an error's response."""
-    for beginning, shape in SHAPES.items():
-        if path.startswith(beginning):
-            return shape(error)
-    return openai_error(error)
+def speaks_anthropic(http: web.BaseRequest) -> bool:
+    """Whether the client reads Anthropic's answers where an address has others too."""
+    return "anthropic-version" in http.headers
+
+
+def error_answer(error: Exception, http: web.BaseRequest, request_id: str) -> Mapping[str, object]:
+    """The body of an error's response, as the API that was asked says it."""
+    if speaks_anthropic(http):
+        return anthropic_error(error, request_id)
+    shapes = (shape for path, shape in SHAPES.items() if http.path.startswith(path))
+    return next(shapes, openai_error)(error, request_id)

@@ -18,7 +18,7 @@ from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import GenerationError, NotReadyError
 from ruvon.server.body import offload
-from ruvon.server.events import send_events
+from ruvon.server.events import EVENTS, Media, send_events
 from ruvon.server.middleware import FACTS
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
@@ -40,7 +40,12 @@ class Generation:
         self._first_at: float | None = None
 
     async def send(
-        self, http: web.Request, *, stream: bool, ignored: Sequence[str] = ()
+        self,
+        http: web.Request,
+        *,
+        stream: bool,
+        ignored: Sequence[str] = (),
+        media: Media = EVENTS,
     ) -> web.StreamResponse:
         """Run the jobs and send what they give, as a ``stream`` or as a whole; ``ignored`` are
         fields of the request that have no effect. Whichever way this is left, it frees what the
@@ -51,8 +56,10 @@ class Generation:
                 if stream:
                     interval = http.app[STATE].server.sse_keep_alive_interval
                     first = self._push(await first_news(source, interval), source)
-                    async with aclosing(self._events(http.app, first, source)) as events:
-                        return await send_events(http, events, self._writer, headers, interval)
+                    async with aclosing(self._events(http.app, first, source, media)) as events:
+                        return await send_events(
+                            http, events, self._writer, headers, interval, media
+                        )
                 body = await self._fold(http.app, source)
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
@@ -65,11 +72,14 @@ class Generation:
         return await offload(app, self._scored, lambda: orjson.dumps(self._writer.result()))
 
     async def _events(
-        self, app: web.Application, first: list[Delta], source: Stream
+        self, app: web.Application, first: list[Delta], source: Stream, media: Media
     ) -> AsyncGenerator[bytes, None]:
-        """The answer as events: one run of bytes for each step, whatever the number of chunks."""
+        """The answer as events: one run of bytes for each step, whatever the number of chunks. The
+        headers go out with the first, so there is one even if nothing is to be said yet."""
         writer = self._writer
-        yield writer.opening() + await offload(app, self._scored, partial(self._write, first))
+        start = writer.opening() + await offload(app, self._scored, partial(self._write, first))
+        if data := start or media.beat():
+            yield data
         async for emissions in source:
             deltas = self._push(emissions, source)
             if data := await offload(app, self._scored, partial(self._write, deltas)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -16,7 +16,7 @@ from aiohttp import web
 from ruvon.errors import AuthenticationError, QueueFullError, RequestError, UnavailableError
 from ruvon.server import cors, keys
 from ruvon.server.events import CLIENT_LEFT, EventResponse
-from ruvon.server.failures import error_answer, failure
+from ruvon.server.failures import error_answer, failure, openai_error, speaks_anthropic
 from ruvon.server.state import STATE, State
 
 log = structlog.get_logger(__name__)
@@ -53,6 +53,8 @@ async def add_request_id(http: web.Request, response: web.StreamResponse) -> Non
     cors.add_headers(http, response, http.app[STATE].server.cors_allow_origin)
     if FACTS in http:
         response.headers["X-Request-Id"] = http[FACTS]["request_id"]
+        if speaks_anthropic(http):
+            response.headers["Request-Id"] = http[FACTS]["request_id"]
 
 
 async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
@@ -68,7 +70,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
             _count_rejection(http.app[STATE])
         if not isinstance(error, RequestError | UnavailableError):
             log.error("request_failed", exc_info=error)
-        return error_response(error, http.path)
+        return error_response(error, error_answer(error, http, http[FACTS]["request_id"]))
 
 
 def _as_ours(error: Exception, http: web.Request) -> Exception:
@@ -93,9 +95,8 @@ class UrlError(RequestError):
             self.headers = {"Allow": ", ".join(sorted(error.allowed_methods))}
 
 
-def error_response(error: Exception, path: str = "") -> web.Response:
-    """The one place where an error becomes a status, headers and JSON, as the API at ``path`` says
-    it."""
+def error_response(error: Exception, answer: Mapping[str, object] | None = None) -> web.Response:
+    """The one place where an error becomes a status, headers and JSON: ``answer``, or OpenAI's."""
     headers: dict[str, str] = {}
     status = failure(error).status
     if isinstance(error, UrlError):
@@ -107,7 +108,7 @@ def error_response(error: Exception, path: str = "") -> web.Response:
         headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after))
     if status == 500:
         headers["X-Should-Retry"] = "false"  # the OpenAI SDK would try twice more
-    return json_response(error_answer(error, path), status, headers)
+    return json_response(answer or openai_error(error), status, headers)
 
 
 def json_response(

@@ -19,6 +19,8 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.keys import OPEN
+from ruvon.server.messages_api import responses as messages
+from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
 from ruvon.server.state import STATE
 
 Schema: TypeAlias = dict[str, Any]
@@ -34,6 +36,7 @@ class Operation:
     body: Any = None
     streams: bool = False  # whether the answer may come as server-sent events
     queries: Mapping[str, Any] = field(default_factory=dict)  # name → type
+    error: Any = responses.ErrorAnswer
 
 
 OPERATIONS: Mapping[tuple[str, str], Operation] = {
@@ -45,9 +48,30 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/decisions"): Operation(
         "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest
+    ("POST", "/v1/messages"): Operation(
+        "Anthropic",
+        "Answer a conversation",
+        messages.Message,
+        MessagesRequest,
+        streams=True,
+        error=responses.AnthropicErrorAnswer,
     ),
-    ("GET", "/v1/models"): Operation("OpenAI", "The served names", responses.ModelList),
-    ("GET", "/v1/models/{name}"): Operation("OpenAI", "One served name", responses.ModelCard),
+    ("POST", "/v1/messages/count_tokens"): Operation(
+        "Anthropic",
+        "How long a conversation's prompt is",
+        messages.TokenCount,
+        CountRequest,
+        error=responses.AnthropicErrorAnswer,
+    ),
+    ("GET", "/v1/models"): Operation(
+        "OpenAI",
+        "The served names; Anthropic's list with the header anthropic-version",
+        responses.ModelList | messages.ModelPage,
+        queries={"limit": int, "after_id": str, "before_id": str},
+    ),
+    ("GET", "/v1/models/{name}"): Operation(
+        "OpenAI", "One served name", responses.ModelCard | messages.ModelInfo
+    ),
     ("POST", "/v1/chat/completions/render"): Operation(
         "tokens", "What a chat gives the model", responses.Rendered, schemas.ChatRequest
     ),
@@ -121,12 +145,11 @@ Found: TypeAlias = Mapping[tuple[str, JsonSchemaMode], Schema]
 
 def schemas_of(operations: Mapping[tuple[str, str], Operation]) -> tuple[Found, Schema]:
     """The schemas of all bodies and answers, and the definitions that they share."""
-    inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
-        ("error", "serialization", TypeAdapter(responses.ErrorAnswer))
-    ]
+    inputs: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = []
     for (method, path), operation in operations.items():
         name = f"{method} {path}"
         inputs.append((f"{name} answer", "serialization", TypeAdapter(operation.answer)))
+        inputs.append((f"{name} error", "serialization", TypeAdapter(operation.error)))
         if operation.body is not None:
             inputs.append((f"{name} body", "validation", TypeAdapter(operation.body)))
         for query, kind in operation.queries.items():
@@ -144,8 +167,8 @@ def describe(method: str, path: str, operation: Operation, found: Found) -> Sche
         "operationId": re.sub(r"\W+", "_", name.lower()).strip("_"),
         "responses": {
             "200": {"description": "OK", "content": contents(name, operation, found)},
-            "4XX": failed("What is wrong with the request", found),
-            "5XX": failed("Why it cannot be answered now", found),
+            "4XX": failed(name, "What is wrong with the request", found),
+            "5XX": failed(name, "Why it cannot be answered now", found),
         },
     }
     if path in ANSWERS_503:  # in the form of the answer, for it is one
@@ -184,6 +207,6 @@ def contents(name: str, operation: Operation, found: Found) -> Schema:
     return content
 
 
-def failed(description: str, found: Found) -> Schema:
-    schema = found["error", "serialization"]
+def failed(name: str, description: str, found: Found) -> Schema:
+    schema = found[f"{name} error", "serialization"]
     return {"description": description, "content": {"application/json": {"schema": schema}}}

@@ -64,7 +64,7 @@ def parse(
     refuse_unserved(request)
     ignored = list(islice(unused(request), MAX_IGNORED))
     for name in ignored if strict else ():
-        if name not in HARMLESS:
+        if name not in HARMLESS and name not in kind.HARMLESS:
             raise RequestError(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
     return request, ignored
 

@@ -158,6 +158,13 @@ class AnthropicErrorAnswer(TypedDict):
 
     type: Literal["error"]
     error: AnthropicErrorBody
+    request_id: str | None
+
+
+class OllamaErrorAnswer(TypedDict):
+    """Ollama's error."""
+
+    error: str
 
 
 class Answer(TypedDict):

@@ -6,7 +6,7 @@ not declared here is kept offload, for `parsing` to refuse or to report.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import (
     BaseModel,
@@ -102,6 +102,9 @@ class Fields(BaseModel):
     """What all our models have in common: strict types, finite numbers, strangers kept aside."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    HARMLESS: ClassVar[frozenset[str]] = frozenset()
+    """Of one API's clients: fields without effect here, as in `fields`."""
 
     @model_validator(mode="before")
     @classmethod

@@ -79,6 +79,17 @@ class ScriptRunner(FakeRunner):
         return -1.0
 
 
+class Fails(ScriptRunner):
+    """Cannot compute a sequence's third token."""
+
+    def _draw(
+        self, row: SamplingRow, context: list[int]
+    ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
+        if len(row.history) == row.num_prompt + 2:
+            self.errors[row.seq_id] = "NaN in the logits"
+        return super()._draw(row, context)
+
+
 def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Start:
     """A ``start`` that loads nothing."""
     tokenizer = byte_tokenizer()

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import aiohttp
 import pytest
-from serving import ScriptRunner
+from serving import Fails, ScriptRunner
 
 from ruvon.config import ServerConfig
 
@@ -235,15 +235,6 @@ async def test_a_failing_first_step_has_a_status(serve, stream):
     assert reply.headers["X-Should-Retry"] == "false"
     assert (await server.chat(stream=stream)).status == 200  # the next one is fine
     server.assert_idle()
-
-
-class Fails(ScriptRunner):
-    """Cannot compute a sequence's third token."""
-
-    def _draw(self, row, context):
-        if len(row.history) == row.num_prompt + 2:
-            self.errors[row.seq_id] = "NaN in the logits"
-        return super()._draw(row, context)
 
 
 async def test_an_error_in_mid_stream_is_an_event_then_done(serve):

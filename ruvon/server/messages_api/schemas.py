@@ -1,0 +1,253 @@
+"""Anthropic's requests, as pydantic models.
+
+As in `ruvon.server.schemas`: strict types, ``null`` is "not given", strangers are kept aside to be
+reported. Blocks and tools that only Anthropic's own servers understand are `Foreign`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from ruvon.errors import RequestError
+from ruvon.server.schemas import Fields, Stops
+
+MAX_TOOLS = 1024
+UNREADABLE = frozenset({"image", "document", "search_result", "container_upload"})
+"""Blocks whose content a model that reads text cannot be told."""
+
+
+def as_blocks(value: object) -> object:
+    """``"x"`` → ``[{"type": "text", "text": "x"}]``; blocks stay blocks."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("content_type", "Input should be a string or a list of blocks")
+
+
+def check_block(value: object) -> object:
+    """A block says of what type it is, and that this is none we cannot read."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if not isinstance(kind, str):
+        raise PydanticCustomError("block_type", "Input should be an object with a type")
+    if kind in UNREADABLE:
+        raise PydanticCustomError(
+            "unreadable_block", "This model reads text only, not {kind} blocks", {"kind": kind}
+        )
+    return value
+
+
+class Foreign(Fields):
+    """A block or a tool of Anthropic's servers: left out, and reported by its type."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    type: str
+
+
+class Block(Fields):
+    """What all blocks may have. Prefixes are cached wherever they end, so ``cache_control`` is
+    obeyed by doing nothing."""
+
+    cache_control: dict[str, Any] | None = None
+
+
+class TextBlock(Block):
+    """Text, in any role."""
+
+    type: Literal["text"]
+    text: str
+
+
+class ThinkingBlock(Block):
+    """What the assistant has thought."""
+
+    type: Literal["thinking"]
+    thinking: str
+    signature: str = ""
+
+
+class ToolUseBlock(Block):
+    """A call that the assistant has made."""
+
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1)]
+    name: Annotated[str, Field(min_length=1)]
+    input: dict[str, Any]
+
+
+def result_kind(value: object) -> str:
+    return "text" if isinstance(value, dict) and value.get("type") == "text" else "foreign"
+
+
+ResultBlock = Annotated[
+    Annotated[TextBlock, Tag("text")] | Annotated[Foreign, Tag("foreign")],
+    Discriminator(result_kind),
+    BeforeValidator(check_block),
+]
+ResultBlocks = Annotated[
+    list[ResultBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+]
+
+
+class ToolResultBlock(Block):
+    """What came of a call."""
+
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(min_length=1)]
+    content: ResultBlocks | None = None
+    is_error: bool | None = None
+
+
+KINDS = ("text", "thinking", "tool_use", "tool_result")
+
+
+def block_kind(value: object) -> str:
+    kind = value.get("type") if isinstance(value, dict) else None
+    return str(kind) if kind in KINDS else "foreign"
+
+
+ContentBlock = Annotated[
+    Annotated[TextBlock, Tag("text")]
+    | Annotated[ThinkingBlock, Tag("thinking")]
+    | Annotated[ToolUseBlock, Tag("tool_use")]
+    | Annotated[ToolResultBlock, Tag("tool_result")]
+    | Annotated[Foreign, Tag("foreign")],
+    Discriminator(block_kind),
+    BeforeValidator(check_block),
+]
+Blocks = Annotated[
+    list[ContentBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+]
+SystemBlocks = Annotated[
+    list[TextBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+]
+
+
+class Message(Fields):
+    """One turn, or a part of one: neighbours of the same role are one turn."""
+
+    role: Literal["user", "assistant", "system"]
+    content: Blocks
+
+
+class ToolParam(Fields):
+    """A tool that the client runs."""
+
+    type: Literal["custom"] | None = None
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    description: str | None = None
+    input_schema: dict[str, Any]
+    strict: bool | None = None
+    cache_control: dict[str, Any] | None = None
+
+
+def tool_kind(value: object) -> str:
+    """A tool of another type is foreign, unless it says itself what its input is."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    return "foreign" if isinstance(kind, str) and kind != "custom" else "custom"
+
+
+AnyTool = Annotated[
+    Annotated[ToolParam, Tag("custom")] | Annotated[Foreign, Tag("foreign")],
+    Discriminator(tool_kind),
+]
+
+
+class ToolChoiceParam(Fields):
+    """``tool_choice``."""
+
+    type: Literal["auto", "any", "tool", "none"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class ThinkingParam(Fields):
+    """``thinking``. Progress notes between tools are text here, so ``between_tools`` turns
+    thinking off as ``disabled`` does."""
+
+    type: Literal["enabled", "adaptive", "disabled", "between_tools"]
+    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    display: Literal["summarized", "omitted"] | None = None
+
+    @model_validator(mode="after")
+    def _check_budget(self) -> ThinkingParam:
+        if (self.type == "enabled") != (self.budget_tokens is not None):
+            need = "is needed with" if self.type == "enabled" else "goes only with"
+            raise RequestError(
+                f"thinking.budget_tokens {need} type enabled.", "thinking.budget_tokens"
+            )
+        return self
+
+
+class OutputFormat(Fields):
+    """``output_config.format``."""
+
+    type: Literal["json_schema"]
+    # "schema" is a method of every pydantic model
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+
+class OutputConfig(Fields):
+    """``output_config``."""
+
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: OutputFormat | None = None
+
+
+class PromptFields(Fields):
+    """What becomes the prompt, and what ``count_tokens`` counts."""
+
+    HARMLESS = frozenset(
+        {
+            "container", "context_management", "diagnostics", "inference_geo", "speed",
+            "user_profile_id", "workspace_id",
+        }
+    )  # fmt: skip
+
+    model: str | None = None
+    messages: Annotated[list[Message], Field(fail_fast=True, min_length=1, max_length=4096)]
+    system: SystemBlocks | None = None
+    tools: Annotated[list[AnyTool], Field(fail_fast=True, max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoiceParam | None = None
+    thinking: ThinkingParam | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None  # where it was before output_config
+    cache_control: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _refuse_servers(self) -> PromptFields:
+        if (self.model_extra or {}).get("mcp_servers"):
+            raise RequestError(
+                "'mcp_servers' is not supported by this server.",
+                "mcp_servers",
+                "unsupported_parameter",
+            )
+        return self
+
+
+class MessagesRequest(PromptFields):
+    """``POST /v1/messages``."""
+
+    max_tokens: Annotated[int, Field(ge=0)]
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    stop_sequences: Stops | None = None
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> MessagesRequest:
+        budget = self.thinking and self.thinking.budget_tokens
+        if budget and budget >= self.max_tokens:
+            raise RequestError(
+                "max_tokens must be greater than thinking.budget_tokens.", "max_tokens"
+            )
+        return self
+
+
+class CountRequest(PromptFields):
+    """``POST /v1/messages/count_tokens``."""
