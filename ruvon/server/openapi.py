@@ -48,6 +48,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/decisions"): Operation(
         "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest
+    ),
     ("POST", "/v1/messages"): Operation(
         "Anthropic",
         "Answer a conversation",
