@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
@@ -18,7 +19,7 @@ from ruvon.engine.grammar import Grammars
 from ruvon.engine.types import Plan, SamplingParams, SamplingRow, StepResult
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher
+    from llguidance import LLExecutor, LLMatcher
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -65,14 +66,18 @@ class Matchers:
     sampled. Masks are computed in a thread, which lets go of the interpreter's lock."""
 
     def __init__(self, grammars: Grammars, threads: int = 1) -> None:
-        from llguidance import LLExecutor
-
         self._grammars = grammars
-        self._executor = LLExecutor(num_threads=threads)
+        self._num_threads = threads
         self._thread = ThreadPoolExecutor(1, "ruvon-masks")
         self._eos = grammars.eos_token_ids
         self._width = -(-grammars.vocab_size // 32)  # words of a mask
         self._matchings: dict[int, Matching] = {}
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor  # takes long to load
+
+        return LLExecutor(num_threads=self._num_threads)
 
     def close(self) -> None:
         self._thread.shutdown()
