@@ -9,7 +9,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeAlias
 
+import numpy as np
+
 from ruvon.engine.batch import BlockTables
+from ruvon.engine.matching import Matchers
 from ruvon.engine.runner import SamplingRows
 from ruvon.engine.types import (
     BEING_SAMPLED,
@@ -114,7 +117,8 @@ class FakeRunner:
     hit or a chunk out of order is found at once. So is a step that writes where another step under
     way reads or writes for another sequence, and a token said to be sampled just now that is not.
     Tokens come from ``next_token(history, seed)`` mapped into ``alphabet``, ``at_once`` for each
-    row. A step takes ``seconds`` in a worker thread; with ``by_hand`` it takes until `finish_step`.
+    row. With ``matchers`` rows with a grammar obey it, one token at a time and those it forces. A
+    step takes ``seconds`` in a worker thread; with ``by_hand`` it takes until `finish_step`.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class FakeRunner:
         depth: int = 1,
         long_step: int = 1 << 20,
         at_once: int = 1,
+        matchers: Matchers | None = None,
     ) -> None:
         self.block_size = block_size
         self.depth = depth
@@ -142,6 +147,7 @@ class FakeRunner:
         self._seconds = seconds
         self._by_hand = by_hand
         self._at_once = at_once
+        self._matchers = matchers
         self._held: list[tuple[Plan, Tables, Future[StepResult]]] = []
         self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
         self._tables = BlockTables()
@@ -190,6 +196,8 @@ class FakeRunner:
     def close(self) -> None:
         if self._worker is not None:
             self._worker.shutdown()
+        if self._matchers is not None:
+            self._matchers.close()
 
     @property
     def computed(self) -> int:
@@ -209,7 +217,13 @@ class FakeRunner:
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
         self._write(chunks, tables)
         self._rows.follow(plan)
-        sampled = [self._sample(row, contexts[row.seq_id]) for row in self._rows.of(plan.rows)]
+        if self._matchers is not None:
+            self._matchers.follow(plan)
+        rows = self._rows.of(plan.rows)
+        masks = self._matchers and self._matchers.begin(rows)
+        if masks:
+            masks.hand_to(rows)
+        sampled = [self._sample(row, contexts[row.seq_id]) for row in rows]
         result = StepResult(
             tokens=tuple(tokens for tokens, _ in sampled),
             logprobs=tuple(logprobs for _, logprobs in sampled),
@@ -220,6 +234,8 @@ class FakeRunner:
             errors={s: self.errors[s] for s in contexts if s in self.errors},
             seconds=self._seconds,
         )
+        if masks and self._matchers:
+            result = self._matchers.accept(plan.rows, masks, result)
         self._rows.record(plan, result)
         return result
 
@@ -306,7 +322,7 @@ class FakeRunner:
         assert context == row.history, f"the cache of {row.seq_id} holds other tokens"
         tokens: tuple[int, ...] = ()
         scores: tuple[TokenLogprobs, ...] = ()
-        for _ in range(self._at_once):
+        for _ in range(self._at_once if row.mask is None else 1):
             more, logprobs = self._draw(row, context)
             context, tokens, scores = [*context, *more], tokens + more, scores + (logprobs or ())
         return tokens, None if row.sampling.logprobs is None else scores
@@ -317,9 +333,15 @@ class FakeRunner:
         if row.seq_id in self.errors:
             return (), None
         seed = row.seed if row.sampling.temperature > 0 else 0
-        token = self._alphabet[self._next_token(context, seed) % len(self._alphabet)]
+        alphabet = self._alphabet if row.mask is None else allowed(row.mask)
+        token = alphabet[self._next_token(context, seed) % len(alphabet)]
         num_top = row.sampling.logprobs
         return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
+
+
+def allowed(mask: np.ndarray) -> list[int]:
+    """The tokens in a mask."""
+    return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
 
 
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:

@@ -20,7 +20,8 @@ FRONT = {
 }  # fmt: skip  # may use everything
 
 OPTIONAL = {
-    "huggingface_hub", "llvmlite", "numba", "tqdm", "transformers", "triton", "uvloop",
+    "huggingface_hub", "llguidance", "llvmlite", "numba", "tqdm", "transformers", "triton",
+    "uvloop",
 }  # fmt: skip
 """Heavy, or absent on some machines: may be imported inside a function by whoever needs them."""
 

@@ -23,14 +23,16 @@ from ruvon.engine.sampler import (
     finite,
     greedy_result,
     is_greedy,
+    is_held,
     join_rows,
+    obey,
     output_penalties,
     sample_row,
     stopping_ids,
     transforms_of,
     undrawable,
 )
-from ruvon.engine.types import SamplingRow, StepResult, TokenLogprobs
+from ruvon.engine.types import SamplingParams, SamplingRow, StepResult, TokenLogprobs
 from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, ROW
 from ruvon.kernels.cpu.sampling import Sampler
 
@@ -51,7 +53,8 @@ class CpuSampler:
     def __call__(
         self, logits_LV: Tensor, rows: Sequence[SamplingRow], eos_token_ids: Sequence[int]
     ) -> StepResult:
-        """As `ruvon.engine.sampler.sample`. Rows of logits are padded to whole vectors."""
+        """As `ruvon.engine.sampler.sample`, but for rows with a grammar, whose logits may change.
+        Rows of logits are padded to whole vectors."""
         logits = logits_LV.numpy()
         if all(row.plain for row in rows):
             ids_L = self._argmax()[: len(rows)].tolist()
@@ -59,7 +62,9 @@ class CpuSampler:
         done: dict[int, RowResult] = {}
         compiled = []
         for n, row in enumerate(rows):
-            if row.sampling.typical_p == 1:
+            if is_compiled(row.sampling):
+                if row.sampling.grammar is not None:
+                    obey(logits[n], row, eos_token_ids)
                 compiled.append(n)
             else:  # rare enough to have no kernel
                 done[n] = sample_row(logits[n], row, transforms_of(row), eos_token_ids)
@@ -89,6 +94,12 @@ class CpuSampler:
         ]
 
 
+def is_compiled(sampling: SamplingParams) -> bool:
+    """Whether the kernel does it. Logits lose what a grammar rules out before it sees them, so it
+    cannot tell what the model thought of them."""
+    return sampling.typical_p == 1 and (sampling.grammar is None or sampling.logprobs is None)
+
+
 @dataclass(frozen=True, slots=True)
 class Edits:
     """What a row changes of its scores."""
@@ -108,7 +119,7 @@ def edits_of(row: SamplingRow, eos_token_ids: Sequence[int]) -> Edits:
     sampling, history = row.sampling, row.history
     allowed, bias = sampling.allowed_token_ids, sampling.logit_bias
     banned = completing_ids(row)
-    if len(history) - row.num_prompt < sampling.min_tokens:
+    if is_held(sampling, len(history) - row.num_prompt):
         banned += stopping_ids(row, eos_token_ids)
     seen = history if sampling.repetition_penalty != 1 else []
     counted: Indices = NO_EDITS.ids

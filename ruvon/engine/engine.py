@@ -16,11 +16,13 @@ from typing import Protocol
 
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool, extend_keys
+from ruvon.engine.grammar import Grammars
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
+from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
@@ -69,8 +71,10 @@ class Engine:
         num_blocks: int,
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
+        grammars: Grammars | None = None,
     ) -> None:
-        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold."""
+        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold. Without
+        ``grammars`` requests with one are refused; the runner has the same."""
         self._runner = runner
         self.config = config
         self.max_model_len = min(max_model_len, num_blocks * config.block_size)
@@ -86,6 +90,7 @@ class Engine:
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(pool, limits)
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._grammars = grammars
         self._ids = count()
         self._valid: SamplingParams | None = None  # the last that was checked
         self._counted = Counters()  # up to the latest launch
@@ -101,10 +106,12 @@ class Engine:
         return bool(self._scheduler.sequences)
 
     def prepare(self, job: Job) -> Job:
-        """The job, with the keys of its prompt's blocks if they will be asked for: for a long
-        prompt that takes long, and this may be called in any thread. Raises `RequestError` for what
-        can never run."""
+        """The job, with the keys of its prompt's blocks if they will be asked for, its grammar
+        compiled: either may take long, and this may be called in any thread. Raises `RequestError`
+        for what can never run."""
         self.validate(job)
+        if self._grammars is not None and job.sampling.grammar is not None:
+            self._grammars.check(job.sampling.grammar)
         if not self.config.enable_prefix_caching or job.sampling.prompt_logprobs is not None:
             return job
         keys: list[bytes] = []
@@ -113,7 +120,8 @@ class Engine:
         return replace(job, keys=tuple(keys))
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
-        """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up.
+        """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up. One with a
+        grammar has been through `prepare`.
 
         Returns their ids. Raises, before anything is queued, `RequestError` for what can never
         run, `QueueFullError` for what cannot wait now and `EngineDeadError`.
@@ -180,11 +188,19 @@ class Engine:
             return future
 
     def _has_room(self) -> bool:
-        """Whether the runner takes another step now."""
+        """Whether the runner takes another step now. No two steps are under way where there is a
+        grammar: how many tokens it forces is known when the step is over."""
         num_in_flight, runner = self._scheduler.num_in_flight, self._runner
         return not num_in_flight or (
-            num_in_flight < runner.depth and self._num_launched <= runner.long_step
+            num_in_flight < runner.depth
+            and self._num_launched <= runner.long_step
+            and not self._scheduler.num_with_grammar
         )
+
+    def is_quick(self, job: Job) -> bool:
+        """Whether `prepare` has no grammar to compile."""
+        grammar = job.sampling.grammar
+        return grammar is None or self._grammars is None or self._grammars.is_compiled(grammar)
 
     def collect(self, pending: Pending) -> list[Emission]:
         """Take in the result of the oldest launched step, waiting for it if need be.
@@ -244,10 +260,15 @@ class Engine:
             )
         if job.sampling is not self._valid:  # a request's jobs share theirs
             check_sampling(job.sampling, self.vocab_size)
+            self._check_grammar(job.sampling.grammar)
             self._valid = job.sampling
         num_prompt, max_tokens = len(job.prompt), job.sampling.max_tokens
         check_length(num_prompt, max_tokens, self.max_model_len, job.param)
         return self.max_model_len - num_prompt if max_tokens is None else max_tokens
+
+    def _check_grammar(self, grammar: Grammar | None) -> None:
+        if grammar is not None and self._grammars is None:
+            raise RequestError("This engine has no grammars.", grammar.param)
 
     @property
     def _bound(self) -> int:

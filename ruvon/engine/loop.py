@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
+from threading import get_ident
 from typing import Protocol
 
 import structlog
@@ -29,6 +30,10 @@ log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
+
+
+class HoldsLoopError(Exception):
+    """What was asked for takes long, and was asked for on the event loop's thread."""
 
 
 class LoopMetrics(Protocol):
@@ -103,6 +108,7 @@ class EngineLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
+        self._thread: int | None = None  # the event loop's
         self._numbers = count()  # of streams
         self._pending: deque[Pending] = deque()  # launched steps, oldest first
         self._coalescer = Coalescer()
@@ -140,6 +146,7 @@ class EngineLoop:
 
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
+        self._thread = get_ident()
         self._task = asyncio.create_task(self._run(), name="engine-loop")
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
@@ -165,7 +172,10 @@ class EngineLoop:
     # ---------------------------------------------------------------- requests
 
     def prepare(self, job: Job) -> Job:
-        """As `Engine.prepare`."""
+        """As `Engine.prepare`. On the event loop's thread it raises HoldsLoopError for a job whose
+        grammar is not compiled yet: that is to be done again, in another thread."""
+        if get_ident() == self._thread and not self.engine.is_quick(job):
+            raise HoldsLoopError
         return self.engine.prepare(job)
 
     async def admission(self) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import BlockTables, PendingBatch, lay_out
+from ruvon.engine.matching import Matchers
 from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
@@ -34,6 +35,7 @@ class Runner:
     ``depth`` is how many steps it takes before the first is done, 1 or 2; ``max_logit_rows`` bounds
     the logits in memory at once, and is at least the most sequences of a step. ``at_start`` is
     called first in that thread. ``device`` is where batches go; None for what takes numpy arrays.
+    ``matchers`` see to rows with a grammar.
     """
 
     long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
@@ -48,6 +50,7 @@ class Runner:
         max_logit_rows: int,
         depth: int = 2,
         at_start: Callable[[], None] = lambda: None,
+        matchers: Matchers | None = None,
     ) -> None:
         self.depth = depth
         self._forward = forward
@@ -56,6 +59,7 @@ class Runner:
         self._device = device
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
+        self._matchers = matchers
         self._tables = BlockTables()
         self._launched: SimpleQueue[Launched | None] = SimpleQueue()
         self._closed = False
@@ -91,6 +95,8 @@ class Runner:
         self._closed = True
         self._launched.put(None)
         self._worker.join(PATIENCE)
+        if self._matchers is not None:
+            self._matchers.close()
 
     def _work(self) -> None:
         broken: BaseException | None = None
@@ -103,6 +109,8 @@ class Runner:
             plan, layout, future = launched
             try:
                 state.follow(plan)
+                if self._matchers is not None:
+                    self._matchers.follow(plan)
                 if not future.set_running_or_notify_cancel():
                     continue
                 if broken is not None:
@@ -122,8 +130,14 @@ class Runner:
         with torch.inference_mode():
             batch = layout.to_batch(self._device, state.sampled)
             pieces = self._logits(batch)
+            rows = state.of(plan.rows)
+            masks = self._matchers and self._matchers.begin(rows)
             first = next(pieces)
-            sampled = self._sampler(first[: len(plan.rows)], state.of(plan.rows))
+            if masks:
+                masks.hand_to(rows)
+            sampled = self._sampler(first[: len(plan.rows)], rows)
+            if masks and self._matchers:
+                sampled = self._matchers.accept(plan.rows, masks, sampled)
             scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
         return replace(
             sampled,

@@ -4,8 +4,8 @@ Every row is computed by itself, from its own logits, history, seed and position
 the same tokens alone or in any batch. A row passes, in this order (vLLM's; typical_p last, where
 Hugging Face has it):
 
-1. ``TRANSFORMS``, which change scores: allowed_token_ids, bad_words, min_tokens, logit_bias, then
-   the repetition, frequency and presence penalties;
+1. ``TRANSFORMS``, which change scores: the grammar's mask, allowed_token_ids, bad_words,
+   min_tokens, logit_bias, then the repetition, frequency and presence penalties;
 2. temperature;
 3. filters, which keep part of the distribution and renormalise it: top_k, min_p, top_p, typical_p
    (min_p compares with the likeliest token, so it keeps the same on either side of top_k);
@@ -131,6 +131,13 @@ def undrawable(best: float) -> str | None:
 Transform: TypeAlias = Callable[[Floats, SamplingRow, Sequence[int]], None]
 
 
+def obey(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
+    """Nothing but what the grammar allows now."""
+    assert row.mask is not None
+    allowed_V = np.unpackbits(row.mask.view(np.uint8), count=len(scores_V), bitorder="little")
+    scores_V[allowed_V == 0] = -np.inf
+
+
 def allow(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     ids = list(row.sampling.allowed_token_ids or ())
     kept = scores_V[ids]
@@ -154,6 +161,11 @@ def completing_ids(row: SamplingRow) -> list[int]:
 def delay_stop(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     """Nothing that would stop the sequence is sampled before its ``min_tokens``."""
     scores_V[stopping_ids(row, eos_token_ids)] = -np.inf
+
+
+def is_held(sampling: SamplingParams, num_output: int) -> bool:
+    """Whether stop tokens are to be ruled out here; a grammar's mask sees to that itself."""
+    return num_output < sampling.min_tokens and sampling.grammar is None
 
 
 def stopping_ids(row: SamplingRow, eos_token_ids: Sequence[int]) -> list[int]:
@@ -189,9 +201,10 @@ def output_penalties(row: SamplingRow) -> tuple[Indices, Floats]:
 
 
 TRANSFORMS: tuple[tuple[Callable[[SamplingParams, int], bool], Transform], ...] = (
+    (lambda sampling, num_output: sampling.grammar is not None, obey),
     (lambda sampling, num_output: sampling.allowed_token_ids is not None, allow),
     (lambda sampling, num_output: bool(sampling.bad_words), ban_words),
-    (lambda sampling, num_output: num_output < sampling.min_tokens, delay_stop),
+    (lambda sampling, num_output: is_held(sampling, num_output), delay_stop),
     (lambda sampling, num_output: bool(sampling.logit_bias), bias),
     (lambda sampling, num_output: sampling.repetition_penalty != 1, penalize_repetition),
     (

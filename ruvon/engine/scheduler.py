@@ -46,6 +46,10 @@ STARTED_BLOCKS = 4096
 as when all completions of a long prompt start."""
 
 
+MOST_FORCED = 32
+"""Of a stream's tokens that come before prompts: a grammar seldom forces more at once."""
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
     """What one step may hold, and who decides about it."""
@@ -87,6 +91,7 @@ class Scheduler:
         self.waiting = WaitingQueue(limits.order)
         self.running: dict[int, Sequence] = {}  # by id, in the order of ``limits.order``
         self.sequences: dict[int, Sequence] = {}  # all of these, and those that end with a step
+        self.num_with_grammar = 0  # of ``sequences``
         self._num_committed = 0  # steps
         self._full: list[Sequence] = []  # need a new block for their next token
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
@@ -109,6 +114,7 @@ class Scheduler:
         """Queue a sequence, which must fit into an empty cache."""
         assert self.pool.blocks_for(seq.num_prompt + seq.max_tokens) <= self.pool.num_blocks
         self.sequences[seq.id] = seq
+        self.num_with_grammar += seq.sampling.grammar is not None
         self.waiting.push(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -272,7 +278,7 @@ class Scheduler:
         num_single = len(shares)
         budget = self.limits.max_tokens - num_single
         held_up, self._held_up = self._held_up, False
-        for seq in [seq for seq in self.running.values() if seq.num_pending > 1]:
+        for seq in self._with_several():
             num_tokens = min(seq.num_pending, budget)
             if num_tokens < seq.num_pending and not self.limits.chunked:
                 if len(shares) > num_single or held_up:
@@ -285,6 +291,13 @@ class Scheduler:
             shares.append((seq, num_tokens))
             budget -= num_tokens
         return shares
+
+    def _with_several(self) -> list[Sequence]:
+        """Who has several tokens pending: streams first, for a grammar may force some tokens."""
+        pending = [seq for seq in self.running.values() if seq.num_pending > 1]
+        if self.num_with_grammar:
+            pending.sort(key=lambda seq: seq.num_pending > MOST_FORCED)
+        return pending
 
     def _plan(self, shares: list[tuple[Sequence, int]], now: float) -> Plan | None:
         """The step in which each sequence computes its share, if there is any."""
@@ -374,7 +387,7 @@ class Scheduler:
                     self._publish(seq, end // size)
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
-                emission = self._accept(seq, end, tokens, logprobs)
+                emission = self._accept(seq, end, tokens, logprobs, seq.id in result.ended)
             if emission is not None:
                 emissions.append(emission)
                 if seq.finish is not None:
@@ -410,19 +423,22 @@ class Scheduler:
         end: int,
         tokens: tuple[int, ...],
         logprobs: tuple[TokenLogprobs, ...] | None,
+        ended: bool,
     ) -> Emission | None:
         """Append what was sampled after the first ``end`` tokens, up to what ends the sequence;
-        None if there is no news of it.
+        None if there is no news of it. ``ended``: nothing may follow all of it.
 
         That no stop token comes before ``min_tokens`` is the sampler's doing: it masks them.
         """
         several = len(tokens) > 1
         if several:
-            tokens = self._cut(seq, end - seq.num_prompt, tokens)
+            whole, tokens = tokens, self._cut(seq, end - seq.num_prompt, tokens)
             logprobs = logprobs and logprobs[: len(tokens)]
+            ended = ended and tokens == whole
         seq.tokens += tokens
         num_output = end - seq.num_prompt + len(tokens)
-        if tokens and tokens[-1] in seq.stop_ids:
+        stopped = bool(tokens) and tokens[-1] in seq.stop_ids
+        if stopped or ended:
             seq.finish = "stop"
         elif num_output >= seq.max_tokens:
             seq.finish = "length"
@@ -431,7 +447,7 @@ class Scheduler:
         elif several:
             self._pend(seq, len(tokens) - 1)
         emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
-        if seq.finish == "stop":
+        if stopped:
             emission.stop_token = tokens[-1]
         if seq.prompt_logprobs is not None and end == seq.num_prompt:
             emission.prompt_logprobs = tuple(seq.prompt_logprobs)
@@ -467,6 +483,7 @@ class Scheduler:
         self._leave(seq)
         if not seq.in_flight:
             del self.sequences[seq.id]
+            self.num_with_grammar -= seq.sampling.grammar is not None
             self._free(seq)
 
     def _free(self, seq: Sequence) -> None:

@@ -23,6 +23,7 @@ from ruvon.engine.backends import (
     step_limits,
 )
 from ruvon.engine.engine import Engine
+from ruvon.engine.grammar import Grammars
 from ruvon.engine.kv_cache import (
     Cache,
     MemoryPlan,
@@ -31,6 +32,7 @@ from ruvon.engine.kv_cache import (
     longest_sequence,
     plan_memory,
 )
+from ruvon.engine.matching import Matchers
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import (
@@ -149,7 +151,8 @@ def assemble(
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
         words = beside.submit(load_words, checkpoint)
         model = load_on(checkpoint, config, backend.ops, threads, progress)
-    tokenizer, chat = words.result()
+    tokenizer, chat, grammars = words.result()
+    stack.callback(grammars.close)
     memory = plan_memory(
         model.spec,
         config,
@@ -157,9 +160,7 @@ def assemble(
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
         free_bytes=free_for_cache(backend.ops, config, model.spec),
     )
-    ends = dict.fromkeys((*model.spec.eos_token_ids, *tokenizer.eos_ids))
-    eos_token_ids = tuple(id for id in ends if 0 <= id < model.spec.vocab_size)
-    runner = make_runner(model, config, memory, backend, eos_token_ids, progress)
+    runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)
     warm_up(runner, config)
@@ -170,10 +171,11 @@ def assemble(
             max_model_len=memory.max_model_len,
             num_blocks=memory.num_blocks,
             vocab_size=model.spec.vocab_size,
-            eos_token_ids=eos_token_ids,
+            eos_token_ids=grammars.eos_token_ids,
+            grammars=grammars,
         ),
         runner=runner,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=grammars.eos_token_ids,
         checkpoint=checkpoint,
         tokenizer=tokenizer,
         chat=chat,
@@ -188,10 +190,13 @@ def assemble(
     )
 
 
-def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatFormat]:
-    """All that is needed to read and to write text."""
-    tokenizer = load_tokenizer(checkpoint)
-    return tokenizer, load_chat(tokenizer)
+def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatFormat, Grammars]:
+    """All that is needed to read and to write text, and to write it by rules."""
+    tokenizer, spec = load_tokenizer(checkpoint), checkpoint.spec
+    ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.eos_ids))
+    eos_token_ids = tuple(id for id in ends if 0 <= id < spec.vocab_size)
+    grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
+    return tokenizer, load_chat(tokenizer), grammars
 
 
 def load_on(
@@ -211,18 +216,18 @@ def make_runner(
     config: EngineConfig,
     memory: MemoryPlan,
     backend: Backend,
-    eos_token_ids: tuple[int, ...],
+    grammars: Grammars,
     progress: Progress,
 ) -> Runner | GpuRunner:
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device)
     if backend.graphs:
-        return make_gpu_runner(model, config, memory, cache, limits, eos_token_ids, progress)
+        return make_gpu_runner(model, config, memory, cache, limits, grammars, progress)
     step = backend.make_step(model, cache, limits, progress)
 
     def sampler(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
-        return step.draw(logits_LV, rows, eos_token_ids)
+        return step.draw(logits_LV, rows, grammars.eos_token_ids)
 
     return Runner(
         step.forward,
@@ -231,6 +236,7 @@ def make_runner(
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.pin_thread,
+        matchers=Matchers(grammars),
     )
 
 
@@ -240,7 +246,7 @@ def make_gpu_runner(
     memory: MemoryPlan,
     cache: Cache,
     limits: StepLimits,
-    eos_token_ids: tuple[int, ...],
+    grammars: Grammars,
     progress: Progress,
 ) -> GpuRunner:
     from ruvon.engine.gpu.runner import GpuRunner  # triton is not on every platform
@@ -267,7 +273,7 @@ def make_gpu_runner(
         max_model_len=memory.max_model_len,
         max_seqs=limits.sequences,
         max_tokens=limits.tokens,
-        eos_token_ids=eos_token_ids,
+        eos_token_ids=grammars.eos_token_ids,
         progress=progress,
     )
     for sampling in RARE:

@@ -13,10 +13,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from ruvon.deltas import FinishReason as FinishReason
 from ruvon.deltas import TokenLogprobs as TokenLogprobs
 from ruvon.grammars import Grammar
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PLACEHOLDER = -1
 """In a chunk, in place of a token that the step before is sampling while this one is planned: the
@@ -46,7 +50,7 @@ class SamplingParams:
     min_tokens: int = 0  # no stop token before this many, nor a stop string
     stop_token_ids: tuple[int, ...] = ()  # besides the model's end-of-sequence ids
     ignore_eos: bool = False
-    grammar: Grammar | None = None  # what the output must be
+    grammar: Grammar | None = None  # what the output must be, as `ruvon.grammars` makes them
     logprobs: int | None = None  # alternatives per token; 0 is the sampled token alone
     logprob_token_ids: tuple[int, ...] = ()  # with logprobs: these, in place of the likeliest
     prompt_logprobs: int | None = None
@@ -187,6 +191,8 @@ class SamplingRow:
     num_prompt: int
     seed: int
     plain: bool = field(init=False)
+    mask: np.ndarray[Any, np.dtype[np.int32]] | None = None
+    """What its grammar allows now, a bit a token; set for each step."""
 
     def __post_init__(self) -> None:
         self.plain = is_plain(self.sampling)
@@ -196,6 +202,7 @@ def is_plain(sampling: SamplingParams) -> bool:
     """Whether all that is wanted is the likeliest token, whatever came before."""
     return sampling.temperature == 0 and not (
         sampling.logprobs is not None
+        or sampling.grammar is not None
         or sampling.allowed_token_ids is not None
         or sampling.bad_words
         or sampling.min_tokens
@@ -208,13 +215,15 @@ def is_plain(sampling: SamplingParams) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step sampled: the tokens of each of ``Plan.rows`` (more than one only for
-    accepted drafts), logprobs beside them where asked, prompt logprobs by sequence."""
+    """What a step sampled: the tokens of each of ``Plan.rows`` (more than one for accepted drafts,
+    and where a grammar forces those behind the first), logprobs beside them where asked, prompt
+    logprobs by sequence."""
 
     tokens: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
     errors: Mapping[int, str] = field(default_factory=dict)  # seq id → why this row has no token
+    ended: frozenset[int] = frozenset()  # sequences whose grammar allows nothing more
     seconds: float = 0.0
 
 

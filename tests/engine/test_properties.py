@@ -4,6 +4,7 @@ the same tokens; and in the end every block is free."""
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import random
 from collections import deque
@@ -12,17 +13,30 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
+import numpy as np
 import pytest
-from fakes import ByteTokenizer, FakeRunner, last_three
+from fakes import ByteTokenizer, FakeRunner, allowed, last_three
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ruvon import grammars
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.grammar import Grammars
+from ruvon.engine.matching import Matchers
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
 MAX_MODEL_LEN = 60
+GRAMMARS = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, ByteTokenizer.eos_ids)
+atexit.register(GRAMMARS.close)
+RULES = (
+    grammars.regex("[a-k]{2}(bcd|e+f)*"),
+    grammars.choice(["abcdefghij", "abd", "k"]),
+    grammars.json_schema({"type": "object", "properties": {"long name": {"type": "integer"}}}),
+    grammars.lark('start: "a" b*\nb: "c" b "d" | /[e-g]/'),
+)
+"""Of which some force tokens, some end by themselves and some never."""
 
 
 def stop_ids(job: Job) -> set[int]:
@@ -31,19 +45,33 @@ def stop_ids(job: Job) -> set[int]:
     )
 
 
-def expected(job: Job, seed: int) -> list[int]:
-    """What a request must emit, from the definition alone."""
+def expected(job: Job, seed: int) -> tuple[list[int], str]:
+    """What a request must emit and how it ends, from the definition alone."""
     tokens, wanted = list(job.prompt), job.sampling
     room = MAX_MODEL_LEN - len(tokens)
     most = room if wanted.max_tokens is None else wanted.max_tokens
     output: list[int] = []
+    matcher = wanted.grammar and GRAMMARS.matcher(wanted.grammar)
     while len(output) < most:
-        drawn = last_three(tokens, seed if wanted.temperature > 0 else 0)
-        output.append(ALPHABET[drawn % len(ALPHABET)])
-        tokens.append(output[-1])
-        if output[-1] in stop_ids(job):
-            break
-    return output
+        alphabet = ALPHABET
+        if matcher:
+            alphabet = allowed(np.frombuffer(matcher.compute_bitmask(), dtype=np.int32))
+            if wanted.ignore_eos:
+                alphabet = [t for t in alphabet if t not in ByteTokenizer.eos_ids] or alphabet
+        new = [alphabet[last_three(tokens, seed if wanted.temperature > 0 else 0) % len(alphabet)]]
+        if matcher:
+            assert matcher.consume_token(new[0])
+            if wanted.logprobs is None:
+                new += matcher.compute_ff_tokens()
+                assert matcher.consume_tokens(new[1:])
+        for token in new[: most - len(output)]:
+            output.append(token)
+            tokens.append(token)
+            if token in stop_ids(job):
+                return output, "stop"
+        if matcher and matcher.is_stopped() and tokens[-len(new) :] == new:
+            return output, "stop"
+    return output, "length"
 
 
 @dataclass
@@ -73,8 +101,9 @@ class Run:
         failing: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.runner = FakeRunner(
-            config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once
-        )
+            config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once,
+            matchers=Matchers(GRAMMARS),
+        )  # fmt: skip
         self.runner.failing |= failing
         self.engine = Engine(
             self.runner,
@@ -83,6 +112,7 @@ class Run:
             num_blocks=num_blocks,
             vocab_size=ByteTokenizer.vocab_size,
             eos_token_ids=ByteTokenizer.eos_ids,
+            grammars=GRAMMARS,
         )
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
@@ -100,6 +130,7 @@ class Run:
             self._abort(self.step)
             self._step()
             self.step += 1
+        self.runner.close()
         return self
 
     def _arrive(self) -> None:
@@ -185,7 +216,7 @@ def verify(run: Run) -> None:
     for number, arrival in enumerate(run.arrivals):
         seeds = run.engine._seeds(arrival.job)
         for seq_id in run.ids[number]:
-            want = expected(arrival.job, next(seeds))
+            want, finish = expected(arrival.job, next(seeds))
             got = run.outputs[seq_id]
             if arrival.job.sampling.prompt_logprobs is None:
                 assert seq_id not in run.scored
@@ -195,9 +226,7 @@ def verify(run: Run) -> None:
                 assert run.runner.failing
                 assert got == want[: len(got)]
             elif seq_id in run.finished:
-                assert got == want
-                stopped = bool(got) and got[-1] in stop_ids(arrival.job)
-                assert run.finished[seq_id] == ("stop" if stopped else "length")
+                assert (got, run.finished[seq_id]) == (want, finish)
             else:
                 assert arrival.aborted_at is not None
                 assert got == want[: len(got)]
@@ -209,9 +238,11 @@ def verify(run: Run) -> None:
 
 def replay(run: Run) -> None:
     """Plans are values: written down and read back, they make another runner do the same."""
-    runner = FakeRunner(run.runner.block_size, ALPHABET, depth=run.runner.depth)
+    matchers = Matchers(GRAMMARS)
+    runner = FakeRunner(run.runner.block_size, ALPHABET, depth=run.runner.depth, matchers=matchers)
     for plan, result in zip(run.runner.plans, run.results, strict=True):
         assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
+    runner.close()
 
 
 @st.composite
@@ -230,6 +261,8 @@ def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
             seed=draw(st.integers(0, 2**40)),
             prompt_logprobs=draw(st.sampled_from([None, None, None, 0])),
             ignore_eos=draw(st.booleans()),
+            grammar=draw(st.sampled_from([None, None, None, *RULES])),
+            logprobs=draw(st.sampled_from([None, None, 0])),
         )
         job = Job(
             prompt,
@@ -304,7 +337,9 @@ def test_a_failed_step_ends_its_sequences_and_touches_nothing_else(load, world, 
     }
 
 
-def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arrival]:
+def mixed_load(
+    rng: random.Random, num_jobs: int, num_steps: int, constrained: bool = False
+) -> list[Arrival]:
     system = [rng.randrange(97, 108) for _ in range(24)]
     load = []
     for _ in range(num_jobs):
@@ -316,6 +351,7 @@ def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arriva
             seed=rng.randrange(2**50),
             ignore_eos=rng.random() < 0.7,
             prompt_logprobs=rng.choice([None, None, None, 0]),
+            grammar=rng.choice([None, *RULES]) if constrained else None,
         )
         job = Job(prompt, sampling, n=rng.choice([1, 1, 1, 3]), priority=rng.randrange(3))
         at = rng.randrange(num_steps)
@@ -325,10 +361,12 @@ def mixed_load(rng: random.Random, num_jobs: int, num_steps: int) -> list[Arriva
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("policy", ["fcfs", "priority"])
-def test_a_long_run_under_pressure(policy, depth):
+@pytest.mark.parametrize(
+    ("policy", "constrained"), [("fcfs", False), ("priority", False), ("fcfs", True)]
+)
+def test_a_long_run_under_pressure(policy, depth, constrained):
     """Several hundred jobs through a cache that holds two or three: preemption all the time."""
-    load = mixed_load(random.Random(7), num_jobs=400, num_steps=150)
+    load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
     config = EngineConfig(
         block_size=4,
         max_num_seqs=16,

@@ -13,11 +13,34 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
+from ruvon.engine.grammar import Grammars
+from ruvon.engine.matching import Matchers
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import Job, SamplingParams
+from ruvon.grammars import regex
 
 PAGE, BLOCKS, VOCAB, LONGEST = 4, 16, 40, 40
+
+
+class Letters:
+    """One character a token: 0 ends, then ``A`` and up."""
+
+    vocab_size, bos_id, special_ids = VOCAB, None, frozenset({0})
+
+    def token_bytes(self, id):
+        return bytes([64 + id]) if id else b"<end>"
+
+    def encode(self, text, *, add_special_tokens):
+        return [ord(char) - 64 for char in text]
+
+
+@pytest.fixture(scope="module")
+def letters():
+    made = Grammars(Letters(), VOCAB, (0,))
+    yield made
+    made.close()
+
 
 SAMPLINGS = (
     SamplingParams(temperature=0),
@@ -27,6 +50,8 @@ SAMPLINGS = (
     SamplingParams(temperature=0, bad_words=tuple((a, b) for a in range(40) for b in range(20))),
     SamplingParams(temperature=0, min_tokens=9, logit_bias=MappingProxyType({3: 4.0, 7: 4.0})),
     SamplingParams(temperature=0, prompt_logprobs=1),
+    SamplingParams(temperature=1, grammar=regex("([A-E]FGH)*"), frequency_penalty=1.0),
+    SamplingParams(temperature=0, grammar=regex("[^A]{9}(BCD)?"), logprobs=1, min_tokens=9),
 )
 JOBS = [
     Job(
@@ -58,13 +83,13 @@ class Context:
 
 
 @pytest.fixture
-def make_runner():
+def make_runner(letters):
     made = []
 
     def make():
         runner = Runner(
             Context(), partial(sample, eos_token_ids=(0,)),
-            block_size=PAGE, device=None, max_logit_rows=100,
+            block_size=PAGE, device=None, max_logit_rows=100, matchers=Matchers(letters),
         )  # fmt: skip
         made.append(runner)
         return runner
@@ -74,18 +99,19 @@ def make_runner():
         runner.close()
 
 
-def drive(runner, jobs, depth):
+def drive(runner, jobs, depth, grammars):
     """Tokens by completion, and all plans as they were written down, each with its result."""
     config = EngineConfig(block_size=PAGE, max_num_seqs=5, max_num_batched_tokens=12)
     engine = Engine(
         runner, config,
         max_model_len=LONGEST, num_blocks=BLOCKS, vocab_size=VOCAB, eos_token_ids=(0,),
+        grammars=grammars,
     )  # fmt: skip
     runner.depth = depth
     tokens, written, pending, first = {}, [], deque(), 0
     for job in jobs:
         tokens |= {first + k: [] for k in range(job.n)}
-        engine.add(job, 0.0, first)
+        engine.add(engine.prepare(job), 0.0, first)
         first += job.n
     while engine.has_work:
         while (step := engine.launch(0.0)) is not None:
@@ -100,8 +126,8 @@ def drive(runner, jobs, depth):
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_plans_that_were_written_down_give_the_same_again(make_runner, depth):
-    tokens, written, preempted = drive(make_runner(), JOBS, depth)
+def test_plans_that_were_written_down_give_the_same_again(make_runner, letters, depth):
+    tokens, written, preempted = drive(make_runner(), JOBS, depth, letters)
     assert preempted
     again = make_runner()
     for plan, result in written:
@@ -111,7 +137,7 @@ def test_plans_that_were_written_down_give_the_same_again(make_runner, depth):
         assert new.prompt_logprobs == result.prompt_logprobs
     alone, number = {}, 0
     for job in JOBS:
-        for _, own in sorted(drive(make_runner(), [job], 1)[0].items()):
+        for _, own in sorted(drive(make_runner(), [job], 1, letters)[0].items()):
             alone[number] = own
             number += 1
     assert tokens == alone

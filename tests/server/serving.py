@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +19,7 @@ from tokenizers import AddedToken
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.engine import Engine
+from ruvon.engine.grammar import Grammars
 from ruvon.engine.types import SamplingParams, SamplingRow, TokenLogprobs
 from ruvon.models.chat import load_chat
 from ruvon.models.tokenizer import Tokenizer
@@ -40,6 +43,14 @@ def byte_tokenizer() -> Tokenizer:
     backend = byte_vocab().backend
     backend.add_special_tokens([AddedToken(s, special=True, normalized=False) for s in SPECIALS])
     return Tokenizer(Vocab(backend, BOS, (EOS, END), {"default": TEMPLATE}))
+
+
+@cache
+def byte_grammars() -> Grammars:
+    """Shared by all servers: what a request asks for is checked, though scripts do not obey it."""
+    made = Grammars(byte_tokenizer(), VOCAB_SIZE, (EOS, END))
+    atexit.register(made.close)
+    return made
 
 
 class ScriptRunner(FakeRunner):
@@ -103,6 +114,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             num_blocks=numbers.get("num_blocks", 256),
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS, END),
+            grammars=byte_grammars(),
         )
         return SimpleNamespace(
             engine=engine,

@@ -1,0 +1,220 @@
+"""Grammars, compiled for a model's vocabulary: once for all requests with the same text."""
+
+from __future__ import annotations
+
+import selectors
+import subprocess
+import sys
+import time
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from threading import Lock
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ruvon.engine import grammar_trial
+from ruvon.engine.grammar_errors import refusal, unlocated
+from ruvon.engine.grammar_trial import LENGTH, LIMITS
+from ruvon.errors import RequestError
+from ruvon.grammars import Grammar
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
+
+CACHE_BYTES = 64 << 20
+ENTRY_BYTES, BYTES_A_CHARACTER = 32 << 10, 64
+"""About what a compiled grammar takes, by its text; measured over schemas from 100 bytes to 1 MB,
+of which most take less."""
+
+REFUSALS = 256  # remembered, so that asking again costs nothing
+PATIENCE = 15.0  # seconds for a trial: a bound for a machine that has no time for it
+TOO_COSTLY = "it takes more time or memory to compile than a request may use"
+
+
+class Tokens(Protocol):
+    """What is asked of a model's tokenizer."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def special_ids(self) -> Iterable[int]: ...
+    def token_bytes(self, id: int) -> bytes: ...
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+
+class Vocabulary:
+    """A model's tokens in the form that llguidance asks for; those of a head's padding are empty,
+    and so never allowed."""
+
+    is_tokenizer_wrapper = True
+
+    def __init__(self, tokenizer: Tokens, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        known = min(tokenizer.vocab_size, vocab_size)
+        self.tokens = [tokenizer.token_bytes(id) for id in range(known)]
+        self.tokens += [b""] * (vocab_size - known)
+        self.eos_token_ids = list(eos_token_ids)
+        if not self.eos_token_ids:  # llguidance wants one: a token that the head does not have
+            self.eos_token_ids = [vocab_size]
+            self.tokens.append(b"<eos>")
+        self.eos_token_id = self.eos_token_ids[0]
+        self.bos_token_id = tokenizer.bos_id
+        self.special_token_ids = [
+            id for id in {*tokenizer.special_ids, *self.eos_token_ids} if id < len(self.tokens)
+        ]
+        self._tokenizer = tokenizer
+
+    def __call__(self, text: str) -> list[int]:
+        """The tokens of a text amid another, for those that a grammar forces; none where the
+        tokenizer would add something, such as a space before a text."""
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        size = len(self.tokens)
+        spelt = b"".join(self.tokens[id] for id in ids if id < size)
+        return ids if spelt == text.encode() else []
+
+
+class Grammars:
+    """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`."""
+
+    def __init__(self, tokenizer: Tokens, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
+        """Takes a second for a large vocabulary, and the interpreter's lock with it."""
+        from llguidance import LLParserLimits, LLTokenizer  # takes long to load
+
+        vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(eos_token_ids)
+        self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids)
+        self._limits = LLParserLimits(**LIMITS)
+        self._trial = Trial()
+        self._compiling = Lock()  # one at a time: they take turns at the processor anyway
+        self._lock = Lock()
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the latest used last
+        self._num_bytes = 0
+        self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
+
+    def close(self) -> None:
+        """End the process that grammars are tried in."""
+        self._trial.close()
+
+    def is_compiled(self, grammar: Grammar) -> bool:
+        with self._lock:
+            return grammar.lark() in self._compiled
+
+    def check(self, grammar: Grammar) -> None:
+        """Compile it, unless that has been done. Raises RequestError that names what of it cannot
+        be served."""
+        self.matcher(grammar)
+
+    def matcher(self, grammar: Grammar) -> LLMatcher:
+        """A matcher of one's own at the grammar's beginning."""
+        text = grammar.lark()
+        with self._lock:
+            found = self._compiled.get(text)
+            if found is not None:
+                self._compiled.move_to_end(text)
+                return found.deep_copy()
+        with self._compiling:
+            if grammar in self._refused:
+                raise again(self._refused[grammar])
+            if text not in self._compiled:  # or somebody did while this waited
+                self._compile(grammar, text)
+        return self.matcher(grammar)
+
+    def _compile(self, grammar: Grammar, text: str) -> None:
+        from llguidance import LLMatcher
+
+        error = self._trial.error_of(text)
+        if not error:
+            compiled = LLMatcher(
+                self._tokenizer,
+                LLMatcher.grammar_from_lark(text),
+                limits=self._limits,
+                log_level=0,
+            )
+            compiled.compute_bitmask()  # what the first mask needs is then there for every copy
+            error = compiled.get_error()
+        if error:
+            if error == TOO_COSTLY:  # so its parts may be, and are not tried
+                refused = unlocated(grammar, error)
+            else:
+                refused = refusal(grammar, error, self._trial.error_of)
+            self._refused[grammar] = refused
+            if len(self._refused) > REFUSALS:
+                self._refused.popitem(last=False)
+            raise again(refused)
+        with self._lock:
+            self._compiled[text] = compiled
+            self._num_bytes += size_of(text)
+            while self._num_bytes > CACHE_BYTES and len(self._compiled) > 1:
+                oldest, _ = self._compiled.popitem(last=False)
+                self._num_bytes -= size_of(oldest)
+
+
+def again(error: RequestError) -> RequestError:
+    """The same error, to be raised by somebody else."""
+    return RequestError(error.message, error.param, error.code)
+
+
+def size_of(text: str) -> int:
+    """About how many bytes a compiled grammar takes."""
+    return ENTRY_BYTES + BYTES_A_CHARACTER * len(text)
+
+
+class Trial:
+    """The process that grammars are tried in, started when first needed, and again when a grammar
+    has ended it. For one thread at a time."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def error_of(self, text: str) -> str:
+        """Why a grammar does not compile; empty if it does."""
+        process = self._process or self._start()
+        request = text.encode(errors="replace")
+        try:
+            assert process.stdin is not None
+            process.stdin.write(LENGTH.pack(len(request)) + request)
+            process.stdin.flush()
+            deadline = time.monotonic() + PATIENCE
+            size = LENGTH.unpack(receive(process, 4, deadline))[0]
+            return receive(process, size, deadline).decode()
+        except (OSError, EOFError, TimeoutError):
+            self.close()
+            return TOO_COSTLY
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        path = Path(grammar_trial.__file__)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", str(path)],  # -P: the folder's modules are not to be found
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+        )  # fmt: skip
+        return self._process
+
+    def close(self) -> None:
+        process, self._process = self._process, None
+        if process is None:
+            return
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
+            with suppress(OSError):  # what it was not sent any more
+                pipe.close()  # type: ignore[union-attr]
+
+
+def receive(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
+    """So many bytes of what a process says. Raises EOFError if it ends, TimeoutError at the
+    deadline."""
+    pipe: Any = process.stdout
+    received = b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(pipe, selectors.EVENT_READ)
+        while len(received) < size:
+            if not selector.select(max(deadline - time.monotonic(), 0)):
+                raise TimeoutError
+            piece = pipe.read(size - len(received))
+            if not piece:
+                raise EOFError
+            received += piece
+    return received

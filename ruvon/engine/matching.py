@@ -1,0 +1,191 @@
+"""Matchers: what a runner keeps of its sequences' grammars, beside the forward pass.
+
+Each is a function of the tokens after the prompt, so it can be made anew at any time, as after a
+preemption. A mask says which tokens may come; it is computed while the model computes logits. No
+token goes up that its matcher has not consumed, whatever a sampler made of the mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+
+from ruvon.engine.grammar import Grammars
+from ruvon.engine.types import Plan, SamplingParams, SamplingRow, StepResult
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher
+
+Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+REFUSED = "a token was sampled that the grammar does not allow"
+EXHAUSTED = "the grammar takes more time or memory than a step may use"
+
+
+class Matching:
+    """How far one sequence has come in its grammar."""
+
+    def __init__(self, matcher: LLMatcher, sampling: SamplingParams, eos: Sequence[int]) -> None:
+        self.matcher = matcher
+        self.num_tokens = 0  # consumed
+        self.min_tokens = sampling.min_tokens
+        self.forces = sampling.logprobs is None  # a forced token has no log-probability
+        self.stops = [*sampling.stop_token_ids, *eos]
+        self.eos = list(eos) if sampling.ignore_eos else []
+
+    def withheld(self) -> list[int]:
+        """Tokens that are not to be sampled as long as the grammar allows any other: ``min_tokens``
+        and ``ignore_eos`` hold until it is complete and nothing more may come."""
+        return self.stops if self.num_tokens < self.min_tokens else self.eos
+
+    def follow(self, output: Sequence[int]) -> None:
+        """Consume what is known of the output and has not been consumed."""
+        self.matcher.consume_tokens(list(output[self.num_tokens :]))
+        self.num_tokens = len(output)
+
+    def accept(self, token: int) -> tuple[int, ...]:
+        """Consume a sampled token; it and those that it forces, or none if it is refused."""
+        matcher = self.matcher
+        if not matcher.consume_token(token):
+            return ()
+        tokens = [token]
+        if self.forces and not matcher.is_stopped():
+            forced = matcher.compute_ff_tokens()
+            tokens += forced[: matcher.try_consume_tokens(forced)] if forced else ()
+        self.num_tokens += len(tokens)
+        return tuple(tokens)
+
+
+class Matchers:
+    """What a runner knows of its sequences' grammars: a function of plans, and of what has been
+    sampled. Masks are computed in a thread, which lets go of the interpreter's lock."""
+
+    def __init__(self, grammars: Grammars, threads: int = 1) -> None:
+        self._grammars = grammars
+        self._num_threads = threads
+        self._thread = ThreadPoolExecutor(1, "ruvon-masks")
+        self._eos = grammars.eos_token_ids
+        self._width = -(-grammars.vocab_size // 32)  # words of a mask
+        self._matchings: dict[int, Matching] = {}
+
+    @cached_property
+    def _executor(self) -> LLExecutor:
+        from llguidance import LLExecutor  # takes long to load
+
+        return LLExecutor(num_threads=self._num_threads)
+
+    def close(self) -> None:
+        self._thread.shutdown()
+
+    def follow(self, plan: Plan) -> None:
+        """Forget the sequences that a plan ends."""
+        if self._matchings:
+            for seq_id in plan.ended:
+                self._matchings.pop(seq_id, None)
+
+    def begin(self, rows: Sequence[SamplingRow]) -> Masks | None:
+        """Start to compute the masks of a step's rows, whose histories are complete; None if none
+        has a grammar."""
+        places = [i for i, row in enumerate(rows) if row.sampling.grammar is not None]
+        if not places:
+            return None
+        masks_RW = np.zeros((len(places), self._width), dtype=np.int32)
+        matched = [rows[i] for i in places]
+        future = self._thread.submit(self._fill, matched, masks_RW)
+        return Masks(places, masks_RW, future)
+
+    def _fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
+        """Errors by sequence. The mask of a row with an error allows nothing."""
+        errors = {}
+        live: list[tuple[LLMatcher, int]] = []
+        for place, row in enumerate(rows):
+            matching = self._matching_of(row)
+            if matching.matcher.is_error():
+                errors[row.seq_id] = EXHAUSTED
+            else:
+                live.append((matching.matcher, place))
+        self._compute(live, masks_RW)
+        for matcher, place in live:
+            seq_id = rows[place].seq_id
+            if matcher.is_error():
+                masks_RW[place] = 0
+                errors[seq_id] = EXHAUSTED
+            elif withheld := self._matchings[seq_id].withheld():
+                withhold(masks_RW[place], withheld)
+        return errors
+
+    def _compute(self, live: Sequence[tuple[LLMatcher, int]], masks_RW: Ints) -> None:
+        size = masks_RW.strides[0]
+        if len(live) == 1:  # without what it takes to share the work
+            ((matcher, place),) = live
+            matcher.unsafe_compute_mask_ptr(masks_RW[place].ctypes.data, size)
+        elif live:
+            self._executor.unsafe_compute_mask_ptr(
+                list(live), masks_RW.ctypes.data, size, len(masks_RW)
+            )
+
+    def _matching_of(self, row: SamplingRow) -> Matching:
+        """Where a sequence is in its grammar, found anew if it was not here before."""
+        num_output = len(row.history) - row.num_prompt
+        found = self._matchings.get(row.seq_id)
+        if found is None or found.num_tokens > num_output:
+            assert row.sampling.grammar is not None
+            matcher = self._grammars.matcher(row.sampling.grammar)
+            found = self._matchings[row.seq_id] = Matching(matcher, row.sampling, self._eos)
+        if found.num_tokens < num_output:
+            found.follow(row.history[row.num_prompt :])
+        return found
+
+    def accept(self, seq_ids: Sequence[int], masks: Masks, result: StepResult) -> StepResult:
+        """A step's result after its grammars: each sampled token checked, what it forces behind it,
+        and the sequences that are complete."""
+        tokens, errors, ended = list(result.tokens), {**result.errors}, []
+        failed = masks.errors
+        for place in masks.places:
+            seq_id = seq_ids[place]
+            matching = self._matchings[seq_id]
+            if seq_id in failed:
+                tokens[place], errors[seq_id] = (), failed[seq_id]
+            elif tokens[place]:
+                tokens[place] = matching.accept(tokens[place][0])
+                if not tokens[place]:
+                    errors[seq_id] = REFUSED
+                elif matching.matcher.is_stopped():
+                    ended.append(seq_id)
+        return replace(result, tokens=tuple(tokens), errors=errors, ended=frozenset(ended))
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Masks on their way: for token 32 w + b, bit b of word w says whether it is allowed."""
+
+    places: list[int]  # of the step's rows, those with a grammar
+    masks_RW: Ints
+    _errors: Future[dict[int, str]]
+
+    @property
+    def errors(self) -> dict[int, str]:
+        """Why some sequences' masks could not be computed; waits for the masks."""
+        return self._errors.result()
+
+    def hand_to(self, rows: Sequence[SamplingRow]) -> None:
+        """Give each of the step's rows its mask, once they are computed."""
+        self._errors.result()
+        for place, mask_W in zip(self.places, self.masks_RW, strict=True):
+            rows[place].mask = mask_W
+
+
+def withhold(mask_W: Ints, tokens: Iterable[int]) -> None:
+    """Take tokens out of a mask, unless nothing would be left."""
+    words = mask_W.view(np.uint32)
+    kept = words.copy()
+    for token in tokens:
+        if token < 32 * len(kept):
+            kept[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+    if kept.any():
+        words[:] = kept
