@@ -163,16 +163,16 @@ def json_body(
     end: tuple[str, str] = ("", ""),
     *,
     arguments: str = "arguments",
-    listed: bool = False,
+    listed: str = "",
 ) -> Callable[[Rules, Sequence[Tool], bool], str]:
     """The body of formats that write calls as JSON objects: ``begin`` before and ``end``, a text
-    and a marker, after one, or after a list of them."""
+    and a marker, after one, or after a list of them that opens as ``listed`` says."""
 
     def body(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
         one = rules.rule(" | ".join([_object(rules, tool, arguments) for tool in tools]))
         if listed:
             more = f'(", " {one})*' if several else ""
-            one = f'"[" {one} {more} "]"'
+            one = f'{listed} {one} {more} "]"'
         text, marker = end
         return f"{quote(begin)} {one} {quote(text)} {rules.mark(marker)}"
 

@@ -23,5 +23,5 @@ SMOLLM = Format(
     starts=(START,),
     marks=(END,),
     read=read_json_calls(END),
-    grammar=CallGrammar(START, json_body("", ("", END), listed=True)),
+    grammar=CallGrammar(START, json_body("", ("", END), listed='"["')),
 )

@@ -66,7 +66,7 @@ MISTRAL = Format(
     starts=(START,),
     marks=(CALL_ID, ARGUMENTS),
     read=read,
-    grammar=CallGrammar(START, json_body(listed=True)),
+    grammar=CallGrammar(START, json_body(listed=r"/ ?\[/")),
     adapt=nine_characters,
 )
 MISTRAL_NAMED = replace(MISTRAL, name="mistral_named", grammar=CallGrammar(START, _named, ""))

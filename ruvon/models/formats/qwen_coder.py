@@ -20,6 +20,7 @@ from ruvon.models.formats.tools import Tool, arguments_schema
 START, END = "<tool_call>", "</tool_call>"
 FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
+VALUE_START, VALUE_END = ">\n", f"\n{PARAMETER_END}\n"
 NAME = re.compile(r"[^<>\s]*")
 LITERALS = {"True": "true", "False": "false", "None": "null"}  # Python's, which models write
 
@@ -120,11 +121,14 @@ def _function(rules: Rules, tool: Tool) -> str:
         argument = rules.rule(_argument(rules, name, property, schema, tool))
         optional = not isinstance(required, list) or name not in required
         parts.append(f"{argument}?" if optional else argument)
+    if tool.parameters is None and not tool.custom:
+        name = f"{quote(PARAMETER)} /[^<>\\s]+/ {quote(VALUE_START)}"
+        parts.append(f"({name} {_text(rules)})*")
     return " ".join(parts)
 
 
 def _argument(rules: Rules, name: str, property: Any, schema: Mapping[str, Any], tool: Tool) -> str:
-    begin, end = quote(f"{PARAMETER}{name}>\n"), f"\n{PARAMETER_END}\n"
+    begin = quote(f"{PARAMETER}{name}{VALUE_START}")
     values = property.get("enum") if isinstance(property, Mapping) else None
     if _types(property) - {"string"}:
         defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
@@ -132,9 +136,13 @@ def _argument(rules: Rules, name: str, property: Any, schema: Mapping[str, Any],
     elif isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         value = f"({' | '.join(map(quote, values))})"
     else:
-        value = rules.rule(f"/(?s:.*){escape(end)}/", "[lazy]")
-        return f"{begin} {value}"
-    return f"{begin} {value} {quote(end)}"
+        return f"{begin} {_text(rules)}"
+    return f"{begin} {value} {quote(VALUE_END)}"
+
+
+def _text(rules: Rules) -> str:
+    """Any text and the end of a value."""
+    return rules.rule(f"/(?s:.*){escape(VALUE_END)}/", "[lazy]")
 
 
 QWEN_CODER = Format(
