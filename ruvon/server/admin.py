@@ -184,6 +184,14 @@ def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], 
     return tokens, bool(request.return_token_strs)
 
 
+async def tokenizer_info(http: web.Request) -> web.Response:
+    """What a tokenizer on the client's side would be told: texts of special tokens, the template."""
+    tokenizer = http.app[STATE].ready().tokenizer
+    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
+    texts = {name: None if id is None else tokenizer.token_text(id) for name, id in ids.items()}
+    return json_response(texts | {"chat_template": tokenizer.chat_template})
+
+
 async def detokenize(http: web.Request) -> web.Response:
     """Ids as text, special tokens included."""
     return _json(await read(http, _detokenize))
