@@ -37,7 +37,12 @@ def python(name: str, packages: tuple[str, ...], exercised: str, **options: str)
 
 def node(name: str, packages: tuple[str, ...], exercised: str) -> Client:
     return Client(
-        name, "node", packages, f"node/{name.removeprefix('npm-')}.test.mjs", exercised, folder="node"
+        name,
+        "node",
+        packages,
+        f"node/{name.removeprefix('npm-')}.test.mjs",
+        exercised,
+        folder="node",
     )
 
 

@@ -44,7 +44,9 @@ class Project:
     def _environment(self) -> dict[str, str]:
         home = str(self.home)
         kept = {k: os.environ[k] for k in ("PATH", "LANG", "SSL_CERT_FILE") if k in os.environ}
-        xdg = {f"XDG_{kind}_HOME": f"{home}/{kind}" for kind in ("CONFIG", "DATA", "CACHE", "STATE")}
+        xdg = {
+            f"XDG_{kind}_HOME": f"{home}/{kind}" for kind in ("CONFIG", "DATA", "CACHE", "STATE")
+        }
         return kept | xdg | {"HOME": home, "DO_NOT_TRACK": "1"}
 
     def assert_mended(self) -> None:

@@ -7,7 +7,8 @@ import pytest
 OPTIONS = (
     "--model", "openai/scripted", "--edit-format", "diff", "--map-tokens", "0", "--yes-always",
     "--no-analytics", "--no-check-update", "--no-show-model-warnings", "--no-show-release-notes",
-    "--no-gitignore", "--no-auto-commits", "--no-pretty", "--no-detect-urls", "--no-suggest-shell-commands",
+    "--no-gitignore", "--no-auto-commits", "--no-pretty", "--no-detect-urls",
+    "--no-suggest-shell-commands",
 )  # fmt: skip
 
 
