@@ -185,7 +185,7 @@ def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], 
 
 
 async def tokenizer_info(http: web.Request) -> web.Response:
-    """What a tokenizer on the client's side would be told: texts of special tokens, the template."""
+    """What a tokenizer at the client needs: the texts of special tokens, the chat template."""
     tokenizer = http.app[STATE].ready().tokenizer
     ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
     texts = {name: None if id is None else tokenizer.token_text(id) for name, id in ids.items()}
