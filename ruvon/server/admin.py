@@ -22,7 +22,7 @@ from ruvon.server.messages_api.responses import ModelInfo, ModelPage
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
-from ruvon.server.responses import ModelCard
+from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State
@@ -185,11 +185,15 @@ def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], 
 
 
 async def tokenizer_info(http: web.Request) -> web.Response:
-    """What a tokenizer at the client needs: the texts of special tokens, the chat template."""
+    """What a tokenizer at the client needs."""
     tokenizer = http.app[STATE].ready().tokenizer
-    ids = {"bos_token": tokenizer.bos_id, "eos_token": next(iter(tokenizer.eos_ids), None)}
-    texts = {name: None if id is None else tokenizer.token_text(id) for name, id in ids.items()}
-    return json_response(texts | {"chat_template": tokenizer.chat_template})
+    bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+    info: TokenizerInfo = {
+        "bos_token": None if bos is None else tokenizer.token_text(bos),
+        "eos_token": None if eos is None else tokenizer.token_text(eos),
+        "chat_template": tokenizer.chat_template,
+    }
+    return json_response(info)
 
 
 async def detokenize(http: web.Request) -> web.Response:

@@ -48,6 +48,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/decisions"): Operation(
         "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest
+    ),
     ("POST", "/v1/messages"): Operation(
         "Anthropic",
         "Answer a conversation",
@@ -92,6 +93,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/detokenize"): Operation(
         "tokens", "Ids as text", responses.Prompt, schemas.DetokenizeRequest
+    ),
+    ("GET", "/tokenizer_info"): Operation(
+        "tokens", "What a tokenizer at the client needs", responses.TokenizerInfo
     ),
     ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
     ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
