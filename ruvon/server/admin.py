@@ -22,7 +22,7 @@ from ruvon.server.messages_api.responses import ModelInfo, ModelPage
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
-from ruvon.server.responses import ModelCard
+from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State
@@ -182,6 +182,18 @@ def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], 
     special = request.add_special_tokens is not False
     tokens = service.tokenizer.encode(request.prompt, add_special_tokens=special)
     return tokens, bool(request.return_token_strs)
+
+
+async def tokenizer_info(http: web.Request) -> web.Response:
+    """What a tokenizer at the client needs."""
+    tokenizer = http.app[STATE].ready().tokenizer
+    bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
+    info: TokenizerInfo = {
+        "bos_token": None if bos is None else tokenizer.token_text(bos),
+        "eos_token": None if eos is None else tokenizer.token_text(eos),
+        "chat_template": tokenizer.chat_template,
+    }
+    return json_response(info)
 
 
 async def detokenize(http: web.Request) -> web.Response:

@@ -51,6 +51,7 @@ ROUTES = (
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),
     web.post("/detokenize", admin.detokenize, expect_handler=expect),
+    web.get("/tokenizer_info", admin.tokenizer_info),
     web.get("/health", admin.health),
     web.get("/live", admin.live),
     web.get("/ready", admin.ready),

@@ -94,6 +94,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("POST", "/detokenize"): Operation(
         "tokens", "Ids as text", responses.Prompt, schemas.DetokenizeRequest
     ),
+    ("GET", "/tokenizer_info"): Operation(
+        "tokens", "What a tokenizer at the client needs", responses.TokenizerInfo
+    ),
     ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
     ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),

@@ -208,6 +208,14 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
+class TokenizerInfo(TypedDict):
+    """Texts of special tokens, and the chat template."""
+
+    bos_token: str | None
+    eos_token: str | None
+    chat_template: str | None
+
+
 class Prompt(TypedDict):
     """Ids put together."""
 

@@ -35,6 +35,24 @@ def python(name: str, packages: tuple[str, ...], exercised: str, **options: str)
     )  # fmt: skip
 
 
+def node(name: str, packages: tuple[str, ...], exercised: str) -> Client:
+    return Client(
+        name,
+        "node",
+        packages,
+        f"node/{name.removeprefix('npm-')}.test.mjs",
+        exercised,
+        folder="node",
+    )
+
+
+def agent(name: str, package: str, program: str, exercised: str, **options: str) -> Client:
+    return Client(
+        name, "agent", (package,), f"agents/test_{name.replace('-', '_')}.py", exercised,
+        program=program, script=name, seconds=600, **options,
+    )  # fmt: skip
+
+
 CLIENTS = (
     python(
         "openai", ("openai",),
@@ -53,4 +71,27 @@ CLIENTS = (
     python("litellm", ("litellm",), "chat, stream, tools, responses, messages, embeddings"),
     python("llama-index", ("llama-index-llms-openai-like",), "chat, complete, stream, tools"),
     python("lm-eval", ("lm-eval",), "log-likelihoods by echo and logprobs, and generation"),
+    node("npm-openai", ("openai",), "chat, stream helper, parse, runTools, responses, errors"),
+    node(
+        "npm-ai", ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "@ai-sdk/anthropic"),
+        "generateText, streamText, typed output and tool loops, over three providers",
+    ),
+    node("npm-anthropic", ("@anthropic-ai/sdk",), "messages, stream helper, tools, count_tokens"),
+    agent(
+        "codex", "@openai/codex", "node_modules/.bin/codex",
+        "`codex exec` over responses: reads, patches and reads a file", folder="agents/codex",
+    ),
+    agent(
+        "claude-code", "@anthropic-ai/claude-code", "node_modules/.bin/claude",
+        "`claude -p` over messages: Read, Edit, Read", folder="agents/claude-code",
+    ),
+    agent(
+        "opencode", "opencode-ai", "node_modules/.bin/opencode",
+        "`opencode run` over chat: read, edit, read", folder="agents/opencode",
+    ),
+    agent(
+        "aider", "aider-chat", "bin/aider",
+        "`aider --message` over chat, streamed and whole: edits by its diff format",
+        requirements="agents/aider.txt",
+    ),
 )  # fmt: skip

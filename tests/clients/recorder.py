@@ -44,18 +44,21 @@ class Recorder:
             async for piece in answer.content.iter_any():
                 pieces.append(piece)
                 await response.write(piece)
-        self._write(http, body, answer.status, b"".join(pieces))
+        self._write(http, body, answer, b"".join(pieces))
         return response
 
-    def _write(self, http: web.Request, body: bytes, status: int, answer: bytes) -> None:
+    def _write(
+        self, http: web.Request, body: bytes, answer: aiohttp.ClientResponse, said: bytes
+    ) -> None:
         line = {
             "time": time.time(),
             "method": http.method,
             "path": http.path_qs,
             "headers": {str(name): value for name, value in http.headers.items()},
             "body": parsed(body),
-            "status": status,
-            "answer": parsed(answer),
+            "status": answer.status,
+            "ignored": answer.headers.get("X-Ruvon-Ignored"),
+            "answer": parsed(said),
         }
         with self._path.open("ab") as file:
             file.write(orjson.dumps(line) + b"\n")

@@ -23,6 +23,8 @@ from rich.console import Console
 from rich.table import Table
 from scripted import running
 
+from ruvon.telemetry.logs import configure_logging
+
 
 @dataclass
 class Outcome:
@@ -52,6 +54,7 @@ def main() -> int:
     asked = parser.parse_args().clients
     if unknown := set(asked).difference(names):
         parser.error(f"no such client: {', '.join(sorted(unknown))}")
+    configure_logging("warning")
     BUILD.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for client in CLIENTS:

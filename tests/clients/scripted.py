@@ -33,6 +33,7 @@ from ruvon.server.lifecycle import Start
 from ruvon.server.listen import listen
 from ruvon.server.state import STATE
 from ruvon.telemetry import silent
+from ruvon.telemetry.logs import configure_logging
 
 HERE = Path(__file__).parent
 MODEL = "scripted"
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--script", default="obedient", choices=sorted(scripts.SCRIPTS))
     parser.add_argument("--record", type=Path, help="write requests and answers here, JSON lines")
     options = parser.parse_args()
+    configure_logging("warning")
     with running(options.script, options.record) as address:
         print(address, flush=True)
         threading.Event().wait()

@@ -70,4 +70,74 @@ def langchain(prompt: str) -> str:
     return "Hello, I am fine."
 
 
-SCRIPTS: dict[str, Callable[[str], str]] = {"obedient": obedient, "langchain": langchain}
+# ---------------------------------------------------------------------------- coding agents
+
+BROKEN, MENDED = "    return a - b", "    return a + b"
+TASK = re.compile(r"Mend add in (\S+?calc\.py)")
+Step = tuple[str, str, dict[str, Any]]  # what the last result must hold, a tool, its arguments
+
+
+def loop(prompt: str, steps: list[Step]) -> str:
+    """The next step of a loop of tool calls, told by how many results there are; at the end Done.
+    A result other than awaited ends it, so it must come back whole."""
+    if "<tools>" not in prompt:
+        return "Mending add"  # agents ask for a title, too
+    results = TOOL.findall(prompt)
+    awaited, *rest = [*steps, (MENDED.strip(), "", {})][len(results)]
+    if awaited and awaited not in results[-1]:
+        return f"Unexpected: {results[-1]}"
+    return call(*rest) if rest[0] else "Done: add adds."
+
+
+def editing(read: Step, edit: Step) -> list[Step]:
+    """Read the file, edit it, look at it again."""
+    return [read, edit, ("", *read[1:])]
+
+
+def codex(prompt: str) -> str:
+    folder, patch = TASK.search(prompt)[1].removesuffix("/calc.py"), apply_patch("calc.py")
+    cat = {"cmd": "cat calc.py", "workdir": folder}
+    write = ("exec_command", {"cmd": f"apply_patch <<'EOF'\n{patch}EOF\n", "workdir": folder})
+    return loop(prompt, editing(("", "exec_command", cat), (BROKEN.strip(), *write)))
+
+
+def apply_patch(path: str) -> str:
+    """The edit as Codex's own tool takes it."""
+    return (
+        f"*** Begin Patch\n*** Update File: {path}\n@@ def add(a, b):\n-{BROKEN}\n+{MENDED}\n"
+        "*** End Patch\n"
+    )
+
+
+def claude_code(prompt: str) -> str:
+    path = TASK.search(prompt)[1]
+    edit = {"file_path": path, "old_string": BROKEN, "new_string": MENDED}
+    steps = editing(("", "Read", {"file_path": path}), (BROKEN.strip(), "Edit", edit))
+    return loop(prompt, steps)
+
+
+def opencode(prompt: str) -> str:
+    if "<tools>" not in prompt:
+        return loop(prompt, [])
+    path = TASK.search(prompt)[1]
+    edit = {"filePath": path, "oldString": BROKEN, "newString": MENDED}
+    return loop(prompt, editing(("", "read", {"filePath": path}), (BROKEN.strip(), "edit", edit)))
+
+
+def aider(prompt: str) -> str:
+    if BROKEN not in prompt:
+        return "Unexpected: the file is not in the prompt."
+    return (
+        "Here is the change:\n\ncalc.py\n```python\n<<<<<<< SEARCH\n"
+        f"{BROKEN}\n=======\n{MENDED}\n>>>>>>> REPLACE\n```\n"
+    )
+
+
+SCRIPTS: dict[str, Callable[[str], str]] = {
+    "obedient": obedient,
+    "langchain": langchain,
+    "codex": codex,
+    "claude-code": claude_code,
+    "opencode": opencode,
+    "aider": aider,
+}

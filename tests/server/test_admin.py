@@ -68,6 +68,13 @@ async def test_tokenize_and_back(serve):
     assert back.json == {"prompt": "Hé<|im_end|>"}
 
 
+async def test_tokenizer_info(serve):
+    server = await serve()
+    info = (await server.get("/tokenizer_info")).json
+    assert (info["bos_token"], info["eos_token"]) == ("<bos>", "<eos>")
+    assert "<|im_start|>" in info["chat_template"]
+
+
 async def test_tokenize_messages_as_chat_does(serve):
     server = await serve()
     messages = [{"role": "user", "content": "Hi"}]
