@@ -12,7 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ruvon.engine.batch import BlockTables
-from ruvon.engine.matching import Matchers
+from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.runner import SamplingRows
 from ruvon.engine.types import (
     BEING_SAMPLED,
@@ -220,7 +220,7 @@ class FakeRunner:
         if self._matchers is not None:
             self._matchers.follow(plan)
         rows = self._rows.of(plan.rows)
-        masks = self._matchers and self._matchers.begin(rows)
+        masks = self._matchers and self._matchers.begin(with_grammar(rows))
         if masks:
             masks.hand_to(rows)
         sampled = [self._sample(row, contexts[row.seq_id]) for row in rows]

@@ -7,7 +7,7 @@ token goes up that its matcher has not consumed, whatever a sampler made of the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -88,16 +88,14 @@ class Matchers:
             for seq_id in plan.ended:
                 self._matchings.pop(seq_id, None)
 
-    def begin(self, rows: Sequence[SamplingRow]) -> Masks | None:
-        """Start to compute the masks of a step's rows, whose histories are complete; None if none
-        has a grammar."""
-        places = [i for i, row in enumerate(rows) if row.sampling.grammar is not None]
-        if not places:
+    def begin(self, rows: Mapping[int, SamplingRow]) -> Masks | None:
+        """Start to compute the masks of the rows of a step that have a grammar, by their places;
+        their histories are complete. None if there are none."""
+        if not rows:
             return None
-        masks_RW = np.zeros((len(places), self._width), dtype=np.int32)
-        matched = [rows[i] for i in places]
-        future = self._thread.submit(self._fill, matched, masks_RW)
-        return Masks(places, masks_RW, future)
+        masks_RW = np.zeros((len(rows), self._width), dtype=np.int32)
+        future = self._thread.submit(self._fill, list(rows.values()), masks_RW)
+        return Masks(list(rows), masks_RW, future)
 
     def _fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
         """Errors by sequence. The mask of a row with an error allows nothing."""
@@ -173,11 +171,21 @@ class Masks:
         """Why some sequences' masks could not be computed; waits for the masks."""
         return self._errors.result()
 
+    def wait(self) -> Ints:
+        """The masks, once they are computed."""
+        self._errors.result()
+        return self.masks_RW
+
     def hand_to(self, rows: Sequence[SamplingRow]) -> None:
         """Give each of the step's rows its mask, once they are computed."""
-        self._errors.result()
+        self.wait()
         for place, mask_W in zip(self.places, self.masks_RW, strict=True):
             rows[place].mask = mask_W
+
+
+def with_grammar(rows: Iterable[SamplingRow]) -> dict[int, SamplingRow]:
+    """Those rows of a step that have one, by their places."""
+    return {i: row for i, row in enumerate(rows) if row.sampling.grammar is not None}
 
 
 def withhold(mask_W: Ints, tokens: Iterable[int]) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import BlockTables, PendingBatch, lay_out
-from ruvon.engine.matching import Matchers
+from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
@@ -131,7 +131,7 @@ class Runner:
             batch = layout.to_batch(self._device, state.sampled)
             pieces = self._logits(batch)
             rows = state.of(plan.rows)
-            masks = self._matchers and self._matchers.begin(rows)
+            masks = self._matchers and self._matchers.begin(with_grammar(rows))
             first = next(pieces)
             if masks:
                 masks.hand_to(rows)

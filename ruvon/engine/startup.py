@@ -274,6 +274,7 @@ def make_gpu_runner(
         max_seqs=limits.sequences,
         max_tokens=limits.tokens,
         eos_token_ids=grammars.eos_token_ids,
+        matchers=Matchers(grammars, threads=min(max(available_cores() // 2, 1), MASK_THREADS)),
         progress=progress,
     )
     for sampling in RARE:
@@ -281,6 +282,8 @@ def make_gpu_runner(
     runner.start_counting()
     return runner
 
+
+MASK_THREADS = 8  # at most; a mask takes tens of microseconds, so more would wait for one another
 
 RARE = (
     SamplingParams(typical_p=0.5, bad_words=((0,), (0, 0)), logprobs=1),

@@ -9,6 +9,7 @@ import random
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from triton.backends.compiler import GPUTarget
@@ -67,7 +68,8 @@ def start(folder: Path, sequences: int, deterministic: bool) -> GpuRunner:
     model = load_model(open_checkpoint(config, silent), config, ops, silent)
     backend = replace(eager(ops), graphs=True)
     memory = plan_memory(model.spec, config, backend.kv, weight_bytes=0, free_bytes=0)
-    runner = startup.make_runner(model, config, memory, backend, (2,), silent)
+    grammars = SimpleNamespace(eos_token_ids=(2,), vocab_size=model.spec.vocab_size)
+    runner = startup.make_runner(model, config, memory, backend, grammars, silent)
     startup.warm_up(runner, config)
     return runner
 

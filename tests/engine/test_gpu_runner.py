@@ -19,6 +19,8 @@ from ruvon.engine.gpu.in_flight import alternatives
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.gpu.scoring import Scorer
+from ruvon.engine.grammar import Grammars
+from ruvon.engine.matching import Matchers
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import (
@@ -30,6 +32,7 @@ from ruvon.engine.types import (
     PromptRow,
     SamplingParams,
 )
+from ruvon.grammars import regex
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.sample import BIAS, HISTORY, make_state
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -95,8 +98,27 @@ def make_cache(model):
     ]
 
 
+class Letters:
+    """One character a token, ``%`` and up; 2 ends."""
+
+    vocab_size, bos_id, special_ids = 97, 1, frozenset({1, 2})
+
+    def token_bytes(self, id):
+        return bytes([35 + id])
+
+    def encode(self, text, *, add_special_tokens):
+        return [byte - 35 for byte in text.encode()]
+
+
 @pytest.fixture(scope="module")
-def gpu_runner(triton_device):
+def letters():
+    made = Grammars(Letters(), 97, (2,))
+    yield made
+    made.close()
+
+
+@pytest.fixture(scope="module")
+def gpu_runner(triton_device, letters):
     model = build_model(make_triton_ops(torch.float32, DEVICE))
     cache = make_cache(model)
     scorer = Scorer(
@@ -116,6 +138,7 @@ def gpu_runner(triton_device):
         max_seqs=SLOTS,
         max_tokens=40,
         eos_token_ids=(2,),
+        matchers=Matchers(letters),
         progress=silent,
     )
     yield runner
@@ -123,7 +146,7 @@ def gpu_runner(triton_device):
 
 
 @pytest.fixture(scope="module")
-def expected():
+def expected(letters):
     """Greedy continuation by plain torch, one sequence at a time: (prompt, count) → tokens."""
     ops = make_torch_ops(torch.float32, DEVICE)
     model = build_model(ops)
@@ -133,13 +156,14 @@ def expected():
         block_size=PAGE,
         device=DEVICE,
         max_logit_rows=64,
+        matchers=Matchers(letters),
     )
 
     def continue_(prompt, count, sampling=None):
         story = Story(0, prompt, list(range(LONGEST // PAGE)), sampling)
         for _ in range(count):
             plan = plan_of((story, story.chunk()))
-            story.sample(runner.launch(plan).result().tokens[0][0])
+            story.tokens += runner.launch(plan).result().tokens[0]
         return story.tokens[len(prompt) :]
 
     yield continue_
@@ -231,6 +255,32 @@ def test_rows_sampled_behind_the_step(gpu_runner, expected):
     assert gpu_runner.num_misses == misses + 4
     assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
     assert story.tokens[len(PROMPTS[0]) :][:2] != banned
+    assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        {"frequency_penalty": 2.0, "min_tokens": 3},  # forced tokens count for both
+        {"logprobs": 2},  # so nothing is forced
+        {"typical_p": 0.9, "bad_words": ((40, 41),)},
+    ],
+    ids=str,
+)
+def test_rows_with_grammars(gpu_runner, expected, sampling):
+    """Beside a row without; what is forced comes as a chunk of the next step."""
+    rule = regex("([F-Z]abc|[^A]def){2,3}")
+    sampling = SamplingParams(temperature=0, grammar=rule, **sampling)
+    story, other = Story(55, PROMPTS[0], [1, 2], sampling), Story(56, PROMPTS[2], [3, 4])
+    for _ in range(4):
+        plan = plan_of((story, story.chunk()), (other, other.chunk()))
+        result = gpu_runner.launch(plan).result()
+        story.tokens += result.tokens[0]
+        other.tokens += result.tokens[1]
+        assert not result.errors
+        assert bool(result.logprobs[0]) == (sampling.logprobs is not None)
+    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
+    assert (len(story.tokens) > len(PROMPTS[0]) + 4) == (sampling.logprobs is None)
     assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
 
 

@@ -37,13 +37,19 @@ class InFlightStep:
     began: float
     tops: Mapping[int, Alternatives | None]  # of rows whose logprobs are wanted
     scores: Sequence[PromptScores]
+    behind: Future[None] | None = None  # launches what waits for masks
+    accept: Callable[[StepResult], StepResult] = lambda result: result  # by grammars
 
     def wait(self) -> None:
+        if self.behind is not None:
+            self.behind.result()
         if self.staging.done is not None:
             self.staging.done.synchronize()
 
     def is_over(self) -> bool:
         """Whether `wait` would return at once."""
+        if self.behind is not None and not self.behind.done():
+            return False
         return self.staging.done is None or bool(self.staging.done.query())
 
 
@@ -77,7 +83,7 @@ class StepFuture(Future[StepResult]):
             if super().done():
                 return
             try:
-                result = read_back(self.step)
+                result = self.step.accept(read_back(self.step))
             except BaseException as error:
                 self.set_exception(error)
             else:

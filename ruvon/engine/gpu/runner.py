@@ -16,17 +16,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from ruvon.engine.gpu.deferred import sample_deferred
-from ruvon.engine.gpu.graphs import NUM_STAGING, Bucket, Graphs, mixed_buckets, single_buckets
+from ruvon.engine.gpu.deferred import DeferredRow, sample_deferred
+from ruvon.engine.gpu.graphs import (
+    NUM_STAGING,
+    Bucket,
+    Graphs,
+    StagingBuffer,
+    mixed_buckets,
+    single_buckets,
+)
 from ruvon.engine.gpu.in_flight import Alternatives, InFlightStep, StepFuture, alternatives
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.sampling_state import SlotStates
 from ruvon.engine.gpu.scoring import PromptScores, Scorer
+from ruvon.engine.matching import Masks, Matchers
 from ruvon.engine.types import Plan, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
@@ -53,10 +62,12 @@ class GpuRunner:
         max_seqs: int,
         max_tokens: int,
         eos_token_ids: Sequence[int],
+        matchers: Matchers,
         progress: Progress,
     ) -> None:
-        """``max_tokens`` bounds a step."""
+        """``max_tokens`` bounds a step; ``matchers`` see to rows with a grammar."""
         self._scorer = scorer
+        self._matchers = matchers
         singles = single_buckets(max_seqs)
         self._singles = [next(b for b in singles if b.tokens >= n) for n in range(max_seqs + 1)]
         self._mixed = mixed_buckets(max_tokens, max_seqs)
@@ -111,26 +122,51 @@ class GpuRunner:
         staging = self._staging[0]
         bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
         deferred = self._inputs.write(plan, bucket, staging)
+        self._matchers.follow(plan)
         captured = self._captured[bucket]
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
-        if deferred:
-            with torch.inference_mode():
-                results = self._graphs.results
-                sample_deferred(deferred, captured.logits_LV, self._state, results, self._pdl)
-                staging.results.copy_(results, non_blocking=True)
+        constrained = any(row.masked for row in deferred)
+        masks = self._begin_masks(plan) if constrained else None
         tops = self._alternatives(plan, captured.logits_LV)
         scores = self._score(plan)
         self.num_misses += bool(deferred or scores)
-        if staging.done is not None:
-            staging.done.record(self._stream)
-        future = StepFuture(InFlightStep(plan, staging, began, tops, scores), self._waiter)
+        end = partial(self._end, deferred, captured.logits_LV, staging, masks)
+        if masks is None:
+            end()
+            step = InFlightStep(plan, staging, began, tops, scores)
+        else:  # they may take longer than the caller has
+            behind = self._waiter.submit(end)
+            accept = partial(self._matchers.accept, plan.rows, masks)
+            step = InFlightStep(plan, staging, began, tops, scores, behind, accept)
+        future = StepFuture(step, self._waiter)
         self._in_flight.append(future)
         return future
 
+    def _begin_masks(self, plan: Plan) -> Masks | None:
+        return self._matchers.begin(self._states.rows_with_grammar(plan.rows))
+
+    def _end(
+        self,
+        deferred: Sequence[DeferredRow],
+        logits_LV: Tensor,
+        staging: StagingBuffer,
+        masks: Masks | None,
+    ) -> None:
+        """Launch the end of a step: what its graph did not sample, and the mark that it is over."""
+        masks_MW = None if masks is None else masks.wait()
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            if deferred:
+                results = self._graphs.results
+                sample_deferred(deferred, logits_LV, self._state, results, self._pdl, masks_MW)
+                staging.results.copy_(results, non_blocking=True)
+            if staging.done is not None:
+                staging.done.record(self._stream)
+
     def close(self) -> None:
-        """Finish the steps in flight and end the thread."""
+        """Finish the steps in flight and end the threads."""
         self._waiter.shutdown()
+        self._matchers.close()
 
     def _choose_bucket(self, tokens: int, sequences: int) -> Bucket:
         """The smallest that holds a step; if counts are equal, each sequence has one token."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.deferred import NOTHING_BANNED, BadWords, DeferredRow
 from ruvon.engine.gpu.graphs import Words
-from ruvon.engine.types import BEING_SAMPLED, NewSequence, Plan, SamplingParams
+from ruvon.engine.types import BEING_SAMPLED, NewSequence, Plan, SamplingParams, SamplingRow
 from ruvon.kernels import sample
 
 Ids: TypeAlias = Iterable[int]
@@ -29,6 +29,7 @@ class SlotStates:
         self._params: Words = np.zeros((num_slots, sample.PARAMS), dtype=np.int32)
         self._num_prompt: Words = np.zeros(num_slots, dtype=np.int32)
         self._unprepared: set[int] = set()
+        self._forced: set[int] = set()  # sequences with tokens that the device did not count
         self._waits: dict[int, NewSequence] = {}  # slots whose min_tokens have not been sampled
         self._sequences: dict[int, NewSequence] = {}
         self._histories: dict[int, list[int]] = {}  # of those whose sampling looks at it
@@ -56,11 +57,14 @@ class SlotStates:
                 history = self._histories.get(chunk.seq_id)
                 if history is not None and chunk.tokens != BEING_SAMPLED:
                     history[chunk.start :] = chunk.tokens
+                    if len(chunk.tokens) > 1:
+                        self._forced.add(chunk.seq_id)
 
     def _forget(self, seq_id: int) -> None:
         self._sequences.pop(seq_id, None)
         self._histories.pop(seq_id, None)
         self._bad_words.pop(seq_id, None)
+        self._forced.discard(seq_id)
         self.num_logprobs.pop(seq_id, None)
 
     def _meet(self, new: NewSequence) -> None:
@@ -70,7 +74,7 @@ class SlotStates:
             self.num_logprobs[new.seq_id] = sampling.logprob_token_ids or sampling.logprobs
         if sampling.bad_words:
             self._bad_words[new.seq_id] = BadWords(sampling.bad_words)
-        if sampling.bad_words or is_penalized(sampling):
+        if sampling.bad_words or is_penalized(sampling) or sampling.grammar is not None:
             self._histories[new.seq_id] = list(new.prefix)
 
     def record(self, plan: Plan, tokens: Sequence[tuple[int, ...]]) -> None:
@@ -113,9 +117,9 @@ class SlotStates:
         """Write the parameters of a step's rows, and mark those to be sampled later as padding.
         ``contexts`` are tokens before the one sampled."""
         rows = list(zip(seq_ids, slots.tolist(), contexts.tolist(), strict=True))
-        if self._unprepared:
+        if self._unprepared or self._forced:
             for seq_id, slot, context in rows:
-                if slot in self._unprepared:
+                if slot in self._unprepared or self._is_uncounted(seq_id):
                     self._prepare(slot, self._sequences[seq_id], context)
         params[:] = self._params[slots]
         params[:, sample.DRAW] = contexts - self._num_prompt[slots]
@@ -127,13 +131,31 @@ class SlotStates:
             if is_deferred(self._sequences[about[0]].sampling)
         ]
 
+    def _is_uncounted(self, seq_id: int) -> bool:
+        """Whether tokens that count for penalties came from elsewhere than the device's sampler."""
+        if seq_id not in self._forced:
+            return False
+        self._forced.discard(seq_id)
+        return is_penalized(self._sequences[seq_id].sampling)
+
+    def rows_with_grammar(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
+        """The rows of a step that has been followed which have one, by their place."""
+        news = [(place, self._sequences[seq_id]) for place, seq_id in enumerate(seq_ids)]
+        return {
+            place: SamplingRow(
+                new.seq_id, new.sampling, self._histories[new.seq_id], new.num_prompt, new.seed
+            )
+            for place, new in news
+            if new.sampling.grammar is not None
+        }
+
     def _defer(self, row: int, params: Words, seq_id: int, slot: int, context: int) -> DeferredRow:
         own, banned = params[row].copy(), NOTHING_BANNED
         params[row, sample.SLOT] = -1
         if seq_id in self._bad_words:
             banned = self._bad_words[seq_id].completed(self._histories[seq_id], context)
-        typical_p = self._sequences[seq_id].sampling.typical_p
-        return DeferredRow(row, slot, own, typical_p, banned)
+        sampling = self._sequences[seq_id].sampling
+        return DeferredRow(row, slot, own, sampling.typical_p, banned, sampling.grammar is not None)
 
     def _prepare(self, slot: int, new: NewSequence, context: int) -> None:
         self._unprepared.discard(slot)
@@ -145,10 +167,11 @@ class SlotStates:
         if words[sample.HISTORY] >= 0:
             history = self._histories[new.seq_id][:context]
             self._write_counts(slot, history[: new.num_prompt], history[new.num_prompt :])
-        if sampling.min_tokens:
+        waiting = bool(sampling.min_tokens) and sampling.grammar is None  # whose mask sees to it
+        if waiting:
             self._waits[slot] = new
         if words[sample.BIAS] >= 0:
-            self._write_bias(slot, sampling, waiting=bool(sampling.min_tokens))
+            self._write_bias(slot, sampling, waiting=waiting)
 
     def _end_waits(self, slots: Words, params: Words) -> None:
         """Where as many tokens as ``min_tokens`` have been sampled, let stop tokens be."""
@@ -187,7 +210,7 @@ class SlotStates:
 
 def is_deferred(sampling: SamplingParams) -> bool:
     """Whether it is more than the captured step's sampler does."""
-    return sampling.typical_p < 1 or bool(sampling.bad_words)
+    return sampling.typical_p < 1 or bool(sampling.bad_words) or sampling.grammar is not None
 
 
 def is_penalized(sampling: SamplingParams) -> bool:
