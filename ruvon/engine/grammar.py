@@ -9,7 +9,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from pathlib import Path
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -87,7 +86,7 @@ class Grammars:
         self.eos_token_ids = tuple(eos_token_ids)
         self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids)
         self._limits = LLParserLimits(**LIMITS)
-        self._trial = Trial()
+        self._trial = Trial(vocab_size)
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
         self._lock = Lock()
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the latest used last
@@ -166,7 +165,8 @@ class Trial:
     """The process that grammars are tried in, started when first needed, and again when a grammar
     has ended it. For one thread at a time."""
 
-    def __init__(self) -> None:
+    def __init__(self, vocab_size: int) -> None:
+        self._vocab_size = vocab_size
         self._process: subprocess.Popen[bytes] | None = None
 
     def error_of(self, text: str) -> str:
@@ -185,9 +185,9 @@ class Trial:
             return TOO_COSTLY
 
     def _start(self) -> subprocess.Popen[bytes]:
-        path = Path(grammar_trial.__file__)
+        program = [grammar_trial.__file__, str(self._vocab_size)]
         self._process = subprocess.Popen(
-            [sys.executable, "-P", str(path)],  # -P: the folder's modules are not to be found
+            [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         )  # fmt: skip
         return self._process

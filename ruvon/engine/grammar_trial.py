@@ -35,23 +35,27 @@ LIMITS = {
 
 
 class Bytes:
-    """Bytes as tokens, and one that ends: the least that a grammar can be tried with."""
+    """Bytes as tokens, one that ends, and as many without any bytes as make up a vocabulary, whose
+    ids a grammar may name: the least that a grammar can be tried with."""
 
     is_tokenizer_wrapper = True
     eos_token_id = 256
     bos_token_id = None
-    tokens = (*(bytes([byte]) for byte in range(256)), b"<eos>")
     special_token_ids = (256,)
+
+    def __init__(self, vocab_size: int) -> None:
+        self.tokens = [*(bytes([byte]) for byte in range(256)), b"<eos>"]
+        self.tokens += [b""] * (vocab_size - len(self.tokens))
 
     def __call__(self, text: str) -> list[int]:
         return list(text.encode())
 
 
-def try_grammars(source: BinaryIO, sink: BinaryIO) -> None:
+def try_grammars(source: BinaryIO, sink: BinaryIO, vocab_size: int) -> None:
     """Compile what comes, to its first mask, and tell what was wrong, until nothing comes."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
-    tokenizer, limits = LLTokenizer(Bytes(), slices=[]), LLParserLimits(**LIMITS)
+    tokenizer, limits = LLTokenizer(Bytes(vocab_size), slices=[]), LLParserLimits(**LIMITS)
     while len(size := source.read(4)) == 4:
         text = source.read(*LENGTH.unpack(size)).decode()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # whose signal ends the process
@@ -74,7 +78,9 @@ def main() -> None:
     os.dup2(2, 1)  # whatever else is printed is no answer
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     threading.stack_size(STACK)
-    thread = threading.Thread(target=try_grammars, args=(sys.stdin.buffer, answers))
+    thread = threading.Thread(
+        target=try_grammars, args=(sys.stdin.buffer, answers, int(sys.argv[1]))
+    )
     thread.start()
     thread.join()
 

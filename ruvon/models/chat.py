@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -23,7 +24,7 @@ from ruvon.models.formats.tools import Parser as Parser
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, openai_form
 from ruvon.models.formats.tools import Turn as Turn
 from ruvon.models.guard import Guard
-from ruvon.models.messages import Message, plain, prepare
+from ruvon.models.messages import Message, plain, prepare, write_arguments
 from ruvon.models.template import (
     Template,
     compile_own,
@@ -57,6 +58,12 @@ class Options(TurnOptions, total=False):
     tools: Sequence[Mapping[str, Any]] | None
 
 
+NOTHING_ELSE: Mapping[str, Any] = {
+    "tools": None,
+    "documents": None,
+    "add_generation_prompt": False,
+    "continue_final_message": False,
+}
 RESERVED = frozenset({"messages", *Options.__annotations__} - {"kwargs"})
 
 
@@ -193,7 +200,10 @@ class ChatFormat:
         prepared = self._format.adapt(
             [prepare(message, i, self._knows_developer) for i, message in enumerate(messages)],
             listed,
+            bool(listed) and self._takes_system,
         )
+        if any("tool_calls" in message for message in prepared) and self._takes_text:
+            write_arguments(prepared)
         if continue_final_message:
             prepared[-1]["content"] += FINAL + " "
         return {
@@ -219,6 +229,23 @@ class ChatFormat:
         going_on = given.pop("continue_final_message")
         text = render_template(template, self._named | given)
         return _cut_after_final(text) if going_on else text
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        return self._takes([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+
+    @cached_property
+    def _takes_text(self) -> bool:
+        """Whether the template wants the arguments of calls as text, not as objects."""
+        return not self._takes(_a_call({})) and self._takes(_a_call("{}"))
+
+    def _takes(self, messages: Sequence[dict[str, Any]]) -> bool:
+        """Whether the template renders messages that are as it may want them."""
+        try:
+            self._render({**NOTHING_ELSE, "messages": messages})
+        except RequestError:
+            return False
+        return True
 
     # ------------------------------------------------------------------ reasoning
 
@@ -253,6 +280,15 @@ class ChatFormat:
     def _limits(self, thinking: Thinking) -> bool:
         """Whether the end of reasoning can be forced: where it is a token."""
         return all(tag in self._tokenizer.added_ids for tag in thinking.tags)
+
+
+def _a_call(arguments: Any) -> list[dict[str, Any]]:
+    function = {"name": "a", "arguments": arguments}
+    call = {"id": "123456789", "type": "function", "function": function}
+    return [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
 
 
 def _find_tags(source: str, tokenizer: Tokenizer) -> tuple[str, str] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
@@ -76,6 +76,16 @@ def _parse_arguments(call: Any, where: str) -> None:
         return
     if isinstance(arguments, dict):
         function["arguments"] = plain(arguments, f"{where}.tool_calls")
+
+
+def write_arguments(messages: Iterable[dict[str, Any]]) -> None:
+    """Put the arguments of calls back into JSON text, for templates that want it."""
+    for message in messages:
+        for call in message.get("tool_calls") or ():
+            function = call.get("function") if isinstance(call, dict) else None
+            if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
+                arguments = function.get("arguments") or {}
+                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:

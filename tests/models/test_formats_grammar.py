@@ -15,6 +15,7 @@ import pytest
 from families import ANYTHING, CHATML, FAMILIES, PATCH, TOOLS, WEATHER, Family
 from test_formats import USER, ask, assembled, encode, read, written
 
+from ruvon.engine.grammar import Vocabulary
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
 from ruvon.models.formats.plain import PlainParser
@@ -28,8 +29,9 @@ REQUIRED = ToolChoice("required")
 
 @cache
 def vocabulary(family: str) -> llguidance.LLTokenizer:
-    backend = FAMILIES[family].tokenizer._parsing
-    return llguidance.LLTokenizer(backend.to_str(), eos_token=EOS)
+    tokenizer = FAMILIES[family].tokenizer
+    tokens = Vocabulary(tokenizer, tokenizer.vocab_size, [EOS])
+    return llguidance.LLTokenizer(tokens, eos_token=[EOS])
 
 
 def matcher(family: str, grammar: Grammar) -> llguidance.LLMatcher:

@@ -13,7 +13,7 @@ Messages: TypeAlias = list[dict[str, Any]]
 Tools: TypeAlias = Sequence[Mapping[str, Any]] | None
 
 
-def as_they_are(messages: Messages, tools: Tools) -> Messages:
+def as_they_are(messages: Messages, tools: Tools, system: bool) -> Messages:
     return messages
 
 
@@ -22,8 +22,9 @@ class Format:
     """How a family of models is talked to.
 
     ``starts`` begin a call and ``marks`` are other markers within; ``read`` reads what follows a
-    start; ``grammar`` says the same for a grammar. ``adapt`` changes messages (as `prepare` makes
-    them) and tools for a template that does not take them as they are.
+    start; ``grammar`` says the same for a grammar. ``adapt`` makes of messages (as `prepare` makes
+    them) and tools the messages that the template takes; it is told whether a system message is
+    one of them.
     """
 
     name: str
@@ -31,4 +32,4 @@ class Format:
     marks: tuple[str, ...]
     read: ReadCalls
     grammar: CallGrammar
-    adapt: Callable[[Messages, Tools], Messages] = as_they_are
+    adapt: Callable[[Messages, Tools, bool], Messages] = as_they_are

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ruvon.grammars import Grammar
+from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Tool, arguments_schema
 
 ANYTHING = "<[*]>*"
@@ -32,11 +32,6 @@ class CallGrammar:
     body: Callable[[Rules, Sequence[Tool], bool], str]
     joint: str | None = None
     bare: bool = False
-
-
-def json_schema(schema: Mapping[str, Any], *, param: str) -> Grammar:
-    options = {"whitespace_flexible": False}
-    return Grammar("%json " + json.dumps({**schema, "x-guidance": options}), param=param)
 
 
 class Rules:
@@ -66,7 +61,11 @@ class Rules:
 
     def arguments(self, tool: Tool) -> str:
         """A call's arguments as JSON, as a rule."""
-        return self.include(json_schema(arguments_schema(tool), param=tool.param))
+        return self.json(arguments_schema(tool), tool, strict=tool.strict and not tool.custom)
+
+    def json(self, schema: Any, tool: Tool, strict: bool = False) -> str:
+        """JSON of a schema that is a part of a tool, as a rule."""
+        return self.include(json_schema(schema, strict=strict, param=tool.param))
 
     def include(self, grammar: Grammar) -> str:
         """A whole grammar as one rule."""

@@ -44,7 +44,7 @@ def _named(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
     return rules.rule(" | ".join(one))
 
 
-def nine_characters(messages: Messages, tools: Tools) -> Messages:
+def nine_characters(messages: Messages, tools: Tools, system: bool) -> Messages:
     """Its templates refuse ids of calls that are not nine letters and digits."""
     for message in messages:
         for call in message.get("tool_calls") or ():

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ruvon.models.formats.format import Format
-from ruvon.models.formats.grammar import CallGrammar, Rules, escape, json_schema, quote
+from ruvon.models.formats.grammar import CallGrammar, Rules, escape, quote
 from ruvon.models.formats.reader import CallReader, NotACallError, loads
 from ruvon.models.formats.scanner import Waiting
 from ruvon.models.formats.tools import Tool, arguments_schema
@@ -132,7 +132,7 @@ def _argument(rules: Rules, name: str, property: Any, schema: Mapping[str, Any],
     values = property.get("enum") if isinstance(property, Mapping) else None
     if _types(property) - {"string"}:
         defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        value = rules.include(json_schema({**defs, **property}, param=tool.param))
+        value = rules.json({**defs, **property}, tool)
     elif isinstance(values, list) and values and all(isinstance(value, str) for value in values):
         value = f"({' | '.join(map(quote, values))})"
     else:

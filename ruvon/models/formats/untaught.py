@@ -27,7 +27,7 @@ To call a function, write a JSON object with its name and arguments within {STAR
 {END}"""
 
 
-def in_words(messages: Messages, tools: Tools) -> Messages:
+def in_words(messages: Messages, tools: Tools, system: bool) -> Messages:
     """Messages of text only, in which no two neighbours with results have the same role."""
     told: Messages = []
     for message in messages:
@@ -38,7 +38,7 @@ def in_words(messages: Messages, tools: Tools) -> Messages:
             told.append({**text, "results": results})
     for message in told:
         del message["results"]
-    return introduced(told, tools)
+    return introduced(told, tools, system)
 
 
 def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,17 +58,18 @@ def _written(call: Any) -> str:
     return f"{START}\n{json.dumps(function or call, ensure_ascii=False)}\n{END}"
 
 
-def introduced(messages: Messages, tools: Tools) -> Messages:
-    """The messages with the tools in the system message."""
+def introduced(messages: Messages, tools: Tools, system: bool) -> Messages:
+    """The messages with the tools in the first of them: the system's, or else the user's."""
     if not tools:
         return messages
     listed = "\n".join([json.dumps(tool, ensure_ascii=False) for tool in tools])
-    introduction = INTRODUCTION % listed
-    if messages[0].get("role") != "system":
-        return [{"role": "system", "content": introduction}, *messages]
     first = messages[0]
-    content = f"{first['content']}\n\n{introduction}".lstrip()
-    return [{**first, "content": content}, *messages[1:]]
+    system = system or first.get("role") == "system"  # its template says what is wrong with that
+    introduction, role = INTRODUCTION % listed, "system" if system else "user"
+    if first.get("role") != role:
+        return [{"role": role, "content": introduction}, *messages]
+    parts = [first["content"], introduction] if system else [introduction, first["content"]]
+    return [{**first, "content": "\n\n".join(filter(None, parts))}, *messages[1:]]
 
 
 UNTAUGHT = replace(HERMES, name="untaught", adapt=in_words)
