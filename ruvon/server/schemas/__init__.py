@@ -4,7 +4,7 @@ Types are strict (``"1"`` is not a number) and ``null`` means "not given", as Op
 not declared here is kept aside, for `parsing` to refuse or to report.
 """
 
-from ruvon.server.schemas.base import Fields, SamplingFields
+from ruvon.server.schemas.base import Fields, SamplingFields, Stops, TokenIds
 from ruvon.server.schemas.chat import ChatRequest, TemplateFields
 from ruvon.server.schemas.completions import CompletionRequest
 from ruvon.server.schemas.constraints import ConstraintFields, ResponseFormat, Schema
@@ -25,7 +25,9 @@ __all__ = [
     "ResponseFormat",
     "SamplingFields",
     "Schema",
+    "Stops",
     "TemplateFields",
+    "TokenIds",
     "TokenizeChatRequest",
     "TokenizeRequest",
     "ToolField",
