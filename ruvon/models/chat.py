@@ -148,6 +148,10 @@ class ChatFormat:
         )
         return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
 
+    def reads(self, variable: str) -> bool:
+        """Whether a template looks at ``variable``; others have no effect."""
+        return variable in self._used
+
     def parser(self, text: TextStream) -> Parser:
         """A parser that takes all of a completion for text."""
         return PlainParser(text)

@@ -2,23 +2,40 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiohttp import web
 
 from ruvon.engine.types import Job
+from ruvon.errors import RequestError
 from ruvon.models.chat import Turn
-from ruvon.server.conversation import Conversation, prepare_conversation
+from ruvon.models.formats.tools import Reasoning
+from ruvon.server.constraints import grammar_of
+from ruvon.server.conversation import (
+    Conversation,
+    prepare_conversation,
+    prompt_texts,
+    truncation,
+    without_effect,
+)
 from ruvon.server.generation import Generation
-from ruvon.server.requests import bounded, read_request, sampling_params, text_options
+from ruvon.server.requests import bounded, name_request, read_request, sampling_params, text_options
 from ruvon.server.schemas import ChatRequest, TemplateFields
 from ruvon.server.state import STATE, Service
+from ruvon.server.tools import choice_of, tools_of
 from ruvon.server.writers.chat import ChatWriter
+
+BUDGETS = ("thinking_token_budget", "thinking_budget", "reasoning_budget")
 
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Answer a chat."""
     service = http.app[STATE].ready()
     request, ignored, (job, turn) = await read_request(http, ChatRequest, prepare_chat)
-    writer = ChatWriter(request, job, service)
+    ignored = without_effect(http, ignored, turn)
+    name_request(http, request.request_id)
+    texts = await prompt_texts(http, [job] if request.return_prompt_text else [], service)
+    writer = ChatWriter(request, job, service, next(iter(texts), None))
     generation = Generation(service, [job], writer, turn.parser)
     return await generation.send(http, stream=bool(request.stream), ignored=ignored)
 
@@ -26,29 +43,55 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
 def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> tuple[Job, Turn]:
     """The one job of a chat, and how its answer is read."""
     logprobs = bounded(request.top_logprobs or 0, max_logprobs, "top_logprobs")
+    max_tokens = request.max_completion_tokens or request.max_tokens
     sampling = sampling_params(
         request,
         service,
-        max_tokens=request.max_completion_tokens or request.max_tokens,
+        max_tokens=max_tokens,
         logprobs=logprobs if request.logprobs else None,
         prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
     return prepare_conversation(
-        conversation_of(request),
+        chat_of(request),
         sampling,
         service,
         n=request.n or 1,
         text=text_options(request),
         priority=request.priority or 0,
         cache_salt=request.cache_salt or "",
+        truncate=truncation(request, max_tokens, service),
+    )
+
+
+def chat_of(request: ChatRequest) -> Conversation:
+    """All that a chat asks for."""
+    return replace(
+        conversation_of(request),
+        choice=choice_of(request.tool_choice, request.parallel_tool_calls),
+        response=grammar_of(request),
+        reasoning=reasoning_of(request),
     )
 
 
 def conversation_of(request: TemplateFields) -> Conversation:
-    """What a request's messages ask for."""
+    """What is rendered of a request."""
     return Conversation(
         messages=[message.for_template() for message in request.messages],
+        tools=tools_of(request.tools),
+        documents=request.documents,
         add_generation_prompt=request.add_generation_prompt,
         continue_final_message=bool(request.continue_final_message),
         kwargs=request.chat_template_kwargs,
+    )
+
+
+def reasoning_of(request: ChatRequest) -> Reasoning:
+    """How much to think. Raises RequestError if two fields say how long."""
+    given = {name: value for name in BUDGETS if (value := getattr(request, name)) is not None}
+    if len(given) > 1:
+        first, second = list(given)[:2]
+        raise RequestError(f"'{first}' and '{second}' say the same; give one of them.", second)
+    budget = next(iter(given.values()), -1)
+    return Reasoning(
+        None if budget < 0 else budget, request.enable_thinking, request.reasoning_effort
     )

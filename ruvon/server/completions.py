@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from aiohttp import web
 
 from ruvon.engine.types import Job
 from ruvon.errors import RequestError
 from ruvon.models.chat import PlainParser
+from ruvon.server.constraints import grammar_of
+from ruvon.server.conversation import prompt_texts, truncation
 from ruvon.server.generation import Generation
 from ruvon.server.requests import (
     bounded,
     check_size,
+    name_request,
     read_request,
     sampling_params,
     text_options,
@@ -27,7 +32,9 @@ async def completions(http: web.Request) -> web.StreamResponse:
     """Complete one or several prompts."""
     service = http.app[STATE].ready()
     request, ignored, jobs = await read_request(http, CompletionRequest, prepare_completion)
-    writer = CompletionsWriter(request, jobs, service)
+    name_request(http, request.request_id)
+    told = jobs if request.return_prompt_text or request.echo else []
+    writer = CompletionsWriter(request, jobs, service, await prompt_texts(http, told, service))
     generation = Generation(service, jobs, writer, PlainParser)
     return await generation.send(http, stream=bool(request.stream), ignored=ignored)
 
@@ -49,18 +56,21 @@ def prepare_completion(
     prompt_logprobs = request.prompt_logprobs
     if request.echo and request.logprobs is not None:
         prompt_logprobs = max(request.logprobs, prompt_logprobs or 0)
+    max_tokens = DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens
     sampling = sampling_params(
         request,
         service,
-        max_tokens=DEFAULT_MAX_TOKENS if request.max_tokens is None else request.max_tokens,
+        max_tokens=max_tokens,
         logprobs=bounded(logprobs, max_logprobs, "logprobs"),
         prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
+    sampling = replace(sampling, grammar=grammar_of(request))
+    cut = truncation(request, max_tokens, service)
     prompts = [encode_prompt(prompt, request, service) for prompt in request.prompt]
     return [
         service.generator.prepare(
             Job(
-                prompt=prompt,
+                prompt=prompt if cut is None else cut.of(prompt),
                 sampling=sampling,
                 text=text_options(request),
                 n=n,

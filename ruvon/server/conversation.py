@@ -6,17 +6,25 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
+from aiohttp import web
+
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
+from ruvon.models.messages import strings
+from ruvon.server.body import offload
+from ruvon.server.parsing import MAX_IGNORED, refuse_ignored
 from ruvon.server.requests import check_size
-from ruvon.server.state import Service
+from ruvon.server.schemas import GenerationFields
+from ruvon.server.state import STATE, Service
 
 ANY_CALL = ToolChoice()
 AS_USUAL = Reasoning()
 ALL_TEXT = TextOptions()
+
+LONG = 1024  # ids that are decoded where others wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +39,27 @@ class Truncation:
         if len(prompt) <= self.tokens:
             return prompt
         return prompt[-self.tokens :] if self.side == "left" else prompt[: self.tokens]
+
+
+def truncation(
+    request: GenerationFields, max_tokens: int | None, service: Service
+) -> Truncation | None:
+    """What a request says of prompts that are too long. -1 leaves room for the completion."""
+    tokens = request.truncate_prompt_tokens
+    if tokens is None:
+        return None
+    if tokens < 0:
+        tokens = max(service.max_model_len - (1 if max_tokens is None else max_tokens), 1)
+    return Truncation(tokens, request.truncation_side or "left")
+
+
+async def prompt_texts(http: web.Request, jobs: Sequence[Job], service: Service) -> list[str]:
+    """The prompts as the model reads them, special tokens included."""
+    decode = service.tokenizer.decode
+    large = sum(len(job.prompt) for job in jobs) > LONG
+    return await offload(
+        http.app, large, lambda: [decode(job.prompt, skip_special_tokens=False) for job in jobs]
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +84,13 @@ class Conversation:
 def take_turn(conversation: Conversation, service: Service) -> Turn:
     """The prompt, the parser and the grammar of the answer. Raises RequestError."""
     asked = conversation
-    check_size(sum(len(message["content"]) for message in asked.messages), service, asked.param)
+    if asked.documents and not service.chat.reads("documents"):
+        raise RequestError(
+            "This model's chat template takes no documents.", "documents", "unsupported_parameter"
+        )
+    check_size(num_characters(asked), service, asked.param)
     try:
-        return service.chat.turn(
+        turn = service.chat.turn(
             asked.messages,
             tools=asked.tools,
             choice=asked.choice,
@@ -72,6 +105,23 @@ def take_turn(conversation: Conversation, service: Service) -> Turn:
         if asked.param != "messages" and (error.param or "").startswith("messages"):
             error.param = asked.param
         raise
+    unread = (name for name in asked.kwargs or () if not service.chat.reads(name))
+    unread = (f"chat_template_kwargs.{name}"[:100] for name in unread)
+    return replace(turn, ignored=(*turn.ignored, *unread))
+
+
+def num_characters(conversation: Conversation) -> int:
+    """Of all texts that a template may render."""
+    asked = conversation
+    tools = [[tool.description, tool.parameters] for tool in asked.tools]
+    return sum(map(len, strings([*asked.messages, *tools, *(asked.documents or ())])))
+
+
+def without_effect(http: web.Request, fields: Sequence[str], turn: Turn) -> list[str]:
+    """The names of a request's ``fields`` without effect, and of what has none on this turn.
+    Raises RequestError where the server is strict."""
+    refuse_ignored(turn.ignored, http.app[STATE].server.strict)
+    return [*fields, *turn.ignored][:MAX_IGNORED]
 
 
 def prepare_conversation(

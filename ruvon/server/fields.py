@@ -17,26 +17,16 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     "functions": (),
     "modalities": (["text"],),
     "moderation": (),
-    "response_format": ({"type": "text"},),
     "suffix": (),
-    "tool_choice": ("none",),
-    "tools": (),
+    "tool_choice": ("none", "auto"),  # of completions; a chat serves it
+    "tools": (),  # likewise
     "web_search_options": (),
     # constraints on the answer, as all call them
-    "ebnf": (),
     "format": (),
-    "grammar": (),
     "grammar_lazy": (False,),
     "grammar_triggers": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
     "guided_whitespace_pattern": (),
-    "json_schema": (),
-    "regex": (),
     "structural_tag": (),
-    "structured_outputs": (),
     # drawing
     "adaptive_decay": (),
     "adaptive_target": (-1, -1.0),
@@ -76,8 +66,9 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     "xtc_threshold": (),
     # another model, prompt or length
     "adapter_id": (),
+    "add_special_tokens": (False,),  # of a chat; completions serve it
     "chat_template": (),
-    "documents": (),
+    "documents": (),  # of completions; a chat serves it
     "images": (),
     "input_extra": (),
     "input_prefix": (),
@@ -91,39 +82,29 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     "n_keep": (0,),
     "prompt_embeds": (),
     "raw": (False,),
-    "reasoning_budget": (-1,),
     "session_params": (),
     "stop_regex": (),
     "system": (),
     "t_max_predict_ms": (-1, 0),
     "t_max_prompt_ms": (-1, 0),
     "template": (),
-    "thinking_token_budget": (),
     "truncate": (),
-    "truncate_prompt_tokens": (),
-    "truncation_side": (),
     # another form of the answer
     "decoder_input_details": (False,),
     "details": (False,),
-    "include_reasoning": (True,),
     "logprob_token_ids": (),
     "n_probs": (0,),
     "post_sampling_probs": (False,),
-    "reasoning_format": ("auto", "none"),
     "response_fields": (),
     "return_full_text": (False,),
     "return_hidden_states": (False,),
-    "return_prompt_text": (False,),
     "return_routed_experts": (False,),
     "return_tokens": (False,),
-    "return_tokens_as_token_ids": (False,),
-    "separate_reasoning": (True,),
     "stream_interval": (1,),
     "stream_reasoning": (True,),
     "timings_per_token": (False,),
     "top_n_tokens": (0,),
     # served under another name
-    "enable_thinking": (),
     "think": (),
     "max_length": (),
     "max_new_tokens": (),
@@ -137,8 +118,9 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
 """Fields that would change the answer but are not served: name → values that ask for nothing."""
 
 INSTEAD: Mapping[str, str] = {
-    "enable_thinking": "chat_template_kwargs",
-    "think": "chat_template_kwargs",
+    "functions": "tools",
+    "function_call": "tool_choice",
+    "think": "enable_thinking",
     "max_length": "max_tokens",
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
@@ -151,16 +133,16 @@ INSTEAD: Mapping[str, str] = {
 }
 """The field of ours that says the same."""
 
-SWITCHES: Mapping[str, str] = {"tools": "tool_choice", "functions": "function_call"}
-"""Fields that ask for nothing while another says ``none``; the model is then not told of them."""
-
 HARMLESS = frozenset(
     {
-        "cache_prompt", "client_metadata", "extra_key", "id_slot", "keep_alive", "metadata",
-        "parallel_tool_calls", "prediction", "prompt_cache_key", "prompt_cache_options",
-        "prompt_cache_retention", "reasoning_effort", "request_id", "rid", "safety_identifier",
+        "cache_prompt", "client_metadata", "extra_key", "id_slot", "keep_alive",
+        "prediction", "prompt_cache_key", "prompt_cache_options",
+        "prompt_cache_retention", "rid", "safety_identifier",
         "service_tier", "session_id", "spaces_between_special_tokens", "store",
         "stream_options.include_obfuscation", "user", "verbosity",
     }
 )  # fmt: skip
 """Fields of known clients that have no effect here: reported, and accepted even when strict."""
+
+ECHOED = frozenset({"annotations", "index", "parsed", "parsed_arguments", "refusal"})
+"""What an answer holds besides, or an SDK adds to it, when it goes back as a message."""

@@ -6,7 +6,7 @@ knows, is reported back by name, never dropped in silence. Everything here may r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from ruvon.errors import RequestError
-from ruvon.server.fields import EMPTY, HARMLESS, INSTEAD, SWITCHES, UNSERVED
+from ruvon.server.fields import ECHOED, EMPTY, HARMLESS, INSTEAD, UNSERVED
 from ruvon.server.schemas import Fields
 from ruvon.server.shape import Bounds, check_shape
 
@@ -63,38 +63,54 @@ def parse(
         raise explain(error) from None
     refuse_unserved(request)
     ignored = list(islice(unused(request), MAX_IGNORED))
-    for name in ignored if strict else ():
-        if name not in HARMLESS and name not in kind.HARMLESS:
-            raise RequestError(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
+    refuse_ignored(ignored, strict, kind.HARMLESS)
     return request, ignored
+
+
+def refuse_ignored(
+    names: Iterable[str], strict: bool, harmless: frozenset[str] = frozenset()
+) -> None:
+    """When ``strict``, raise for a field without effect that is not known to be ``harmless``."""
+    for name in names if strict else ():
+        if name not in HARMLESS and name not in harmless:
+            raise RequestError(f"Unknown parameter: '{name}'.", name, "unknown_parameter")
 
 
 def refuse_unserved(request: Fields) -> None:
     """Raise for a field that would change the answer and that ruvon does not serve."""
     extra = request.model_extra or {}
     for name, value in extra.items():
-        if name not in UNSERVED or value in EMPTY or value in UNSERVED[name]:
-            continue
-        if name in SWITCHES and extra.get(SWITCHES[name]) == "none":
-            continue
-        instead = f"; use {INSTEAD[name]}" if name in INSTEAD else ""
-        raise RequestError(
-            f"'{name}' is not supported by this server{instead}.", name, "unsupported_parameter"
-        )
+        if name in UNSERVED and value not in EMPTY and value not in UNSERVED[name]:
+            raise _unsupported(name, f"; use {INSTEAD[name]}" if name in INSTEAD else "")
+    for prefix, model in within(request):
+        for name in model.UNSERVED.intersection(model.model_extra or ()):
+            if (model.model_extra or {})[name] not in EMPTY:
+                raise _unsupported(f"{prefix}{name}")
 
 
-def unused(model: Fields, prefix: str = "") -> Iterator[str]:
+def _unsupported(name: str, instead: str = "") -> RequestError:
+    message = f"'{name}' is not supported by this server{instead}."
+    return RequestError(message, name, "unsupported_parameter")
+
+
+def unused(request: Fields) -> Iterator[str]:
     """Names of given fields that no model declares, such as ``messages[0].weight``."""
-    for name, value in (model.model_extra or {}).items():
-        if value not in EMPTY and name not in UNSERVED:
-            yield f"{prefix}{name}"[:100]
+    for prefix, model in within(request):
+        for name, value in (model.model_extra or {}).items():
+            if value not in EMPTY and name not in (ECHOED if prefix else UNSERVED):
+                yield f"{prefix}{name}"[:100]
+
+
+def within(model: Fields, prefix: str = "") -> Iterator[tuple[str, Fields]]:
+    """A request and all objects in it, each with what comes before the names of its fields."""
+    yield prefix, model
     for name in model.model_fields_set:
         value = getattr(model, name, None)
         if isinstance(value, Fields):
-            yield from unused(value, f"{prefix}{name}.")
+            yield from within(value, f"{prefix}{name}.")
         elif isinstance(value, list) and value and isinstance(value[0], Fields):
             for index, item in enumerate(value):
-                yield from unused(item, f"{prefix}{name}[{index}].")
+                yield from within(item, f"{prefix}{name}[{index}].")
 
 
 def explain(error: ValidationError) -> RequestError:

@@ -10,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import TypeVar
 
+import structlog
 from aiohttp import web
 
 from ruvon.engine.types import SamplingParams, TextOptions
 from ruvon.errors import ContextLengthError, RequestError
 from ruvon.server.body import read
+from ruvon.server.middleware import FACTS
 from ruvon.server.parsing import load, parse
 from ruvon.server.schemas import Fields, SamplingFields
 from ruvon.server.shape import Bounds
@@ -47,6 +49,13 @@ async def read_request(
         return request, ignored, prepare(request, service, server.max_logprobs)
 
     return await read(http, understand, always_aside=always_aside)
+
+
+def name_request(http: web.Request, request_id: str | None) -> None:
+    """Call the request as its body says, in the response and in the log."""
+    if request_id is not None:
+        http[FACTS]["request_id"] = request_id
+        structlog.contextvars.bind_contextvars(request_id=request_id)
 
 
 def read_fields(

@@ -62,6 +62,7 @@ class CompletionChoice(TypedDict):
     stop_reason: NotRequired[str | int | None]
     token_ids: NotRequired[Sequence[int]]
     prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_text: NotRequired[str]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
@@ -80,6 +81,26 @@ class ChatLogprobs(TypedDict):
     refusal: None
 
 
+class FunctionCall(TypedDict):
+    name: NotRequired[str]  # with a call's first piece only
+    arguments: str
+
+
+class CustomCall(TypedDict):
+    name: NotRequired[str]
+    input: str
+
+
+class ChatToolCall(TypedDict, total=False):
+    """A call, or a piece of one: then with ``index``, and with id, type and name in the first."""
+
+    index: int
+    id: str
+    type: Literal["function", "custom"]
+    function: FunctionCall
+    custom: CustomCall
+
+
 class ChatMessage(TypedDict):
     """An assistant's answer."""
 
@@ -87,6 +108,7 @@ class ChatMessage(TypedDict):
     content: str | None
     refusal: None
     annotations: list[Any]
+    tool_calls: NotRequired[list[ChatToolCall]]
     reasoning: NotRequired[str]
     reasoning_content: NotRequired[str]  # the same text under the name older clients read
 
@@ -98,6 +120,7 @@ class ChatDelta(TypedDict, total=False):
     content: str
     reasoning: str
     reasoning_content: str
+    tool_calls: list[ChatToolCall]
 
 
 class ChatChoice(TypedDict):
@@ -176,6 +199,7 @@ class Answer(TypedDict):
     system_fingerprint: str
     usage: Usage
     prompt_token_ids: NotRequired[Sequence[int]]
+    prompt_text: NotRequired[str]
     prompt_logprobs: NotRequired[PromptLogprobs]
 
 
@@ -185,6 +209,7 @@ class ChatAnswer(Answer):
     object: Literal["chat.completion"]
     choices: list[ChatChoice]
     service_tier: str
+    metadata: NotRequired[Mapping[str, str]]
 
 
 class TextAnswer(Answer):

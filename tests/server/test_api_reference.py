@@ -12,7 +12,9 @@ import ruvon
 from ruvon import errors
 from ruvon.errors import RequestError
 from ruvon.server.app import ROUTES
-from ruvon.server.fields import HARMLESS, INSTEAD, SWITCHES, UNSERVED
+from ruvon.server.chat import BUDGETS
+from ruvon.server.constraints import KINDS
+from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
 from ruvon.server.parsing import parse
 from ruvon.server.requests import PASSED
 from ruvon.server.schemas import (
@@ -32,6 +34,7 @@ NAME = re.compile(r"`([\w.]+)`")
 
 USER = {"role": "user", "content": "Hi"}
 CHAT = {"messages": [USER]}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 EXAMPLES = {
     "model": "org/fake", "n": 2, "stream": False, "temperature": 0.5, "top_p": 0.5, "top_k": 5,
     "min_p": 0.1, "typical_p": 0.5, "presence_penalty": 1, "frequency_penalty": 1,
@@ -39,21 +42,34 @@ EXAMPLES = {
     "include_stop_str_in_output": True, "stop_token_ids": [98], "min_tokens": 1,
     "ignore_eos": True, "allowed_token_ids": [97], "bad_words": ["x"],
     "skip_special_tokens": False, "prompt_logprobs": 1, "return_token_ids": True, "echo": True,
-    "priority": 1, "cache_salt": "x", "max_tokens": 3,
+    "priority": 1, "cache_salt": "x", "max_tokens": 3, "truncate_prompt_tokens": 9,
+    "request_id": "me", "return_prompt_text": True, "return_tokens_as_token_ids": True,
+    "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"},
+    "guided_json": {"type": "object"}, "guided_regex": "a+", "guided_choice": ["a", "b"],
+    "guided_grammar": 'start: "a"', "json_schema": "{}", "regex": "a", "ebnf": 'root ::= "a"',
+    "grammar": 'root ::= "a"',
 }  # fmt: skip
 OF_CHAT = EXAMPLES | {
     "max_completion_tokens": 3, "logprobs": True, "add_generation_prompt": True,
-    "chat_template_kwargs": {"a": 1},
+    "tools": [TOOL], "tool_choice": "none", "parallel_tool_calls": False, "metadata": {"a": "b"},
+    "include_reasoning": False, "separate_reasoning": False, "reasoning_format": "none",
 }  # fmt: skip
 OF_COMPLETIONS = EXAMPLES | {"logprobs": 1, "best_of": 2, "add_special_tokens": False}
 BESIDE_OTHERS = {
     "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
     "top_logprobs": {"logprobs": True, "top_logprobs": 1},
+    "truncation_side": {"truncate_prompt_tokens": 9, "truncation_side": "right"},
     "continue_final_message": {
         "messages": [USER, {"role": "assistant", "content": "a"}],
         "continue_final_message": True,
     },
 }
+
+
+OF_SOME_MODELS = {
+    "chat_template_kwargs", "documents", "enable_thinking", "reasoning_budget", "reasoning_effort",
+    "thinking_budget", "thinking_token_budget",
+}  # fmt: skip
 
 
 def named(section: str, column: int = 1) -> list[str]:
@@ -74,9 +90,9 @@ def test_what_is_served_is_what_is_declared():
 
 def test_what_is_declared_is_read():
     """By something beside the schema that declares it."""
-    read = set(PASSED)
+    read = {*PASSED, *KINDS, *BUDGETS}
     for path in (SOURCE / "server").rglob("*.py"):
-        if path.name != "schemas.py":
+        if path.parent.name != "schemas":
             nodes = ast.walk(ast.parse(path.read_text()))
             read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
     for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
@@ -96,7 +112,7 @@ async def test_what_is_served_is_taken(serve):
             reply = await server.post(path, base | body)
             assert reply.status == 200, (body, reply.body)
             assert "X-Ruvon-Ignored" not in reply.headers, body
-    tried = {*OF_CHAT, *OF_COMPLETIONS, *BESIDE_OTHERS, "messages", "prompt"}
+    tried = {*OF_CHAT, *OF_COMPLETIONS, *BESIDE_OTHERS, *OF_SOME_MODELS, "messages", "prompt"}
     assert tried == {*ChatRequest.model_fields, *CompletionRequest.model_fields}
 
 
@@ -128,15 +144,6 @@ def test_what_is_refused(name):
             assert parse(kind, base | {name: neutral})[1] == []
 
 
-@pytest.mark.parametrize(("name", "switch"), SWITCHES.items())
-def test_tools_pass_where_none_may_be_called(name, switch):
-    tools = {name: [{"type": "function", "function": {"name": "f"}}]}
-    assert parse(ChatRequest, CHAT | tools | {switch: "none"})[1] == []
-    for other in ({}, {switch: "auto"}, {"": "none"}):
-        with pytest.raises(RequestError):
-            parse(ChatRequest, CHAT | tools | other)
-
-
 def test_what_has_no_effect_is_listed_taken_and_reported():
     listed = SECTIONS["Fields without effect"].partition(":\n")[2].partition("\n\n")[0]
     assert set(NAME.findall(listed)) == HARMLESS
@@ -145,8 +152,9 @@ def test_what_has_no_effect_is_listed_taken_and_reported():
 
 
 def test_no_field_is_in_two_classes():
-    served = {*ChatRequest.model_fields, *CompletionRequest.model_fields} - {"best_of"}
-    assert not served & UNSERVED.keys()
+    served = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
+    of_one = {"best_of", "add_special_tokens", "tools", "tool_choice", "documents"}
+    assert served & UNSERVED.keys() == of_one
     assert not served & HARMLESS
     assert not HARMLESS & UNSERVED.keys()
 

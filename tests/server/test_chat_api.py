@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from ruvon.config import ServerConfig
+
 ROLE = {"role": "assistant", "content": ""}
 
 
@@ -252,8 +254,9 @@ async def test_messages_of_every_role_reach_the_template(serve):
     assert server.service.tokenizer.decode(ids, skip_special_tokens=False) == "".join(
         f"<|im_start|>{role}\n{text}<|im_end|>\n"
         for role, text in [
-            ("system", "S"), ("system", "D"), ("user", "a\nb"), ("assistant", ""), ("tool", "42"),
-            ("assistant", "A"),
+            ("system", "S"), ("system", "D"), ("user", "a\nb"),
+            ("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
+            ("user", "<tool_response>\n42\n</tool_response>"), ("assistant", "A"),
         ]
     ) + "<|im_start|>assistant\n"  # fmt: skip
     assert "X-Ruvon-Ignored" not in reply.headers
@@ -354,3 +357,122 @@ async def test_every_sampling_field_reaches_the_engine(serve):
     assert sampling.bad_words == (tuple(b"no"), tuple(b" no"))
     await server.chat(top_k=-1)
     assert rows[-1].top_k == 0
+
+
+TOOLS = [
+    {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}},
+    {"type": "custom", "custom": {"name": "patch"}},
+]
+ROOM = {"max_model_len": 2048}  # for the tools in words
+CALL = '<tool_call>\n{"name": "add", "arguments": {"a": "é"}}\n</tool_call>'
+
+
+async def test_a_call_is_the_same_whole_and_streamed(serve):
+    server = await serve("Well. " + CALL, numbers=ROOM)
+    whole = (await server.chat(tools=TOOLS)).json["choices"][0]
+    (call,) = whole["message"]["tool_calls"]
+    assert call.pop("id").startswith("call_")
+    assert call == {"type": "function", "function": {"name": "add", "arguments": '{"a": "é"}'}}
+    assert whole["message"]["content"].strip() == "Well."
+    assert whole["finish_reason"] == "tool_calls"
+    events = (await server.chat(tools=TOOLS, stream=True)).events
+    deltas = [event["choices"][0]["delta"] for event in events]
+    first, *later = [delta["tool_calls"][0] for delta in deltas if "tool_calls" in delta]
+    assert first.pop("id").startswith("call_")
+    assert first == {"index": 0, "type": "function", "function": {"name": "add", "arguments": ""}}
+    assert all(list(piece) == ["index", "function"] for piece in later)
+    assert "".join(piece["function"]["arguments"] for piece in later) == '{"a": "é"}'
+    assert "".join(delta.get("content", "") for delta in deltas).strip() == "Well."
+    assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
+
+
+async def test_an_answer_that_only_calls_has_no_content(serve):
+    server = await serve(CALL, numbers=ROOM)
+    answer = (await server.chat(tools=TOOLS, logprobs=True, n=2)).json
+    for choice in answer["choices"]:
+        assert choice["message"]["content"] is None
+        assert len(choice["logprobs"]["content"]) == len(CALL.encode()) + 1
+    ids = {choice["message"]["tool_calls"][0]["id"] for choice in answer["choices"]}
+    assert len(ids) == 2
+
+
+async def test_no_calls_without_tools(serve):
+    server = await serve(CALL, numbers=ROOM)
+    for fields in ({}, {"tools": []}, {"tools": TOOLS, "tool_choice": "none"}):
+        choice = (await server.chat(**fields)).json["choices"][0]
+        assert choice["message"]["content"] == CALL
+        assert choice["finish_reason"] == "stop"
+        assert "tool_calls" not in choice["message"]
+
+
+async def test_a_call_that_is_cut_off_ends_with_length(serve):
+    server = await serve(CALL, numbers=ROOM)
+    choice = (await server.chat(tools=TOOLS, max_tokens=len(CALL) - 20)).json["choices"][0]
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"tool_choice": "required"},
+        {"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "sub"}}},
+    ],
+)
+async def test_a_choice_that_cannot_be_met_is_named(serve, fields):
+    server = await serve()
+    assert (await server.chat(**fields)).error["param"] == "tool_choice"
+
+
+async def test_what_must_be_written_reaches_the_engine(serve):
+    server = await serve("a", numbers=ROOM)
+    rows = capture(server)
+    await server.chat(structured_outputs={"regex": "a"})
+    await server.complete(guided_choice=["a", "b"])
+    await server.chat(tools=TOOLS, tool_choice="required")
+    assert [row.grammar is not None for row in rows] == [True] * 3
+    assert [row.grammar.param for row in rows[:2]] == ["structured_outputs.regex", "guided_choice"]
+
+
+async def test_what_the_template_does_not_read_is_reported(serve):
+    server = await serve("a", server=ServerConfig(port=0))
+    fields = {"reasoning_effort": "low", "enable_thinking": True, "metadata": {"a": "b"}}
+    reply = await server.chat(**fields, chat_template_kwargs={"depth": 1})
+    names = reply.headers["X-Ruvon-Ignored"].split(",")
+    assert set(names) == {"reasoning_effort", "enable_thinking", "chat_template_kwargs.depth"}
+    assert reply.json["metadata"] == {"a": "b"}
+    assert (await server.chat(documents=[{"text": "x"}])).error["param"] == "documents"
+    strict = await serve("a", server=ServerConfig(port=0, strict=True))
+    assert (await strict.chat(reasoning_effort="low")).error["param"] == "reasoning_effort"
+
+
+@pytest.mark.parametrize(
+    ("fields", "kept"),
+    [
+        ({"truncate_prompt_tokens": 3}, "ant\n"[-3:]),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, "<|im_start|>us"),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 500}, "<|im_start|>assistant\n"),
+    ],
+)
+async def test_prompts_cut_to_size(serve, fields, kept):
+    server = await serve("a")
+    answer = (await server.chat("x" * 400, return_prompt_text=True, **fields)).json
+    assert answer["prompt_text"].endswith(kept)
+    if fields["truncate_prompt_tokens"] > 0:
+        assert answer["prompt_text"] == kept
+        assert answer["usage"]["prompt_tokens"] == 3
+    else:
+        assert answer["usage"]["prompt_tokens"] == 12
+    for wrong in ({"truncate_prompt_tokens": 0}, {"truncation_side": "left"}):
+        assert (await server.chat(**wrong)).error["param"] == next(iter(wrong))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_request_may_name_itself(serve, stream):
+    server = await serve("a")
+    reply = await server.chat(request_id="mine-1", stream=stream)
+    assert reply.headers["X-Request-Id"] == "mine-1"
+    answer = reply.events[0] if stream else reply.json
+    assert answer["id"] == "chatcmpl-mine-1"
+    for wrong in ("", "a b", "é", "a\n", "x" * 129):
+        assert (await server.chat(request_id=wrong)).error["param"] == "request_id"

@@ -6,6 +6,7 @@ import asyncio
 
 import openai
 import pytest
+from pydantic import BaseModel
 from serving import ScriptRunner
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -75,6 +76,69 @@ async def test_answers_feed_back_as_messages(serve, connect):
             model="org/fake", messages=history
         )
         assert "x-ruvon-ignored" not in raw.headers
+
+
+class City(BaseModel):
+    """Paris, say."""
+
+    name: str
+    people: int
+
+
+CITY = '{"name":"Paris","people":2}'
+CALL = f'<tool_call>\n{{"name": "City", "arguments": {CITY}}}\n</tool_call>'
+ROOM = {"max_model_len": 2048}
+
+
+async def test_an_answer_parsed_into_a_class(serve, connect):
+    server = await serve(CITY)
+    async with connect(server) as client:
+        answer = await client.chat.completions.parse(
+            model="org/fake", messages=MESSAGES, response_format=City
+        )
+        assert answer.choices[0].message.parsed == City(name="Paris", people=2)
+        async with client.chat.completions.stream(
+            model="org/fake", messages=MESSAGES, response_format=City
+        ) as stream:
+            final = await stream.get_final_completion()
+        assert final.choices[0].message.parsed == City(name="Paris", people=2)
+
+
+async def test_calls_parsed_into_a_class(serve, connect):
+    server = await serve(CALL, numbers=ROOM)
+    tools = [openai.pydantic_function_tool(City)]
+    async with connect(server) as client:
+        asked = {"model": "org/fake", "messages": MESSAGES, "tools": tools}
+        answer = await client.chat.completions.parse(**asked, tool_choice="required")
+        (call,) = answer.choices[0].message.tool_calls
+        assert call.function.parsed_arguments == City(name="Paris", people=2)
+        assert answer.choices[0].finish_reason == "tool_calls"
+        async with client.chat.completions.stream(**asked) as stream:
+            kinds = [event.type async for event in stream]
+            final = await stream.get_final_completion()
+        assert kinds.count("tool_calls.function.arguments.done") == 1
+        assert final.choices[0].message.tool_calls[0].function.arguments == CITY
+        assert final.choices[0].message.content in (None, "")
+        result = {"role": "tool", "tool_call_id": call.id, "content": "Yes."}
+        raw = await client.chat.completions.with_raw_response.create(
+            **asked | {"messages": [*MESSAGES, answer.choices[0].message.model_dump(), result]}
+        )
+        assert "x-ruvon-ignored" not in raw.headers
+
+
+async def test_completions_of_a_given_form(serve, connect):
+    server = await serve("yes")
+    async with connect(server) as client:
+        for extra in ({"structured_outputs": {"choice": ["yes", "no"]}}, {"guided_regex": "yes"}):
+            answer = await client.completions.create(
+                model="org/fake", prompt="Hi", extra_body=extra
+            )
+            assert answer.choices[0].text == "yes"
+        with pytest.raises(openai.BadRequestError) as error:
+            await client.completions.create(
+                model="org/fake", prompt="Hi", extra_body={"guided_regex": "a", "regex": "a"}
+            )
+        assert error.value.param == "regex"
 
 
 async def test_errors_are_the_clients_own_classes(serve, connect):

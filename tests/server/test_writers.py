@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from serving import byte_tokenizer
 
-from ruvon.deltas import Delta
+from ruvon.deltas import Delta, ToolCall
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.server.schemas import ChatRequest, CompletionRequest
@@ -35,6 +35,23 @@ pieces = st.builds(
     st.text(max_size=3),
     st.text(max_size=3),
     st.lists(st.integers(97, 122), max_size=3),
+)
+
+
+def called(index: int, calls: list[tuple[str, bool, list[str]]]) -> list[Delta]:
+    """The deltas of tool calls: a name, whether it is a custom tool's, and pieces of its input."""
+    deltas = []
+    for number, (name, custom, pieces) in enumerate(calls):
+        id = f"call_{index}{number}"
+        first = ToolCall(number, id, name, "".join(pieces[:1]), custom)
+        later = [ToolCall(number, arguments=piece, custom=custom) for piece in pieces[1:]]
+        deltas += [Delta(index, tool_call=call, tokens=[97]) for call in (first, *later)]
+    return deltas
+
+
+calls = st.lists(
+    st.tuples(st.sampled_from("fgh"), st.booleans(), st.lists(st.text(max_size=3), max_size=3)),
+    max_size=3,
 )
 
 
@@ -72,6 +89,118 @@ def test_a_chat_adds_up(deltas):
         scores = [entry for c in mine if c["logprobs"] for entry in c["logprobs"]["content"]]
         assert scores == (choice["logprobs"] or {"content": []})["content"]
         assert (mine[-1]["finish_reason"], mine[-1]["stop_reason"]) == ("stop", "x")
+
+
+@given(calls, calls, st.text(max_size=3))
+def test_tool_calls_add_up(ones, others, text):
+    """A stream's pieces, put together as the SDKs do it, are the whole answer's calls."""
+    before = [Delta(0, text)] if text else []
+    deltas = ended([*before, *called(0, ones), *called(1, others)])
+    fields = {"messages": [{"role": "user", "content": "Hi"}], "n": 2}
+    events = streamed(chat_writer(fields | {"stream": True}), deltas)
+    answer = whole(chat_writer(fields), deltas)
+    for choice, wanted in zip(answer["choices"], (ones, others), strict=True):
+        mine = [e["choices"][0] for e in events if e["choices"][0]["index"] == choice["index"]]
+        pieces = [piece for c in mine for piece in c["delta"].get("tool_calls", ())]
+        assert choice["message"].get("tool_calls", []) == accumulated(pieces)
+        assert told(choice["message"]) == [(n, c, "".join(p)) for n, c, p in wanted]
+        assert ("tool_calls" in choice["message"]) == bool(wanted)
+        reason = "tool_calls" if wanted else "stop"
+        assert mine[-1]["finish_reason"] == choice["finish_reason"] == reason
+    content = answer["choices"][0]["message"]["content"]
+    assert content == (None if ones and not text else text)
+
+
+def chat_writer(fields: dict[str, Any]) -> ChatWriter:
+    return ChatWriter(ChatRequest.model_validate(fields), JOB, SERVICE)
+
+
+def accumulated(pieces: list[Any]) -> list[Any]:
+    """Each call's pieces: who is called comes once, and first."""
+    calls: list[Any] = []
+    for piece in pieces:
+        index = piece.pop("index")
+        if "id" in piece:
+            assert index == len(calls)
+            calls.append(piece)
+        else:
+            (kind,) = piece
+            ((key, text),) = piece[kind].items()
+            calls[index][kind][key] += text
+    return calls
+
+
+def told(message: Any) -> list[tuple[str, bool, str]]:
+    found = []
+    for call in message.get("tool_calls", ()):
+        said = call[call["type"]]
+        is_custom = call["type"] == "custom"
+        found.append((said["name"], is_custom, said["input" if is_custom else "arguments"]))
+    return found
+
+
+def test_a_call_is_told_once_and_then_only_its_arguments():
+    writer = chat_writer({"messages": [{"role": "user", "content": "Hi"}], "stream": True})
+    events = streamed(writer, called(0, [("f", False, ['{"a"', ":1}"])]))
+    assert [e["choices"][0]["delta"] for e in events[2:]] == [
+        {
+            "tool_calls": [
+                {
+                    "index": 0, "id": "call_00", "type": "function",
+                    "function": {"name": "f", "arguments": ""},
+                }
+            ]
+        },
+        {"tool_calls": [{"index": 0, "function": {"arguments": '{"a"'}}]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": ":1}"}}]},
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("fields", "content", "reasoning"),
+    [
+        ({}, "ok", "hm, so"),
+        ({"include_reasoning": True, "reasoning_format": "deepseek"}, "ok", "hm, so"),
+        ({"include_reasoning": False}, "ok", None),
+        ({"reasoning_format": "hidden"}, "ok", None),
+        ({"separate_reasoning": False}, "<think>hm, so</think>ok", None),
+        ({"reasoning_format": "none"}, "<think>hm, so</think>ok", None),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+def test_where_reasoning_goes(stream, fields, content, reasoning):
+    deltas = [
+        Delta(reasoning="hm, ", tokens=[1, 2], num_reasoning=2),
+        Delta(reasoning="so", tokens=[3], num_reasoning=1),
+        Delta(text="ok", tokens=[4]),
+    ]
+    base = {"messages": [{"role": "user", "content": "Hi"}], "n": 2}
+    if stream:
+        base |= {"stream": True, "stream_options": {"include_usage": True}}
+        *events, last = streamed(chat_writer(base | fields), ended(deltas))
+        mine = [c["delta"] for e in events for c in e["choices"] if c["index"] == 0]
+        assert "".join(delta.get("content", "") for delta in mine) == content
+        assert "".join(delta.get("reasoning_content", "") for delta in mine) == (reasoning or "")
+    else:
+        last = whole(chat_writer(base | fields), ended(deltas))
+        message = last["choices"][0]["message"]
+        assert message["content"] == content
+        assert message.get("reasoning") == message.get("reasoning_content") == reasoning
+    assert last["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
+
+
+def test_tokens_by_their_ids():
+    fields = {"messages": [{"role": "user", "content": "Hi"}], "logprobs": True, "n": 2}
+    fields |= {"return_tokens_as_token_ids": True, "top_logprobs": 1}
+    scored = [Delta(text="a", tokens=[97], logprobs=[fake_logprobs(97, 1)])]
+    (entry,) = whole(chat_writer(fields), ended(scored))["choices"][0]["logprobs"]["content"]
+    assert entry["token"] == "token_id:97"
+    assert entry["top_logprobs"][0]["token"].startswith("token_id:")
+    fields = {"prompt": "Hi", "n": 2, "logprobs": 1, "return_tokens_as_token_ids": True}
+    writer = CompletionsWriter(CompletionRequest.model_validate(fields), [JOB], SERVICE)
+    logprobs = whole(writer, ended(scored))["choices"][0]["logprobs"]
+    assert logprobs["tokens"] == ["token_id:97"]
+    assert "token_id:97" in logprobs["top_logprobs"][0]
 
 
 @given(st.lists(pieces, max_size=8))

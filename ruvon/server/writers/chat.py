@@ -1,10 +1,11 @@
-"""Chat completions: a chunk that names the role, chunks of content, one that ends."""
+"""Chat completions: a chunk that names the role, chunks of what is said, one that ends."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Literal, TypeAlias
 
-from ruvon.deltas import Delta, TokenLogprobs
+from ruvon.deltas import Delta, TokenLogprobs, ToolCall
 from ruvon.engine.types import Job
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.events import DONE, error_event
@@ -12,13 +13,18 @@ from ruvon.server.responses import (
     ChatChoice,
     ChatChunkChoice,
     ChatDelta,
-    ChatLogprobs,
     ChatMessage,
+    ChatToolCall,
 )
 from ruvon.server.schemas import ChatRequest
 from ruvon.server.state import Service
 from ruvon.server.writers.envelope import Envelope
-from ruvon.server.writers.logprobs import chat_logprobs, prompt_logprobs
+from ruvon.server.writers.logprobs import as_token_id, chat_logprobs, prompt_logprobs
+
+Place: TypeAlias = Literal["apart", "content", "nowhere"]
+"""Of reasoning: in fields of its own, in the content between tags, or nowhere."""
+
+OPEN, CLOSE = "<think>", "</think>"  # around reasoning that is part of the content
 
 
 class ChatWriter:
@@ -27,18 +33,27 @@ class ChatWriter:
     done = DONE
     error = staticmethod(error_event)
 
-    def __init__(self, request: ChatRequest, job: Job, service: Service) -> None:
+    def __init__(
+        self, request: ChatRequest, job: Job, service: Service, prompt_text: str | None = None
+    ) -> None:
+        """``prompt_text`` is the prompt as the model reads it, if it is to be told."""
         kind = "chat.completion.chunk" if request.stream else "chat.completion"
         self._envelope = Envelope(request, service, [job], id_prefix="chatcmpl", kind=kind)
         self.id, self.tally = self._envelope.id, self._envelope.tally
         self._request = request
-        self._job = job
         self._tokenizer: Tokenizer = service.tokenizer
+        self._name = as_token_id if request.return_tokens_as_token_ids else None
+        self._prompt: dict[str, object] = {}
+        if request.return_token_ids:
+            self._prompt["prompt_token_ids"] = job.prompt
+        if prompt_text is not None:
+            self._prompt["prompt_text"] = prompt_text
+        self._speakers = [Speaker(place_of_reasoning(request)) for _ in range(job.n)]
         self._chunks: list[list[ChatChunkChoice]] = [[self._role(k)] for k in range(job.n)]
         self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     def opening(self) -> bytes:
-        extra = {"prompt_token_ids": self._job.prompt} if self._request.return_token_ids else None
+        extra = self._prompt or None
         return b"".join([self._envelope.chunk(chunk, extra) for (chunk,) in self._chunks])
 
     def events(self, delta: Delta) -> bytes:
@@ -55,11 +70,11 @@ class ChatWriter:
             "choices": [self._joined(chunks) for chunks in self._chunks],
             "service_tier": "default",
         }
+        if self._request.metadata is not None:
+            fields["metadata"] = self._request.metadata
         if self._prompt_logprobs is not None:
             fields["prompt_logprobs"] = prompt_logprobs(self._prompt_logprobs, self._tokenizer)
-        if self._request.return_token_ids:
-            fields["prompt_token_ids"] = self._job.prompt
-        return self._envelope.whole(fields)
+        return self._envelope.whole(fields | self._prompt)
 
     # ------------------------------------------------------------------ one delta
 
@@ -67,45 +82,30 @@ class ChatWriter:
         """The first chunk. It holds what the answer continues, if that is to be echoed."""
         last = self._request.messages[-1]
         echo = last.text if self._request.echo and last.role == "assistant" else ""
-        return {
-            "index": index,
-            "delta": {"role": "assistant", "content": echo},
-            "logprobs": None,
-            "finish_reason": None,
-        }
+        return chunk(index, {"role": "assistant", "content": echo})
 
     def _fold(self, delta: Delta) -> list[ChatChunkChoice]:
         """The chunks that a delta makes."""
         self.tally.feed(delta)
         if self._prompt_logprobs is None:
             self._prompt_logprobs = delta.prompt_logprobs
-        chunks: list[ChatChunkChoice] = []
+        speaker = self._speakers[delta.index]
+        said = speaker.say(delta)
         wants_ids = bool(self._request.return_token_ids and delta.tokens)
-        if delta.text or delta.reasoning or delta.logprobs or wants_ids:
-            chunks.append(
-                {
-                    "index": delta.index,
-                    "delta": said(delta),
-                    "logprobs": self._logprobs(delta),
-                    "finish_reason": None,
-                }
-            )
-            if wants_ids:
-                chunks[0]["token_ids"] = delta.tokens
+        if not said and (delta.logprobs or wants_ids):
+            said = [{"content": ""}]
+        chunks = [chunk(delta.index, each) for each in said]
+        if delta.logprobs:
+            chunks[0]["logprobs"] = chat_logprobs(delta.logprobs, self._tokenizer, self._name)
+        if wants_ids:
+            chunks[0]["token_ids"] = delta.tokens
         if delta.finish is not None:
-            chunks.append(
-                {
-                    "index": delta.index,
-                    "delta": {},
-                    "logprobs": None,
-                    "finish_reason": delta.finish,
-                    "stop_reason": delta.stop_reason,
-                }
-            )
+            end = chunk(delta.index, {})
+            called = delta.finish == "stop" and speaker.called
+            end["finish_reason"] = "tool_calls" if called else delta.finish
+            end["stop_reason"] = delta.stop_reason
+            chunks.append(end)
         return chunks
-
-    def _logprobs(self, delta: Delta) -> ChatLogprobs | None:
-        return chat_logprobs(delta.logprobs, self._tokenizer) if delta.logprobs else None
 
     # ------------------------------------------------------------------ the whole
 
@@ -125,22 +125,105 @@ class ChatWriter:
         return choice
 
 
-def said(delta: Delta) -> ChatDelta:
-    """Reasoning goes under both of the names that clients read."""
-    if delta.reasoning:
-        return {"reasoning": delta.reasoning, "reasoning_content": delta.reasoning}
-    return {"content": delta.text}
+def place_of_reasoning(request: ChatRequest) -> Place:
+    """Where a request wants to be told of it."""
+    if request.include_reasoning is False or request.reasoning_format == "hidden":
+        return "nowhere"
+    if request.separate_reasoning is False or request.reasoning_format in ("none", "raw"):
+        return "content"
+    return "apart"
+
+
+class Speaker:
+    """What the deltas of one choice say. ``called`` once there was a tool call."""
+
+    def __init__(self, place: Place) -> None:
+        """``place`` is where reasoning goes."""
+        self._place = place
+        self._thinking = False  # in the content
+        self.called = False
+
+    def say(self, delta: Delta) -> list[ChatDelta]:
+        """Reasoning goes under both of the names that clients read."""
+        said: list[ChatDelta] = []
+        if delta.reasoning and self._place == "apart":
+            said.append({"reasoning": delta.reasoning, "reasoning_content": delta.reasoning})
+        if content := self._content(delta):
+            said.append({"content": content})
+        if delta.tool_call is not None:
+            self.called = True
+            said += [{"tool_calls": [piece]} for piece in call_pieces(delta.tool_call)]
+        return said
+
+    def _content(self, delta: Delta) -> str:
+        content = ""
+        if delta.reasoning and self._place == "content":
+            content = delta.reasoning if self._thinking else OPEN + delta.reasoning
+            self._thinking = True
+        if self._thinking and (delta.text or delta.tool_call is not None):
+            content += CLOSE
+            self._thinking = False
+        return content + delta.text
+
+
+def chunk(index: int, delta: ChatDelta) -> ChatChunkChoice:
+    """A chunk that says ``delta``."""
+    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+
+
+def call_pieces(call: ToolCall) -> list[ChatToolCall]:
+    """What a piece of a call adds: who is called, with nothing yet, and what it is called with."""
+    pieces: list[ChatToolCall] = []
+    if call.id is not None:
+        head: ChatToolCall = {"index": call.index, "id": call.id, "type": "function"}
+        name = call.name or ""
+        if call.custom:
+            pieces.append({**head, "type": "custom", "custom": {"name": name, "input": ""}})
+        else:
+            pieces.append({**head, "function": {"name": name, "arguments": ""}})
+    if call.arguments and call.custom:
+        pieces.append({"index": call.index, "custom": {"input": call.arguments}})
+    elif call.arguments:
+        pieces.append({"index": call.index, "function": {"arguments": call.arguments}})
+    return pieces
 
 
 def message(deltas: Sequence[ChatDelta]) -> ChatMessage:
-    """A message of its deltas put together."""
+    """A message of its deltas put together. One that only calls has no content."""
+    content = "".join([delta.get("content", "") for delta in deltas])
+    calls = joined_calls([piece for delta in deltas for piece in delta.get("tool_calls", ())])
     whole: ChatMessage = {
         "role": "assistant",
-        "content": "".join([delta.get("content", "") for delta in deltas]),
+        "content": None if calls and not content else content,
         "refusal": None,
         "annotations": [],
     }
+    if calls:
+        whole["tool_calls"] = calls
     reasoning = "".join([delta.get("reasoning", "") for delta in deltas])
     if reasoning:
         whole["reasoning"] = whole["reasoning_content"] = reasoning
     return whole
+
+
+def joined_calls(pieces: Sequence[ChatToolCall]) -> list[ChatToolCall]:
+    """Calls of their pieces put together."""
+    calls: dict[int, list[ChatToolCall]] = {}
+    for piece in pieces:
+        calls.setdefault(piece["index"], []).append(piece)
+    return [_joined_call(mine) for mine in calls.values()]
+
+
+def _joined_call(pieces: Sequence[ChatToolCall]) -> ChatToolCall:
+    first = pieces[0]
+    if "custom" in first:
+        text = "".join([piece["custom"]["input"] for piece in pieces])
+        return {
+            "id": first["id"], "type": "custom", "custom": {**first["custom"], "input": text},
+        }  # fmt: skip
+    text = "".join([piece["function"]["arguments"] for piece in pieces])
+    return {
+        "id": first["id"],
+        "type": "function",
+        "function": {**first["function"], "arguments": text},
+    }

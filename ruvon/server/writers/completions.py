@@ -13,6 +13,7 @@ from ruvon.server.state import Service
 from ruvon.server.writers.envelope import Envelope
 from ruvon.server.writers.logprobs import (
     OffsetLogprobs,
+    as_token_id,
     join_logprobs,
     num_characters,
     prompt_logprobs,
@@ -27,12 +28,22 @@ class CompletionsWriter:
     done = DONE
     error = staticmethod(error_event)
 
-    def __init__(self, request: CompletionRequest, jobs: Sequence[Job], service: Service) -> None:
+    def __init__(
+        self,
+        request: CompletionRequest,
+        jobs: Sequence[Job],
+        service: Service,
+        prompts: Sequence[str] = (),
+    ) -> None:
+        """``prompts`` are the texts that the model reads, if they are to be told."""
         self._envelope = Envelope(request, service, jobs, id_prefix="cmpl", kind="text_completion")
         self.id, self.tally = self._envelope.id, self._envelope.tally
         self._request = request
         self._jobs = jobs
+        self._prompts = prompts
+        self._is_whole = request.truncate_prompt_tokens is None
         self._tokenizer = service.tokenizer
+        self._name = as_token_id if request.return_tokens_as_token_ids else None
         self._per_job = jobs[0].n
         num = self._per_job * len(jobs)
         self._chunks: list[list[CompletionChoice]] = [[] for _ in range(num)]
@@ -73,7 +84,8 @@ class CompletionsWriter:
         self.tally.feed(delta)
         request = self._request
         first, self._begun[delta.index] = not self._begun[delta.index], True
-        echo = self._echo(delta.index) if first and request.echo else ""
+        job = delta.index // self._per_job
+        echo = self._echo(job) if first and request.echo else ""
         chunk: CompletionChoice = {
             "index": delta.index,
             "text": echo + delta.text,
@@ -85,24 +97,24 @@ class CompletionsWriter:
         if request.return_token_ids:
             chunk["token_ids"] = delta.tokens
             if first:
-                chunk["prompt_token_ids"] = self._jobs[delta.index // self._per_job].prompt
+                chunk["prompt_token_ids"] = self._jobs[job].prompt
+        if first and request.return_prompt_text:
+            chunk["prompt_text"] = self._prompts[job]
         if request.prompt_logprobs is not None and delta.prompt_logprobs is not None:
             chunk["prompt_logprobs"] = prompt_logprobs(delta.prompt_logprobs, self._tokenizer)
         return chunk
 
-    def _echo(self, index: int) -> str:
+    def _echo(self, job: int) -> str:
         """A prompt as it was given, or as all of its ids read."""
-        given = self._request.prompt[index // self._per_job]
-        if isinstance(given, str):
-            return given
-        return self._tokenizer.decode(given, skip_special_tokens=False)
+        given = self._request.prompt[job]
+        return given if isinstance(given, str) and self._is_whole else self._prompts[job]
 
     def _logprobs(self, delta: Delta, echo: str) -> CompletionLogprobs | None:
         """Those of the delta's tokens, and with the first those of an echoed prompt before them."""
         parts = []
         offsets = self._offsets.get(delta.index)
         if offsets is None:
-            offsets = self._offsets[delta.index] = OffsetLogprobs(self._tokenizer)
+            offsets = self._offsets[delta.index] = OffsetLogprobs(self._tokenizer, self._name)
             if self._request.echo:
                 parts.append(self._prompt_part(offsets, delta, echo))
         if delta.tokens:
@@ -114,7 +126,7 @@ class CompletionsWriter:
         that a tokenizer has put before it; ids that were given are all shown."""
         number = delta.index // self._per_job
         prompt = self._jobs[number].prompt
-        is_text = isinstance(self._request.prompt[number], str)
+        is_text = isinstance(self._request.prompt[number], str) and self._is_whole
         hidden = self._tokenizer.special_ids if is_text else NONE_HIDDEN
         shown = [self._tokenizer.token_bytes(token) for token in prompt if token not in hidden]
         offsets.move(len(echo) - num_characters(b"".join(shown)))

@@ -53,7 +53,7 @@ class Envelope:
         kind: str,
     ) -> None:
         """``kind`` is what ``object`` says."""
-        self.id = f"{id_prefix}-{uuid4().hex}"
+        self.id = f"{id_prefix}-{request.request_id or uuid4().hex}"
         self.tally = Tally(jobs)
         self._fields: dict[str, Any] = {
             "id": self.id,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
 
 from ruvon.deltas import TokenLogprobs
 from ruvon.models.tokenizer import Tokenizer
@@ -14,14 +15,24 @@ from ruvon.server.responses import (
     TopLogprob,
 )
 
+Name: TypeAlias = Callable[[int], str]
+"""How a token is told: by its text, as a rule."""
 
-def chat_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> ChatLogprobs:
+
+def as_token_id(token: int) -> str:
+    """What vLLM's ``return_tokens_as_token_ids`` asks for: texts of different tokens may be one."""
+    return f"token_id:{token}"
+
+
+def chat_logprobs(
+    entries: Iterable[TokenLogprobs], tokenizer: Tokenizer, name: Name | None = None
+) -> ChatLogprobs:
     """``choices[].logprobs`` of a chat answer or chunk."""
     return {
         "content": [
             {
-                **top_logprob(entry.token, entry.logprob, tokenizer),
-                "top_logprobs": [top_logprob(*pair, tokenizer) for pair in entry.top],
+                **top_logprob(entry.token, entry.logprob, tokenizer, name),
+                "top_logprobs": [top_logprob(*pair, tokenizer, name) for pair in entry.top],
             }
             for entry in entries
         ],
@@ -29,10 +40,12 @@ def chat_logprobs(entries: Iterable[TokenLogprobs], tokenizer: Tokenizer) -> Cha
     }
 
 
-def top_logprob(token: int, logprob: float, tokenizer: Tokenizer) -> TopLogprob:
+def top_logprob(
+    token: int, logprob: float, tokenizer: Tokenizer, name: Name | None = None
+) -> TopLogprob:
     """One token with its bytes: where it holds part of a character, only they tell the truth."""
     return {
-        "token": tokenizer.token_text(token),
+        "token": (name or tokenizer.token_text)(token),
         "bytes": list(tokenizer.token_bytes(token)),
         "logprob": logprob,
     }
@@ -66,8 +79,9 @@ class OffsetLogprobs:
     where that character does.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, name: Name | None = None) -> None:
         self._tokenizer = tokenizer
+        self._name = name or tokenizer.token_text
         self._offset = 0
 
     def move(self, offset: int) -> None:
@@ -83,7 +97,7 @@ class OffsetLogprobs:
         """The next tokens with their log-probabilities, side by side. ``hidden`` ids take no room
         in the text."""
         return {
-            "tokens": [self._tokenizer.token_text(token) for token in tokens],
+            "tokens": [self._name(token) for token in tokens],
             "token_logprobs": [None if entry is None else entry.logprob for entry in entries],
             "top_logprobs": [None if entry is None else self._top(entry) for entry in entries],
             "text_offset": [self._place(token, hidden) for token in tokens],
@@ -93,7 +107,7 @@ class OffsetLogprobs:
         """Alternatives by text; where two share one, the likelier stands. The drawn one is in."""
         top: dict[str, float] = {}
         for token, logprob in (*entry.top, (entry.token, entry.logprob)):
-            top.setdefault(self._tokenizer.token_text(token), logprob)
+            top.setdefault(self._name(token), logprob)
         return top
 
     def _place(self, token: int, hidden: frozenset[int]) -> int:
