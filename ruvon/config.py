@@ -212,6 +212,15 @@ class ServerConfig:
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY
     )
+    store_responses: bool = setting(
+        True, "Keep what /v1/responses answers, for previous_response_id and for reading it again."
+    )
+    response_store_size: str = setting(
+        "64MiB", "Most memory for it; what was used longest ago goes first.", unit="size"
+    )
+    response_store_ttl: float = setting(
+        3600.0, "Seconds that a response is kept after it was last used.", least=1, most=A_DAY
+    )
     strict: bool = setting(False, "Refuse unknown request fields instead of reporting them.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least level shown.")
     log_format: Literal["auto", "console", "json"] = setting(

@@ -10,6 +10,7 @@
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
     │   ├── ModelNotFoundError      404 model_not_found
+    │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
     │   └── EncodingError           415 unsupported_encoding
@@ -73,6 +74,14 @@ class ModelNotFoundError(RequestError):
     status = 404
     type = "not_found_error"
     code = "model_not_found"
+
+
+class ResponseNotFoundError(RequestError):
+    """No such response is stored: it never was, or is no longer."""
+
+    status = 404
+    type = "not_found_error"
+    code = "response_not_found"
 
 
 class BodyTooLargeError(RequestError):

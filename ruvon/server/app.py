@@ -28,6 +28,9 @@ from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import openapi
 from ruvon.server.render import apply_template, render_chat, render_completions
+from ruvon.server.responses_api import handlers as responses
+from ruvon.server.responses_api.background import end_background
+from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -47,6 +50,13 @@ ROUTES = (
     web.post("/v1/decisions", decisions, expect_handler=expect),
     web.post("/v1/messages", messages, expect_handler=expect),
     web.post("/v1/messages/count_tokens", count_tokens, expect_handler=expect),
+    web.post("/v1/responses", responses.create, expect_handler=expect),
+    web.post("/v1/responses/input_tokens", responses.input_tokens, expect_handler=expect),
+    web.post("/v1/responses/compact", responses.compact, expect_handler=expect),
+    web.get("/v1/responses/{id}", responses.retrieve),
+    web.delete("/v1/responses/{id}", responses.delete),
+    web.post("/v1/responses/{id}/cancel", responses.cancel),
+    web.get("/v1/responses/{id}/input_items", responses.input_items),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),
@@ -75,11 +85,21 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
+    app[RESPONSES] = open_store(server, state)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
+    app.on_cleanup.append(end_background)
     app.on_cleanup.append(end_reader)
     app.cleanup_ctx.append(engine_context(start))
     return app
+
+
+def open_store(server: ServerConfig, state: State) -> ResponseStore:
+    """Room for what ``/v1/responses`` answers."""
+    store = ResponseStore(parse_size(server.response_store_size), server.response_store_ttl)
+    state.http.gauge("ruvon_stored_responses", "Responses kept.", lambda: len(store))
+    state.http.gauge("ruvon_stored_response_bytes", "Their size.", lambda: store.num_bytes)
+    return store
 
 
 async def end_reader(app: web.Application) -> None:

@@ -139,7 +139,7 @@ HARMLESS = frozenset(
         "prediction", "prompt_cache_key", "prompt_cache_options",
         "prompt_cache_retention", "rid", "safety_identifier",
         "service_tier", "session_id", "spaces_between_special_tokens", "store",
-        "stream_options.include_obfuscation", "user", "verbosity",
+        "stream_options.include_obfuscation", "text.verbosity", "user", "verbosity",
     }
 )  # fmt: skip
 """Fields of known clients that have no effect here: reported, and accepted even when strict."""

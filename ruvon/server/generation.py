@@ -65,6 +65,15 @@ class Generation:
             finally:
                 http[FACTS].update(self._facts(stream))
 
+    def run(self, app: web.Application) -> AsyncGenerator[bytes, None]:
+        """Queue the jobs, or raise why not; what they give comes as events, whoever reads them."""
+        return self._detached(app, self._service.generator.generate(self._jobs))
+
+    async def _detached(self, app: web.Application, source: Stream) -> AsyncGenerator[bytes, None]:
+        async with aclosing(source), aclosing(self._events(app, [], source, EVENTS)) as events:
+            async for data in events:
+                yield data
+
     async def _fold(self, app: web.Application, source: Stream) -> bytes:
         """The whole answer."""
         async for emissions in source:

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import orjson
 from aiohttp import web
@@ -21,6 +21,8 @@ from ruvon.server.decisions import DecisionRequest
 from ruvon.server.keys import OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
+from ruvon.server.responses_api import answers
+from ruvon.server.responses_api import schemas as requests_of_items
 from ruvon.server.state import STATE
 
 Schema: TypeAlias = dict[str, Any]
@@ -72,6 +74,42 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("GET", "/v1/models/{name}"): Operation(
         "OpenAI", "One served name", responses.ModelCard | messages.ModelInfo
+    ),
+    ("POST", "/v1/responses"): Operation(
+        "OpenAI",
+        "Answer items",
+        answers.ResponseAnswer,
+        requests_of_items.ResponsesRequest,
+        streams=True,
+    ),
+    ("POST", "/v1/responses/input_tokens"): Operation(
+        "OpenAI",
+        "Count a prompt's tokens",
+        answers.InputTokens,
+        requests_of_items.InputTokensRequest,
+    ),
+    ("POST", "/v1/responses/compact"): Operation(
+        "OpenAI",
+        "Sum a conversation up",
+        answers.CompactAnswer,
+        requests_of_items.CompactRequest,
+    ),
+    ("GET", "/v1/responses/{id}"): Operation(
+        "OpenAI",
+        "A response, or its events again",
+        answers.ResponseAnswer,
+        streams=True,
+        queries={"stream": bool, "starting_after": int},
+    ),
+    ("DELETE", "/v1/responses/{id}"): Operation("OpenAI", "Forget a response", answers.Deleted),
+    ("POST", "/v1/responses/{id}/cancel"): Operation(
+        "OpenAI", "End a response in the background", answers.ResponseAnswer
+    ),
+    ("GET", "/v1/responses/{id}/input_items"): Operation(
+        "OpenAI",
+        "What a response answers",
+        answers.InputItemList,
+        queries={"limit": int, "order": Literal["asc", "desc"], "after": str},
     ),
     ("POST", "/v1/chat/completions/render"): Operation(
         "tokens", "What a chat gives the model", responses.Rendered, schemas.ChatRequest

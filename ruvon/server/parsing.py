@@ -129,8 +129,12 @@ def explain(error: ValidationError) -> RequestError:
 
 
 def field_name(detail: ErrorDetails) -> str | None:
-    """``("messages", 0, "role")`` → ``messages[0].role``."""
+    """``("messages", 0, "role")`` → ``messages[0].role``. What is in angle brackets is no field but
+    says which of several models was tried."""
     name = ""
     for part in detail["loc"]:
-        name += f"[{part}]" if isinstance(part, int) else f".{part}"
+        if isinstance(part, int):
+            name += f"[{part}]"
+        elif not part.startswith("<"):
+            name += f".{part}"
     return name.removeprefix(".")[:100] or None

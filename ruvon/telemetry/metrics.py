@@ -260,6 +260,10 @@ class HttpMetrics:
         """Publish ``{name}_total``, counted elsewhere. ``read`` is called on any thread."""
         self.registry.register(Watched(name, help, read, {}))
 
+    def gauge(self, name: str, help: str, read: Callable[[], int]) -> None:
+        """Publish ``name``, which goes up and down elsewhere. ``read`` is called on any thread."""
+        Gauge(name, help, registry=self.registry).set_function(read)
+
     def record(self, handler: str, method: str, status: str, seconds: float) -> None:
         """Count one answered request; ``handler`` is the route, never the raw path."""
         self._requests.labels(handler, method, status).inc()

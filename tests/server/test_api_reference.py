@@ -17,16 +17,20 @@ from ruvon.server.constraints import KINDS
 from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
 from ruvon.server.parsing import parse
 from ruvon.server.requests import PASSED
+from ruvon.server.responses_api.input import KINDS
+from ruvon.server.responses_api.schemas import ResponsesRequest
 from ruvon.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
     GenerationFields,
     Message,
+    SamplingFields,
     TokenizeChatRequest,
     TokenizeRequest,
 )
 
+PENALTIES = {"presence_penalty", "frequency_penalty", "repetition_penalty"}
 SOURCE = Path(ruvon.__file__).parent
 TEXT = (SOURCE.parent / "docs" / "reference" / "api.md").read_text()
 SECTIONS = {part.partition("\n")[0]: part for part in re.split(r"^## ", TEXT, flags=re.MULTILINE)}
@@ -84,6 +88,10 @@ def test_what_is_served_is_what_is_declared():
     assert set(named("Completions")) == set(CompletionRequest.model_fields) - both
     chat = set(ChatRequest.model_fields) - both
     assert set(named("Chat")) == chat | set(Message.model_fields)
+    sampling = set(SamplingFields.model_fields)
+    items = set(KINDS) - set(ResponsesRequest.model_fields)
+    assert set(named("Responses")) - items == set(ResponsesRequest.model_fields) - sampling
+    assert sampling - PENALTIES <= set(NAME.findall(SECTIONS["Responses"]))
     tokens = [TokenizeRequest, TokenizeChatRequest, DetokenizeRequest]
     assert set(named("Tokens")) == {name for kind in tokens for name in kind.model_fields}
 
@@ -95,7 +103,13 @@ def test_what_is_declared_is_read():
         if path.parent.name != "schemas":
             nodes = ast.walk(ast.parse(path.read_text()))
             read |= {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    for kind in (ChatRequest, CompletionRequest, TokenizeRequest, DetokenizeRequest):
+    for kind in (
+        ChatRequest,
+        CompletionRequest,
+        ResponsesRequest,
+        TokenizeRequest,
+        DetokenizeRequest,
+    ):
         assert set(kind.model_fields) - {"stream_options"} <= read
 
 
@@ -161,8 +175,9 @@ def test_no_field_is_in_two_classes():
 
 def test_every_endpoint_is_listed():
     rows = re.findall(r"`(GET|POST|DELETE) (/[\w/{}.-]*)`", TEXT)
-    routes = {(route.method, re.sub(r":[^}]*", "", route.path)) for route in ROUTES}
-    assert {(method, path.replace("{id}", "{name}")) for method, path in rows} == routes
+    nameless = re.compile(r"{[^}]*}")
+    routes = {(route.method, nameless.sub("{}", route.path)) for route in ROUTES}
+    assert {(method, nameless.sub("{}", path)) for method, path in rows} == routes
 
 
 def test_every_code_is_listed():
