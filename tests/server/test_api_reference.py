@@ -17,7 +17,7 @@ from ruvon.server.constraints import KINDS
 from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
 from ruvon.server.parsing import parse
 from ruvon.server.requests import PASSED
-from ruvon.server.responses_api.input import KINDS
+from ruvon.server.responses_api.input import ITEM_KINDS
 from ruvon.server.responses_api.schemas import ResponsesRequest
 from ruvon.server.schemas import (
     ChatRequest,
@@ -89,7 +89,7 @@ def test_what_is_served_is_what_is_declared():
     chat = set(ChatRequest.model_fields) - both
     assert set(named("Chat")) == chat | set(Message.model_fields)
     sampling = set(SamplingFields.model_fields)
-    items = set(KINDS) - set(ResponsesRequest.model_fields)
+    items = set(ITEM_KINDS) - set(ResponsesRequest.model_fields)
     assert set(named("Responses")) - items == set(ResponsesRequest.model_fields) - sampling
     assert sampling - PENALTIES <= set(NAME.findall(SECTIONS["Responses"]))
     tokens = [TokenizeRequest, TokenizeChatRequest, DetokenizeRequest]

@@ -133,7 +133,7 @@ class OtherItem(BaseModel):
     type: str
 
 
-KINDS = {
+ITEM_KINDS = {
     "message": "message",
     "function_call": "function_call",
     "custom_tool_call": "custom_tool_call",
@@ -155,7 +155,7 @@ def kind_of(value: Any) -> str:
     if kind is None:
         is_reference = given.get("role") is None and given.get("id") is not None
         return "<reference>" if is_reference else "<message>"
-    return f"<{KINDS.get(kind, 'other') if isinstance(kind, str) else 'other'}>"
+    return f"<{ITEM_KINDS.get(kind, 'other') if isinstance(kind, str) else 'other'}>"
 
 
 AnyItem: TypeAlias = Annotated[
