@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 STACK = 2 << 20  # bytes: less than any thread has in which a grammar is compiled for good
 MEMORY = 512 << 20  # bytes of addresses
-CPU_SECONDS = 1.0  # for each grammar
+CPU_SECONDS = 0.5  # for each grammar
 LENGTH = struct.Struct("<I")
 
 LIMITS = {
