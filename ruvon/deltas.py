@@ -1,6 +1,6 @@
 """What goes up from a model's ids: one type for every API, `ruvon.LLM` and the terminal.
 
-A format (`ruvon.models.chat`) reads a completion's ids and says what they mean, `Detokenizer`
+A parser (`ruvon.models.formats`) reads a completion's ids and says what they mean, `Detokenizer`
 (`ruvon.engine.detokenizer`) adds whose they are, and a writer folds what comes of it: into the
 chunks of a stream, into one object, or both.
 """

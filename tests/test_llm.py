@@ -1,11 +1,13 @@
 """The offline front door: over a fake runner, then over the default model."""
 
 import asyncio
+import json
 import sys
 from contextlib import closing
 from dataclasses import replace
 from types import SimpleNamespace
 
+import jsonschema
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeRunner
@@ -395,3 +397,66 @@ def test_an_event_loop_may_run_around_it(llm):
 
     ((one,),) = asyncio.run(main())
     assert one.text.startswith(" Paris")
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 12},
+        "days": {"type": "integer", "minimum": 1, "maximum": 9},
+        "unit": {"enum": ["°C", "°F"]},
+    },
+    "required": ["city", "days", "unit"],
+    "additionalProperties": False,
+}
+TOOLS = [
+    {"type": "function", "function": {"name": "weather", "parameters": WEATHER, "strict": True}},
+    {"type": "custom", "custom": {"name": "note", "description": "Writes a note"}},
+]
+HOW_WARM = [{"role": "user", "content": "How warm is it in Rome?"}]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "weather"}}]
+)
+def test_the_default_model_has_to_call(llm, choice):
+    """Its template knows no tools, and it would not call them by itself."""
+    sampling = SamplingParams(temperature=0.9, seed=5, max_tokens=70)
+    (answers,) = llm.chat(
+        HOW_WARM, sampling, tools=TOOLS[:1], tool_choice=choice, n=3, use_tqdm=False
+    )
+    num_whole = 0
+    for answer in answers:
+        assert answer.text == ""
+        assert len(answer.tool_calls) == 1 or choice == "required"
+        cut = answer.finish_reason == "length"  # in its last call
+        for call in answer.tool_calls[: -1 if cut else None]:
+            assert call.name == "weather"
+            jsonschema.validate(json.loads(call.arguments), WEATHER)
+            num_whole += 1
+    assert num_whole >= len(answers)
+
+
+def test_the_default_model_streams_its_calls(llm):
+    sampling = SamplingParams(temperature=0, max_tokens=80)
+    options = {"tools": TOOLS[:1], "tool_choice": "required"}
+    with closing(llm.stream_chat(HOW_WARM, sampling, **options)) as stream:
+        deltas = list(stream)
+    first, *others = [delta.tool_call for delta in deltas if delta.tool_call is not None]
+    pieces = [piece for piece in others if piece.index == 0]
+    assert (first.index, first.name, first.arguments) == (0, "weather", "")
+    assert all(piece.id is None for piece in pieces)
+    assert len(pieces) > 3
+    jsonschema.validate(json.loads("".join(piece.arguments for piece in pieces)), WEATHER)
+    ((whole,),) = llm.chat(HOW_WARM, sampling, use_tqdm=False, **options)
+    assert whole.tokens == tuple(token for delta in deltas for token in delta.tokens)
+
+
+def test_the_default_model_writes_to_a_custom_tool_that_is_forced(llm):
+    sampling = SamplingParams(temperature=0, max_tokens=24)
+    named = {"type": "custom", "custom": {"name": "note"}}
+    ((one,),) = llm.chat(HOW_WARM, sampling, tools=TOOLS, tool_choice=named, use_tqdm=False)
+    (call,) = one.tool_calls
+    assert (call.name, call.custom) == ("note", True)
+    assert call.arguments in llm.tokenizer.decode(one.tokens)
+    assert len(call.arguments) > 10

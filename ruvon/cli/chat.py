@@ -175,7 +175,7 @@ def _read_block(line: str) -> str:
 def answer(text: str, conversation: Conversation, console: Console) -> None:
     """Ask, and print the answer as it comes."""
     try:
-        conversation.ask(text, lambda delta: show(delta, console))
+        conversation.ask(text, Printer(console).show)
     except KeyboardInterrupt:
         console.print(" [dim](stopped)[/]", end="")
     except RuvonError as error:
@@ -183,12 +183,21 @@ def answer(text: str, conversation: Conversation, console: Console) -> None:
     console.print("\n")
 
 
-def show(delta: Delta, console: Console) -> None:
-    """Print a delta as it is: the reasoning dimmed, nothing read as markup."""
-    if delta.reasoning:
-        console.out(delta.reasoning, style="dim italic", end="", highlight=False)
-    if delta.text:
-        console.out(delta.text, end="", highlight=False)
+class Printer:
+    """Prints deltas as they are, nothing read as markup: the reasoning dimmed, then the answer."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._reasoned = False
+
+    def show(self, delta: Delta) -> None:
+        if delta.reasoning:
+            self._console.out(delta.reasoning, style="dim italic", end="", highlight=False)
+            self._reasoned = True
+        if delta.text:
+            apart = "\n\n" if self._reasoned else ""
+            self._console.out(apart + delta.text, end="", highlight=False)
+            self._reasoned = False
 
 
 def obey(line: str, conversation: Conversation, console: Console) -> bool:

@@ -32,7 +32,6 @@ from ruvon.models.template import (
     render_template,
     variables_of,
 )
-from ruvon.models.text_stream import TextStream
 from ruvon.models.tokenizer import Tokenizer
 
 FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
@@ -126,6 +125,8 @@ class ChatFormat:
         does, and for a choice of tools that cannot be met.
         """
         choice, reasoning = choice or ToolChoice(), reasoning or Reasoning()
+        if choice.mode == "required" and len(choice.names) == 1:
+            choice = replace(choice, parallel=False)  # who names a tool wants one call
         callable = chosen(tools, choice)
         shown = [openai_form(tool) for tool in tools] if callable else None
         kwargs, ignored = self._wishes(options.get("kwargs"), reasoning)
@@ -151,10 +152,6 @@ class ChatFormat:
     def reads(self, variable: str) -> bool:
         """Whether a template looks at ``variable``; others have no effect."""
         return variable in self._used
-
-    def parser(self, text: TextStream) -> Parser:
-        """A parser that takes all of a completion for text."""
-        return PlainParser(text)
 
     def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:
         """The prompt as text.

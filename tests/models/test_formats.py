@@ -200,7 +200,7 @@ def cut_texts(draw: st.DrawFn) -> tuple[str, list[int], list[list[int]]]:
     return family, ids, pieces
 
 
-@settings(deadline=None, max_examples=300)
+@settings(deadline=None, max_examples=150)
 @given(cut_texts(), st.booleans(), st.sampled_from([(), ("}",), ("x", "call>")]))
 def test_however_ids_are_cut_the_deltas_add_up_to_the_same(cut, parallel, stop):
     family, ids, pieces = cut
@@ -214,7 +214,7 @@ def test_however_ids_are_cut_the_deltas_add_up_to_the_same(cut, parallel, stop):
     assert 0 <= whole["num_reasoning"] <= len(ids)
 
 
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=60)
 @given(cut_texts())
 def test_what_is_no_call_is_text(cut):
     """With tools of which no call speaks, all that was written can be read."""

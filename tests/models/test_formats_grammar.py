@@ -23,7 +23,8 @@ from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, Turn
 
 EOS = 1
 CALLING = [name for name in FAMILIES if name != "opened"]
-STRICT = replace(WEATHER, strict=True)
+CITIES = {key: WEATHER.parameters["properties"][key] for key in ("city", "days")}
+STRICT = replace(WEATHER, strict=True, parameters={**WEATHER.parameters, "properties": CITIES})
 REQUIRED = ToolChoice("required")
 
 
@@ -106,6 +107,7 @@ def test_a_named_tool_is_called_once_if_not_in_parallel(family):
 @pytest.mark.parametrize("family", CALLING)
 def test_calls_of_strict_tools_are_right_wherever_they_begin(family):
     turn = ask(family, [STRICT])
+    assert turn.grammar.param == "tools"
     good, bad = '{"city":"a","days":3}', '{"city":"a"}'
     call = written(family).replace('{"city": "Róma {\\"}", "days": 3}', "%s")
     assert accepts(family, turn, "Just text.")
@@ -155,6 +157,12 @@ def test_a_choice_that_cannot_be_met_is_refused(choice, tools):
     with pytest.raises(RequestError) as caught:
         ask("hermes", tools, choice=choice)
     assert caught.value.param == "tool_choice"
+
+
+def test_a_strict_tool_keeps_openais_rules():
+    with pytest.raises(RequestError, match="'required' at '/required'") as caught:
+        ask("hermes", [replace(WEATHER, strict=True, param="tools[0]")])
+    assert caught.value.param == "tools[0]"
 
 
 def test_no_choice_shows_no_tools():

@@ -11,7 +11,7 @@ from test_formats import USER, ask
 from texts import DONE, END, START
 
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar
+from ruvon.grammars import lark, regex
 from ruvon.models.formats.tools import openai_form, read_choice, read_tools
 
 CALL = {
@@ -52,10 +52,14 @@ def test_a_template_that_knows_tools_gets_them_in_openais_form():
     assert '{"name": "patch", "arguments": {"input": "*** Begin"}}' in text
 
 
-def test_a_custom_tools_grammar_is_told_in_words():
-    form = openai_form(replace(PATCH, syntax=Grammar('"a"+')))["function"]
+@pytest.mark.parametrize(
+    ("syntax", "told"),
+    [(lark('start: "a"+', "x"), 'start: "a"+'), (regex("a+", "x"), "/a+/")],
+)
+def test_a_custom_tools_grammar_is_told_in_words(syntax, told):
+    form = openai_form(replace(PATCH, syntax=syntax))["function"]
     assert form["parameters"]["required"] == ["input"]
-    assert form["description"].endswith('start: "a"+\n')
+    assert form["description"] == f"Changes files\n\nIts input must match this grammar:\n{told}"
 
 
 def test_a_template_that_knows_no_tools_is_told_in_words():

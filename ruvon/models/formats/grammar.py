@@ -16,6 +16,7 @@ from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Tool, arguments_schema
 
 ANYTHING = "<[*]>*"
+LONGEST = 1 << 20  # tokens of reasoning that are counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,10 +152,13 @@ def _gap(rules: Rules, answer: str | None) -> str:
 def _thought(rules: Rules, end: str, budget: int | None) -> str:
     if not rules.is_token(end):
         return rules.rule(f"/(?s:.*){escape(end)}/", "[lazy]")
+    mark = rules.mark(end)
+    if budget is None:
+        return f"{any_text(rules, end)} {mark}"
     if budget == 0:
-        return rules.mark(end)
-    options = "" if budget is None else f"[max_tokens={budget}]"
-    return f"{rules.rule(any_text(rules, end), options)} {rules.mark(end)}"
+        return mark
+    # Counts exactly, which llguidance's max_tokens does not.
+    return f"{mark.replace('[', '[^')}{{0,{min(budget, LONGEST)}}} {mark}"
 
 
 def json_body(

@@ -138,4 +138,12 @@ def _description(tool: Tool) -> str:
     text = tool.description or ""
     if tool.syntax is None:
         return text
-    return f"{text}\n\nIts input must match this grammar:\n{tool.syntax.lark()}".lstrip()
+    return f"{text}\n\nIts input must match this grammar:\n{_definition(tool.syntax)}".lstrip()
+
+
+def _definition(syntax: Grammar) -> str:
+    """A grammar as the client wrote it."""
+    start, wrapper = syntax.start, "%lark {\n"
+    if start.startswith(wrapper) and not syntax.rules:
+        return start.removeprefix(wrapper).removesuffix("}").rstrip()
+    return start if not syntax.rules else syntax.lark()
