@@ -37,6 +37,11 @@ def several(one: bytes, count: int) -> bytes:
     return b"[%s]" % b",".join([one] * count)
 
 
+def distinct(count: int) -> bytes:
+    """So many texts, none of which is the beginning of another."""
+    return b"[%s]" % b",".join(b'"%dx"' % number for number in range(count))
+
+
 def biases(count: int) -> bytes:
     return b"{%s}" % b",".join(b'"%d":1' % number for number in range(count))
 
@@ -48,6 +53,21 @@ def message(role: bytes, field: bytes, value: bytes) -> bytes:
 def questions(count: int) -> bytes:
     one = b'{"type":"predicate","instructions":"a"}'
     return b'{"input":%s,"questions":%s}' % (text(3000), several(one, count))
+
+
+def tools(count: int, more: bytes = b"") -> bytes:
+    """A chat with so many tools."""
+    each = (b'{"type":"function","function":{"name":"f%d"%s}}' % (n, more) for n in range(count))
+    return b'"tools":[%s]' % b",".join(each)
+
+
+def schema(body: bytes) -> bytes:
+    return b',"json_schema":' + body
+
+
+def properties(count: int) -> bytes:
+    each = b",".join(b'"key%d":{"type":"integer"}' % number for number in range(count))
+    return b'{"type":"object","properties":{%s}}' % each
 
 
 BODIES = {
@@ -76,12 +96,30 @@ BODIES = {
     "stops": (COMPLETE, prompt(b'"a"', b',"stop":' + several(text(1024), 64)), 200),
     "tool calls": (
         CHAT,
-        messages(message(b"assistant", b"tool_calls", several(CALL[:-1], 128)), 30),
+        messages(message(b"assistant", b"tool_calls", several(CALL[:-1], 128)), 2),
         200,
     ),
     "template variables": (
         CHAT,
         messages(EMPTY, 1, b',"chat_template_kwargs":{"a":%s}' % ids(80_000)),
+        200,
+    ),
+    "tools that none may call": (
+        CHAT,
+        messages(EMPTY, 1, b',"tool_choice":"none",' + tools(1024)),
+        200,
+    ),
+    "tools": (CHAT, messages(EMPTY, 1, b"," + tools(60)), 200),
+    "one of many must be called": (
+        CHAT,
+        messages(EMPTY, 1, b',"tool_choice":"required",' + tools(60, b',"strict":true')),
+        200,
+    ),
+    "choices": (COMPLETE, prompt(b'"a"', b',"guided_choice":' + distinct(2000)), 200),
+    "a schema with many keys": (COMPLETE, prompt(b'"a"', schema(properties(120))), 200),
+    "a schema with many values": (
+        COMPLETE,
+        prompt(b'"a"', schema(b'{"enum":%s}' % distinct(2000))),
         200,
     ),
     "unknown fields": (CHAT, messages(EMPTY, 1, b"," + biases(250)[1:-1]), 200),
@@ -97,7 +135,51 @@ BODIES = {
         messages(message(b"user", b"content", several(PART[:-1], 1024)), 16),
         400,
     ),
-    "tools": (CHAT, messages(EMPTY, 1, b',"tools":' + ids(80_000)), 400),
+    "tool calls that do not fit": (
+        CHAT,
+        messages(message(b"assistant", b"tool_calls", several(CALL[:-1], 128)), 30),
+        400,
+    ),
+    "tools that do not fit": (CHAT, messages(EMPTY, 1, b"," + tools(1024)), 400),
+    "too many tools": (CHAT, messages(EMPTY, 1, b"," + tools(5000)), 400),
+    "tools that are none": (CHAT, messages(EMPTY, 1, b',"tools":' + ids(80_000)), 400),
+    "a tool of one text": (
+        CHAT,
+        messages(EMPTY, 1, b"," + tools(1, b',"description":' + text(4_000_000))),
+        400,
+    ),
+    "a schema of far too many keys": (COMPLETE, prompt(b'"a"', schema(properties(15_000))), 400),
+    "a schema of one text": (
+        COMPLETE,
+        prompt(b'"a"', schema(b'{"const":%s}' % text(4_000_000))),
+        400,
+    ),
+    "a schema in a text": (
+        COMPLETE,
+        prompt(b'"a"', b',"guided_json":"%s"' % (b"[" * 2_000_000)),
+        400,
+    ),
+    "schemas in schemas": (
+        COMPLETE,
+        prompt(b'"a"', schema(b'{"items":' * 500 + b"{}" + b"}" * 500)),
+        400,
+    ),
+    "too many choices": (COMPLETE, prompt(b'"a"', b',"guided_choice":' + distinct(60_000)), 400),
+    "a long regular expression": (
+        COMPLETE,
+        prompt(b'"a"', b',"guided_regex":' + text(4_000_000)),
+        400,
+    ),
+    "a long grammar": (
+        COMPLETE,
+        prompt(b'"a"', b',"guided_grammar":"start: /a/%s"' % (b"\\nA: /a/" * 200_000)),
+        400,
+    ),
+    "a long grammar of the other kind": (
+        COMPLETE,
+        prompt(b'"a"', b',"grammar":"root ::= a%s"' % (b"\\na ::= [a]" * 200_000)),
+        400,
+    ),
     "fields without end": (CHAT, messages(EMPTY, 1, b"," + biases(80_000)[1:-1]), 400),
     "another model's": (CHAT, messages(EMPTY, 16_000, b',"model":"x"'), 404),
     "ids that do not fit": (COMPLETE, prompt(ids(80_000)), 400),

@@ -11,9 +11,9 @@ import pytest
 import ruvon
 from ruvon import errors
 from ruvon.errors import RequestError
+from ruvon.server import constraints
 from ruvon.server.app import ROUTES
 from ruvon.server.chat import BUDGETS
-from ruvon.server.constraints import KINDS
 from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
 from ruvon.server.parsing import parse
 from ruvon.server.requests import PASSED
@@ -98,7 +98,7 @@ def test_what_is_served_is_what_is_declared():
 
 def test_what_is_declared_is_read():
     """By something beside the schema that declares it."""
-    read = {*PASSED, *KINDS, *BUDGETS}
+    read = {*PASSED, *constraints.KINDS, *BUDGETS}
     for path in (SOURCE / "server").rglob("*.py"):
         if path.parent.name != "schemas":
             nodes = ast.walk(ast.parse(path.read_text()))

@@ -203,8 +203,8 @@ class PromptFields(Fields):
 
     HARMLESS = frozenset(
         {
-            "container", "context_management", "diagnostics", "inference_geo", "speed",
-            "user_profile_id", "workspace_id",
+            "container", "context_management", "diagnostics", "inference_geo", "metadata",
+            "speed", "user_profile_id", "workspace_id",
         }
     )  # fmt: skip
 

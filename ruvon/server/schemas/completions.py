@@ -47,6 +47,8 @@ Prompts = Annotated[
 class CompletionRequest(GenerationFields):
     """``POST /v1/completions``."""
 
+    HARMLESS = frozenset({"metadata", "parallel_tool_calls", "reasoning_effort"})  # chat's
+
     prompt: Prompts
     max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0)] | None = None

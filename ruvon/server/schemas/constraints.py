@@ -11,7 +11,7 @@ from ruvon.server.schemas.base import Fields
 Schema: TypeAlias = dict[str, Any] | bool
 SchemaOrText: TypeAlias = dict[str, Any] | bool | str  # or its JSON
 Choices = Annotated[list[str], Field(fail_fast=True, min_length=1, max_length=8192)]
-Source = Annotated[str, Field(min_length=1)]
+Source = Annotated[str, Field(min_length=1, max_length=1 << 19)]
 SchemaName = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
 
 

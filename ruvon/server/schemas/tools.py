@@ -27,7 +27,7 @@ class GrammarField(Fields):
     """A grammar for a custom tool's input."""
 
     syntax: Literal["lark", "regex"]
-    definition: Annotated[str, Field(min_length=1)]
+    definition: Annotated[str, Field(min_length=1, max_length=1 << 19)]
 
 
 class CustomFormat(Fields):
