@@ -17,7 +17,7 @@ from ruvon.server.events import event, send_events
 from ruvon.server.failures import openai_error
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.middleware import json_response
-from ruvon.server.parsing import SMALL
+from ruvon.server.parsing import MAX_IGNORED, SMALL
 from ruvon.server.requests import read_fields
 from ruvon.server.responses_api.background import start, stop
 from ruvon.server.responses_api.compact import CompactWriter, prepare_summary
@@ -91,7 +91,7 @@ def skipped(ready: Prepared, strict: bool) -> list[str]:
     if strict and ready.skipped:
         name = ready.skipped[0]
         raise RequestError(f"'{name}' is not served.", name, "unknown_parameter")
-    return ready.skipped
+    return ready.skipped[:MAX_IGNORED]
 
 
 async def understand(
