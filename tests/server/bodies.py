@@ -6,10 +6,14 @@ import http.client
 
 CONTEXT = 8192
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
+RESPOND = "/v1/responses"
 
 WORDS = b"hello wo" * (1 << 20)
 EMPTY = b'{"role":"user","content":""},'
 PART = b'{"type":"text","text":"a"},'
+ITEM = b'{"type":"message","role":"user","content":""},'
+CALLED = b'{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},'
+TOOL = b'{"type":"function","name":"f%d","parameters":{"type":"object"}}'
 CALL = b'{"type":"function","function":{"name":"f","arguments":"{}"}},'
 
 
@@ -19,6 +23,14 @@ def user(content: bytes) -> bytes:
 
 def messages(one: bytes, count: int, more: bytes = b"") -> bytes:
     return b'{"messages":[%s%s],"max_tokens":1%s}' % (one * (count - 1), EMPTY[:-1], more)
+
+
+def items(one: bytes, count: int, more: bytes = b"") -> bytes:
+    return b'{"input":[%s%s],"max_output_tokens":1%s}' % (one * (count - 1), ITEM[:-1], more)
+
+
+def tools(count: int) -> bytes:
+    return b',"tools":[%s]' % b",".join(TOOL % number for number in range(count))
 
 
 def prompt(value: bytes, more: bytes = b"") -> bytes:
@@ -123,7 +135,27 @@ BODIES = {
         200,
     ),
     "unknown fields": (CHAT, messages(EMPTY, 1, b"," + biases(250)[1:-1]), 200),
+    "items that fill the context": (RESPOND, items(ITEM, 250), 200),
+    "one item that fills the context": (
+        RESPOND,
+        b'{"input":%s,"max_output_tokens":1}' % text(8000),
+        200,
+    ),
+    "items that are counted": (RESPOND + "/input_tokens", items(ITEM, 4096)[:-23] + b"}", 200),
+    "calls in one turn": (RESPOND, items(CALLED, 100), 200),
+    "items that mean nothing": (RESPOND, items(b'{"type":"mcp_call"},', 4096), 200),
+    "metadata": (RESPOND, items(ITEM, 1, b',"metadata":{"a":"%s"}' % (b"x" * 512)), 200),
     # what is refused after a look at it
+    "items that do not fit": (RESPOND, items(ITEM, 4096), 400),
+    "items that cannot be made to fit": (
+        RESPOND,
+        items(ITEM, 2000, b',"truncation":"auto","instructions":' + text(8190)),
+        400,
+    ),
+    "too many items": (RESPOND, items(ITEM, 16_000), 400),
+    "instructions": (RESPOND, items(ITEM, 1, b',"instructions":' + text(4_000_000)), 400),
+    "tools without end": (RESPOND, items(ITEM, 1, tools(5000)), 400),
+    "more tools than fit": (RESPOND, items(ITEM, 1, tools(1024)), 400),
     "one text": (CHAT, user(text((4 << 20) - 100)), 400),
     "one text of escapes": (CHAT, user(b'"%s' % (b"\\n" * 520_000) + text(3_000_000)[1:]), 400),
     "letters beyond ASCII": (COMPLETE, prompt('"{}"'.format("é" * 2_000_000).encode()), 400),

@@ -358,7 +358,7 @@ def test_tools_that_are_wrong_are_named(tool, param):
 def test_two_tools_of_one_name():
     with pytest.raises(RequestError) as wrong:
         box(FUNCTION, FUNCTION)
-    assert wrong.value.param == "tools[1].name"
+    assert wrong.value.param == "tools[1]"
 
 
 # ---------------------------------------------------------------------- other fields
@@ -372,8 +372,9 @@ def test_two_tools_of_one_name():
         ({"prompt": {"id": "p"}}, "prompt"),
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"metadata": {str(n): "" for n in range(17)}}, "metadata"),
-        ({"metadata": {"a": 1}}, "metadata"),
-        ({"metadata": {"a": "x" * 513}}, "metadata"),
+        ({"metadata": {"a": 1}}, "metadata.a"),
+        ({"metadata": {"a": "x" * 513}}, "metadata.a"),
+        ({"max_tokens": 9}, "max_tokens"),
         ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"truncation": "left"}, "truncation"),

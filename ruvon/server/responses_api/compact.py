@@ -11,7 +11,7 @@ from ruvon.deltas import Delta
 from ruvon.engine.types import Job
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning
-from ruvon.server.conversation import Conversation, prepare_conversation, take_turn
+from ruvon.server.conversation import Conversation, prepare_conversation
 from ruvon.server.events import error_event
 from ruvon.server.requests import sampling_params
 from ruvon.server.responses_api.answers import CompactAnswer
@@ -43,10 +43,9 @@ def prepare_summary(
         [*transcript.messages, {"role": "user", "content": REQUEST}],
         reasoning=Reasoning(enabled=False),
         param="input",
+        at_most=True,
     )
-    room = service.max_model_len - len(take_turn(asked, service).prompt)
-    limit = min(MAX_TOKENS, max(room, 1))
-    sampling = sampling_params(SamplingFields(), service, max_tokens=limit)
+    sampling = sampling_params(SamplingFields(), service, max_tokens=MAX_TOKENS)
     job, turn = prepare_conversation(asked, sampling, service)
     said = [one for one, _ in items if isinstance(one, MessageItem) and one.role == "user"]
     return job, turn, [kept for one in said if (kept := stored(one)) is not None]

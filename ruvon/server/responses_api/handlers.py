@@ -17,7 +17,7 @@ from ruvon.server.events import event, send_events
 from ruvon.server.failures import openai_error
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.middleware import json_response
-from ruvon.server.parsing import SMALL
+from ruvon.server.parsing import MAX_IGNORED, SMALL, refuse_ignored
 from ruvon.server.requests import read_fields
 from ruvon.server.responses_api.background import start, stop
 from ruvon.server.responses_api.compact import CompactWriter, prepare_summary
@@ -60,7 +60,8 @@ async def create(http: web.Request) -> web.StreamResponse:
         return prepare(request, context, service, server.max_logprobs, kept=kept), context
 
     request, ignored, (ready, context) = await understand(http, ResponsesRequest, work)
-    ignored += skipped(ready, server.strict)
+    refuse_ignored(ready.skipped, server.strict)
+    ignored = [*ignored, *ready.skipped][:MAX_IGNORED]
     told = ready.kept and (request.stream or request.background)
     recording = store.recording() if told else None
     entry = Stored(new_id("resp"), context.history, ready.items, recording)
@@ -84,14 +85,6 @@ async def create(http: web.Request) -> web.StreamResponse:
     finally:
         if recording is not None and entry.id not in store:
             recording.drop()
-
-
-def skipped(ready: Prepared, strict: bool) -> list[str]:
-    """Names of what was given and means nothing here; an error when ``strict``."""
-    if strict and ready.skipped:
-        name = ready.skipped[0]
-        raise RequestError(f"'{name}' is not served.", name, "unknown_parameter")
-    return ready.skipped
 
 
 async def understand(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError
 
 from ruvon.server.schemas import Fields
@@ -125,10 +125,10 @@ class CompactionItem(Item):
     created_by: str | None = None
 
 
-class OtherItem(BaseModel):
+class OtherItem(Fields):
     """An item of a kind that means nothing here."""
 
-    model_config = ConfigDict(extra="ignore", strict=True, frozen=True)
+    model_config = ConfigDict(extra="ignore")
 
     type: str
 

@@ -14,6 +14,7 @@ from ruvon.errors import ContextLengthError, RequestError
 from ruvon.grammars import Grammar, json_object, json_schema
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning
+from ruvon.server.constraints import grammar_of
 from ruvon.server.conversation import Conversation, prepare_conversation
 from ruvon.server.requests import bounded, sampling_params, text_options
 from ruvon.server.responses_api.input import AnyItem, ReferenceItem
@@ -21,7 +22,6 @@ from ruvon.server.responses_api.items import Transcript, stored
 from ruvon.server.responses_api.schemas import (
     ContextFields,
     ResponsesRequest,
-    TextFields,
     TextFormat,
     TurnFields,
 )
@@ -103,7 +103,7 @@ def prepare(
             cache_salt=request.cache_salt or "",
         )
 
-    conversation = conversation_of(request, transcript, box)
+    conversation = conversation_of(request, transcript, box, response_grammar(request))
     if request.truncation == "auto":
         job, turn = fitting(conversation, take)
     else:
@@ -172,25 +172,37 @@ def keep(items: Iterable[Placed]) -> Iterator[StoredItem]:
             yield StoredItem(fields["id"], orjson.dumps(fields))
 
 
-def conversation_of(request: TurnFields, transcript: Transcript, box: Toolbox) -> Conversation:
-    """What is asked of the model."""
-    effort = request.reasoning.effort if request.reasoning else None
+def conversation_of(
+    request: TurnFields, transcript: Transcript, box: Toolbox, response: Grammar | None = None
+) -> Conversation:
+    """What is asked of the model; ``response`` is what the answer's text must be."""
+    budget = request.thinking_token_budget
     return Conversation(
         transcript.messages,
         tools=box.tools,
         choice=tool_choice(request, box),
-        response=response_grammar(request.text),
-        reasoning=Reasoning(effort=effort),
+        response=response,
+        reasoning=Reasoning(
+            None if budget is None or budget < 0 else budget,
+            request.enable_thinking,
+            request.reasoning.effort if request.reasoning else None,
+        ),
         kwargs=request.chat_template_kwargs,
         param="input",
     )
 
 
-def response_grammar(text: TextFields | None) -> Grammar | None:
-    """What the answer's text must be; None: any text."""
-    form = None if text is None else text.format
+def response_grammar(request: ResponsesRequest) -> Grammar | None:
+    """What the answer's text must be; None: any text. Raises RequestError for two wishes."""
+    other = grammar_of(request)
+    form = None if request.text is None else request.text.format
     if form is None or form.type == "text":
-        return None
+        return other
+    if other is not None:
+        raise RequestError(
+            f"'text.format' and '{other.param}' both say what the answer must be; give one.",
+            other.param,
+        )
     if form.schema_ is None:
         return json_object("text.format")
     return json_schema(form.schema_, strict=bool(form.strict), param="text.format.schema")

@@ -4,31 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import ConfigDict, Discriminator, Field, PlainValidator, Tag, model_validator
+from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
 from ruvon.server.responses_api.input import Items
-from ruvon.server.schemas import Fields, SamplingFields
+from ruvon.server.schemas import ConstraintFields, Fields, SamplingFields
+from ruvon.server.schemas.chat import Effort, Metadata
 
 MAX_TOOLS = 1024
-MAX_METADATA = 16
-
-
-def as_metadata(value: object) -> dict[str, str]:
-    """OpenAI's bounds: 16 pairs, keys of 64 characters, values of 512."""
-    if not isinstance(value, dict):
-        raise PydanticCustomError("dict_type", "Input should be an object")
-    if len(value) > MAX_METADATA:
-        raise PydanticCustomError("too_long", f"There should be at most {MAX_METADATA} pairs")
-    for key, text in value.items():
-        if not isinstance(text, str):
-            raise PydanticCustomError("string_type", "Values should be strings")
-        if len(key) > 64 or len(text) > 512:
-            raise PydanticCustomError(
-                "too_long", "Keys should have at most 64 characters, and values 512"
-            )
-    return value
 
 
 class FunctionTool(Fields):
@@ -156,7 +140,7 @@ class TextFields(Fields):
 class ReasoningFields(Fields):
     """``reasoning``."""
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     generate_summary: Literal["auto", "concise", "detailed"] | None = None  # its old name
 
@@ -167,7 +151,6 @@ MOVED = {
     "messages": "input",
     "max_tokens": "max_output_tokens",
     "max_completion_tokens": "max_output_tokens",
-    "response_format": "text.format",
     "reasoning_effort": "reasoning.effort",
     "logprobs": "top_logprobs",
     "n": None,
@@ -214,16 +197,16 @@ class TurnFields(ContextFields):
     text: TextFields | None = None
     reasoning: ReasoningFields | None = None
     truncation: Literal["auto", "disabled"] | None = None
+    # chat's extensions
+    enable_thinking: bool | None = None
+    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
-Metadata = Annotated[
-    dict[str, str], PlainValidator(as_metadata, json_schema_input_type=dict[str, str])
-]
 Label = Annotated[str, Field(max_length=512)]
 
 
-class ResponsesRequest(TurnFields, SamplingFields):
+class ResponsesRequest(TurnFields, SamplingFields, ConstraintFields):
     """``POST /v1/responses``."""
 
     max_output_tokens: Annotated[int, Field(ge=1)] | None = None

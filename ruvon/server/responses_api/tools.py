@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar, lark, regex
+from ruvon.grammars import Grammar
 from ruvon.models.formats.tools import Tool, ToolChoice
 from ruvon.server.responses_api.schemas import (
     AllowedTool,
@@ -19,6 +19,7 @@ from ruvon.server.responses_api.schemas import (
     OtherTool,
     TurnFields,
 )
+from ruvon.server.tools import distinct, syntax_of
 
 RESOURCES = frozenset(
     {"code_interpreter", "computer", "computer_use", "computer_use_preview", "file_search", "mcp"}
@@ -64,6 +65,7 @@ def toolbox(request: TurnFields) -> Toolbox:
             _add(box, tool, where, None)
         if not isinstance(tool, OtherTool):
             box.told.append(told(tool))
+    distinct(box.tools)
     if box.skipped and request.tool_choice != "none":
         _check_skipped(request.tools or (), box)
     return box
@@ -75,8 +77,6 @@ def _add(box: Toolbox, tool: AnyTool, where: str, namespace: str | None) -> None
         return
     assert not isinstance(tool, NamespaceTool)
     name = flat_name(namespace, tool.name)
-    if name in box.names:
-        raise RequestError(f"There are two tools of the name '{name[:100]}'.", f"{where}.name")
     box.names[name] = (namespace, tool.name)
     if isinstance(tool, FunctionTool):
         made = Tool(name, tool.description, tool.parameters, bool(tool.strict), param=where)
@@ -90,7 +90,7 @@ def _syntax(tool: CustomTool, param: str) -> Grammar | None:
     form = tool.format
     if form is None or form.type == "text" or form.definition is None:
         return None
-    return (regex if form.syntax == "regex" else lark)(form.definition, param)
+    return syntax_of(form.syntax or "lark", form.definition, param)
 
 
 def _check_skipped(tools: Sequence[AnyTool], box: Toolbox) -> None:
