@@ -12,7 +12,8 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas import Fields, Stops
+from ruvon.server.schemas.base import Fields, Stops
+from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
 UNREADABLE = frozenset({"image", "document", "search_result", "container_upload"})
@@ -138,7 +139,7 @@ class ToolParam(Fields):
     """A tool that the client runs."""
 
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -218,15 +219,9 @@ class PromptFields(Fields):
     output_format: OutputFormat | None = None  # where it was before output_config
     cache_control: dict[str, Any] | None = None
 
-    @model_validator(mode="after")
-    def _refuse_servers(self) -> PromptFields:
-        if (self.model_extra or {}).get("mcp_servers"):
-            raise RequestError(
-                "'mcp_servers' is not supported by this server.",
-                "mcp_servers",
-                "unsupported_parameter",
-            )
-        return self
+    @property
+    def heavy(self) -> bool:
+        return bool(self.tools or self.output_config or self.output_format)
 
 
 class MessagesRequest(PromptFields):
