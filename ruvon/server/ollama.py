@@ -15,7 +15,7 @@ from ruvon.engine.detokenizer import MakeParser
 from ruvon.engine.types import Job
 from ruvon.errors import RequestError
 from ruvon.models.chat import PlainParser
-from ruvon.server.body import admit, offload
+from ruvon.server.body import read
 from ruvon.server.chat import prepare_chat
 from ruvon.server.completions import prepare_completion
 from ruvon.server.events import Media
@@ -44,10 +44,12 @@ SAME = {"model", "tools", "keep_alive", *UNSERVED} - TRANSLATED
 async def answer(http: web.Request) -> web.StreamResponse:
     """``POST /api/chat`` and ``/api/generate``. Who asks nothing wants the model to be loaded."""
     server, is_chat = http.app[STATE].server, http.path == "/api/chat"
-    service, body, _ = await admit(http)
+    service = http.app[STATE].ready()
 
-    def understand() -> tuple[Fields, Sequence[str], Job | None, MakeParser]:
-        data = load(body(), Bounds.of_context(service.max_model_len))
+    def understand(
+        body: bytes, service: Service
+    ) -> tuple[Fields, Sequence[str], Job | None, MakeParser]:
+        data = load(body, Bounds.of_context(service.max_model_len))
         fields, lost = as_openai(data, service, is_chat)
         refuse_ignored(lost, server.strict)
         if not fields.get("prompt", fields.get("messages")):
@@ -61,7 +63,7 @@ async def answer(http: web.Request) -> web.StreamResponse:
         refuse_ignored(turn.ignored, server.strict)
         return data, [*ignored, *turn.ignored, *lost], job, turn.parser
 
-    data, ignored, job, parser = await offload(http.app, True, understand)
+    data, ignored, job, parser = await read(http, understand)
     model = str(data.get("model") or service.names[0])
     writer = OllamaWriter(http[FACTS]["request_id"], model, job, is_chat=is_chat)
     if job is None:

@@ -442,9 +442,7 @@ def test_what_is_documented_is_declared():
     rows = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
     assert set(rows) == set(MessagesRequest.model_fields)
     harmless = section.partition("Without effect")[2].partition("blocks and tools")[0]
-    assert set(re.findall(r"`(\w+)`", harmless)) == MessagesRequest.HARMLESS | {
-        "metadata", "service_tier",
-    }  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", harmless)) == MessagesRequest.HARMLESS | {"service_tier"}
 
 
 # ---------------------------------------------------------------------- the writer alone

@@ -6,7 +6,7 @@ reported. Blocks and tools that only Anthropic's own servers understand are `For
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
@@ -202,10 +202,11 @@ class OutputConfig(Fields):
 class PromptFields(Fields):
     """What becomes the prompt, and what ``count_tokens`` counts."""
 
-    HARMLESS = frozenset(
+    UNSERVED: ClassVar[frozenset[str]] = frozenset({"mcp_servers"})
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {
-            "container", "context_management", "diagnostics", "inference_geo", "speed",
-            "user_profile_id", "workspace_id",
+            "container", "context_management", "diagnostics", "inference_geo", "metadata",
+            "speed", "user_profile_id", "workspace_id",
         }
     )  # fmt: skip
 
@@ -218,10 +219,6 @@ class PromptFields(Fields):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # where it was before output_config
     cache_control: dict[str, Any] | None = None
-
-    @property
-    def heavy(self) -> bool:
-        return bool(self.tools or self.output_config or self.output_format)
 
 
 class MessagesRequest(PromptFields):
