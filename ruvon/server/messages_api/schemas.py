@@ -16,8 +16,8 @@ from ruvon.server.schemas.base import Fields, Stops
 from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
-UNREADABLE = frozenset({"image", "document", "search_result", "container_upload"})
-"""Blocks whose content a model that reads text cannot be told."""
+UNREADABLE = frozenset({"image", "document", "search_result", "container_upload", "compaction"})
+"""Blocks with content that the model would miss."""
 
 
 def as_blocks(value: object) -> object:
@@ -36,7 +36,7 @@ def check_block(value: object) -> object:
         raise PydanticCustomError("block_type", "Input should be an object with a type")
     if kind in UNREADABLE:
         raise PydanticCustomError(
-            "unreadable_block", "This model reads text only, not {kind} blocks", {"kind": kind}
+            "unreadable_block", "{kind} blocks are not supported by this server", {"kind": kind}
         )
     return value
 
@@ -202,11 +202,12 @@ class OutputConfig(Fields):
 class PromptFields(Fields):
     """What becomes the prompt, and what ``count_tokens`` counts."""
 
-    UNSERVED: ClassVar[frozenset[str]] = frozenset({"mcp_servers"})
+    UNSERVED: ClassVar[frozenset[str]] = frozenset({"compaction", "mcp_servers"})
     HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {
-            "container", "context_management", "diagnostics", "inference_geo", "metadata",
-            "speed", "user_profile_id", "workspace_id",
+            "billing_policy", "container", "context_management", "diagnostics",
+            "fallback_credit_token", "fallbacks", "inference_geo", "metadata", "speed",
+            "user_profile_id", "workspace_id",
         }
     )  # fmt: skip
 
@@ -219,6 +220,16 @@ class PromptFields(Fields):
     output_config: OutputConfig | None = None
     output_format: OutputFormat | None = None  # where it was before output_config
     cache_control: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_thread(self) -> PromptFields:
+        if (self.model_extra or {}).get("thread") is not None:
+            raise RequestError(
+                "This server keeps no conversations: send all of it, without 'thread'.",
+                "thread",
+                "thread_unsupported_request",
+            )
+        return self
 
 
 class MessagesRequest(PromptFields):
