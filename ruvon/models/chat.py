@@ -149,6 +149,11 @@ class ChatFormat:
         )
         return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
 
+    @property
+    def reasons(self) -> bool:
+        """Whether the model marks what it thinks before it answers."""
+        return self._tags is not None
+
     def reads(self, variable: str) -> bool:
         """Whether a template looks at ``variable``; others have no effect."""
         return variable in self._used

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -27,6 +28,7 @@ from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, Tokeniz
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State
 
+OLLAMA = "0.12.11"
 STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
 
 
@@ -76,12 +78,11 @@ def _place(names: Sequence[str], name: str | None, param: str, otherwise: int) -
 
 
 def _anthropic_card(name: str, service: Service) -> ModelInfo:
-    created = datetime.fromtimestamp(service.created, UTC)
     return {
         "type": "model",
         "id": name,
         "display_name": name,
-        "created_at": created.isoformat().replace("+00:00", "Z"),
+        "created_at": _time(service.created),
         "lifecycle": "active",
         "max_input_tokens": service.max_model_len - 1,
         "max_tokens": service.max_model_len - 1,
@@ -99,6 +100,64 @@ def _card(name: str, service: Service) -> ModelCard:
         "max_model_len": service.max_model_len,
         "default_sampling": service.defaults,
     }
+
+
+async def tags(http: web.Request) -> web.Response:
+    """The served names as Ollama lists them."""
+    service = http.app[STATE].ready()
+    listed = [{"name": n, "model": n, **_ollama_card(n, service)} for n in service.names]
+    return json_response({"models": listed})
+
+
+async def show(http: web.Request) -> web.Response:
+    """One of them, with what clients look for: the context's length, and what it can do."""
+    return _json(await read(http, _show))
+
+
+def _show(body: bytes, service: Service) -> bytes:
+    data = load(body, Bounds.of_context(service.max_model_len))
+    name = data.get("model") or data.get("name")
+    if not isinstance(name, str):
+        raise RequestError(
+            "Missing required parameter: 'model'.", "model", "missing_required_parameter"
+        )
+    service.check_model(name.removesuffix(":latest"))
+    family = service.architecture
+    shown = {
+        **_ollama_card(name, service),
+        "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
+        "model_info": {
+            "general.architecture": family,
+            f"{family}.context_length": service.max_model_len,
+        },
+        "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
+    }
+    return orjson.dumps(shown)
+
+
+def _ollama_card(name: str, service: Service) -> Mapping[str, object]:
+    return {
+        "modified_at": _time(service.created),
+        "size": service.weight_bytes,
+        "digest": hashlib.sha256(f"{service.fingerprint}{name}".encode()).hexdigest(),
+        "details": {
+            "parent_model": "",
+            "format": "gguf" if service.root.endswith(".gguf") else "safetensors",
+            "family": service.architecture,
+            "families": [service.architecture],
+            "parameter_size": "",
+            "quantization_level": "",
+        },
+    }
+
+
+async def ollama_version(http: web.Request) -> web.Response:
+    """The version of Ollama whose API this is: clients ask for one that is new enough."""
+    return json_response({"version": OLLAMA})
+
+
+def _time(seconds: int) -> str:
+    return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 async def live(http: web.Request) -> web.Response:

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console
+from ruvon.server import admin, console, ollama
 from ruvon.server.body import READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -59,6 +59,11 @@ ROUTES = (
     web.get("/v1/responses/{id}/input_items", responses.input_items),
     web.get("/v1/models", admin.models),
     web.get("/v1/models/{name:.+}", admin.model),
+    web.post("/api/chat", ollama.answer, expect_handler=expect),
+    web.post("/api/generate", ollama.answer, expect_handler=expect),
+    web.get("/api/tags", admin.tags),
+    web.post("/api/show", admin.show, expect_handler=expect),
+    web.get("/api/version", admin.ollama_version),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),
     web.post("/detokenize", admin.detokenize, expect_handler=expect),
     web.get("/tokenizer_info", admin.tokenizer_info),

@@ -53,7 +53,11 @@ def anthropic_error(error: Exception, request_id: str | None = None) -> Anthropi
     kind = ANTHROPIC_TYPES.get(told.status, "api_error")
     return {
         "type": "error",
-        "error": {"type": kind, "message": start + told.message},
+        "error": {
+            "type": kind,
+            "message": start + told.message,
+            "details": {"error_code": told.code},
+        },
         "request_id": request_id,
     }
 

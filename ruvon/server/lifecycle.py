@@ -109,6 +109,8 @@ def make_service(loaded: LoadedEngine, chat: ChatFormat, server: ServerConfig) -
         metrics=metrics,
         fingerprint=fingerprint(loaded),
         defaults=loaded.defaults,
+        architecture=checkpoint.spec.architecture,
+        weight_bytes=loaded.memory.weight_bytes,
         close=loaded.close,
     )
 

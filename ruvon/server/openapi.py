@@ -66,6 +66,31 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         CountRequest,
         error=responses.AnthropicErrorAnswer,
     ),
+    ("POST", "/api/chat"): Operation(
+        "Ollama",
+        "Answer a conversation",
+        dict[str, Any],
+        dict[str, Any],
+        streams=True,
+        error=responses.OllamaErrorAnswer,
+    ),
+    ("POST", "/api/generate"): Operation(
+        "Ollama",
+        "Answer a prompt",
+        dict[str, Any],
+        dict[str, Any],
+        streams=True,
+        error=responses.OllamaErrorAnswer,
+    ),
+    ("GET", "/api/tags"): Operation("Ollama", "The served names", dict[str, Any]),
+    ("POST", "/api/show"): Operation(
+        "Ollama",
+        "What a model can do",
+        dict[str, Any],
+        dict[str, Any],
+        error=responses.OllamaErrorAnswer,
+    ),
+    ("GET", "/api/version"): Operation("Ollama", "Ollama's version", responses.Version),
     ("GET", "/v1/models"): Operation(
         "OpenAI",
         "The served names; Anthropic's list with the header anthropic-version",
@@ -245,7 +270,8 @@ def contents(name: str, operation: Operation, found: Found) -> Schema:
         return {"text/plain": {"schema": {"type": "string"}}}
     content: Schema = {"application/json": {"schema": found[f"{name} answer", "serialization"]}}
     if operation.streams:
-        content["text/event-stream"] = {"schema": {"type": "string"}}
+        stream = "application/x-ndjson" if operation.tag == "Ollama" else "text/event-stream"
+        content[stream] = {"schema": {"type": "string"}}
     return content
 
 

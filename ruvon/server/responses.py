@@ -171,9 +171,14 @@ class ErrorAnswer(TypedDict):
     error: ErrorBody
 
 
+class AnthropicErrorDetails(TypedDict):
+    error_code: str | None
+
+
 class AnthropicErrorBody(TypedDict):
     type: str
     message: str
+    details: AnthropicErrorDetails
 
 
 class AnthropicErrorAnswer(TypedDict):

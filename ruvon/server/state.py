@@ -68,6 +68,8 @@ class Service:
     metrics: Metrics
     fingerprint: str  # changes when weights, kernels or version do
     defaults: Mapping[str, float | int]  # the model's own sampling
+    architecture: str
+    weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
     created: int = field(default_factory=lambda: int(time.time()))
 

@@ -190,7 +190,11 @@ async def test_a_failure_in_mid_stream_is_an_event(serve):
     assert reply.status == 200
     assert events(reply.body)[-1] == {
         "type": "error",
-        "error": {"type": "api_error", "message": "NaN in the logits"},
+        "error": {
+            "type": "api_error",
+            "message": "NaN in the logits",
+            "details": {"error_code": "generation_failed"},
+        },
         "request_id": reply.headers["Request-Id"],
     }
     server.assert_idle()
@@ -203,6 +207,7 @@ async def test_errors_have_anthropics_shape(serve):
         ({"model": "none"}, 404, "not_found_error", "model"),
         ({"temperature": 3}, 400, "invalid_request_error", "temperature"),
         ({"mcp_servers": [{}]}, 400, "invalid_request_error", "mcp_servers"),
+        ({"thread": {"type": "create"}}, 400, "invalid_request_error", "thread"),
     ):
         reply = await ask(server, **fields)
         assert reply.status == status
@@ -212,6 +217,9 @@ async def test_errors_have_anthropics_shape(serve):
         assert answer["error"]["type"] == kind
         assert words in answer["error"]["message"]
         assert answer["request_id"] == reply.headers["Request-Id"]
+    # what the SDK's tool runner looks for, to send whole conversations from then on
+    reply = await ask(server, thread={"type": "continue", "previous_message_id": "msg_1"})
+    assert reply.json["error"]["details"] == {"error_code": "thread_unsupported_request"}
 
 
 # ---------------------------------------------------------------------- models, counts
@@ -442,9 +450,7 @@ def test_what_is_documented_is_declared():
     rows = re.findall(r"^\| `(\w+)`", section, re.MULTILINE)
     assert set(rows) == set(MessagesRequest.model_fields)
     harmless = section.partition("Without effect")[2].partition("blocks and tools")[0]
-    assert set(re.findall(r"`(\w+)`", harmless)) == MessagesRequest.HARMLESS | {
-        "metadata", "service_tier",
-    }  # fmt: skip
+    assert set(re.findall(r"`(\w+)`", harmless)) == MessagesRequest.HARMLESS | {"service_tier"}
 
 
 # ---------------------------------------------------------------------- the writer alone

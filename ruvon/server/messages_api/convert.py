@@ -16,19 +16,19 @@ from typing import Any, Literal, TypeAlias
 import orjson
 
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar
+from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
 from ruvon.server.conversation import Conversation
 from ruvon.server.messages_api.schemas import (
     Foreign,
     Message,
-    OutputFormat,
     PromptFields,
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
 )
+from ruvon.server.tools import distinct
 
 BILLING = "x-anthropic-"  # begins lines for Anthropic's own servers, such as a checksum
 MAX_HEADERS = 8  # in one block
@@ -63,7 +63,7 @@ class LeftOut:
 def convert(request: PromptFields) -> tuple[Conversation, LeftOut]:
     """What the model is told, and what not. Raises RequestError for what cannot be served."""
     left_out = LeftOut()
-    tools = list(_tools(request, left_out))
+    tools = distinct(list(_tools(request, left_out)))
     messages = [*_system(request.system or (), left_out), *_turns(request.messages, left_out)]
     going_on = request.messages[-1].role == "assistant"
     if going_on and messages[-1].get("tool_calls"):
@@ -238,14 +238,10 @@ def _choice(request: PromptFields, tools: Sequence[Tool]) -> ToolChoice:
 def _response(request: PromptFields) -> Grammar | None:
     config = request.output_config
     if config is not None and config.format is not None:
-        return _json(config.format, "output_config.format.schema")
+        return json_schema(config.format.json_schema, param="output_config.format.schema")
     if request.output_format is not None:
-        return _json(request.output_format, "output_format.schema")
+        return json_schema(request.output_format.json_schema, param="output_format.schema")
     return None
-
-
-def _json(form: OutputFormat, param: str) -> Grammar:
-    return Grammar("%json " + orjson.dumps(form.json_schema).decode(), param=param)
 
 
 def _reasoning(request: PromptFields) -> Reasoning:

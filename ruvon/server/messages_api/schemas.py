@@ -6,17 +6,18 @@ reported. Blocks and tools that only Anthropic's own servers understand are `For
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas import Fields, Stops
+from ruvon.server.schemas.base import Fields, Stops
+from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
-UNREADABLE = frozenset({"image", "document", "search_result", "container_upload"})
-"""Blocks whose content a model that reads text cannot be told."""
+UNREADABLE = frozenset({"image", "document", "search_result", "container_upload", "compaction"})
+"""Blocks with content that the model would miss."""
 
 
 def as_blocks(value: object) -> object:
@@ -35,7 +36,7 @@ def check_block(value: object) -> object:
         raise PydanticCustomError("block_type", "Input should be an object with a type")
     if kind in UNREADABLE:
         raise PydanticCustomError(
-            "unreadable_block", "This model reads text only, not {kind} blocks", {"kind": kind}
+            "unreadable_block", "{kind} blocks are not supported by this server", {"kind": kind}
         )
     return value
 
@@ -138,7 +139,7 @@ class ToolParam(Fields):
     """A tool that the client runs."""
 
     type: Literal["custom"] | None = None
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: ToolName
     description: str | None = None
     input_schema: dict[str, Any]
     strict: bool | None = None
@@ -201,10 +202,12 @@ class OutputConfig(Fields):
 class PromptFields(Fields):
     """What becomes the prompt, and what ``count_tokens`` counts."""
 
-    HARMLESS = frozenset(
+    UNSERVED: ClassVar[frozenset[str]] = frozenset({"compaction", "mcp_servers"})
+    HARMLESS: ClassVar[frozenset[str]] = frozenset(
         {
-            "container", "context_management", "diagnostics", "inference_geo", "metadata",
-            "speed", "user_profile_id", "workspace_id",
+            "billing_policy", "container", "context_management", "diagnostics",
+            "fallback_credit_token", "fallbacks", "inference_geo", "metadata", "speed",
+            "user_profile_id", "workspace_id",
         }
     )  # fmt: skip
 
@@ -219,12 +222,12 @@ class PromptFields(Fields):
     cache_control: dict[str, Any] | None = None
 
     @model_validator(mode="after")
-    def _refuse_servers(self) -> PromptFields:
-        if (self.model_extra or {}).get("mcp_servers"):
+    def _check_thread(self) -> PromptFields:
+        if (self.model_extra or {}).get("thread") is not None:
             raise RequestError(
-                "'mcp_servers' is not supported by this server.",
-                "mcp_servers",
-                "unsupported_parameter",
+                "This server keeps no conversations: send all of it, without 'thread'.",
+                "thread",
+                "thread_unsupported_request",
             )
         return self
 

@@ -1,0 +1,213 @@
+"""Ollama's API, for clients that speak nothing else: OpenAI's in other words, as lines of JSON."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any, TypeAlias
+
+import orjson
+from aiohttp import web
+
+from ruvon.deltas import Delta, ToolCall
+from ruvon.engine.detokenizer import MakeParser
+from ruvon.engine.types import Job
+from ruvon.errors import RequestError
+from ruvon.models.chat import PlainParser
+from ruvon.server.body import read
+from ruvon.server.chat import prepare_chat
+from ruvon.server.completions import prepare_completion
+from ruvon.server.events import Media
+from ruvon.server.failures import ollama_error
+from ruvon.server.fields import UNSERVED
+from ruvon.server.generation import Generation
+from ruvon.server.messages_api.writer import read_input
+from ruvon.server.middleware import FACTS, json_response
+from ruvon.server.parsing import MAX_IGNORED, load, parse, refuse_ignored
+from ruvon.server.requests import bounded
+from ruvon.server.schemas import ChatRequest, CompletionRequest, SamplingFields
+from ruvon.server.shape import Bounds
+from ruvon.server.state import STATE, Service
+from ruvon.server.writers.envelope import Tally
+
+Fields: TypeAlias = dict[str, Any]
+
+LINES = Media("application/x-ndjson", lambda: b"")
+OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
+DRAWING = {"max_tokens", *SamplingFields.model_fields, *UNSERVED}
+OF_MESSAGES = {"thinking": "reasoning_content", "tool_name": "name"}
+TRANSLATED = {"format", "think", "options", "stream", "prompt", "system", "raw", "messages"}
+SAME = {"model", "tools", "keep_alive", *UNSERVED} - TRANSLATED
+
+
+async def answer(http: web.Request) -> web.StreamResponse:
+    """``POST /api/chat`` and ``/api/generate``. Who asks nothing wants the model to be loaded."""
+    server, is_chat = http.app[STATE].server, http.path == "/api/chat"
+    service = http.app[STATE].ready()
+
+    def understand(
+        body: bytes, service: Service
+    ) -> tuple[Fields, Sequence[str], Job | None, MakeParser]:
+        data = load(body, Bounds.of_context(service.max_model_len))
+        fields, lost = as_openai(data, service, is_chat)
+        refuse_ignored(lost, server.strict)
+        if not fields.get("prompt", fields.get("messages")):
+            return data, lost, None, PlainParser
+        if "prompt" in fields:
+            text, ignored = parse(CompletionRequest, fields, server.strict)
+            (job,) = prepare_completion(text, service, server.max_logprobs)
+            return data, [*ignored, *lost], job, PlainParser
+        request, ignored = parse(ChatRequest, fields, server.strict)
+        job, turn = prepare_chat(request, service, server.max_logprobs)
+        refuse_ignored(turn.ignored, server.strict)
+        return data, [*ignored, *turn.ignored, *lost], job, turn.parser
+
+    data, ignored, job, parser = await read(http, understand)
+    model = str(data.get("model") or service.names[0])
+    writer = OllamaWriter(http[FACTS]["request_id"], model, job, is_chat=is_chat)
+    if job is None:
+        return json_response(writer.line({}, {"done_reason": "load"}))
+    stream = data.get("stream") is not False
+    generation = Generation(service, [job], writer, parser)
+    return await generation.send(http, stream=stream, ignored=ignored, media=LINES)
+
+
+def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, list[str]]:
+    """A request in OpenAI's words, a chat's or of a raw prompt, and what there are none for."""
+    options, prompt = data.get("options") or {}, data.get("prompt") or ""
+    if not isinstance(options, dict) or not isinstance(prompt, str):
+        raise RequestError("options should be an object, and prompt a text.", None, "invalid_type")
+    lost = [name for name in data if name not in SAME | TRANSLATED]
+    fields = {name: data[name] for name in SAME.intersection(data)}
+    for name, value in options.items():
+        if (ours := OPTIONS.get(name, name)) in DRAWING:
+            fields[ours] = value
+        elif name != "num_ctx":
+            lost.append(f"options.{name}"[:100])
+    if isinstance(fields.get("max_tokens"), int) and fields["max_tokens"] < 0:
+        del fields["max_tokens"]  # as many as the context holds
+    if isinstance(context := options.get("num_ctx"), int):
+        bounded(context, service.max_model_len, "num_ctx")
+    if isinstance(name := data.get("model"), str):
+        service.check_model(name.removesuffix(":latest"))
+        fields["model"] = name.removesuffix(":latest")
+    if form := data.get("format"):
+        kind = {"type": "json_schema", "json_schema": {"name": "format", "schema": form}}
+        fields["response_format"] = {"type": "json_object"} if form == "json" else kind
+    if data.get("raw") and not is_chat:
+        return fields | {"prompt": prompt}, lost[:MAX_IGNORED]
+    if isinstance(think := data.get("think"), str):
+        fields["reasoning_effort"], think = think, True
+    said = (("system", data.get("system")), ("user", prompt))
+    messages: Any = [{"role": role, "content": text} for role, text in said if prompt and text]
+    if is_chat:
+        messages = data.get("messages")
+    if isinstance(messages, list):
+        messages = [message_as_openai(message) for message in messages]
+    return fields | {"enable_thinking": think, "messages": messages}, lost[:MAX_IGNORED]
+
+
+def message_as_openai(message: Any) -> Any:
+    if not isinstance(message, dict):
+        return message
+    if message.get("images"):
+        raise RequestError("This model reads text only, no images.", "images")
+    fields = {OF_MESSAGES.get(name, name): value for name, value in message.items()}
+    if isinstance(calls := message.get("tool_calls"), list):
+        fields["tool_calls"] = [call_as_openai(call, index) for index, call in enumerate(calls)]
+    return fields | {"content": message.get("content") or ""}
+
+
+def call_as_openai(call: Any, index: int) -> Any:
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict):
+        return call
+    arguments = orjson.dumps(function.get("arguments") or {}).decode()
+    return {"id": f"call_{index}", **call, "function": {**function, "arguments": arguments}}
+
+
+class OllamaWriter:
+    """Writes lines: what is gained, and at last how long it took."""
+
+    done = b""
+
+    def __init__(self, id: str, model: str, job: Job | None, *, is_chat: bool) -> None:
+        self.id = id
+        self.tally = Tally([] if job is None else [job])
+        self._model, self._is_chat = model, is_chat
+        self._began = self._first = time.monotonic_ns()
+        self._call: list[ToolCall] = []  # the pieces of one that has begun
+        self._gained: list[Fields] = []  # of the whole
+        self._end: Fields = {}
+
+    def opening(self) -> bytes:
+        return b""
+
+    def closing(self) -> bytes:
+        return b""
+
+    def error(self, error: Exception) -> bytes:
+        return orjson.dumps(ollama_error(error)) + b"\n"
+
+    def events(self, delta: Delta) -> bytes:
+        gained = self._fold(delta)
+        lines = [self.line(gained)] if gained else []
+        lines += [self.line({}, self._end)] if self._end else []
+        return b"".join([orjson.dumps(each) + b"\n" for each in lines])
+
+    def feed(self, delta: Delta) -> None:
+        self._gained.append(self._fold(delta))
+
+    def result(self) -> Mapping[str, object]:
+        parts = self._gained
+        said = {n: "".join([part.get(n, "") for part in parts]) for n in ("content", "thinking")}
+        calls = [call for part in parts for call in part.get("tool_calls", ())]
+        gained = {**said, "tool_calls": calls}
+        return self.line({name: value for name, value in gained.items() if value}, self._end)
+
+    def line(self, gained: Fields, end: Fields | None = None) -> Fields:
+        """What is gained, or the ``end``."""
+        said = {"content": "", **gained}
+        if self._is_chat:
+            shown: Fields = {"message": {"role": "assistant", **said}}
+        else:
+            shown = {"response": said.pop("content"), **said}
+        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
+        head = {"model": self._model, "created_at": now, **shown}
+        return {**head, "done": end is not None, **(end or {})}
+
+    def _fold(self, delta: Delta) -> Fields:
+        """What a delta adds: text as it comes, a call once it is whole."""
+        if not self.tally.num_output:
+            self._first = time.monotonic_ns()
+        self.tally.feed(delta)
+        said, call = {"content": delta.text, "thinking": delta.reasoning}, delta.tool_call
+        gained: Fields = {name: text for name, text in said.items() if text}
+        if self._call and (delta.finish or (call and call.index != self._call[0].index)):
+            gained["tool_calls"] = [whole(self._call)]
+            self._call = []
+        if call:
+            self._call.append(call)
+        if delta.finish:
+            self._end = self._stats("length" if delta.finish == "length" else "stop")
+        return gained
+
+    def _stats(self, reason: str) -> Fields:
+        """Why and when it ended; times in nanoseconds."""
+        now = time.monotonic_ns()
+        return {
+            "done_reason": reason,
+            "total_duration": now - self._began,
+            "load_duration": 0,
+            "prompt_eval_count": self.tally.num_prompt,
+            "prompt_eval_duration": self._first - self._began,
+            "eval_count": self.tally.num_output,
+            "eval_duration": now - self._first,
+        }
+
+
+def whole(pieces: Sequence[ToolCall]) -> Fields:
+    """A call of its pieces."""
+    arguments = read_input("".join([piece.arguments for piece in pieces]))
+    return {"id": pieces[0].id, "function": {"name": pieces[0].name, "arguments": arguments}}
