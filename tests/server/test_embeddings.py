@@ -7,7 +7,6 @@ import base64
 import numpy as np
 import openai
 import pytest
-from embedded import MODEL, needs_model, running
 from fakes import fake_hidden
 
 TEXTS = ["Hello", "Hi"]
@@ -91,21 +90,3 @@ async def test_the_sdk_reads_it(serve):
         answer = await client.embeddings.create(model="org/fake", input=TEXTS, user="me")
     np.testing.assert_allclose(answer.data[1].embedding, expected("Hi"), rtol=1e-6)
     assert answer.model == "org/fake"
-
-
-@pytest.mark.slow
-@needs_model
-def test_the_embedded_model_tells_topics_apart():
-    texts = [
-        "The cat sleeps on the sofa.",
-        "A kitten naps on the couch.",
-        "Interest rates rose again in March.",
-    ]
-    with running("--kv-cache-memory", "64MiB") as process:
-        url = process.wait_for("listening")["url"]
-        process.wait_for("ready")
-        with openai.OpenAI(base_url=f"{url}/v1", api_key="none") as client:
-            data = client.embeddings.create(model=MODEL, input=texts).data
-    near, cat, money = np.array([entry.embedding for entry in data])
-    assert near.shape == (576,)
-    assert near @ cat > near @ money
