@@ -231,6 +231,14 @@ class FakeRunner:
                 row.seq_id: tuple(fake_logprobs(t, row.num_top) for t in row.targets)
                 for row in plan.prompt_rows
             },
+            pooled={
+                row.seq_id: sum(
+                    fake_hidden(token, chunk.start + row.first + i)
+                    for i, token in enumerate(chunk.tokens[row.first : row.first + row.count])
+                )
+                for row in plan.pooled_rows
+                for chunk in [chunks[row.chunk]]
+            },
             errors={s: self.errors[s] for s in contexts if s in self.errors},
             seconds=self._seconds,
         )
@@ -342,6 +350,11 @@ class FakeRunner:
 def allowed(mask: np.ndarray) -> list[int]:
     """The tokens in a mask."""
     return np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist()
+
+
+def fake_hidden(token: int, position: int) -> np.ndarray:
+    """Made up: a vector for each token, a little different at each place."""
+    return np.array([1.0, token, token % 7 - 3.0, position / 100])
 
 
 def fake_logprobs(token: int, num_top: int) -> TokenLogprobs:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache as cache_result
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from ruvon.config import EngineConfig
 from ruvon.engine.kv_cache import Cache, KVFormat, MemoryPlan
 from ruvon.engine.resources import cores_to_pin
-from ruvon.engine.runner import Forward
+from ruvon.engine.runner import Forward, Hidden
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingRow, StepResult
 from ruvon.errors import ConfigError
@@ -60,10 +61,11 @@ Draw: TypeAlias = Callable[[Tensor, Sequence[SamplingRow], Sequence[int]], StepR
 
 
 class Step(NamedTuple):
-    """What a runner does with a batch: compute logits, then draw from them."""
+    """What a runner does with a batch: compute logits, then draw from them; or hidden states."""
 
     forward: Forward
     draw: Draw
+    hidden: Hidden
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +154,7 @@ def eager(ops: Ops) -> Backend:
         ops=ops,
         kv=KVFormat(ops.dtype),
         make_step=lambda model, cache, limits, progress: Step(
-            partial(model.forward, cache=cache), sample
+            partial(model.forward, cache=cache), sample, partial(model.hidden, cache=cache)
         ),
         close=lambda: None,
     )
@@ -172,7 +174,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     Raises ConfigError for a model or setting that they do not do.
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
-    from ruvon.kernels.cpu import CpuKernels, Limits
+    from ruvon.kernels.cpu import CpuKernels, Graph, Limits
     from ruvon.kernels.cpu.capture import check_attention
     from ruvon.kernels.cpu.formats import LANES
 
@@ -194,7 +196,17 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         )
         graph = kernels.capture(model.forward, cache, largest, progress)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
-        return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax))
+
+        @cache_result
+        def hidden_graph() -> Graph:  # made for whoever asks first; few servers are asked
+            every_row = replace(largest, logit_rows=limits.tokens)
+            return kernels.capture(model.hidden, cache, every_row, draws=False)
+
+        return Step(
+            graph.replay,
+            CpuSampler(sampler, lambda: graph.argmax),
+            lambda batch: hidden_graph().replay(batch),
+        )
 
     return Backend(
         kernels.ops, kv, capture, kernels.close, kernels.settle, takes_arrays=True, quantized=True

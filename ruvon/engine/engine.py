@@ -112,7 +112,8 @@ class Engine:
         self.validate(job)
         if self._grammars is not None and job.sampling.grammar is not None:
             self._grammars.check(job.sampling.grammar)
-        if not self.config.enable_prefix_caching or job.sampling.prompt_logprobs is not None:
+        whole = job.sampling.prompt_logprobs is not None or job.pooling == "mean"
+        if not self.config.enable_prefix_caching or whole:
             return job
         keys: list[bytes] = []
         size = self.config.block_size
@@ -147,6 +148,7 @@ class Engine:
                 arrived_at=now,
                 keys=list(job.keys),
                 prompt_logprobs=None if job.sampling.prompt_logprobs is None else [None],
+                pooling=job.pooling,
             )
             for k in range(job.n)
         ]
@@ -251,6 +253,8 @@ class Engine:
             raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)
+        if job.pooling is not None and job.sampling.max_tokens != 0:
+            raise RequestError("Pooling goes with max_tokens 0.", "max_tokens")
         lowest, highest = min(job.prompt), max(job.prompt)
         if lowest < 0 or highest >= self.vocab_size:
             raise RequestError(

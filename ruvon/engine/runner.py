@@ -16,12 +16,16 @@ from torch import Tensor
 
 from ruvon.engine.batch import BlockTables, PendingBatch, lay_out
 from ruvon.engine.matching import Matchers, with_grammar
+from ruvon.engine.pooling import broken, places, pool
 from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch], Tensor]
 """float32 logits [L, V] of the batch's ``logit_rows``; fills the cache it was made with."""
+
+Hidden: TypeAlias = Callable[[ForwardBatch], Tensor]
+"""The final hidden states [L, C] of the batch's ``logit_rows``; fills the cache as well."""
 
 Sampler: TypeAlias = Callable[[Tensor, Sequence[SamplingRow]], StepResult]
 
@@ -33,18 +37,20 @@ class Runner:
     meanwhile: torch and numpy let go of the interpreter while they compute.
 
     ``depth`` is how many steps it takes before the first is done, 1 or 2; ``max_logit_rows`` bounds
-    the logits in memory at once, and is at least the most sequences of a step. ``at_start`` is
-    called first in that thread. ``device`` is where batches go; None for what takes numpy arrays.
-    ``matchers`` see to rows with a grammar.
+    the logits in memory at once, and is at least the most sequences of a step. ``hidden`` may be
+    missing where no plan has ``pooled_rows``. ``at_start`` is called first in that thread.
+    ``device`` is where batches go; None for what takes numpy arrays. ``matchers`` see to rows with
+    a grammar.
     """
 
     long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, what a runner depends on
         self,
         forward: Forward,
         sampler: Sampler,
         *,
+        hidden: Hidden | None = None,
         block_size: int,
         device: torch.device | None,
         max_logit_rows: int,
@@ -55,6 +61,7 @@ class Runner:
         self.depth = depth
         self._forward = forward
         self._sampler = sampler
+        self._hidden = hidden
         self._block_size = block_size
         self._device = device
         self._max_logit_rows = max_logit_rows
@@ -128,23 +135,39 @@ class Runner:
     def _run(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
         began = time.perf_counter()
         with torch.inference_mode():
-            batch = layout.to_batch(self._device, state.sampled)
-            pieces = self._logits(batch)
-            rows = state.of(plan.rows)
-            masks = self._matchers and self._matchers.begin(with_grammar(rows))
-            first = next(pieces)
-            if masks:
-                masks.hand_to(rows)
-            sampled = self._sampler(first[: len(plan.rows)], rows)
-            if masks and self._matchers:
-                sampled = self._matchers.accept(plan.rows, masks, sampled)
-            scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
+            if len(plan.pooled_rows) == len(plan.chunks):
+                result = NOTHING  # all that is wanted are hidden states
+            else:
+                result = self._sample(plan, layout.to_batch(self._device, state.sampled), state)
+            if plan.pooled_rows:
+                result = self._pool(plan, layout, state, result)
+        return replace(result, seconds=time.perf_counter() - began)
+
+    def _sample(self, plan: Plan, batch: ForwardBatch, state: SamplingRows) -> StepResult:
+        pieces = self._logits(batch)
+        rows = state.of(plan.rows)
+        masks = self._matchers and self._matchers.begin(with_grammar(rows))
+        first = next(pieces)
+        if masks:
+            masks.hand_to(rows)
+        sampled = self._sampler(first[: len(plan.rows)], rows)
+        if masks and self._matchers:
+            sampled = self._matchers.accept(plan.rows, masks, sampled)
+        scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
         return replace(
-            sampled,
-            prompt_logprobs=scores.logprobs,
-            errors={**sampled.errors, **scores.errors},
-            seconds=time.perf_counter() - began,
+            sampled, prompt_logprobs=scores.logprobs, errors={**sampled.errors, **scores.errors}
         )
+
+    def _pool(
+        self, plan: Plan, layout: PendingBatch, state: SamplingRows, result: StepResult
+    ) -> StepResult:
+        """``result`` with hidden states, for which the step is computed again where it has been:
+        it writes the same keys and values to the same slots."""
+        rows = places(plan.pooled_rows, layout.query_starts)
+        batch = replace(layout, logit_rows=rows).to_batch(self._device, state.sampled)
+        assert self._hidden is not None
+        sums = pool(self._hidden(batch), plan.pooled_rows)
+        return replace(result, pooled=sums, errors={**result.errors, **broken(sums)})
 
     def _logits(self, batch: ForwardBatch) -> Iterator[Tensor]:
         """The rows wanted, a bounded number at a time.
@@ -159,6 +182,8 @@ class Runner:
             rows = batch.logit_rows[first : first + self._max_logit_rows]
             yield self._forward(replace(batch, logit_rows=rows))
 
+
+NOTHING = StepResult((), ())
 
 Launched: TypeAlias = tuple[Plan, PendingBatch | Exception, Future[StepResult]]
 

@@ -32,6 +32,7 @@ from ruvon.engine.types import (
     Emission,
     NewSequence,
     Plan,
+    PooledRows,
     PromptRow,
     Sequence,
     StepResult,
@@ -168,6 +169,7 @@ class Scheduler:
         self._free(seq)
         if seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.num_prompt:
             seq.prompt_logprobs = [None]
+        seq.pooled = None
 
     def _start_followers(self) -> bool:
         """Start those that waited for a prefix, if it is there by now; False if one of them lacks
@@ -245,8 +247,9 @@ class Scheduler:
 
     def _num_shared(self, seq: Sequence) -> int:
         """How many blocks it could share: full ones, and never the one with the last token, whose
-        logits are wanted. None at all if it wants the logits of its whole prompt."""
-        if not self.limits.caching or self._wants_prompt_logprobs(seq):
+        logits are wanted. None at all if it wants the logits of its whole prompt, or its hidden
+        states."""
+        if not self.limits.caching or self._wants_whole_prompt(seq):
             return 0
         return (len(seq.tokens) - 1) // self.pool.block_size
 
@@ -264,7 +267,7 @@ class Scheduler:
 
     def _count_lookup(self, seq: Sequence) -> None:
         """Count what the prefix cache gave, once for each sequence."""
-        if seq.num_preempted or not self.limits.caching or self._wants_prompt_logprobs(seq):
+        if seq.num_preempted or not self.limits.caching or self._wants_whole_prompt(seq):
             return
         seq.num_cached = seq.num_computed
         self.counters.cached += seq.num_cached
@@ -306,6 +309,7 @@ class Scheduler:
         chunks: list[Chunk] = []
         new: list[NewSequence] = []
         prompt_rows: list[PromptRow] = []
+        pooled_rows: list[PooledRows] = []
         for seq, num_tokens in shares:
             start = seq.num_computed
             blocks = self._added_blocks(seq) if len(seq.blocks) > seq.num_sent else NO_BLOCKS
@@ -318,6 +322,8 @@ class Scheduler:
             end = start + num_tokens
             if start < seq.num_prompt:
                 prompt_rows += self._prompt_rows(seq, len(chunks), start, end)
+                if seq.pooling is not None:
+                    pooled_rows += self._pooled_rows(seq, len(chunks), start, end)
                 self._claim(seq, end // self.pool.block_size)
                 if seq.scheduled_at is None:
                     seq.scheduled_at = now
@@ -327,7 +333,14 @@ class Scheduler:
             self._advance(seq, num_tokens)
         self.counters.steps += 1
         ended, self._ended = tuple(self._ended), []
-        return Plan(self.counters.steps, tuple(chunks), tuple(new), ended, tuple(prompt_rows))
+        return Plan(
+            self.counters.steps,
+            tuple(chunks),
+            tuple(new),
+            ended,
+            tuple(prompt_rows),
+            tuple(pooled_rows),
+        )
 
     @staticmethod
     def _added_blocks(seq: Sequence) -> tuple[int, ...]:
@@ -364,6 +377,16 @@ class Scheduler:
     def _wants_prompt_logprobs(seq: Sequence) -> bool:
         return seq.prompt_logprobs is not None and len(seq.prompt_logprobs) < seq.num_prompt
 
+    def _wants_whole_prompt(self, seq: Sequence) -> bool:
+        return seq.pooling == "mean" or self._wants_prompt_logprobs(seq)
+
+    @staticmethod
+    def _pooled_rows(seq: Sequence, chunk: int, start: int, end: int) -> Iterable[PooledRows]:
+        if seq.pooling == "mean":
+            yield PooledRows(seq.id, chunk, 0, end - start)
+        elif end == seq.num_prompt:
+            yield PooledRows(seq.id, chunk, end - start - 1, 1)
+
     # ------------------------------------------------------------------ commit
 
     def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
@@ -387,6 +410,9 @@ class Scheduler:
                     self._publish(seq, end // size)
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
+                if seq.id in result.pooled:
+                    sum_C = result.pooled[seq.id]
+                    seq.pooled = sum_C if seq.pooled is None else seq.pooled + sum_C
                 emission = self._accept(seq, end, tokens, logprobs, seq.id in result.ended)
             if emission is not None:
                 emissions.append(emission)
@@ -446,11 +472,14 @@ class Scheduler:
             return None
         elif several:
             self._pend(seq, len(tokens) - 1)
-        emission = Emission(seq.id, seq.index, tokens, logprobs, None, seq.num_cached, seq.finish)
+        emission = Emission(
+            seq.id, seq.index, tokens, logprobs, num_cached=seq.num_cached, finish=seq.finish
+        )
         if stopped:
             emission.stop_token = tokens[-1]
         if seq.prompt_logprobs is not None and end == seq.num_prompt:
             emission.prompt_logprobs = tuple(seq.prompt_logprobs)
+        emission.pooled = seq.pooled
         return emission
 
     @staticmethod

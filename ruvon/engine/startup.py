@@ -232,6 +232,7 @@ def make_runner(
     return Runner(
         step.forward,
         sampler,
+        hidden=step.hidden,
         block_size=config.block_size,
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from ruvon.deltas import FinishReason as FinishReason
 from ruvon.deltas import TokenLogprobs as TokenLogprobs
@@ -28,6 +28,11 @@ runner, which computes one step after another, knows it in time."""
 
 BEING_SAMPLED = (PLACEHOLDER,)
 """The tokens of every such chunk."""
+
+Pooling: TypeAlias = Literal["mean", "last"]
+"""Which final hidden states of a prompt are wanted: of all its tokens, or of the last."""
+
+Floats64: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +78,7 @@ class Job:
     sampling: SamplingParams = SamplingParams()
     text: TextOptions = TextOptions()
     n: int = 1
+    pooling: Pooling | None = None  # the prompt's hidden states are wanted, and no token
     priority: int = 0  # lower runs first, under the policy "priority"
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
     keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
@@ -113,6 +119,8 @@ class Sequence:
     num_claimed: int = 0  # leading blocks that others wait for rather than compute them too
     awaits: bytes | None = None  # key of a prefix block that another sequence computes right now
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # so far; None if not wanted
+    pooling: Pooling | None = None
+    pooled: Floats64 | None = None  # the sum of what is wanted of its hidden states, so far
     arrived_at: float = 0.0  # seconds, monotonic
     scheduled_at: float | None = None  # when a step was first planned with a chunk of it
     finish: FinishReason | None = None
@@ -158,6 +166,16 @@ class PromptRow:
 
 
 @dataclass(frozen=True, slots=True)
+class PooledRows:
+    """Tokens of one chunk whose final hidden states are wanted: ``count`` from ``first`` on."""
+
+    seq_id: int
+    chunk: int  # index into Plan.chunks
+    first: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """One step: which tokens to compute, and after which of them to sample.
 
@@ -170,6 +188,7 @@ class Plan:
     new: tuple[NewSequence, ...] = ()  # those whose first chunk is here
     ended: tuple[int, ...] = ()  # sequences to forget: over, or preempted since the plan before
     prompt_rows: tuple[PromptRow, ...] = ()
+    pooled_rows: tuple[PooledRows, ...] = ()
     rows: tuple[int, ...] = field(init=False)  # the sequences that sample, in the order of chunks
     num_tokens: int = field(init=False)  # of all chunks
 
@@ -222,6 +241,7 @@ class StepResult:
     tokens: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[TokenLogprobs, ...] | None, ...]
     prompt_logprobs: Mapping[int, tuple[TokenLogprobs, ...]] = field(default_factory=dict)
+    pooled: Mapping[int, Floats64] = field(default_factory=dict)  # seq id → a sum over its rows
     errors: Mapping[int, str] = field(default_factory=dict)  # seq id → why this row has no token
     ended: frozenset[int] = frozenset()  # sequences whose grammar allows nothing more
     seconds: float = 0.0
@@ -237,6 +257,7 @@ class Emission:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None  # once, on the first emission
     num_cached: int = 0
+    pooled: Floats64 | None = None  # [C], the sum of the hidden states that were wanted
     finish: FinishReason | None = None
     stop_token: int | None = None  # the id that stopped it, if one did; it is the last of tokens
     error: str | None = None

@@ -22,6 +22,7 @@ from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, expect
 from ruvon.server.decisions import decisions
+from ruvon.server.embeddings import embeddings
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
@@ -47,6 +48,7 @@ ROUTES = (
     web.post("/v1/chat/completions/render", render_chat, expect_handler=expect),
     web.post("/v1/completions/render", render_completions, expect_handler=expect),
     web.post("/apply-template", apply_template, expect_handler=expect),
+    web.post("/v1/embeddings", embeddings, expect_handler=expect),
     web.post("/v1/decisions", decisions, expect_handler=expect),
     web.post("/v1/messages", messages, expect_handler=expect),
     web.post("/v1/messages/count_tokens", count_tokens, expect_handler=expect),

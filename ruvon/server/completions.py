@@ -85,12 +85,16 @@ def prepare_completion(
 def encode_prompt(
     prompt: str | list[int], request: CompletionRequest, service: Service
 ) -> tuple[int, ...]:
-    """One prompt as ids. Nothing at all means: begin a document."""
+    """One prompt as ids."""
     if not isinstance(prompt, str):
         return tuple(prompt)
-    check_size(len(prompt), service, "prompt")
+    return encode_text(prompt, service, "prompt", request.add_special_tokens is not False)
+
+
+def encode_text(text: str, service: Service, param: str, special: bool = True) -> tuple[int, ...]:
+    """A text as ids. Nothing at all means: begin a document."""
+    check_size(len(text), service, param)
     tokenizer = service.tokenizer
-    special = request.add_special_tokens is not False
-    ids = tokenizer.encode(prompt, add_special_tokens=special)
+    ids = tokenizer.encode(text, add_special_tokens=special)
     start = tokenizer.bos_id
     return tuple(ids) or (() if start is None else (start,))

@@ -18,6 +18,7 @@ from ruvon import __version__
 from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
+from ruvon.server.embeddings import EmbeddingRequest
 from ruvon.server.keys import OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
@@ -47,6 +48,9 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/v1/completions"): Operation(
         "OpenAI", "Continue texts", responses.TextAnswer, schemas.CompletionRequest, streams=True
+    ),
+    ("POST", "/v1/embeddings"): Operation(
+        "OpenAI", "Texts as vectors", responses.Embeddings, EmbeddingRequest
     ),
     ("POST", "/v1/decisions"): Operation(
         "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest

@@ -262,6 +262,26 @@ class Rendered(TypedDict):
     sampling_params: Mapping[str, Any]
 
 
+class Embedding(TypedDict):
+    """One text as a vector, as numbers or as base64 of little-endian float32."""
+
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str
+
+
+class EmbeddingUsage(TypedDict):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class Embeddings(TypedDict):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: EmbeddingUsage
+
+
 class PredicateAnswer(TypedDict):
     type: Literal["predicate"]
     name: str | None

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ruvon.config import EngineConfig
+from ruvon.engine.batch import build_batch
 from ruvon.engine.engine import Engine
 from ruvon.engine.gpu.deferred import BadWords
 from ruvon.engine.gpu.graphs import Bucket, Graphs, StepWords, mixed_buckets, single_buckets
@@ -29,6 +30,7 @@ from ruvon.engine.types import (
     Job,
     NewSequence,
     Plan,
+    PooledRows,
     PromptRow,
     SamplingParams,
 )
@@ -282,6 +284,26 @@ def test_rows_with_grammars(gpu_runner, expected, sampling):
     assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
     assert (len(story.tokens) > len(PROMPTS[0]) + 4) == (sampling.logprobs is None)
     assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
+
+
+def test_pooled_hidden_states(gpu_runner):
+    """Of two prompts in two chunks, one after the other, and a decode between them."""
+    prompt, beside = Story(62, PROMPTS[2], [1, 2]), Story(63, PROMPTS[0], [3])
+    gpu_runner.launch(plan_of((beside, beside.chunk()))).result()
+    sums = []
+    for _ in range(2):
+        chunk = prompt.chunk(len(PROMPTS[2]) // 2 + 1)
+        plan = plan_of((beside, beside.chunk(ahead=True)), (prompt, chunk))
+        rows = (PooledRows(62, 1, 0, len(chunk.tokens)),)
+        sums.append(gpu_runner.launch(replace(plan, pooled_rows=rows)).result().pooled[62])
+    model = build_model(make_torch_ops(torch.float32, DEVICE))
+    whole = Story(0, PROMPTS[2], [1, 2])
+    batch = build_batch(plan_of((whole, whole.chunk())), PAGE, DEVICE)
+    every_row = torch.arange(len(PROMPTS[2]), dtype=torch.int32, device=DEVICE)
+    with torch.inference_mode():
+        hidden_QC = model.hidden(replace(batch, logit_rows=every_row), make_cache(model))
+    expected = hidden_QC.double().sum(0).numpy(force=True)
+    np.testing.assert_allclose(sum(sums), expected, atol=1e-2)
 
 
 def test_prompt_logprobs(gpu_runner):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from embedded import needs_model
@@ -11,6 +12,8 @@ from paged import PagedSequences
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from ruvon.config import EngineConfig
+from ruvon.engine.startup import start_engine
+from ruvon.engine.types import Job, SamplingParams
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.locate import find_embedded
 from ruvon.models import load_model
@@ -104,3 +107,33 @@ def test_greedy_tokens_equal_transformers():
         with torch.inference_mode():
             logits = reference(torch.tensor([prompt + drawn[:-1]])).logits[0, len(prompt) - 1 :]
         assert drawn == logits.argmax(-1).tolist()
+
+
+TEXTS = [
+    "The cat sleeps on the sofa.",
+    "A kitten naps on the couch.",
+    "Interest rates rose again in March.",
+]
+
+
+def test_pooled_hidden_states_are_nearly_those_of_transformers():
+    """Nearly, for the CPU's kernels round activations to 8 bits. And they tell topics apart."""
+    torch.set_num_threads(1)
+    loaded = start_engine(EngineConfig(device="cpu", kv_cache_memory="64MiB"), silent)
+    try:
+        prompts = [tuple(loaded.tokenizer.encode(text)) for text in TEXTS]
+        for number, prompt in enumerate(prompts):
+            job = Job(prompt, SamplingParams(max_tokens=0), pooling="mean")
+            loaded.engine.add(loaded.engine.prepare(job), 0.0, number)
+        pooled = {}
+        while (pending := loaded.engine.launch(0.0)) is not None:
+            pooled |= {each.index: each.pooled for each in loaded.engine.collect(pending)}
+    finally:
+        loaded.close()
+    ours = [pooled[n] / np.linalg.norm(pooled[n]) for n in range(len(TEXTS))]
+    reference = make_reference().model
+    for vector, prompt in zip(ours, prompts, strict=True):
+        with torch.inference_mode():
+            theirs = reference(torch.tensor([prompt])).last_hidden_state[0].mean(0).numpy()
+        assert vector @ theirs / np.linalg.norm(theirs) > 0.99
+    assert ours[0] @ ours[1] > ours[0] @ ours[2] + 0.05

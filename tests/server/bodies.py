@@ -92,6 +92,8 @@ BODIES = {
     "all completions": (COMPLETE, prompt(several(b'"a"', 128), b',"n":2'), 200),
     "scores": (COMPLETE, prompt(ids(8000), b',"echo":true,"logprobs":20'), 200),
     "scores beside a chat": (CHAT, messages(EMPTY, 200, b',"prompt_logprobs":20'), 200),
+    "texts to embed": ("/v1/embeddings", b'{"input":%s}' % several(text(40), 2000), 200),
+    "more texts than are taken": ("/v1/embeddings", b'{"input":%s}' % several(b'"a"', 9000), 400),
     "questions": ("/v1/decisions", questions(128), 200),
     "more questions than are taken": ("/v1/decisions", questions(300), 400),
     "a chat to be rendered": (CHAT + "/render", user(text(8000)), 200),

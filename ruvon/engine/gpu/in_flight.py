@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.graphs import StagingBuffer
-from ruvon.engine.gpu.scoring import PromptScores, to_host
+from ruvon.engine.gpu.scoring import PooledSum, PromptScores, to_host
+from ruvon.engine.pooling import broken
 from ruvon.engine.sampler import finite
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
 from ruvon.kernels import sample
@@ -37,6 +38,7 @@ class InFlightStep:
     began: float
     tops: Mapping[int, Alternatives | None]  # of rows whose logprobs are wanted
     scores: Sequence[PromptScores]
+    pooled: Sequence[PooledSum] = ()
     behind: Future[None] | None = None  # launches what waits for masks
     accept: Callable[[StepResult], StepResult] = lambda result: result  # by grammars
 
@@ -146,10 +148,13 @@ def read_back(step: InFlightStep) -> StepResult:
         prompts[prompt.row.seq_id], error = prompt.read()
         if error is not None:
             errors.setdefault(prompt.row.seq_id, error)
+    sums = {each.seq_id: each.sum_C.numpy() for each in step.pooled}
+    errors.update(broken(sums))
     return StepResult(
         tokens=tuple([(token,) if token >= 0 else () for token in sampled]),
         logprobs=tuple(scores),
         prompt_logprobs=prompts,
+        pooled=sums,
         errors=errors,
         seconds=time.perf_counter() - step.began,
     )

@@ -34,7 +34,7 @@ from ruvon.engine.gpu.in_flight import Alternatives, InFlightStep, StepFuture, a
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.sampling_state import SlotStates
-from ruvon.engine.gpu.scoring import PromptScores, Scorer
+from ruvon.engine.gpu.scoring import PooledSum, PromptScores, Scorer
 from ruvon.engine.matching import Masks, Matchers
 from ruvon.engine.types import Plan, StepResult
 from ruvon.kernels import sample
@@ -129,16 +129,16 @@ class GpuRunner:
         constrained = any(row.masked for row in deferred)
         masks = self._begin_masks(plan) if constrained else None
         tops = self._alternatives(plan, captured.logits_LV)
-        scores = self._score(plan)
-        self.num_misses += bool(deferred or scores)
+        scores, pooled = self._score(plan), self._pool(plan)
+        self.num_misses += bool(deferred or scores or pooled)
         end = partial(self._end, deferred, captured.logits_LV, staging, masks)
         if masks is None:
             end()
-            step = InFlightStep(plan, staging, began, tops, scores)
+            step = InFlightStep(plan, staging, began, tops, scores, pooled)
         else:  # they may take longer than the caller has
             behind = self._waiter.submit(end)
             accept = partial(self._matchers.accept, plan.rows, masks)
-            step = InFlightStep(plan, staging, began, tops, scores, behind, accept)
+            step = InFlightStep(plan, staging, began, tops, scores, pooled, behind, accept)
         future = StepFuture(step, self._waiter)
         self._in_flight.append(future)
         return future
@@ -203,5 +203,12 @@ class GpuRunner:
         return [
             self._scorer.launch(chunk, row, self._batch.tables[chunk.seq_id])
             for row in plan.prompt_rows
+            for chunk in [plan.chunks[row.chunk]]
+        ]
+
+    def _pool(self, plan: Plan) -> list[PooledSum]:
+        return [
+            self._scorer.pool(chunk, row, self._batch.tables[chunk.seq_id])
+            for row in plan.pooled_rows
             for chunk in [plan.chunks[row.chunk]]
         ]

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import lay_out, to_device
+from ruvon.engine.pooling import places
 from ruvon.engine.sampler import finite, undrawable
-from ruvon.engine.types import Chunk, Plan, PromptRow, TokenLogprobs
+from ruvon.engine.types import Chunk, Plan, PooledRows, PromptRow, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.sample import score
 
@@ -46,8 +47,16 @@ class PromptScores:
         return tuple(entries if error is None else ()), error
 
 
+@dataclass(frozen=True, slots=True)
+class PooledSum:
+    """The sum of a chunk's hidden states, on the way to the host."""
+
+    seq_id: int
+    sum_C: Tensor
+
+
 class Scorer:
-    """Launches what scores a chunk, on the current stream."""
+    """Launches what scores a chunk, or adds up its hidden states, on the current stream."""
 
     def __init__(
         self,
@@ -78,6 +87,15 @@ class Scorer:
             cut = partial(torch.split, split_size_or_sections=self._piece)
             pieces = zip(cut(hidden_QC), cut(targets_Q), strict=True)
             return PromptScores(row, [self._score(*piece, row.num_top) for piece in pieces])
+
+    def pool(self, chunk: Chunk, row: PooledRows, table: list[int]) -> PooledSum:
+        """Add up the hidden states of ``row``, one chunk at a time as well."""
+        plan = Plan(0, (replace(chunk, samples=False),))
+        with torch.inference_mode():
+            layout = lay_out(plan, {chunk.seq_id: table}, self._block_size)
+            rows = places((replace(row, chunk=0),), layout.query_starts)
+            hidden_LC = self._hidden(replace(layout, logit_rows=rows).to_batch(self._device))
+            return PooledSum(row.seq_id, to_host(hidden_LC.sum(0, dtype=torch.float64)))
 
     def _score(self, hidden_QC: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
         logits_QV = self._logits(hidden_QC)

@@ -97,17 +97,19 @@ class CpuKernels:
         cache: Sequence[tuple[Tensor, Tensor]],
         limits: Limits,
         progress: Progress | None = None,
+        *,
+        draws: bool = True,
     ) -> Graph:
         """The step of a model that was built with these `ops`, for batches within ``limits``.
+        ``draws``: what it comes to are logits, of which the largest are to be found.
 
         Kernels that are not on disk yet are compiled here, a few seconds each.
         """
         capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
         self._capturing = Capture(capacity, self.isa)
         try:
-            return Graph(
-                forward, cache, limits, self._capturing, functools.partial(self._finish, progress)
-            )
+            finish = functools.partial(self._finish, progress)
+            return Graph(forward, cache, limits, self._capturing, finish, draws=draws)
         finally:
             self._capturing = None
 

@@ -146,14 +146,18 @@ class Graph:
         limits: Limits,
         capture: Capture,
         finish: Callable[[Capture, Iterable[Tensor]], Program],
+        *,
+        draws: bool = True,
     ) -> None:
-        """``capture`` is the one that the model's operations write to."""
+        """``capture`` is the one that the model's operations write to. With ``draws``, `argmax` is
+        computed."""
         self._batch = empty_batch(limits)
         self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
         self._tables = self._batch.block_tables.numpy()
         logits = forward(self._batch, cache)
         likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
-        capture.argmax(logits, likeliest)
+        if draws:
+            capture.argmax(logits, likeliest)
         self._likeliest = likeliest.numpy()
         self.program = finish(capture, [logits])
         self._logits = capture.result(logits)

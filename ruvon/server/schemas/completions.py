@@ -13,15 +13,15 @@ from ruvon.server.schemas.generation import GenerationFields
 MAX_PROMPTS = 256
 
 
-def as_prompts(value: object) -> list[str | list[int]]:
+def as_prompts(value: object, most: int = MAX_PROMPTS) -> list[str | list[int]]:
     """The four shapes of ``prompt`` → a list with one string or one list of token ids for each."""
     if isinstance(value, str):
         return [value]
     if isinstance(value, list) and value:
         if all(type(item) is int for item in value):
             return [value]
-        if len(value) > MAX_PROMPTS:
-            raise PydanticCustomError("too_long", f"There should be at most {MAX_PROMPTS} prompts")
+        if len(value) > most:
+            raise PydanticCustomError("too_long", f"There should be at most {most} of them")
         if all(isinstance(item, str) or is_ids(item) for item in value):
             return value
     raise PydanticCustomError(
