@@ -25,11 +25,9 @@ class InstallError(Exception):
 def install(client: Client) -> Path:
     """The client's environment, made anew if what it is made of changed. Raises InstallError."""
     source = HERE / (client.requirements or f"{client.folder}/package.json")
-    lock = source.with_name("package-lock.json")
-    made_of = source.read_bytes() + (lock.read_bytes() if lock.exists() else b"")
     home = BUILD / "environments" / (client.folder or client.name).split("/")[-1]
     stamp = home / ".installed"
-    digest = hashlib.sha256(made_of + NODE.encode()).hexdigest()
+    digest = hashlib.sha256(source.read_bytes() + NODE.encode()).hexdigest()
     if not stamp.exists() or stamp.read_text() != digest:
         shutil.rmtree(home, ignore_errors=True)
         make = make_python if client.requirements else make_node
@@ -45,13 +43,11 @@ def make_python(home: Path, source: Path) -> None:
 
 
 def make_node(home: Path, source: Path) -> None:
-    """npm's packages; the scripts that they would run while installing do not run."""
+    """npm's packages. Those of agents put their programs in place by a script."""
     home.mkdir(parents=True)
-    for file in source.parent.glob("package*.json"):
-        shutil.copy(file, home)
-    verb = "ci" if (home / "package-lock.json").exists() else "install"
+    shutil.copy(source, home)
     npm = node().parent.parent / "lib" / "node_modules" / "npm" / "bin" / "npm-cli.js"
-    execute([str(node()), str(npm), verb, "--ignore-scripts", "--no-audit", "--no-fund"], home)
+    execute([str(node()), str(npm), "install", "--no-audit", "--no-fund"], home)
 
 
 def node() -> Path:
@@ -70,7 +66,7 @@ def execute(command: Sequence[str], folder: Path | None = None) -> None:
     try:
         subprocess.run(
             command, cwd=folder, check=True, capture_output=True, text=True, timeout=PATIENCE,
-            env=os.environ | {"PATH": os.defpath} if folder is None else npm_environment(folder),
+            env=None if folder is None else npm_environment(),
         )  # fmt: skip
     except subprocess.CalledProcessError as error:
         raise InstallError(
@@ -80,7 +76,7 @@ def execute(command: Sequence[str], folder: Path | None = None) -> None:
         raise InstallError(str(error)) from None
 
 
-def npm_environment(folder: Path) -> dict[str, str]:
+def npm_environment() -> dict[str, str]:
     """npm asks for `node` by name, and keeps its caches in our folder."""
     path = f"{node().parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
     return os.environ | {"PATH": path, "npm_config_cache": str(BUILD / "npm-cache")}

@@ -18,7 +18,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from catalog import CLIENTS, HERE, Client
-from environments import BUILD, InstallError, install, node, versions
+from environments import BUILD, InstallError, install, node, npm_environment, versions
 from rich.console import Console
 from rich.table import Table
 from scripted import running
@@ -90,7 +90,7 @@ def run_tests(client: Client, home: Path, url: str) -> str:
     """Run a client's tests, which write a JUnit report; gives what kept them from that."""
     report = BUILD / f"{client.name}.xml"
     report.unlink(missing_ok=True)
-    environment = clean(os.environ) | {
+    environment = clean(os.environ if client.requirements else npm_environment()) | {
         "RUVON_URL": url,
         "RUVON_CLIENT": str(home / client.program) if client.program else "",
         **client.environment,

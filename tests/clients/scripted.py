@@ -11,11 +11,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from aiohttp import web
 from fakes import FakeRunner, fake_logprobs
 from recorder import Recorder
@@ -24,6 +25,8 @@ from serving import fake_start
 import scripts
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.engine import Engine
+from ruvon.engine.grammar import Grammars
+from ruvon.engine.matching import Matchers
 from ruvon.engine.types import SamplingRow, TokenLogprobs
 from ruvon.models.chat import load_chat
 from ruvon.models.checkpoint import open_checkpoint
@@ -43,28 +46,50 @@ VOCAB_SIZE = 49152
 
 
 class ScriptedRunner(FakeRunner):
-    """Answers each prompt with what ``script(prompt)`` says, then ends it."""
+    """Answers each prompt with what ``script(prompt)`` says, then ends it; within a grammar by the
+    longest tokens that it allows."""
 
-    def __init__(self, script: Callable[[str], str], tokenizer: Tokenizer) -> None:
-        super().__init__(BLOCK_SIZE)
+    def __init__(
+        self, script: Callable[[str], str], tokenizer: Tokenizer, matchers: Matchers
+    ) -> None:
+        super().__init__(BLOCK_SIZE, matchers=matchers)
         self._script = script
         self._tokenizer = tokenizer
-        self._answers: dict[int, Sequence[int]] = {}
+        self._end = min(tokenizer.eos_ids)
+        self._answers: dict[int, list[int]] = {}
+        self._tokens = {tokenizer.token_bytes(id): id for id in range(tokenizer.vocab_size)}
+        self._longest = max(map(len, self._tokens))
 
     def _draw(
         self, row: SamplingRow, context: list[int]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
         if row.seq_id not in self._answers:
-            self._answers[row.seq_id] = self._answer(row.history[: row.num_prompt])
-        answer = self._answers[row.seq_id]
-        token = answer[min(len(context) - row.num_prompt, len(answer) - 1)]
+            self._answers[row.seq_id] = self._answer(context[: row.num_prompt])
+        answer, said = self._answers[row.seq_id], context[row.num_prompt :]
+        if row.mask is None:
+            token = answer[min(len(said), len(answer) - 1)]
+        else:
+            token = self._within(row.mask, self._spell(answer[:-1])[len(self._spell(said)) :])
         num_top = row.sampling.logprobs
         return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
 
-    def _answer(self, prompt: Sequence[int]) -> Sequence[int]:
+    def _answer(self, prompt: list[int]) -> list[int]:
         text = self._script(self._tokenizer.decode(prompt, skip_special_tokens=False))
         ids = self._tokenizer.encode(text, add_special_tokens=False, parse_special=True)
-        return [*ids, min(self._tokenizer.eos_ids)]
+        return [*ids, self._end]
+
+    def _spell(self, ids: list[int]) -> bytes:
+        return b"".join(map(self._tokenizer.token_bytes, ids))
+
+    def _within(self, mask: np.ndarray, rest: bytes) -> int:
+        """A token with which to say ``rest``. The end, if the mask allows none: the row fails."""
+        starts = (rest[:size] for size in range(min(self._longest, len(rest)), 0, -1))
+        found = (self._tokens[start] for start in starts if start in self._tokens)
+        return next((id for id in found if allows(mask, id)), self._end)
+
+
+def allows(mask: np.ndarray, token: int) -> bool:
+    return bool(mask[token // 32] >> (token % 32) & 1)
 
 
 def scripted_start(script: Callable[[str], str]) -> Start:
@@ -72,7 +97,8 @@ def scripted_start(script: Callable[[str], str]) -> Start:
 
     def start(config: EngineConfig, progress: Callable[[str, float], None]) -> Any:
         tokenizer = load_tokenizer(open_checkpoint(EngineConfig(), silent))
-        runner = ScriptedRunner(script, tokenizer)
+        grammars = Grammars(tokenizer, VOCAB_SIZE, tuple(tokenizer.eos_ids))
+        runner = ScriptedRunner(script, tokenizer, Matchers(grammars))
         loaded = fake_start(runner, config)(config, progress)
         loaded.checkpoint.name = MODEL
         loaded.tokenizer = tokenizer
@@ -83,8 +109,10 @@ def scripted_start(script: Callable[[str], str]) -> Start:
             max_model_len=MAX_MODEL_LEN,
             num_blocks=4 * MAX_MODEL_LEN // BLOCK_SIZE,
             vocab_size=VOCAB_SIZE,
-            eos_token_ids=tuple(tokenizer.eos_ids),
+            eos_token_ids=grammars.eos_token_ids,
+            grammars=grammars,
         )
+        loaded.close = lambda: (runner.close(), grammars.close())
         return loaded
 
     return start

@@ -95,10 +95,14 @@ def editing(read: Step, edit: Step) -> list[Step]:
 
 
 def codex(prompt: str) -> str:
-    folder, patch = TASK.search(prompt)[1].removesuffix("/calc.py"), apply_patch("calc.py")
-    cat = {"cmd": "cat calc.py", "workdir": folder}
-    write = ("exec_command", {"cmd": f"apply_patch <<'EOF'\n{patch}EOF\n", "workdir": folder})
-    return loop(prompt, editing(("", "exec_command", cat), (BROKEN.strip(), *write)))
+    """Patches with the tool for that where it is offered, which takes text, else in the shell."""
+    if "<tools>" not in prompt:
+        return loop(prompt, [])
+    patch, cat = apply_patch("calc.py"), ("exec_command", {"cmd": "cat calc.py"})
+    edit = ("exec_command", {"cmd": f"apply_patch <<'EOF'\n{patch}EOF\n"})
+    if re.search(r'"name": ?"apply_patch"', prompt):
+        edit = ("apply_patch", {"input": patch})
+    return loop(prompt, editing(("", *cat), (BROKEN.strip(), *edit)))
 
 
 def apply_patch(path: str) -> str:

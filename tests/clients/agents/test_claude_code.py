@@ -22,3 +22,5 @@ def test_mends_a_file(url, project):
     assert result["result"] == "Done: add adds."
     assert not result["is_error"]
     project.assert_mended()
+    usage = result["usage"]  # of all requests; each begins as the one before, but for a line
+    assert usage["cache_read_input_tokens"] > 2 * usage["input_tokens"]

@@ -1,10 +1,18 @@
-"""Codex speaks Responses; its tools are exec_command, and apply_patch within it."""
+"""Codex speaks Responses. To a model that it knows it offers apply_patch as a custom tool, which
+takes text by a grammar; to others only the shell."""
 
 from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+MODELS = Path(__file__).parent / "codex" / "models.json"
 
 CONFIG = """
 model = "scripted"
 model_provider = "ruvon"
+{more}
 [model_providers.ruvon]
 name = "ruvon"
 base_url = "{url}/v1"
@@ -18,8 +26,9 @@ enabled = false
 UNASKED = "--dangerously-bypass-approvals-and-sandbox"  # the project is the sandbox
 
 
-def test_mends_a_file(url, project, write):
-    write(".codex/config.toml", CONFIG.format(url=url))
+@pytest.mark.parametrize("more", ["", f'model_catalog_json = "{MODELS}"'], ids=["shell", "custom"])
+def test_mends_a_file(url, project, write, more):
+    write(".codex/config.toml", CONFIG.format(url=url, more=more))
     last = project.home / "last.txt"
     project.run(
         "exec", UNASKED, "--output-last-message", str(last), project.task, RUVON_API_KEY="none"
