@@ -29,7 +29,8 @@ def items(one: bytes, count: int, more: bytes = b"") -> bytes:
     return b'{"input":[%s%s],"max_output_tokens":1%s}' % (one * (count - 1), ITEM[:-1], more)
 
 
-def tools(count: int) -> bytes:
+def functions(count: int) -> bytes:
+    """As the Responses API has them."""
     return b',"tools":[%s]' % b",".join(TOOL % number for number in range(count))
 
 
@@ -156,8 +157,8 @@ BODIES = {
     ),
     "too many items": (RESPOND, items(ITEM, 16_000), 400),
     "instructions": (RESPOND, items(ITEM, 1, b',"instructions":' + text(4_000_000)), 400),
-    "tools without end": (RESPOND, items(ITEM, 1, tools(5000)), 400),
-    "more tools than fit": (RESPOND, items(ITEM, 1, tools(1024)), 400),
+    "tools without end": (RESPOND, items(ITEM, 1, functions(5000)), 400),
+    "more tools than fit": (RESPOND, items(ITEM, 1, functions(1024)), 400),
     "one text": (CHAT, user(text((4 << 20) - 100)), 400),
     "one text of escapes": (CHAT, user(b'"%s' % (b"\\n" * 520_000) + text(3_000_000)[1:]), 400),
     "letters beyond ASCII": (COMPLETE, prompt('"{}"'.format("é" * 2_000_000).encode()), 400),
