@@ -20,8 +20,10 @@ import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from multiprocessing import get_context
 
+import numpy as np
 import pytest
 import uvloop
 from bodies import BODIES, CONTEXT, post
@@ -94,17 +96,20 @@ class QuickRunner(FakeRunner):
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         entry = fake_logprobs(97, 20)
+        wanted = {new.seq_id: new.sampling.logprob_token_ids for new in plan.new}
         self.plans.append(plan)
         future: Future[StepResult] = Future()
         future.set_result(
             StepResult(
                 tokens=((97,),) * len(plan.rows),
-                logprobs=((entry,),) * len(plan.rows),
+                logprobs=tuple(
+                    (replace(entry, top=tuple((id, -1.0) for id in ids)) if ids else entry,)
+                    for ids in [wanted.get(seq_id) for seq_id in plan.rows]
+                ),
                 prompt_logprobs={
                     row.seq_id: (entry,) * len(row.targets) for row in plan.prompt_rows
                 },
-                errors={},
-                seconds=0.0,
+                pooled={row.seq_id: np.ones(64) for row in plan.pooled_rows},
             )
         )
         return future
