@@ -66,7 +66,9 @@ class Vocabulary:
             id for id in {*tokenizer.special_ids, *self.eos_token_ids} if id < len(self.tokens)
         ]
         self._tokenizer = tokenizer
-        self._encode_short = lru_cache(ENCODED)(self._encode)  # streams force the same, such as keys
+        self._encode_short = lru_cache(ENCODED)(
+            self._encode
+        )  # streams force the same, such as keys
 
     def __call__(self, text: str) -> list[int]:
         """The tokens of a text amid another, for those that a grammar forces; none where the
