@@ -134,9 +134,20 @@ def _text(text: object, param: str) -> str:
     return text
 
 
+ENCODER = json.JSONEncoder(allow_nan=False)
+
+
 def _dump(schema: Schema, param: str) -> str:
+    """As JSON, piece by piece: all at once would hold the interpreter's lock, and for what is too
+    long there is no need of the rest."""
+    pieces, size = [], 0
     try:
-        return json.dumps(schema, allow_nan=False)
+        for piece in ENCODER.iterencode(schema):
+            pieces.append(piece)
+            size += len(piece)
+            if size > LONGEST:
+                break
+        return "".join(pieces)
     except RecursionError:
         raise RequestError(f"{param}: the schema is nested too deeply.", param) from None
     except (TypeError, ValueError) as error:
@@ -147,8 +158,7 @@ def _bounded(grammar: Grammar) -> Grammar:
     size = len(grammar.start) + len(grammar.rules)
     if size > LONGEST:
         raise RequestError(
-            f"{grammar.param}: a grammar or schema may have at most {LONGEST} characters, "
-            f"not {size}.",
+            f"{grammar.param}: a grammar or schema may have at most {LONGEST} characters.",
             grammar.param,
         )
     return grammar

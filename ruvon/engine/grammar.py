@@ -9,6 +9,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -26,6 +27,7 @@ ENTRY_BYTES, BYTES_A_CHARACTER = 32 << 10, 64
 """About what a compiled grammar takes, by its text; measured over schemas from 100 bytes to 1 MB,
 of which most take less."""
 
+SHORT, ENCODED = 64, 4096  # characters of texts whose tokens are remembered, and how many of them
 REFUSALS = 256  # remembered, so that asking again costs nothing
 PATIENCE = 15.0  # seconds for a trial: a bound for a machine that has no time for it
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
@@ -64,10 +66,16 @@ class Vocabulary:
             id for id in {*tokenizer.special_ids, *self.eos_token_ids} if id < len(self.tokens)
         ]
         self._tokenizer = tokenizer
+        self._encode_short = lru_cache(ENCODED)(
+            self._encode
+        )  # streams force the same, such as keys
 
     def __call__(self, text: str) -> list[int]:
         """The tokens of a text amid another, for those that a grammar forces; none where the
         tokenizer would add something, such as a space before a text."""
+        return self._encode_short(text) if len(text) < SHORT else self._encode(text)
+
+    def _encode(self, text: str) -> list[int]:
         ids = self._tokenizer.encode(text, add_special_tokens=False)
         size = len(self.tokens)
         spelt = b"".join(self.tokens[id] for id in ids if id < size)

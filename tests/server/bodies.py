@@ -78,6 +78,11 @@ def schema(body: bytes) -> bytes:
     return b',"json_schema":' + body
 
 
+def chain(count: int) -> bytes:
+    """A grammar whose every rule is the next one, but for the last, which is missing."""
+    return b"\\n".join(b"r%d: r%d" % (number, number + 1) for number in range(count))
+
+
 def properties(count: int) -> bytes:
     each = b",".join(b'"key%d":{"type":"integer"}' % number for number in range(count))
     return b'{"type":"object","properties":{%s}}' % each
@@ -86,6 +91,16 @@ def properties(count: int) -> bytes:
 BODIES = {
     # what is taken
     "a chat that fills the context": (CHAT, user(text(8000)), 200),
+    "a small schema that takes for ever": (
+        COMPLETE,
+        prompt(b'"a"', schema(b'{"type":"integer","multipleOf":1000003}')),
+        400,
+    ),
+    "rules that end the process that compiles them": (
+        COMPLETE,
+        prompt(b'"a"', b',"grammar":"start: r0\\n%s"' % chain(9000)),
+        400,
+    ),
     "a prompt that fills the context": (COMPLETE, prompt(text(8000)), 200),
     "ids that fill the context": (COMPLETE, prompt(ids(CONTEXT - 1)), 200),
     "several of them": (COMPLETE, prompt(ids(CONTEXT - 1), b',"n":128'), 200),
