@@ -32,6 +32,8 @@ class EnoughError(Exception):
 ReadCalls: TypeAlias = "Callable[[CallReader], Waiting[None]]"
 """Reads the call or calls after a marker, by means of a `CallReader`."""
 
+MakeDelta: TypeAlias = Callable[[str], Delta]
+
 
 @dataclass(frozen=True, slots=True)
 class Markers:
@@ -151,6 +153,7 @@ class TurnParser:
         self._read = read
         self._thinking = thinking
         self._at_once = markers.think is None and parallel
+        self._plain: tuple[re.Pattern[str], MakeDelta] | None = None
         self._scanner = Scanner()
         self._calls = CallReader(self._scanner, tools, parallel)
         self._steps = self._turn()
@@ -175,6 +178,11 @@ class TurnParser:
         return self._taken()
 
     def _feed(self, text: str) -> None:
+        if self._plain is not None and not self._scanner.ended:  # most of the time
+            pattern, delta = self._plain
+            if pattern.fullmatch(text):
+                self._calls.add(delta(text))
+                return
         self._scanner.feed(text)
         next(self._steps, None)
 
@@ -205,7 +213,7 @@ class TurnParser:
         self._thinking = True
         yield from self._skip_spaces()
         pattern = re.compile(re.escape(end))
-        yield from self._until(pattern, (end,), lambda text: Delta(reasoning=text))
+        yield from self._until(pattern, (end,), as_reasoning)
         self._thinking = False
         yield from self._skip_spaces()
 
@@ -215,18 +223,19 @@ class TurnParser:
         self._scanner.at = 0
         starts = self._markers.starts
         while True:
-            marker = yield from self._until(self._start, starts, lambda text: Delta(text=text))
+            marker = yield from self._until(self._start, starts, as_text)
             if marker is None:
                 return
             yield from self._call(marker)
 
     def _until(
-        self, pattern: re.Pattern[str], markers: Sequence[str], delta: Callable[[str], Delta]
+        self, pattern: re.Pattern[str], markers: Sequence[str], delta: MakeDelta
     ) -> Waiting[str | None]:
         """Give out the text before a marker, but for the white space at its end; read that and the
         marker, and return it. None if all of the text has been given out."""
-        scanner = self._scanner
+        scanner, plain = self._scanner, without_any(markers)
         while True:
+            self._plain = None
             text = scanner.text
             found = pattern.search(text)
             end = found.start() if found else len(text) - half_marker(text, *markers)
@@ -241,6 +250,8 @@ class TurnParser:
                 return found[0]
             if scanner.ended:
                 return None
+            if not scanner.text:
+                self._plain = plain, delta
             yield
 
     def _call(self, marker: str) -> Waiting[None]:
@@ -257,3 +268,17 @@ class TurnParser:
     def _skip_spaces(self) -> Waiting[None]:
         yield from self._scanner.spaces()
         self._scanner.drop()
+
+
+def as_text(text: str) -> Delta:
+    return Delta(text=text)
+
+
+def as_reasoning(text: str) -> Delta:
+    return Delta(reasoning=text)
+
+
+def without_any(markers: Sequence[str]) -> re.Pattern[str]:
+    """Text that no marker begins in, and that does not end in white space."""
+    firsts = re.escape("".join({marker[0] for marker in markers}))
+    return re.compile(rf"[^{firsts}]*[^{firsts}\s]" if firsts else r"(?s:.*)\S")
