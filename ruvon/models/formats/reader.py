@@ -18,6 +18,7 @@ from ruvon.models.formats.scanner import Scanner, Waiting, half_marker
 from ruvon.models.formats.tools import INPUT, Tool
 from ruvon.models.text_stream import TextStream
 
+ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u....|\\u....|\\.", re.DOTALL)
 BLANKS = 64  # white space at the end of a text that is held back: it goes if a marker follows
 
 
@@ -100,23 +101,63 @@ class CallReader:
 
     def arguments(self, tool: Tool) -> Waiting[None]:
         """Read the arguments of the call that has begun, as JSON: an object goes out as it comes,
-        and just as it is written."""
+        and just as it is written; of a custom tool's, what its input says."""
         scanner = self.scanner
+        if tool.custom and (yield from self._input()):
+            return
         if tool.custom or (yield from scanner.peek()) != "{":
             yield from scanner.value()
             self.argue(settle(scanner.drop(), tool))
         else:
             yield from scanner.value(lambda: self.argue(scanner.drop()))
 
+    def _input(self) -> Waiting[bool]:
+        """Read an object of a custom tool's input, and give out the input as it comes; False, and
+        nothing is read, if that is not what it begins with."""
+        scanner = self.scanner
+        for part in ("{", f'"{INPUT}"', ":", '"'):
+            yield from scanner.spaces()
+            if not (yield from scanner.take(part)):
+                scanner.at = 0
+                return False
+        scanner.drop()
+        while (yield from scanner.peek()) not in ("", '"'):
+            yield from scanner.characters()
+            self.argue(unescaped(scanner.drop()))
+        yield from scanner.take('"')
+        while (following := (yield from scanner.spaces())) != "}":  # what else the object has
+            if following and following in ",:":
+                scanner.at += 1
+            elif not (yield from scanner.value()):
+                break
+        yield from scanner.take("}")
+        scanner.drop()
+        return True
+
 
 def settle(written: str, tool: Tool) -> str:
     """Arguments that have been read whole: JSON, or a custom tool's input."""
     value = loads(written)
     if isinstance(value, str):  # JSON in JSON, as some models write it
-        return value
+        return whole(value)
     if tool.custom and isinstance(value, dict) and isinstance(value.get(INPUT), str):
-        return str(value[INPUT])
+        return whole(value[INPUT])
     return "{}" if written in ("", "null") else written
+
+
+def unescaped(text: str) -> str:
+    """The inside of a JSON string; what is no escape stays as it is."""
+    return whole(ESCAPE.sub(_escaped, text)) if "\\" in text else text
+
+
+def _escaped(escape: re.Match[str]) -> str:
+    value = loads(f'"{escape[0]}"')
+    return value if isinstance(value, str) else escape[0]
+
+
+def whole(text: str) -> str:
+    """Text without halves of characters, which JSON can spell and nothing can encode."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def loads(text: str) -> Any:

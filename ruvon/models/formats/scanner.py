@@ -17,6 +17,10 @@ Waiting: TypeAlias = Generator[None, None, T]
 SPACES = re.compile(r"[ \t\r\n]*")
 OUTSIDE = re.compile(r'["{}\[\]]')  # what matters between a value's strings
 INSIDE = re.compile(r'["\\]')  # and within one
+CHARACTERS = re.compile(
+    r"""(?:[^"\\]|\\[^u]|\\u(?:[dD][89abAB]..(?:\\u....|(?!\\?\Z|\\u.{0,3}\Z))|(?![dD][89abAB])....))*""",
+    re.DOTALL,
+)  # of a string, as far as they are there whole: two escapes may be one character
 SCALAR = re.compile(r"[^\s,}\]]*")
 
 
@@ -85,6 +89,16 @@ class Scanner:
             seen()
         self.at += len(end)
         return True
+
+    def characters(self) -> Waiting[None]:
+        """Read of the inside of a JSON string what can be told, at least one character."""
+        while True:
+            match = CHARACTERS.match(self.text, self.at)
+            assert match is not None
+            if match.end() > self.at or self.ended:
+                self.at = match.end() if match.end() > self.at else len(self.text)
+                return
+            yield
 
     def value(self, seen: Callable[[], None] | None = None) -> Waiting[bool]:
         """Read one JSON value, judged by its quotes and brackets only; False if it never ends.
