@@ -114,6 +114,7 @@ def test_each_format_is_found_by_its_template_and_read(family):
         ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', [], None),
         ("hermes", "<tool_call> is a tag", [], None),
         ("hermes", '<tool_call>{"name": "weather", "arg', [], None),
+        ("hermes in words", '<tool_call>{"name": "anything"}\n</tool_', ["{}"], ""),
         ("hermes", "a <tool_call", [], None),
         ("hermes", '{"name": "weather", "arguments": {}}', [], None),
         ("hermes", '<tool_call>{"name": "anything", "arguments": {"a": [}', ['{"a": [}'], ""),

@@ -37,8 +37,7 @@ def read(calls: CallReader) -> Waiting[None]:
     calls.begin(tool)
     yield from _read_arguments(calls, tool)
     for tag in (FUNCTION_END, END):
-        yield from scanner.spaces()
-        yield from scanner.take(tag)
+        yield from scanner.close(tag)
     scanner.drop()
     calls.end()
 

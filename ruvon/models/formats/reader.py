@@ -184,14 +184,17 @@ class TurnParser:
         *,
         thinking: bool = False,
         parallel: bool = True,
+        only: bool = False,
     ) -> None:
         """``thinking``: the prompt has opened the reasoning. Without ``parallel`` the completion
-        ends with its first call."""
+        ends with its first call. ``only``: a grammar lets nothing but calls be written, so what is
+        none yet is one that was cut off."""
         text.show(markers.shown)
         self._text = text
         self._markers = markers
         self._start = re.compile("|".join(map(re.escape, markers.starts)) or "(?!)")
         self._read = read
+        self._as_text = as_nothing if only else as_text
         self._thinking = thinking
         self._at_once = markers.think is None and parallel
         self._plain: tuple[re.Pattern[str], MakeDelta] | None = None
@@ -264,7 +267,7 @@ class TurnParser:
         self._scanner.at = 0
         starts = self._markers.starts
         while True:
-            marker = yield from self._until(self._start, starts, as_text)
+            marker = yield from self._until(self._start, starts, self._as_text)
             if marker is None:
                 return
             yield from self._call(marker)
@@ -302,7 +305,7 @@ class TurnParser:
         try:
             yield from self._read(calls)
         except NotACallError:
-            calls.add(Delta(text=self._scanner.drop()))
+            calls.add(self._as_text(self._scanner.drop()))
         if calls.num_calls > before:
             yield from self._skip_spaces()
 
@@ -313,6 +316,10 @@ class TurnParser:
 
 def as_text(text: str) -> Delta:
     return Delta(text=text)
+
+
+def as_nothing(text: str) -> Delta:
+    return Delta()
 
 
 def as_reasoning(text: str) -> Delta:

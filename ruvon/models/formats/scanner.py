@@ -57,6 +57,12 @@ class Scanner:
                 return False
             yield
 
+    def close(self, end: str) -> Waiting[None]:
+        """Read white space and ``end`` after it, if it is there, or what came of it."""
+        yield from self.spaces()
+        if not (yield from self.take(end)) and self.ended and end.startswith(self.text[self.at :]):
+            self.at = len(self.text)
+
     def spaces(self) -> Waiting[str]:
         """Read white space, up to the next character, and give that."""
         yield from self.span(SPACES)
