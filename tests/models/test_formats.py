@@ -46,6 +46,7 @@ def assembled(deltas: Sequence[Delta]) -> dict[str, Any]:
         assert (call.id is None) == (call.name is None)
         assert call.custom == calls[-1][2]
         calls[-1][1] += call.arguments
+    assert all(call[1].encode() is not None for call in calls)  # there are no halves of characters
     return {
         "text": "".join(delta.text for delta in deltas),
         "reasoning": "".join(delta.reasoning for delta in deltas),
@@ -113,6 +114,7 @@ def test_each_format_is_found_by_its_template_and_read(family):
         ("hermes", '<tool_call>{"name": "nobody", "arguments": {}}</tool_call>', [], None),
         ("hermes", "<tool_call> is a tag", [], None),
         ("hermes", '<tool_call>{"name": "weather", "arg', [], None),
+        ("hermes in words", '<tool_call>{"name": "anything"}\n</tool_', ["{}"], ""),
         ("hermes", "a <tool_call", [], None),
         ("hermes", '{"name": "weather", "arguments": {}}', [], None),
         ("hermes", '<tool_call>{"name": "anything", "arguments": {"a": [}', ['{"a": [}'], ""),
@@ -145,6 +147,14 @@ def test_what_models_write_besides(family, text, calls, rest):
             '<tool_call>{"name": "patch", "arguments": {"input": "a\\n\\"b\\""}}</tool_call>',
         ),
         ("hermes", '<tool_call>{"name": "patch", "arguments": "a\\n\\"b\\""}</tool_call>'),
+        (
+            "hermes",
+            '<tool_call>{"arguments": {"input": "a\\n\\"b\\""}, "name": "patch"}</tool_call>',
+        ),
+        (
+            "hermes",
+            '<tool_call>{"name": "patch", "arguments": {"input": "\\u0061\n\\"b\\"", "x": 1}}',
+        ),
         ("coder", '<function=patch>\n<parameter=input>\na\n"b"\n</parameter>\n</function>'),
     ],
 )
@@ -165,6 +175,15 @@ def test_a_call_goes_out_as_it_is_written():
     assert {(call.index, call.id, call.name) for call in others} == {(0, None, None)}
 
 
+def test_a_custom_tools_input_goes_out_as_it_is_written():
+    text = (
+        '<tool_call>{"name": "patch", "arguments": {"input": "one \\ud83d\\ude42 \\q\\ud83d two"}}'
+    )
+    deltas = read("hermes", [[id] for id in encode("hermes", text)])
+    assert len(deltas) > 5
+    assert assembled(deltas)["calls"] == [("patch", "one 🙂 \\q\ufffd\ufffd\ufffd two")]
+
+
 def test_ids_of_calls_differ():
     text = written("hermes") * 3
     calls = [delta.tool_call for delta in read("hermes", [encode("hermes", text)])]
@@ -181,7 +200,8 @@ PIECES = [
     *MARKERS, "<tool_", "<tool_call><tool_call>", "</thi", "[", "]", "{", "}", '"', "\\", ",", ":",
     ";", "\n", "  ", "x", "é", "日本", "🙂", "null", "weather", "patch", '"name"', '"arguments"',
     '{"name": "weather", "arguments": ', '{"name": "anything", "parameters": {', '{"a": "}',
-    '{"name": "patch", "arguments": {"input": "\\u00e9\\ud83d\\ude42 \\n"}}', "function=weather>",
+    '{"name": "patch", "arguments": {"input": "\\u00e9\\ud83d\\ude42 \\n"}}', "\\ud83d",
+    "\\u00", "\\n", '<tool_call>{"name": "patch", "arguments": {"input": "', "function=weather>",
     "weather[ARGS]{", "parameter=days>", '[{"name": "anything"}', ROME, CODED, *WAYS.values(),
     *(way % ROME for way in WAYS.values()),
 ]  # fmt: skip

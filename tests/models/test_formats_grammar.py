@@ -105,6 +105,14 @@ def test_a_named_tool_is_called_once_if_not_in_parallel(family):
 
 
 @pytest.mark.parametrize("family", CALLING)
+def test_a_required_call_that_is_cut_off_is_no_text(family):
+    turn = ask(family, choice=REQUIRED)
+    ids = encode(family, written(family))
+    for size in range(len(ids)):
+        assert assembled(read(family, [ids[:size]], turn))["text"] == ""
+
+
+@pytest.mark.parametrize("family", CALLING)
 def test_calls_of_strict_tools_are_right_wherever_they_begin(family):
     turn = ask(family, [STRICT])
     assert turn.grammar.param == "tools"

@@ -71,6 +71,7 @@ class Answer:
             tools={tool.name: tool for tool in self.tools},
             thinking=self.thinking is not None and self.thinking.opened,
             parallel=self.choice.parallel and not self.raw,
+            only=self.choice.mode == "required",
         )
 
     def _calls(self) -> tuple[tuple[str, ...], ReadCalls]:
@@ -97,9 +98,14 @@ class Answer:
             return self.response  # with nothing around it
         if answer is None:
             return None
-        named = self.response is not None and self.choice.mode != "required"
-        param = self.response.param if self.response is not None and named else "tools"
-        return Grammar(answer, rules.text(), param)
+        return Grammar(answer, rules.text(), self._param)
+
+    @property
+    def _param(self) -> str:
+        """What is most likely at fault if the grammar is."""
+        if self.response is not None and self.choice.mode != "required":
+            return self.response.param
+        return self.tools[0].param if len(self.tools) == 1 else "tools"
 
     def _answer(self, rules: Rules) -> str | None:
         form, tools, parallel = self.format.grammar, self.tools, self.choice.parallel

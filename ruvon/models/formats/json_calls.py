@@ -24,8 +24,7 @@ def read_json_calls(end: str = "", joints: str = "") -> ReadCalls:
             while joints and (yield from _joined(scanner, joints)):
                 yield from _read_object(calls)
         if end:
-            yield from scanner.spaces()
-            yield from scanner.take(end)
+            yield from scanner.close(end)
         scanner.drop()
 
     return read
@@ -58,33 +57,24 @@ def _read_object(calls: CallReader) -> Waiting[None]:
     scanner = calls.scanner
     tool: Tool | None = None
     held: str | None = None
-    begun = False
     if not (yield from scanner.take("{")):
         raise NotACallError
-    while (yield from scanner.spaces()) == '"':
-        key = yield from _read_key(scanner)
-        begin = scanner.at
-        if key == "name" and tool is None:
-            yield from _read_value(scanner)
-            tool = calls.tool(loads(scanner.text[begin : scanner.at]))
-        elif key in ARGUMENTS and tool is not None and not begun and held is None:
-            calls.begin(tool)
-            begun = True
-            yield from calls.arguments(tool)
-        elif key in ARGUMENTS and held is None and not begun:
-            yield from _read_value(scanner)
-            held = scanner.text[begin : scanner.at]
-        elif key in OTHER or begun:
-            yield from _read_value(scanner)
-        else:
+    while (key := (yield from _next_key(scanner))) is not None:
+        if key == "name":
+            tool = calls.tool(loads((yield from _value(scanner))))
+        elif key in OTHER:
+            yield from _value(scanner)
+        elif key not in ARGUMENTS:
             raise NotACallError
-        if (yield from scanner.spaces()) == ",":
-            scanner.at += 1
-    if tool is None:
-        raise NotACallError
-    closed = yield from scanner.take("}")
-    if not begun:
-        if not closed:
+        elif tool is None or held is not None:
+            held = yield from _value(scanner)
+        else:
+            calls.begin(tool)
+            yield from calls.arguments(tool)
+            yield from _skip_members(scanner)
+            break
+    else:
+        if tool is None:
             raise NotACallError
         calls.begin(tool)
         calls.argue(settle(held or "", tool))
@@ -92,18 +82,34 @@ def _read_object(calls: CallReader) -> Waiting[None]:
     calls.end()
 
 
-def _read_key(scanner: Scanner) -> Waiting[object]:
-    """A member's name and the colon after it."""
-    begin = scanner.at
-    yield from _read_value(scanner)
-    key = loads(scanner.text[begin : scanner.at])
-    if (yield from scanner.spaces()) != ":":
+def _next_key(scanner: Scanner) -> Waiting[str | None]:
+    """The name of an object's next member, read with the colon; None if the object has ended."""
+    if (yield from scanner.spaces()) == ",":
+        scanner.at += 1
+        yield from scanner.spaces()
+    if (yield from scanner.take("}")):
+        return None
+    if (yield from scanner.peek()) != '"':
         raise NotACallError
-    scanner.at += 1
+    key = loads((yield from _value(scanner)))
     yield from scanner.spaces()
-    return key
+    if not (yield from scanner.take(":")):
+        raise NotACallError
+    yield from scanner.spaces()
+    return str(key)
 
 
-def _read_value(scanner: Scanner) -> Waiting[None]:
+def _skip_members(scanner: Scanner) -> Waiting[None]:
+    """Read the rest of an object, as far as it is there."""
+    while (following := (yield from scanner.spaces())) and following in ',"':
+        if (yield from _next_key(scanner)) is None:
+            return
+        yield from _value(scanner)
+    yield from scanner.take("}")
+
+
+def _value(scanner: Scanner) -> Waiting[str]:
+    begin = scanner.at
     if not (yield from scanner.value()):
         raise NotACallError
+    return scanner.text[begin : scanner.at]

@@ -13,7 +13,7 @@ from typing import Any
 
 from ruvon.models.formats.format import Format
 from ruvon.models.formats.grammar import CallGrammar, Rules, escape, quote
-from ruvon.models.formats.reader import CallReader, NotACallError, loads
+from ruvon.models.formats.reader import CallReader, NotACallError, loads, whole
 from ruvon.models.formats.scanner import Waiting
 from ruvon.models.formats.tools import Tool, arguments_schema
 
@@ -37,8 +37,7 @@ def read(calls: CallReader) -> Waiting[None]:
     calls.begin(tool)
     yield from _read_arguments(calls, tool)
     for tag in (FUNCTION_END, END):
-        yield from scanner.spaces()
-        yield from scanner.take(tag)
+        yield from scanner.close(tag)
     scanner.drop()
     calls.end()
 
@@ -81,7 +80,7 @@ def to_json(value: str, schema: Any) -> str:
         return json.dumps(value, ensure_ascii=False)
     parsed = loads(text)
     fits = TYPES[type(parsed)] & types if parsed is not None else text.strip() == "null"
-    return json.dumps(parsed if fits else value, ensure_ascii=False)
+    return whole(json.dumps(parsed if fits else value, ensure_ascii=False))
 
 
 TYPES: Mapping[type, set[str]] = {

@@ -18,6 +18,7 @@ from ruvon.models.formats.scanner import Scanner, Waiting, half_marker
 from ruvon.models.formats.tools import INPUT, Tool
 from ruvon.models.text_stream import TextStream
 
+ESCAPE = re.compile(r"\\u[dD][89abAB]..\\u....|\\u....|\\.", re.DOTALL)
 BLANKS = 64  # white space at the end of a text that is held back: it goes if a marker follows
 
 
@@ -31,6 +32,8 @@ class EnoughError(Exception):
 
 ReadCalls: TypeAlias = "Callable[[CallReader], Waiting[None]]"
 """Reads the call or calls after a marker, by means of a `CallReader`."""
+
+MakeDelta: TypeAlias = Callable[[str], Delta]
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,23 +101,63 @@ class CallReader:
 
     def arguments(self, tool: Tool) -> Waiting[None]:
         """Read the arguments of the call that has begun, as JSON: an object goes out as it comes,
-        and just as it is written."""
+        and just as it is written; of a custom tool's, what its input says."""
         scanner = self.scanner
+        if tool.custom and (yield from self._input()):
+            return
         if tool.custom or (yield from scanner.peek()) != "{":
             yield from scanner.value()
             self.argue(settle(scanner.drop(), tool))
         else:
             yield from scanner.value(lambda: self.argue(scanner.drop()))
 
+    def _input(self) -> Waiting[bool]:
+        """Read an object of a custom tool's input, and give out the input as it comes; False, and
+        nothing is read, if that is not what it begins with."""
+        scanner = self.scanner
+        for part in ("{", f'"{INPUT}"', ":", '"'):
+            yield from scanner.spaces()
+            if not (yield from scanner.take(part)):
+                scanner.at = 0
+                return False
+        scanner.drop()
+        while (yield from scanner.peek()) not in ("", '"'):
+            yield from scanner.characters()
+            self.argue(unescaped(scanner.drop()))
+        yield from scanner.take('"')
+        while (following := (yield from scanner.spaces())) != "}":  # what else the object has
+            if following and following in ",:":
+                scanner.at += 1
+            elif not (yield from scanner.value()):
+                break
+        yield from scanner.take("}")
+        scanner.drop()
+        return True
+
 
 def settle(written: str, tool: Tool) -> str:
     """Arguments that have been read whole: JSON, or a custom tool's input."""
     value = loads(written)
     if isinstance(value, str):  # JSON in JSON, as some models write it
-        return value
+        return whole(value)
     if tool.custom and isinstance(value, dict) and isinstance(value.get(INPUT), str):
-        return str(value[INPUT])
+        return whole(value[INPUT])
     return "{}" if written in ("", "null") else written
+
+
+def unescaped(text: str) -> str:
+    """The inside of a JSON string; what is no escape stays as it is."""
+    return whole(ESCAPE.sub(_escaped, text)) if "\\" in text else text
+
+
+def _escaped(escape: re.Match[str]) -> str:
+    value = loads(f'"{escape[0]}"')
+    return value if isinstance(value, str) else escape[0]
+
+
+def whole(text: str) -> str:
+    """Text without halves of characters, which JSON can spell and nothing can encode."""
+    return text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
 
 
 def loads(text: str) -> Any:
@@ -141,16 +184,20 @@ class TurnParser:
         *,
         thinking: bool = False,
         parallel: bool = True,
+        only: bool = False,
     ) -> None:
         """``thinking``: the prompt has opened the reasoning. Without ``parallel`` the completion
-        ends with its first call."""
+        ends with its first call. ``only``: a grammar lets nothing but calls be written, so what is
+        none yet is one that was cut off."""
         text.show(markers.shown)
         self._text = text
         self._markers = markers
         self._start = re.compile("|".join(map(re.escape, markers.starts)) or "(?!)")
         self._read = read
+        self._as_text = as_nothing if only else as_text
         self._thinking = thinking
         self._at_once = markers.think is None and parallel
+        self._plain: tuple[re.Pattern[str], MakeDelta] | None = None
         self._scanner = Scanner()
         self._calls = CallReader(self._scanner, tools, parallel)
         self._steps = self._turn()
@@ -175,6 +222,11 @@ class TurnParser:
         return self._taken()
 
     def _feed(self, text: str) -> None:
+        if self._plain is not None and not self._scanner.ended:  # most of the time
+            pattern, delta = self._plain
+            if pattern.fullmatch(text):
+                self._calls.add(delta(text))
+                return
         self._scanner.feed(text)
         next(self._steps, None)
 
@@ -205,7 +257,7 @@ class TurnParser:
         self._thinking = True
         yield from self._skip_spaces()
         pattern = re.compile(re.escape(end))
-        yield from self._until(pattern, (end,), lambda text: Delta(reasoning=text))
+        yield from self._until(pattern, (end,), as_reasoning)
         self._thinking = False
         yield from self._skip_spaces()
 
@@ -215,18 +267,19 @@ class TurnParser:
         self._scanner.at = 0
         starts = self._markers.starts
         while True:
-            marker = yield from self._until(self._start, starts, lambda text: Delta(text=text))
+            marker = yield from self._until(self._start, starts, self._as_text)
             if marker is None:
                 return
             yield from self._call(marker)
 
     def _until(
-        self, pattern: re.Pattern[str], markers: Sequence[str], delta: Callable[[str], Delta]
+        self, pattern: re.Pattern[str], markers: Sequence[str], delta: MakeDelta
     ) -> Waiting[str | None]:
         """Give out the text before a marker, but for the white space at its end; read that and the
         marker, and return it. None if all of the text has been given out."""
-        scanner = self._scanner
+        scanner, plain = self._scanner, without_any(markers)
         while True:
+            self._plain = None
             text = scanner.text
             found = pattern.search(text)
             end = found.start() if found else len(text) - half_marker(text, *markers)
@@ -241,6 +294,8 @@ class TurnParser:
                 return found[0]
             if scanner.ended:
                 return None
+            if not scanner.text:
+                self._plain = plain, delta
             yield
 
     def _call(self, marker: str) -> Waiting[None]:
@@ -250,10 +305,28 @@ class TurnParser:
         try:
             yield from self._read(calls)
         except NotACallError:
-            calls.add(Delta(text=self._scanner.drop()))
+            calls.add(self._as_text(self._scanner.drop()))
         if calls.num_calls > before:
             yield from self._skip_spaces()
 
     def _skip_spaces(self) -> Waiting[None]:
         yield from self._scanner.spaces()
         self._scanner.drop()
+
+
+def as_text(text: str) -> Delta:
+    return Delta(text=text)
+
+
+def as_nothing(text: str) -> Delta:
+    return Delta()
+
+
+def as_reasoning(text: str) -> Delta:
+    return Delta(reasoning=text)
+
+
+def without_any(markers: Sequence[str]) -> re.Pattern[str]:
+    """Text that no marker begins in, and that does not end in white space."""
+    firsts = re.escape("".join({marker[0] for marker in markers}))
+    return re.compile(rf"[^{firsts}]*[^{firsts}\s]" if firsts else r"(?s:.*)\S")

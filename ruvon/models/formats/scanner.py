@@ -17,6 +17,10 @@ Waiting: TypeAlias = Generator[None, None, T]
 SPACES = re.compile(r"[ \t\r\n]*")
 OUTSIDE = re.compile(r'["{}\[\]]')  # what matters between a value's strings
 INSIDE = re.compile(r'["\\]')  # and within one
+CHARACTERS = re.compile(
+    r"""(?:[^"\\]|\\[^u]|\\u(?:[dD][89abAB]..(?:\\u....|(?!\\?\Z|\\u.{0,3}\Z))|(?![dD][89abAB])....))*""",
+    re.DOTALL,
+)  # of a string, as far as they are there whole: two escapes may be one character
 SCALAR = re.compile(r"[^\s,}\]]*")
 
 
@@ -53,6 +57,12 @@ class Scanner:
                 return False
             yield
 
+    def close(self, end: str) -> Waiting[None]:
+        """Read white space and ``end`` after it, if it is there, or what came of it."""
+        yield from self.spaces()
+        if not (yield from self.take(end)) and self.ended and end.startswith(self.text[self.at :]):
+            self.at = len(self.text)
+
     def spaces(self) -> Waiting[str]:
         """Read white space, up to the next character, and give that."""
         yield from self.span(SPACES)
@@ -85,6 +95,16 @@ class Scanner:
             seen()
         self.at += len(end)
         return True
+
+    def characters(self) -> Waiting[None]:
+        """Read of the inside of a JSON string what can be told, at least one character."""
+        while True:
+            match = CHARACTERS.match(self.text, self.at)
+            assert match is not None
+            if match.end() > self.at or self.ended:
+                self.at = match.end() if match.end() > self.at else len(self.text)
+                return
+            yield
 
     def value(self, seen: Callable[[], None] | None = None) -> Waiting[bool]:
         """Read one JSON value, judged by its quotes and brackets only; False if it never ends.
