@@ -10,7 +10,7 @@ from aiohttp import web
 
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar
+from ruvon.grammars import Grammar, json_schema
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
 from ruvon.models.messages import strings
@@ -24,6 +24,7 @@ ANY_CALL = ToolChoice()
 AS_USUAL = Reasoning()
 ALL_TEXT = TextOptions()
 
+MOST_SUSPECTS = 64  # tools, to find which one is to blame
 LONG = 1024  # ids that are decoded where others wait
 
 
@@ -152,4 +153,18 @@ def prepare_conversation(
         cache_salt=cache_salt,
         param=conversation.param,
     )
-    return service.generator.prepare(job), turn
+    try:
+        return service.generator.prepare(job), turn
+    except RequestError as error:
+        if error.param == "tools":
+            check_each(conversation.tools, job, service)
+        raise
+
+
+def check_each(tools: Sequence[Tool], job: Job, service: Service) -> None:
+    """Raise RequestError for the tool of some, no grammar for all of which can be had, that is to
+    blame, if one is by itself."""
+    for tool in tools[:MOST_SUSPECTS]:
+        if tool.parameters is not None:
+            grammar = json_schema(tool.parameters, param=tool.param)
+            service.generator.prepare(replace(job, sampling=replace(job.sampling, grammar=grammar)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar, lark, regex
+from ruvon.grammars import Grammar, check_strict, lark, regex
 from ruvon.models.formats.tools import Tool, ToolChoice
 from ruvon.server.schemas.base import missing
 from ruvon.server.schemas.tools import (
@@ -25,9 +25,9 @@ def tools_of(fields: Sequence[ToolField] | None) -> tuple[Tool, ...]:
 def distinct(tools: Sequence[Tool]) -> tuple[Tool, ...]:
     """The same; raises RequestError if two have one name."""
     names: set[str] = set()
-    for tool in tools:
+    for index, tool in enumerate(tools):
         if tool.name in names:
-            raise RequestError(f"There are two tools named '{tool.name}'.", tool.param)
+            raise RequestError(f"There are two tools named '{tool.name}'.", f"tools[{index}]")
         names.add(tool.name)
     return tuple(tools)
 
@@ -43,7 +43,10 @@ def _tool(field: ToolField, param: str) -> Tool:
 
 
 def _function(field: FunctionField, param: str) -> Tool:
-    return Tool(field.name, field.description, field.parameters, bool(field.strict), param=param)
+    param, strict = f"{param}.parameters", bool(field.strict)
+    if strict and field.parameters is not None:
+        check_strict(field.parameters, param)
+    return Tool(field.name, field.description, field.parameters, strict, param=param)
 
 
 def _custom(field: CustomField, param: str) -> Tool:

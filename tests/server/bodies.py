@@ -68,7 +68,7 @@ def questions(count: int) -> bytes:
     return b'{"input":%s,"questions":%s}' % (text(3000), several(one, count))
 
 
-def tools(count: int, more: bytes = b"") -> bytes:
+def offered(count: int, more: bytes = b"") -> bytes:
     """A chat with so many tools."""
     each = (b'{"type":"function","function":{"name":"f%d"%s}}' % (n, more) for n in range(count))
     return b'"tools":[%s]' % b",".join(each)
@@ -136,13 +136,13 @@ BODIES = {
     ),
     "tools that none may call": (
         CHAT,
-        messages(EMPTY, 1, b',"tool_choice":"none",' + tools(1024)),
+        messages(EMPTY, 1, b',"tool_choice":"none",' + offered(1024)),
         200,
     ),
-    "tools": (CHAT, messages(EMPTY, 1, b"," + tools(60)), 200),
+    "tools": (CHAT, messages(EMPTY, 1, b"," + offered(60)), 200),
     "one of many must be called": (
         CHAT,
-        messages(EMPTY, 1, b',"tool_choice":"required",' + tools(60, b',"strict":true')),
+        messages(EMPTY, 1, b',"tool_choice":"required",' + offered(60, b',"strict":true')),
         200,
     ),
     "choices": (COMPLETE, prompt(b'"a"', b',"guided_choice":' + distinct(2000)), 200),
@@ -190,12 +190,12 @@ BODIES = {
         messages(message(b"assistant", b"tool_calls", several(CALL[:-1], 128)), 30),
         400,
     ),
-    "tools that do not fit": (CHAT, messages(EMPTY, 1, b"," + tools(1024)), 400),
-    "too many tools": (CHAT, messages(EMPTY, 1, b"," + tools(5000)), 400),
+    "tools that do not fit": (CHAT, messages(EMPTY, 1, b"," + offered(1024)), 400),
+    "too many tools": (CHAT, messages(EMPTY, 1, b"," + offered(5000)), 400),
     "tools that are none": (CHAT, messages(EMPTY, 1, b',"tools":' + ids(80_000)), 400),
     "a tool of one text": (
         CHAT,
-        messages(EMPTY, 1, b"," + tools(1, b',"description":' + text(4_000_000))),
+        messages(EMPTY, 1, b"," + offered(1, b',"description":' + text(4_000_000))),
         400,
     ),
     "a schema of far too many keys": (COMPLETE, prompt(b'"a"', schema(properties(15_000))), 400),

@@ -120,7 +120,7 @@ def test_tools_as_formats_take_them():
     assert (f.name, f.parameters, f.strict, f.custom) == ("f", SCHEMA, False, False)
     assert (c.name, c.description, c.custom, c.syntax) == ("c", "Patch.", True, None)
     assert d.syntax.lark() == grammars.regex("a+").lark()
-    assert (f.param, c.param) == ("tools[0].function", "tools[1].custom")
+    assert (f.param, c.param) == ("tools[0].function.parameters", "tools[1].custom")
 
 
 @pytest.mark.parametrize(
@@ -159,7 +159,18 @@ def test_calls_one_at_a_time():
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"tools": [{"type": "function", "function": {"name": ""}}]}, "tools[0].function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools[0].function.name"),
-        ({"tools": [FUNCTION, FUNCTION]}, "tools[1].function"),
+        ({"tools": [FUNCTION, FUNCTION]}, "tools[1]"),
+        (
+            {
+                "tools": [
+                    {
+                        "type": "function",
+                        "function": {"name": "f", "parameters": SCHEMA, "strict": True},
+                    }
+                ]
+            },
+            "tools[0].function.parameters",
+        ),
         ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
         ({"tools": TOOLS, "tool_choice": {"type": "function"}}, "tool_choice.function"),
         (

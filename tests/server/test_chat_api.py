@@ -424,6 +424,16 @@ async def test_a_choice_that_cannot_be_met_is_named(serve, fields):
     assert (await server.chat(**fields)).error["param"] == "tool_choice"
 
 
+async def test_of_many_tools_the_one_to_blame_is_named(serve):
+    server = await serve(numbers=ROOM)
+    broken = {"type": "object", "properties": {"a": {"$ref": "http://x"}}}
+    tools = [*TOOLS, {"type": "function", "function": {"name": "g", "parameters": broken}}]
+    for _ in range(2):  # refusals are remembered
+        error = (await server.chat(tools=tools, tool_choice="required")).error
+        assert error["param"] == "tools[2].function.parameters"
+        assert "'$ref' at '/properties/a/$ref'" in error["message"]
+
+
 async def test_what_must_be_written_reaches_the_engine(serve):
     server = await serve("a", numbers=ROOM)
     rows = capture(server)

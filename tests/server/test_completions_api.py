@@ -196,3 +196,42 @@ async def test_an_empty_prompt_begins_a_document(serve):
     server = await serve("a")
     answer = (await server.complete("", return_token_ids=True)).json
     assert answer["choices"][0]["prompt_token_ids"] == [256]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_prompt_as_the_model_reads_it(serve, stream):
+    server = await serve("ok")
+    reply = await server.complete(["Hi", [97, 256]], return_prompt_text=True, stream=stream)
+    answers = reply.events if stream else [reply.json]
+    told = {
+        c["index"]: c["prompt_text"] for a in answers for c in a["choices"] if "prompt_text" in c
+    }
+    assert told == {0: "Hi", 1: "a<bos>"}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_what_is_cut_off_a_prompt_is_not_echoed(serve, stream):
+    server = await serve("!")
+    fields = {"truncate_prompt_tokens": 2, "echo": True, "logprobs": 0, "stream": stream}
+    reply = await server.complete(["hello", "yo"], **fields)
+    assert texts(reply.events if stream else [reply.json]) == {0: "lo!", 1: "yo!"}
+    if not stream:
+        assert [c["logprobs"]["text_offset"][:2] for c in reply.json["choices"]] == [[0, 1]] * 2
+    answer = (
+        await server.complete("hello", truncate_prompt_tokens=2, truncation_side="right")
+    ).json
+    assert answer["usage"]["prompt_tokens"] == 2
+
+
+async def test_requests_that_name_themselves(serve):
+    server = await serve("a")
+    reply = await server.complete(request_id="mine")
+    assert (reply.headers["X-Request-Id"], reply.json["id"]) == ("mine", "cmpl-mine")
+
+
+async def test_chat_fields_are_named(serve):
+    server = await serve("a")
+    reply = await server.complete(reasoning_effort="low", metadata={"a": "b"})
+    assert set(reply.headers["X-Ruvon-Ignored"].split(",")) == {"reasoning_effort", "metadata"}
+    for fields in ({"tools": [{}]}, {"tool_choice": "required"}, {"documents": [{"a": 1}]}):
+        assert (await server.complete(**fields)).error["code"] == "unsupported_parameter"

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from typing import Annotated, Literal
 from urllib.request import urlopen
 
 import openai
 import pytest
 from embedded import MODEL, Process, needs_model, running
+from pydantic import BaseModel, Field
 
 QUESTION = [{"role": "user", "content": "Write a short poem about the sea."}]
 
@@ -73,6 +76,77 @@ def test_the_embedded_model_from_start_to_drain():
         process.wait_for("drained")
         assert process.popen.wait(20) == 0
         assert "rror" not in process.rest()
+
+
+class Weather(BaseModel):
+    """The weather of some days."""
+
+    city: Annotated[str, Field(max_length=16)]
+    days: Annotated[int, Field(ge=1, le=9)]
+    sky: Literal["clear", "cloudy"]
+
+
+SUM = {
+    "type": "custom",
+    "custom": {
+        "name": "sum",
+        "format": {
+            "type": "grammar",
+            "grammar": {"syntax": "regex", "definition": "[0-9]{1,3}[+-][0-9]{1,3}"},
+        },
+    },
+}
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_embedded_model_calls_and_obeys():
+    """What must be called is called, and what an answer must be it is, by a model of 135 million
+    weights."""
+    with running("--kv-cache-memory", "256MiB") as process, client(process) as ask:
+        process.wait_for("ready")
+        chats = ask.chat.completions
+        asked = {"model": MODEL, "messages": QUESTION, "seed": 1, "max_tokens": 80}
+        tools = [openai.pydantic_function_tool(Weather), SUM]
+        named = {"type": "function", "function": {"name": "Weather"}}
+
+        answer = chats.parse(**asked, tools=tools[:1], tool_choice=named, n=2)
+        for choice in answer.choices:
+            (call,) = choice.message.tool_calls
+            assert isinstance(call.function.parsed_arguments, Weather)
+            assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+        with chats.stream(
+            **asked, tools=tools[:1], tool_choice="required", parallel_tool_calls=False
+        ) as stream:
+            kinds = {event.type for event in stream}
+            final = stream.get_final_completion()
+        assert isinstance(final.choices[0].message.tool_calls[0].function.parsed_arguments, Weather)
+        assert "tool_calls.function.arguments.delta" in kinds
+        choice = {"type": "custom", "custom": {"name": "sum"}}
+        (call,) = (
+            chats.create(**asked, tools=tools, tool_choice=choice).choices[0].message.tool_calls
+        )
+        assert re.fullmatch(r"\d{1,3}[+-]\d{1,3}", call.custom.input)
+
+        parsed = chats.parse(**asked, response_format=Weather, logprobs=True).choices[0]
+        assert isinstance(parsed.message.parsed, Weather)
+        assert parsed.message.content == parsed.message.parsed.model_dump_json()  # compact
+        scored = "".join([entry.token for entry in parsed.logprobs.content])
+        assert scored.startswith(parsed.message.content)
+        with chats.stream(**asked, response_format=Weather) as stream:
+            streamed = stream.get_final_completion().choices[0]
+        assert streamed.message.content == parsed.message.content
+
+        texts = ask.completions.create(
+            model=MODEL, prompt=["A number:", "Two:"], n=2, temperature=2, seed=3,
+            extra_body={"structured_outputs": {"regex": "[1-9][0-9]{3}"}},
+        )  # fmt: skip
+        assert all(re.fullmatch("[1-9][0-9]{3}", choice.text) for choice in texts.choices)
+        assert {choice.finish_reason for choice in texts.choices} == {"stop"}
+        broken = {"type": "object", "properties": {"a": {"$ref": "http://x"}}}
+        with pytest.raises(openai.BadRequestError, match=r"/properties/a/\$ref") as refused:
+            ask.completions.create(model=MODEL, prompt="a", extra_body={"guided_json": broken})
+        assert refused.value.param == "guided_json"
 
 
 @needs_model
