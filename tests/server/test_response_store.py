@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ruvon.errors import QueueFullError, RequestError, ResponseNotFoundError
+from ruvon.errors import RequestError, ResponseNotFoundError, UnavailableError
 from ruvon.server.responses_api import store as module
 from ruvon.server.responses_api.store import OVERHEAD, Recording, ResponseStore, Stored, StoredItem
 
@@ -92,7 +92,7 @@ def test_what_runs_stays_and_may_take_all_the_room(clock):
     store.put(entry("c"))
     store.put(running("d"))
     assert names(store) == {"a", "b", "d"}
-    with pytest.raises(QueueFullError):
+    with pytest.raises(UnavailableError):
         store.put(running("e"))
     store.put(entry("f"))  # which is not kept, and that is no error
     assert names(store) == {"a", "b", "d"}

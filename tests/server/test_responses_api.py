@@ -331,6 +331,32 @@ async def test_a_stream_of_the_background_outlives_its_reader(serve):
     assert text(check_stream(seen)) == "x" * 100
 
 
+async def test_who_reads_what_is_no_longer_kept_is_told(serve):
+    server = await serve(
+        runner=ScriptRunner("x" * 200, seconds=0.001),
+        server=ServerConfig(port=0, response_store_size="100KiB"),
+    )
+    async with client(server) as ask_it:
+        stream = await ask_it.responses.create(
+            model="org/fake", input="Hi", background=True, stream=True
+        )
+        events = [event async for event in until_error(stream, "no longer kept")]
+        made = await wait_for(server, events[0].response.id, "completed")
+        assert text(made) == "x" * 200
+        reply = await server.get(f"{PATH}/{made['id']}?stream=true")
+        assert (reply.status, reply.error["param"]) == (400, "stream")
+
+
+async def test_counting_names_what_it_skips(serve):
+    server = await serve("Hello")
+    items = [{"type": "mcp_call"}, {"role": "user", "content": "Hi"}]
+    reply = await server.post(PATH + "/input_tokens", {"input": items})
+    assert (reply.json["input_tokens"], reply.headers["X-Ruvon-Ignored"]) == (
+        21,
+        "input[0].mcp_call",
+    )
+
+
 async def test_cancelling(serve):
     server = await serve(runner=ScriptRunner("x" * 400, seconds=0.001))
     queued = await ask(server, background=True)

@@ -166,6 +166,7 @@ def test_what_nobody_knows_is_skipped_and_named():
         ({"type": "item_reference", "id": "msg_1"}, "input[0].id"),
         ({"id": "msg_1"}, "input[0].id"),
         ({"type": "compaction", "encrypted_content": "gAAAA"}, "input[0].encrypted_content"),
+        ({"type": "compaction_trigger"}, "input[0]"),
         ({"type": 7}, "input[0].type"),
         ("Hi", "input[0]"),
         (None, "input[0]"),

@@ -20,7 +20,7 @@ log = structlog.get_logger(__name__)
 async def start(
     app: web.Application, entry: Stored, writer: ResponsesWriter, generation: Generation
 ) -> None:
-    """Run a response to its end. Raises QueueFullError where the store or the engine is full."""
+    """Run a response to its end. Raises UnavailableError where the store or the engine is full."""
     entry.background, entry.writer = True, writer
     store = app[RESPONSES]
     store.put(entry)

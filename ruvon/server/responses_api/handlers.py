@@ -14,7 +14,6 @@ from ruvon.errors import RequestError
 from ruvon.server.body import offload, read
 from ruvon.server.conversation import take_turn
 from ruvon.server.events import event, send_events
-from ruvon.server.failures import openai_error
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import MAX_IGNORED, SMALL, refuse_ignored
@@ -30,6 +29,7 @@ from ruvon.server.responses_api.prepare import (
     conversation_of,
     prepare,
     transcribe,
+    without_effect,
 )
 from ruvon.server.responses_api.schemas import (
     CompactRequest,
@@ -37,9 +37,9 @@ from ruvon.server.responses_api.schemas import (
     InputTokensRequest,
     ResponsesRequest,
 )
-from ruvon.server.responses_api.store import RESPONSES, Stored
+from ruvon.server.responses_api.store import RESPONSES, ResponseStore, Stored
 from ruvon.server.responses_api.tools import toolbox
-from ruvon.server.responses_api.writer import ResponsesWriter
+from ruvon.server.responses_api.writer import ResponsesWriter, error_fields
 from ruvon.server.state import STATE, Service
 
 C = TypeVar("C", bound=ContextFields)
@@ -62,7 +62,25 @@ async def create(http: web.Request) -> web.StreamResponse:
     request, ignored, (ready, context) = await understand(http, ResponsesRequest, work)
     refuse_ignored(ready.skipped, server.strict)
     ignored = [*ignored, *ready.skipped][:MAX_IGNORED]
-    told = ready.kept and (request.stream or request.background)
+    told = ready.kept and bool(request.stream or request.background)
+    entry, writer = begin(store, ready, context, service, told=told)
+    generation = Generation(service, [ready.job], writer, ready.turn.parser)
+    if request.background:
+        await start(http.app, entry, writer, generation)
+        if request.stream:
+            return await follow(http, entry, 0, ignored)
+        return json_response(writer.snapshot(), headers=ignored_header(ignored))
+    try:
+        return await generation.send(http, stream=bool(request.stream), ignored=ignored)
+    finally:
+        if entry.recording is not None and entry.id not in store:
+            entry.recording.drop()
+
+
+def begin(
+    store: ResponseStore, ready: Prepared, context: Context, service: Service, *, told: bool
+) -> tuple[Stored, ResponsesWriter]:
+    """A response to be, and what writes it. It is recorded if its events will be ``told``."""
     recording = store.recording() if told else None
     entry = Stored(new_id("resp"), context.history, ready.items, recording)
     writer = ResponsesWriter(
@@ -74,17 +92,7 @@ async def create(http: web.Request) -> web.StreamResponse:
         keep=partial(store.finish, entry) if ready.kept else None,
         record=recording.add if recording else None,
     )
-    generation = Generation(service, [ready.job], writer, ready.turn.parser)
-    if request.background:
-        await start(http.app, entry, writer, generation)
-        if request.stream:
-            return await follow(http, entry, 0, ignored)
-        return json_response(writer.snapshot(), headers=ignored_header(ignored))
-    try:
-        return await generation.send(http, stream=bool(request.stream), ignored=ignored)
-    finally:
-        if recording is not None and entry.id not in store:
-            recording.drop()
+    return entry, writer
 
 
 async def understand(
@@ -126,8 +134,7 @@ class Replay:
 
     @staticmethod
     def error(error: Exception) -> bytes:
-        told = openai_error(error)["error"]
-        return event({"type": "error", "sequence_number": 0, **told, "error": told}, "error")
+        return event({"type": "error", "sequence_number": 0, **error_fields(error)}, "error")
 
 
 async def retrieve(http: web.Request) -> web.StreamResponse:
@@ -185,14 +192,15 @@ async def input_tokens(http: web.Request) -> web.Response:
     """How many tokens a request's prompt would have."""
     service = http.app[STATE].ready()
 
-    def work(request: InputTokensRequest, context: Context) -> int:
-        transcript = transcribe(request, all_items(request, context))
-        conversation = conversation_of(request, transcript, toolbox(request))
-        return len(take_turn(conversation, service).prompt)
+    def work(request: InputTokensRequest, context: Context) -> tuple[int, list[str]]:
+        transcript, box = transcribe(request, all_items(request, context)), toolbox(request)
+        turn = take_turn(conversation_of(request, transcript, box), service)
+        return len(turn.prompt), without_effect(transcript, box, turn)
 
-    _, ignored, number = await understand(http, InputTokensRequest, work)
+    _, ignored, (number, skipped) = await understand(http, InputTokensRequest, work)
+    refuse_ignored(skipped, http.app[STATE].server.strict)
     told = {"object": "response.input_tokens", "input_tokens": number}
-    return json_response(told, headers=ignored_header(ignored))
+    return json_response(told, headers=ignored_header([*ignored, *skipped][:MAX_IGNORED]))
 
 
 async def compact(http: web.Request) -> web.StreamResponse:

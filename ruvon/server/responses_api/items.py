@@ -60,6 +60,12 @@ class Transcript:
                 self._think(item, where)
             case CompactionItem():
                 self._put("system", SUMMARY + _unsealed(item, where))
+            case OtherItem(type="compaction_trigger"):
+                raise RequestError(
+                    "Compaction is asked for with POST /v1/responses/compact.",
+                    where,
+                    "unsupported_value",
+                )
             case OtherItem():
                 self.skipped.append(f"{where}.{item.type}"[:100])
             case ReferenceItem():

@@ -119,14 +119,16 @@ def prepare(
         shape,
         response_fields(request, job, box, service, kept=kept),
         tuple(keep(items[len(context.history) :])) if kept else (),
-        [*transcript.skipped, *box.skipped, *unknown, *map(renamed, turn.ignored)],
+        [*without_effect(transcript, box, turn), *unknown],
         kept,
     )
 
 
-def renamed(field: str) -> str:
-    """What chat calls a field, as this API does."""
-    return {"reasoning_effort": "reasoning.effort"}.get(field, field)
+def without_effect(transcript: Transcript, box: Toolbox, turn: Turn) -> list[str]:
+    """Names of what was given and means nothing here."""
+    names = {"reasoning_effort": "reasoning.effort"}  # what chat calls it
+    fields = [names.get(field, field) for field in turn.ignored]
+    return [*transcript.skipped, *box.skipped, *fields]
 
 
 # ---------------------------------------------------------------------- items and messages

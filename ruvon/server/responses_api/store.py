@@ -16,7 +16,7 @@ from typing import NamedTuple
 import orjson
 from aiohttp import web
 
-from ruvon.errors import QueueFullError, RequestError, ResponseNotFoundError
+from ruvon.errors import RequestError, ResponseNotFoundError, UnavailableError
 from ruvon.server.responses_api.writer import ResponsesWriter
 
 MAX_COUNT = 10_000
@@ -153,13 +153,13 @@ class ResponseStore:
 
     def put(self, entry: Stored) -> None:
         """Keep a response, or count anew one that has changed, at the cost of those used longest
-        ago. Raises QueueFullError where what still runs takes all the room."""
+        ago. Raises UnavailableError where what still runs takes all the room."""
         self._forget(entry.id)
         size = entry.size
         if not self._take(size):
             if entry.writer is None:
                 return
-            raise QueueFullError("There is no room for another response.", retry_after=5.0)
+            raise UnavailableError("There is no room for another response.", retry_after=5.0)
         self._sizes[entry.id] = size
         self._entries[entry.id] = entry
         entry.used_at = self._clock()

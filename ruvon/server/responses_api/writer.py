@@ -35,6 +35,18 @@ def usage(tally: Tally) -> ResponseUsage:
     }
 
 
+def error_fields(error: Exception) -> dict[str, Any]:
+    """Of an event ``error``: as OpenAI has them, and once more under the key for which its SDK
+    raises."""
+    told = openai_error(error)["error"]
+    return {
+        "code": told["code"],
+        "message": told["message"],
+        "param": told["param"],
+        "error": told,
+    }
+
+
 @dataclass(frozen=True, slots=True)
 class Shape:
     """What a request wants to see of its answer."""
@@ -101,15 +113,12 @@ class ResponsesWriter:
         return data
 
     def error(self, error: Exception) -> bytes:
-        """What ends a stream that has failed: the response as far as it came, then the error under
-        a key for which the SDK raises."""
+        """What ends a stream that has failed: the response as far as it came, then the error."""
         self.fail(error)
-        told = openai_error(error)["error"]
-        more = {"code": told["code"], "message": told["message"], "param": told["param"]}
         data = self._encode(
             [
                 ("response.failed", {"response": self.snapshot()}),
-                ("error", {**more, "error": told}),
+                ("error", error_fields(error)),
             ]
         )
         self._settle()
