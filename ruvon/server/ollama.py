@@ -32,6 +32,7 @@ from ruvon.server.state import STATE, Service
 from ruvon.server.writers.envelope import Tally
 
 Fields: TypeAlias = dict[str, Any]
+Understood: TypeAlias = tuple[Fields, Sequence[str], Job | None, MakeParser]
 
 LINES = Media("application/x-ndjson", lambda: b"")
 OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
@@ -46,12 +47,9 @@ async def answer(http: web.Request) -> web.StreamResponse:
     server, is_chat = http.app[STATE].server, http.path == "/api/chat"
     service = http.app[STATE].ready()
 
-    def understand(
-        body: bytes, service: Service
-    ) -> tuple[Fields, Sequence[str], Job | None, MakeParser]:
+    def understand(body: bytes, service: Service) -> Understood:
         data = load(body, Bounds.of_context(service.max_model_len))
         fields, lost = as_openai(data, service, is_chat)
-        refuse_ignored(lost, server.strict)
         if not fields.get("prompt", fields.get("messages")):
             return data, lost, None, PlainParser
         if "prompt" in fields:
@@ -60,16 +58,16 @@ async def answer(http: web.Request) -> web.StreamResponse:
             return data, [*ignored, *lost], job, PlainParser
         request, ignored = parse(ChatRequest, fields, server.strict)
         job, turn = prepare_chat(request, service, server.max_logprobs)
-        refuse_ignored(turn.ignored, server.strict)
         return data, [*ignored, *turn.ignored, *lost], job, turn.parser
 
     data, ignored, job, parser = await read(http, understand)
+    refuse_ignored(ignored, server.strict)
     model = str(data.get("model") or service.names[0])
     writer = OllamaWriter(http[FACTS]["request_id"], model, job, is_chat=is_chat)
     if job is None:
         return json_response(writer.line({}, {"done_reason": "load"}))
-    stream = data.get("stream") is not False
     generation = Generation(service, [job], writer, parser)
+    stream = data.get("stream") is not False
     return await generation.send(http, stream=stream, ignored=ignored, media=LINES)
 
 
@@ -80,11 +78,9 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
         raise RequestError("options should be an object, and prompt a text.", None, "invalid_type")
     lost = [name for name in data if name not in SAME | TRANSLATED]
     fields = {name: data[name] for name in SAME.intersection(data)}
-    for name, value in options.items():
-        if (ours := OPTIONS.get(name, name)) in DRAWING:
-            fields[ours] = value
-        elif name != "num_ctx":
-            lost.append(f"options.{name}"[:100])
+    ours = {OPTIONS.get(name, name): options[name] for name in options if name != "num_ctx"}
+    fields |= {name: ours[name] for name in DRAWING.intersection(ours)}
+    lost += [f"options.{name}"[:100] for name in ours if name not in DRAWING]
     if isinstance(fields.get("max_tokens"), int) and fields["max_tokens"] < 0:
         del fields["max_tokens"]  # as many as the context holds
     if isinstance(context := options.get("num_ctx"), int):
@@ -99,10 +95,9 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
         return fields | {"prompt": prompt}, lost[:MAX_IGNORED]
     if isinstance(think := data.get("think"), str):
         fields["reasoning_effort"], think = think, True
-    said = (("system", data.get("system")), ("user", prompt))
-    messages: Any = [{"role": role, "content": text} for role, text in said if prompt and text]
-    if is_chat:
-        messages = data.get("messages")
+    said = {"system": data.get("system"), "user": prompt}
+    turns = [{"role": role, "content": said[role]} for role in said if prompt and said[role]]
+    messages = data.get("messages") if is_chat else turns
     if isinstance(messages, list):
         messages = [message_as_openai(message) for message in messages]
     return fields | {"enable_thinking": think, "messages": messages}, lost[:MAX_IGNORED]
@@ -111,8 +106,6 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
 def message_as_openai(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
-    if message.get("images"):
-        raise RequestError("This model reads text only, no images.", "images")
     fields = {OF_MESSAGES.get(name, name): value for name, value in message.items()}
     if isinstance(calls := message.get("tool_calls"), list):
         fields["tool_calls"] = [call_as_openai(call, index) for index, call in enumerate(calls)]
@@ -133,8 +126,7 @@ class OllamaWriter:
     done = b""
 
     def __init__(self, id: str, model: str, job: Job | None, *, is_chat: bool) -> None:
-        self.id = id
-        self.tally = Tally([] if job is None else [job])
+        self.id, self.tally = id, Tally([] if job is None else [job])
         self._model, self._is_chat = model, is_chat
         self._began = self._first = time.monotonic_ns()
         self._call: list[ToolCall] = []  # the pieces of one that has begun
@@ -144,8 +136,7 @@ class OllamaWriter:
     def opening(self) -> bytes:
         return b""
 
-    def closing(self) -> bytes:
-        return b""
+    closing = opening
 
     def error(self, error: Exception) -> bytes:
         return orjson.dumps(ollama_error(error)) + b"\n"
@@ -163,8 +154,7 @@ class OllamaWriter:
         parts = self._gained
         said = {n: "".join([part.get(n, "") for part in parts]) for n in ("content", "thinking")}
         calls = [call for part in parts for call in part.get("tool_calls", ())]
-        gained = {**said, "tool_calls": calls}
-        return self.line({name: value for name, value in gained.items() if value}, self._end)
+        return self.line({n: v for n, v in {**said, "tool_calls": calls}.items() if v}, self._end)
 
     def line(self, gained: Fields, end: Fields | None = None) -> Fields:
         """What is gained, or the ``end``."""
@@ -174,8 +164,8 @@ class OllamaWriter:
         else:
             shown = {"response": said.pop("content"), **said}
         now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        head = {"model": self._model, "created_at": now, **shown}
-        return {**head, "done": end is not None, **(end or {})}
+        done = {"done": end is not None, **(end or {})}
+        return {"model": self._model, "created_at": now, **shown, **done}
 
     def _fold(self, delta: Delta) -> Fields:
         """What a delta adds: text as it comes, a call once it is whole."""
@@ -190,21 +180,17 @@ class OllamaWriter:
         if call:
             self._call.append(call)
         if delta.finish:
-            self._end = self._stats("length" if delta.finish == "length" else "stop")
+            now = time.monotonic_ns()
+            self._end = {
+                "done_reason": "length" if delta.finish == "length" else "stop",
+                "total_duration": now - self._began,  # nanoseconds
+                "load_duration": 0,
+                "prompt_eval_count": self.tally.num_prompt,
+                "prompt_eval_duration": self._first - self._began,
+                "eval_count": self.tally.num_output,
+                "eval_duration": now - self._first,
+            }
         return gained
-
-    def _stats(self, reason: str) -> Fields:
-        """Why and when it ended; times in nanoseconds."""
-        now = time.monotonic_ns()
-        return {
-            "done_reason": reason,
-            "total_duration": now - self._began,
-            "load_duration": 0,
-            "prompt_eval_count": self.tally.num_prompt,
-            "prompt_eval_duration": self._first - self._began,
-            "eval_count": self.tally.num_output,
-            "eval_duration": now - self._first,
-        }
 
 
 def whole(pieces: Sequence[ToolCall]) -> Fields:

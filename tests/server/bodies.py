@@ -7,6 +7,7 @@ import http.client
 CONTEXT = 8192
 CHAT, COMPLETE = "/v1/chat/completions", "/v1/completions"
 RESPOND = "/v1/responses"
+MESSAGES, COUNT, OLLAMA = "/v1/messages", "/v1/messages/count_tokens", "/api/chat"
 
 WORDS = b"hello wo" * (1 << 20)
 EMPTY = b'{"role":"user","content":""},'
@@ -14,6 +15,8 @@ PART = b'{"type":"text","text":"a"},'
 ITEM = b'{"type":"message","role":"user","content":""},'
 CALLED = b'{"type":"function_call","call_id":"c","name":"f","arguments":"{}"},'
 TOOL = b'{"type":"function","name":"f%d","parameters":{"type":"object"}}'
+RESULT = b'{"type":"tool_result","tool_use_id":"t","content":[{"type":"text","text":"a"}]},'
+MESSAGES_TOOL = b'{"name":"f%d","input_schema":{"type":"object"}}'
 CALL = b'{"type":"function","function":{"name":"f","arguments":"{}"}},'
 
 
@@ -88,6 +91,10 @@ def properties(count: int) -> bytes:
     return b'{"type":"object","properties":{%s}}' % each
 
 
+def messages_tools(count: int) -> bytes:
+    return b"[%s]" % b",".join(MESSAGES_TOOL % number for number in range(count))
+
+
 BODIES = {
     # what is taken
     "a chat that fills the context": (CHAT, user(text(8000)), 200),
@@ -150,6 +157,25 @@ BODIES = {
     "a schema with many values": (
         COMPLETE,
         prompt(b'"a"', schema(b'{"enum":%s}' % distinct(2000))),
+        200,
+    ),
+    "a conversation that fills the context": (MESSAGES, user(text(8000)), 200),
+    "all neighbours of one role": (COUNT, messages(EMPTY, 4096)[:-16] + b"}", 200),
+    "results of tools": (
+        MESSAGES,
+        messages(message(b"user", b"content", several(RESULT[:-1], 200)), 2),
+        200,
+    ),
+    "calls and results": (
+        OLLAMA,
+        messages(
+            message(
+                b"assistant",
+                b"tool_calls",
+                several(b'{"function":{"name":"f","arguments":{"a":1}}}', 100),
+            ),
+            2,
+        ),
         200,
     ),
     "unknown fields": (CHAT, messages(EMPTY, 1, b"," + biases(250)[1:-1]), 200),
@@ -230,6 +256,28 @@ BODIES = {
         prompt(b'"a"', b',"grammar":"root ::= a%s"' % (b"\\na ::= [a]" * 200_000)),
         400,
     ),
+    "blocks": (MESSAGES, messages(message(b"user", b"content", several(PART[:-1], 1024)), 15), 400),
+    "results of tools that do not fit": (
+        MESSAGES,
+        messages(message(b"user", b"content", several(RESULT[:-1], 1000)), 5),
+        400,
+    ),
+    "Anthropic's tools that do not fit": (
+        MESSAGES,
+        messages(EMPTY, 1, b',"tools":' + messages_tools(1024)),
+        400,
+    ),
+    "lines that the model is not told": (
+        COUNT,
+        messages(EMPTY, 1, b',"system":"%s"' % (b"x-anthropic-\\n" * 250_000)),
+        400,
+    ),
+    "foreign blocks": (
+        MESSAGES,
+        messages(message(b"user", b"content", several(b'{"type":"x"}', 1000)), 15),
+        200,
+    ),
+    "a request in Ollama's words": (OLLAMA, user(text((4 << 20) - 100)), 400),
     "fields without end": (CHAT, messages(EMPTY, 1, b"," + biases(80_000)[1:-1]), 400),
     "another model's": (CHAT, messages(EMPTY, 16_000, b',"model":"x"'), 404),
     "ids that do not fit": (COMPLETE, prompt(ids(80_000)), 400),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import socket
@@ -10,11 +11,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Annotated, Literal
-from urllib.request import urlopen
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
 from embedded import MODEL, Process, needs_model, running
+from jsonschema import validate
 from pydantic import BaseModel, Field
 
 QUESTION = [{"role": "user", "content": "Write a short poem about the sea."}]
@@ -222,3 +224,45 @@ def test_a_signal_while_loading_ends_cleanly():
         rest = process.rest()
         assert process.popen.returncode == 0, rest
         assert "Traceback" not in rest
+
+
+WEATHER = {
+    "type": "object",
+    "properties": {
+        "city": {"type": "string", "maxLength": 20},
+        "days": {"type": "integer", "minimum": 1, "maximum": 5},
+    },
+    "required": ["city", "days"],
+    "additionalProperties": False,
+}
+
+
+def post(url: str, body: dict[str, object]) -> bytes:
+    with urlopen(Request(url, json.dumps(body).encode())) as reply:
+        return reply.read()
+
+
+@pytest.mark.slow
+@needs_model
+def test_messages_force_a_call_and_a_form():
+    with running("--kv-cache-memory", "128MiB") as process:
+        url = process.wait_for("listening")["url"]
+        process.wait_for("ready")
+        asked = {"max_tokens": 60, "temperature": 0, "messages": QUESTION}
+        tool = {"name": "get_weather", "input_schema": WEATHER}
+        once = {"type": "any", "disable_parallel_tool_use": True}
+        body = asked | {"tools": [tool], "tool_choice": once}
+        answer = json.loads(post(f"{url}/v1/messages", body))
+        assert answer["stop_reason"] == "tool_use"
+        (call,) = answer["content"]
+        validate(call["input"], WEATHER)
+        parts = post(f"{url}/v1/messages", body | {"stream": True}).decode().split("\n\n")
+        events = [json.loads(part.partition("data: ")[2]) for part in parts if part]
+        deltas = [
+            event["delta"] for event in events if event.get("index") == 0 and "delta" in event
+        ]
+        assert json.loads("".join(delta["partial_json"] for delta in deltas)) == call["input"]
+        assert events[0]["message"]["usage"]["cache_read_input_tokens"] > 0
+        body = {"messages": QUESTION, "format": WEATHER, "stream": False}
+        answer = json.loads(post(f"{url}/api/chat", body))
+        validate(json.loads(answer["message"]["content"]), WEATHER)

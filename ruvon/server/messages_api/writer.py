@@ -170,11 +170,9 @@ class Blocks:
 
     def close(self) -> Iterator[Event]:
         """End the block that is open."""
-        hidden = "" if self._shows_thinking else "".join(self._held)
-        if self._kind == "thinking" and hidden:
-            yield self._start({"type": "thinking", "thinking": "", "signature": ""})
         if self._open and self._kind == "thinking":
-            yield self._delta({"type": "signature_delta", "signature": sign(hidden)})
+            signature = sign("".join(self._held))
+            yield self._delta({"type": "signature_delta", "signature": signature})
         if self._open:
             yield {"type": "content_block_stop", "index": self._index}
         self._kind, self._open, self._held = "", False, []
@@ -183,15 +181,17 @@ class Blocks:
         if self._kind != kind:
             yield from self.close()
             self._kind = kind
-        hidden = kind == "thinking" and not self._shows_thinking
-        if hidden or (text.isspace() and not self._open):
+        if text.isspace() and not self._open:
             self._held.append(text)
             return
         if not self._open:
             text, self._held = "".join([*self._held, text]), []
             signature = {"signature": ""} if kind == "thinking" else {}
             yield self._start({"type": kind, kind: "", **signature})
-        yield self._delta({"type": f"{kind}_delta", kind: text})
+        if kind == "thinking" and not self._shows_thinking:
+            self._held.append(text)
+        else:
+            yield self._delta({"type": f"{kind}_delta", kind: text})
 
     def _use(self, call: ToolCall) -> Iterator[Event]:
         if self._kind != "tool_use" or call.index != self._call:

@@ -63,7 +63,7 @@ class ToolCall(Fields):
 class Message(Fields):
     """One message of a chat, of any role."""
 
-    UNSERVED: ClassVar[frozenset[str]] = frozenset({"audio", "function_call"})
+    UNSERVED: ClassVar[frozenset[str]] = frozenset({"audio", "function_call", "images"})
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
     content: Parts | None = None
