@@ -27,7 +27,7 @@ from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
-from ruvon.server.openapi import openapi
+from ruvon.server.openapi import dialects, openapi
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
@@ -175,7 +175,7 @@ async def run(app: web.Application) -> None:
         watch_signals(state)
         host, port = await listen(runner, state.server.host, state.server.port)
         state.address = (host, port)
-        console.tell_address(state.server, host, port)
+        console.tell_address(state.server, host, port, dialects())
         await state.ended.wait()
         await drain(state)
     finally:
