@@ -88,11 +88,10 @@ async def test_a_dropped_stream_goes_on_where_it_was(serve):
 
 
 async def test_nobody_who_did_not_ask_is_kept(serve):
-    server = await serve(TEXT, runner=ScriptRunner(TEXT, by_hand=True))
+    server = await serve(runner=ScriptRunner("a" * 400, seconds=0.002))
     async with streaming(server) as response:
-        await server.until(lambda: server.fake.num_held)
-        server.fake.finish_step()
         assert b"id:" not in await response.content.readany()
+        assert server.num_live == 1
     await server.until(lambda: server.num_live == 0)
     assert len(server.app[KEPT]) == 0
 
@@ -106,6 +105,7 @@ async def test_who_does_not_come_back_is_given_up(serve):
         last = ids(await read_until(response, 1))[-1]
     await server.until(lambda: len(server.app[KEPT]) == 0)
     await server.until(lambda: server.num_live == 0)
+    server.fake.finish_step()
     reply = await going_on(server, last)
     assert (reply.status, reply.error["code"]) == (404, "stream_not_found")
 
