@@ -209,6 +209,13 @@ class ServerConfig:
     sse_keep_alive_interval: float = setting(
         15.0, "Seconds of silence in a stream before a comment line.", least=0.1, most=A_DAY
     )
+    resume_grace: float = setting(
+        30.0,
+        "Seconds in which a dropped stream can be gone on with, by a client that has asked for it "
+        "with X-Ruvon-Resume. 0: never.",
+        least=0,
+        most=3600,
+    )
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY
     )

@@ -11,6 +11,7 @@
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
+    │   ├── StreamNotFoundError     404 stream_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
     │   └── EncodingError           415 unsupported_encoding
@@ -82,6 +83,14 @@ class ResponseNotFoundError(RequestError):
     status = 404
     type = "not_found_error"
     code = "response_not_found"
+
+
+class StreamNotFoundError(RequestError):
+    """The request wants to go on with a stream that is not kept."""
+
+    status = 404
+    type = "not_found_error"
+    code = "stream_not_found"
 
 
 class BodyTooLargeError(RequestError):

@@ -27,11 +27,12 @@ from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
-from ruvon.server.openapi import openapi
+from ruvon.server.openapi import dialects, openapi
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
+from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.state import STATE, State
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
@@ -96,7 +97,10 @@ def create_app(
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(end_background)
+    app[KEPT] = KeptStreams(server.resume_grace)
+    state.http.gauge("ruvon_kept_streams", "Streams that can be resumed.", app[KEPT].__len__)
     app.on_cleanup.append(end_reader)
+    app.on_cleanup.append(end_kept)
     app.cleanup_ctx.append(engine_context(start))
     return app
 
@@ -112,6 +116,11 @@ def open_store(server: ServerConfig, state: State) -> ResponseStore:
 async def end_reader(app: web.Application) -> None:
     """What waits to be read has lost its client."""
     app[READER].shutdown(wait=False, cancel_futures=True)
+
+
+async def end_kept(app: web.Application) -> None:
+    """Nobody can come back any more."""
+    await app[KEPT].close()
 
 
 def make_runner(app: web.Application) -> web.AppRunner:
@@ -166,7 +175,7 @@ async def run(app: web.Application) -> None:
         watch_signals(state)
         host, port = await listen(runner, state.server.host, state.server.port)
         state.address = (host, port)
-        console.tell_address(state.server, host, port)
+        console.tell_address(state.server, host, port, dialects())
         await state.ended.wait()
         await drain(state)
     finally:

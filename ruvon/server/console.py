@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -44,13 +44,20 @@ def greet(server: ServerConfig) -> None:
         terminal().print(f"\n[bold]ruvon {__version__}[/bold]")
 
 
-def tell_address(server: ServerConfig, host: str, port: int) -> None:
-    """Say where it listens, which it does before the model is loaded."""
+def tell_address(
+    server: ServerConfig, host: str, port: int, dialects: Mapping[str, Sequence[str]]
+) -> None:
+    """Say where it listens, which it does before the model is loaded, and whose APIs it speaks
+    there: by name, their endpoints."""
     url = f"http://{bracketed(host)}:{port}"
     if is_watched(server):
-        terminal().print(f"OpenAI's API on [bold]{url}[/bold]\n")
+        console = terminal(soft_wrap=True)
+        console.print(f"Listening on [bold]{url}[/bold], as")
+        for name, endpoints in dialects.items():
+            console.print(f"  {name:<10} {', '.join(endpoints)}")
+        console.print()
     else:
-        log.info("listening", url=url, port=port)
+        log.info("listening", url=url, port=port, speaks=list(dialects))
 
 
 @contextmanager
@@ -92,14 +99,16 @@ def announce(
     console = terminal(soft_wrap=True)
     console.print(Padding(table, (0, 0, 0, 1)))
     console.print(f"[bold]Ready[/bold] after {seconds:.1f} s. In another terminal:\n")
-    console.print(f"  {first_request(*address)}\n", markup=False)
+    console.print(f"  {first_request(*address, keyed=bool(server.api_key))}\n", markup=False)
     console.print("Every field is in docs/reference/api.md. Ctrl-C ends the server.\n")
 
 
-def first_request(host: str, port: int) -> str:
-    """A line for a shell that asks the server something."""
+def first_request(host: str, port: int, *, keyed: bool = False) -> str:
+    """A line for a shell that asks the server something, with a key if it has to be ``keyed``."""
     url = f"http://{ANYWHERE.get(host, bracketed(host))}:{port}/v1/chat/completions"
     header = "-H 'Content-Type: application/json'"
+    if keyed:
+        header += " -H 'Authorization: Bearer YOUR_KEY'"
     return f"curl {url} {header} -d {shlex.quote(orjson.dumps(QUESTION).decode())}"
 
 

@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from aiohttp import web
 
 EXPOSED = (
-    "X-Request-Id, X-Ruvon-Ignored, X-Ruvon-Stream, Retry-After, Retry-After-Ms, X-Should-Retry,"
-    " WWW-Authenticate"
+    "X-Request-Id, X-Ruvon-Ignored, Retry-After, Retry-After-Ms, X-Should-Retry, WWW-Authenticate"
 )
 METHODS = "GET, POST, DELETE"
 MAX_AGE = "600"  # seconds that a browser may remember a preflight

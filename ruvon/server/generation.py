@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Iterable, Sequence
+from collections.abc import AsyncGenerator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from functools import partial
 from urllib.parse import quote
@@ -20,6 +20,7 @@ from ruvon.errors import GenerationError, NotReadyError
 from ruvon.server.body import offload
 from ruvon.server.events import EVENTS, Media, send_events
 from ruvon.server.middleware import FACTS
+from ruvon.server.resume import KEPT, send_kept
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
 
@@ -51,10 +52,12 @@ class Generation:
         fields of the request that have no effect. Whichever way this is left, it frees what the
         jobs held."""
         headers = ignored_header(ignored)
+        interval = http.app[STATE].server.sse_keep_alive_interval
+        if stream and http.app[KEPT].wants(http):
+            return await self._send_kept(http, headers, interval)
         async with aclosing(self._service.generator.generate(self._jobs)) as source:
             try:
                 if stream:
-                    interval = http.app[STATE].server.sse_keep_alive_interval
                     first = self._push(await first_news(source, interval), source)
                     async with aclosing(self._events(http.app, first, source, media)) as events:
                         return await send_events(
@@ -64,6 +67,17 @@ class Generation:
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
                 http[FACTS].update(self._facts(stream))
+
+    async def _send_kept(
+        self, http: web.Request, headers: Mapping[str, str], interval: float
+    ) -> web.StreamResponse:
+        """As a stream that outlives its connection."""
+        writer = self._writer
+        kept = http.app[KEPT].keep(writer.id, http, self.run(http.app), writer)
+        try:
+            return await send_kept(http, kept, 0, headers, interval)
+        finally:
+            http[FACTS].update(self._facts(True))
 
     def run(self, app: web.Application) -> AsyncGenerator[bytes, None]:
         """Queue the jobs, or raise why not; what they give comes as events, whoever reads them."""

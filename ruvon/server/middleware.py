@@ -17,6 +17,7 @@ from ruvon.errors import AuthenticationError, QueueFullError, RequestError, Unav
 from ruvon.server import cors, keys
 from ruvon.server.events import CLIENT_LEFT, EventResponse
 from ruvon.server.failures import error_answer, failure, openai_error, speaks_anthropic
+from ruvon.server.resume import is_resumed, resume
 from ruvon.server.state import STATE, State
 
 log = structlog.get_logger(__name__)
@@ -63,6 +64,8 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         if server.cors_allow_origin and cors.is_preflight(http):
             return cors.preflight(http, server.cors_allow_origin)
         keys.check(http, server.api_key)
+        if is_resumed(http):
+            return await resume(http, server.sse_keep_alive_interval)
         return await handler(http)
     except Exception as error:
         error = _as_ours(error, http)

@@ -173,6 +173,19 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
 }
 """Every endpoint, by method and path."""
 
+DIALECTS = ("OpenAI", "Anthropic", "Ollama")
+"""Tags of operations that are somebody's API."""
+
+
+def dialects() -> dict[str, list[str]]:
+    """Whose APIs these are, and where: by name, the paths that answers come from."""
+    posts = [path for method, path in OPERATIONS if method == "POST"]
+    main = [path for path in posts if not any(path.startswith(f"{each}/") for each in posts)]
+    return {
+        name: [path for path in main if OPERATIONS["POST", path].tag == name] for name in DIALECTS
+    }
+
+
 SECURITY: Schema = {
     "bearer": {"type": "http", "scheme": "bearer"},
     "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},

@@ -25,6 +25,7 @@ from ruvon.server import console, lifecycle
 from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.events import EventResponse
 from ruvon.server.listen import listen
+from ruvon.server.openapi import dialects
 
 
 class Slow:
@@ -447,18 +448,24 @@ async def test_what_the_terminal_says_to_type_is_answered(serve, capsys, monkeyp
 )
 def test_what_is_listened_on_and_where_one_asks(host, asked):
     assert f"curl http://{asked}:80/v1" in console.first_request(host, 80)
+    assert "Bearer" not in console.first_request(host, 80)
+    assert "Authorization: Bearer" in console.first_request(host, 80, keyed=True)
 
 
 @pytest.mark.parametrize("watched", [True, False])
 def test_a_terminal_shows_a_bar_and_a_file_gets_lines(capsys, monkeypatch, watched):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: watched)
     with capture_logs() as logs, console.loading(ServerConfig()) as show:
-        console.tell_address(ServerConfig(), "127.0.0.1", 80)
+        console.tell_address(ServerConfig(), "127.0.0.1", 80, dialects())
         for share in (0.0, 0.5, 1.0):
             show("loading weights", share)
     events = [entry["event"] for entry in logs]
     assert events == ([] if watched else ["listening", "loading"])
-    assert ("http://127.0.0.1:80" in capsys.readouterr().err) == watched
+    said = capsys.readouterr().err
+    for word in ("http://127.0.0.1:80", "OpenAI", "/v1/embeddings", "Anthropic", "/v1/messages"):
+        assert (word in said) == watched
+    assert "/v1/messages/count_tokens" not in said
+    assert watched or logs[0]["speaks"] == ["OpenAI", "Anthropic", "Ollama"]
     assert not console.is_watched(ServerConfig(log_format="json"))
 
 
