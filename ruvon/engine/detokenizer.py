@@ -104,7 +104,7 @@ class _Completion:
         if not deltas:
             deltas = [Delta()]
         if self.ended:
-            self._say_why(deltas[-1], emission)
+            self._say_why(deltas[-1], emission, over)
         gained = deltas[0]
         gained.tokens, gained.logprobs = tokens, logprobs
         gained.prompt_logprobs = emission.prompt_logprobs
@@ -113,9 +113,10 @@ class _Completion:
             delta.index = emission.index
         return deltas
 
-    def _say_why(self, delta: Delta, emission: Emission) -> None:
-        """It ended at a stop string, where the parser had enough, or as the engine says."""
-        if self._text.over:
+    def _say_why(self, delta: Delta, emission: Emission, over: bool) -> None:
+        """It ended at a stop string or where the parser had enough (``over``), which is not known
+        of one that was cut off, or as the engine says."""
+        if over:
             delta.finish, delta.stop_reason = "stop", self._text.stopped
             return
         delta.finish, delta.error = emission.finish, emission.error

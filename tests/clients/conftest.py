@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -17,7 +19,8 @@ def url() -> Iterator[str]:
     if given := os.environ.get("RUVON_URL"):
         yield given
         return
-    from scripted import running
+    sys.path.append(str(Path(__file__).parents[1] / "server"))  # where its parts are
+    from scripted import running  # in a client's own environment there is no ruvon
 
     with running("obedient") as address:
         yield address

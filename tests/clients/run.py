@@ -113,7 +113,7 @@ def command(client: Client, home: Path, report: Path) -> list[str]:
         out = ["--test-reporter=junit", f"--test-reporter-destination={report}"]
         return [str(node()), "--test", *out, Path(tests).name]
     python = sys.executable if client.kind == "agent" else str(home / "bin" / "python")
-    options = ["-c", str(HERE / "pytest.ini"), "--rootdir", str(HERE), "--confcutdir", str(HERE)]
+    options = ["-c", str(HERE / "own.ini"), "--rootdir", str(HERE), "--confcutdir", str(HERE)]
     return [python, "-m", "pytest", *options, "--junitxml", str(report), tests]
 
 

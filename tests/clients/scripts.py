@@ -62,6 +62,7 @@ def langchain(prompt: str) -> str:
         "magic_function(3)": ("magic_function", {"input": 3}),
         "Hello!": ("magic_function", {"input": 3}),
         "Pirate": ("greeting_generator", {"answer_style": "Pirate"}),
+        "What is 3 + 4": ("my_adder_tool", {"a": 3, "b": 4}),
         "weather in San": ("get_weather", {"location": "San Francisco, CA"}),
     }
     for part, (name, arguments) in answers.items():

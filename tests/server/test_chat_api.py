@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from serving import ScriptRunner
 
 from ruvon.config import ServerConfig
 
@@ -405,11 +406,25 @@ async def test_no_calls_without_tools(serve):
         assert "tool_calls" not in choice["message"]
 
 
-async def test_a_call_that_is_cut_off_ends_with_length(serve):
+@pytest.mark.parametrize("parallel", [True, False])
+async def test_a_call_that_is_cut_off_ends_with_length(serve, parallel):
     server = await serve(CALL, numbers=ROOM)
-    choice = (await server.chat(tools=TOOLS, max_tokens=len(CALL) - 20)).json["choices"][0]
+    fields = {"max_tokens": len(CALL) - 20, "parallel_tool_calls": parallel}
+    choice = (await server.chat(tools=TOOLS, **fields)).json["choices"][0]
     assert choice["finish_reason"] == "length"
     assert choice["message"]["tool_calls"][0]["function"]["name"] == "add"
+
+
+async def test_a_call_that_could_not_be_computed_is_an_error(serve):
+    class FailsLate(ScriptRunner):
+        def _draw(self, row, context):
+            if len(row.history) > row.num_prompt + len(CALL) - 20:
+                self.errors[row.seq_id] = "NaN in the logits"
+            return super()._draw(row, context)
+
+    server = await serve(runner=FailsLate(CALL), numbers=ROOM)
+    reply = await server.chat(tools=TOOLS, parallel_tool_calls=False)
+    assert (reply.status, reply.error["message"]) == (500, "NaN in the logits")
 
 
 @pytest.mark.parametrize(
