@@ -13,7 +13,9 @@ QUIET = {
 }
 
 
-@pytest.mark.parametrize("package", ["@ai-sdk/openai-compatible", "@ai-sdk/openai", "@ai-sdk/anthropic"])
+@pytest.mark.parametrize(
+    "package", ["@ai-sdk/openai-compatible", "@ai-sdk/openai", "@ai-sdk/anthropic"]
+)
 def test_mends_a_file(url, project, package):
     config = {
         "model": "ruvon/scripted",
