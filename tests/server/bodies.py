@@ -149,7 +149,7 @@ BODIES = {
     "tools": (CHAT, messages(EMPTY, 1, b"," + offered(60)), 200),
     "one of many must be called": (
         CHAT,
-        messages(EMPTY, 1, b',"tool_choice":"required",' + offered(60, b',"strict":true')),
+        messages(EMPTY, 1, b',"tool_choice":"required",' + offered(40, b',"strict":true')),
         200,
     ),
     "choices": (COMPLETE, prompt(b'"a"', b',"guided_choice":' + distinct(2000)), 200),

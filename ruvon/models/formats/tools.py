@@ -12,6 +12,7 @@ from ruvon.grammars import Grammar
 from ruvon.models.text_stream import TextStream
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {}}
+NO_ARGUMENTS: Mapping[str, Any] = {**ANY_OBJECT, "required": [], "additionalProperties": False}
 INPUT = "input"  # the one argument as which a custom tool's input is written where calls are JSON
 
 
@@ -21,7 +22,9 @@ class Tool:
 
     name: str
     description: str | None = None
-    parameters: Mapping[str, Any] | None = None  # JSON schema of the arguments; None: any object
+    parameters: Mapping[str, Any] | None = (
+        None  # JSON schema of the arguments; None: any object, or {} where `strict`
+    )
     strict: bool = False  # calls match the schema even where the model is free to call or not
     custom: bool = False
     syntax: Grammar | None = None  # of a custom tool's input
@@ -125,7 +128,8 @@ def openai_form(tool: Tool) -> dict[str, Any]:
 def arguments_schema(tool: Tool) -> Mapping[str, Any]:
     """The schema of the JSON that a call's arguments are."""
     if not tool.custom:
-        return ANY_OBJECT if tool.parameters is None else tool.parameters
+        unsaid = NO_ARGUMENTS if tool.strict else ANY_OBJECT
+        return unsaid if tool.parameters is None else tool.parameters
     return {
         "type": "object",
         "properties": {INPUT: {"type": "string"}},
