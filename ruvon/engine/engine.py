@@ -113,12 +113,11 @@ class Engine:
         if self._grammars is not None and job.sampling.grammar is not None:
             self._grammars.check(job.sampling.grammar)
         whole = job.sampling.prompt_logprobs is not None or job.pooling == "mean"
-        if not self.config.enable_prefix_caching or whole:
-            return job
         keys: list[bytes] = []
-        size = self.config.block_size
-        extend_keys(keys, len(job.prompt) // size, job.prompt, size, job.cache_salt)
-        return replace(job, keys=tuple(keys))
+        if self.config.enable_prefix_caching and not whole:
+            size = self.config.block_size
+            extend_keys(keys, len(job.prompt) // size, job.prompt, size, job.cache_salt)
+        return replace(job, keys=tuple(keys), checked=True)
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up. One with a
@@ -249,6 +248,12 @@ class Engine:
 
     def validate(self, job: Job) -> int:
         """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
+        if not job.checked:
+            self._check(job)
+        max_tokens = job.sampling.max_tokens
+        return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
+
+    def _check(self, job: Job) -> None:
         if not 1 <= job.n <= self._bound:
             raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
         if not job.prompt:
@@ -266,9 +271,7 @@ class Engine:
             check_sampling(job.sampling, self.vocab_size)
             self._check_grammar(job.sampling.grammar)
             self._valid = job.sampling
-        num_prompt, max_tokens = len(job.prompt), job.sampling.max_tokens
-        check_length(num_prompt, max_tokens, self.max_model_len, job.param)
-        return self.max_model_len - num_prompt if max_tokens is None else max_tokens
+        check_length(len(job.prompt), job.sampling.max_tokens, self.max_model_len, job.param)
 
     def _check_grammar(self, grammar: Grammar | None) -> None:
         if grammar is not None and self._grammars is None:

@@ -239,8 +239,13 @@ class Scheduler:
         seq.awaits = seq.missing if seq.missing in self._computing else None
         return found
 
-    def _keys_of(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
-        """The keys of its first blocks, computed as they are asked for if they are not known."""
+    def _keys_of(self, seq: Sequence, num_keys: int) -> Iterable[bytes]:
+        """The keys of its first blocks; those not known are computed as they are asked for."""
+        return (
+            seq.keys[:num_keys] if len(seq.keys) >= num_keys else self._making_keys(seq, num_keys)
+        )
+
+    def _making_keys(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
         for i in range(num_keys):
             self._extend_keys(seq, i + 1)
             yield seq.keys[i]

@@ -83,6 +83,7 @@ class Job:
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
     keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
     param: str = "prompt"  # the field that errors about the prompt name
+    checked: bool = False  # `Engine.prepare` has found that it can run
 
 
 @dataclass(slots=True, eq=False)

@@ -94,9 +94,13 @@ def client() -> Iterator[ProcessPoolExecutor]:
 class QuickRunner(FakeRunner):
     """Says the same whatever it is asked: what computing costs is not the server's."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._wanted: dict[int, tuple[int, ...]] = {}  # ids to score, by sequence
+
     def launch(self, plan: Plan) -> Future[StepResult]:
         entry = fake_logprobs(97, 20)
-        wanted = {new.seq_id: new.sampling.logprob_token_ids for new in plan.new}
+        self._wanted |= {new.seq_id: new.sampling.logprob_token_ids for new in plan.new}
         self.plans.append(plan)
         future: Future[StepResult] = Future()
         future.set_result(
@@ -104,7 +108,7 @@ class QuickRunner(FakeRunner):
                 tokens=((97,),) * len(plan.rows),
                 logprobs=tuple(
                     (replace(entry, top=tuple((id, -1.0) for id in ids)) if ids else entry,)
-                    for ids in [wanted.get(seq_id) for seq_id in plan.rows]
+                    for ids in [self._wanted[seq_id] for seq_id in plan.rows]
                 ),
                 prompt_logprobs={
                     row.seq_id: (entry,) * len(row.targets) for row in plan.prompt_rows
