@@ -178,27 +178,29 @@ class Trial:
         self._process: subprocess.Popen[bytes] | None = None
 
     def error_of(self, text: str) -> str:
-        """Why a grammar does not compile; empty if it does."""
+        """Why a grammar does not compile; empty if it does. Raises RuntimeError if no process can
+        be had."""
         process = self._process or self._start()
         request = text.encode(errors="replace")
         try:
-            assert process.stdin is not None
-            process.stdin.write(LENGTH.pack(len(request)) + request)
-            process.stdin.flush()
-            deadline = time.monotonic() + PATIENCE
-            size = LENGTH.unpack(receive(process, 4, deadline))[0]
-            return receive(process, size, deadline).decode()
+            send(process, LENGTH.pack(len(request)) + request)
+            return receive(process)
         except (OSError, EOFError, TimeoutError):
             self.close()
             return TOO_COSTLY
 
     def _start(self) -> subprocess.Popen[bytes]:
         program = [grammar_trial.__file__, str(self._vocab_size)]
-        self._process = subprocess.Popen(
+        process = self._process = subprocess.Popen(
             [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
         )  # fmt: skip
-        return self._process
+        try:
+            receive(process)
+        except (EOFError, TimeoutError) as error:
+            self.close()
+            raise RuntimeError("the process that tries grammars does not start") from error
+        return process
 
     def close(self) -> None:
         process, self._process = self._process, None
@@ -211,9 +213,22 @@ class Trial:
                 pipe.close()  # type: ignore[union-attr]
 
 
-def receive(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
-    """So many bytes of what a process says. Raises EOFError if it ends, TimeoutError at the
-    deadline."""
+def send(process: subprocess.Popen[bytes], request: bytes) -> None:
+    """All of a request: an unbuffered pipe may take less at once."""
+    pipe: Any = process.stdin
+    rest = memoryview(request)
+    while rest:
+        rest = rest[pipe.write(rest) :]
+
+
+def receive(process: subprocess.Popen[bytes]) -> str:
+    """An answer. Raises EOFError if the process ends, TimeoutError if it takes too long."""
+    deadline = time.monotonic() + PATIENCE
+    (size,) = LENGTH.unpack(receive_bytes(process, 4, deadline))
+    return receive_bytes(process, size, deadline).decode(errors="replace")
+
+
+def receive_bytes(process: subprocess.Popen[bytes], size: int, deadline: float) -> bytes:
     pipe: Any = process.stdout
     received = b""
     with selectors.DefaultSelector() as selector:

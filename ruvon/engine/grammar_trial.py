@@ -4,7 +4,8 @@ A grammar comes from a client, and some take for ever to compile, or end the pro
 So each is compiled here first, and only one that is done within bounds is compiled for good.
 
 This file is also that process's program: it knows llguidance only. A request is four bytes of
-length and a grammar in UTF-8; an answer is four bytes and the error, empty if there is none.
+length and a grammar in UTF-8; an answer is four bytes and the error, empty if there is none. An
+empty answer before any request says that it is ready.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def try_grammars(source: BinaryIO, sink: BinaryIO, vocab_size: int) -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     tokenizer, limits = LLTokenizer(Bytes(vocab_size), slices=[]), LLParserLimits(**LIMITS)
+    answer(sink, "")
     while len(size := source.read(4)) == 4:
         text = source.read(*LENGTH.unpack(size)).decode()
         signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)  # whose signal ends the process
@@ -67,9 +69,13 @@ def try_grammars(source: BinaryIO, sink: BinaryIO, vocab_size: int) -> None:
             matcher.compute_bitmask()
             error = matcher.get_error()
         signal.setitimer(signal.ITIMER_PROF, 0)
-        answer = error.encode(errors="replace")[:4000]
-        sink.write(LENGTH.pack(len(answer)) + answer)
-        sink.flush()
+        answer(sink, error)
+
+
+def answer(sink: BinaryIO, error: str) -> None:
+    text = error.encode(errors="replace")[:4000]
+    sink.write(LENGTH.pack(len(text)) + text)
+    sink.flush()
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
@@ -9,13 +10,14 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from fakes import ByteTokenizer, allowed
+from fakes import ByteTokenizer, FakeMetrics, FakeRunner, allowed
 
 from ruvon import grammars
 from ruvon.config import EngineConfig
 from ruvon.engine import grammar as compiling
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.loop import EngineLoop, HoldsLoopError
 from ruvon.engine.matching import Matchers, withhold
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
 from ruvon.errors import RequestError
@@ -331,6 +333,31 @@ def test_one_grammar_from_many_threads(compiler):
     for thread in threads:
         thread.join()
     assert not failures
+
+
+async def test_what_takes_long_is_not_prepared_on_the_loops_thread(compiler):
+    engine = Engine(
+        FakeRunner(), EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300,
+        grammars=compiler,
+    )  # fmt: skip
+    loop = EngineLoop(engine, FakeMetrics())
+    loop.start()
+    job = Job((1,), SamplingParams(grammar=grammars.choice(["not seen before"])))
+    with pytest.raises(HoldsLoopError):
+        loop.prepare(job)
+    assert await asyncio.to_thread(loop.prepare, job) == job
+    assert loop.prepare(job) == job
+    await loop.stop(0)
+
+
+def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch):
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    monkeypatch.setattr(compiling.sys, "executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="does not start"):
+        compiler.check(grammars.json_object())
+    monkeypatch.undo()
+    compiler.check(grammars.json_object())
+    compiler.close()
 
 
 def test_an_engine_without_grammars_refuses_them_by_name():
