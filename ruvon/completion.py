@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias, Unpack
 
+import structlog
+
 from ruvon.deltas import Delta, FinishReason, TokenLogprobs, ToolCall
 from ruvon.engine.types import Job, SamplingParams, TextOptions
 from ruvon.models.chat import ChatFormat, TurnOptions
@@ -18,6 +20,8 @@ from ruvon.models.formats.tools import (
     read_tools,
 )
 from ruvon.models.tokenizer import Tokenizer
+
+log = structlog.get_logger(__name__)
 
 Prompt: TypeAlias = str | Sequence[int]
 Conversation: TypeAlias = Sequence[Mapping[str, Any]]
@@ -146,6 +150,8 @@ def take_turn(
         reasoning=reasoning,
         **template,
     )
+    if turn.ignored:
+        log.warning("without_effect", wishes=turn.ignored)  # the model's template knows none of it
     return turn, replace(sampling, grammar=turn.grammar)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ruvon.cli import main
 from ruvon.cli.answers import Remote, Usage
-from ruvon.cli.chat import Conversation, obey, read_message, run
+from ruvon.cli.chat import Conversation, Printer, obey, read_message, run
 from ruvon.cli.client import Client
 from ruvon.config import EngineConfig, ServerConfig, kinds, variable
 from ruvon.deltas import Delta
@@ -276,6 +276,18 @@ class Scripted:
             return Usage(num_prompt=3, num_output=2)
         finally:
             self.closed += 1
+
+
+def test_reasoning_is_set_apart_from_the_answer(capsys):
+    printer = Printer(Console(width=200))
+    for delta in (
+        Delta(reasoning="Hm"),
+        Delta(reasoning=" [b]"),
+        Delta(text="Yes"),
+        Delta(text="."),
+    ):
+        printer.show(delta)
+    assert capsys.readouterr().out == "Hm [b]\n\nYes."
 
 
 def talk(monkeypatch, source, *lines):

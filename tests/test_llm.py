@@ -5,6 +5,7 @@ import json
 import sys
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import jsonschema
@@ -14,6 +15,7 @@ from fakes import ByteTokenizer, FakeRunner
 from structlog.testing import capture_logs
 
 from ruvon import LLM, SamplingParams, TextOptions
+from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer
 from ruvon.errors import ConfigError, ContextLengthError, EngineDeadError, RequestError
 from ruvon.models.chat import PlainParser, Turn
@@ -103,6 +105,44 @@ def test_a_stop_string_ends_a_completion_and_frees_its_blocks(fake):
     assert cut.text == whole.text[:at]
     assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     assert len(cut.tokens) == at + 2
+
+
+class AtMost:
+    """A parser that has enough after some tokens."""
+
+    def __init__(self, text, most):
+        self.text, self.most = text, most
+
+    def push(self, ids):
+        said = ""
+        for id in ids:
+            said += self.text.push([id])
+            if self.text.num_tokens == self.most:
+                self.text.end()
+        return [Delta(text=said)]
+
+    def finish(self):
+        return []
+
+
+def test_a_parser_can_end_a_completion_each_its_own(fake):
+    """What it did not read is not counted, and nothing stays in the engine."""
+    sizes = iter([2, 5])
+    fake.loaded.chat.turn = lambda messages, **options: Turn(
+        (97, 98), partial(AtMost, most=next(sizes))
+    )
+    talk = [{"role": "user", "content": "ab"}]
+    (first,), (second,) = fake.chat([talk, talk], GREEDY, use_tqdm=False)
+    assert (len(first.tokens), len(second.tokens)) == (2, 5)
+    assert second.text.startswith(first.text)
+    assert (first.finish_reason, first.stop_reason) == ("stop", None)
+
+
+def test_wishes_that_a_template_does_not_know_are_told(fake):
+    fake.loaded.chat.turn = lambda messages, **options: Turn((97,), PlainParser, ignored=("x",))
+    with capture_logs() as logs:
+        fake.chat([{"role": "user", "content": "a"}], GREEDY, use_tqdm=False)
+    assert [(entry["event"], entry["wishes"]) for entry in logs] == [("without_effect", ("x",))]
 
 
 def test_a_stop_token_is_hidden_unless_wanted(fake):

@@ -146,6 +146,8 @@ class ChatFormat:
             response,
             thinking,
             self._tokenizer.added_ids,
+            self._tokenizer.special_ids | {*self._tokenizer.eos_ids},
+            self._tokenizer.vocab_size,
         )
         return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
 

@@ -61,7 +61,15 @@ LLAMA = """{{- bos_token }}
 {%- endif %}
 {%- for message in messages %}
     {{- '<|start_header_id|>' + message.role + '<|end_header_id|>\\n\\n' }}
-    {{- message.content + '<|eot_id|>' }}
+    {%- if message.tool_calls and message.tool_calls | length != 1 %}
+        {{- raise_exception('This model only supports single tool-calls at once!') }}
+    {%- endif %}
+    {{- message.content }}
+    {%- for call in message.tool_calls %}
+        {{- '{"name": "' + call.function.name + '", "parameters": ' }}
+        {{- call.function.arguments | tojson + '}' }}
+    {%- endfor %}
+    {{- '<|eot_id|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}
     {{- '<|start_header_id|>assistant<|end_header_id|>\\n\\n' }}

@@ -107,6 +107,24 @@ def test_ids_become_such_as_mistrals_templates_take(family):
     assert "abcDEF123" in prompt(family, [TALK[1], *kept])
 
 
+def test_llamas_calls_are_told_one_at_a_time():
+    text = prompt("llama")
+    parts = [part.partition("<|end_header_id|>\n\n") for part in text.split("<|eot_id|>")]
+    told = [(head.split("|>")[-1], said) for head, _, said in parts[1:-1]]
+    assert told == [
+        ("system", "Be brief."),
+        ("user", "Hi"),
+        ("assistant", 'Well.{"name": "weather", "parameters": {"city": "a"}}'),
+        ("tool", "20°"),
+        ("assistant", '{"name": "patch", "parameters": {"input": "*** Begin"}}'),
+        ("tool", "done"),
+        ("user", "And?"),
+    ]
+    stray = [*TALK[:4], {"role": "tool", "tool_call_id": "other", "content": "stray"}]
+    assert "stray" in prompt("llama", stray)
+    assert "*** Begin" in prompt("llama", TALK[:3])
+
+
 def test_arguments_are_text_for_templates_that_want_it():
     source = "{% for m in messages %}{% for c in m.tool_calls %}{{ '!' + c.function.arguments }}"
     textual = Family(source + "{% endfor %}{% endfor %}")

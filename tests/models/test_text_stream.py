@@ -198,3 +198,19 @@ def test_a_leading_space_goes_only_where_a_text_begins(prompt, expected):
     )
     stream = Tokenizer.stream(llama, prompt_ids=prompt)
     assert stream.push([2, 2]) == expected
+
+
+def test_hidden_tokens_can_be_shown():
+    stream = TextStream(token_bytes, hidden=frozenset({1, 9}))
+    stream.show(frozenset({9}))
+    assert stream.push([1, 9, 2]) == "<|x|>ab"
+
+
+def test_whoever_reads_a_text_can_end_it():
+    stream = TextStream(token_bytes, stop=("bx",))
+    assert stream.push([1, 2]) == "aa"
+    stream.end()
+    assert stream.over
+    assert stream.stopped is None
+    assert stream.push([1]) + stream.finish() == ""
+    assert stream.num_tokens == 2

@@ -37,7 +37,8 @@ class Thinking:
 @dataclass(frozen=True, slots=True)
 class Answer:
     """What one answer may be. ``tools`` are those that may be called; ``tokens`` are the tokens
-    that markers may be, by their text."""
+    that markers may be, by their text; ``special`` those that no text has; all
+    tokens are below ``vocab_size``."""
 
     format: Format
     tools: Sequence[Tool]
@@ -45,6 +46,8 @@ class Answer:
     response: Grammar | None
     thinking: Thinking | None
     tokens: Mapping[str, int]
+    special: frozenset[int]
+    vocab_size: int
 
     @property
     def raw(self) -> Tool | None:
@@ -89,7 +92,7 @@ class Answer:
 
     def grammar(self) -> Grammar | None:
         """None if the model is free."""
-        rules = Rules(self.tokens)
+        rules = Rules(self.tokens, self.special, self.vocab_size)
         answer = self._answer(rules)
         if self.thinking is not None:
             thinking = self.thinking

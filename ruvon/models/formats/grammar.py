@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Tool, arguments_schema
 
-ANYTHING = "<[*]>*"
 LONGEST = 1 << 20  # tokens of reasoning that are counted
 
 
@@ -36,10 +36,16 @@ class CallGrammar:
 
 
 class Rules:
-    """Rules in the making. Their names begin so that no client's grammar is likely to clash."""
+    """Rules in the making. Their names begin so that no client's grammar is likely to clash.
 
-    def __init__(self, tokens: Mapping[str, int]) -> None:
+    ``tokens`` are the tokens that markers may be, by their text; ``special`` those that no text
+    has, such as the end of a turn; all are below ``size``, which a model's head may exceed.
+    """
+
+    def __init__(self, tokens: Mapping[str, int], special: Iterable[int], size: int) -> None:
         self._tokens = tokens
+        self._special = frozenset(special)
+        self._size = size
         self._rules: list[str] = []
 
     def rule(self, body: str, options: str = "") -> str:
@@ -59,6 +65,11 @@ class Rules:
     def mark(self, marker: str) -> str:
         """A marker, as a part of a rule's body."""
         return f"<[{self._tokens[marker]}]>" if marker in self._tokens else quote(marker)
+
+    def tokens(self, but: str = "", *, of_text: bool = False) -> str:
+        """Any token, or any of a text, but one marker."""
+        left_out = {self._tokens[but]} if but else set()
+        return f"<[{ranges(self._size, left_out | self._special if of_text else left_out)}]>"
 
     def arguments(self, tool: Tool) -> str:
         """A call's arguments as JSON, as a rule."""
@@ -81,6 +92,13 @@ class Rules:
 def quote(text: str) -> str:
     """Text as a literal; empty text as nothing."""
     return json.dumps(text) if text else ""
+
+
+def ranges(size: int, left_out: Iterable[int]) -> str:
+    """The ids below ``size`` but for some, as llguidance lists them: 0,5-7."""
+    bounds = [-1, *sorted(left_out), size]
+    runs = [(before + 1, after - 1) for before, after in pairwise(bounds) if after > before + 1]
+    return ",".join(f"{first}-{last}" if last > first else f"{first}" for first, last in runs)
 
 
 def escape(text: str) -> str:
@@ -140,13 +158,12 @@ def reasoned(
         return thought
     if answer is not None:
         return f"({rules.mark(start)} {thought}) | ({answer})"
-    first = rules.mark(start).replace("[", "[^")
-    return f"({rules.mark(start)} {thought}) | ({first} {ANYTHING})?"
+    return f"({rules.mark(start)} {thought}) | ({rules.tokens(start)} {rules.tokens()}*)?"
 
 
 def _gap(rules: Rules, answer: str | None) -> str:
     """What follows the end of reasoning."""
-    return ANYTHING if answer is None else f"/\\n{{0,2}}/ ({answer})"
+    return f"{rules.tokens()}*" if answer is None else f"/\\n{{0,2}}/ ({answer})"
 
 
 def _thought(rules: Rules, end: str, budget: int | None) -> str:
@@ -158,7 +175,7 @@ def _thought(rules: Rules, end: str, budget: int | None) -> str:
     if budget == 0:
         return mark
     # Counts exactly, which llguidance's max_tokens does not.
-    return f"{mark.replace('[', '[^')}{{0,{min(budget, LONGEST)}}} {mark}"
+    return f"{rules.tokens(end, of_text=True)}{{0,{min(budget, LONGEST)}}} {mark}"
 
 
 def json_body(

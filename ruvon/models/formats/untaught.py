@@ -29,16 +29,19 @@ To call a function, write a JSON object with its name and arguments within {STAR
 
 def in_words(messages: Messages, tools: Tools, system: bool) -> Messages:
     """Messages of text only, in which no two neighbours with results have the same role."""
-    told: Messages = []
+    told: list[tuple[dict[str, Any], list[str]]] = []  # messages, and the parts of their texts
+    mergeable = False  # whether the last of them is the user's, with results
     for message in messages:
         text, results = _as_text(message), message.get("role") == "tool"
-        if told and text["role"] == "user" == told[-1]["role"] and (results or told[-1]["results"]):
-            told[-1]["content"] += "\n" + text["content"]
+        users = text.get("role") == "user"
+        if users and told and told[-1][0].get("role") == "user" and (results or mergeable):
+            told[-1][1].append(text["content"])
+            mergeable = True
         else:
-            told.append({**text, "results": results})
-    for message in told:
-        del message["results"]
-    return introduced(told, tools, system)
+            told.append((text, [text["content"]]))
+            mergeable = results
+    merged = [{**message, "content": "\n".join(parts)} for message, parts in told]
+    return introduced(merged, tools, system)
 
 
 def _as_text(message: Mapping[str, Any]) -> dict[str, Any]:
