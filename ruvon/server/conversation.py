@@ -166,5 +166,5 @@ def check_each(tools: Sequence[Tool], job: Job, service: Service) -> None:
     blame, if one is by itself."""
     for tool in tools[:MOST_SUSPECTS]:
         if tool.parameters is not None:
-            grammar = json_schema(tool.parameters, param=tool.param)
-            service.generator.prepare(replace(job, sampling=replace(job.sampling, grammar=grammar)))
+            sampling = SamplingParams(grammar=json_schema(tool.parameters, param=tool.param))
+            service.generator.prepare(Job(job.prompt[:1], sampling))

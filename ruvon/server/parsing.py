@@ -84,7 +84,7 @@ def refuse_unserved(request: Fields) -> None:
             raise _unsupported(name, f"; use {INSTEAD[name]}" if name in INSTEAD else "")
     for prefix, model in within(request):
         for name in model.UNSERVED.intersection(model.model_extra or ()):
-            if (model.model_extra or {})[name] not in EMPTY:
+            if (model.model_extra or {})[name] not in (*EMPTY, False):
                 raise _unsupported(f"{prefix}{name}")
 
 

@@ -46,6 +46,16 @@ def wrong(**fields: Any) -> RequestError:
         ({"structured_outputs": {"json": '{"type":"null"}'}}, {"type": "null"}),
         ({"structured_outputs": {"json_object": True}}, grammars.json_object()),
         ({"structured_outputs": {"json_object": False}}, None),
+        (
+            {
+                "structured_outputs": {
+                    "regex": "a",
+                    "disable_any_whitespace": False,
+                    "disable_additional_properties": False,
+                }
+            },
+            grammars.regex("a"),
+        ),
         ({"structured_outputs": {"regex": "a+"}}, grammars.regex("a+")),
         ({"structured_outputs": {"choice": ["a", "b"]}}, grammars.choice(["a", "b"])),
         ({"structured_outputs": {"grammar": "start: /a/"}}, grammars.lark("start: /a/")),

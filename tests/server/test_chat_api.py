@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
-from serving import ScriptRunner
+from serving import TEMPLATE, ScriptRunner
 
 from ruvon.config import ServerConfig
+from ruvon.models.chat import load_chat
 
 ROLE = {"role": "assistant", "content": ""}
 
@@ -501,3 +504,63 @@ async def test_the_request_may_name_itself(serve, stream):
     assert answer["id"] == "chatcmpl-mine-1"
     for wrong in ("", "a b", "é", "a\n", "x" * 129):
         assert (await server.chat(request_id=wrong)).error["param"] == "request_id"
+
+
+THINKING = TEMPLATE + (
+    "{% if enable_thinking is defined and not enable_thinking %}<think>\n\n</think>\n\n{% endif %}"
+)
+
+
+async def thinker(serve, **options):
+    """A server whose model thinks first, and can be told not to."""
+    server = await serve(
+        lambda prompt: "Yes." if "</think>" in prompt else "<think>\nHm.\n</think>\n\nYes.",
+        **options,
+    )
+    chat = load_chat(server.service.tokenizer, THINKING)
+    server.state.service = replace(server.service, chat=chat)
+    return server
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_is_told_apart_and_counted(serve, stream):
+    server = await thinker(serve)
+    options = {"stream": True, "stream_options": {"include_usage": True}} if stream else {}
+    reply = await server.chat(**options)
+    if stream:
+        deltas = [c["delta"] for event in reply.events for c in event["choices"]]
+        said = {key: "".join(d.get(key, "") for d in deltas) for key in ("content", "reasoning")}
+        assert all(d["reasoning"] == d["reasoning_content"] for d in deltas if "reasoning" in d)
+        usage = reply.events[-1]["usage"]
+    else:
+        said, usage = reply.json["choices"][0]["message"], reply.json["usage"]
+        assert said["reasoning"] == said["reasoning_content"]
+    assert (said["content"], said["reasoning"].strip()) == ("Yes.", "Hm.")
+    counted = usage["completion_tokens_details"]["reasoning_tokens"]
+    assert 3 <= counted < usage["completion_tokens"] - 4
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"enable_thinking": False},
+        {"reasoning_effort": "none"},
+        {"chat_template_kwargs": {"enable_thinking": False}},
+    ],
+)
+async def test_thinking_switched_off(serve, fields):
+    server = await thinker(serve, server=ServerConfig(port=0, strict=True))
+    reply = await server.chat(**fields)
+    message = reply.json["choices"][0]["message"]
+    assert message["content"] == "Yes."
+    assert "reasoning" not in message
+    assert "X-Ruvon-Ignored" not in reply.headers
+
+
+async def test_reasoning_goes_back(serve):
+    server = await thinker(serve)
+    answer = (await server.chat()).json["choices"][0]["message"]
+    user = {"role": "user", "content": "Hi"}
+    reply = await server.post("/v1/chat/completions", {"messages": [user, answer, user]})
+    assert reply.status == 200
+    assert "X-Ruvon-Ignored" not in reply.headers

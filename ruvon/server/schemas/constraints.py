@@ -46,7 +46,7 @@ class StructuredOutputs(Fields):
     regex: Source | None = None
     choice: Choices | None = None
     grammar: Source | None = None
-    disable_any_whitespace: Literal[True] | None = None
+    disable_any_whitespace: bool | None = None  # as it is
 
 
 class ConstraintFields(Fields):

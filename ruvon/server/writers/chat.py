@@ -46,8 +46,10 @@ class ChatWriter:
         self._prompt_logprobs: Sequence[TokenLogprobs | None] | None = None
 
     def opening(self) -> bytes:
-        extra = self._prompt or None
-        return b"".join([self._envelope.chunk(chunk, extra) for (chunk,) in self._chunks])
+        """A chunk for each choice; the first of all tells of the prompt."""
+        first, *others = [chunk for (chunk,) in self._chunks]
+        data = self._envelope.chunk(first, self._prompt or None)
+        return data + b"".join([self._envelope.chunk(chunk) for chunk in others])
 
     def events(self, delta: Delta) -> bytes:
         return b"".join([self._envelope.chunk(chunk) for chunk in self._fold(delta)])
