@@ -13,6 +13,7 @@ from response_events import check_response, check_stream, parse_events
 from serving import ScriptRunner, Server
 
 from ruvon.config import ServerConfig
+from ruvon.server.responses_api.store import RESPONSES
 
 PATH = "/v1/responses"
 
@@ -284,12 +285,13 @@ async def test_extensions_and_what_has_no_effect(serve):
 
 
 async def wait_for(server: Server, id: str, status: str) -> Any:
-    while True:
-        made = (await server.get(f"{PATH}/{id}")).json
-        check_response(made)
-        if made["status"] == status:
-            return made
-        assert made["status"] in ("queued", "in_progress")
+    """A response of the background, once it has ended."""
+    entry = server.app[RESPONSES].get(id)
+    await server.until(lambda: entry.writer is None)
+    made = (await server.get(f"{PATH}/{id}")).json
+    check_response(made)
+    assert made["status"] == status
+    return made
 
 
 async def test_in_the_background(serve):
