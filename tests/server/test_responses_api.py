@@ -189,6 +189,14 @@ async def test_items_are_listed_in_pages(serve):
         assert (reply.status, reply.error["param"]) == (400, param)
 
 
+async def test_what_a_query_asks_for_in_vain_is_named(serve):
+    server = await serve("Hello")
+    made = await ask(server, stream=False)
+    for path in ("", "/input_items"):
+        reply = await server.get(f"{PATH}/{made['id']}{path}?include=a&include=b&x=1")
+        assert (reply.status, reply.headers["X-Ruvon-Ignored"]) == (200, "include,x")
+
+
 async def test_what_is_not_stored_is_not_there(serve):
     server = await serve("Hello")
     made = await ask(server, store=False)

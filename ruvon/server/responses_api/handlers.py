@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
@@ -116,7 +116,7 @@ async def understand(
 
 
 async def follow(
-    http: web.Request, entry: Stored, number: int, ignored: list[str] | None = None
+    http: web.Request, entry: Stored, number: int, ignored: Sequence[str]
 ) -> web.StreamResponse:
     """Send a response's events from ``number`` on, those to come too."""
     if entry.recording is None:
@@ -124,7 +124,7 @@ async def follow(
     entry.recording.check()
     interval = http.app[STATE].server.sse_keep_alive_interval
     async with aclosing(entry.recording.follow(number)) as events:
-        return await send_events(http, events, Replay, ignored_header(ignored or ()), interval)
+        return await send_events(http, events, Replay, ignored_header(ignored), interval)
 
 
 class Replay:
@@ -140,9 +140,10 @@ class Replay:
 async def retrieve(http: web.Request) -> web.StreamResponse:
     """A response as far as it has come, or its events again."""
     entry = find(http)
+    ignored = unread(http, "stream", "starting_after")
     if http.query.get("stream", "false").lower() in ("true", "1"):
-        return await follow(http, entry, number_in(http, "starting_after", -1) + 1)
-    return as_json(entry)
+        return await follow(http, entry, number_in(http, "starting_after", -1) + 1, ignored)
+    return as_json(entry, ignored)
 
 
 async def delete(http: web.Request) -> web.Response:
@@ -184,7 +185,8 @@ async def input_items(http: web.Request) -> web.Response:
             "first_id": page[0].id if page else None,
             "last_id": page[-1].id if page else None,
             "has_more": len(items) > limit,
-        }
+        },
+        headers=ignored_header(unread(http, "order", "limit", "after")),
     )
 
 
@@ -219,9 +221,15 @@ def find(http: web.Request) -> Stored:
     return http.app[RESPONSES].get(http.match_info["id"])
 
 
-def as_json(entry: Stored) -> web.Response:
+def as_json(entry: Stored, ignored: Sequence[str] = ()) -> web.Response:
     body = entry.response if entry.writer is None else orjson.dumps(entry.writer.snapshot())
-    return web.Response(body=body, content_type="application/json")
+    headers = ignored_header(ignored)
+    return web.Response(body=body, content_type="application/json", headers=headers)
+
+
+def unread(http: web.Request, *read: str) -> list[str]:
+    """Names in the query beside those that are ``read``."""
+    return [name[:100] for name in dict.fromkeys(http.query) if name not in read][:MAX_IGNORED]
 
 
 def number_in(http: web.Request, name: str, default: int) -> int:
