@@ -163,6 +163,27 @@ async def test_a_conversation_goes_on_by_id(serve):
     assert text(first) in text(third)
 
 
+async def test_nobody_finds_what_another_key_has_asked_for(serve):
+    server = await serve("Hello", server=ServerConfig(port=0, api_key=("mine", "yours")))
+
+    def keyed(key: str) -> openai.AsyncOpenAI:
+        return client(server).with_options(api_key=key)
+
+    async with keyed("mine") as mine, keyed("yours") as yours:
+        made = await mine.responses.create(model="org/fake", input="Hi")
+        later: dict[str, Any] = {"model": "org/fake", "previous_response_id": made.id}
+        item = {"type": "item_reference", "id": made.output[0].id}
+        again = await mine.responses.create(input=[item], **later)
+        assert (await mine.responses.retrieve(again.id)).status == "completed"
+        for attempt in (yours.responses.retrieve, yours.responses.delete):
+            with pytest.raises(openai.NotFoundError):
+                await attempt(made.id)
+        with pytest.raises(openai.BadRequestError):
+            await yours.responses.create(input="Hi", **later)
+        with pytest.raises(openai.BadRequestError):
+            await yours.responses.create(model="org/fake", input=[item])
+
+
 async def test_items_are_listed_in_pages(serve):
     server = await serve("Hello")
     items = [{"role": "user", "content": str(n), "id": f"msg_{n}"} for n in range(5)]

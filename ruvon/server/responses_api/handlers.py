@@ -15,6 +15,7 @@ from ruvon.server.body import offload, read
 from ruvon.server.conversation import take_turn
 from ruvon.server.events import event, send_events
 from ruvon.server.generation import Generation, ignored_header
+from ruvon.server.keys import given_keys
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import MAX_IGNORED, SMALL, refuse_ignored
 from ruvon.server.requests import read_fields
@@ -64,6 +65,7 @@ async def create(http: web.Request) -> web.StreamResponse:
     ignored = [*ignored, *ready.skipped][:MAX_IGNORED]
     told = ready.kept and bool(request.stream or request.background)
     entry, writer = begin(store, ready, context, service, told=told)
+    entry.owner = owner_of(http)
     generation = Generation(service, [ready.job], writer, ready.turn.parser)
     if request.background:
         await start(http.app, entry, writer, generation)
@@ -106,10 +108,10 @@ async def understand(
         return *read_fields(kind, body, service, strict), len(body)
 
     request, ignored, size = await read(http, parse)
-    previous = request.previous_response_id
+    previous, owner = request.previous_response_id, owner_of(http)
+    named = (item.id for item in request.input or () if isinstance(item, ReferenceItem))
     context = Context(
-        () if previous is None else store.previous(previous),
-        store.find(item.id for item in request.input or () if isinstance(item, ReferenceItem)),
+        () if previous is None else store.previous(previous, owner), store.find(named, owner)
     )
     done = await offload(http.app, size + context.size > SMALL, partial(work, request, context))
     return request, ignored, done
@@ -148,7 +150,7 @@ async def retrieve(http: web.Request) -> web.StreamResponse:
 
 async def delete(http: web.Request) -> web.Response:
     """Forget a response, and end it if it runs."""
-    entry = http.app[RESPONSES].delete(http.match_info["id"])
+    entry = http.app[RESPONSES].delete(http.match_info["id"], owner_of(http))
     await stop(entry)
     return json_response({"id": entry.id, "object": "response", "deleted": True})
 
@@ -218,7 +220,13 @@ async def compact(http: web.Request) -> web.StreamResponse:
 
 
 def find(http: web.Request) -> Stored:
-    return http.app[RESPONSES].get(http.match_info["id"])
+    return http.app[RESPONSES].get(http.match_info["id"], owner_of(http))
+
+
+def owner_of(http: web.Request) -> str:
+    """Which of the server's keys a request has; where there are none, all share what is kept."""
+    given = given_keys(http)
+    return next((key for key in http.app[STATE].server.api_key if key in given), "")
 
 
 def as_json(entry: Stored, ignored: Sequence[str] = ()) -> web.Response:
