@@ -13,6 +13,7 @@ from response_events import check_response, check_stream, parse_events
 from serving import ScriptRunner, Server
 
 from ruvon.config import ServerConfig
+from ruvon.server.responses_api.store import RESPONSES
 
 PATH = "/v1/responses"
 
@@ -162,6 +163,27 @@ async def test_a_conversation_goes_on_by_id(serve):
     assert text(first) in text(third)
 
 
+async def test_nobody_finds_what_another_key_has_asked_for(serve):
+    server = await serve("Hello", server=ServerConfig(port=0, api_key=("mine", "yours")))
+
+    def keyed(key: str) -> openai.AsyncOpenAI:
+        return client(server).with_options(api_key=key)
+
+    async with keyed("mine") as mine, keyed("yours") as yours:
+        made = await mine.responses.create(model="org/fake", input="Hi")
+        later: dict[str, Any] = {"model": "org/fake", "previous_response_id": made.id}
+        item = {"type": "item_reference", "id": made.output[0].id}
+        again = await mine.responses.create(input=[item], **later)
+        assert (await mine.responses.retrieve(again.id)).status == "completed"
+        for attempt in (yours.responses.retrieve, yours.responses.delete):
+            with pytest.raises(openai.NotFoundError):
+                await attempt(made.id)
+        with pytest.raises(openai.BadRequestError):
+            await yours.responses.create(input="Hi", **later)
+        with pytest.raises(openai.BadRequestError):
+            await yours.responses.create(model="org/fake", input=[item])
+
+
 async def test_items_are_listed_in_pages(serve):
     server = await serve("Hello")
     items = [{"role": "user", "content": str(n), "id": f"msg_{n}"} for n in range(5)]
@@ -186,6 +208,14 @@ async def test_items_are_listed_in_pages(serve):
     ):
         reply = await server.get(path + query)
         assert (reply.status, reply.error["param"]) == (400, param)
+
+
+async def test_what_a_query_asks_for_in_vain_is_named(serve):
+    server = await serve("Hello")
+    made = await ask(server, stream=False)
+    for path in ("", "/input_items"):
+        reply = await server.get(f"{PATH}/{made['id']}{path}?include=a&include=b&x=1")
+        assert (reply.status, reply.headers["X-Ruvon-Ignored"]) == (200, "include,x")
 
 
 async def test_what_is_not_stored_is_not_there(serve):
@@ -284,12 +314,13 @@ async def test_extensions_and_what_has_no_effect(serve):
 
 
 async def wait_for(server: Server, id: str, status: str) -> Any:
-    while True:
-        made = (await server.get(f"{PATH}/{id}")).json
-        check_response(made)
-        if made["status"] == status:
-            return made
-        assert made["status"] in ("queued", "in_progress")
+    """A response of the background, once it has ended."""
+    entry = server.app[RESPONSES].get(id)
+    await server.until(lambda: entry.writer is None)
+    made = (await server.get(f"{PATH}/{id}")).json
+    check_response(made)
+    assert made["status"] == status
+    return made
 
 
 async def test_in_the_background(serve):

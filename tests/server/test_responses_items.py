@@ -277,13 +277,16 @@ def test_what_works_on_the_users_own_resources_is_refused(kind):
         ("auto", ToolChoice()),
         ("none", ToolChoice("none")),
         ("required", ToolChoice("required")),
-        ({"type": "function", "name": "f"}, ToolChoice("required", ("f",))),
-        ({"type": "custom", "name": "edit"}, ToolChoice("required", ("edit",))),
+        ({"type": "function", "name": "f"}, ToolChoice("required", ("f",), parallel=False)),
+        ({"type": "custom", "name": "edit"}, ToolChoice("required", ("edit",), parallel=False)),
         (
             {"type": "function", "name": "f", "namespace": "files"},
-            ToolChoice("required", ("files__f",)),
+            ToolChoice("required", ("files__f",), parallel=False),
         ),
-        ({"type": "function", "name": "files__f"}, ToolChoice("required", ("files__f",))),
+        (
+            {"type": "function", "name": "files__f"},
+            ToolChoice("required", ("files__f",), parallel=False),
+        ),
         (
             {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
             ToolChoice("auto", ("f",)),

@@ -27,7 +27,7 @@ async def start(
     try:
         events = generation.run(app)
     except BaseException:
-        store.delete(entry.id)
+        store.delete(entry.id, entry.owner)
         raise
     entry.task = asyncio.create_task(_run(entry, writer, events))
     await asyncio.sleep(0)  # it has begun, so that whatever ends it frees what it holds

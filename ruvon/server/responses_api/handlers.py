@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import aclosing
 from functools import partial
 from typing import Any, TypeVar
@@ -15,6 +15,7 @@ from ruvon.server.body import offload, read
 from ruvon.server.conversation import take_turn
 from ruvon.server.events import event, send_events
 from ruvon.server.generation import Generation, ignored_header
+from ruvon.server.keys import given_keys
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import MAX_IGNORED, SMALL, refuse_ignored
 from ruvon.server.requests import read_fields
@@ -64,6 +65,7 @@ async def create(http: web.Request) -> web.StreamResponse:
     ignored = [*ignored, *ready.skipped][:MAX_IGNORED]
     told = ready.kept and bool(request.stream or request.background)
     entry, writer = begin(store, ready, context, service, told=told)
+    entry.owner = owner_of(http)
     generation = Generation(service, [ready.job], writer, ready.turn.parser)
     if request.background:
         await start(http.app, entry, writer, generation)
@@ -106,17 +108,17 @@ async def understand(
         return *read_fields(kind, body, service, strict), len(body)
 
     request, ignored, size = await read(http, parse)
-    previous = request.previous_response_id
+    previous, owner = request.previous_response_id, owner_of(http)
+    named = (item.id for item in request.input or () if isinstance(item, ReferenceItem))
     context = Context(
-        () if previous is None else store.previous(previous),
-        store.find(item.id for item in request.input or () if isinstance(item, ReferenceItem)),
+        () if previous is None else store.previous(previous, owner), store.find(named, owner)
     )
     done = await offload(http.app, size + context.size > SMALL, partial(work, request, context))
     return request, ignored, done
 
 
 async def follow(
-    http: web.Request, entry: Stored, number: int, ignored: list[str] | None = None
+    http: web.Request, entry: Stored, number: int, ignored: Sequence[str]
 ) -> web.StreamResponse:
     """Send a response's events from ``number`` on, those to come too."""
     if entry.recording is None:
@@ -124,7 +126,7 @@ async def follow(
     entry.recording.check()
     interval = http.app[STATE].server.sse_keep_alive_interval
     async with aclosing(entry.recording.follow(number)) as events:
-        return await send_events(http, events, Replay, ignored_header(ignored or ()), interval)
+        return await send_events(http, events, Replay, ignored_header(ignored), interval)
 
 
 class Replay:
@@ -140,14 +142,15 @@ class Replay:
 async def retrieve(http: web.Request) -> web.StreamResponse:
     """A response as far as it has come, or its events again."""
     entry = find(http)
+    ignored = unread(http, "stream", "starting_after")
     if http.query.get("stream", "false").lower() in ("true", "1"):
-        return await follow(http, entry, number_in(http, "starting_after", -1) + 1)
-    return as_json(entry)
+        return await follow(http, entry, number_in(http, "starting_after", -1) + 1, ignored)
+    return as_json(entry, ignored)
 
 
 async def delete(http: web.Request) -> web.Response:
     """Forget a response, and end it if it runs."""
-    entry = http.app[RESPONSES].delete(http.match_info["id"])
+    entry = http.app[RESPONSES].delete(http.match_info["id"], owner_of(http))
     await stop(entry)
     return json_response({"id": entry.id, "object": "response", "deleted": True})
 
@@ -184,7 +187,8 @@ async def input_items(http: web.Request) -> web.Response:
             "first_id": page[0].id if page else None,
             "last_id": page[-1].id if page else None,
             "has_more": len(items) > limit,
-        }
+        },
+        headers=ignored_header(unread(http, "order", "limit", "after")),
     )
 
 
@@ -216,12 +220,24 @@ async def compact(http: web.Request) -> web.StreamResponse:
 
 
 def find(http: web.Request) -> Stored:
-    return http.app[RESPONSES].get(http.match_info["id"])
+    return http.app[RESPONSES].get(http.match_info["id"], owner_of(http))
 
 
-def as_json(entry: Stored) -> web.Response:
+def owner_of(http: web.Request) -> str:
+    """Which of the server's keys a request has; where there are none, all share what is kept."""
+    given = given_keys(http)
+    return next((key for key in http.app[STATE].server.api_key if key in given), "")
+
+
+def as_json(entry: Stored, ignored: Sequence[str] = ()) -> web.Response:
     body = entry.response if entry.writer is None else orjson.dumps(entry.writer.snapshot())
-    return web.Response(body=body, content_type="application/json")
+    headers = ignored_header(ignored)
+    return web.Response(body=body, content_type="application/json", headers=headers)
+
+
+def unread(http: web.Request, *read: str) -> list[str]:
+    """Names in the query beside those that are ``read``."""
+    return [name[:100] for name in dict.fromkeys(http.query) if name not in read][:MAX_IGNORED]
 
 
 def number_in(http: web.Request, name: str, default: int) -> int:

@@ -92,6 +92,7 @@ class Message(Output):
         yield self._of("response.output_text.delta", content_index=0, delta=text, logprobs=told)
 
     def _ending(self) -> Iterator[Event]:
+        self._logprobs = [b",".join(self._logprobs)] if self._logprobs else []
         told = json_list(self._logprobs)
         yield self._of("response.output_text.done", content_index=0, text=self.text, logprobs=told)
         yield self._of("response.content_part.done", content_index=0, part=self._part(told))

@@ -106,6 +106,7 @@ class Stored:
     history: tuple[StoredItem, ...]  # what went before the request's own items
     items: tuple[StoredItem, ...]  # the request's own
     recording: Recording | None = None
+    owner: str = ""  # the API key that it was asked for with; nobody else finds it
     background: bool = False
     output: tuple[StoredItem, ...] = ()
     response: bytes = b""  # the object, once it has ended
@@ -176,20 +177,20 @@ class ResponseStore:
         if not entry.deleted:
             self.put(entry)
 
-    def get(self, response_id: str) -> Stored:
-        """Raises ResponseNotFoundError."""
+    def get(self, response_id: str, owner: str = "") -> Stored:
+        """Raises ResponseNotFoundError, also for what is another's."""
         self._expire()
         entry = self._entries.get(response_id)
-        if entry is None:
+        if entry is None or entry.owner != owner:
             raise ResponseNotFoundError(f"Response with id '{response_id[:100]}' not found.")
         entry.used_at = self._clock()
         self._entries.move_to_end(response_id)
         return entry
 
-    def previous(self, response_id: str) -> tuple[StoredItem, ...]:
+    def previous(self, response_id: str, owner: str = "") -> tuple[StoredItem, ...]:
         """The conversation that a response ends. Raises RequestError."""
         try:
-            entry = self.get(response_id)
+            entry = self.get(response_id, owner)
         except ResponseNotFoundError:
             raise RequestError(
                 f"Previous response with id '{response_id[:100]}' not found.",
@@ -202,14 +203,19 @@ class ResponseStore:
             )
         return entry.context + entry.output
 
-    def find(self, item_ids: Iterable[str]) -> dict[str, bytes]:
+    def find(self, item_ids: Iterable[str], owner: str = "") -> dict[str, bytes]:
         """Those of the items that are here, as JSON."""
         self._expire()
-        return {id: self._items[id][1] for id in item_ids if id in self._items}
+        found: dict[str, bytes] = {}
+        for item_id in item_ids:
+            response_id, json = self._items.get(item_id, ("", b""))
+            if response_id and self._entries[response_id].owner == owner:
+                found[item_id] = json
+        return found
 
-    def delete(self, response_id: str) -> Stored:
+    def delete(self, response_id: str, owner: str = "") -> Stored:
         """Forget a response for good. Raises ResponseNotFoundError."""
-        entry = self.get(response_id)
+        entry = self.get(response_id, owner)
         entry.deleted = True
         self._drop(entry)
         return entry

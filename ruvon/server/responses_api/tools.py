@@ -137,7 +137,7 @@ def tool_choice(request: TurnFields, box: Toolbox) -> ToolChoice:
 
 def _chosen(asked: Choice, box: Toolbox, parallel: bool) -> ToolChoice:
     if asked.type != "allowed_tools":
-        return ToolChoice("required", (_name(asked, box, "tool_choice"),), parallel)
+        return ToolChoice("required", (_name(asked, box, "tool_choice"),), parallel=False)
     names = [
         _name(tool, box, f"tool_choice.tools[{number}]")
         for number, tool in enumerate(asked.tools or ())
