@@ -57,9 +57,11 @@ class RequestError(RuvonError):
 
 
 class ContextLengthError(RequestError):
-    """Prompt and requested completion do not fit the model's context."""
+    """Prompt and requested completion do not fit the model's context. ``too_many`` are the prompt's
+    tokens, and the most that it may have, where it alone does not fit."""
 
     code = "context_length_exceeded"
+    too_many: tuple[int, int] | None = None
 
 
 class AuthenticationError(RequestError):

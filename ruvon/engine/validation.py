@@ -76,11 +76,13 @@ def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str
     the context. Without ``max_tokens`` one token must fit."""
     start = f"This model's maximum context length is {limit} tokens. However, "
     if max_tokens is None and num_prompt >= limit:
-        raise ContextLengthError(
+        error = ContextLengthError(
             f"{start}your {param} resulted in {num_prompt} tokens."
             f" Please reduce the length of the {param}.",
             param,
         )
+        error.too_many = (num_prompt, limit - 1)
+        raise error
     if max_tokens is not None and num_prompt + max_tokens > limit:
         raise ContextLengthError(
             f"{start}you requested {num_prompt + max_tokens} tokens ({num_prompt} in the {param},"

@@ -44,18 +44,22 @@ def openai_error(error: Exception, request_id: str | None = None) -> ErrorAnswer
 
 
 def anthropic_error(error: Exception, request_id: str | None = None) -> AnthropicErrorAnswer:
-    """Anthropic's: its type follows from the status, and the message names the field, or begins
-    with the words by which clients know that they must shorten a conversation."""
+    """Anthropic's: its type follows from the status, and the message names the field. Of a prompt
+    that does not fit it is, to the letter, what clients look for before they shorten it."""
     told = failure(error)
-    start = f"{told.param}: " if told.param and told.param not in told.message else ""
-    if isinstance(error, ContextLengthError):
-        start = "prompt is too long: "
+    message = f"{told.param}: " if told.param and told.param not in told.message else ""
+    message += told.message
+    if isinstance(error, ContextLengthError) and error.too_many:
+        num_tokens, most = error.too_many
+        message = f"prompt is too long: {num_tokens} tokens > {most} maximum"
+    elif isinstance(error, ContextLengthError):
+        message = f"prompt is too long: {told.message}"
     kind = ANTHROPIC_TYPES.get(told.status, "api_error")
     return {
         "type": "error",
         "error": {
             "type": kind,
-            "message": start + told.message,
+            "message": message,
             "details": {"error_code": told.code},
         },
         "request_id": request_id,

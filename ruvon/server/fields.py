@@ -68,6 +68,7 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     "adapter_id": (),
     "add_special_tokens": (False,),  # of a chat; completions serve it
     "chat_template": (),
+    "context": (),
     "documents": (),  # of completions; a chat serves it
     "images": (),
     "input_extra": (),

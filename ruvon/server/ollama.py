@@ -20,7 +20,6 @@ from ruvon.server.chat import prepare_chat
 from ruvon.server.completions import prepare_completion
 from ruvon.server.events import Media
 from ruvon.server.failures import ollama_error
-from ruvon.server.fields import UNSERVED
 from ruvon.server.generation import Generation
 from ruvon.server.messages_api.writer import read_input
 from ruvon.server.middleware import FACTS, json_response
@@ -36,10 +35,10 @@ Understood: TypeAlias = tuple[Fields, Sequence[str], Job | None, MakeParser]
 
 LINES = Media("application/x-ndjson", lambda: b"")
 OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
-DRAWING = {"max_tokens", *SamplingFields.model_fields, *UNSERVED}
+DRAWING = {"max_tokens", "mirostat", "repeat_last_n", "tfs_z", *SamplingFields.model_fields}
 OF_MESSAGES = {"thinking": "reasoning_content", "tool_name": "name"}
 TRANSLATED = {"format", "think", "options", "stream", "prompt", "system", "raw", "messages"}
-SAME = {"model", "tools", "keep_alive", *UNSERVED} - TRANSLATED
+SAME = {"model", "tools", "keep_alive", "suffix", "template", "images", "context"}
 
 
 async def answer(http: web.Request) -> web.StreamResponse:

@@ -164,9 +164,13 @@ async def test_why_an_answer_ended(serve):
 
 async def test_a_prompt_that_does_not_fit_is_told_in_the_words_clients_know(serve):
     server = await serve(numbers={"max_model_len": 32})
-    reply = await ask(server, [{"role": "user", "content": "x" * 40}])
-    assert reply.status == 400
-    assert reply.json["error"]["message"].startswith("prompt is too long: ")
+    for text, told in (
+        ("x" * 40, "prompt is too long: 59 tokens > 31 maximum"),
+        ("x" * 999, "prompt is too long: This model's maximum context length is 32 tokens."),
+    ):
+        reply = await ask(server, [{"role": "user", "content": text}])
+        assert reply.status == 400
+        assert reply.json["error"]["message"].startswith(told)
 
 
 async def test_a_quiet_stream_sends_pings_after_its_first_event(serve):
@@ -301,6 +305,8 @@ async def test_what_only_anthropics_servers_understand_is_skipped_by_name(serve)
         "metadata", "context_management",
         "tools[0].web_search_20250305", "messages[1].content[0].server_tool_use",
     }  # fmt: skip
+    reply = await ask(server, output_config={"effort": "low"})  # its template knows none
+    assert reply.headers["X-Ruvon-Ignored"] == "output_config.effort"
     strict = await serve("ok", server=ServerConfig(port=0, strict=True))
     reply = await ask(strict, turns, metadata={"user_id": "u"}, system=system(1))
     assert reply.status == 400

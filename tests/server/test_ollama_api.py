@@ -68,6 +68,10 @@ async def test_generate_answers_a_prompt_or_continues_a_raw_one(serve):
     assert seen[-1] == "system\nBe brief.\nuser\nHi\nassistant\n"
     raw = await server.post("/api/generate", {"prompt": "Hi", "raw": True})
     assert "".join(line["response"] for line in lines(raw)) == "ok"
+    several = {"prompt": "Hi", "raw": True, "best_of": 2, "n": 2, "options": {"best_of": 2}}
+    reply = await server.post("/api/generate", several)
+    assert "".join(line["response"] for line in lines(reply)) == "ok"
+    assert set(reply.headers["X-Ruvon-Ignored"].split(",")) == {"best_of", "n", "options.best_of"}
     assert seen[-1] == "Hi"
 
 
@@ -101,6 +105,7 @@ async def test_options(serve):
         ({"options": [1]}, "options"),
         ({"format": "yaml"}, "response_format"),
         ({"template": "{{ .Prompt }}"}, "template"),
+        ({"context": [1, 2]}, "context"),
         ({"messages": [USER | {"images": ["aGk="]}]}, "images"),
         ({"messages": [3]}, "messages[0]"),
         ({"messages": "Hi"}, "messages"),
