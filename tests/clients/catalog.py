@@ -79,15 +79,18 @@ CLIENTS = (
     node("npm-anthropic", ("@anthropic-ai/sdk",), "messages, stream helper, tools, count_tokens"),
     agent(
         "codex", "@openai/codex", "node_modules/.bin/codex",
-        "`codex exec` over responses: shell, custom apply_patch with its grammar, compaction", folder="agents/codex",
+        "`codex exec` over responses: shell, custom apply_patch with its grammar, compaction",
+        folder="agents/codex",
     ),
     agent(
         "claude-code", "@anthropic-ai/claude-code", "node_modules/.bin/claude",
-        "`claude -p` over messages: Read, Edit, Read", folder="agents/claude-code",
+        "`claude -p` over messages: Read, Edit, Read",
+        folder="agents/claude-code",
     ),
     agent(
         "opencode", "opencode-ai", "node_modules/.bin/opencode",
-        "`opencode run` over chat, responses and messages: read, edit, read", folder="agents/opencode",
+        "`opencode run` over chat, responses and messages: read, edit, read",
+        folder="agents/opencode",
     ),
     agent(
         "aider", "aider-chat", "bin/aider",
