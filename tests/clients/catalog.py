@@ -23,7 +23,7 @@ class Client:
     folder: str | None = None
     program: str | None = None  # within the environment
     script: str = "obedient"
-    seconds: float = 300.0
+    seconds: float = 600.0
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -49,7 +49,7 @@ def node(name: str, packages: tuple[str, ...], exercised: str) -> Client:
 def agent(name: str, package: str, program: str, exercised: str, **options: str) -> Client:
     return Client(
         name, "agent", (package,), f"agents/test_{name.replace('-', '_')}.py", exercised,
-        program=program, script=name, seconds=600, **options,
+        program=program, script=name, seconds=900, **options,
     )  # fmt: skip
 
 
@@ -70,7 +70,7 @@ CLIENTS = (
     python("pydantic-ai", ("pydantic-ai-slim",), "agent: tools, typed output; three dialects"),
     python("litellm", ("litellm",), "chat, stream, tools, responses, messages, embeddings"),
     python("llama-index", ("llama-index-llms-openai-like",), "chat, complete, stream, tools"),
-    python("lm-eval", ("lm-eval",), "log-likelihoods by echo and logprobs, and generation"),
+    python("lm-eval", ("lm-eval",), "log-likelihoods by echo and logprobs; generation; perplexity"),
     node("npm-openai", ("openai",), "chat, stream helper, parse, runTools, responses, errors"),
     node(
         "npm-ai", ("ai", "@ai-sdk/openai-compatible", "@ai-sdk/openai", "@ai-sdk/anthropic"),
@@ -79,15 +79,18 @@ CLIENTS = (
     node("npm-anthropic", ("@anthropic-ai/sdk",), "messages, stream helper, tools, count_tokens"),
     agent(
         "codex", "@openai/codex", "node_modules/.bin/codex",
-        "`codex exec` over responses: reads, patches and reads a file", folder="agents/codex",
+        "`codex exec` over responses: shell, custom apply_patch with its grammar, compaction",
+        folder="agents/codex",
     ),
     agent(
         "claude-code", "@anthropic-ai/claude-code", "node_modules/.bin/claude",
-        "`claude -p` over messages: Read, Edit, Read", folder="agents/claude-code",
+        "`claude -p` over messages: Read, Edit, Read",
+        folder="agents/claude-code",
     ),
     agent(
         "opencode", "opencode-ai", "node_modules/.bin/opencode",
-        "`opencode run` over chat: read, edit, read", folder="agents/opencode",
+        "`opencode run` over chat, responses and messages: read, edit, read",
+        folder="agents/opencode",
     ),
     agent(
         "aider", "aider-chat", "bin/aider",

@@ -1,7 +1,8 @@
 """Install clients, drive each against a scripted server, and tell what worked: ``make clients``.
 
-``make clients ARGS='openai codex'`` takes only these. The table is printed; build/clients/ keeps
-report.json, what each client sent (NAME.jsonl) and what it printed (NAME.log).
+``make clients ARGS='openai codex'`` takes only these; without names the table in docs/clients.md is
+written anew. The table is printed; build/clients/ keeps report.json, what each client sent
+(NAME.jsonl) and what it printed (NAME.log).
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ from scripted import running
 
 from ruvon.telemetry.logs import configure_logging
 
+DOCUMENT = HERE.parent.parent / "docs" / "clients.md"
+BEGIN, END = "<!-- table: make clients -->", "<!-- end of table -->"
+
 
 @dataclass
 class Outcome:
@@ -46,6 +50,13 @@ class Outcome:
     def passed(self) -> bool:
         return not self.error and bool(self.cases) and not self.failures
 
+    @property
+    def summary(self) -> str:
+        if self.error:
+            return self.error.split("\n")[0]
+        skipped = f", {len(self.skipped)} skipped" if self.skipped else ""
+        return f"{len(self.cases) - len(self.failures)} of {len(self.cases)}{skipped}"
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -63,6 +74,8 @@ def main() -> int:
             outcomes.append(attempt(client))
     (BUILD / "report.json").write_text(json.dumps([asdict(o) for o in outcomes], indent=1))
     show(outcomes)
+    if not asked:
+        write_table(outcomes)
     return 0 if all(outcome.passed for outcome in outcomes) else 1
 
 
@@ -144,14 +157,22 @@ def show(outcomes: list[Outcome]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 140)
     table = Table("client", "version", "exercised", "passed", "s")
     for o in outcomes:
-        done = o.error.split("\n")[0] or f"{len(o.cases) - len(o.failures)} of {len(o.cases)}"
-        skipped = f", {len(o.skipped)} skipped" if o.skipped else ""
-        versions = "\n".join(o.versions)
-        table.add_row(o.client, versions, o.exercised, done + skipped, f"{o.seconds:g}")
+        table.add_row(o.client, "\n".join(o.versions), o.exercised, o.summary, f"{o.seconds:g}")
     console.print(table)
     for o in outcomes:
         for name, why in [*o.failures, *([("", o.error)] if o.error else [])]:
             console.print(f"{o.client}: {name}: {why}", markup=False, highlight=False)
+
+
+def write_table(outcomes: list[Outcome]) -> None:
+    """Put what was found into the document."""
+    lines = ["| client | exercised | passed |", "|---|---|---|"]
+    lines += [
+        f"| {', '.join(o.versions) or o.client} | {o.exercised} | {o.summary} |" for o in outcomes
+    ]
+    before, _, rest = DOCUMENT.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    DOCUMENT.write_text(f"{before}{BEGIN}\n" + "\n".join(lines) + f"\n{END}{after}")
 
 
 if __name__ == "__main__":

@@ -75,19 +75,28 @@ def langchain(prompt: str) -> str:
 
 BROKEN, MENDED = "    return a - b", "    return a + b"
 TASK = re.compile(r"Mend add in (\S+?calc\.py)")
+DONE = re.compile(r"Steps done: (\d+)")
 Step = tuple[str, str, dict[str, Any]]  # what the last result must hold, a tool, its arguments
 
 
 def loop(prompt: str, steps: list[Step]) -> str:
     """The next step of a loop of tool calls, told by how many results there are; at the end Done.
-    A result other than awaited ends it, so it must come back whole."""
+    A result other than awaited ends it, so it must come back whole. A prompt without tools asks for
+    a title, or for a summary of results that the prompts after it have no more."""
+    results, summaries = TOOL.findall(prompt), DONE.findall(prompt)
+    done = len(results) + int(summaries[-1] if summaries else 0)
     if "<tools>" not in prompt:
-        return "Mending add"  # agents ask for a title, too
-    results = TOOL.findall(prompt)
-    awaited, *rest = [*steps, (MENDED.strip(), "", {})][len(results)]
-    if awaited and awaited not in results[-1]:
+        return f"Steps done: {done}"
+    awaited, *rest = [*steps, (MENDED.strip(), "", {})][min(done, len(steps))]
+    if results and awaited not in results[-1]:
         return f"Unexpected: {results[-1]}"
     return call(*rest) if rest[0] else "Done: add adds."
+
+
+def task(prompt: str) -> str:
+    """The path of the file to be mended."""
+    found = TASK.search(prompt)
+    return found[1] if found else ""
 
 
 def editing(read: Step, edit: Step) -> list[Step]:
@@ -97,8 +106,6 @@ def editing(read: Step, edit: Step) -> list[Step]:
 
 def codex(prompt: str) -> str:
     """Patches with the tool for that where it is offered, which takes text, else in the shell."""
-    if "<tools>" not in prompt:
-        return loop(prompt, [])
     patch, cat = apply_patch("calc.py"), ("exec_command", {"cmd": "cat calc.py"})
     edit = ("exec_command", {"cmd": f"apply_patch <<'EOF'\n{patch}EOF\n"})
     if re.search(r'"name": ?"apply_patch"', prompt):
@@ -115,16 +122,14 @@ def apply_patch(path: str) -> str:
 
 
 def claude_code(prompt: str) -> str:
-    path = TASK.search(prompt)[1]
+    path = task(prompt)
     edit = {"file_path": path, "old_string": BROKEN, "new_string": MENDED}
     steps = editing(("", "Read", {"file_path": path}), (BROKEN.strip(), "Edit", edit))
     return loop(prompt, steps)
 
 
 def opencode(prompt: str) -> str:
-    if "<tools>" not in prompt:
-        return loop(prompt, [])
-    path = TASK.search(prompt)[1]
+    path = task(prompt)
     edit = {"filePath": path, "oldString": BROKEN, "newString": MENDED}
     return loop(prompt, editing(("", "read", {"filePath": path}), (BROKEN.strip(), "edit", edit)))
 
