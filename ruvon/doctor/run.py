@@ -43,7 +43,7 @@ async def examine(
     RuvonError where nobody answers.
     """
     connector = aiohttp.TCPConnector(limit=0)
-    limits = aiohttp.ClientTimeout(total=4 * timeout)
+    limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
         probe = Probe(session, url.rstrip("/").removesuffix("/v1"), api_key=api_key)
         probe.model = model or await first_model(probe)

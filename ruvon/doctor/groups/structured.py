@@ -140,6 +140,7 @@ async def not_strict(probe: Probe) -> None:
 
 
 async def _refused(probe: Probe, response_format: Any, names: str) -> None:
+    await json_object_begins(probe)  # skips where no format is served
     error = refusal(await post_chat(probe, response_format=response_format))
     told = f"{error.get('param')} {error['message']}"
     expect(re.search(names, told), f"an error that names {names}", error)
@@ -234,9 +235,9 @@ async def large_schema(probe: Probe) -> None:
 
 
 async def deep_schema(probe: Probe) -> None:
-    """A schema nested 150 deep is served or refused, and nothing breaks."""
+    """A schema nested 100 deep is served or refused, and nothing breaks."""
     schema: dict[str, Any] = {"type": "string"}
-    for _ in range(150):
+    for _ in range(100):
         schema = closed(a=schema)
     fields = ASK | {"max_tokens": 4}
     reply = await post_chat(probe, **fields, response_format=as_format(schema, strict=False))
