@@ -214,8 +214,8 @@ async def thinking_accepted(probe: Probe) -> None:
     thought = {"type": "thinking", "thinking": "Hm.", "signature": "abc"}
     said = {"role": "assistant", "content": [thought, {"type": "text", "text": "Hello."}]}
     await say(
-        probe, messages=[*user("Hi"), said, *user("Go on.")], max_tokens=16,
-        thinking={"type": "enabled", "budget_tokens": 1024},
+        probe, messages=[*user("Hi"), said, *user("Go on.")], max_tokens=1100,
+        thinking={"type": "enabled", "budget_tokens": 1024}, stop_sequences=["e", "a", "o"],
     )  # fmt: skip
 
 
