@@ -180,10 +180,10 @@ async def strict_schema_refused(probe: Probe) -> None:
 
 async def without_parameters(probe: Probe) -> None:
     """A tool without parameters can be called; its arguments are an object."""
-    calls = await _calls(probe, REQUIRED | {"tools": [function("wave")], "max_tokens": 64})
-    if (await chat(probe, **(REQUIRED | {"tools": [function("wave")], "max_tokens": 64})))[
-        "choices"
-    ][0]["finish_reason"] != "length":
+    fields = REQUIRED | {"tools": [function("wave")], "max_tokens": 64}
+    calls = await _calls(probe, fields)
+    finish = (await chat(probe, **fields))["choices"][0]["finish_reason"]
+    if finish != "length":
         expect_shape(parse(calls[0]["function"]["arguments"]), dict, "arguments")
 
 
@@ -315,9 +315,9 @@ async def name_wrong(probe: Probe) -> None:
 
 
 async def parameters_wrong(probe: Probe) -> None:
-    """Parameters that are no schema are a 400."""
+    """Parameters that are no schema are a 400 that names the tools."""
     bad = function("f", {"type": "strin"})
-    await _refused(probe, "parameters", tools=[bad], tool_choice="required")
+    await _refused(probe, "tools", tools=[bad], tool_choice="required")
 
 
 async def named_unknown(probe: Probe) -> None:
