@@ -59,11 +59,6 @@ async def respond(probe: Probe, again: int = 0, **fields: Any) -> Any:
     return answer(await post(probe, again, **fields), fields)
 
 
-async def offered(probe: Probe) -> None:
-    """Skips the check where there is no such API."""
-    await respond(probe)
-
-
 def text_of(response: Any) -> str:
     """All text that is shown."""
     messages = [item for item in response["output"] if item["type"] == "message"]
@@ -218,7 +213,7 @@ async def text_json_object(probe: Probe) -> None:
 
 async def text_format_wrong(probe: Probe) -> None:
     """An unknown format is a 400 that names it."""
-    await offered(probe)
+    await respond(probe)
     refusal(await post(probe, text={"format": {"type": "yaml"}}), names="format")
 
 
@@ -318,7 +313,7 @@ async def hosted_tools_refused(probe: Probe) -> None:
     """A tool that the server would have to run is refused by name, or left to the client."""
     reply = await post(probe, tools=[{"type": "code_interpreter", "container": {"type": "auto"}}])
     if reply.status != 200:
-        await offered(probe)
+        await respond(probe)
         refusal(reply, 400, 422, 501, names="code_interpreter")
 
 
@@ -345,7 +340,7 @@ async def include_logprobs(probe: Probe) -> None:
 
 
 async def _refused(probe: Probe, names: str, **fields: Any) -> None:
-    await offered(probe)
+    await respond(probe)
     refusal(await post(probe, **fields), names=names)
 
 
@@ -361,7 +356,7 @@ async def input_type(probe: Probe) -> None:
 
 async def item_unknown(probe: Probe) -> None:
     """An item of an unknown type is passed over or refused by name; it is no server error."""
-    await offered(probe)
+    await respond(probe)
     reply = await post(probe, input=[*user("Hi"), {"type": "telepathy"}])
     if reply.status != 200:
         refusal(reply, 400)
@@ -379,19 +374,19 @@ async def max_output_tokens_wrong(probe: Probe) -> None:
 
 async def model_unknown(probe: Probe) -> None:
     """An unknown model is a 404."""
-    await offered(probe)
+    await respond(probe)
     refusal(await post(probe, model="no-such-model"), 404, code="model_not_found")
 
 
 async def context_length(probe: Probe) -> None:
     """Too long an input is a 400 with the code context_length_exceeded."""
-    await offered(probe)
+    await respond(probe)
     refusal(await post(probe, input="word " * 140_000), code="context_length_exceeded")
 
 
 async def image_refused(probe: Probe) -> None:
     """A model of text refuses an image."""
-    await offered(probe)
+    await respond(probe)
     part = {"type": "input_image", "image_url": "data:image/png;base64,iVBORw0KGgo="}
     refusal(await post(probe, input=[{"role": "user", "content": [part]}]), 400, 422, 501)
 

@@ -8,7 +8,7 @@ from typing import Any
 from ruvon.doctor.ask import STORY, answer, events, refusal, user
 from ruvon.doctor.check import collect
 from ruvon.doctor.expect import Skipped, expect, expect_equal, expect_shape
-from ruvon.doctor.groups.responses import PATH, offered, post, respond, text_of
+from ruvon.doctor.groups.responses import PATH, post, respond, text_of
 from ruvon.doctor.probe import Probe
 
 
@@ -78,7 +78,7 @@ async def previous_instructions(probe: Probe) -> None:
 
 async def previous_unknown(probe: Probe) -> None:
     """An unknown previous_response_id is a 400 or 404 that names it."""
-    await offered(probe)
+    await respond(probe)
     reply = await post(probe, previous_response_id="resp_0123456789")
     refusal(reply, 400, 404, names="previous_response_id")
 

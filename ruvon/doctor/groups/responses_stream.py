@@ -7,7 +7,7 @@ from typing import Any
 from ruvon.doctor.ask import check_answered, events, refusal
 from ruvon.doctor.check import collect
 from ruvon.doctor.expect import expect, expect_equal, expect_shape
-from ruvon.doctor.groups.responses import REQUIRED, offered, post, respond, text_of
+from ruvon.doctor.groups.responses import REQUIRED, post, respond, text_of
 from ruvon.doctor.probe import Probe, Reply
 
 ENDS = ("response.completed", "response.incomplete", "response.failed")
@@ -220,7 +220,7 @@ async def call_in_final(probe: Probe) -> None:
 
 async def error_before(probe: Probe) -> None:
     """A bad request gets a 400 and JSON, not a stream."""
-    await offered(probe)
+    await respond(probe)
     refusal(await post(probe, stream=True, temperature="hot"), names="temperature")
 
 
