@@ -190,7 +190,7 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
 @click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report there.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
-    "--timeout", type=float, default=30.0, show_default=True, help="Seconds that a check may take."
+    "--timeout", type=float, default=60.0, show_default=True, help="Seconds that a check may take."
 )
 @click.option("--list", "listing", is_flag=True, help="Name the checks instead of running them.")
 def doctor(

@@ -54,7 +54,8 @@ def alone(question: Asking) -> Asking:
 
 
 def collect(group: str, module: Mapping[str, Any]) -> list[Check]:
-    """The public coroutine functions of a module (its ``globals()``) as checks of ``group``."""
+    """The public coroutine functions of a module (its ``globals()``) that take nothing but a probe,
+    as checks of ``group``."""
     return [
         Check(
             f"{group}.{name.replace('_', '-')}",
@@ -67,4 +68,5 @@ def collect(group: str, module: Mapping[str, Any]) -> list[Check]:
         if inspect.iscoroutinefunction(value)
         and value.__module__ == module["__name__"]
         and not name.startswith("_")
+        and len(inspect.signature(value).parameters) == 1
     ]

@@ -18,6 +18,9 @@ from ruvon.errors import RuvonError
 
 Progress: TypeAlias = Callable[[Result], None]
 
+MOST_TIMEOUTS = 24
+"""Checks that may run out of time. Then the server is taken to be stuck, and no more is asked."""
+
 
 def choose(globs: Sequence[str]) -> list[Check]:
     """The checks whose ids match any of these; all without one. ``chat`` means ``chat.*`` too."""
@@ -34,7 +37,7 @@ async def examine(
     model: str | None = None,
     api_key: str | None = None,
     concurrency: int = 8,
-    timeout: float = 30.0,
+    timeout: float = 60.0,
     progress: Progress = lambda result: None,
 ) -> tuple[str, list[Result]]:
     """The model that was asked and a result for each check, in their order.
@@ -43,7 +46,7 @@ async def examine(
     RuvonError where nobody answers.
     """
     connector = aiohttp.TCPConnector(limit=0)
-    limits = aiohttp.ClientTimeout(total=4 * timeout)
+    limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
         probe = Probe(session, url.rstrip("/").removesuffix("/v1"), api_key=api_key)
         probe.model = model or await first_model(probe)
@@ -74,8 +77,13 @@ async def _run_all(
 
     async def run_one(check: Check) -> None:
         async with turn:
-            results[check.id] = await run_check(check, probe, timeout)
-        progress(results[check.id])
+            late = sum(result.seconds >= timeout for result in results.values())
+            if late < MOST_TIMEOUTS:
+                result = await run_check(check, probe, timeout)
+            else:
+                result = Result(check, "skip", "the server no longer answers in time", 0.0)
+        results[check.id] = result
+        progress(result)
 
     await asyncio.gather(*(run_one(check) for check in checks if not check.alone))
     for check in checks:

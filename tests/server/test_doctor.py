@@ -8,19 +8,26 @@ import json
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import aiohttp
+import jsonschema
 import pytest
 from aiohttp import web
 from click.testing import CliRunner
 from fakes import FakeRunner
+from serving import byte_grammars
 
 from ruvon.cli import main
+from ruvon.config import ServerConfig
 from ruvon.doctor.ask import check_answered, refusal
 from ruvon.doctor.check import Check
 from ruvon.doctor.expect import Failed, Skipped, misfit, not_empty
 from ruvon.doctor.probe import Probe, Reply, parse_frame
 from ruvon.doctor.run import choose, examine, run_check
+from ruvon.doctor.schema import violation
+from ruvon.doctor.schemas import SCHEMAS
+from ruvon.engine.matching import Matchers
 
 NEEDS_LOGITS = {
     "chat.logit-bias-forces",
@@ -28,31 +35,55 @@ NEEDS_LOGITS = {
     "chat.top-p-zero-is-greedy",
     "completions.allowed-token-ids",
     "completions.top-k-one-is-greedy",
+    "embeddings.differs",
+    *(check.id for check in choose(["extras.decisions*"])),
 }
-"""The fake model draws from no distribution that could be bent."""
-
-UNSERVED = {"models.anthropic-list", "models.anthropic-edges"}
+"""The fake model has no distribution that could be bent or read, and one hidden state."""
 
 
-async def failures(url: str, *globs: str) -> dict[str, str]:
+SLOW = {"responses.compact"}
+"""The fake model never ends what it writes for it."""
+
+
+async def failures(url: str, *globs: str, **options: Any) -> dict[str, str]:
     """Failed checks, optional ones too, and why."""
-    _, results = await examine(url, choose(globs), timeout=10)
+    checks = [check for check in choose(globs) if check.id not in SLOW]
+    _, results = await examine(url, checks, timeout=60, **options)
     return {r.check.id: r.detail for r in results if r.outcome == "fail"}
+
+
+def obedient() -> FakeRunner:
+    """A model that writes nonsense, but what a grammar allows."""
+    return FakeRunner(matchers=Matchers(byte_grammars()))
 
 
 def test_every_check_has_a_name_and_a_title():
     checks = choose([])
-    assert len({check.id for check in checks}) == len(checks) > 300
+    assert len({check.id for check in checks}) == len(checks) > 600
     assert all(check.title.endswith((".", "…")) for check in checks)
 
 
 async def test_a_sound_server_passes(serve):
-    server = await serve(runner=FakeRunner(), numbers={"max_model_len": 2048})
-    found = await failures(
-        server.url, "models", "chat", "completions", "errors", "sse", "http", "security"
-    )
-    assert set(found) - NEEDS_LOGITS - UNSERVED == set()
+    server = await serve(runner=obedient(), numbers={"max_model_len": 2048, "num_blocks": 1024})
+    groups = {check.group.partition(".")[0] for check in choose([])} - {"connection", "limits"}
+    assert set(await failures(server.url, *groups)) - NEEDS_LOGITS == set()
     await server.until(lambda: server.idle)
+
+
+async def test_a_server_that_keeps_to_no_grammar_is_found(serve):
+    server = await serve(runner=FakeRunner(), numbers={"max_model_len": 2048})
+    globs = ("structured.finish", "structured.json-object-begins", "tools.required")
+    assert list(await failures(server.url, *globs)) == [
+        "structured.json-object-begins", "structured.finish", "tools.required"
+    ]  # fmt: skip
+
+
+async def test_keys(serve):
+    server = await serve(server=ServerConfig(port=0, api_key="sk-right"))
+    _, results = await examine(server.url, choose(["auth"]), api_key="sk-right")
+    assert {r.check.id: r.detail for r in results if r.outcome != "pass"} == {
+        "auth.any-key-when-open": "the server asks for a key"
+    }
 
 
 # ---------------------------------------------------------------------- servers with one fault
@@ -130,11 +161,23 @@ def number(old: str) -> Change:
         ("sse.done-once", swap("data: .DONE.\n\n", "data: [DONE]\n\ndata: [DONE]\n\n")),
         ("sse.frames", swap("data: ", "data:")),
         ("sse.ends-with-an-empty-line", lambda body: body.rstrip()),
+        ("structured.schema.boolean", swap('"ok', '"okay')),
+        ("tools.call-ids-unique", swap('"call_[0-9a-f]+"', '"call_1"')),
+        ("tools.required-finish", swap('"finish_reason":"tool_calls"', '"finish_reason":"stop"')),
+        ("tools.stream.id-once", swap('"index":0,"function"', '"index":0,"id":"x","function"')),
+        ("responses.usage", swap('"input_tokens_details":[^}]*},', "")),
+        ("responses.stream.event-names", swap("event: response.completed", "event: completed")),
+        ("responses.stream.sequence-numbers", swap('"sequence_number":3', '"sequence_number":4')),
+        ("responses.stream.items-are-the-output", number('"id":"msg_')),
+        ("messages.stop-reason", swap('"stop_reason":"max_tokens"', '"stop_reason":"length"')),
+        ("messages.stream.no-done", lambda body: body + b"data: [DONE]\n\n"),
+        ("embeddings.base64-equals-float", number('"embedding":."')),
+        ("extras.tokenize-count", swap('"count":', '"count":1')),
         ("security.no-traceback", swap('"message":"', '"message":"Traceback ')),
     ],
 )  # fmt: skip
 async def test_a_fault_is_found(serve, check: str, change: Change):
-    server = await serve(runner=FakeRunner())
+    server = await serve(runner=obedient())
     async with changed(server.url, change) as url:
         assert list(await failures(url, check)) == [check]
 
@@ -216,6 +259,35 @@ def test_a_refusal_names_its_field():
 )  # fmt: skip
 def test_shapes(value: object, shape: object, wrong: str | None):
     assert misfit(value, shape) == wrong
+
+
+VALUES = [
+    None, True, 0, 1, 4, 15, 2.0, 2.5, -1, "", "red", "abcd", "AB-123", "x" * 30, [], [1],
+    [1, True], [1, 2, 3, 4], {}, {"ok": True}, {"ok": 1}, {"a": None}, {"n": 4}, {"n": 15},
+    {"x": 1}, {"x": 2.5},
+    {"c": "red"}, {"c": 1}, {"c": True}, {"kind": "sea", "ok": False}, {"a": [1, True]}, {"a": [1]},
+    {"s": None}, {"s": "abcd"}, {"s": "AB-123"}, {"v": 1}, {"v": {"ok": True}}, {"v": None},
+    {"a": {"ok": True}, "b": {"ok": False}}, {"root": {"value": True, "next": None}},
+    {"root": {"value": True, "next": {"value": 1, "next": None}}}, {"any": True, "more": False},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "schema"), [(name, schema) for name, _, schema, _ in SCHEMAS])
+def test_the_validator_agrees_with_jsonschema(name: str, schema: Any):
+    known = jsonschema.Draft202012Validator(schema)
+    for value in VALUES:
+        assert (violation(value, schema) is None) == known.is_valid(value), value
+
+
+def test_what_the_validator_adds_and_does_not_know():
+    date = {"type": "string", "format": "date"}
+    assert violation("2026-11-26", date) is None
+    assert violation("tomorrow", date) == "$: 'tomorrow' breaks format date"
+    assert violation({"a": [1, "x"]}, {"properties": {"a": {"items": {"type": "integer"}}}}) == (
+        "$.a[1]: 'x' is no integer"
+    )
+    with pytest.raises(ValueError, match="no check of not"):
+        violation(1, {"not": {}})
 
 
 def test_frames():

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ruvon.doctor.ask import CHAT, answer, post_chat, post_completion, refusal, user
-from ruvon.doctor.check import collect, optional
+from ruvon.doctor.check import alone, collect, optional
 from ruvon.doctor.expect import expect
 from ruvon.doctor.probe import Probe, Reply
 
@@ -48,9 +48,10 @@ async def huge_best_of(probe: Probe) -> None:
     refusal(await post_completion(probe, best_of=1_000_000), names="best_of")
 
 
+@alone
 async def many_prompts(probe: Probe) -> None:
-    """Ten thousand prompts are no server error."""
-    reply = await post_completion(probe, prompt=["a"] * 10_000, max_tokens=1)
+    """Two thousand prompts are no server error."""
+    reply = await post_completion(probe, prompt=["a"] * 2_000, max_tokens=1)
     await _goes_on(probe, reply)
 
 
@@ -114,10 +115,11 @@ async def long_header(probe: Probe) -> None:
     expect(reply.status < 500, "no server error", reply.status)
 
 
+@alone
 @optional
 async def queue_full(probe: Probe) -> None:
     """What the queue has no room for is a 503 or 429 with Retry-After."""
-    fields: dict[str, Any] = {"prompt": ["a b c"] * 100, "n": 100, "max_tokens": 1}
+    fields: dict[str, Any] = {"prompt": ["a b c"] * 40, "n": 50, "max_tokens": 1}
     reply = await post_completion(probe, **fields)
     if reply.status in (503, 429):
         expect("Retry-After" in reply.headers, "Retry-After", dict(reply.headers))
