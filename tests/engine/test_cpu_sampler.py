@@ -9,6 +9,7 @@ import torch
 from ruvon.engine.cpu_sampler import CpuSampler
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingParams, SamplingRow
+from ruvon.grammars import regex
 from ruvon.kernels.cpu import CpuKernels
 
 EOS = (2, 3)
@@ -186,3 +187,31 @@ def test_greedy_steps_take_what_the_model_step_has_found(kernels):
     found = draw(logits_LV, rows, EOS)
     assert found.tokens == ((4,), (), (9,))
     assert list(found.errors) == [1]
+
+
+def test_rows_with_grammars(kernels):
+    """What a mask rules out is never drawn, and logprobs are of the model all the same."""
+    kinds = (
+        {}, {"temperature": 0}, {"top_p": 0.5}, {"top_k": 3}, {"logprobs": 2}, {"typical_p": 0.8},
+        {"min_tokens": 9, "frequency_penalty": 1.0},
+    )  # fmt: skip
+    vocab = 700
+    random = np.random.default_rng(3)
+    allowed = [random.choice(vocab, 9, replace=False) for _ in kinds]
+    rows = []
+    for n, (kind, ids) in enumerate(zip(kinds, allowed, strict=True)):
+        row = SamplingRow(n, SamplingParams(**kind, grammar=regex("a")), [5, 6, 7], 2, 40 + n)
+        bits = np.zeros(-(-vocab // 32) * 32, dtype=np.uint8)
+        bits[ids] = 1
+        row.mask = np.packbits(bits, bitorder="little").view(np.int32)
+        rows.append(row)
+    logits_LV = some_logits(vocab)[: len(rows)]
+    expected = sample(logits_LV.clone(), rows, EOS)
+    got = sampler(kernels, vocab)(logits_LV, rows, EOS)
+    assert got.tokens == expected.tokens
+    assert not got.errors
+    assert all(tokens[0] in ids for tokens, ids in zip(got.tokens, allowed, strict=True))
+    (told,) = got.logprobs[4]
+    assert told == expected.logprobs[4][0]
+    assert told.rank > 1
+    assert told.top[0][0] not in allowed[4]
