@@ -24,7 +24,7 @@ from ruvon.models.formats.tools import Parser as Parser
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, openai_form
 from ruvon.models.formats.tools import Turn as Turn
 from ruvon.models.guard import Guard
-from ruvon.models.messages import Message, plain, prepare, write_arguments
+from ruvon.models.messages import CALL_STYLES, CALLED, CallStyle, Message, a_call, plain, prepare
 from ruvon.models.template import (
     Template,
     compile_own,
@@ -210,10 +210,10 @@ class ChatFormat:
             listed,
             bool(listed) and self._takes_system,
         )
-        if any("tool_calls" in message for message in prepared) and self._takes_text:
-            write_arguments(prepared)
+        if any("tool_calls" in message for message in prepared):
+            self._call_style.apply(prepared)
         if continue_final_message:
-            prepared[-1]["content"] += FINAL + " "
+            prepared[-1]["content"] = (prepared[-1]["content"] or "") + FINAL + " "
         return {
             **plain(kwargs or {}, "chat_template_kwargs"),
             "messages": prepared,
@@ -243,17 +243,25 @@ class ChatFormat:
         return self._takes([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
 
     @cached_property
-    def _takes_text(self) -> bool:
-        """Whether the template wants the arguments of calls as text, not as objects."""
-        return not self._takes(_a_call({})) and self._takes(_a_call("{}"))
+    def _call_style(self) -> CallStyle:
+        """How the template wants past calls: it is tried with one."""
+        return next((style for style in CALL_STYLES if self._shows_call(style)), CALL_STYLES[0])
 
     def _takes(self, messages: Sequence[dict[str, Any]]) -> bool:
         """Whether the template renders messages that are as it may want them."""
+        return self._tried(messages) is not None
+
+    def _shows_call(self, style: CallStyle) -> bool:
+        messages = a_call()
+        style.apply(messages)
+        written = self._tried(messages) or ""
+        return CALLED in written and f"'{CALLED}'" not in written  # which is Python's, not JSON
+
+    def _tried(self, messages: Sequence[dict[str, Any]]) -> str | None:
         try:
-            self._render({**NOTHING_ELSE, "messages": messages})
+            return self._render({**NOTHING_ELSE, "messages": messages})
         except RequestError:
-            return False
-        return True
+            return None
 
     # ------------------------------------------------------------------ reasoning
 
@@ -288,15 +296,6 @@ class ChatFormat:
     def _limits(self, thinking: Thinking) -> bool:
         """Whether the end of reasoning can be forced: where it is a token."""
         return all(tag in self._tokenizer.added_ids for tag in thinking.tags)
-
-
-def _a_call(arguments: Any) -> list[dict[str, Any]]:
-    function = {"name": "a", "arguments": arguments}
-    call = {"id": "123456789", "type": "function", "function": function}
-    return [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "", "tool_calls": [call]},
-    ]
 
 
 def _find_tags(source: str, tokenizer: Tokenizer) -> tuple[str, str] | None:

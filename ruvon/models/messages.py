@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
@@ -78,14 +79,46 @@ def _parse_arguments(call: Any, where: str) -> None:
         function["arguments"] = plain(arguments, f"{where}.tool_calls")
 
 
-def write_arguments(messages: Iterable[dict[str, Any]]) -> None:
-    """Put the arguments of calls back into JSON text, for templates that want it."""
-    for message in messages:
-        for call in message.get("tool_calls") or ():
-            function = call.get("function") if isinstance(call, dict) else None
-            if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
-                arguments = function.get("arguments") or {}
-                function["arguments"] = json.dumps(arguments, ensure_ascii=False)
+@dataclass(frozen=True, slots=True)
+class CallStyle:
+    """How a template wants past calls: their arguments as JSON text instead of an object, and a
+    message that only calls without content instead of with an empty one."""
+
+    text: bool = False
+    no_content: bool = False
+
+    def apply(self, messages: Iterable[dict[str, Any]]) -> None:
+        for message in messages:
+            calls = message.get("tool_calls")
+            if self.no_content and calls and not message.get("content"):
+                message["content"] = None
+            for call in (calls or ()) if self.text else ():
+                _write_arguments(call)
+
+
+CALL_STYLES = tuple(
+    CallStyle(text, no_content) for no_content in (False, True) for text in (False, True)
+)
+"""The usual one first."""
+
+CALLED = "ruvon_asks"
+
+
+def a_call() -> list[dict[str, Any]]:
+    """Messages with a call of `CALLED`, to try a template with."""
+    function = {"name": CALLED, "arguments": {CALLED: 1}}
+    call = {"id": "123456789", "type": "function", "function": function}
+    return [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+    ]
+
+
+def _write_arguments(call: Any) -> None:
+    function = call.get("function") if isinstance(call, dict) else None
+    if isinstance(function, dict) and not isinstance(function.get("arguments"), str):
+        arguments = function.get("arguments") or {}
+        function["arguments"] = json.dumps(arguments, ensure_ascii=False)
 
 
 def plain(value: Any, where: str, depth: int = 0) -> Any:

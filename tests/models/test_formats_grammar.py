@@ -150,6 +150,22 @@ def test_an_answer_of_a_form_or_a_call(family):
     assert ask(family, (), response=response).grammar is response or family == "thinking"
 
 
+def test_no_other_way_leads_around_a_strict_tool():
+    assert not accepts("coder", ask("coder", [STRICT]), "Well. <function=weather>\n</function>")
+
+
+def test_names_may_be_of_any_script():
+    tool = Tool(
+        "naïve_日本", parameters={"type": "object", "properties": {"é": {"type": "string"}}}
+    )
+    turn = ask("hermes", [tool], choice=REQUIRED)
+    call = '<tool_call>\n{"name": "naïve_日本", "arguments": {"é":"ü"}}\n</tool_call>'
+    assert accepts("hermes", turn, call)
+    tags = "<function=naïve_日本>\n<parameter=é>\nü\n</parameter>\n</function>"
+    turn = ask("coder", [tool], choice=REQUIRED)
+    assert accepts("coder", turn, f"<tool_call>\n{tags}\n</tool_call>")
+
+
 def test_only_the_allowed_are_called():
     turn = ask("hermes", choice=ToolChoice("auto", ("anything",)))
     call = '<tool_call>\n{"name": "%s", "arguments": {}}\n</tool_call>'

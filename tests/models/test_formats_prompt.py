@@ -125,10 +125,21 @@ def test_llamas_calls_are_told_one_at_a_time():
     assert "*** Begin" in prompt("llama", TALK[:3])
 
 
-def test_arguments_are_text_for_templates_that_want_it():
-    source = "{% for m in messages %}{% for c in m.tool_calls %}{{ '!' + c.function.arguments }}"
-    textual = Family(source + "{% endfor %}{% endfor %}")
+@pytest.mark.parametrize("joint", ["+", "~"])
+def test_arguments_are_text_for_templates_that_want_it(joint):
+    source = "{% for m in messages %}{% for c in m.tool_calls %}{{ '!' "
+    textual = Family(source + joint + " c.function.arguments }}{% endfor %}{% endfor %}")
     assert textual.chat.render(TALK[1:3]) == '!{"city": "a"}!{"input": "*** Begin"}'
+
+
+def test_a_message_that_only_calls_has_no_content_for_templates_that_want_none():
+    loop = "{% for c in m.tool_calls %}{{ c.function.name }}{% endfor %}"
+    source = "{% for m in messages %}{% if m.content is none %}" + loop + "{% else %}"
+    none = Family(source + "[{{ m.content }}]{% endif %}{% endfor %}")
+    silent = {**TALK[2], "content": None}
+    assert none.chat.render([USER, silent]) == "[Hi]weatherpatch"
+    assert none.chat.render([USER, TALK[2]]) == "[Hi][Well.]"
+    assert none.chat.render([USER, {**silent, "tool_calls": []}]) == "[Hi][]"
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -26,13 +26,15 @@ class CallGrammar:
     ``body`` gives, as the right-hand side of a rule, what follows the marker ``start`` if one of
     some tools is called, or several. ``joint`` is the text between one marked call and the next;
     None if a body holds all calls. A ``bare`` format's calls need no marker, and a text is told
-    from them by its first character.
+    from them by its first character. ``others`` begin a call that is read, but not as it should be
+    written.
     """
 
     start: str
     body: Callable[[Rules, Sequence[Tool], bool], str]
     joint: str | None = None
     bare: bool = False
+    others: tuple[str, ...] = ()
 
 
 class Rules:
@@ -106,10 +108,11 @@ def escape(text: str) -> str:
     return re.escape(text).replace("/", "\\/").replace("\\\n", "\\n")
 
 
-def any_text(rules: Rules, without: str = "") -> str:
-    """A terminal for text in which a marker does not occur."""
-    other = f" & ~/(?s:.*){escape(without)}(?s:.*)/" if without else ""
-    return rules.terminal(f"/(?s:.*)/{other}")
+def any_text(rules: Rules, *without: str, first: str = "") -> str:
+    """A terminal for text in which markers do not occur; ``first`` is a pattern it begins with."""
+    other = "|".join(map(escape, without))
+    exception = f" & ~/(?s:.*)({other})(?s:.*)/" if without else ""
+    return rules.terminal(f"/{first}(?s:.*)/{exception}")
 
 
 def calls_only(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
@@ -124,9 +127,9 @@ def calls_in_text(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parall
     """Free text with calls in it; once a marker has been written, a call follows."""
     repeat = "*" if parallel and form.joint is not None else "?"
     if form.bare:
-        text = rules.terminal("/[^{ \\t\\r\\n](?s:.*)/")
+        text = any_text(rules, form.start, first="[^{ \\t\\r\\n]")
         return f"{_marked(rules, form, tools, parallel)} | {text}?"
-    tail = any_text(rules, form.start)
+    tail = any_text(rules, form.start, *form.others)
     if rules.is_token(form.start):
         call = _marked(rules, form, tools, parallel)
         return f"{tail} ({call} {tail}){repeat}"

@@ -149,5 +149,5 @@ QWEN_CODER = Format(
     starts=(START, FUNCTION),
     marks=(END,),
     read=read,
-    grammar=CallGrammar(START, _body, joint="\n"),
+    grammar=CallGrammar(START, _body, joint="\n", others=(FUNCTION,)),
 )
