@@ -51,7 +51,7 @@ def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> t
         logprobs=logprobs if request.logprobs else None,
         prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
-    return prepare_conversation(
+    job, turn = prepare_conversation(
         chat_of(request),
         sampling,
         service,
@@ -61,6 +61,13 @@ def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> t
         cache_salt=request.cache_salt or "",
         truncate=truncation(request, max_tokens, service),
     )
+    return job, replace(turn, ignored=tuple(as_given(name, request) for name in turn.ignored))
+
+
+def as_given(name: str, request: ChatRequest) -> str:
+    """A field by the name under which the request has it."""
+    names = BUDGETS if name in BUDGETS else ()
+    return next((each for each in names if getattr(request, each) is not None), name)
 
 
 def chat_of(request: ChatRequest) -> Conversation:

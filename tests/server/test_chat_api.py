@@ -464,10 +464,11 @@ async def test_what_must_be_written_reaches_the_engine(serve):
 
 async def test_what_the_template_does_not_read_is_reported(serve):
     server = await serve("a", server=ServerConfig(port=0))
-    fields = {"reasoning_effort": "low", "enable_thinking": True, "metadata": {"a": "b"}}
-    reply = await server.chat(**fields, chat_template_kwargs={"depth": 1})
+    fields = {"reasoning_effort": "low", "enable_thinking": True, "thinking_budget": 3}
+    more = {"metadata": {"a": "b"}, "chat_template_kwargs": {"depth": 1}}
+    reply = await server.chat(**fields, **more)
     names = reply.headers["X-Ruvon-Ignored"].split(",")
-    assert set(names) == {"reasoning_effort", "enable_thinking", "chat_template_kwargs.depth"}
+    assert set(names) == {*fields, "chat_template_kwargs.depth"}
     assert reply.json["metadata"] == {"a": "b"}
     assert (await server.chat(documents=[{"text": "x"}])).error["param"] == "documents"
     strict = await serve("a", server=ServerConfig(port=0, strict=True))
