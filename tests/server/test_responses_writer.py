@@ -17,6 +17,7 @@ from serving import byte_tokenizer
 from ruvon.deltas import Delta, ToolCall
 from ruvon.engine.types import Job
 from ruvon.errors import GenerationError
+from ruvon.server.responses_api import output
 from ruvon.server.responses_api.prepare import response_fields
 from ruvon.server.responses_api.schemas import ResponsesRequest
 from ruvon.server.responses_api.tools import Toolbox
@@ -243,6 +244,18 @@ def test_log_probabilities_belong_to_the_text_and_to_nothing_else():
     told = final["output"][1]["content"][0]["logprobs"]
     assert [entry["token"] for entry in told] == ["b", "c", "d"]
     assert whole(writer(), deltas)["output"][1]["content"][0]["logprobs"] == []
+
+
+def test_log_probabilities_without_end_are_not_told_four_times(monkeypatch):
+    monkeypatch.setattr(output, "MOST_REPEATED", 100)
+    deltas = [Delta(text="a", tokens=[97], logprobs=[fake_logprobs(97, 5)]), Delta(finish="stop")]
+    data = writer(logprobs=True)
+    events = parse_events(data.opening() + b"".join(map(data.events, deltas)) + data.closing())
+    ended = {event["type"]: event for event in events}
+    assert ended["response.output_text.done"]["logprobs"] == []
+    (item,) = ended["response.completed"]["response"]["output"]
+    assert item == ended["response.output_item.done"]["item"]
+    assert len(item["content"][0]["logprobs"]) == 1
 
 
 def test_calls_beyond_the_most_that_are_wanted_are_left_out():

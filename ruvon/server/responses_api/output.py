@@ -15,6 +15,8 @@ import orjson
 from ruvon.server.responses_api.answers import Status
 from ruvon.server.responses_api.sealed import seal
 
+MOST_REPEATED = 1 << 20  # bytes of log-probabilities that are told once more before an item ends
+
 Event: TypeAlias = tuple[str, dict[str, Any]]
 
 
@@ -67,7 +69,7 @@ class Output:
 
 class Message(Output):
     """What the model says, in one part. Its log-probabilities are JSON from the start: they are
-    repeated in four events, and may be megabytes."""
+    repeated in up to four events, and may be megabytes, which take long to write."""
 
     def __init__(self, index: int) -> None:
         super().__init__(index, "msg")
@@ -93,7 +95,8 @@ class Message(Output):
 
     def _ending(self) -> Iterator[Event]:
         self._logprobs = [b",".join(self._logprobs)] if self._logprobs else []
-        told = json_list(self._logprobs)
+        again = sum(map(len, self._logprobs)) <= MOST_REPEATED
+        told = json_list(self._logprobs if again else [])
         yield self._of("response.output_text.done", content_index=0, text=self.text, logprobs=told)
         yield self._of("response.content_part.done", content_index=0, part=self._part(told))
 
