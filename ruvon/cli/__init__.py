@@ -181,7 +181,12 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
 
 @main.command()
 @click.argument("url", metavar="BASE_URL", required=False)
-@click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], help="Key for that server.")
+@click.option(
+    "--api-key",
+    envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
+    callback=first_key,
+    help="Key for that server.",
+)
 @click.option("--model", help="Ask this model. Default: the first that the server lists.")
 @click.option(
     "--only", "globs", multiple=True, metavar="GLOB",

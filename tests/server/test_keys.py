@@ -59,6 +59,14 @@ async def test_nothing_else_opens(serve, headers, told):
     assert b"key2" not in reply.body
 
 
+async def test_anthropic_s_clients_are_told_in_their_words(serve):
+    server = await serve("Hello", server=KEYED)
+    reply = await server.post("/v1/messages", {})
+    assert reply.status == 401
+    assert reply.json["type"] == "error"
+    assert reply.json["error"]["type"] == "authentication_error"
+
+
 async def test_every_path_but_two_needs_a_key(serve):
     server = await serve("Hello", server=KEYED)
     for route in ROUTES:
