@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 import orjson
 from aiohttp import web
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from ruvon.engine.types import Emission, Job, SamplingParams
 from ruvon.errors import RequestError
@@ -63,6 +63,43 @@ class Item(Fields):
     type: Literal["message"] = "message"
     role: Literal["user", "system", "developer", "assistant"]
     content: Content
+
+
+class CallItem(Fields):
+    """A call of a tool in the input, of either kind."""
+
+    type: Literal["function_call", "custom_tool_call"]
+    call_id: str
+    name: str
+    arguments: str | None = None
+    input: str | None = None
+
+
+class OutputItem(Fields):
+    """What a call gave."""
+
+    type: Literal["function_call_output", "custom_tool_call_output"]
+    call_id: str
+    output: Content
+
+
+def kind_of(item: Any) -> str:
+    """Which of the three an item is; one without a type is a message."""
+    kind = item.get("type", "message") if isinstance(item, dict) else "message"
+    return {
+        "function_call_output": "output",
+        "custom_tool_call_output": "output",
+        "function_call": "call",
+        "custom_tool_call": "call",
+    }.get(str(kind), "message")
+
+
+AnyItem: TypeAlias = Annotated[
+    Annotated[Item, Tag("message")]
+    | Annotated[CallItem, Tag("call")]
+    | Annotated[OutputItem, Tag("output")],
+    Discriminator(kind_of),
+]
 
 
 class Question(Fields):
@@ -110,7 +147,7 @@ class DecisionRequest(Fields):
     """``POST /v1/decisions``."""
 
     model: str | None = None
-    input: str | Annotated[list[Item], Field(fail_fast=True, min_length=1, max_length=4096)]
+    input: str | Annotated[list[AnyItem], Field(fail_fast=True, min_length=1, max_length=4096)]
     questions: Annotated[
         list[Annotated[Predicate | Choice | Score, Field(discriminator="type")]],
         Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS),
@@ -223,10 +260,25 @@ def messages_of(request: DecisionRequest) -> list[dict[str, Any]]:
     many templates want turns to alternate."""
     if isinstance(request.input, str):
         return [{"role": "user", "content": request.input}]
-    messages = [{"role": item.role, "content": words_of(item.content)} for item in request.input]
+    messages = [message_of(item) for item in request.input]
     if messages[-1]["role"] != "user":
         messages.append({"role": "user", "content": ""})
     return messages
+
+
+def message_of(item: Item | CallItem | OutputItem) -> dict[str, Any]:
+    """An item of the input as a chat has it."""
+    if isinstance(item, Item):
+        return {"role": item.role, "content": words_of(item.content)}
+    if isinstance(item, OutputItem):
+        content = words_of(item.output)
+        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
+    call: dict[str, Any] = {"id": item.call_id, "type": "function"}
+    if item.type == "custom_tool_call":
+        call |= {"type": "custom", "custom": {"name": item.name, "input": item.input or ""}}
+    else:
+        call |= {"function": {"name": item.name, "arguments": item.arguments or "{}"}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
 
 
 Asked: TypeAlias = tuple[list[Job], list[tuple[Label, ...]]]

@@ -110,6 +110,27 @@ async def test_a_conversation_as_input(serve):
     assert following.startswith(start + "So?\n\nThe customer")
 
 
+async def test_calls_of_tools_in_the_input(serve):
+    fake = Weighing()
+    server = await serve(runner=fake)
+    items = [
+        {"role": "user", "content": "Add."},
+        {"type": "function_call", "call_id": "1", "name": "add", "arguments": '{"a": 7}'},
+        {"type": "function_call_output", "call_id": "1", "output": "it is 8"},
+        {"type": "custom_tool_call", "call_id": "2", "name": "say", "input": "aloud"},
+        {
+            "type": "custom_tool_call_output",
+            "call_id": "2",
+            "output": [{"type": "input_text", "text": "said"}],
+        },
+    ]
+    reply = await server.post("/v1/decisions", {"input": items, "questions": [PREDICATE]})
+    assert reply.status == 200, reply.body
+    (prompt,) = fake.prompts
+    places = [prompt.index(word) for word in ("add", "7", "it is 8", "aloud", "said", "angry")]
+    assert places == sorted(places)
+
+
 async def test_the_sdk_reads_it(serve):
     server = await serve(runner=Weighing(N=0.9))
     async with openai.AsyncOpenAI(
@@ -138,6 +159,8 @@ async def test_the_sdk_reads_it(serve):
         ({"input": []}, "input"),
         ({"input": "a" * 2000}, "input"),
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
+        ({"input": [3]}, "input"),
     ],
 )
 async def test_what_is_wrong_is_named(serve, change, param):
