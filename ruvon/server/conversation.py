@@ -13,7 +13,6 @@ from ruvon.errors import RequestError
 from ruvon.grammars import Grammar, json_schema
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
-from ruvon.models.messages import strings
 from ruvon.server.body import offload
 from ruvon.server.parsing import MAX_IGNORED, refuse_ignored
 from ruvon.server.requests import check_size
@@ -112,10 +111,19 @@ def take_turn(conversation: Conversation, service: Service) -> Turn:
 
 
 def num_characters(conversation: Conversation) -> int:
-    """Of all texts that a template may render."""
-    asked = conversation
-    tools = [[tool.description, tool.parameters] for tool in asked.tools]
-    return sum(map(len, strings([*asked.messages, *tools, *(asked.documents or ())])))
+    """Of all texts that a template may render, however deep they lie."""
+    count = 0
+    pending: list[Any] = [conversation.messages, conversation.documents]
+    pending += [(tool.description, tool.parameters) for tool in conversation.tools]
+    while pending:
+        value = pending.pop()
+        if isinstance(value, str):
+            count += len(value)
+        elif isinstance(value, Mapping):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list | tuple):
+            pending += value
+    return count
 
 
 def without_effect(http: web.Request, fields: Sequence[str], turn: Turn) -> list[str]:

@@ -308,3 +308,15 @@ async def test_a_compressed_body_is_refused(serve):
     except aiohttp.ClientError:
         pytest.fail("the connection broke instead of an answer")
     assert (reply.status, reply.error["code"]) == (415, "unsupported_encoding")
+
+
+@pytest.mark.parametrize("depth", [200, 1010])
+@pytest.mark.parametrize("strict", [b"false", b"true"])
+async def test_a_tool_nested_without_end_is_refused(serve, depth, strict):
+    server = await serve()
+    deep = b'{"a":' * depth + b"1" + b"}" * depth
+    body = b'{"messages":[{"role":"user","content":"x"}],"tools":[{"type":"function","function":'
+    body += b'{"name":"f","strict":%s,"parameters":%s}}]}' % (strict, deep)
+    reply = await server.post("/v1/chat/completions", body)
+    assert reply.status == 400
+    assert reply.error["param"].startswith("tools")
