@@ -90,4 +90,4 @@ def versions(client: Client, home: Path) -> list[str]:
         known = {name.lower().replace("_", "-"): version for name, version in listed}
         return [f"{package} {known.get(package, '?')}" for package in client.packages]
     files = {p: home / "node_modules" / p / "package.json" for p in client.packages}
-    return [f"{p} {json.loads(file.read_text())['version']}" for p, file in files.items()]
+    return [f"npm {p} {json.loads(file.read_text())['version']}" for p, file in files.items()]
