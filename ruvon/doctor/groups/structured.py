@@ -262,8 +262,8 @@ async def on_completions(probe: Probe) -> None:
 
 
 async def _extension(probe: Probe, pattern: str, **fields: Any) -> None:
-    """The whole text is as the pattern says."""
-    text = await _text(probe, **fields)
+    """The whole text is as the pattern says, which leaves no room to be cut off."""
+    text = (await chat(probe, **(ASK | fields)))["choices"][0]["message"]["content"]
     expect(re.fullmatch(pattern, text), f"a text like {pattern}", text)
 
 
