@@ -57,7 +57,8 @@ class SlotStates:
                 history = self._histories.get(chunk.seq_id)
                 if history is not None and chunk.tokens != BEING_SAMPLED:
                     history[chunk.start :] = chunk.tokens
-                    if len(chunk.tokens) > 1:
+                    constrained = self._sequences[chunk.seq_id].sampling.grammar is not None
+                    if len(chunk.tokens) > 1 and constrained:
                         self._forced.add(chunk.seq_id)
 
     def _forget(self, seq_id: int) -> None:
@@ -133,10 +134,7 @@ class SlotStates:
 
     def _is_uncounted(self, seq_id: int) -> bool:
         """Whether tokens that count for penalties came from elsewhere than the device's sampler."""
-        if seq_id not in self._forced:
-            return False
-        self._forced.discard(seq_id)
-        return is_penalized(self._sequences[seq_id].sampling)
+        return seq_id in self._forced and is_penalized(self._sequences[seq_id].sampling)
 
     def rows_with_grammar(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
         """The rows of a step that has been followed which have one, by their place."""
@@ -159,6 +157,7 @@ class SlotStates:
 
     def _prepare(self, slot: int, new: NewSequence, context: int) -> None:
         self._unprepared.discard(slot)
+        self._forced.discard(new.seq_id)
         sampling = new.sampling
         words = self._params[slot]
         write_params(words, sampling, new.seed)
