@@ -43,6 +43,8 @@ YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's o
 SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
+RESPONSE = "{id:(?!(?:compact|input_tokens)$)[^/]+}"  # what is no route of its own
+
 ROUTES = (
     web.post("/v1/chat/completions", chat_completions, expect_handler=expect),
     web.post("/v1/completions", completions, expect_handler=expect),
@@ -56,8 +58,8 @@ ROUTES = (
     web.post("/v1/responses", responses.create, expect_handler=expect),
     web.post("/v1/responses/input_tokens", responses.input_tokens, expect_handler=expect),
     web.post("/v1/responses/compact", responses.compact, expect_handler=expect),
-    web.get("/v1/responses/{id}", responses.retrieve),
-    web.delete("/v1/responses/{id}", responses.delete),
+    web.get(f"/v1/responses/{RESPONSE}", responses.retrieve),
+    web.delete(f"/v1/responses/{RESPONSE}", responses.delete),
     web.post("/v1/responses/{id}/cancel", responses.cancel),
     web.get("/v1/responses/{id}/input_items", responses.input_items),
     web.get("/v1/models", admin.models),

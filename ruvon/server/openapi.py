@@ -288,7 +288,7 @@ def contents(name: str, operation: Operation, found: Found) -> Schema:
     content: Schema = {"application/json": {"schema": found[f"{name} answer", "serialization"]}}
     if operation.streams:
         stream = "application/x-ndjson" if operation.tag == "Ollama" else "text/event-stream"
-        content[stream] = {"schema": {"type": "string"}}
+        content[stream] = {}  # what an event holds, the API's own pages say
     return content
 
 

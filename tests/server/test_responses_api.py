@@ -450,6 +450,10 @@ async def test_what_was_not_streamed_cannot_be_read_again(serve):
     assert (reply.status, reply.error["param"]) == (400, "stream")
     reply = await server.get(f"{PATH}/{made['id']}?stream=true&starting_after=x")
     assert (reply.status, reply.error["param"]) == (400, "starting_after")
+    reply = await server.get(f"{PATH}/{made['id']}?stream=maybe")
+    assert (reply.status, reply.error["param"]) == (400, "stream")
+    reply = await server.get(f"{PATH}/compact")
+    assert (reply.status, reply.headers["Allow"]) == (405, "POST")
 
 
 # ---------------------------------------------------------------------- tools

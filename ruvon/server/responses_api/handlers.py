@@ -143,7 +143,10 @@ async def retrieve(http: web.Request) -> web.StreamResponse:
     """A response as far as it has come, or its events again."""
     entry = find(http)
     ignored = unread(http, "stream", "starting_after")
-    if http.query.get("stream", "false").lower() in ("true", "1"):
+    stream = http.query.get("stream", "false").lower()
+    if stream not in ("true", "1", "false", "0"):
+        raise RequestError("stream must be true or false.", "stream", "invalid_type")
+    if stream in ("true", "1"):
         return await follow(http, entry, number_in(http, "starting_after", -1) + 1, ignored)
     return as_json(entry, ignored)
 
