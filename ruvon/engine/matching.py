@@ -17,6 +17,7 @@ import numpy as np
 
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.types import Plan, SamplingParams, SamplingRow, StepResult
+from ruvon.errors import RequestError
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -102,7 +103,11 @@ class Matchers:
         errors = {}
         live: list[tuple[LLMatcher, int]] = []
         for place, row in enumerate(rows):
-            matching = self._matching_of(row)
+            try:
+                matching = self._matching_of(row)
+            except RequestError as error:  # it was forgotten, and does not compile this time
+                errors[row.seq_id] = error.message
+                continue
             if matching.matcher.is_error():
                 errors[row.seq_id] = EXHAUSTED
             else:
@@ -146,10 +151,10 @@ class Matchers:
         failed = masks.errors
         for place in masks.places:
             seq_id = seq_ids[place]
-            matching = self._matchings[seq_id]
             if seq_id in failed:
                 tokens[place], errors[seq_id] = (), failed[seq_id]
             elif tokens[place]:
+                matching = self._matchings[seq_id]
                 tokens[place] = matching.accept(tokens[place][0])
                 if not tokens[place]:
                     errors[seq_id] = REFUSED

@@ -277,6 +277,17 @@ def test_a_token_that_was_not_allowed_fails_its_sequence_alone(matchers):
     assert not result.ended
 
 
+def test_a_grammar_that_does_not_compile_any_more_fails_its_sequence_alone(matchers):
+    """As when it was forgotten, and the machine has no time for another trial."""
+    broken, sound = (SamplingParams(grammar=Grammar(start)) for start in ('"a', '"b"'))
+    rows = {0: SamplingRow(7, broken, [1], 1, 0), 1: SamplingRow(8, sound, [1], 1, 0)}
+    masks = matchers.begin(rows)
+    result = matchers.accept([7, 8], masks, StepResult(((97,), (98,)), (None,) * 2))
+    assert [*result.errors] == [7]
+    assert result.tokens[0] == ()
+    assert result.tokens[1][0] == 98
+
+
 def test_a_sequence_is_found_again_by_its_history(matchers):
     row = SamplingRow(7, SamplingParams(grammar=grammars.choice(["abcd", "abxy"])), [1], 1, 0)
     row.history += b"ab"
