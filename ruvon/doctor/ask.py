@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import orjson
@@ -76,6 +76,13 @@ def events(reply: Reply, fields: Iterable[str] = ()) -> list[Any]:
         if isinstance(event, dict) and event.get("error"):
             raise Failed(f"an error in the stream: {brief(event)}")
     return found
+
+
+def of_type(found: Sequence[Any], kind: str) -> list[Any]:
+    """The events of one type; there must be some."""
+    mine = [event for event in found if event["type"] == kind]
+    expect(mine, f"events {kind}", sorted({event["type"] for event in found}))
+    return mine
 
 
 def parse(text: str) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ruvon.doctor.ask import check_answered, events, parse
+from ruvon.doctor.ask import check_answered, events, of_type, parse
 from ruvon.doctor.check import Check, collect
 from ruvon.doctor.expect import expect, expect_equal, expect_shape
 from ruvon.doctor.groups.messages import ANY, STOPS, post, say, text_of
@@ -27,10 +27,7 @@ async def _events(probe: Probe, fields: Any = None) -> list[Any]:
 
 
 async def _of(probe: Probe, kind: str, fields: Any = None) -> list[Any]:
-    found = await _events(probe, fields)
-    mine = [event for event in found if event["type"] == kind]
-    expect(mine, f"events {kind}", sorted({event["type"] for event in found}))
-    return mine
+    return of_type(await _events(probe, fields), kind)
 
 
 async def event_names(probe: Probe) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ruvon.doctor.ask import check_answered, events, refusal
+from ruvon.doctor.ask import check_answered, events, of_type, refusal
 from ruvon.doctor.check import collect
 from ruvon.doctor.expect import expect, expect_equal, expect_shape
 from ruvon.doctor.groups.responses import REQUIRED, post, respond, text_of
@@ -26,11 +26,7 @@ async def _events(probe: Probe, fields: Any = None) -> list[Any]:
 
 
 async def _of(probe: Probe, kind: str, fields: Any = None) -> list[Any]:
-    """Events of one type; there must be some."""
-    found = await _events(probe, fields)
-    mine = [event for event in found if event["type"] == kind]
-    expect(mine, f"events {kind}", sorted({event["type"] for event in found}))
-    return mine
+    return of_type(await _events(probe, fields), kind)
 
 
 async def content_type(probe: Probe) -> None:
