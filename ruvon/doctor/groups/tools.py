@@ -215,22 +215,23 @@ async def custom_tool(probe: Probe) -> None:
 
 async def custom_tool_regex(probe: Probe) -> None:
     """A custom tool's text is as its regex says."""
-    grammar = {"syntax": "regex", "definition": "[a-d]{3}[0-9]"}
-    form = {"type": "grammar", "grammar": grammar}
-    tool = {"type": "custom", "custom": {"name": "dial", "format": form}}
-    fields = {"tools": [tool], "tool_choice": "required", "max_tokens": 48}
-    found = (await _calls(probe, ASK | fields))[0]["custom"]["input"]
+    found = await _input_within(probe, {"syntax": "regex", "definition": "[a-d]{3}[0-9]"})
     expect(re.fullmatch("[a-d]{3}[0-9]", found), "three letters and a digit", found)
 
 
 async def custom_tool_lark(probe: Probe) -> None:
     """A custom tool's text is as its Lark grammar says."""
-    grammar = {"syntax": "lark", "definition": 'start: "go " ("left" | "right")'}
-    form = {"type": "grammar", "grammar": grammar}
-    tool = {"type": "custom", "custom": {"name": "steer", "format": form}}
-    fields = {"tools": [tool], "tool_choice": "required", "max_tokens": 48}
-    found = (await _calls(probe, ASK | fields))[0]["custom"]["input"]
+    definition = 'start: "go " ("left" | "right")'
+    found = await _input_within(probe, {"syntax": "lark", "definition": definition})
     expect(found in ("go left", "go right"), "go left or go right", found)
+
+
+async def _input_within(probe: Probe, grammar: dict[str, str]) -> str:
+    """What a custom tool of this grammar is called with."""
+    custom = {"name": "steer", "format": {"type": "grammar", "grammar": grammar}}
+    fields = {"tools": [{"type": "custom", "custom": custom}], "tool_choice": "required"}
+    call = (await _calls(probe, ASK | fields | {"max_tokens": 48}))[0]
+    return str(call["custom"]["input"])
 
 
 async def result(probe: Probe) -> None:
