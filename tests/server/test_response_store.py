@@ -76,6 +76,19 @@ def test_what_is_not_used_goes_with_time(clock):
     assert (len(store), store.num_bytes) == (0, 0)
 
 
+def test_many_streams_go_at_once(clock):
+    """However many: to forget one is not to forget the next within."""
+    store = ResponseStore(1 << 24, 100, clock)
+    for number in range(1000):
+        made = entry(str(number), 1)
+        made.recording = store.recording()
+        made.recording.add(b"event")
+        store.put(made)
+    clock.now = 101
+    assert store.find([]) == {}
+    assert (len(store), store.num_bytes) == (0, 0)
+
+
 def test_there_is_a_most(clock, monkeypatch):
     monkeypatch.setattr(module, "MAX_COUNT", 2)
     store = ResponseStore(1 << 20, 100, clock)

@@ -225,8 +225,10 @@ class ResponseStore:
         return [entry.task for entry in self._entries.values() if entry.task is not None]
 
     def _take(self, size: int) -> bool:
-        """Count so many more bytes, if there is or can be made room."""
-        self._expire()
+        """Count so many more bytes, if there is or can be made room. What is given back makes no
+        other response go: whoever forgets one is in the midst of that."""
+        if size > 0:
+            self._expire()
         while size > 0 and (
             self.num_bytes + size > self._max_bytes or len(self._entries) >= MAX_COUNT
         ):
