@@ -180,6 +180,20 @@ async def test_where_there_is_no_room_no_event_is_kept(clock):
     assert store.num_bytes == ROOM
 
 
+async def test_what_is_not_kept_gives_its_events_room_back(clock):
+    """Whoever reads them goes on."""
+    store = ResponseStore(ROOM, 100, clock)
+    made = running("a")
+    made.recording = store.recording()
+    store.put(made)
+    made.recording.add(b"event")
+    made.writer, made.response = None, b"x" * ROOM
+    made.recording.end()
+    store.put(made)
+    assert ("a" in store, store.num_bytes) == (False, 0)
+    assert await read(made.recording) == b"event"
+
+
 async def test_dropping_twice_gives_back_once(clock):
     store = ResponseStore(80_000, 100, clock)
     recording: Any = store.recording()

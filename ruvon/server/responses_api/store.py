@@ -59,11 +59,15 @@ class Recording:
 
     def drop(self) -> None:
         """Give all room back; who reads is told."""
-        self._room(-self._size)
-        self._size = 0
+        self.release()
         self._lost = True
         self._events.clear()
         self._wake()
+
+    def release(self) -> None:
+        """Give all room back; what is there goes with its last reader."""
+        self._room(-self._size)
+        self._size = 0
 
     def end(self) -> None:
         self.ended = True
@@ -159,6 +163,8 @@ class ResponseStore:
         size = entry.size
         if not self._take(size):
             if entry.writer is None:
+                if entry.recording is not None:
+                    entry.recording.release()
                 return
             raise UnavailableError("There is no room for another response.", retry_after=5.0)
         self._sizes[entry.id] = size
