@@ -86,6 +86,10 @@ async def test_its_streams_and_the_helper_that_puts_them_together(serve):
             events[0].response.id, stream=True, starting_after=events[-3].sequence_number
         )
         assert [e.to_dict() async for e in tail] == [e.to_dict() for e in events[-2:]]
+        all_of_it = await ask.responses.retrieve(
+            events[0].response.id, stream=True, starting_after=-9
+        )
+        assert [e.to_dict() async for e in all_of_it] == [e.to_dict() for e in events]
 
 
 async def test_answers_feed_back_as_input(serve):

@@ -147,7 +147,8 @@ async def retrieve(http: web.Request) -> web.StreamResponse:
     if stream not in ("true", "1", "false", "0"):
         raise RequestError("stream must be true or false.", "stream", "invalid_type")
     if stream in ("true", "1"):
-        return await follow(http, entry, number_in(http, "starting_after", -1) + 1, ignored)
+        number = max(number_in(http, "starting_after", -1) + 1, 0)
+        return await follow(http, entry, number, ignored)
     return as_json(entry, ignored)
 
 
