@@ -32,7 +32,7 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Answer a chat."""
     service = http.app[STATE].ready()
     request, ignored, (job, turn) = await read_request(http, ChatRequest, prepare_chat)
-    ignored = without_effect(http, ignored, turn)
+    ignored = without_effect(http, ignored, turn.ignored)
     name_request(http, request.request_id)
     texts = await prompt_texts(http, [job] if request.return_prompt_text else [], service)
     writer = ChatWriter(request, job, service, next(iter(texts), None))

@@ -126,11 +126,11 @@ def num_characters(conversation: Conversation) -> int:
     return count
 
 
-def without_effect(http: web.Request, fields: Sequence[str], turn: Turn) -> list[str]:
-    """The names of a request's ``fields`` without effect, and of what has none on this turn.
-    Raises RequestError where the server is strict."""
-    refuse_ignored(turn.ignored, http.app[STATE].server.strict)
-    return [*fields, *turn.ignored][:MAX_IGNORED]
+def without_effect(http: web.Request, fields: Sequence[str], found: Sequence[str]) -> list[str]:
+    """The names of a request's ``fields`` without effect, and of those ``found`` since to have
+    none. Raises RequestError for these where the server is strict."""
+    refuse_ignored(found, http.app[STATE].server.strict)
+    return [*fields, *found][:MAX_IGNORED]
 
 
 def prepare_conversation(

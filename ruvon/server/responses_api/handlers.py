@@ -12,12 +12,12 @@ from aiohttp import web
 
 from ruvon.errors import RequestError
 from ruvon.server.body import offload, read
-from ruvon.server.conversation import take_turn
+from ruvon.server.conversation import take_turn, without_effect
 from ruvon.server.events import event, send_events
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.keys import given_keys
 from ruvon.server.middleware import json_response
-from ruvon.server.parsing import MAX_IGNORED, SMALL, refuse_ignored
+from ruvon.server.parsing import MAX_IGNORED, SMALL
 from ruvon.server.requests import read_fields
 from ruvon.server.responses_api.background import start, stop
 from ruvon.server.responses_api.compact import CompactWriter, prepare_summary
@@ -29,8 +29,8 @@ from ruvon.server.responses_api.prepare import (
     all_items,
     conversation_of,
     prepare,
+    skipped,
     transcribe,
-    without_effect,
 )
 from ruvon.server.responses_api.schemas import (
     CompactRequest,
@@ -61,8 +61,7 @@ async def create(http: web.Request) -> web.StreamResponse:
         return prepare(request, context, service, server.max_logprobs, kept=kept), context
 
     request, ignored, (ready, context) = await understand(http, ResponsesRequest, work)
-    refuse_ignored(ready.skipped, server.strict)
-    ignored = [*ignored, *ready.skipped][:MAX_IGNORED]
+    ignored = without_effect(http, ignored, ready.skipped)
     told = ready.kept and bool(request.stream or request.background)
     entry, writer = begin(store, ready, context, service, told=told)
     entry.owner = owner_of(http)
@@ -203,12 +202,12 @@ async def input_tokens(http: web.Request) -> web.Response:
     def work(request: InputTokensRequest, context: Context) -> tuple[int, list[str]]:
         transcript, box = transcribe(request, all_items(request, context)), toolbox(request)
         turn = take_turn(conversation_of(request, transcript, box), service)
-        return len(turn.prompt), without_effect(transcript, box, turn)
+        return len(turn.prompt), skipped(transcript, box, turn)
 
-    _, ignored, (number, skipped) = await understand(http, InputTokensRequest, work)
-    refuse_ignored(skipped, http.app[STATE].server.strict)
+    _, ignored, (number, found) = await understand(http, InputTokensRequest, work)
     told = {"object": "response.input_tokens", "input_tokens": number}
-    return json_response(told, headers=ignored_header([*ignored, *skipped][:MAX_IGNORED]))
+    headers = ignored_header(without_effect(http, ignored, found))
+    return json_response(told, headers=headers)
 
 
 async def compact(http: web.Request) -> web.StreamResponse:

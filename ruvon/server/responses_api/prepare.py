@@ -119,12 +119,12 @@ def prepare(
         shape,
         response_fields(request, job, box, service, kept=kept),
         tuple(keep(items[len(context.history) :])) if kept else (),
-        [*without_effect(transcript, box, turn), *unknown],
+        [*skipped(transcript, box, turn), *unknown],
         kept,
     )
 
 
-def without_effect(transcript: Transcript, box: Toolbox, turn: Turn) -> list[str]:
+def skipped(transcript: Transcript, box: Toolbox, turn: Turn) -> list[str]:
     """Names of what was given and means nothing here."""
     names = {"reasoning_effort": "reasoning.effort"}  # what chat calls it
     fields = [names.get(field, field) for field in turn.ignored]
