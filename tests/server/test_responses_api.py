@@ -266,6 +266,13 @@ async def test_a_conversation_is_compacted_and_goes_on(serve):
         assert "Summary of the conversation so far:\nWe spoke." in made.output_text
 
 
+async def test_what_means_nothing_is_named_where_it_is_compacted(serve):
+    server = await serve("We spoke.")
+    items = [{"type": "mcp_call"}, {"role": "user", "content": "Hi"}]
+    reply = await server.post(f"{PATH}/compact", {"input": items})
+    assert (reply.status, reply.headers["X-Ruvon-Ignored"]) == (200, "input[0].mcp_call")
+
+
 # ---------------------------------------------------------------------- the form of the answer
 
 

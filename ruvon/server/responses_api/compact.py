@@ -35,8 +35,9 @@ REQUEST = (
 
 def prepare_summary(
     request: CompactRequest, context: Context, service: Service
-) -> tuple[Job, Turn, list[dict[str, Any]]]:
-    """The job that writes the summary, and the user's messages. Raises RequestError."""
+) -> tuple[Job, Turn, list[dict[str, Any]], list[str]]:
+    """The job that writes the summary, the user's messages, and the names of items that mean
+    nothing here. Raises RequestError."""
     items = all_items(request, context)
     transcript = transcribe(request, items)
     asked = Conversation(
@@ -48,7 +49,8 @@ def prepare_summary(
     sampling = sampling_params(SamplingFields(), service, max_tokens=MAX_TOKENS)
     job, turn = prepare_conversation(asked, sampling, service)
     said = [one for one, _ in items if isinstance(one, MessageItem) and one.role == "user"]
-    return job, turn, [kept for one in said if (kept := stored(one)) is not None]
+    kept = [kept for one in said if (kept := stored(one)) is not None]
+    return job, turn, kept, transcript.skipped
 
 
 class CompactWriter:

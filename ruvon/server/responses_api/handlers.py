@@ -217,7 +217,8 @@ async def compact(http: web.Request) -> web.StreamResponse:
     def work(request: CompactRequest, context: Context) -> Any:
         return prepare_summary(request, context, service)
 
-    _, ignored, (job, turn, items) = await understand(http, CompactRequest, work)
+    _, ignored, (job, turn, items, found) = await understand(http, CompactRequest, work)
+    ignored = without_effect(http, ignored, found)
     generation = Generation(service, [job], CompactWriter(job, items), turn.parser)
     return await generation.send(http, stream=False, ignored=ignored)
 
