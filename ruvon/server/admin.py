@@ -25,6 +25,7 @@ from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
 from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from ruvon.server.schemas.base import missing
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State
 
@@ -118,9 +119,7 @@ def _show(body: bytes, service: Service) -> bytes:
     data = load(body, Bounds.of_context(service.max_model_len))
     name = data.get("model") or data.get("name")
     if not isinstance(name, str):
-        raise RequestError(
-            "Missing required parameter: 'model'.", "model", "missing_required_parameter"
-        )
+        raise missing("model")
     service.check_model(name.removesuffix(":latest"))
     family = service.architecture
     shown = {

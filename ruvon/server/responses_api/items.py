@@ -26,6 +26,7 @@ from ruvon.server.responses_api.input import (
 from ruvon.server.responses_api.output import new_id
 from ruvon.server.responses_api.sealed import unseal
 from ruvon.server.responses_api.tools import flat_name
+from ruvon.server.schemas.base import missing
 
 SUMMARY = "Summary of the conversation so far:\n"
 
@@ -124,11 +125,7 @@ def text_of(parts: Iterable[Part], where: str) -> str:
                 f"This model reads text only, not {part.type[:100]}.", f"{where}[{number}]"
             )
         if text is None:
-            raise RequestError(
-                f"Missing required parameter: '{where}[{number}].text'.",
-                f"{where}[{number}].text",
-                "missing_required_parameter",
-            )
+            raise missing(f"{where}[{number}].text")
         texts.append(text)
     return "\n".join(texts)
 

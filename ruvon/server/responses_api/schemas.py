@@ -10,6 +10,7 @@ from pydantic_core import PydanticCustomError
 from ruvon.errors import RequestError
 from ruvon.server.responses_api.input import Items
 from ruvon.server.schemas import ConstraintFields, Fields, SamplingFields
+from ruvon.server.schemas.base import missing
 from ruvon.server.schemas.chat import Effort, Metadata
 
 MAX_TOOLS = 1024
@@ -123,11 +124,7 @@ class TextFormat(Fields):
     @model_validator(mode="after")
     def _check_schema(self) -> TextFormat:
         if self.type == "json_schema" and self.schema_ is None:
-            raise RequestError(
-                "Missing required parameter: 'text.format.schema'.",
-                "text.format.schema",
-                "missing_required_parameter",
-            )
+            raise missing("text.format.schema")
         return self
 
 
@@ -182,9 +179,7 @@ class ContextFields(Fields):
                     "unsupported_parameter",
                 )
         if self.input is None and self.previous_response_id is None:
-            raise RequestError(
-                "Missing required parameter: 'input'.", "input", "missing_required_parameter"
-            )
+            raise missing("input")
         return self
 
 
