@@ -47,8 +47,7 @@ def anthropic_error(error: Exception, request_id: str | None = None) -> Anthropi
     """Anthropic's: its type follows from the status, and the message names the field. Of a prompt
     that does not fit it is, to the letter, what clients look for before they shorten it."""
     told = failure(error)
-    message = f"{told.param}: " if told.param and told.param not in told.message else ""
-    message += told.message
+    message = sentence(told)
     if isinstance(error, ContextLengthError) and error.too_many:
         num_tokens, most = error.too_many
         message = f"prompt is too long: {num_tokens} tokens > {most} maximum"
@@ -68,9 +67,13 @@ def anthropic_error(error: Exception, request_id: str | None = None) -> Anthropi
 
 def ollama_error(error: Exception, request_id: str | None = None) -> OllamaErrorAnswer:
     """Ollama's is a sentence."""
-    told = failure(error)
+    return {"error": sentence(failure(error))}
+
+
+def sentence(told: Failure) -> str:
+    """The message, which names the field."""
     start = f"{told.param}: " if told.param and told.param not in told.message else ""
-    return {"error": start + told.message}
+    return start + told.message
 
 
 ANTHROPIC_TYPES: Mapping[int, str] = {
