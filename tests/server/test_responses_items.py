@@ -15,9 +15,9 @@ from ruvon.server.parsing import parse
 from ruvon.server.responses_api.items import SUMMARY
 from ruvon.server.responses_api.prepare import Context, all_items, keep, transcribe
 from ruvon.server.responses_api.schemas import ResponsesRequest
-from ruvon.server.responses_api.sealed import seal, unseal
 from ruvon.server.responses_api.store import StoredItem
 from ruvon.server.responses_api.tools import Toolbox, tool_choice, toolbox
+from ruvon.server.sealed import seal, unseal
 
 LISTED: TypeAdapter[Any] = TypeAdapter(ResponseItem)
 

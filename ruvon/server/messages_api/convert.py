@@ -7,7 +7,6 @@ request, so that no prefix of it would ever be found in the cache, is left out.
 
 from __future__ import annotations
 
-from base64 import b64decode, b64encode
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -28,13 +27,13 @@ from ruvon.server.messages_api.schemas import (
     ToolResultBlock,
     ToolUseBlock,
 )
+from ruvon.server.sealed import SIGNATURE, seal, unseal
 from ruvon.server.tools import distinct
 
 BILLING = "x-anthropic-"  # begins lines for Anthropic's own servers, such as a checksum
 MAX_HEADERS = 8  # in one block
 COUNTDOWN = "<total_tokens>"  # begins a note on what is left of the client's budget
 MAX_COUNTDOWN = 100  # characters
-SIGNATURE = "ruvon:"
 
 Mode: TypeAlias = Literal["none", "auto", "required"]
 
@@ -187,17 +186,12 @@ def _joined(blocks: Iterable[Any]) -> str:
 
 def sign(thinking: str) -> str:
     """The signature of a block whose text is not shown: it holds the text, for the next turn."""
-    return SIGNATURE + b64encode(thinking.encode()).decode()
+    return seal(thinking, SIGNATURE)
 
 
 def _thought(block: ThinkingBlock) -> str:
     """What was thought. The signatures of others say nothing to us."""
-    if block.thinking or not block.signature.startswith(SIGNATURE):
-        return block.thinking
-    try:
-        return b64decode(block.signature.removeprefix(SIGNATURE), validate=True).decode()
-    except ValueError:  # not base64, or no text
-        return ""
+    return block.thinking or unseal(block.signature, SIGNATURE) or ""
 
 
 # ---------------------------------------------------------------------- tools and the answer's form

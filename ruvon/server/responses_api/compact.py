@@ -20,9 +20,9 @@ from ruvon.server.responses_api.items import stored
 from ruvon.server.responses_api.output import new_id
 from ruvon.server.responses_api.prepare import Context, all_items, transcribe
 from ruvon.server.responses_api.schemas import CompactRequest
-from ruvon.server.responses_api.sealed import seal
 from ruvon.server.responses_api.writer import usage
 from ruvon.server.schemas import SamplingFields
+from ruvon.server.sealed import seal
 from ruvon.server.state import Service
 from ruvon.server.writers.envelope import Tally
 

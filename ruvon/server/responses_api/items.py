@@ -24,9 +24,9 @@ from ruvon.server.responses_api.input import (
     ReferenceItem,
 )
 from ruvon.server.responses_api.output import new_id
-from ruvon.server.responses_api.sealed import unseal
 from ruvon.server.responses_api.tools import flat_name
 from ruvon.server.schemas.base import missing
+from ruvon.server.sealed import unseal
 
 SUMMARY = "Summary of the conversation so far:\n"
 

@@ -13,7 +13,7 @@ from uuid import uuid4
 import orjson
 
 from ruvon.server.responses_api.answers import Status
-from ruvon.server.responses_api.sealed import seal
+from ruvon.server.sealed import seal
 
 MOST_REPEATED = 1 << 20  # bytes of log-probabilities that are told once more before an item ends
 
