@@ -318,20 +318,22 @@ class ScoreAnswer(TypedDict):
 DecisionAnswer: TypeAlias = PredicateAnswer | ChoiceAnswer | ScoreAnswer
 
 
-class InputDetails(TypedDict):
+class InputTokensDetails(TypedDict):
     cached_tokens: int
     cache_write_tokens: int
 
 
-class OutputDetails(TypedDict):
+class OutputTokensDetails(TypedDict):
     reasoning_tokens: int
 
 
-class DecisionUsage(TypedDict):
+class ResponseUsage(TypedDict):
+    """Token counts of decisions and of responses."""
+
     input_tokens: int
-    input_tokens_details: InputDetails
+    input_tokens_details: InputTokensDetails
     output_tokens: int
-    output_tokens_details: OutputDetails
+    output_tokens_details: OutputTokensDetails
     total_tokens: int
 
 
@@ -340,7 +342,7 @@ class Answered(TypedDict):
 
     model: str
     answers: list[DecisionAnswer]
-    usage: DecisionUsage
+    usage: ResponseUsage
 
 
 class Status(TypedDict):

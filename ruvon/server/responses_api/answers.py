@@ -7,28 +7,9 @@ from typing import Any, Literal, NotRequired, TypeAlias
 
 from typing_extensions import TypedDict  # pydantic, which describes them, cannot read 3.11's own
 
-from ruvon.server.responses import TokenLogprob
+from ruvon.server.responses import ResponseUsage, TokenLogprob
 
 Status: TypeAlias = Literal["in_progress", "completed", "incomplete"]
-
-
-class InputTokensDetails(TypedDict):
-    cached_tokens: int
-    cache_write_tokens: int
-
-
-class OutputTokensDetails(TypedDict):
-    reasoning_tokens: int
-
-
-class ResponseUsage(TypedDict):
-    """Token counts under the names of this API."""
-
-    input_tokens: int
-    input_tokens_details: InputTokensDetails
-    output_tokens: int
-    output_tokens_details: OutputTokensDetails
-    total_tokens: int
 
 
 class OutputText(TypedDict):

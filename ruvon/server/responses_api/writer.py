@@ -18,7 +18,7 @@ from ruvon.engine.types import Job
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.events import event
 from ruvon.server.failures import openai_error
-from ruvon.server.responses_api.answers import ResponseUsage
+from ruvon.server.responses import ResponseUsage
 from ruvon.server.responses_api.output import Call, Event, Message, Output, Reasoning, new_id
 from ruvon.server.writers.envelope import Tally
 from ruvon.server.writers.logprobs import chat_logprobs
