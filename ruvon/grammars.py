@@ -35,6 +35,7 @@ SINGLES = (
 )  # fmt: skip
 LEVELS = {"properties", "patternProperties", "additionalProperties", "items", "prefixItems"}
 """Keywords whose schemas are of values one level further in."""
+KEYWORDS = tuple(dict.fromkeys((*MAPS, *LISTS, *SINGLES)))  # ``items`` may be a list or a schema
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +182,7 @@ def inner(place: Place) -> Iterator[Place]:
     schema = place.schema
     if not isinstance(schema, Mapping):
         return
-    for keyword in (*MAPS, *LISTS, *SINGLES):
+    for keyword in KEYWORDS:
         held = schema.get(keyword)
         level = place.level + (keyword in LEVELS)
         pointer = f"{place.pointer}/{keyword}"

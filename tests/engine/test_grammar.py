@@ -147,6 +147,16 @@ def test_rules_of_strict_schemas(schema, keyword, pointer):
     grammars.json_schema(schema)
 
 
+def test_what_an_array_holds_counts_once():
+    schema = {"type": "array", "items": {"enum": [*range(600)]}}
+    schema = {**CLOSED, "properties": {"a": {"items": schema}}, "required": ["a"]}
+    grammars.json_schema(schema, strict=True)
+    pointers = [place.pointer for place in grammars.places(schema)]
+    assert [at for at in pointers if "additional" not in at] == [
+        "", "/properties/a", "/properties/a/items", "/properties/a/items/items"
+    ]  # fmt: skip
+
+
 def test_a_strict_schema_that_keeps_the_rules(compiler):
     inner = {**CLOSED, "properties": {"x": {"type": ["string", "null"]}}, "required": ["x"]}
     schema = {**CLOSED, "properties": {"a": {"items": {"$ref": "#/$defs/i"}, "type": "array"}},
