@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping
+from itertools import islice
 from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
@@ -12,7 +13,7 @@ from ruvon.grammars import Grammar, Place, broken, inner
 
 ErrorOf: TypeAlias = Callable[[str], str]
 
-MOST_TRIALS = 200  # to find where in a schema an error comes from
+MOST_TRIALS = 200  # to find which schema an error comes from, and then where in it
 
 JSON = re.compile(r"%json\s*(?=[{\[])")
 POSITION = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
@@ -35,7 +36,7 @@ KEYWORDS: tuple[tuple[str, str, str], ...] = (
 def refusal(grammar: Grammar, error: str, error_of: ErrorOf) -> RequestError:
     """The error for a grammar that does not compile; ``error_of`` tells why another does not."""
     reason = reason_of(error)
-    for schema in schemas_of(grammar.lark()):
+    for schema in islice(schemas_of(grammar.lark()), MOST_TRIALS):
         if reason_of(error_of(lark_of(schema))) == reason:
             return invalid_schema(grammar.param, locate(schema, reason, error_of), reason)
     return unlocated(grammar, reason)

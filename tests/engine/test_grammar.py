@@ -17,6 +17,7 @@ from ruvon.config import EngineConfig
 from ruvon.engine import grammar as compiling
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.grammar_errors import MOST_TRIALS
 from ruvon.engine.loop import EngineLoop, HoldsLoopError
 from ruvon.engine.matching import Matchers, withhold
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
@@ -190,6 +191,18 @@ def test_nonsense_is_the_clients_fault(compiler, make):
     error = refusal(compiler, make)
     assert error.param
     assert len(error.message) < 500
+
+
+def test_an_error_is_not_looked_for_in_every_schema_of_many(compiler, monkeypatch):
+    """Other grammars wait meanwhile."""
+    tried, error_of = [], compiler._trial.error_of
+    monkeypatch.setattr(
+        compiler._trial, "error_of", lambda text: tried.append(text) or error_of(text)
+    )
+    rules = "".join(f"r{i}: %json {{}}\n" for i in range(500))
+    error = refusal(compiler, lambda: grammars.lark(f"start: missing\n{rules}"))
+    assert "missing" in error.message
+    assert len(tried) == MOST_TRIALS + 1
 
 
 MALICIOUS = {
