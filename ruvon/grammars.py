@@ -132,6 +132,10 @@ def _unescape(escape: re.Match[str]) -> str:
 def _text(text: object, param: str) -> str:
     if not isinstance(text, str):
         raise RequestError(f"{param} must be a text.", param)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"{param} is not valid Unicode: a lone surrogate.", param) from None
     return text
 
 
