@@ -191,13 +191,13 @@ class Trial:
 
     def _start(self) -> subprocess.Popen[bytes]:
         program = [grammar_trial.__file__, str(self._vocab_size)]
-        process = self._process = subprocess.Popen(
-            [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-        )  # fmt: skip
         try:
+            process = self._process = subprocess.Popen(
+                [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
+                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+            )  # fmt: skip
             receive(process)
-        except (EOFError, TimeoutError) as error:
+        except (OSError, EOFError) as error:  # a TimeoutError is an OSError
             self.close()
             raise RuntimeError("the process that tries grammars does not start") from error
         return process

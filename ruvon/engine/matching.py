@@ -105,8 +105,8 @@ class Matchers:
         for place, row in enumerate(rows):
             try:
                 matching = self._matching_of(row)
-            except RequestError as error:  # it was forgotten, and does not compile this time
-                errors[row.seq_id] = error.message
+            except (RequestError, RuntimeError) as error:  # forgotten, and not to be had this time
+                errors[row.seq_id] = str(error)
                 continue
             if matching.matcher.is_error():
                 errors[row.seq_id] = EXHAUSTED

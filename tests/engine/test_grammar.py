@@ -314,6 +314,18 @@ def test_a_grammar_that_does_not_compile_any_more_fails_its_sequence_alone(match
     assert result.tokens[1][0] == 98
 
 
+def test_where_no_process_can_be_had_grammars_that_are_known_go_on(monkeypatch):
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    known, forgotten = (SamplingParams(grammar=Grammar(start)) for start in ('"b"', '"a"'))
+    compiler.check(known.grammar)
+    compiler.close()
+    monkeypatch.setattr(compiling.sys, "executable", "/not/there")
+    matchers = Matchers(compiler)
+    rows = {0: SamplingRow(7, forgotten, [1], 1, 0), 1: SamplingRow(8, known, [1], 1, 0)}
+    assert [*matchers.begin(rows).errors] == [7]
+    matchers.close()
+
+
 def test_a_sequence_is_found_again_by_its_history(matchers):
     row = SamplingRow(7, SamplingParams(grammar=grammars.choice(["abcd", "abxy"])), [1], 1, 0)
     row.history += b"ab"
@@ -387,9 +399,10 @@ async def test_what_takes_long_is_not_prepared_on_the_loops_thread(compiler):
     await loop.stop(0)
 
 
-def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch):
+@pytest.mark.parametrize("program", ["/bin/false", "/not/there"])
+def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch, program):
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
-    monkeypatch.setattr(compiling.sys, "executable", "/bin/false")
+    monkeypatch.setattr(compiling.sys, "executable", program)
     with pytest.raises(RuntimeError, match="does not start"):
         compiler.check(grammars.json_object())
     monkeypatch.undo()
