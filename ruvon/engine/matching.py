@@ -158,6 +158,8 @@ class Matchers:
                 tokens[place] = matching.accept(tokens[place][0])
                 if not tokens[place]:
                     errors[seq_id] = REFUSED
+                elif matching.matcher.is_error():  # which is also one that has stopped
+                    tokens[place], errors[seq_id] = (), EXHAUSTED
                 elif matching.matcher.is_stopped():
                     ended.append(seq_id)
         return replace(result, tokens=tuple(tokens), errors=errors, ended=frozenset(ended))

@@ -19,7 +19,7 @@ from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grammar_errors import MOST_TRIALS
 from ruvon.engine.loop import EngineLoop, HoldsLoopError
-from ruvon.engine.matching import Matchers, withhold
+from ruvon.engine.matching import Matchers, Matching, withhold
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
@@ -324,6 +324,22 @@ def test_where_no_process_can_be_had_grammars_that_are_known_go_on(monkeypatch):
     rows = {0: SamplingRow(7, forgotten, [1], 1, 0), 1: SamplingRow(8, known, [1], 1, 0)}
     assert [*matchers.begin(rows).errors] == [7]
     matchers.close()
+
+
+def test_a_grammar_that_breaks_behind_a_token_is_not_complete(matchers, monkeypatch):
+    row = SamplingRow(7, SamplingParams(grammar=Grammar('"ab" "c"*')), [1], 1, 0)
+    masks = matchers.begin({0: row})
+    assert not masks.errors
+
+    def accept(matching: Matching, token: int) -> tuple[int, ...]:
+        matching.matcher.consume_tokens([token, ord("x")])
+        assert matching.matcher.is_stopped()
+        return (token,)
+
+    monkeypatch.setattr(Matching, "accept", accept)
+    result = matchers.accept([7], masks, StepResult(((97,),), (None,)))
+    assert (result.tokens, [*result.errors]) == (((),), [7])
+    assert not result.ended
 
 
 def test_a_sequence_is_found_again_by_its_history(matchers):
