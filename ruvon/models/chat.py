@@ -240,16 +240,14 @@ class ChatFormat:
 
     @cached_property
     def _takes_system(self) -> bool:
-        return self._takes([{"role": "system", "content": "a"}, {"role": "user", "content": "b"}])
+        """Whether the template renders a system message."""
+        messages = [{"role": "system", "content": "a"}, {"role": "user", "content": "b"}]
+        return self._tried(messages) is not None
 
     @cached_property
     def _call_style(self) -> CallStyle:
         """How the template wants past calls: it is tried with one."""
         return next((style for style in CALL_STYLES if self._shows_call(style)), CALL_STYLES[0])
-
-    def _takes(self, messages: Sequence[dict[str, Any]]) -> bool:
-        """Whether the template renders messages that are as it may want them."""
-        return self._tried(messages) is not None
 
     def _shows_call(self, style: CallStyle) -> bool:
         messages = a_call()
@@ -258,6 +256,7 @@ class ChatFormat:
         return CALLED in written and f"'{CALLED}'" not in written  # which is Python's, not JSON
 
     def _tried(self, messages: Sequence[dict[str, Any]]) -> str | None:
+        """What the template makes of messages; None if it refuses them."""
         try:
             return self._render({**NOTHING_ELSE, "messages": messages})
         except RequestError:
