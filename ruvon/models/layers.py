@@ -13,6 +13,7 @@ import structlog
 from torch import Tensor
 
 from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Ops, Packed, Rope
+from ruvon.models.cache_groups import cache_groups, place_of
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Weights
 
@@ -119,6 +120,7 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
         head_dim=spec.head_dim,
         scale=spec.head_dim**-0.5,
         window=spec.windows[layer],
+        cache_group=place_of(cache_groups(spec), layer)[0],
     )
 
 
