@@ -10,7 +10,6 @@ import torch
 from tiny import VOCAB, make_reference
 
 
-
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
@@ -23,7 +22,7 @@ if torch.cuda.is_available():
 
 LENGTHS = (3, 61, 75, 33, 90, 16, 64, 80)
 NEW = 30  # tokens
-BLOCKS = 21  # of which the longest sequence may need 14
+TIGHT, AMPLE = 20, 150  # blocks, of which the longest sequence may need 14
 
 
 def prompt(i, length):
@@ -54,16 +53,17 @@ def expected(reference):
     return outputs
 
 
-@pytest.fixture(params=KERNELS)
+@pytest.fixture(params=[(kernels, blocks) for kernels in KERNELS for blocks in (TIGHT, AMPLE)])
 def loaded(request, reference, tmp_path):
+    kernels, num_blocks = request.param
     reference.save_pretrained(tmp_path)
     byte_vocab().backend.save(str(tmp_path / "tokenizer.json"))  # any will do
     block_bytes = 2 * 16 * 2 * 16 * 4  # of keys and values, one layer: tokens, heads, dims, float32
-    on_gpu = request.param == "triton"
+    on_gpu = kernels == "triton"
     config = EngineConfig(
-        model=str(tmp_path), kernels=request.param, device="cuda" if on_gpu else "cpu", threads=1,
+        model=str(tmp_path), kernels=kernels, device="cuda" if on_gpu else "cpu", threads=1,
         dtype="float32", block_size=16, max_num_seqs=6, max_num_batched_tokens=24,
-        kv_cache_memory=str(BLOCKS * block_bytes),
+        kv_cache_memory=str((num_blocks + 1) * block_bytes),
     )  # fmt: skip
     loaded = start_engine(config, silent)
     yield loaded
@@ -86,14 +86,15 @@ def answers(engine):
 
 
 def test_tokens_are_right_whatever_leaves_the_window(loaded, expected):
-    """In chunks, with prefixes found and sequences preempted; then again, on what is left."""
+    """In chunks, with sequences preempted or prefixes found; then again, on what is left."""
     assert loaded.memory.windows == (0, 7, 7)
-    assert loaded.memory.num_blocks == BLOCKS - 1
     for _ in range(2):
         assert answers(loaded.engine) == expected
     counters = loaded.engine._scheduler.counters
-    assert counters.preempted
-    assert counters.cached
+    if loaded.memory.num_blocks == TIGHT:
+        assert counters.preempted
+    else:
+        assert counters.cached >= sum(length // 16 * 16 - 16 for length in LENGTHS)
 
 
 def test_the_cache_holds_more_than_as_many_blocks_of_all_layers_would(loaded):
