@@ -21,6 +21,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ruvon.engine.batch import Windows
 from ruvon.engine.gpu.deferred import DeferredRow, sample_deferred
 from ruvon.engine.gpu.graphs import (
     NUM_STAGING,
@@ -57,6 +58,7 @@ class GpuRunner:
         *,
         device: torch.device,
         block_size: int,
+        windows: Windows = (0,),
         vocab_size: int,
         max_model_len: int,
         max_seqs: int,
@@ -65,7 +67,8 @@ class GpuRunner:
         matchers: Matchers,
         progress: Progress,
     ) -> None:
-        """``max_tokens`` bounds a step; ``matchers`` see to rows with a grammar."""
+        """``windows`` are those of the model's cache groups, ``max_tokens`` bounds a step and
+        ``matchers`` see to rows with a grammar."""
         self._scorer = scorer
         self._matchers = matchers
         singles = single_buckets(max_seqs)
@@ -79,6 +82,7 @@ class GpuRunner:
             self._state,
             table_width=width,
             block_size=block_size,
+            num_groups=len(windows),
             max_context=max_model_len,
             buckets=singles + self._mixed,
             pdl=self._pdl,
@@ -86,7 +90,8 @@ class GpuRunner:
         with torch.inference_mode():
             self._captured = self._graphs.capture_all(progress)
         self._staging = deque(self._graphs.staging())  # the next one first
-        self._batch = PersistentBatch(max_seqs, width)
+        table_width = self._graphs.tables.shape[2]
+        self._batch = PersistentBatch(max_seqs, table_width, block_size, windows)
         self._states = SlotStates(self._state, eos_token_ids)
         self._inputs = StepInputs(self._batch, self._states, self._graphs, block_size)
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
