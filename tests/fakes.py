@@ -130,12 +130,14 @@ class FakeRunner:
         seconds: float = 0.0,
         by_hand: bool = False,
         depth: int = 1,
+        grammar_depth: int = 1,
         long_step: int = 1 << 20,
         at_once: int = 1,
         matchers: Matchers | None = None,
     ) -> None:
         self.block_size = block_size
         self.depth = depth
+        self.grammar_depth = grammar_depth
         self.long_step = long_step
         self.plans: list[Plan] = []
         self.lost = False
