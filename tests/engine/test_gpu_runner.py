@@ -315,22 +315,25 @@ def test_a_grammar_that_is_complete_gets_no_token_more(gpu_runner):
     assert [*results[2].errors] == [57]
 
 
-@pytest.mark.parametrize("masks", ["refused", "panic"])
-def test_a_row_whose_mask_fails_fails_alone(gpu_runner, monkeypatch, masks):
+@pytest.mark.parametrize(("masks", "error"), [("wrong", "not allow"), ("panic", "BaseException")])
+def test_a_row_whose_mask_fails_fails_alone(gpu_runner, monkeypatch, masks, error):
     """And so does one that is sampled against its grammar."""
     sampling = SamplingParams(temperature=0, grammar=RULE)
     stories = Story(65, PROMPTS[0], [1], sampling), Story(66, PROMPTS[0], [3])
+    compute = gpu_runner._matchers._compute
 
-    def fill(rows, masks_RW):
-        masks_RW[:] = 1  # which is for a token that no grammar allows
+    def compute_wrongly(live, masks_RW):
+        compute(live, masks_RW)
+        masks_RW[:] = 0
+        masks_RW[:, 0] = 1 << 30  # for an A
         if masks == "panic":
             raise BaseException("as a panic of the library's")
-        return {}
 
-    monkeypatch.setattr(gpu_runner._matchers, "fill", fill)
+    monkeypatch.setattr(gpu_runner._matchers, "_compute", compute_wrongly)
     result = gpu_runner.launch(plan_of(*((s, s.chunk()) for s in stories))).result()
-    assert [*result.errors] == [65]
     assert [len(tokens) for tokens in result.tokens] == [0, 1]
+    assert list(result.errors) == [65]
+    assert error in result.errors[65]
 
 
 def test_pooled_hidden_states(gpu_runner):
