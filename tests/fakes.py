@@ -132,6 +132,7 @@ class FakeRunner:
         seconds: float = 0.0,
         by_hand: bool = False,
         depth: int = 1,
+        grammar_depth: int = 1,
         long_step: int = 1 << 20,
         at_once: int = 1,
         matchers: Matchers | None = None,
@@ -140,6 +141,7 @@ class FakeRunner:
         self.block_size = block_size
         self.windows = windows
         self.depth = depth
+        self.grammar_depth = grammar_depth
         self.long_step = long_step
         self.plans: list[Plan] = []
         self.lost = False

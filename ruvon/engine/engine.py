@@ -37,6 +37,11 @@ class Runner(Protocol):
         """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
 
     @property
+    def grammar_depth(self) -> int:
+        """The same as long as there is a sequence with a grammar: 1 if forced tokens come along
+        with the one that forces them, for how many is known when a step is over."""
+
+    @property
     def long_step(self) -> int:
         """Behind a step of more tokens than this no other is launched until it is collected: it
         would gain little, and whoever arrives meanwhile would miss it."""
@@ -195,13 +200,12 @@ class Engine:
             return future
 
     def _has_room(self) -> bool:
-        """Whether the runner takes another step now. No two steps are under way where there is a
-        grammar: how many tokens it forces is known when the step is over."""
+        """Whether the runner takes another step now."""
         num_in_flight, runner = self._scheduler.num_in_flight, self._runner
         return not num_in_flight or (
             num_in_flight < runner.depth
             and self._num_launched <= runner.long_step
-            and not self._scheduler.num_with_grammar
+            and (not self._scheduler.num_with_grammar or num_in_flight < runner.grammar_depth)
         )
 
     def is_quick(self, job: Job) -> bool:

@@ -43,6 +43,9 @@ class Runner:
     a grammar, ``windows`` are those of the model's cache groups.
     """
 
+    grammar_depth = (
+        1  # forced tokens cost least in one chunk, and masks have nothing to hide behind
+    )
     long_step = 64  # tokens: a prompt's step takes many times as long as the host does for it
 
     def __init__(  # noqa: PLR0913, what a runner depends on

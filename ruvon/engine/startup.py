@@ -281,7 +281,9 @@ def make_gpu_runner(
         max_seqs=limits.sequences,
         max_tokens=limits.tokens,
         eos_token_ids=grammars.eos_token_ids,
-        matchers=Matchers(grammars, threads=min(max(available_cores() // 2, 1), MASK_THREADS)),
+        matchers=Matchers(
+            grammars, min(max(available_cores() // 2, 1), MASK_THREADS), at_once=False
+        ),
         progress=progress,
     )
     for sampling in RARE:

@@ -142,19 +142,20 @@ def load_inputs(
     )
 
 
-@triton.jit(do_not_specialize=["size"])
+@triton.jit(do_not_specialize=["size", "again"])
 def _store_outputs_kernel(
     results_ptr,
     staging_ptr,
     turn_ptr,
     size,
+    again,
     BUFFERS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
     wait(PDL)
-    turn = tl.load(turn_ptr)
+    turn = (tl.load(turn_ptr) + BUFFERS - again) % BUFFERS
     for start in tl.range(0, size, BLOCK):
         at = start + tl.arange(0, BLOCK)
         word = tl.load(results_ptr + at, mask=at < size, other=0)
@@ -163,13 +164,17 @@ def _store_outputs_kernel(
     tl.store(turn_ptr, (turn + 1) % BUFFERS)
 
 
-def store_outputs(results: Tensor, staging_BW: Tensor, turn: Tensor, pdl: bool = False) -> None:
-    """Copy ``results`` to the staging buffer whose ``turn`` it is, and let it be the next one's."""
+def store_outputs(
+    results: Tensor, staging_BW: Tensor, turn: Tensor, pdl: bool = False, *, again: bool = False
+) -> None:
+    """Copy ``results`` to the staging buffer whose ``turn`` it is, and let it be the next one's;
+    or ``again`` to the one that has just had its turn."""
     _store_outputs_kernel[(1,)](
         results,
         staging_BW,
         turn,
         results.numel(),
+        int(again),
         BUFFERS=staging_BW.shape[0],
         BLOCK=BLOCK,
         PDL=pdl,

@@ -7,6 +7,9 @@ its last kernel stores in the same staging buffer) lies in buffers that outlive 
 launched before the host has seen the tokens of the one before: an id of ``-1 - slot`` stands for
 what that slot of the persistent batch sampled last.
 
+Rows with a mask are left out by the step, for the host computes their masks meanwhile: a second
+small graph samples them, once these are there.
+
 Padding has no queries, no context and no slot, and so is not computed with.
 """
 
@@ -121,6 +124,7 @@ class Captured:
     """A bucket's step, ready to run."""
 
     replay: Callable[[], object]
+    sample_masked: Callable[[], object]  # the rows of the last replay that have a mask
     logits_LV: Tensor  # of the last replay; all buckets share the memory
     graphs: Graphs  # which holds the memory that a replay works in
 
@@ -181,14 +185,18 @@ class Graphs:
         layout = self.layouts[bucket]
         self._staged_inputs[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
+        masked = partial(self.sample, bucket, masked=True)
+        masked(logits)
         if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
-            return Captured(replay, logits, self)
+            return Captured(replay, partial(masked, logits), logits, self)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        step, rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step, pool=pool):
             logits = self._step(bucket)
-        return Captured(graph.replay, borrow(logits), self)
+        with torch.cuda.graph(rest, pool=pool):
+            masked(logits)
+        return Captured(step.replay, rest.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
         """Compute logits, then sample."""
@@ -231,14 +239,14 @@ class Graphs:
             )
         )
 
-    def sample(self, bucket: Bucket, logits_LV: Tensor) -> None:
-        """The second part, from logits to staged results. It needs the first one's inputs and
-        nothing else, so that something may be done to the logits between the two."""
+    def sample(self, bucket: Bucket, logits_LV: Tensor, *, masked: bool = False) -> None:
+        """The second part, from logits to staged results; or, after it, the same for rows with a
+        mask. It needs the first one's inputs and nothing else."""
         params = self.layouts[bucket].views(self._words)["params"]
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
-        sample.sample(logits_LV, params, self._state, sampled, self._pdl)
-        store_outputs(self.results, self._staged_results, self._turn, self._pdl)
+        sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
+        store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
 
 
 def borrow(tensor: Tensor) -> Tensor:
