@@ -9,7 +9,6 @@ import pytest
 import torch
 from tiny import VOCAB, make_reference
 
-
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
