@@ -102,7 +102,9 @@ def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeyp
     (folder / "config.json").write_text(json.dumps(MIXTURE))
     monkeypatch.setattr(backends, "check_experts", without)
     before = threading.active_count()
-    with pytest.raises(ConfigError, match=r"the kernels 'cpu' do not compute mixtures of experts"):
+    with pytest.raises(
+        ConfigError, match=r"the kernels 'cpu.*' do not compute mixtures of experts"
+    ):
         start_engine(settings(folder, kernels="cpu"), silent)
     assert threading.active_count() == before
     with capture_logs() as logs:
