@@ -67,8 +67,8 @@ class EngineConfig:
 
     model: str | None = setting(
         None,
-        "Folder, GGUF file or hub id; of GGUF files org/name:Q4_K_M or org/name:file.gguf. Default: "
-        "the embedded SmolLM2.",
+        "Folder, GGUF file or hub id; of GGUF files org/name:Q4_K_M or org/name:file.gguf. "
+        "Default: the embedded SmolLM2.",
     )
     revision: str | None = setting(None, "Hub revision: branch, tag or commit.")
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = setting(

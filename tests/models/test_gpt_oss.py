@@ -88,6 +88,16 @@ def test_openais_layout_holds_the_same_model(folder, model):
     assert load(folder / "original").spec == replace(model.spec, eos_token_ids=())
 
 
+def test_openais_reference_agrees(folder):
+    """Where PyPI's gpt-oss is on the path; it wants Python 3.12, but its model runs on any."""
+    theirs = pytest.importorskip("gpt_oss.torch.model", reason="needs PyPI's gpt-oss")
+    path, device = str(folder / "original"), torch.device("cpu")
+    reference = theirs.Transformer.from_checkpoint(path, device=device).float()
+    with torch.no_grad():
+        want = reference(torch.tensor(TOKENS))
+    torch.testing.assert_close(logits(load(folder / "original")), want, **TOLERANCE)
+
+
 def test_openais_layout_in_shards_beside_the_words(folder, model, tmp_path):
     """As the hub has the 120b: vocabulary and defaults lie in the folder above."""
     tensors = load_file(folder / "original" / "model.safetensors")
