@@ -18,6 +18,7 @@ from test_formats import USER, ask, assembled, encode, read, written
 from ruvon.engine.grammar import Vocabulary
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
+from ruvon.models.formats.grammar import MOST_CALLS
 from ruvon.models.formats.plain import PlainParser
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, Turn
 
@@ -92,6 +93,20 @@ def test_a_required_call_is_always_one(family):
         assert result["calls"]
         assert result["text"] == ""
         check_calls(result["calls"])
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral", "coder"])
+def test_required_calls_come_to_an_end(family):
+    """A small model would go on with them until it has no tokens left."""
+    turn = ask(family, choice=REQUIRED)
+    whole = written(family).replace('{"city": "Róma {\\"}", "days": 3}', '{"city":"a","days":3}')
+    listed = family == "mistral"
+    begin, call = whole.split("[{") if listed else ("", whole)
+    begin, call, joint, end = (
+        (f"{begin}[", "{" + call[:-1], ", ", "]") if listed else ("", whole, "\n", "")
+    )
+    assert accepts(family, turn, begin + joint.join([call] * MOST_CALLS) + end)
+    assert not accepts(family, turn, begin + joint.join([call] * (MOST_CALLS + 1)) + end)
 
 
 @pytest.mark.parametrize("family", CALLING)

@@ -122,6 +122,17 @@ async def test_logprobs_zero_is_the_drawn_token_alone(serve):
     assert logprobs["top_logprobs"] == [{"a": -0.5}]
 
 
+async def test_logprobs_of_tokens_that_are_named(serve):
+    server = await serve("a")
+    asked = {"logprobs": 0, "logprob_token_ids": [120, 98], "max_tokens": 1}
+    logprobs = (await server.complete("Hi", **asked)).json["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"x": -1.0, "b": -1.0, "a": -0.5}]
+    for ids in ([999], [-1], [97] * 129, []):
+        refused = await server.complete("Hi", **asked | {"logprob_token_ids": ids})
+        assert refused.status == 400
+        assert refused.error["param"].startswith("logprob_token_ids")
+
+
 async def test_streamed_logprobs_add_up_to_the_whole_ones(serve):
     server = await serve("né, ok")
     fields = {"logprobs": 2, "echo": True, "return_token_ids": True}
