@@ -11,6 +11,7 @@ Shape legend, used in names as a suffix (``x_TC``) across the project:
     S  sequences in this step          L  rows whose logits are wanted
     C  hidden size                     N, K  rows (outputs) and columns (inputs) of a weight
     H  query heads   G  key/value heads   D  head size   V  vocabulary
+    E  experts                         I  an expert's width
     B  blocks of the cache             P  tokens per block ("page")
 
 How values are arranged *inside* one cache block, and inside a `Packed` weight, is private to the
@@ -26,8 +27,12 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Activation: TypeAlias = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated"]
-"""``*_gated``: the first half of the outputs gates the second, ``act(gate) * up``; halves N."""
+Activation: TypeAlias = Literal[
+    "none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated", "swiglu_clamped"
+]
+"""The last two: the first half of the outputs gates the second, ``act(gate) * up``; halves N.
+``swiglu_clamped`` is gpt-oss's ``gate * sigmoid(1.702 gate) * (up + 1)``, the gate at most 7 and up
+within -7 to 7; experts only."""
 
 
 CPU = torch.device("cpu")
@@ -120,7 +125,27 @@ class Stacked:
         return torch.cat([part.dequantize() for part in self.parts])
 
 
-Weight: TypeAlias = Dense | Quantized | Stacked
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """A weight as 4-bit floats (e2m1) with a power of two for every 32 along K, as OCP's MX has it.
+
+    ``value = E2M1[code] * 2 ** (scale - 127)``. gpt-oss's experts come in it.
+    """
+
+    codes_NKB: Tensor  # uint8 [N, K / 32, 16]; the low nibble is the even element
+    scales_NK: Tensor  # uint8 [N, K / 32]
+
+    def dequantize(self) -> Tensor:
+        """The float32 values ``[N, K]``: exact."""
+        table = torch.tensor(E2M1 + tuple(-x for x in E2M1), device=self.codes_NKB.device)
+        pairs = torch.stack((self.codes_NKB & 15, self.codes_NKB >> 4), dim=-1).flatten(-2)
+        values = torch.ldexp(table[pairs.int()], self.scales_NK.int().unsqueeze(-1) - 127)
+        return values.flatten(-2)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
+
+Weight: TypeAlias = Dense | Quantized | Stacked | Mxfp4
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +155,37 @@ class Packed:
     kind: str
     shape: tuple[int, int]  # N, K as the model sees them
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A layer's experts as its checkpoint has them, one above the other in N, so that all formats
+    of a weight serve here, too."""
+
+    up: Weight  # [E * 2 * I, C]: an expert's I rows of its gate, its I rows of what that gates
+    up_bias_N: Tensor | None  # [E * 2 * I]
+    down: Weight  # [E * C, I]
+    down_bias_N: Tensor | None  # [E * C]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """What a mixture of experts needs to know besides its inputs."""
+
+    num_experts: int
+    top_k: int  # experts that a token goes through
+    width: int  # of an expert: I
+    activation: Activation  # a gated one
+    renormalize: bool = True  # whether the weights of the chosen sum to 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Experts laid out for one table's kernels. Only the table that packed them may look inside."""
+
+    kind: str
+    spec: ExpertsSpec
+    tensors: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,6 +254,15 @@ class Ops:
     attend: Callable[..., Tensor] | None = None
     """``write_kv``'s arguments and ``sinks_H`` → what ``attention`` then returns. None: two
     calls."""
+
+    pack_experts: Callable[[Experts, ExpertsSpec], PackedExperts] | None = None
+    """Lay a layer's experts out for `experts`. None, both: this table has no experts."""
+
+    experts: Callable[[Tensor, Packed, Tensor | None, PackedExperts], Tensor] | None = None
+    """(x_TC, router E×C, bias_E or None, experts) → y_TC. A token's ``top_k`` largest router logits
+    choose its experts, and their softmax (over all logits where not ``renormalize``) weighs what
+    they make of it: ``sum_e weight_e * (W2_e act(W1_e x + b1_e) + b2_e)``. Logits and their softmax
+    are float32."""
 
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""
