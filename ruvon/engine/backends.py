@@ -135,17 +135,22 @@ def find_backend(
         case "torch":
             return eager(make_torch_ops(dtype, device))
         case "triton":
-            return triton_backend(dtype, device, config)
+            return triton_backend(spec, dtype, device, config)
         case "cpu":
             return cpu_backend(spec, config, threads)
-        case "auto" if device.type == "cuda":
-            return triton_backend(dtype, device, config)
-        case _:
-            try:
-                return cpu_backend(spec, config, threads)
-            except ConfigError as error:  # slower, but right
-                log.warning("slow_kernels", kernels="torch", reason=str(error))
-                return eager(make_torch_ops(dtype, device))
+    try:
+        if device.type == "cuda":
+            return triton_backend(spec, dtype, device, config)
+        return cpu_backend(spec, config, threads)
+    except ConfigError as error:  # slower, but right
+        log.warning("slow_kernels", kernels="torch", reason=str(error))
+        return eager(make_torch_ops(dtype, device))
+
+
+def check_experts(spec: ModelSpec, ops: Ops) -> None:
+    """Raises ConfigError for a mixture of experts that these kernels do not compute."""
+    if spec.experts is not None and ops.experts is None:
+        raise ConfigError(f"the kernels '{ops.name}' do not compute mixtures of experts")
 
 
 def eager(ops: Ops) -> Backend:
@@ -160,10 +165,13 @@ def eager(ops: Ops) -> Backend:
     )
 
 
-def triton_backend(dtype: torch.dtype, device: torch.device, config: EngineConfig) -> Backend:
+def triton_backend(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, config: EngineConfig
+) -> Backend:
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
     ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
+    check_experts(spec, ops)
     return replace(eager(ops), graphs=True)
 
 
@@ -186,6 +194,11 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     isa = None if config.cpu_isa == "auto" else config.cpu_isa
     cores = cores_to_pin(threads, config.pin_threads)
     kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
+    try:
+        check_experts(spec, kernels.ops)
+    except ConfigError:
+        kernels.close()
+        raise
 
     def capture(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(

@@ -72,8 +72,8 @@ def config_of(architecture, head_dim):
 class Weighty(RandomTensors):
     """Weights large enough for logits to depend on what came before."""
 
-    def read(self, name, shape):
-        values = super().read(name, shape)
+    def read(self, name, shape, *, bytes_only=False):
+        values = super().read(name, shape, bytes_only=bytes_only)
         return values * 5 if len(shape) > 1 else values
 
 
