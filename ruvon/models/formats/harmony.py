@@ -56,8 +56,8 @@ def stop_ids(marks: Mapping[Mark, int], declared: Iterable[int]) -> tuple[int, .
 
 # ---------------------------------------------------------------------- headers
 
-MARKED = rb"<\|(?:start|channel|constrain)\|>"
-WORD = re.compile(rb"%s|(?:(?!%s)\S)+" % (MARKED, MARKED))
+MARKED = re.compile(rb"<\|(?:start|channel|constrain)\|>")
+WORD = re.compile(rb"%s|(?:(?!%s)\S)+" % (MARKED.pattern, MARKED.pattern))
 CHANNEL_NAME = re.compile(rb"analysis|commentary|final")
 OTHER_ROLES = (b"user", b"system", b"developer", b"tool")
 TYPES = (b"json", b"code", b"text")
@@ -81,7 +81,7 @@ class Header:
 def read_header(data: bytes, ended: bool) -> Header:
     """A header that has ``ended`` as it should. Of what was only taken for one, the words that are
     known make it, and the rest is text."""
-    if not ended and b"<|" not in data:
+    if not ended and not MARKED.search(data):
         return Header(rest=text_in(data))
     words = [*WORD.finditer(data)]
     channel: str | None = None
@@ -93,7 +93,7 @@ def read_header(data: bytes, ended: bool) -> Header:
             channel = channel or name[0].decode()
         elif text.startswith(CALLED):
             recipient = recipient or text.removeprefix(b"to=").decode(errors="replace")
-        elif text not in KNOWN and not text.startswith(b"<|"):
+        elif text not in KNOWN and not MARKED.match(text):
             unknown.append(word)
     if not ended and unknown:
         return Header(channel, recipient, text_in(data[unknown[0].start() :]), foreign)
@@ -113,8 +113,8 @@ def may_be_header(data: bytes) -> bool:
     """Whether what came so far may still become one."""
     if len(data) > MOST_BYTES or b"\n" in data.strip():
         return False
-    words = (word for word in WORD.findall(data) if not word.startswith((b"<|", *CALLED)))
-    return sum(word not in KNOWN for word in words) <= MOST_UNKNOWN
+    words = (word for word in WORD.findall(data) if not word.startswith(CALLED))
+    return sum(word not in KNOWN and not MARKED.match(word) for word in words) <= MOST_UNKNOWN
 
 
 def text_in(rest: bytes) -> bytes:

@@ -275,8 +275,9 @@ def _assistant(
 
 def _call(call: Any, where: str, built_in: Sequence[str]) -> tuple[str, str]:
     """(the name of what is called, what it is called with as the model wrote it)"""
-    custom = call.get("custom") if isinstance(call, Mapping) else None
-    called = custom if custom is not None else call.get("function") if custom is None else None
+    call = call if isinstance(call, Mapping) else {}
+    custom = call.get("custom")
+    called = call.get("function") if custom is None else custom
     if not isinstance(called, Mapping) or not isinstance(called.get("name"), str):
         raise RequestError("a call names a function or a custom tool", where)
     name = called["name"]

@@ -1,4 +1,5 @@
-"""Chats in OpenAI's form that are compared with openai-harmony's own rendering, as plain data."""
+"""Chats in OpenAI's form and answers in harmony that are compared with what openai-harmony makes of
+them: plain data, which knows nothing of ruvon."""
 
 from __future__ import annotations
 
@@ -131,7 +132,12 @@ CHATS: dict[str, dict[str, Any]] = {
         ],
         "kwargs": {"model_identity": SPECIALS},
     },
-    "many scripts": {"messages": [user("naïve 日本語 👩‍👩‍👧‍👦 it's THEY'LL 12345 \u200b  \n\n x"), assistant("🙂")]},
+    "many scripts": {
+        "messages": [
+            user("naïve 日本語 👩‍👩‍👧‍👦 it's THEY'LL 12345 \u200b  \n\n x"),
+            assistant("🙂"),
+        ]
+    },
     "tools": {"messages": [user("Hi")], "tools": [WEATHER, KINDS, NO_ARGUMENTS]},
     "tools and instructions": {
         "messages": [system("Be brief."), user("Hi")],
@@ -230,3 +236,30 @@ CHATS: dict[str, dict[str, Any]] = {
 """By name: messages, and what a request may say besides: tools, effort (of reasoning), kwargs (of
 the template), schema (of the response format)."""
 DATE = "2026-01-31"
+
+THINK = "<|channel|>analysis<|message|>"
+ON = "<|end|><|start|>assistant"
+FINAL = "<|channel|>final<|message|>"
+
+ANSWERS = (
+    f"{FINAL}Hello",
+    f"{THINK}Let me see.{ON}{FINAL}Hello 👩‍👩‍👧‍👦\n<|return|>",
+    f"{THINK}One.{ON}{THINK}Two.{ON}{FINAL}Three<|return|>",
+    f"{THINK}{ON}{FINAL}<|return|>",
+    f"{THINK}cut off",
+    f"{THINK}Weather.{ON}<|channel|>commentary to=functions.weather <|constrain|>json<|message|>"
+    '{"city": "Róma", "days": 3}<|call|>',
+    "<|channel|>commentary to=functions.weather<|constrain|>json<|message|>{}<|call|>",
+    "<|channel|>commentary to=functions.weather json<|message|>{}<|call|>",
+    "<|channel|>commentary to=functions.weather code<|message|>{}<|call|>",
+    "<|channel|>commentary to=functions.weather<|message|>{}<|call|>",
+    "<|channel|>commentary functions.weather <|constrain|>json<|message|>{}<|call|>",
+    ' to=functions.weather<|channel|>commentary <|constrain|>json<|message|>{"city":"a"}<|call|>',
+    " to=functions.weather<|channel|>analysis json<|message|>{}<|call|>",
+    f"{THINK}Plan.{ON}<|channel|>commentary<|message|>**Plan**:\n1. Look{ON} to=functions.anything"
+    '<|channel|>commentary<|constrain|>json<|message|>{"a": [1, {"b": "}"}]}<|call|>',
+    f"<|channel|>analysis to=browser.search code<|message|>{{}}{ON}{FINAL}Found<|return|>",
+    '<|channel|>final <|constrain|>json<|message|>{"name": "Ann"}<|return|>',
+    f"{THINK}a{ON}{FINAL}b{ON}{THINK}c{ON}{FINAL}d<|return|>",
+)
+"""Behind ``<|start|>assistant``, as well written as openai-harmony wants them."""

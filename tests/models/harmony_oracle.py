@@ -1,8 +1,11 @@
 """What openai-harmony makes of conversations and of answers; it knows nothing of ruvon.
 
-Run by an interpreter that has openai-harmony and bpe-openai, whose wheel has the vocabulary:
-``python oracle.py`` reads {"chats": [...], "answers": [[id, ...], ...]} and writes {"prompts": [{"ids", "text"}, ...],
-"answers": [[message, ...] or null where it fails, ...]}, both as JSON.
+It is run by an interpreter that has openai-harmony and bpe-openai, whose wheel has the vocabulary:
+``make clients ARGS=harmony`` makes one, and compares with the whole of that vocabulary. The other
+tests have a small vocabulary, and compare with harmony.json: what this makes of `harmony_chats`.
+``build/clients/environments/harmony/bin/python tests/models/harmony_oracle.py`` writes that anew.
+With ``-`` it reads further answers, lists of ids, from standard input as JSON, and writes all that
+it finds.
 """
 
 from __future__ import annotations
@@ -17,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 import openai_harmony as harmony
+from harmony_chats import ANSWERS, CHATS, DATE
 
+GOLDEN = Path(__file__).with_name("harmony.json")
 ROLE = harmony.Role
 
 
@@ -179,11 +184,19 @@ def read(encoding: Any, ids: list[int]) -> list[dict[str, Any]] | None:
 
 
 def main() -> None:
-    asked = json.load(sys.stdin)
     encoding = load()
-    prompts = [render(encoding, chat) for chat in asked["chats"]]
-    answers = [read(encoding, ids) for ids in asked["answers"]]
-    json.dump({"prompts": prompts, "answers": answers}, sys.stdout)
+    prompts = {name: render(encoding, {**CHATS[name], "date": DATE}) for name in CHATS}
+    if sys.argv[1:] == ["-"]:
+        answers = [read(encoding, ids) for ids in json.load(sys.stdin)]
+        json.dump({"prompts": prompts, "answers": answers}, sys.stdout)
+        return
+    golden = {
+        "prompts": {name: prompt["text"] for name, prompt in prompts.items()},
+        "answers": [
+            read(encoding, encoding.encode(each, allowed_special="all")) for each in ANSWERS
+        ],
+    }
+    GOLDEN.write_text(json.dumps(golden, ensure_ascii=False, indent=1) + "\n")
 
 
 if __name__ == "__main__":
