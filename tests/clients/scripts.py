@@ -7,6 +7,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from harmony_script import speaking
+
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 TOOL = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
 COMMAND = re.compile(r"^(say|call): ", re.MULTILINE)
@@ -143,6 +145,9 @@ def aider(prompt: str) -> str:
     )
 
 
+HARMONY = "-harmony"
+"""Ends the names of scripts whose model speaks it."""
+
 SCRIPTS: dict[str, Callable[[str], str]] = {
     "obedient": obedient,
     "langchain": langchain,
@@ -151,3 +156,4 @@ SCRIPTS: dict[str, Callable[[str], str]] = {
     "opencode": opencode,
     "aider": aider,
 }
+SCRIPTS |= {f"{name}{HARMONY}": speaking(script) for name, script in SCRIPTS.items()}
