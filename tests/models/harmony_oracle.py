@@ -1,11 +1,11 @@
 """What openai-harmony makes of conversations and of answers; it knows nothing of ruvon.
 
 It is run by an interpreter that has openai-harmony and bpe-openai, whose wheel has the vocabulary:
-``make clients ARGS=harmony`` makes one, and compares with the whole of that vocabulary. The other
+``make clients ARGS=openai-harmony`` makes one, and compares with all of that vocabulary. The other
 tests have a small vocabulary, and compare with harmony.json: what this makes of `harmony_chats`.
-``build/clients/environments/harmony/bin/python tests/models/harmony_oracle.py`` writes that anew.
-With ``-`` it reads further answers, lists of ids, from standard input as JSON, and writes all that
-it finds.
+``build/clients/environments/openai-harmony/bin/python tests/models/harmony_oracle.py`` writes
+that anew. With ``-`` it reads other answers, lists of ids, from standard input as JSON, and writes
+all that it finds.
 """
 
 from __future__ import annotations
