@@ -57,12 +57,11 @@ class HarmonyChat:
     def __init__(
         self,
         tokenizer: Tokenizer,
-        marks: Mapping[Mark, int],
+        marks: Mapping[str, int],
         today: Callable[[], date] = date.today,
     ) -> None:
         self._tokenizer = tokenizer
         self._marks = marks
-        self._ids = {mark.value: id for mark, id in marks.items()}
         self._special = tokenizer.special_ids | {*tokenizer.eos_ids, *marks.values()}
         self._dates = Dates(today)
 
@@ -103,7 +102,7 @@ class HarmonyChat:
             parallel=choice.parallel,
             channel=ANSWER if continued else None,
         )
-        grammar = grammar_of(wanted, self._ids, self._special, self._tokenizer.vocab_size)
+        grammar = grammar_of(wanted, self._marks, self._special, self._tokenizer.vocab_size)
         ignored = ("enable_thinking",) if reasoning.enabled is False else ()  # it always does
         return Turn(tuple(self._encode(parts)), parser, grammar, ignored)
 

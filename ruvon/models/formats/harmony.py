@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
 
 from ruvon.deltas import Delta
 from ruvon.models.formats.reader import CallReader, EnoughError, loads, settle
@@ -19,7 +18,7 @@ from ruvon.models.formats.scanner import Scanner, Waiting
 from ruvon.models.formats.tools import Tool
 from ruvon.models.text_stream import TextStream
 
-FUNCTIONS: Final = "functions"  # whose names are those of a client's tools
+FUNCTIONS = "functions"  # whose names are those of a client's tools
 BROWSER, PYTHON = "browser", "python"  # that gpt-oss was trained with
 ANALYSIS, COMMENTARY, ANSWER = "analysis", "commentary", "final"
 
@@ -36,18 +35,17 @@ class Mark(StrEnum):
     RETURN = "<|return|>"
 
 
-CLOSING = (Mark.END, Mark.CALL, Mark.RETURN)
 STOPS = (Mark.RETURN, Mark.CALL)  # of generation; END is only a message's
 
 
-def find_marks(added_ids: Mapping[str, int]) -> dict[Mark, int] | None:
+def find_marks(added_ids: Mapping[str, int]) -> dict[str, int] | None:
     """The ids of the marks; None if a vocabulary lacks one, and so its model speaks no harmony."""
-    if not all(mark.value in added_ids for mark in Mark):
+    if not all(mark in added_ids for mark in Mark):
         return None
-    return {mark: added_ids[mark.value] for mark in Mark}
+    return {mark: added_ids[mark] for mark in Mark}
 
 
-def stop_ids(marks: Mapping[Mark, int], declared: Iterable[int]) -> tuple[int, ...]:
+def stop_ids(marks: Mapping[str, int], declared: Iterable[int]) -> tuple[int, ...]:
     """What ends an answer, whatever files have ``declared``: early ones lack CALL, and converters
     have taken END for an end of all."""
     ends = dict.fromkeys((*(marks[stop] for stop in STOPS), *declared))
@@ -141,7 +139,7 @@ class HarmonyParser:
     def __init__(
         self,
         text: TextStream,
-        marks: Mapping[Mark, int],
+        marks: Mapping[str, int],
         callees: Mapping[str, Callee],
         *,
         parallel: bool = True,
@@ -150,7 +148,7 @@ class HarmonyParser:
         """``callees`` are found by the names that headers have. The answer begins in a header, or
         within a message if that is on a ``channel``."""
         self._text = text
-        self._marks = {id: mark for mark, id in marks.items()}
+        self._marks = {id: Mark(text) for text, id in marks.items()}
         self._callees = callees
         self._calls = CallReader(
             Scanner(), {callee.tool.name: callee.tool for callee in callees.values()}, parallel
@@ -214,11 +212,12 @@ class HarmonyParser:
         if mark is Mark.MESSAGE:
             self._open(read_header(self._header, ended=True))
         elif mark in (Mark.CHANNEL, Mark.CONSTRAIN):
-            self._header += b" " * (mark is Mark.CONSTRAIN) + mark.value.encode()
+            if len(self._header) < MOST_BYTES:
+                self._header += b" " * (mark is Mark.CONSTRAIN) + mark.encode()
         else:
             self._close_header()
         if mark is Mark.START and not self._text.over:
-            self._header, self._num_header = mark.value.encode(), 1
+            self._header, self._num_header = mark.encode(), 1
 
     def _take_header(self, data: bytes) -> None:
         assert self._header is not None
@@ -308,6 +307,7 @@ class HarmonyParser:
             calls.argue(argument)
         while not scanner.ended:  # what follows an object says nothing
             scanner.at = len(scanner.text)
+            scanner.drop()
             yield
         calls.end()
 

@@ -91,20 +91,20 @@ def _reasoning(rules: Rules, budget: int | None) -> str:
 
 def _message(rules: Rules, channel: str, body: str) -> str:
     """A message whose header names nothing but its channel."""
-    return f"{_mark(rules, Mark.CHANNEL)} {quote(channel)} {_mark(rules, Mark.MESSAGE)} {body}"
+    return f"{rules.mark(Mark.CHANNEL)} {quote(channel)} {rules.mark(Mark.MESSAGE)} {body}"
 
 
 def _passing(rules: Rules, channel: str, body: str) -> str:
     """A message that another follows."""
-    begin = f'{_mark(rules, Mark.START)} "assistant"'
-    return f"{_message(rules, channel, body)} {_mark(rules, Mark.END)} {begin}"
+    begin = f'{rules.mark(Mark.START)} "assistant"'
+    return f"{_message(rules, channel, body)} {rules.mark(Mark.END)} {begin}"
 
 
 def _calls(rules: Rules, wanted: Wanted) -> str:
     """One call, of any that may be called. The model writes who is called on either side of the
     channel, as it was trained to."""
-    channel, message = _mark(rules, Mark.CHANNEL), _mark(rules, Mark.MESSAGE)
-    form = f'(" "? {_mark(rules, Mark.CONSTRAIN)} "json" | " json")?'
+    channel, message = rules.mark(Mark.CHANNEL), rules.mark(Mark.MESSAGE)
+    form = f'(" "? {rules.mark(Mark.CONSTRAIN)} "json" | " json")?'
     calls = []
     for recipient, callee in wanted.callees.items():
         where = COMMENTARY if recipient.startswith("functions.") else ANALYSIS
@@ -123,10 +123,6 @@ def _argument(rules: Rules, callee: Callee) -> str:
         return rules.arguments(callee.tool)
     syntax = callee.tool.syntax
     return any_text(rules) if syntax is None else rules.include(syntax)
-
-
-def _mark(rules: Rules, mark: Mark) -> str:
-    return rules.mark(mark.value)
 
 
 def raw_tool(tools: Sequence[Tool], choice: ToolChoice) -> Tool | None:
