@@ -9,10 +9,12 @@ from ruvon.kernels import (
     attention,
     decode,
     embed,
+    experts,
     kv,
     linear,
     norm,
     prefill,
+    routing,
     sample,
     split_k,
     staging,
@@ -20,8 +22,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, attention, decode, embed, kv, linear, norm, prefill, sample, split_k, staging,
-    tma_linear,
+    activation, attention, decode, embed, experts, kv, linear, norm, prefill, routing, sample,
+    split_k, staging, tma_linear,
 )  # fmt: skip
 
 
