@@ -1,6 +1,6 @@
-"""A mixture of experts: two products over tiles of entries, each by its expert's weights, and a sum.
+"""A mixture of experts: two products over tiles of entries, each by its expert's weights, a sum.
 
-`ruvon.kernels.routing` sorts tokens by expert and cuts each expert's into tiles. A program takes one
+`ruvon.kernels.routing` sorts tokens by expert and cuts each expert's into tiles. A program takes a
 tile and a block of the weight's rows, on the matrix unit's larger side, so that few tokens fill it,
 too. The first product gathers tokens, and applies the activation; the second leaves each entry's
 result where the entry is, so that a token's are added up in the order of its choices: the same bits
@@ -9,15 +9,18 @@ in every run. Grids depend on the number of tokens alone, so all of it can be ca
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ruvon.errors import LoadError
 from ruvon.kernels.activation import sigmoid
-from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, pack_mxfp4
+from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, pack_mxfp4, words_of
+from ruvon.kernels.norm import rms_norm
+from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
 from ruvon.kernels.ops import (
     Activation,
     Dense,
@@ -28,8 +31,8 @@ from ruvon.kernels.ops import (
     PackedExperts,
     Weight,
 )
-from ruvon.kernels.pdl import release, wait
-from ruvon.kernels.routing import Routing, most_tiles, route
+from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.routing import Routing, route
 from ruvon.kernels.split_k import Workspace
 
 PAIR = tl.constexpr(8)  # rows of the gate, then as many of what it gates: one thread has both
@@ -93,17 +96,23 @@ def _experts_kernel(
     PDL: tl.constexpr,
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
-    wait(PDL)
+    first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
+    rows = first_row + tl.arange(0, TILE.rows)
+    if UP:  # which releases when it has waited: so the other finds the choice made before it waits
+        wait(PDL)
     release(PDL)
     expert = tl.load(routing.tiles + tile * 3)
+    if not UP:
+        if MXFP4 and TILE.ahead > 0:
+            words_at = words_of(weight, expert, rows, N, K).to(tl.int64)
+            prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
+        wait(PDL)
     if expert >= 0:
         places = tl.load(routing.tiles + tile * 3 + 1) + tl.arange(0, TILE.tokens)
         used = places < tl.load(routing.tiles + tile * 3 + 2)
         entries = tl.load(routing.order + places, mask=used, other=0)
         sources = entries // TOP_K if UP else tl.where(used, places, 0)
         x_at = x_ptr + sources.to(tl.int64) * x_stride
-        first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
-        rows = first_row + tl.arange(0, TILE.rows)
         sums = _no_sums(TILE.rows, TILE.tokens)
         if MXFP4:
             sums = multiply_mxfp4(
@@ -147,6 +156,7 @@ class ExpertsTile(NamedTuple):
     columns: int
     stages: int
     warps: int = 4
+    ahead: int = 0  # bytes of each row to ask for before the wait; in the second product
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
@@ -169,9 +179,9 @@ def pack_experts(
 ) -> PackedExperts:
     """Codes stay codes if both weights are MXFP4; all else is multiplied out."""
     if spec.activation not in GATES or spec.width % PAIR.value:
-        raise ValueError(
-            f"experts of width {spec.width} with {spec.activation}: the width must be a multiple "
-            f"of {PAIR.value} and the activation one of {', '.join(GATES)}"
+        raise LoadError(
+            f"width {spec.width}, activation {spec.activation}: the width must be a multiple of "
+            f"{PAIR.value}, and the activation one of {', '.join(GATES)}"
         )
     num, order = spec.num_experts, paired_rows(spec.width)
     biases = [
@@ -201,6 +211,9 @@ def _dense(weight: Weight, num: int, dtype: torch.dtype, device: torch.device) -
     return dense.to(device=device, dtype=dtype).view(num, -1, dense.shape[-1]).contiguous()
 
 
+Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]
+
+
 def experts(
     x_TC: Tensor,
     router: Packed,
@@ -209,23 +222,49 @@ def experts(
     workspace: Workspace,
     pdl: bool = False,
     batch_invariant: bool = False,
-    tiles: tuple[ExpertsTile, ExpertsTile] | None = None,
+    tiles: Tiles | None = None,
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it."""
-    tokens, spec = x_TC.shape[0], experts.spec
-    chosen = (BATCH_INVARIANT, BATCH_INVARIANT) if batch_invariant else experts_tiles(tokens, spec)
-    up_tile, down_tile = tiles or chosen
-    routing = route(
-        x_TC, router, bias_E, spec, up_tile.tokens, workspace, pdl, batch_invariant
-    )
-    mxfp4 = experts.kind == "mxfp4"
+    spec = experts.spec
+    chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
+    tiles = tiles or chosen
+    routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
+    return _mix(x_TC, routing, experts, tiles, pdl)
+
+
+def norm_experts(
+    x_TC: Tensor,
+    residual_TC: Tensor | None,
+    norm_weight_C: Tensor,
+    eps: float,
+    router: Packed,
+    bias_E: Tensor | None,
+    experts: PackedExperts,
+    workspace: Workspace,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(`experts` of the RMSNorm of x + residual, that sum): for few tokens in a launch less."""
+    spec, tiles = experts.spec, experts_tiles(x_TC.shape[0], experts.spec)
+    norm = (x_TC, residual_TC, norm_weight_C, eps)
+    if x_TC.shape[0] <= FEW_TOKENS:
+        normed_TC, total_TC, routing = norm_route(
+            *norm, router, bias_E, spec, tiles[0].tokens, workspace, pdl
+        )
+    else:
+        normed_TC, total_TC = rms_norm(*norm, pdl)
+        routing = route(normed_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl)
+    return _mix(normed_TC, routing, experts, tiles, pdl), total_TC
+
+
+def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, pdl: bool) -> Tensor:
+    spec, mxfp4 = experts.spec, experts.kind == "mxfp4"
     if mxfp4:
         up, down = Codes(*experts.tensors[:3]), Codes(*experts.tensors[3:6])  # type: ignore[arg-type]
     else:
         up, down = experts.tensors[:2]  # type: ignore[assignment]
     up_bias, down_bias = experts.tensors[-2:]
-    inner = _product(x_TC, up, up_bias, routing, spec, up_tile, mxfp4, pdl, up=True)
-    parts = _product(inner, down, down_bias, routing, spec, down_tile, mxfp4, pdl, up=False)
+    inner = _product(x_TC, up, up_bias, routing, spec, tiles[0], mxfp4, pdl, up=True)
+    parts = _product(inner, down, down_bias, routing, spec, tiles[1], mxfp4, pdl, up=False)
     return combine(parts, routing, pdl)
 
 

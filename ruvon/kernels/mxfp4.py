@@ -31,7 +31,9 @@ class Codes(NamedTuple):
     """Experts' codes and scales. Rows of one expert lie one after another."""
 
     words: Tensor  # int16 [E * N, groups, 16]
-    scales: Tensor  # int16 [E, groups, N]: exponents, bfloat16's, of columns up to 32 in the low half
+    scales: (
+        Tensor  # int16 [E, groups, N]: exponents, bfloat16's, of columns up to 32 in the low half
+    )
     factors: Tensor  # float32 [E]: what products are to be multiplied by
 
 
@@ -125,7 +127,7 @@ def _spread(exponents, DTYPE: tl.constexpr):
     """Bits of exponents int16 [N, groups] → the power of two for each word, [N, groups * 16]."""
     N: tl.constexpr = exponents.shape[0]
     GROUPS: tl.constexpr = exponents.shape[1]
-    if DTYPE == tl.bfloat16:
+    if tl.bfloat16 == DTYPE:
         scales = (exponents << 7).to(tl.bfloat16, bitcast=True)
     else:
         scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
@@ -142,6 +144,13 @@ def _columns(a, b, c, d):
 
 
 @triton.jit
+def words_of(codes, expert, rows, N: tl.constexpr, K: tl.constexpr):
+    """Where an expert's rows begin."""
+    WORDS: tl.constexpr = (K + GROUP - 1) // GROUP * 16
+    return codes.words + expert.to(tl.int64) * N * WORDS + rows * WORDS
+
+
+@triton.jit
 def multiply_mxfp4(
     sums, codes, expert, rows, x_at, used,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
@@ -150,7 +159,7 @@ def multiply_mxfp4(
     DTYPE: tl.constexpr = x_at.dtype.element_ty
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     words, groups = tl.arange(0, BLOCK_K // 4), tl.arange(0, BLOCK_K // GROUP)
-    words_at = codes.words + expert.to(tl.int64) * N * (GROUPS * 16) + rows[:, None] * (GROUPS * 16)
+    words_at = words_of(codes, expert, rows, N, K)[:, None]
     scales_at = codes.scales + expert.to(tl.int64) * GROUPS * N + rows[None, :]
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         inside = (k // 4 + words < GROUPS * 16)[None, :]
@@ -158,7 +167,7 @@ def multiply_mxfp4(
         group = k // GROUP + groups
         pairs = tl.load(scales_at + group[:, None] * N, mask=(group < GROUPS)[:, None], other=0).T
         low, high = _spread(pairs & 0xFF, DTYPE), _spread((pairs >> 8) & 0xFF, DTYPE)
-        if DTYPE == tl.bfloat16:
+        if tl.bfloat16 == DTYPE:
             a, b, c, d = _unpack_bf16(w)
         else:
             a, b, c, d = _unpack_fp32(w)

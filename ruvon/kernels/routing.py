@@ -1,13 +1,14 @@
 """Which experts each token goes to, and in which order their work lies: all on the device.
 
-A token's choice among ``top_k`` is an *entry*. Entries are sorted by expert, and an expert's are cut
-into *tiles* of at most so many: a list of tiles, padded with -1 to a length that the number of
+A token's choice among ``top_k`` is an *entry*. Entries are sorted by expert, and an expert's are
+cut into *tiles* of at most so many: a list of tiles, padded with -1 to a length that the number of
 tokens alone decides, is the grid of the products in `ruvon.kernels.experts`. Nothing here adds up
 in an order that depends on timing.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -40,10 +41,12 @@ def _best(logits, experts, E):
 
 
 @triton.jit
-def _choose(
-    logits, experts, E, RENORMALIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """[tokens, experts] → (their choices, the weights of these), [tokens, BLOCK_K]."""
+def choose(
+    logits, tokens, experts, routing, T, E,
+    RENORMALIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Stores what the logits [tokens, experts] choose; → (the choices, which of them are any),
+    [tokens, BLOCK_K]. No expert from E on has a logit above -inf."""
     choices = tl.arange(0, BLOCK_K)[None, :]
     top = tl.max(logits, axis=1)
     total = tl.sum(tl.exp(logits - top[:, None]), axis=1)
@@ -56,7 +59,11 @@ def _choose(
         logits = tl.where(experts[None, :] == place[:, None], float("-inf"), logits)
     if RENORMALIZE:
         total = tl.sum(weights, axis=1)
-    return chosen, weights / total[:, None]
+    valid = (tokens < T)[:, None] & (choices < TOP_K)
+    at = tokens[:, None] * TOP_K + choices
+    tl.store(routing.chosen + at, chosen, mask=valid)
+    tl.store(routing.weights + at, weights / total[:, None], mask=valid)
+    return chosen, valid
 
 
 @triton.jit
@@ -77,8 +84,8 @@ def _store_tiles(
 
 
 @triton.jit
-def _sort_few(
-    chosen, valid, routing, E, NUM_TILES, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
+def sort_few(
+    chosen, valid, routing, NUM_TILES, TOP_K: tl.constexpr, BLOCK_E: tl.constexpr,
     TILE: tl.constexpr, BLOCK_TILES: tl.constexpr,
 ):  # fmt: skip
     """Entries ``chosen [BLOCK_T, BLOCK_K]`` into order, by one program."""
@@ -131,14 +138,11 @@ def _choose_kernel(
             bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
             sums += bias.to(tl.float32)[None, :]
         logits = tl.where((experts < E)[None, :], sums, float("-inf"))
-        chosen, weights = _choose(logits, experts, E, RENORMALIZE, TOP_K, BLOCK_CHOICES)
-        choices = tl.arange(0, BLOCK_CHOICES)[None, :]
-        at = tokens[:, None] * TOP_K + choices
-        valid = (tokens < T)[:, None] & (choices < TOP_K)
-        tl.store(routing.chosen + at, chosen, mask=valid)
-        tl.store(routing.weights + at, weights, mask=valid)
+        chosen, valid = choose(
+            logits, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
+        )
         if SORT:
-            _sort_few(chosen, valid, routing, E, NUM_TILES, TOP_K, BLOCK_E, TILE, BLOCK_TILES)
+            sort_few(chosen, valid, routing, NUM_TILES, TOP_K, BLOCK_E, TILE, BLOCK_TILES)
 
 
 @triton.jit(do_not_specialize=["COUNT", "NUM_TILES"])
@@ -186,6 +190,17 @@ def most_tiles(tokens: int, spec: ExpertsSpec, tile: int) -> int:
     return min(entries, entries // tile + min(spec.num_experts, entries))
 
 
+def make_routing(tokens: int, spec: ExpertsSpec, tile: int, device: torch.device) -> Routing:
+    """Space for one."""
+    empty = partial(torch.empty, dtype=torch.int32, device=device)
+    return Routing(
+        empty(tokens, spec.top_k),
+        empty(tokens, spec.top_k, dtype=torch.float32),
+        empty(tokens * spec.top_k),
+        empty(most_tiles(tokens, spec, tile), 3),
+    )
+
+
 def route(
     x_TC: Tensor,
     router: Packed,
@@ -198,13 +213,8 @@ def route(
 ) -> Routing:
     """Choose, and sort entries into tiles of at most ``tile``."""
     tokens, k = x_TC.shape
-    entries, num_tiles = tokens * spec.top_k, most_tiles(tokens, spec, tile)
-    routing = Routing(
-        x_TC.new_empty(tokens, spec.top_k, dtype=torch.int32),
-        x_TC.new_empty(tokens, spec.top_k, dtype=torch.float32),
-        x_TC.new_empty(entries, dtype=torch.int32),
-        x_TC.new_empty(num_tiles, 3, dtype=torch.int32),
-    )
+    entries, routing = tokens * spec.top_k, make_routing(tokens, spec, tile, x_TC.device)
+    num_tiles = routing.tiles.shape[0]
     block_e = max(16, triton.next_power_of_2(spec.num_experts))
     block_k = 128
     programs = triton.cdiv(tokens, BLOCK_T.value)

@@ -50,11 +50,10 @@ def make_triton_ops(
         gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
         pack_experts=partial(experts.pack_experts, dtype=dtype, device=device),
-        experts=partial(
-            experts.experts, workspace=sums, pdl=pdl, batch_invariant=batch_invariant
-        ),
+        experts=partial(experts.experts, workspace=sums, pdl=pdl, batch_invariant=batch_invariant),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
+        norm_experts=partial(experts.norm_experts, workspace=sums, pdl=pdl),
         dtype=dtype,
         device=device,
     )
@@ -66,5 +65,6 @@ def make_triton_ops(
         logits=partial(linear.batch_invariant_logits, workspace=sums, pdl=pdl),
         norm_linear=None,
         attend=None,
+        norm_experts=None,
         batch_invariant=True,
     )

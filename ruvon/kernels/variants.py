@@ -13,6 +13,7 @@ from ruvon.kernels import (
     kv,
     linear,
     norm,
+    norm_routing,
     prefill,
     routing,
     sample,
@@ -22,8 +23,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, attention, decode, embed, experts, kv, linear, norm, prefill, routing, sample,
-    split_k, staging, tma_linear,
+    activation, attention, decode, embed, experts, kv, linear, norm, norm_routing, prefill,
+    routing, sample, split_k, staging, tma_linear,
 )  # fmt: skip
 
 
