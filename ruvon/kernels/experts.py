@@ -162,13 +162,17 @@ class ExpertsTile(NamedTuple):
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
     each = tokens * spec.top_k / spec.num_experts
-    if tokens <= 16 or each <= 6:
+    if each <= 0.25:
+        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 6)
+    if each <= 2:
+        return ExpertsTile(8, 64, 512, 3), ExpertsTile(8, 64, 256, 4)
+    if each <= 8:
         return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 4)
-    if each <= 12:
-        return ExpertsTile(32, 64, 256, 3), ExpertsTile(32, 64, 256, 3)
-    if each <= 64:
+    if each <= 16:
+        return ExpertsTile(32, 128, 256, 3), ExpertsTile(32, 64, 256, 3)
+    if each <= 128:
         return ExpertsTile(64, 128, 128, 4), ExpertsTile(64, 128, 128, 4)
-    return ExpertsTile(128, 128, 128, 3, 8), ExpertsTile(128, 128, 128, 3, 8)
+    return ExpertsTile(128, 128, 64, 4, 8), ExpertsTile(128, 128, 64, 4, 8)
 
 
 BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
