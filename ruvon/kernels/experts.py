@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.activation import sigmoid
@@ -41,17 +42,19 @@ GATES: dict[Activation, int] = {"silu_gated": 0, "swiglu_clamped": 1}
 
 @triton.jit
 def _multiply_dense(
-    sums, weight_ptr, expert, rows, x_at, used,
+    sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
-    """``sums [rows of the weight, rows of x]`` plus their products."""
-    weight_at = weight_ptr + expert.to(tl.int64) * N * K + rows[:, None] * K
+    """See `multiply_mxfp4`."""
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        columns = k + tl.arange(0, BLOCK_K)
-        inside = columns < K
-        weight = tl.load(weight_at + columns[None, :], mask=inside[None, :], other=0.0)
-        mask = used[None, :] & inside[:, None]
-        x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
+        weight = weight_desc.load([expert * N + first_row, k])
+        if SORTED:
+            x = x_desc.load([first_place, k]).T
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            mask = used[None, :] & (columns < K)[:, None]
+            x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
     return sums
 
@@ -80,7 +83,9 @@ def _gate(sums, CLAMPED: tl.constexpr):
 @triton.jit
 def _experts_kernel(
     x_ptr,
-    weight,  # a pointer, or Codes
+    x_desc,  # of rows in order, or None
+    weight_desc,  # of the words of Codes, or of a dense weight
+    codes,  # Codes, or None
     bias_ptr,
     out_ptr,
     routing,  # Routing
@@ -92,6 +97,7 @@ def _experts_kernel(
     GATE: tl.constexpr,
     MXFP4: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    SORTED: tl.constexpr,  # x has a row for each place of the order
     TILE: tl.constexpr,  # ExpertsTile
     PDL: tl.constexpr,
 ):
@@ -104,24 +110,27 @@ def _experts_kernel(
     expert = tl.load(routing.tiles + tile * 3)
     if not UP:
         if MXFP4 and TILE.ahead > 0:
-            words_at = words_of(weight, expert, rows, N, K).to(tl.int64)
+            words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
             prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
         wait(PDL)
     if expert >= 0:
-        places = tl.load(routing.tiles + tile * 3 + 1) + tl.arange(0, TILE.tokens)
+        first_place = tl.load(routing.tiles + tile * 3 + 1)
+        places = first_place + tl.arange(0, TILE.tokens)
         used = places < tl.load(routing.tiles + tile * 3 + 2)
         entries = tl.load(routing.order + places, mask=used, other=0)
-        sources = entries // TOP_K if UP else tl.where(used, places, 0)
+        sources = entries // TOP_K if UP and not SORTED else tl.where(used, places, 0)
         x_at = x_ptr + sources.to(tl.int64) * x_stride
         sums = _no_sums(TILE.rows, TILE.tokens)
         if MXFP4:
             sums = multiply_mxfp4(
-                sums, weight, expert, rows, x_at, used, N, K, TILE.columns, TILE.stages
-            )
+                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
+                N, K, TILE.columns, TILE.stages, SORTED,
+            )  # fmt: skip
         else:
             sums = _multiply_dense(
-                sums, weight, expert, rows, x_at, used, N, K, TILE.columns, TILE.stages
-            )
+                sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
+                N, K, TILE.columns, TILE.stages, SORTED,
+            )  # fmt: skip
         if HAS_BIAS:
             sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
         if UP:
@@ -131,6 +140,21 @@ def _experts_kernel(
         else:
             at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
             tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used[None, :])
+
+
+@triton.jit
+def _sort_rows_kernel(
+    x_ptr, order_ptr, out_ptr, x_stride, K, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A row for each place of the order, so that a tile's can be copied in bulk."""
+    wait(PDL)
+    release(PDL)  # see _experts_kernel
+    place = tl.program_id(0).to(tl.int64)
+    token = (tl.load(order_ptr + place) // TOP_K).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    row = tl.load(x_ptr + token * x_stride + columns, mask=columns < K)
+    tl.store(out_ptr + place * K + columns, row, mask=columns < K)
 
 
 @triton.jit
@@ -156,6 +180,7 @@ class ExpertsTile(NamedTuple):
     columns: int
     stages: int
     warps: int = 4
+    bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
     ahead: int = 0  # bytes of each row to ask for before the wait; in the second product
 
 
@@ -261,38 +286,50 @@ def norm_experts(
 
 
 def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, pdl: bool) -> Tensor:
-    spec, mxfp4 = experts.spec, experts.kind == "mxfp4"
-    if mxfp4:
-        up, down = Codes(*experts.tensors[:3]), Codes(*experts.tensors[3:6])  # type: ignore[arg-type]
+    tensors = experts.tensors
+    if experts.kind == "mxfp4":
+        weights: list[Codes | Tensor] = [Codes(*tensors[:3]), Codes(*tensors[3:6])]  # type: ignore[arg-type]
     else:
-        up, down = experts.tensors[:2]  # type: ignore[assignment]
-    up_bias, down_bias = experts.tensors[-2:]
-    inner = _product(x_TC, up, up_bias, routing, spec, tiles[0], mxfp4, pdl, up=True)
-    parts = _product(inner, down, down_bias, routing, spec, tiles[1], mxfp4, pdl, up=False)
+        weights = [tensors[0], tensors[1]]  # type: ignore[list-item]
+    if tiles[0].bulk:
+        x_TC = _sort_rows(x_TC, routing, pdl)
+    inner = _product(x_TC, weights[0], tensors[-2], routing, experts.spec, tiles[0], pdl, up=True)
+    parts = _product(inner, weights[1], tensors[-1], routing, experts.spec, tiles[1], pdl, up=False)
     return combine(parts, routing, pdl)
+
+
+def _sort_rows(x_TC: Tensor, routing: Routing, pdl: bool) -> Tensor:
+    entries, columns = routing.order.shape[0], x_TC.shape[1]
+    out = x_TC.new_empty(entries, columns)
+    _sort_rows_kernel[(entries,)](
+        x_TC, routing.order, out, x_TC.stride(0), columns, TOP_K=routing.chosen.shape[1],
+        BLOCK=triton.next_power_of_2(columns), PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
 
 
 def _product(
     x_TK: Tensor,
-    weight: Codes | Tensor,
+    weight: Codes | Tensor,  # [E, N, K]
     bias_N: Tensor | None,
     routing: Routing,
     spec: ExpertsSpec,
     tile: ExpertsTile,
-    mxfp4: bool,
     pdl: bool,
     *,
     up: bool,
 ) -> Tensor:
-    rows = weight.words if isinstance(weight, Codes) else weight.flatten(0, 1)
-    n, k = rows.shape[0] // spec.num_experts, x_TK.shape[1]
+    codes = weight if isinstance(weight, Codes) else None
+    table = weight.words.flatten(1) if isinstance(weight, Codes) else weight.flatten(0, 1)
+    n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
     tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
+    box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
+    rows = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
     out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
-    grid = (triton.cdiv(n, tile.rows), routing.tiles.shape[0])
-    _experts_kernel[grid](
-        x_TK, weight, bias_N, out_TN, routing, x_TK.stride(0), N=n, K=k,
-        TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation], MXFP4=mxfp4,
-        HAS_BIAS=bias_N is not None, TILE=tile, PDL=pdl,
+    _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
+        x_TK, rows, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
+        x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
+        MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out_TN

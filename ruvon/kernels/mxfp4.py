@@ -152,18 +152,18 @@ def words_of(codes, expert, rows, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def multiply_mxfp4(
-    sums, codes, expert, rows, x_at, used,
+    sums, words_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
-    """``sums [rows of the weight, rows of x]`` plus their products."""
-    DTYPE: tl.constexpr = x_at.dtype.element_ty
+    """``sums [rows of the weight, rows of x]`` plus their products. ``words_desc`` reads
+    ``codes.words``; x is read through its own where it is ``SORTED``, else where ``x_at`` says."""
+    DTYPE: tl.constexpr = x_desc.dtype if SORTED else x_at.dtype.element_ty
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    words, groups = tl.arange(0, BLOCK_K // 4), tl.arange(0, BLOCK_K // GROUP)
-    words_at = words_of(codes, expert, rows, N, K)[:, None]
+    groups, rows = tl.arange(0, BLOCK_K // GROUP), first_row + tl.arange(0, sums.shape[0])
     scales_at = codes.scales + expert.to(tl.int64) * GROUPS * N + rows[None, :]
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
-        inside = (k // 4 + words < GROUPS * 16)[None, :]
-        w = tl.load(words_at + k // 4 + words[None, :], mask=inside, other=0)
+        w = words_desc.load([expert * N + first_row, k // 4])
         group = k // GROUP + groups
         pairs = tl.load(scales_at + group[:, None] * N, mask=(group < GROUPS)[:, None], other=0).T
         low, high = _spread(pairs & 0xFF, DTYPE), _spread((pairs >> 8) & 0xFF, DTYPE)
@@ -172,8 +172,11 @@ def multiply_mxfp4(
         else:
             a, b, c, d = _unpack_fp32(w)
         weight = _columns(a * low, b * low, c * high, d * high).to(DTYPE)
-        columns = k + tl.arange(0, BLOCK_K)
-        mask = used[None, :] & (columns < K)[:, None]
-        x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
+        if SORTED:
+            x = x_desc.load([first_place, k]).T
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            mask = used[None, :] & (columns < K)[:, None]
+            x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
     return sums * tl.load(codes.factors + expert)

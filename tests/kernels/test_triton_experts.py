@@ -89,7 +89,11 @@ def test_experts(dtype, tokens, weight, clamped):
 
 @pytest.mark.parametrize(
     "tile",
-    [ExpertsTile(16, 64, 64, 2), ExpertsTile(32, 128, 128, 3), ExpertsTile(64, 32, 256, 2, 8)],
+    [
+        ExpertsTile(16, 64, 64, 2),
+        ExpertsTile(32, 128, 128, 3, bulk=True),
+        ExpertsTile(64, 32, 256, 2, 8, bulk=True),
+    ],
 )
 @pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
 def test_tiles_that_nothing_fills(dtype, weight, tile):
