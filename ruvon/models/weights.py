@@ -100,6 +100,8 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
+    if not index.exists() and (shards := sorted(folder.glob("model--*-of-*.safetensors"))):
+        return shards  # OpenAI's layout of gpt-oss-120b
     if not index.exists():
         found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         but = f"only {found}" if found else "other formats, pickle above all, are not read"

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged import PagedSequences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import load
 from tiny_gpt_oss import (
     CONFIG,
@@ -39,6 +39,8 @@ from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.rope import make_rope
 from ruvon.models.spec import spec_from_config
+from ruvon.models.tokenizer import load_tokenizer
+from ruvon.models.vocab import byte_vocab
 from ruvon.telemetry import silent
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -82,6 +84,25 @@ def test_whole_in_chunks_and_cached(model, want, cuts):
 def test_openais_layout_holds_the_same_model(folder, model):
     assert torch.equal(logits(load(folder / "original")), logits(model))
     assert load(folder / "original").spec == replace(model.spec, eos_token_ids=())
+
+
+def test_openais_layout_in_shards_beside_the_words(folder, model, tmp_path):
+    """As the hub has the 120b: vocabulary and defaults lie in the folder above."""
+    tensors = load_file(folder / "original" / "model.safetensors")
+    save(tmp_path / "original", ORIGINAL_CONFIG, {})
+    (tmp_path / "original" / "model.safetensors").unlink()
+    halves = list(tensors)[::2], list(tensors)[1::2]
+    for number, names in enumerate(halves, start=1):
+        path = tmp_path / "original" / f"model--0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    byte_vocab().backend.save(str(tmp_path / "tokenizer.json"))
+    found = load(tmp_path / "original")
+    assert torch.equal(logits(found), logits(model))
+    assert found.spec.eos_token_ids == (2, 5)
+    config = EngineConfig(model=str(tmp_path / "original"))
+    tokenizer = load_tokenizer(open_checkpoint(config, silent))
+    assert tokenizer.vocab_size == byte_vocab().backend.get_vocab_size()
 
 
 def test_llama_cpps_form_holds_the_same_model(model, tmp_path):
