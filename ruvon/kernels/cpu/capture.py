@@ -154,7 +154,7 @@ class Capture:
         if id(x) in self.values:
             return self.values[id(x)][1]
         flat = x.reshape(x.shape[0], -1)
-        value = Value(Param.TOKENS, *flat.shape, ROWS_ONLY)
+        value = Value(Param.TOKENS, flat.shape[0], flat.shape[1], ROWS_ONLY)
         value.memory[Form.ROWS] = aligned_bytes(round_up(value.capacity, GROUP) * value.stride)
         value.floats()[: flat.shape[0]] = flat
         return value

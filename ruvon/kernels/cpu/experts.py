@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,12 +11,10 @@ from torch import Tensor
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu import arguments as told
 from ruvon.kernels.cpu.capture import PACKABLE, Capture, Value, constant, tiles_of
-from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, TileFormat
+from ruvon.kernels.cpu.formats import FORMATS, LANES, ROWS, TileFormat
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, pack, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, PANEL, PANEL_BYTES, PANELS_AT, Param
 from ruvon.kernels.ops import Experts, ExpertsSpec, Packed, PackedExperts, Stacked, Weight
-
-Padded = TypeVar("Padded", bound=Weight)
 
 
 def pack_experts(
@@ -27,27 +25,30 @@ def pack_experts(
     Raises LoadError for what they cannot be.
     """
     assert spec.activation in ("silu_gated", "swiglu_clamped")
-    parts = {"up": 2 * spec.num_experts, "down": spec.num_experts}
-    kinds, tensors, biases = [], [], []
-    for name, count in parts.items():
-        weight, bias = getattr(experts, name), getattr(experts, f"{name}_bias_N")
-        if isinstance(weight, Stacked):
-            raise LoadError(f"the experts' {name} weights are of different formats")
-        packed = pack(pad_parts(weight, count), dense_dtype, bf16)
-        kinds.append(packed.kind)
-        tensors += packed.tensors
-        biases.append(None if bias is None else constant(pad_part(bias, count)))
-    return PackedExperts(",".join(kinds), spec, (*tensors, *biases))
+    counts = 2 * spec.num_experts, spec.num_experts
+    up, down = (
+        pack(pad_parts(weight, count), dense_dtype, bf16)
+        for weight, count in zip((experts.up, experts.down), counts, strict=True)
+    )
+    biases = (
+        None if bias is None else constant(pad_rows(bias, count))
+        for bias, count in zip((experts.up_bias_N, experts.down_bias_N), counts, strict=True)
+    )
+    return PackedExperts(f"{up.kind},{down.kind}", spec, (*up.tensors, *down.tensors, *biases))
 
 
-def pad_parts(weight: Padded, count: int) -> Padded:
+def pad_parts(weight: Weight, count: int) -> Weight:
     """A weight each of whose ``count`` parts, one above the other, has rows for whole units."""
-    all_fields = ((field.name, getattr(weight, field.name)) for field in dataclasses.fields(weight))
-    tensors = {name: pad_part(x, count) for name, x in all_fields if isinstance(x, Tensor)}
-    return dataclasses.replace(weight, **tensors)
+    if isinstance(weight, Stacked):
+        raise LoadError("an expert's gate and what it gates are of different formats")
+    found = {field.name: getattr(weight, field.name) for field in dataclasses.fields(weight)}
+    padded: dict[str, Any] = {
+        name: pad_rows(x, count) for name, x in found.items() if isinstance(x, Tensor)
+    }
+    return dataclasses.replace(weight, **padded)
 
 
-def pad_part(x: Tensor, count: int) -> Tensor:
+def pad_rows(x: Tensor, count: int) -> Tensor:
     parts = x.unflatten(0, (count, -1))
     more = -parts.shape[1] % COLUMNS
     if not more:
@@ -70,7 +71,8 @@ def experts(
     routes = route(capture, capture.value_of(logits), spec)
     panels = sort(capture, x, routes, spec)
     rows = dispatch(capture, x, routes, spec)
-    assert up is not None and down is not None
+    assert up is not None
+    assert down is not None
     hidden = product(capture, rows, panels, (up_kind, up), up_bias, spec.width, spec)
     made = product(capture, hidden, panels, (down_kind, down), down_bias, x.width, spec)
     out = capture.new(x.rows, x.width)

@@ -30,7 +30,7 @@ ACTIVATIONS = {
     "swiglu_clamped": SWIGLU_CLAMPED,
 }
 
-# Of experts: some rows of one of them are a panel. Of each it is noted, in an int64: the expert, its
+# Of experts: some rows of one of them are a panel. Of each is noted, as int64, which expert, its
 # first row, how many rows, and what a column of all panels before it costs.
 PANELS_AT, PANEL_BYTES = 16, 32
 WEIGHTS_COST = 3  # rows that take as long as the weights that they meet take to arrive

@@ -159,9 +159,7 @@ def coded(b: ir.IRBuilder, four: ir.Value, isa: Isa) -> ir.Value:
         return coded_by_comparing(b, four)
     name, table = LOOK_UPS[isa.machine, isa.width], [*CODED] * (isa.width // len(CODED))
     numbers = ir.Constant(vector(I8, isa.width), table)
-    found = []
-    for part in cut(b, four, I8, isa.width):
-        found.append(call(b, name, part.type, [numbers, part]))
+    found = [call(b, name, numbers.type, [numbers, part]) for part in cut(b, four, I8, isa.width)]
     return join(b, [b.bitcast(part, vector(I32, isa.width // 4)) for part in found])
 
 
