@@ -1,7 +1,8 @@
 """Measure ruvon on an NVIDIA GPU beside vLLM's recorded figures and beside what the chip allows.
 
     python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
-                        [--batches 1,32,256] [--beside OTHER/CHECKOUT] [--options ...]
+                        [--batches 1,32,256] [--quantization int8|int4] [--beside OTHER/CHECKOUT]
+                        [--options ...]
 
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens. ``steps`` is
 the time of a decode step's graph; the floor is the bytes it must read over 3.35 TB/s. ``offline``
@@ -23,9 +24,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -35,7 +37,7 @@ from measure import write
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, Quantized
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
 from ruvon.models.quantize import SCHEMES
@@ -59,9 +61,53 @@ GPT2 = {
     "bos_token_id": 50256,
     "torch_dtype": "bfloat16",
 }
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 8192,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
+    "torch_dtype": "bfloat16",
+}
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "llama-8b": LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "llama-1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": LLAMA
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "smollm2": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -81,7 +127,14 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "bfloat16",
     },
 }
-BATCHES = {"gpt2": (1, 8, 32, 128, 256), "xl": (1, 8, 64, 256), "smollm2": (1, 8, 64, 256)}
+BATCHES = {
+    "gpt2": (1, 8, 32, 128, 256),
+    "xl": (1, 8, 64, 256),
+    "llama-8b": (1, 8, 32, 64, 128),
+    "llama-1b": (1, 8, 32, 64, 128),
+    "qwen3-0.6b": (1, 8, 32, 64, 128),
+    "smollm2": (1, 8, 64, 256),
+}
 
 VLLM_STEP_MS = {
     "gpt2": {1: 2.36, 8: 2.42, 32: 2.41, 128: 4.97, 256: 7.78},
@@ -105,12 +158,36 @@ class DeviceTensors(RandomTensors):
         return (torch.randn(shape, device=DEVICE) * 0.02).to(torch.bfloat16)
 
 
-def build(name: str) -> Model:
+class DeviceCodes(RandomTensors):
+    """Random codes of ``bits``; tables (of a row a token) have eight, as `SCHEMES` gives them."""
+
+    bits: ClassVar[int] = 8
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+        if len(shape) == 1 or "wpe" in name:
+            return super().read(name, shape).to(DEVICE)
+        bits = 8 if shape[0] > 40_000 else self.bits
+        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=DEVICE).view(torch.int8)
+        scales = torch.full((shape[0], shape[1] // 32), 0.08 / 2**bits, device=DEVICE).half()
+        return Quantized(codes, scales, -8 * scales if bits == 4 else None, 32, bits)
+
+
+class DeviceCodes4(DeviceCodes):
+    bits = 4
+
+
+SOURCES = {"none": DeviceTensors, "int8": DeviceCodes, "int4": DeviceCodes4}
+
+
+def build(name: str, quantization: str = "none") -> Model:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     spec = spec_from_config(CONFIGS[name])
     family = MODELS[spec.architecture]
-    source = DeviceTensors(Path(name), 0, torch.bfloat16)
-    weights = Weights(source, family.rules, SCHEMES["none"], ops, spec.num_layers)
+    source = SOURCES[quantization](Path(name), 0, torch.bfloat16)
+    rules = family.rules
+    if quantization != "none":  # random ones lie either way
+        rules = {key: replace(rule, transposed=False) for key, rule in rules.items()}
+    weights = Weights(source, rules, SCHEMES["auto"], ops, spec.num_layers)
     return family.build(spec, weights, ops)
 
 
@@ -138,16 +215,16 @@ def milliseconds(run: Callable[[], object], repeat: int = 50) -> float:
 # ---------------------------------------------------------------------------------- one step
 
 
-def measure_steps(name: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    model, numbers = build(name), {}
+def measure_steps(name: str, batches: tuple[int, ...], quantization: str) -> dict[str, Any]:
+    model, numbers = build(name, quantization), {}
     print("| model | batch | floor ms | ruvon ms | vLLM ms | share of floor |")
     print("|---|---:|---:|---:|---:|---:|")
     for batch in batches:
         per_seq = -(-CONTEXT // PAGE)
         cache = make_cache(model, batch * per_seq)
         captured = decode_step(model, cache, batch, per_seq)
-        step, floor = milliseconds(captured.replay), floor_ms(model, batch)
-        vllm = VLLM_STEP_MS[name].get(batch, float("nan"))
+        step, floor = milliseconds(captured.replay), floor_ms(model, batch, quantization)
+        vllm = VLLM_STEP_MS.get(name, {}).get(batch, float("nan"))
         print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
         numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
     return numbers
@@ -184,15 +261,20 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
     return captured
 
 
-def floor_ms(model: Model, batch: int) -> float:
+BYTES = {"none": (2.0, 2.0), "int8": (1.0625, 1.0625), "int4": (0.625, 1.0625)}
+"""A weight's, of layers and of the head."""
+
+
+def floor_ms(model: Model, batch: int, quantization: str = "none") -> float:
     spec = model.spec
     width = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
-    gates = 2 if spec.architecture == "LlamaForCausalLM" else 1
+    gates = 1 if spec.architecture == "GPT2LMHeadModel" else 2
     layer = spec.hidden_size * (width + spec.num_heads * spec.head_dim)
     layer += (1 + gates) * spec.hidden_size * spec.intermediate_size
-    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
+    in_layer, in_head = BYTES[quantization]
+    weights = spec.num_layers * layer * in_layer + spec.vocab_size * spec.hidden_size * in_head
     cached = batch * CONTEXT * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-    return 2 * (weights + cached) / BANDWIDTH * 1e3
+    return (weights + 2 * cached) / BANDWIDTH * 1e3
 
 
 def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
@@ -299,6 +381,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--models", default="gpt2,xl,smollm2")
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
+    parser.add_argument("--quantization", choices=SOURCES, default="none", help="For steps.")
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Other checkouts, for serve."
@@ -323,7 +406,7 @@ def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) 
         case "load":
             return measure_load(name, model_folder(name, args.vocab), args.options)
         case "steps":
-            return measure_steps(name, batches)
+            return measure_steps(name, batches, args.quantization)
         case "prefill":
             return measure_prefill(name, batches)
         case _:

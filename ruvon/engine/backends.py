@@ -164,7 +164,7 @@ def triton_backend(dtype: torch.dtype, device: torch.device, config: EngineConfi
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
     ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
-    return replace(eager(ops), graphs=True)
+    return replace(eager(ops), graphs=True, quantized=True)
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

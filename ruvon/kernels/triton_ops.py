@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, kv, linear, norm, split_k
+from ruvon.kernels import attention, codes, decode, embed, kv, linear, norm, split_k
 from ruvon.kernels.ops import Dense, Ops, Packed, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -24,21 +24,23 @@ def make_triton_ops(
     Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
     has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
-    Quantized weights are multiplied out: nothing here reads codes yet.
+    Quantized weights stay codes: see `ruvon.kernels.codes`.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
     sums = split_k.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
-        dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
+        if not isinstance(weight, Dense):
+            return codes.pack_codes(weight, device)
+        dense = weight.weight_NK
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 
     ops = Ops(
         name="triton",
         pack=pack,
-        embed=partial(embed.embed, pdl=pdl),
+        embed=partial(embed.embed, dtype=dtype, pdl=pdl),
         add=partial(embed.add, pdl=pdl),
         rms_norm=partial(norm.rms_norm, pdl=pdl),
         layer_norm=partial(norm.layer_norm, pdl=pdl),

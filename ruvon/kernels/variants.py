@@ -7,21 +7,22 @@ from triton.runtime.jit import JITFunction
 from ruvon.kernels import (
     activation,
     attention,
+    codes,
     decode,
     embed,
+    gemv,
     kv,
-    linear,
+    matmul,
     norm,
     prefill,
     sample,
     split_k,
     staging,
-    tma_linear,
 )
 
 MODULES = (
-    activation, attention, decode, embed, kv, linear, norm, prefill, sample, split_k, staging,
-    tma_linear,
+    activation, attention, codes, decode, embed, gemv, kv, matmul, norm, prefill, sample, split_k,
+    staging,
 )  # fmt: skip
 
 
