@@ -121,10 +121,8 @@ def load_tables(
 def place(words, FIRST: tl.constexpr, BITS: tl.constexpr):
     """1 + code / 2^BITS: the code in the highest places behind the point, which is all that making
     a float32 of it takes. The 1 and the 128 are taken away from sums: see `load_tables`."""
-    if FIRST > 23 - BITS:
-        words = words >> (FIRST - 23 + BITS)
-    else:
-        words = words << (23 - BITS - FIRST)
+    shift: tl.constexpr = FIRST + BITS - 23
+    words = words >> shift if shift > 0 else words << -shift
     bits = (words & ((2**BITS - 1) << (23 - BITS))) | 0x3F800000
     return bits.to(tl.float32, bitcast=True)
 

@@ -11,18 +11,9 @@ from compiled import run_compiled
 
 from ruvon.kernels import decode, reference, split_k
 from ruvon.kernels.matmul import Tile, matmul
-from ruvon.kernels.ops import (
-    AttentionSpec,
-    Dense,
-    ForwardBatch,
-    Packed,
-    Quantized,
-    Rope,
-    Stacked,
-)
+from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, PagedIndex, Rope
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.triton_ops import make_triton_ops
-from ruvon.models.quantize import to_int4, to_int8
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -168,8 +159,7 @@ def make_batch(queries, contexts, page, padding=0, num_blocks=None):
     return ForwardBatch(
         token_ids=ints([0] * len(positions)),
         positions=ints(positions),
-        slots=ints(slots),
-        block_tables=tables.to(DEVICE),
+        paged=(PagedIndex(ints(slots), tables.to(DEVICE)),),
         query_starts=ints(starts),
         context_lens=ints(list(contexts) + [0] * padding),
         logit_rows=ints([0]),
@@ -179,8 +169,9 @@ def make_batch(queries, contexts, page, padding=0, num_blocks=None):
 
 
 def make_cache(batch, page, groups, dim, dtype):
-    blocks = int(batch.block_tables.max()) + 2
-    blocks = max(blocks, int(batch.slots.max()) // page + 1)
+    (index,) = batch.paged
+    blocks = int(index.block_tables.max()) + 2
+    blocks = max(blocks, int(index.slots.max()) // page + 1)
     return randn(blocks, groups, page, dim, dtype=dtype), randn(
         blocks, groups, page, dim, dtype=dtype
     )
@@ -218,6 +209,46 @@ def test_attention(ops, dtype, heads, groups, dim, page, queries, contexts, wind
     actual = ops.attention(q, k_cache, v_cache, batch, spec, sinks_H)
     expected = reference.attention(q, k_cache, v_cache, batch, spec, sinks_H)
     assert_close(actual, expected, dtype)
+
+
+BLIND = [  # queries and contexts with windows that have left whole blocks behind
+    ((1, 1), (300, 90)),
+    ((1,), (700,)),
+    ((5, 1, 130), (70, 40, 250)),
+]
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
+@pytest.mark.parametrize(("queries", "contexts"), BLIND)
+@pytest.mark.parametrize("table", ["torch", "triton", "invariant"])
+def test_what_has_left_the_window_changes_nothing(
+    ops, dtype, heads, groups, dim, page, queries, contexts, table
+):
+    """Its blocks are somebody else's by now, or block 0 stands for them, whatever is in there."""
+    window, batch = 20, make_batch(queries, contexts, page)
+    (index,) = batch.paged
+    attention = {
+        "torch": reference.attention,
+        "triton": ops.attention,
+        "invariant": make_triton_ops(dtype, DEVICE, batch_invariant=True).attention,
+    }[table]
+    k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
+    spec = AttentionSpec(heads, groups, dim, dim**-0.5, window)
+    q = randn(sum(queries), heads, dim, dtype=dtype)
+    expected = attention(q, k_cache, v_cache, batch, spec, None)
+    assert_close(expected, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
+    tables, gone = index.block_tables + 1, []
+    for row, query, context in zip(tables, queries, contexts, strict=True):
+        num_gone = max(context - query - window + 1, 0) // page
+        gone += row[:num_gone].tolist()
+        row[:num_gone] = 0
+    assert gone
+    nowhere = torch.full_like(k_cache[:1], torch.nan)  # block 0
+    k_cache, v_cache = torch.cat((nowhere, k_cache)), torch.cat((nowhere, v_cache))
+    k_cache[gone], v_cache[gone] = torch.nan, torch.nan
+    for its in (tables, index.block_tables + 1):
+        blind = replace(batch, paged=(replace(index, block_tables=its),))
+        assert torch.equal(attention(q, k_cache, v_cache, blind, spec, None), expected)
 
 
 def rope_tables(dims):
@@ -263,8 +294,7 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
     trimmed = replace(
         batch,
         positions=batch.positions[real],
-        slots=batch.slots[real],
-        block_tables=batch.block_tables[real],
+        paged=(PagedIndex(batch.paged[0].slots[real], batch.paged[0].block_tables[real]),),
         query_starts=batch.query_starts[: len(contexts) + 1],
         context_lens=batch.context_lens[real],
     )
@@ -358,7 +388,7 @@ def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(
         for first, end in pairwise(cuts):
             chunk = replace(
                 batch,
-                block_tables=batch.block_tables[1:2],
+                paged=(replace(batch.paged[0], block_tables=batch.paged[0].block_tables[1:2]),),
                 query_starts=torch.tensor([0, end - first], dtype=torch.int32, device=DEVICE),
                 context_lens=batch.context_lens[1:2] - 130 + end,
                 max_query=end - first,
@@ -408,97 +438,3 @@ def test_streamed_product(dtype, rows, outputs, columns, tile, activation):
     wide = replace(packed, tensors=(weight.double(),))
     assert_close(actual, reference.linear(x.double(), wide, bias.double(), activation), dtype)
     assert not sums.counters.any(), "they are zero between uses"
-
-
-# --------------------------------------------------------------------------------------- codes
-
-
-def quantized(outputs, columns, group=32, bits=8, zero=0, offsets=False):
-    """Of random codes, as checkpoints have them."""
-    low, high = (-128, 128) if bits == 8 else (0, 2**bits)
-    codes = torch.randint(low, high, (outputs, columns)).to(torch.int8)
-    scales = (torch.rand(outputs, columns // group) * 2**-bits + 0.001).half()
-    return Quantized(codes, scales, torch.randn_like(scales) * 0.1 if offsets else None,
-                     group, bits, zero)  # fmt: skip
-
-
-def k_quant(outputs, columns):
-    """Scales that are small integers, multiplied by a block's."""
-    codes = torch.randint(0, 64, (outputs, columns)).to(torch.int8)
-    scales = torch.randint(-128, 128, (outputs, columns // 16)).to(torch.int8)
-    blocks = (torch.rand(outputs, columns // 256, 1) * 1e-4).half()
-    return Quantized(codes, scales, None, 16, 6, zero=32, blocks=blocks)
-
-
-CODES = {
-    "int8": lambda n, k: to_int8(Dense(torch.randn(n, k) * 0.1)),
-    "int4": lambda n, k: to_int4(Dense(torch.randn(n, k) * 0.1)),
-    "Q4_0": lambda n, k: quantized(n, k, bits=4, zero=8),
-    "Q5_1": lambda n, k: quantized(n, k, bits=5, offsets=True),
-    "Q8_0": lambda n, k: quantized(n, k),
-    "Q6_K": lambda n, k: k_quant(n, -(-k // 256) * 256),
-    "Q4_0 above Q6_K": lambda n, k: Stacked(
-        (quantized(32, -(-k // 256) * 256, bits=4, zero=8), k_quant(n - 32, -(-k // 256) * 256))
-    ),
-}
-
-
-def assert_near(actual, expected, dtype):
-    """Scales of codes are rounded: to float16, and to bfloat16 where that is computed in."""
-    error = (actual.double() - expected.double()).norm() / expected.double().norm()
-    assert error < {torch.float32: 1e-3, torch.float16: 3e-3, torch.bfloat16: 1.6e-2}[dtype], error
-
-
-@pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 33, 130, 600] if GPU else [1, 5])
-@pytest.mark.parametrize("activation", ["none", "silu_gated"])
-@pytest.mark.parametrize(("n", "k"), [(96, 64), (70, 160)])
-def test_products_of_codes(ops, dtype, kind, rows, activation, n, k):
-    weight = CODES[kind](n, k)
-    values, packed = weight.dequantize().to(DEVICE), ops.pack(weight)
-    assert packed.kind in ("int8", "int4")
-    x, bias = randn(rows, values.shape[1], dtype=dtype), randn(n, dtype=dtype)
-    plain = Packed("dense", packed.shape, (values,))
-    expected = reference.linear(x.float(), plain, bias.float(), activation)
-    assert_near(ops.linear(x, packed, bias, activation), expected, dtype)
-    assert_near(ops.logits(x, packed), reference.logits(x.float(), plain), dtype)
-
-
-@pytest.mark.parametrize("kind", CODES)
-def test_rows_of_codes(ops, dtype, kind):
-    weight = CODES[kind](70, 160)
-    ids = torch.tensor([0, 69, 5, 5], dtype=torch.int32, device=DEVICE)
-    expected = weight.dequantize().to(DEVICE)[ids.long()]
-    assert_near(ops.embed(ids, ops.pack(weight)), expected, dtype)
-
-
-@pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize("centered", [False, True])
-@pytest.mark.parametrize("residual", [False, True])
-def test_norm_inside_a_product_of_codes(ops, dtype, kind, centered, residual):
-    x, gain, shift = randn(2, 224, dtype=dtype), randn(224), randn(224)
-    other = randn(2, 224, dtype=dtype) if residual else None
-    weight = CODES[kind](60, 224)
-    norm_bias = shift if centered else None
-    packed = ops.pack(weight)
-    actual, total = ops.norm_linear(x, other, gain, norm_bias, 1e-5, packed, None, "silu_gated")
-    norm = (gain, shift, 1e-5) if centered else (gain, 1e-5)
-    normed, expected_total = (reference.layer_norm if centered else reference.rms_norm)(
-        x, other, *norm
-    )
-    plain = Packed("dense", packed.shape, (weight.dequantize().to(DEVICE),))
-    assert_near(actual, reference.linear(normed.float(), plain, None, "silu_gated"), dtype)
-    assert_close(total, expected_total, dtype)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
-@pytest.mark.parametrize("kind", CODES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 16, 17, 33, 64, 65, 129])
-def test_no_product_of_codes_depends_on_its_number_of_rows(kind, rows):
-    ops = make_triton_ops(torch.bfloat16, DEVICE, batch_invariant=True)
-    packed = ops.pack(CODES[kind](160, 768))
-    x = randn(300, 768, dtype=torch.bfloat16)
-    for product in (lambda x: ops.linear(x, packed, None, "silu_gated"),
-                    lambda x: ops.logits(x, packed)):  # fmt: skip
-        assert torch.equal(product(x[7 : 7 + rows]), product(x)[7 : 7 + rows])
