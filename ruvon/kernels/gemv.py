@@ -143,7 +143,8 @@ def statistics(x_ptr, residual_ptr, total_ptr, K, eps, BLOCK_K: tl.constexpr, NO
     inside = columns < K
     x = load_row(x_ptr, residual_ptr, columns, inside, HAS_RESIDUAL)
     if HAS_RESIDUAL:
-        tl.store(total_ptr + columns, x, mask=inside & (tl.program_id(0) == 0))
+        stored = tl.where(tl.program_id(0) == 0, K, 0)
+        tl.store(total_ptr + columns, x, mask=columns < stored)
     mean, by = 0.0, 1.0
     if NORM > 0:  # both sums at once, as in `_gemv_kernel`
         wide = x.to(tl.float32)

@@ -74,7 +74,7 @@ def assert_near(actual, expected, dtype):
 @pytest.mark.parametrize("kind", CODES)
 @pytest.mark.parametrize("rows", [1, 2, 5, 33, 130, 600] if GPU else [1, 5])
 @pytest.mark.parametrize("activation", ["none", "silu_gated"])
-@pytest.mark.parametrize(("n", "k"), [(96, 64), (70, 160)])
+@pytest.mark.parametrize(("n", "k"), [(96, 64), (70, 160)] if GPU else [(70, 160)])
 def test_products_of_codes(ops, dtype, kind, rows, activation, n, k):
     weight = CODES[kind](n, k)
     values, packed = weight.dequantize().to(DEVICE), ops.pack(weight)
