@@ -94,37 +94,21 @@ def _gemv_kernel(
 
 
 @triton.jit
-def load_words(words_ptr, outputs, used, at, stride, BITS: tl.constexpr):
-    """uint32 [outputs, units, words]: four codes of eight bits each, plus 128, or eight of four."""
+def load_words(words_ptr, outputs, used, at, stride):
+    """int32 [outputs, units, words]: four codes of eight bits each, or eight of four."""
     pointers = words_ptr + outputs.to(tl.int64)[:, None, None] * stride + at[None, :, :]
     mask = used[:, None, None] & (at < stride)[None, :, :]
-    words = tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
-    return words.to(tl.uint32, bitcast=True) ^ (0x80808080 if BITS == 8 else 0)
+    return tl.load(pointers, mask=mask, other=0, eviction_policy="evict_first")
 
 
 @triton.jit
-def load_tables(
-    scales_ptr, offsets_ptr, groups, num_groups, outputs, stride, BITS: tl.constexpr,
-    HAS_OFFSETS: tl.constexpr,
-):  # fmt: skip
-    """float32 [outputs, groups]: what sums of ``place(code) * x`` and of x are multiplied by."""
-    at = groups[:, None] * stride + outputs[None, :]
-    mask = (groups < num_groups)[:, None]
-    scale = tl.load(scales_ptr + at, mask=mask, other=0.0).T.to(tl.float32)
-    offset = scale * (-384.0 if BITS == 8 else -16.0)
-    if HAS_OFFSETS:
-        offset += tl.load(offsets_ptr + at, mask=mask, other=0.0).T.to(tl.float32)
-    return scale * 2.0**BITS, offset
-
-
-@triton.jit
-def place(words, FIRST: tl.constexpr, BITS: tl.constexpr):
-    """1 + code / 2^BITS: the code in the highest places behind the point, which is all that making
-    a float32 of it takes. The 1 and the 128 are taken away from sums: see `load_tables`."""
-    shift: tl.constexpr = FIRST + BITS - 23
-    words = words >> shift if shift > 0 else words << -shift
-    bits = (words & ((2**BITS - 1) << (23 - BITS))) | 0x3F800000
-    return bits.to(tl.float32, bitcast=True)
+def load_table(table_ptr, groups, num_groups, outputs, stride, WANTED: tl.constexpr):
+    """float32 [outputs, groups] of scales or offsets, which may be wanted."""
+    values = tl.zeros([outputs.shape[0], groups.shape[0]], tl.float32)
+    if WANTED:
+        at = table_ptr + groups[:, None] * stride + outputs[None, :]
+        values = tl.load(at, mask=(groups < num_groups)[:, None], other=0.0).T.to(tl.float32)
+    return values
 
 
 @triton.jit
@@ -157,36 +141,86 @@ def statistics(x_ptr, residual_ptr, total_ptr, K, eps, BLOCK_K: tl.constexpr, NO
 
 
 @triton.jit
-def dot_words(
-    words, x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by, scale, offset,
-    up_words, up_scale, up_offset, FIRST: tl.constexpr, BITS: tl.constexpr, NORM: tl.constexpr,
-    HAS_RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+def load_normed(
+    x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
 ):  # fmt: skip
-    """[outputs] twice, of gate and up: the codes at bit ``FIRST`` of each byte, by their columns.
-    Sums are by group first, so that a scale is applied once to each."""
-    sums = tl.zeros(words.shape, tl.float32)
-    ups, total = sums, tl.zeros(columns.shape, tl.float32)
-    for byte in tl.static_range(4):
-        at = columns + byte
-        inside = at < K
-        x = load_row(x_ptr, residual_ptr, at, inside, HAS_RESIDUAL)
-        wide = x.to(tl.float32)
-        if NORM > 0:
-            gain = tl.load(gain_ptr + at, mask=inside, other=0.0)
-            wide = (wide - mean) * by * gain
-            if NORM == 2:
-                wide += tl.load(shift_ptr + at, mask=inside, other=0.0)
-            wide = wide.to(x.dtype).to(tl.float32)
-        total += wide
-        sums += place(words, 8 * byte + FIRST, BITS) * wide[None, :, :]
-        if GATED:
-            ups += place(up_words, 8 * byte + FIRST, BITS) * wide[None, :, :]
-    sum_of_x = tl.sum(total, axis=1)[None, :]
-    y = tl.sum(tl.sum(sums, axis=2) * scale + sum_of_x * offset, axis=1)
-    up = y
-    if GATED:
-        up = tl.sum(tl.sum(ups, axis=2) * up_scale + sum_of_x * up_offset, axis=1)
-    return y, up
+    """float32, as `_gemv_kernel` has it before it multiplies."""
+    inside = columns < K
+    x = load_row(x_ptr, residual_ptr, columns, inside, HAS_RESIDUAL)
+    wide = x.to(tl.float32)
+    if NORM > 0:
+        wide = (wide - mean) * by * tl.load(gain_ptr + columns, mask=inside, other=0.0)
+        if NORM == 2:
+            wide += tl.load(shift_ptr + columns, mask=inside, other=0.0)
+        wide = wide.to(x.dtype).to(tl.float32)
+    return wide
+
+
+@triton.jit
+def put(x, BYTE: tl.constexpr):
+    """Whole numbers of 16 bits as two signed digits to the base 256, each at a byte of a word."""
+    whole = tl.floor(x + 0.5).to(tl.int32)
+    high = (whole + 128) >> 8
+    low = whole - high * 256
+    return (high & 255) << (8 * BYTE), (low & 255) << (8 * BYTE)
+
+
+@triton.jit
+def quantize(
+    x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """Four columns a word, as 16 bits below the largest magnitude of their unit, which is 2^6 times
+    as fine as a bfloat16 of that size: (words of high digits, of low digits, [units] step, sum)."""
+    a = load_normed(
+        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by, NORM, HAS_RESIDUAL
+    )
+    b = load_normed(
+        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 1, K, mean, by, NORM, HAS_RESIDUAL
+    )
+    c = load_normed(
+        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 2, K, mean, by, NORM, HAS_RESIDUAL
+    )
+    d = load_normed(
+        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 3, K, mean, by, NORM, HAS_RESIDUAL
+    )
+    most = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
+    most = tl.maximum(tl.max(most, axis=1), 1e-30)
+    inverse = (32512.0 / most)[:, None]
+    high_a, low_a = put(a * inverse, 0)
+    high_b, low_b = put(b * inverse, 1)
+    high_c, low_c = put(c * inverse, 2)
+    high_d, low_d = put(d * inverse, 3)
+    high, low = high_a | high_b | high_c | high_d, low_a | low_b | low_c | low_d
+    return high, low, most / 32512.0, tl.sum(a + b + c + d, axis=1)
+
+
+@triton.jit
+def dot_bytes(a, b, NATIVE: tl.constexpr):
+    """The sum of the products of two words' four signed bytes, exactly."""
+    if NATIVE:
+        total = tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        total = (a >> 24) * (b >> 24)
+        for byte in tl.static_range(3):
+            total += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
+    return total
+
+
+@triton.jit
+def dot_words(words, x, scale, offset, HAS_OFFSETS: tl.constexpr, NATIVE: tl.constexpr):
+    """[outputs]: whole numbers by group first, so that a scale is applied once to each."""
+    high, low, step, sum_of_x = x
+    high = high[None, :, :].broadcast_to(words.shape)
+    low = low[None, :, :].broadcast_to(words.shape)
+    products = dot_bytes(words, high, NATIVE) * 256 + dot_bytes(words, low, NATIVE)
+    sums = tl.sum(products, axis=2).to(tl.float32) * (scale * step[None, :])
+    if HAS_OFFSETS:
+        sums += offset * sum_of_x[None, :]
+    return tl.sum(sums, axis=1)
 
 
 @triton.jit
@@ -215,6 +249,7 @@ def _gemv_codes_kernel(
     WORDS: tl.constexpr,  # of a unit: a group, or of four bits two
     BITS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
+    NATIVE: tl.constexpr,  # whether there is an instruction that multiplies bytes
     NORM: tl.constexpr,  # 0 none, 1 RMS, 2 layer
     HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
@@ -229,10 +264,10 @@ def _gemv_codes_kernel(
     HALVES: tl.constexpr = 8 // BITS
     at = units[:, None] * WORDS + inner[None, :]
     columns = (units[:, None] * WORDS * HALVES + inner[None, :]) * 4
-    words = load_words(words_ptr, outputs, used, at, words_stride, BITS)
+    words = load_words(words_ptr, outputs, used, at, words_stride)
     up_words = words
     if GATED:
-        up_words = load_words(words_ptr, ups, used, at, words_stride, BITS)
+        up_words = load_words(words_ptr, ups, used, at, words_stride)
     bias = tl.zeros([BLOCK_N], tl.float32)
     up_bias = bias
     if HAS_BIAS:
@@ -240,25 +275,23 @@ def _gemv_codes_kernel(
         if GATED:
             up_bias = tl.load(bias_ptr + ups, mask=used, other=0.0).to(tl.float32)
     groups = units * HALVES
-    scale, offset = load_tables(
-        scales_ptr, offsets_ptr, groups, num_groups, outputs, table_stride, BITS, HAS_OFFSETS
-    )
+    scale = load_table(scales_ptr, groups, num_groups, outputs, table_stride, True)
+    offset = load_table(offsets_ptr, groups, num_groups, outputs, table_stride, HAS_OFFSETS)
     up_scale, up_offset, high_scale, high_offset = scale, offset, scale, offset
     high_up_scale, high_up_offset = scale, offset
     if GATED:
-        up_scale, up_offset = load_tables(
-            scales_ptr, offsets_ptr, groups, num_groups, ups, table_stride, BITS, HAS_OFFSETS
-        )
+        up_scale = load_table(scales_ptr, groups, num_groups, ups, table_stride, True)
+        up_offset = load_table(offsets_ptr, groups, num_groups, ups, table_stride, HAS_OFFSETS)
     if BITS == 4:
-        high_scale, high_offset = load_tables(
-            scales_ptr, offsets_ptr, groups + 1, num_groups, outputs, table_stride, BITS,
-            HAS_OFFSETS,
-        )  # fmt: skip
+        high_scale = load_table(scales_ptr, groups + 1, num_groups, outputs, table_stride, True)
+        high_offset = load_table(
+            offsets_ptr, groups + 1, num_groups, outputs, table_stride, HAS_OFFSETS
+        )
         if GATED:
-            high_up_scale, high_up_offset = load_tables(
-                scales_ptr, offsets_ptr, groups + 1, num_groups, ups, table_stride, BITS,
-                HAS_OFFSETS,
-            )  # fmt: skip
+            high_up_scale = load_table(scales_ptr, groups + 1, num_groups, ups, table_stride, True)
+            high_up_offset = load_table(
+                offsets_ptr, groups + 1, num_groups, ups, table_stride, HAS_OFFSETS
+            )
     wait(PDL)
     for row in tl.static_range(ROWS):
         x_at, residual_at = x_ptr + row * x_stride, residual_ptr
@@ -267,19 +300,26 @@ def _gemv_codes_kernel(
         mean, by = statistics(
             x_at, residual_at, total_ptr + row * K, K, eps, BLOCK_K, NORM, HAS_RESIDUAL
         )
-        y, up = dot_words(
-            words, x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns, K, mean, by,
-            scale, offset, up_words, up_scale, up_offset,
-            0, BITS, NORM, HAS_RESIDUAL, GATED,
+        x = quantize(
+            x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns, K, mean, by,
+            NORM, HAS_RESIDUAL,
         )  # fmt: skip
+        low = words if BITS == 8 else words & 0x0F0F0F0F
+        y = dot_words(low, x, scale, offset, HAS_OFFSETS, NATIVE)
+        up = y
+        if GATED:
+            low = up_words if BITS == 8 else up_words & 0x0F0F0F0F
+            up = dot_words(low, x, up_scale, up_offset, HAS_OFFSETS, NATIVE)
         if BITS == 4:
-            high, high_up = dot_words(
-                words, x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns + 4 * WORDS, K,
-                mean, by, high_scale, high_offset, up_words, high_up_scale, high_up_offset,
-                4, BITS, NORM, HAS_RESIDUAL, GATED,
+            x = quantize(
+                x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns + 4 * WORDS, K, mean, by,
+                NORM, HAS_RESIDUAL,
             )  # fmt: skip
-            y += high
-            up += high_up
+            high = (words >> 4) & 0x0F0F0F0F
+            y += dot_words(high, x, high_scale, high_offset, HAS_OFFSETS, NATIVE)
+            if GATED:
+                high = (up_words >> 4) & 0x0F0F0F0F
+                up += dot_words(high, x, high_up_scale, high_up_offset, HAS_OFFSETS, NATIVE)
         y = activate(y + bias, ACTIVATION)
         if GATED:
             y *= up + up_bias
@@ -362,8 +402,8 @@ def gemv_codes_tile(width: int, gated: bool) -> GemvTile:
     """For weight rows of so many bytes."""
     columns = triton.next_power_of_2(width)
     warps = 4 if columns <= 4096 else 8
-    outputs = max(1, warps * 32 * 64 // columns // (2 if gated else 1))
-    return GemvTile(min(outputs, 32), columns, warps)
+    outputs = max(1, warps * 32 * 128 // columns // (2 if gated else 1))
+    return GemvTile(min(outputs, 16), columns, warps)
 
 
 def gemv_codes(
@@ -413,6 +453,7 @@ def gemv_codes(
         WORDS=width // 4,
         BITS=bits,
         HAS_OFFSETS=offsets is not None,
+        NATIVE=x_TK.is_cuda,
         NORM=0 if norm is None else 1 if norm.bias_C is None else 2,
         HAS_RESIDUAL=residual_TK is not None,
         HAS_BIAS=bias_N is not None,

@@ -20,9 +20,11 @@ from ruvon.kernels.ops import Activation, Packed
 from ruvon.kernels.split_k import Workspace
 from ruvon.kernels.tiles import STREAMED_ROWS, batch_invariant_tile, choose_tile
 
-DEQUANTIZED_ROWS = 512
+DEQUANTIZED_ROWS = 256
 """From so many rows on codes are made plain numbers first: it is little beside the product, which
 cuBLAS then does faster."""
+
+GATED_ROWS = 128  # plain weights of gated products, for cuBLAS does not gate
 
 
 def fits_gemv(rows: int, weight: Packed) -> bool:
@@ -37,9 +39,8 @@ def choose_kernel(
     if fits_gemv(rows, weight):
         return rows
     codes = weight.kind != "dense"
-    if rows <= STREAMED_ROWS or scores or (codes and rows < DEQUANTIZED_ROWS):
-        return choose_tile(rows, weight, gated, dtype)
-    return None
+    most = DEQUANTIZED_ROWS - 1 if codes else GATED_ROWS if gated else STREAMED_ROWS
+    return choose_tile(rows, weight, gated, dtype) if rows <= most or scores else None
 
 
 def linear(

@@ -124,8 +124,8 @@ def _matmul_kernel(
     PDL: tl.constexpr,
 ):
     release(PDL)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    first_row, first_output = tl.program_id(2) * BLOCK_M, tile * BLOCK_N
+    split, tile = tl.program_id(1), tl.program_id(2)  # rows first: they share a tile of weight
+    first_row, first_output = tl.program_id(0) * BLOCK_M, tile * BLOCK_N
     rows, outputs = first_row + tl.arange(0, BLOCK_M), first_output + tl.arange(0, BLOCK_N)
     present, used = rows < M, outputs < N
     first = split * per_split
@@ -231,9 +231,13 @@ def matmul(
         weight_tensor, scales, offsets = codes_of(weight)
         group, num_groups = codes_of(weight).group(k), len(scales)
     bulk = weight_format == BULK
+    if weight.kind == "dense":
+        tile = tile._replace(columns=min(tile.columns, max(64, triton.next_power_of_2(k))))
     tiles, split_k, per_split = plan_split_k(n, k, tile.outputs, tile.columns, tile.split_k)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
-    _matmul_kernel[(tiles, split_k, triton.cdiv(rows, tile.rows))](
+    row_tiles = triton.cdiv(rows, tile.rows)
+    assert split_k == 1 or row_tiles == 1
+    _matmul_kernel[(row_tiles, split_k, tiles)](
         x_TK,
         TensorDescriptor.from_tensor(x_TK, [tile.rows, tile.columns]) if bulk else None,
         weight_tensor,

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from ruvon.kernels import attention, codes, decode, embed, kv, linear, norm, reference, split_k
-from ruvon.kernels.ops import Dense, Ops, Packed, Weight
+from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Stacked, Weight
 from ruvon.kernels.pdl import supports_pdl
 
 
@@ -31,9 +31,9 @@ def make_triton_ops(
     sums = split_k.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
-        if not isinstance(weight, Dense):
+        if isinstance(weight, Quantized | Stacked):
             return codes.pack_codes(weight, device)
-        dense = weight.weight_NK
+        dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 
