@@ -32,7 +32,6 @@ from ruvon.models.template import (
     compile_own,
     compile_template,
     render_template,
-    variables_of,
 )
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.models.turn_options import Chat as Chat
@@ -97,7 +96,7 @@ class ChatFormat:
         declared = {name: tokenizer.token_text(id) for name, id in named.items() if id is not None}
         self._named = {**declared, **tokenizer.named_tokens}
         self._knows_developer = any("developer" in source for source in sources.values())
-        self._used = frozenset[str]().union(*map(variables_of, sources.values()))
+        self._used = frozenset[str]().union(*(each.variables for each in templates.values()))
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._format = find_format(with_tools, "tool_use" in sources or "tools" in self._used)
         self._tags = _find_tags("".join(sources.values()), tokenizer)
