@@ -36,9 +36,10 @@ from measure import write
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
+from ruvon.models.cache_groups import cache_groups
 from ruvon.models.quantize import SCHEMES
 from ruvon.models.spec import spec_from_config
 from ruvon.models.weights import RandomTensors, Weights
@@ -203,13 +204,13 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
     with torch.inference_mode():
         captured = graphs.capture_all(silent)[bucket]
         tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
-        graphs.tables.copy_(tables)
+        graphs.tables[0, :, :per_seq] = tables
         slots = np.arange(batch)
         for staging in graphs.staging():
             inputs = staging.inputs[bucket]
             inputs["token_ids"][:] = 5
             inputs["positions"][:] = CONTEXT - 1
-            inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
+            inputs["slots"][0, :batch] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
             inputs["query_starts"][:] = np.arange(batch + 1)
             inputs["context_lens"][:] = CONTEXT
             inputs["logit_rows"][:] = slots
@@ -249,8 +250,7 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
     batch = ForwardBatch(
         token_ids=torch.full((num * length,), 5, dtype=torch.int32, device=DEVICE),
         positions=positions.to(DEVICE),
-        slots=slots.to(DEVICE),
-        block_tables=tables.to(DEVICE),
+        paged=(PagedIndex(slots.to(DEVICE), tables.to(DEVICE)),) * len(cache_groups(model.spec)),
         query_starts=torch.arange(num + 1, dtype=torch.int32, device=DEVICE) * length,
         context_lens=torch.full((num,), length, dtype=torch.int32, device=DEVICE),
         logit_rows=torch.arange(1, num + 1, dtype=torch.int32, device=DEVICE) * length - 1,

@@ -31,7 +31,7 @@ PARTS = ("schedule", "build", "commit", "deliver")
 class Sampler:
     """Samples a 1 for every row. ``build`` is how long it took to build the last plan's batch."""
 
-    depth = 1
+    depth = grammar_depth = 1
     long_step = 0
 
     def __init__(self) -> None:

@@ -1,6 +1,7 @@
 """Structured output: whether what the model writes validates, and what the masks cost.
 
 python bench/structured.py [--model MODEL] [--device cuda] [--schemas 308] [--rounds 5]
+                           [--load-format dummy]
 
 Every schema is asked for at temperature 0 and 1; each answer has to validate, or end because it was
 cut off. Then streams with a schema and streams without take turns, and new schemas are compiled.
@@ -45,12 +46,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--model", help="Default: the embedded one.")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--load-format", default="auto")
     parser.add_argument("--schemas", type=int, default=22 * len(FAMILIES))
     parser.add_argument("--max-tokens", type=int, default=96)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     numbers = {}
-    with LLM(args.model, device=args.device) as llm:
+    with LLM(args.model, device=args.device, load_format=args.load_format) as llm:
         if args.schemas:
             numbers["answers"] = [
                 answers(llm, args.schemas, args.max_tokens, temperature) for temperature in (0, 1)
@@ -118,7 +120,7 @@ def first_masks(llm: LLM) -> dict[str, float]:
     for _ in range(50):
         grammar = json_schema(record(rng))
         began = time.perf_counter()
-        grammars.check(grammar)
+        grammars.hold(grammar)
         compiling.append(1e3 * (time.perf_counter() - began))
         began = time.perf_counter()
         grammars.matcher(grammar).compute_bitmask()

@@ -40,6 +40,7 @@ class StepLimits:
     sequences: int
     logit_rows: int  # at once: the runner asks for more in pieces
     blocks_per_sequence: int
+    cache_groups: int
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
@@ -53,6 +54,7 @@ def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> St
         sequences=sequences,
         logit_rows=max(bounded, sequences),
         blocks_per_sequence=-(-memory.max_model_len // memory.block_size),
+        cache_groups=len(memory.windows),
     )
 
 
@@ -206,6 +208,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
             sequences=limits.sequences,
             logit_rows=limits.logit_rows,
             blocks_per_sequence=limits.blocks_per_sequence,
+            cache_groups=limits.cache_groups,
         )
         graph = kernels.capture(model.forward, cache, largest, progress)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)

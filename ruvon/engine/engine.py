@@ -17,6 +17,7 @@ from typing import Protocol
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
@@ -34,6 +35,11 @@ class Runner(Protocol):
     @property
     def depth(self) -> int:
         """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
+
+    @property
+    def grammar_depth(self) -> int:
+        """The same as long as there is a sequence with a grammar: 1 if forced tokens come along
+        with the one that forces them, for how many is known when a step is over."""
 
     @property
     def long_step(self) -> int:
@@ -69,15 +75,20 @@ class Engine:
         *,
         max_model_len: int,
         num_blocks: int,
+        windows: tuple[int, ...] = (0,),
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         grammars: Grammars | None = None,
     ) -> None:
-        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold. Without
-        ``grammars`` requests with one are refused; the runner has the same."""
+        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold. ``windows``
+        are those of the model's cache groups. Without ``grammars`` requests with one are refused;
+        the runner has the same."""
         self._runner = runner
         self.config = config
-        self.max_model_len = min(max_model_len, num_blocks * config.block_size)
+        chunk = longest_chunk(config)
+        self.max_model_len = longest_that_fits(
+            num_blocks, max_model_len, config.block_size, windows, chunk
+        )
         self.vocab_size = vocab_size
         limits = Limits(
             max_seqs=config.largest_step.sequences,
@@ -88,7 +99,7 @@ class Engine:
             caching=config.enable_prefix_caching,
         )
         pool = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(pool, limits)
+        self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
         self._ids = count()
@@ -191,13 +202,12 @@ class Engine:
             return future
 
     def _has_room(self) -> bool:
-        """Whether the runner takes another step now. No two steps are under way where there is a
-        grammar: how many tokens it forces is known when the step is over."""
+        """Whether the runner takes another step now."""
         num_in_flight, runner = self._scheduler.num_in_flight, self._runner
         return not num_in_flight or (
             num_in_flight < runner.depth
             and self._num_launched <= runner.long_step
-            and not self._scheduler.num_with_grammar
+            and (not self._scheduler.num_with_grammar or num_in_flight < runner.grammar_depth)
         )
 
     def unknown(self, grammars: Iterable[Grammar]) -> list[Grammar]:

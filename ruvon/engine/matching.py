@@ -8,7 +8,7 @@ token goes up that its matcher has not consumed, whatever a sampler made of the 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -29,11 +29,15 @@ EXHAUSTED = "the grammar takes more time or memory than a step may use"
 
 
 class Matching:
-    """How far one sequence has come in its grammar."""
+    """How far one sequence has come in its grammar. ``at_once``: see `Matchers`."""
 
-    def __init__(self, matcher: LLMatcher, sampling: SamplingParams, eos: Sequence[int]) -> None:
+    def __init__(
+        self, matcher: LLMatcher, sampling: SamplingParams, eos: Sequence[int], at_once: bool = True
+    ) -> None:
         self.matcher = matcher
-        self.num_tokens = 0  # consumed
+        self.num_tokens = 0  # accepted
+        self.forced: list[int] = []  # what the matcher has consumed beyond them, the last one first
+        self.at_once = at_once
         self.min_tokens = sampling.min_tokens
         self.forces = sampling.logprobs is None  # a forced token has no log-probability
         self.stops = [*sampling.stop_token_ids, *eos]
@@ -44,34 +48,56 @@ class Matching:
         and ``ignore_eos`` hold until it is complete and nothing more may come."""
         return self.stops if self.num_tokens < self.min_tokens else self.eos
 
+    def leads_to(self, num_tokens: int) -> bool:
+        """Whether it can be at so many tokens without beginning anew."""
+        ahead = num_tokens - self.num_tokens
+        return ahead == 0 or (ahead > 0 and not self.forced)
+
     def follow(self, output: Sequence[int]) -> None:
         """Consume what is known of the output and has not been consumed."""
         self.matcher.consume_tokens(list(output[self.num_tokens :]))
         self.num_tokens = len(output)
 
     def accept(self, token: int) -> tuple[int, ...]:
-        """Consume a sampled token; it and those that it forces, or none if it is refused."""
+        """Consume a sampled token; it and those that it forces, as far as they come at once, or
+        none if it is refused."""
         matcher = self.matcher
-        if not matcher.consume_token(token):
+        if self.forced:
+            if token != self.forced[-1]:
+                return ()
+            self.forced.pop()
+        elif not matcher.consume_token(token):
             return ()
-        tokens = [token]
-        if self.forces and not matcher.is_stopped():
-            forced = matcher.compute_ff_tokens()
-            tokens += forced[: matcher.try_consume_tokens(forced)] if forced else ()
-        self.num_tokens += len(tokens)
-        return tuple(tokens)
+        elif self.forces and not matcher.is_stopped() and (forced := matcher.compute_ff_tokens()):
+            self.forced = forced[: matcher.try_consume_tokens(forced)][::-1]
+        at_once: list[int] = []
+        if self.at_once:
+            at_once, self.forced = self.forced[::-1], []
+        self.num_tokens += 1 + len(at_once)
+        return (token, *at_once)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing may follow what has been accepted."""
+        return not self.forced and self.matcher.is_stopped()
 
 
 class Matchers:
     """What a runner knows of its sequences' grammars: a function of plans, and of what has been
-    sampled. Masks are computed in a thread, which lets go of the interpreter's lock."""
+    sampled. While masks are computed, the interpreter's lock is free.
 
-    def __init__(self, grammars: Grammars, threads: int = 1) -> None:
+    ``at_once``: a token brings those that it forces, for the next step to compute in one chunk.
+    Otherwise each is all that its step's mask allows, and how many tokens a step brings is known
+    before it is over.
+    """
+
+    def __init__(self, grammars: Grammars, threads: int = 1, *, at_once: bool = True) -> None:
         self._grammars = grammars
         self._num_threads = threads
+        self._at_once = at_once
         self._thread = ThreadPoolExecutor(1, "ruvon-masks")
         self._eos = grammars.eos_token_ids
-        self._width = -(-grammars.vocab_size // 32)  # words of a mask
+        self.width = -(-grammars.vocab_size // 32)  # words of a mask
         self._matchings: dict[int, Matching] = {}
 
     @cached_property
@@ -94,22 +120,21 @@ class Matchers:
         their histories are complete. None if there are none."""
         if not rows:
             return None
-        masks_RW = np.zeros((len(rows), self._width), dtype=np.int32)
-        future = self._thread.submit(self._fill, list(rows.values()), masks_RW)
+        masks_RW = np.zeros((len(rows), self.width), dtype=np.int32)
+        future = self._thread.submit(self.fill, list(rows.values()), masks_RW)
         return Masks(list(rows), masks_RW, future)
 
-    def _fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
-        """Errors by sequence. The mask of a row with an error allows nothing."""
-        errors = {}
+    def fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
+        """Compute the masks of rows whose histories are complete. Errors by sequence: the mask of a
+        row with an error allows nothing, nor does that of a row whose grammar is complete."""
+        errors: dict[int, str] = {}
         live: list[tuple[LLMatcher, int]] = []
         for place, row in enumerate(rows):
-            try:
-                matching = self._matching_of(row)
-            except (RuvonError, RuntimeError) as error:  # forgotten, and not to be had this time
-                errors[row.seq_id] = str(error)
-                continue
-            if matching.matcher.is_error():
-                errors[row.seq_id] = EXHAUSTED
+            matching = self._find(row, errors)
+            if matching is None or matching.is_over:
+                masks_RW[place] = 0
+            elif matching.forced:
+                allow(masks_RW[place], matching.forced[-1])
             else:
                 live.append((matching.matcher, place))
         self._compute(live, masks_RW)
@@ -132,14 +157,28 @@ class Matchers:
                 list(live), masks_RW.ctypes.data, size, len(masks_RW)
             )
 
+    def _find(self, row: SamplingRow, errors: dict[int, str]) -> Matching | None:
+        """A sequence's matching, if it can be had."""
+        try:
+            matching = self._matching_of(row)
+        except (RuvonError, RuntimeError) as error:  # forgotten, and not to be had this time
+            errors[row.seq_id] = str(error)
+            return None
+        if matching.matcher.is_error():
+            errors[row.seq_id] = EXHAUSTED
+            return None
+        return matching
+
     def _matching_of(self, row: SamplingRow) -> Matching:
         """Where a sequence is in its grammar, found anew if it was not here before."""
         num_output = len(row.history) - row.num_prompt
         found = self._matchings.get(row.seq_id)
-        if found is None or found.num_tokens > num_output:
+        if found is None or not found.leads_to(num_output):
             assert row.sampling.grammar is not None
             matcher = self._grammars.matcher(row.sampling.grammar)
-            found = self._matchings[row.seq_id] = Matching(matcher, row.sampling, self._eos)
+            found = self._matchings[row.seq_id] = Matching(
+                matcher, row.sampling, self._eos, self._at_once
+            )
         if found.num_tokens < num_output:
             found.follow(row.history[row.num_prompt :])
         return found
@@ -160,7 +199,7 @@ class Matchers:
                     errors[seq_id] = REFUSED
                 elif matching.matcher.is_error():  # which is also one that has stopped
                     tokens[place], errors[seq_id] = (), EXHAUSTED
-                elif matching.matcher.is_stopped():
+                elif matching.is_over:
                     ended.append(seq_id)
         return replace(result, tokens=tuple(tokens), errors=errors, ended=frozenset(ended))
 
@@ -171,16 +210,20 @@ class Masks:
 
     places: list[int]  # of the step's rows, those with a grammar
     masks_RW: Ints
-    _errors: Future[dict[int, str]]
+    filling: Future[dict[int, str]]
+
+    def are_there(self, timeout: float | None = None) -> bool:
+        """Whether they are, for better or worse, or will be in so many seconds."""
+        return self.filling.done() or bool(wait((self.filling,), timeout).done)
 
     @property
     def errors(self) -> dict[int, str]:
         """Why some sequences' masks could not be computed; waits for the masks."""
-        return self._errors.result()
+        return self.filling.result()
 
     def wait(self) -> Ints:
         """The masks, once they are computed."""
-        self._errors.result()
+        self.filling.result()
         return self.masks_RW
 
     def hand_to(self, rows: Sequence[SamplingRow]) -> None:
@@ -195,12 +238,20 @@ def with_grammar(rows: Iterable[SamplingRow]) -> dict[int, SamplingRow]:
     return {i: row for i, row in enumerate(rows) if row.sampling.grammar is not None}
 
 
+def allow(mask_W: Ints, token: int) -> None:
+    """A mask that allows one token."""
+    mask_W[:] = 0
+    mask_W.view(np.uint32)[token >> 5] = 1 << (token & 31)
+
+
 def withhold(mask_W: Ints, tokens: Iterable[int]) -> None:
     """Take tokens out of a mask, unless nothing would be left."""
     words = mask_W.view(np.uint32)
+    found = [t for t in tokens if t < 32 * len(words) and int(words[t >> 5]) >> (t & 31) & 1]
+    if not found:  # nearly always
+        return
     kept = words.copy()
-    for token in tokens:
-        if token < 32 * len(kept):
-            kept[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+    for token in found:
+        kept[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
     if kept.any():
         words[:] = kept

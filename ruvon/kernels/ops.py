@@ -39,6 +39,18 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
+class PagedIndex:
+    """Where a step's keys and values are in the cache, for the layers of one cache group.
+
+    A layer with a window is not asked for what lies before it: those entries of a block table may
+    be 0, or whatever they were.
+    """
+
+    slots: Tensor  # int32 [T], block * P + offset: where each token's key and value go
+    block_tables: Tensor  # int32 [S, most blocks of any sequence], padded with 0
+
+
+@dataclass(frozen=True, slots=True)
 class ForwardBatch:
     """One step's work as tensors: a ragged batch of prompt chunks and single decode tokens.
 
@@ -49,8 +61,7 @@ class ForwardBatch:
 
     token_ids: Tensor  # int32 [T]
     positions: Tensor  # int32 [T]
-    slots: Tensor  # int32 [T], block * P + offset: where each token's key and value go
-    block_tables: Tensor  # int32 [S, most blocks of any sequence], padded with 0
+    paged: tuple[PagedIndex, ...]  # one a cache group
     query_starts: Tensor  # int32 [S + 1]
     context_lens: Tensor  # int32 [S]
     logit_rows: Tensor  # int32 [L], indices into T
@@ -205,6 +216,7 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int = 0  # keys visible to a query, itself included; 0 means all
+    cache_group: int = 0  # the layer's, an index into `ForwardBatch.paged`
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,11 +246,12 @@ class Ops:
     write_kv: Callable[..., Tensor]
     """(qkv_TE, batch, k_cache, v_cache, AttentionSpec, Rope or None, q_norm_D or None,
     k_norm_D or None, eps) → q_THD. Splits q | k | v, norms q and k per head, rotates them, and
-    writes k and v to the cache at ``batch.slots``."""
+    writes k and v to the cache at the slots of the layer's cache group."""
 
     attention: Callable[..., Tensor]
     """(q_THD, k_cache, v_cache, batch, AttentionSpec, sinks_H or None) → [T, H * D]. Causal over
-    each sequence's own blocks. A sink joins the softmax's denominator only."""
+    each sequence's own blocks, of which those before the window are not read, or read and left out
+    of every sum. A sink joins the softmax's denominator only."""
 
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     """(x_TC, rows_L) → x_LC."""

@@ -177,7 +177,8 @@ def write_kv(
         cos, sin = rope.cos_PD[batch.positions], rope.sin_PD[batch.positions]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     page = k_cache_BGPD.shape[2]
-    block, offset = batch.slots // page, batch.slots % page
+    slots = batch.paged[spec.cache_group].slots
+    block, offset = slots // page, slots % page
     k_cache_BGPD[block, :, offset] = k.to(k_cache_BGPD.dtype)
     v_cache_BGPD[block, :, offset] = v.to(v_cache_BGPD.dtype)
     return q
@@ -195,12 +196,14 @@ def attention(
     starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
     page = k_cache_BGPD.shape[2]
     for s, context in enumerate(contexts):
-        blocks = batch.block_tables[s, : -(-context // page)]
-        k, v = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float()  # [G, context, D]
-            for cache in (k_cache_BGPD, v_cache_BGPD)
-        )
         rows = slice(starts[s], starts[s + 1])
+        first_seen = context - (rows.stop - rows.start) - spec.window + 1 if spec.window else 0
+        skipped = max(first_seen, 0) // page  # blocks
+        blocks = batch.paged[spec.cache_group].block_tables[s, skipped : -(-context // page)]
+        k, v = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, : context - skipped * page].float()
+            for cache in (k_cache_BGPD, v_cache_BGPD)  # [G, keys, D]
+        )
         out[rows] = attend_one(q_THD[rows], k, v, spec, sinks_H).to(out.dtype)
     return out.flatten(1)
 
@@ -208,7 +211,8 @@ def attention(
 def attend_one(
     q_QHD: Tensor, k_GXD: Tensor, v_GXD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
 ) -> Tensor:
-    """One sequence's queries, the last Q of its X positions, over its keys. float32 in and out."""
+    """One sequence's queries, the last Q of its X last positions, over their keys. float32 in and
+    out."""
     num, context = q_QHD.shape[0], k_GXD.shape[1]
     share = spec.num_heads // spec.num_kv_heads
     k, v = (t.repeat_interleave(share, dim=0) for t in (k_GXD, v_GXD))

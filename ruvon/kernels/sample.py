@@ -30,7 +30,7 @@ from ruvon.kernels.pdl import release, wait
 PARAMS = 16  # int32 or float32 words of one row's parameters
 # The words, in order; floats are stored by their bits.
 TEMPERATURE, TOP_P, MIN_P, REPETITION, PRESENCE, FREQUENCY = range(6)
-TOP_K, SEED_LOW, SEED_HIGH, DRAW, HISTORY, BIAS, WANTS_LOGPROB, SLOT = range(6, 14)
+TOP_K, SEED_LOW, SEED_HIGH, DRAW, HISTORY, BIAS, WANTS_LOGPROB, SLOT, MASK = range(6, 15)
 
 NOT_A_NUMBER, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
@@ -47,6 +47,7 @@ class SamplingState(NamedTuple):
     last_tokens: Tensor  # int32 [slots]: what each sequence sampled last
     counts: Tensor  # int16 [slots, V]: how often its output holds a token, and `IN_PROMPT`
     bias: Tensor  # float16 [slots, V]: added to its scores; minus infinity rules a token out
+    masks: Tensor  # int32 [slots, V / 32]: a bit a token; not by slot, but as MASK says
 
 
 class Sampled(NamedTuple):
@@ -60,8 +61,12 @@ class Sampled(NamedTuple):
 @triton.jit
 def load_scores(row, at, inside):
     """A row's scores after everything but temperature. ``row``: see `_sample_kernel`."""
-    logits_ptr, counts_ptr, bias_ptr, history, bias, repetition, presence, frequency = row
+    logits_ptr, counts_ptr, bias_ptr, mask_ptr, mask, history, bias, penalties = row
+    repetition, presence, frequency = penalties
     z = tl.load(logits_ptr + at, mask=inside, other=float("-inf"))
+    if mask > 0:
+        word = tl.load(mask_ptr + (at >> 5), mask=inside, other=0)
+        z = tl.where((word >> (at & 31)) & 1 != 0, z, float("-inf"))
     if bias >= 0:
         z += tl.load(bias_ptr + at, mask=inside, other=0.0).to(tl.float32)
     if history >= 0:
@@ -212,7 +217,7 @@ def score(logits_LV: Tensor, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
     return norms_L, ranks_L
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["masked"])
 def _sample_kernel(
     logits_ptr,
     ints_ptr,
@@ -220,11 +225,13 @@ def _sample_kernel(
     last_tokens_ptr,
     counts_ptr,
     bias_ptr,
+    masks_ptr,
     tokens_ptr,
     logprobs_ptr,
     ranks_ptr,
     V,
     logits_stride,
+    masked,
     BLOCK: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARAMS: tl.constexpr,
@@ -237,19 +244,21 @@ def _sample_kernel(
     wait(PDL)
     temperature, top_p, min_p = tl.load(floats), tl.load(floats + 1), tl.load(floats + 2)
     top_k, history = tl.load(ints + 6), tl.load(ints + 10)
-    slot = tl.load(ints + 13).to(tl.int64)
+    slot, mask = tl.load(ints + 13).to(tl.int64), tl.load(ints + 14)
+    ours = (mask > 0) == (masked > 0)
+    slot = tl.where(ours, slot, -1)
     logits_row = logits_ptr + index.to(tl.int64) * logits_stride
     row = (
         logits_row,
         counts_ptr + slot * V,
         bias_ptr + slot * V,
+        masks_ptr + (mask - 1).to(tl.int64) * tl.cdiv(V, 32),
+        mask,
         history,
         tl.load(ints + 11),
-        tl.load(floats + 3),
-        tl.load(floats + 4),
-        tl.load(floats + 5),
+        (tl.load(floats + 3), tl.load(floats + 4), tl.load(floats + 5)),
     )
-    V = tl.where(slot >= 0, V, 0)  # padding has nothing to look at
+    V = tl.where(slot >= 0, V, 0)  # padding, and who is not ours, have nothing to look at
     warm = temperature >= COLDEST
     rate = 1.4426950408889634 / tl.where(warm, temperature, 1.0)
     top, token, lowest, broken, mass_N = survey(row, V, rate, warm, BLOCK)
@@ -298,7 +307,7 @@ def _sample_kernel(
         norm, rank = norm_and_rank(logits_row, token, V, BLOCK)
         tl.store(logprobs_ptr + index, tl.load(logits_row + token) - norm)
         tl.store(ranks_ptr + index, rank)
-    tl.store(tokens_ptr + index, token)
+    tl.store(tokens_ptr + index, token, mask=ours)
     if slot >= 0:
         tl.store(last_tokens_ptr + slot, tl.maximum(token, 0))
         if (history >= 0) & (token >= 0):
@@ -312,6 +321,7 @@ def make_state(slots: int, vocab_size: int, device: torch.device) -> SamplingSta
         torch.zeros(slots, dtype=torch.int32, device=device),
         torch.zeros(slots, vocab_size, dtype=torch.int16, device=device),
         torch.zeros(slots, vocab_size, dtype=torch.float16, device=device),
+        torch.zeros(slots, triton.cdiv(vocab_size, 32), dtype=torch.int32, device=device),
     )
 
 
@@ -324,12 +334,20 @@ def make_sampled(rows: int, device: torch.device) -> Sampled:
 
 
 def sample(
-    logits_LV: Tensor, params: Tensor, state: SamplingState, sampled: Sampled, pdl: bool = False
+    logits_LV: Tensor,
+    params: Tensor,
+    state: SamplingState,
+    sampled: Sampled,
+    pdl: bool = False,
+    *,
+    masked: bool = False,
 ) -> None:
-    """Sample a token for each row of ``logits_LV``, float32, which stays as it is.
+    """Sample a token for each row of ``logits_LV``, float32, which stays as it is: for those that
+    have a mask, or for those that have none.
 
     ``params``: int32 [L, PARAMS]. HISTORY and BIAS are -1 where a row has no penalties or biases,
-    SLOT is -1 for padding. Fills ``sampled`` and the slots' ``last_tokens`` and ``counts``.
+    SLOT is -1 for padding, MASK is 0 without a mask, or 1 and more for a row of ``state.masks``.
+    Fills ``sampled`` and the slots' ``last_tokens`` and ``counts``.
     """
     rows, vocab = logits_LV.shape
     block = min(4096, triton.next_power_of_2(vocab))
@@ -340,11 +358,13 @@ def sample(
         state.last_tokens,
         state.counts,
         state.bias,
+        state.masks,
         sampled.tokens,
         sampled.logprobs,
         sampled.ranks,
         vocab,
         logits_LV.stride(0),
+        int(masked),
         BLOCK=block,
         COLUMNS=triton.next_power_of_2(triton.cdiv(vocab, block)),
         PARAMS=PARAMS,

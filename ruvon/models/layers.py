@@ -21,6 +21,7 @@ from ruvon.kernels.ops import (
     PackedExperts,
     Rope,
 )
+from ruvon.models.cache_groups import cache_groups, place_of
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Weights
 
@@ -144,6 +145,7 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
         head_dim=spec.head_dim,
         scale=spec.head_dim**-0.5,
         window=spec.windows[layer],
+        cache_group=place_of(cache_groups(spec), layer)[0],
     )
 
 

@@ -171,7 +171,8 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
     _require(config, "decoder_sparse_step", 1)
-    _require(config, "mlp_only_layers", [])
+    if dense := config.get("mlp_only_layers"):
+        raise LoadError(f"config.json: mlp_only_layers {dense!r} are not supported (none are)")
     experts = ExpertsSpec(
         num_experts=mixtures.num_experts(config),
         top_k=config["num_experts_per_tok"],
@@ -179,8 +180,8 @@ def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
         activation="silu_gated",
         renormalize=bool(config.get("norm_topk_prob", False)),
     )
-    dense = {**config, "intermediate_size": experts.width}
-    return {**_llama_family(dense), "experts": experts}
+    fields = _llama_family({**config, "intermediate_size": experts.width})
+    return {**fields, "experts": experts}
 
 
 def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:

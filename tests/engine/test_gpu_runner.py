@@ -140,7 +140,7 @@ def gpu_runner(triton_device, letters):
         max_seqs=SLOTS,
         max_tokens=40,
         eos_token_ids=(2,),
-        matchers=Matchers(letters),
+        matchers=Matchers(letters, at_once=False),
         progress=silent,
     )
     yield runner
@@ -176,7 +176,7 @@ class Story:
     """One sequence, as a scheduler would keep it."""
 
     def __init__(self, seq_id, prompt, blocks, sampling=None):
-        self.id, self.tokens, self.blocks = seq_id, list(prompt), tuple(blocks)
+        self.id, self.tokens, self.blocks = seq_id, list(prompt), (tuple(blocks),)
         self.num_prompt, self.num_computed = len(prompt), 0
         self.sampling = sampling or SamplingParams(temperature=0)
 
@@ -260,6 +260,23 @@ def test_rows_sampled_behind_the_step(gpu_runner, expected):
     assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
 
 
+RULE = regex("([F-Z]abc|[^A]def){2,3}")
+
+
+def launch_ahead(gpu_runner, stories, count):
+    """So many steps, each launched before the one before is read; all results."""
+    plan, launched, results = plan_of(*((s, s.chunk()) for s in stories)), [], []
+    for _ in range(count):
+        launched.append((plan, gpu_runner.launch(plan)))
+        plan = plan_of(*((s, s.chunk(ahead=True)) for s in stories))
+        if len(launched) > 1:
+            results.append(launched[-2][1].result())
+            take(stories, launched[-2][0], results[-1])
+    results.append(launched[-1][1].result())
+    take(stories, launched[-1][0], results[-1])
+    return results
+
+
 @pytest.mark.parametrize(
     "sampling",
     [
@@ -270,20 +287,53 @@ def test_rows_sampled_behind_the_step(gpu_runner, expected):
     ids=str,
 )
 def test_rows_with_grammars(gpu_runner, expected, sampling):
-    """Beside a row without; what is forced comes as a chunk of the next step."""
-    rule = regex("([F-Z]abc|[^A]def){2,3}")
-    sampling = SamplingParams(temperature=0, grammar=rule, **sampling)
+    """Beside a row without, in steps that overlap; forced tokens come one by one."""
+    misses, sampling = (
+        gpu_runner.num_misses,
+        SamplingParams(temperature=0, grammar=RULE, **sampling),
+    )
     story, other = Story(55, PROMPTS[0], [1, 2], sampling), Story(56, PROMPTS[2], [3, 4])
-    for _ in range(4):
-        plan = plan_of((story, story.chunk()), (other, other.chunk()))
-        result = gpu_runner.launch(plan).result()
-        story.tokens += result.tokens[0]
-        other.tokens += result.tokens[1]
+    for result in launch_ahead(gpu_runner, (story, other), 5):
         assert not result.errors
         assert bool(result.logprobs[0]) == (sampling.logprobs is not None)
-    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 4, sampling)
-    assert (len(story.tokens) > len(PROMPTS[0]) + 4) == (sampling.logprobs is None)
-    assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 4)
+    assert (gpu_runner.num_misses == misses) == (sampling.typical_p == 1)
+    assert story.tokens[len(PROMPTS[0]) :] == expected(PROMPTS[0], 5, sampling)[:5]
+    assert other.tokens[len(PROMPTS[2]) :] == expected(PROMPTS[2], 5)
+
+
+def test_a_grammar_that_is_complete_gets_no_token_more(gpu_runner):
+    """Of the step that was launched before anybody knew."""
+    sampling = SamplingParams(temperature=0, grammar=regex("[F-Z]a"))
+    story, other = Story(57, PROMPTS[0], [1, 2], sampling), Story(58, PROMPTS[2], [3, 4])
+    first = plan_of(*((s, s.chunk()) for s in (story, other)))
+    rest = [plan_of(*((s, s.chunk(ahead=True)) for s in (story, other))) for _ in range(2)]
+    futures = [gpu_runner.launch(plan) for plan in (first, *rest)]
+    results = [future.result() for future in futures]
+    assert [result.ended for result in results] == [set(), {57}, set()]
+    assert [len(result.tokens[0]) for result in results] == [1, 1, 0]
+    assert all(len(result.tokens[1]) == 1 for result in results)
+    assert [*results[2].errors] == [57]
+
+
+@pytest.mark.parametrize(("masks", "error"), [("wrong", "not allow"), ("panic", "BaseException")])
+def test_a_row_whose_mask_fails_fails_alone(gpu_runner, monkeypatch, masks, error):
+    """And so does one that is sampled against its grammar."""
+    sampling = SamplingParams(temperature=0, grammar=RULE)
+    stories = Story(65, PROMPTS[0], [1], sampling), Story(66, PROMPTS[0], [3])
+    compute = gpu_runner._matchers._compute
+
+    def compute_wrongly(live, masks_RW):
+        compute(live, masks_RW)
+        masks_RW[:] = 0
+        masks_RW[:, 0] = 1 << 30  # for an A
+        if masks == "panic":
+            raise BaseException("as a panic of the library's")
+
+    monkeypatch.setattr(gpu_runner._matchers, "_compute", compute_wrongly)
+    result = gpu_runner.launch(plan_of(*((s, s.chunk()) for s in stories))).result()
+    assert [len(tokens) for tokens in result.tokens] == [0, 1]
+    assert list(result.errors) == [65]
+    assert error in result.errors[65]
 
 
 def test_pooled_hidden_states(gpu_runner):
@@ -392,7 +442,7 @@ ABORTED, LATE = 2, 3  # from the latter on they come later
 class Watched:
     """A runner of one depth, and what it was given."""
 
-    long_step = GpuRunner.long_step
+    long_step, grammar_depth = GpuRunner.long_step, GpuRunner.depth
 
     def __init__(self, runner, depth):
         self._runner, self.depth, self.plans = runner, depth, []
@@ -491,19 +541,18 @@ def test_layout_keeps_inputs_apart_and_aligned():
 
 
 def test_slots_stay_low_and_changes_only_are_sent():
-    batch, blocks = PersistentBatch(4, 8), {i: [10 * i + j for j in range(8)] for i in range(4)}
+    batch, blocks = (
+        PersistentBatch(4, 8, PAGE),
+        {i: [10 * i + j for j in range(8)] for i in range(4)},
+    )
 
     def assign(*chunks, highest, new=(), ended=()):
         """Chunks as (sequence, how many blocks it has then)."""
         known = {i: [] for i in new}
+        added = {i: tuple(blocks[i][len(known.get(i, has.get(i, []))) : num]) for i, num in chunks}
         plan = Plan(
             0,
-            tuple(
-                Chunk(
-                    i, 0, (0,), 0, tuple(blocks[i][len(known.get(i, has.get(i, []))) : num]), True
-                )
-                for i, num in chunks
-            ),
+            tuple(Chunk(i, 0, (0,), 0, (new,) if new else (), True) for i, new in added.items()),
             tuple(NewSequence(i, SamplingParams(), 1, 0) for i in new),
             ended,
         )

@@ -199,7 +199,7 @@ class Inputs:
 
     PLACES = Places(
         num_ids=2, positions=2, slots=4, context_lens=6, logit_rows=9, params=11, mode=19,
-        new_blocks=20, patches=22, end=26, num_rows=2,
+        new_blocks=20, patches=22, end=26, num_rows=2, slot_stride=2,
     )  # fmt: skip
     PARAMS = (4, 0, 1)  # words; of these the slot and the number of the draw
 
@@ -208,7 +208,7 @@ class Inputs:
         self.turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
         self.words = torch.zeros(26, dtype=torch.int32, device=DEVICE)
         self.last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
-        self.tables = torch.zeros(3, 3, dtype=torch.int32, device=DEVICE)
+        self.tables = torch.zeros(1, 3, 3, dtype=torch.int32, device=DEVICE)
 
     def load(self, words):
         self.staging[1, : len(words)] = torch.tensor(words, dtype=torch.int32)
@@ -226,7 +226,7 @@ def test_a_step_begins_with_what_only_the_device_knows():
     inputs = Inputs()
     words = [*FIRST, 0, -1, -1, 6, 5, -1, 9]
     assert inputs.load(words) == [50, *words[1:]]
-    assert inputs.tables.tolist() == [[0, 0, 0], [0, 0, 0], [5, 0, 0]]
+    assert inputs.tables.tolist() == [[[0, 0, 0], [0, 0, 0], [5, 0, 0]]]
 
 
 def test_a_steady_step_goes_on_by_itself():
@@ -238,7 +238,7 @@ def test_a_steady_step_goes_on_by_itself():
     slots = [8 * 4, 5 * 4 + 3]
     rows = [1, 0, 2, 9, 0, 0, 0, 10, 0, 0]
     assert inputs.words.tolist()[:19] == [50, 70, *positions, *slots, *contexts, *rows]
-    assert inputs.tables.tolist() == [[0, 8, 0], [0, 0, 0], [4, 5, 0]]
+    assert inputs.tables.tolist() == [[[0, 8, 0], [0, 0, 0], [4, 5, 0]]]
 
 
 def test_a_step_stores_its_results_and_passes_the_turn_on():

@@ -25,6 +25,7 @@ from tiny_gpt_oss import (
     YARN,
     make_reference,
     save,
+    save_gguf,
     save_gpt_oss,
 )
 from transformers import GptOssConfig
@@ -81,6 +82,15 @@ def test_whole_in_chunks_and_cached(model, want, cuts):
 def test_openais_layout_holds_the_same_model(folder, model):
     assert torch.equal(logits(load(folder / "original")), logits(model))
     assert load(folder / "original").spec == replace(model.spec, eos_token_ids=())
+
+
+def test_llama_cpps_form_holds_the_same_model(model, tmp_path):
+    save_gguf(tmp_path / "tiny.gguf")
+    found = load(tmp_path / "tiny.gguf")
+    assert found.spec.windows == model.spec.windows
+    assert found.spec.experts == model.spec.experts
+    assert found.spec.rope.scaling.truncate is False
+    torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=0)
 
 
 def test_bfloat16_is_near_float32(folder, want):

@@ -12,7 +12,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import torch
+from gguf_files import finish, mxfp4_blocks
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Mxfp4Config, PreTrainedModel
@@ -95,6 +98,24 @@ ORIGINAL_NAMES = {
     "model.norm.weight": "norm.scale",
     "lm_head": "unembedding",
 }
+GGUF_NAMES = {
+    "model.layers.{i}.": "blk.{i}.",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "post_attention_norm",
+    "self_attn.o_proj": "attn_output",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.sinks": "attn_sinks.weight",
+    "mlp.router": "ffn_gate_inp",
+    "mlp.experts.gate_up_proj_bias": "ffn_gate_up_exps.bias",
+    "mlp.experts.down_proj_bias": "ffn_down_exps.bias",
+    "mlp.experts.gate_up_proj_blocks": "ffn_gate_up_exps.weight",
+    "mlp.experts.down_proj_blocks": "ffn_down_exps.weight",
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+}
 
 
 def normal(*shape: int, std: float = 0.05) -> Tensor:
@@ -171,6 +192,58 @@ def save_gpt_oss(folder: Path, **changes: Any) -> Path:
     tensors = make_tensors()
     save(folder / "original", ORIGINAL_CONFIG, to_original(tensors))
     return save(folder, {**CONFIG, **changes}, tensors)
+
+
+def save_gguf(path: Path, **options: Any) -> None:
+    """The same in llama.cpp's form; ``options`` are the writer's own."""
+    writer = gguf.GGUFWriter(path, "gpt-oss", **options)
+    writer.add_context_length(131072)
+    writer.add_embedding_length(HIDDEN)
+    writer.add_block_count(LAYERS)
+    writer.add_feed_forward_length(WIDTH)
+    writer.add_expert_feed_forward_length(WIDTH)
+    writer.add_head_count(HEADS)
+    writer.add_head_count_kv(GROUPS)
+    writer.add_key_length(DIM)
+    writer.add_value_length(DIM)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(150000.0)
+    writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+    writer.add_rope_scaling_factor(32.0)
+    writer.add_rope_scaling_orig_ctx_len(4096)
+    writer.add_sliding_window(WINDOW)
+    writer.add_expert_count(EXPERTS)
+    writer.add_expert_used_count(TOP_K)
+    writer.add_eos_token_id(2)
+    writer.add_token_list([f"t{i}" for i in range(VOCAB)])
+    for name, (values, kind) in gguf_tensors(make_tensors()).items():
+        writer.add_tensor(name, np.ascontiguousarray(values), raw_dtype=kind)
+    finish(writer)
+
+
+def gguf_tensors(tensors: Mapping[str, Tensor]) -> dict[str, tuple[np.ndarray, Any]]:
+    """llama.cpp's names; gates and ups apart, experts in its own blocks, the rest in float32."""
+    found: dict[str, tuple[np.ndarray, Any]] = {}
+    for name, tensor in tensors.items():
+        if name.endswith("_scales"):  # go with their blocks
+            continue
+        for theirs, part in gguf_parts(name, tensor):
+            if name.endswith("_blocks"):
+                scales = dict(gguf_parts(name, tensors[name.removesuffix("blocks") + "scales"]))
+                raw = mxfp4_blocks(part.numpy(), scales[theirs].numpy())
+                found[theirs] = raw, gguf.GGMLQuantizationType.MXFP4
+            else:
+                found[theirs] = part.float().numpy(), None
+    return found
+
+
+def gguf_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
+    layer = next((word for word in name.split(".") if word.isdigit()), "")
+    for theirs, ours in GGUF_NAMES.items():
+        name = name.replace(theirs.format(i=layer), ours.format(i=layer))
+    if "gate_up" not in name:
+        return [(name, tensor)]
+    return [(name.replace("gate_up", n), tensor[:, at::2]) for at, n in enumerate(("gate", "up"))]
 
 
 def make_reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -1,6 +1,6 @@
-"""What the captured step's sampler does not do: typical_p, which sorts the vocabulary, bad_words,
-which look at several tokens, and grammars, whose masks are computed beside the step. Such rows are
-sampled behind it, on the device too: nothing here waits for it.
+"""What the captured step's sampler does not do: typical_p, which sorts the vocabulary, and
+bad_words, which look at several tokens. Such rows are sampled behind it, on the device too: nothing
+here waits for it.
 """
 
 from __future__ import annotations
@@ -26,12 +26,6 @@ class DeferredRow:
     params: Words  # [PARAMS], as for the captured step
     typical_p: float
     banned_N2: Words  # (the token before, -1 for any; a token not to come after it)
-    masked: bool  # by its grammar
-
-    @property
-    def sorts(self) -> bool:
-        """Whether more than a mask is to be done."""
-        return self.typical_p < 1 or len(self.banned_N2) > 0
 
 
 NOTHING_BANNED: Words = np.zeros((0, 2), dtype=np.int32)
@@ -69,57 +63,35 @@ def sample_deferred(
     state: sample.SamplingState,
     results: Tensor,
     pdl: bool,
-    masks_MW: Words | None = None,
 ) -> None:
-    """Sample these rows of a step, and put what comes of it among its results, int32 [3, L].
-    ``masks_MW``: of those with a grammar, in their order, a bit a token."""
+    """Sample these rows of a step, and put what comes of it among its results, int32 [3, L]."""
     device = logits_LV.device
     params_RP, typical_R, row_R, pairs_3N = upload(rows, device)
     own_RV = logits_LV[row_R]
-    allowed_RV = own_RV if masks_MW is None else mask(own_RV, rows, masks_MW)
+    slot_R = params_RP[:, sample.SLOT].long()
+    scores_RV = adjust(mask(own_RV, params_RP, state), params_RP, slot_R, state)
+    row, before, last = pairs_3N
+    hit = (before < 0) | (before == state.last_tokens[slot_R[row]])
+    ruled_out = torch.where(hit, -torch.inf, 0.0)
+    scores_RV.index_put_((row, last), ruled_out, accumulate=True)
+    kept_RV = keep(scores_RV, params_RP, typical_R) | scores_RV.isnan() | scores_RV.isposinf()
     sampled = sample.make_sampled(len(rows), device)
-    if not any(row.sorts for row in rows):
-        quiet_RP = params_RP.clone()
-        quiet_RP[:, sample.WANTS_LOGPROB] = 0  # they are of the model, before the mask
-        sample.sample(allowed_RV, quiet_RP, state, sampled, pdl)
-    else:
-        sample_sorted(allowed_RV, params_RP, typical_R, pairs_3N, state, sampled, pdl)
+    neutral_RP = neutral(params_RP)
+    sample.sample(scores_RV.masked_fill_(~kept_RV, -torch.inf), neutral_RP, state, sampled, pdl)
+    count(sampled.tokens, params_RP[:, sample.HISTORY] >= 0, slot_R, state)
     norm_R, rank_R = sample.score(own_RV, sampled.tokens)
     chosen_R = own_RV.gather(-1, sampled.tokens.clamp(min=0).long()[:, None])[:, 0]
     logprob_R = (chosen_R - norm_R).view(torch.int32)
     results[:, row_R] = torch.stack((sampled.tokens, logprob_R, rank_R))
 
 
-def mask(own_RV: Tensor, rows: Sequence[DeferredRow], masks_MW: Words) -> Tensor:
+def mask(own_RV: Tensor, params_RP: Tensor, state: sample.SamplingState) -> Tensor:
     """Scores with minus infinity for what a row's grammar rules out."""
-    whole_RW = np.full((len(rows), masks_MW.shape[1]), -1, dtype=np.int32)
-    whole_RW[[row.masked for row in rows]] = masks_MW
-    (words_RW,) = to_device((whole_RW,), own_RV.device)
+    place_R = params_RP[:, sample.MASK].long()
+    words_RW = state.masks[(place_R - 1).clamp(min=0)]
     bit_B = torch.arange(32, dtype=torch.int32, device=own_RV.device)
     bits_RV = (words_RW[:, :, None] >> bit_B & 1).flatten(1)[:, : own_RV.shape[1]]
-    return own_RV.masked_fill(bits_RV == 0, -torch.inf)
-
-
-def sample_sorted(
-    own_RV: Tensor,
-    params_RP: Tensor,
-    typical_R: Tensor,
-    pairs_3N: Tensor,
-    state: sample.SamplingState,
-    sampled: sample.Sampled,
-    pdl: bool,
-) -> None:
-    """Sample rows with bad words and typical_p, out of scores that a mask may have gone over."""
-    slot_R = params_RP[:, sample.SLOT].long()
-    scores_RV = adjust(own_RV, params_RP, slot_R, state)
-    row, before, last = pairs_3N
-    hit = (before < 0) | (before == state.last_tokens[slot_R[row]])
-    ruled_out = torch.where(hit, -torch.inf, 0.0)
-    scores_RV.index_put_((row, last), ruled_out, accumulate=True)
-    kept_RV = keep(scores_RV, params_RP, typical_R) | scores_RV.isnan() | scores_RV.isposinf()
-    neutral_RP = neutral(params_RP)
-    sample.sample(scores_RV.masked_fill_(~kept_RV, -torch.inf), neutral_RP, state, sampled, pdl)
-    count(sampled.tokens, params_RP[:, sample.HISTORY] >= 0, slot_R, state)
+    return own_RV.masked_fill((bits_RV == 0) & (place_R > 0)[:, None], -torch.inf)
 
 
 def upload(
@@ -207,6 +179,7 @@ def neutral(params_RP: Tensor) -> Tensor:
     floats_RP = params_RP.view(torch.float32)
     params_RP[:, sample.HISTORY] = params_RP[:, sample.BIAS] = -1
     params_RP[:, sample.TOP_K] = params_RP[:, sample.WANTS_LOGPROB] = 0
+    params_RP[:, sample.MASK] = 0
     floats_RP[:, sample.TOP_P], floats_RP[:, sample.MIN_P] = 1.0, 0.0
     return params_RP
 

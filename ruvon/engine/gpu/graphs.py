@@ -7,6 +7,9 @@ its last kernel stores in the same staging buffer) lies in buffers that outlive 
 launched before the host has seen the tokens of the one before: an id of ``-1 - slot`` stands for
 what that slot of the persistent batch sampled last.
 
+Rows with a mask are left out by the step, for the host computes their masks meanwhile: a second
+small graph samples them, once these are there.
+
 Padding has no queries, no context and no slot, and so is not computed with.
 """
 
@@ -25,7 +28,7 @@ from torch import Tensor
 
 from ruvon.engine.batch import padded
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.kernels.staging import Places, load_inputs, store_outputs
 from ruvon.telemetry import Progress
 
@@ -63,19 +66,20 @@ def mixed_buckets(max_tokens: int, max_seqs: int) -> list[Bucket]:
 class StepWords:
     """Where a bucket's inputs lie in the buffer of words, each on a boundary of 16 bytes."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, num_groups: int = 1) -> None:
+        """``num_groups``: cache groups, each of which has slots and new blocks of its own."""
         tokens, sequences = bucket.tokens, bucket.sequences
         shapes = {
             "token_ids": (tokens,),
             "positions": (tokens,),
-            "slots": (tokens,),
+            "slots": (num_groups, padded(tokens)),
             "query_starts": (sequences + 1,),
             "context_lens": (sequences,),
             "logit_rows": (sequences,),
             "params": (sequences, sample.PARAMS),
             "mode": (1,),
-            "new_blocks": (sequences if bucket.single else 0,),
-            "patches": (tokens + sequences, 2),
+            "new_blocks": (num_groups, sequences if bucket.single else 0),
+            "patches": (tokens + num_groups * sequences, 2),
         }
         self._spans: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
@@ -85,7 +89,13 @@ class StepWords:
             self.size += padded(num_words)
         first = {name: span[0] for name, span in self._spans.items()}
         del first["token_ids"], first["query_starts"]
-        self.places = Places(tokens, **first, end=self._spans["patches"][1], num_rows=sequences)
+        self.places = Places(
+            tokens,
+            **first,
+            end=self._spans["patches"][1],
+            num_rows=sequences,
+            slot_stride=padded(tokens),
+        )
         self.blank: Words = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
         inputs = self.views(self.blank)
         for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SLOT]):
@@ -114,6 +124,7 @@ class Captured:
     """A bucket's step, ready to run."""
 
     replay: Callable[[], object]
+    sample_masked: Callable[[], object]  # the rows of the last replay that have a mask
     logits_LV: Tensor  # of the last replay; all buckets share the memory
     graphs: Graphs  # which holds the memory that a replay works in
 
@@ -128,21 +139,23 @@ class Graphs:
         *,
         table_width: int,
         block_size: int,
+        num_groups: int = 1,
         max_context: int,
         buckets: list[Bucket],
         pdl: bool,
     ) -> None:
+        """``num_groups``: cache groups, each of which has a table for each slot."""
         slots, device = state.last_tokens.shape[0], state.last_tokens.device
         self._forward = forward
         self._state = state
         self._block_size = block_size
         self._max_context = max_context
         self._pdl = pdl
-        self.layouts = {bucket: StepWords(bucket) for bucket in buckets}
+        self.layouts = {bucket: StepWords(bucket, num_groups) for bucket in buckets}
         num_words = max(layout.size for layout in self.layouts.values())
         zeros = partial(torch.zeros, dtype=torch.int32)
         self._words = zeros(num_words, device=device)
-        self.tables = zeros(slots, table_width, device=device)
+        self.tables = zeros(num_groups, slots, padded(table_width), device=device)
         self.results = zeros(3, slots, device=device)
         self._turn = zeros(1, device=device)
         self._staged_inputs = zeros(NUM_STAGING, num_words, pin_memory=device.type == "cuda")
@@ -172,14 +185,18 @@ class Graphs:
         layout = self.layouts[bucket]
         self._staged_inputs[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
+        masked = partial(self.sample, bucket, masked=True)
+        masked(logits)
         if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
-            return Captured(replay, logits, self)
+            return Captured(replay, partial(masked, logits), logits, self)
         torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        step, rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(step, pool=pool):
             logits = self._step(bucket)
-        return Captured(graph.replay, borrow(logits), self)
+        with torch.cuda.graph(rest, pool=pool):
+            masked(logits)
+        return Captured(step.replay, rest.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
         """Compute logits, then sample."""
@@ -203,12 +220,17 @@ class Graphs:
             self._pdl,
         )
         inputs = layout.views(words)
+        pairs = zip(inputs["slots"], self.tables, strict=True)
         return self._forward(
             ForwardBatch(
                 token_ids=inputs["token_ids"],
                 positions=inputs["positions"],
-                slots=inputs["slots"],
-                block_tables=self.tables[: bucket.sequences],
+                paged=tuple(
+                    [
+                        PagedIndex(slots[: bucket.tokens], tables[: bucket.sequences])
+                        for slots, tables in pairs
+                    ]
+                ),
                 query_starts=inputs["query_starts"],
                 context_lens=inputs["context_lens"],
                 logit_rows=inputs["logit_rows"],
@@ -217,14 +239,14 @@ class Graphs:
             )
         )
 
-    def sample(self, bucket: Bucket, logits_LV: Tensor) -> None:
-        """The second part, from logits to staged results. It needs the first one's inputs and
-        nothing else, so that something may be done to the logits between the two."""
+    def sample(self, bucket: Bucket, logits_LV: Tensor, *, masked: bool = False) -> None:
+        """The second part, from logits to staged results; or, after it, the same for rows with a
+        mask. It needs the first one's inputs and nothing else."""
         params = self.layouts[bucket].views(self._words)["params"]
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
-        sample.sample(logits_LV, params, self._state, sampled, self._pdl)
-        store_outputs(self.results, self._staged_results, self._turn, self._pdl)
+        sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
+        store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
 
 
 def borrow(tensor: Tensor) -> Tensor:

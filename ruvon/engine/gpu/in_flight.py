@@ -16,6 +16,7 @@ from torch import Tensor
 from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.graphs import StagingBuffer
 from ruvon.engine.gpu.scoring import PooledSum, PromptScores, to_host
+from ruvon.engine.matching import Masks
 from ruvon.engine.pooling import broken
 from ruvon.engine.sampler import finite
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
@@ -39,35 +40,51 @@ class InFlightStep:
     tops: Mapping[int, Alternatives | None]  # of rows whose logprobs are wanted
     scores: Sequence[PromptScores]
     pooled: Sequence[PooledSum] = ()
-    behind: Future[None] | None = None  # launches what waits for masks
-    accept: Callable[[StepResult], StepResult] = lambda result: result  # by grammars
+    masks: Masks | None = None  # once they are there, all of the step has been launched
 
     def wait(self) -> None:
-        if self.behind is not None:
-            self.behind.result()
+        if self.masks is not None:
+            self.masks.wait()
         if self.staging.done is not None:
             self.staging.done.synchronize()
 
     def is_over(self) -> bool:
         """Whether `wait` would return at once."""
-        if self.behind is not None and not self.behind.done():
-            return False
         return self.staging.done is None or bool(self.staging.done.query())
 
 
 class StepFuture(Future[StepResult]):
-    """A step in flight. It is over when the device says so, whoever looks first."""
+    """A step in flight. It is over when the device says so, whoever looks first.
 
-    def __init__(self, step: InFlightStep, waiter: Executor) -> None:
+    ``take``: what is to be made of its result. What another step does only then is done by whoever
+    looks, before anybody else is told.
+    """
+
+    def __init__(
+        self, step: InFlightStep, take: Callable[[InFlightStep, StepResult], StepResult],
+        waiter: Executor,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.step = step
+        self._take = take
         self._waiter = waiter
-        self._reading = Lock()
+        self._reading, self._following = Lock(), Lock()
+        self._next: Callable[[], object] | None = None
+        self._was_read = False
+
+    def call_when_read(self, call: Callable[[], object]) -> bool:
+        """Whether ``call``, the only one, will be called; not if the step has been read back."""
+        with self._following:
+            if not self._was_read:
+                self._next = call
+            return not self._was_read
 
     def done(self) -> bool:
         """Whether `result` returns at once, or has little to read back. Scores of a long prompt
-        are much: they are left to the waiting thread."""
-        return super().done() or (not self.step.scores and self.step.is_over())
+        are much, and so are masks: they are left to the waiting thread."""
+        step = self.step
+        much = step.scores or step.masks is not None or self._next is not None
+        return super().done() or (not much and step.is_over())
 
     def result(self, timeout: float | None = None) -> StepResult:
         """Waits for the device, however long that takes."""
@@ -85,11 +102,19 @@ class StepFuture(Future[StepResult]):
             if super().done():
                 return
             try:
-                result = self.step.accept(read_back(self.step))
+                result = self._take(self.step, read_back(self.step))
             except BaseException as error:
+                self._follow()
                 self.set_exception(error)
             else:
+                self._follow()
                 self.set_result(result)
+
+    def _follow(self) -> None:
+        with self._following:
+            self._was_read = True
+        if self._next is not None:
+            self._next()
 
 
 @dataclass(frozen=True, slots=True)

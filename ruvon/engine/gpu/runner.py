@@ -7,6 +7,10 @@ device fills in what the sequence's slot sampled last.
 
 What no graph does is launched behind it, and computed on the device as well: rows whose sampling is
 deferred, and prompt logprobs.
+
+Rows with a grammar wait for their masks, for which the tokens of the step before have to be known.
+So whoever reads a step back ends the next one, which computes logits meanwhile: it checks the
+tokens, fills the masks, sends them and launches the rest.
 """
 
 from __future__ import annotations
@@ -21,12 +25,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from ruvon.engine.batch import Windows
 from ruvon.engine.gpu.deferred import DeferredRow, sample_deferred
 from ruvon.engine.gpu.graphs import (
     NUM_STAGING,
     Bucket,
+    Captured,
     Graphs,
     StagingBuffer,
+    Words,
     mixed_buckets,
     single_buckets,
 )
@@ -36,12 +43,14 @@ from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.sampling_state import SlotStates
 from ruvon.engine.gpu.scoring import PooledSum, PromptScores, Scorer
 from ruvon.engine.matching import Masks, Matchers
-from ruvon.engine.types import Plan, StepResult
+from ruvon.engine.types import Plan, SamplingRow, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.variants import count_variants
 from ruvon.telemetry import Progress
+
+PATIENCE = 0.002  # seconds that a caller may be held up for masks
 
 
 class GpuRunner:
@@ -57,6 +66,7 @@ class GpuRunner:
         *,
         device: torch.device,
         block_size: int,
+        windows: Windows = (0,),
         vocab_size: int,
         max_model_len: int,
         max_seqs: int,
@@ -65,20 +75,22 @@ class GpuRunner:
         matchers: Matchers,
         progress: Progress,
     ) -> None:
-        """``max_tokens`` bounds a step; ``matchers`` see to rows with a grammar."""
+        """``windows`` are those of the model's cache groups, ``max_tokens`` bounds a step;
+        ``matchers`` see to rows with a grammar, a forced token in each step."""
         self._scorer = scorer
         self._matchers = matchers
         singles = single_buckets(max_seqs)
         self._singles = [next(b for b in singles if b.tokens >= n) for n in range(max_seqs + 1)]
         self._mixed = mixed_buckets(max_tokens, max_seqs)
         width = -(-max_model_len // block_size)
-        self._pdl = supports_pdl(device)
+        self._pdl, on_gpu = supports_pdl(device), device.type == "cuda"
         self._state = sample.make_state(max_seqs, vocab_size, device)
         self._graphs = Graphs(
             forward,
             self._state,
             table_width=width,
             block_size=block_size,
+            num_groups=len(windows),
             max_context=max_model_len,
             buckets=singles + self._mixed,
             pdl=self._pdl,
@@ -86,10 +98,13 @@ class GpuRunner:
         with torch.inference_mode():
             self._captured = self._graphs.capture_all(progress)
         self._staging = deque(self._graphs.staging())  # the next one first
-        self._batch = PersistentBatch(max_seqs, width)
+        masks_RW = torch.zeros_like(self._state.masks, device="cpu", pin_memory=on_gpu)
+        self._masks_RW = masks_RW  # of the step before the last that was read back
+        table_width = self._graphs.tables.shape[2]
+        self._batch = PersistentBatch(max_seqs, table_width, block_size, windows)
         self._states = SlotStates(self._state, eos_token_ids)
         self._inputs = StepInputs(self._batch, self._states, self._graphs, block_size)
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._stream = torch.cuda.current_stream(device) if on_gpu else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
         self._in_flight: deque[StepFuture] = deque()
         self.start_counting()
@@ -114,11 +129,20 @@ class GpuRunner:
             ),
         }  # fmt: skip
 
+    @property
+    def grammar_depth(self) -> int:
+        """As ``depth``, unless masks take their time: then nobody waits for them to launch more."""
+        latest = self._in_flight[-1].step.masks if self._in_flight else None
+        return self.depth - (latest is not None and not latest.are_there(PATIENCE))
+
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Begin a step. The future holds its result, or whatever went wrong."""
         began = time.perf_counter()
         if len(self._in_flight) == NUM_STAGING - 1:
-            self._record(self._in_flight.popleft())  # its staging buffer is next
+            self._in_flight.popleft().read_back()  # its staging buffer is next
+        latest = self._in_flight[-1] if self._in_flight else None
+        if latest is not None and latest.step.masks is not None:
+            latest.step.masks.are_there()
         staging = self._staging[0]
         bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
         deferred = self._inputs.write(plan, bucket, staging)
@@ -126,42 +150,71 @@ class GpuRunner:
         captured = self._captured[bucket]
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
-        constrained = any(row.masked for row in deferred)
-        masks = self._begin_masks(plan) if constrained else None
+        rows = self._states.rows_with_grammar(plan.rows)
+        masks = Masks(list(rows), self._masks_RW[: len(rows)].numpy(), Future()) if rows else None
         tops = self._alternatives(plan, captured.logits_LV)
         scores, pooled = self._score(plan), self._pool(plan)
         self.num_misses += bool(deferred or scores or pooled)
-        end = partial(self._end, deferred, captured.logits_LV, staging, masks)
-        if masks is None:
-            end()
-            step = InFlightStep(plan, staging, began, tops, scores, pooled)
-        else:  # they may take longer than the caller has
-            behind = self._waiter.submit(end)
-            accept = partial(self._matchers.accept, plan.rows, masks)
-            step = InFlightStep(plan, staging, began, tops, scores, pooled, behind, accept)
-        future = StepFuture(step, self._waiter)
+        step = InFlightStep(plan, staging, began, tops, scores, pooled, masks)
+        future = StepFuture(step, self._take, self._waiter)
         self._in_flight.append(future)
+        if masks is None:
+            self._end(deferred, captured.logits_LV, staging)
+        else:
+            end = partial(self._end_masked, step, captured, deferred, list(rows.values()))
+            if latest is None or not latest.call_when_read(end):
+                self._waiter.submit(end)
         return future
 
-    def _begin_masks(self, plan: Plan) -> Masks | None:
-        return self._matchers.begin(self._states.rows_with_grammar(plan.rows))
+    def _end_masked(
+        self,
+        step: InFlightStep,
+        captured: Captured,
+        deferred: Sequence[DeferredRow],
+        rows: Sequence[SamplingRow],
+    ) -> None:
+        """Fill the masks of a step whose predecessor has been read, and launch its end."""
+        masks = step.masks
+        assert masks is not None
+        try:
+            errors = self._fill(rows, masks.masks_RW)
+            with torch.inference_mode(), torch.cuda.stream(self._stream):
+                masks_RW = self._masks_RW[: len(rows)]
+                self._state.masks[: len(rows)].copy_(masks_RW, non_blocking=True)
+                captured.sample_masked()
+                self._end(deferred, captured.logits_LV, step.staging)
+        except BaseException as error:  # the step's, not that of who has read the one before
+            masks.filling.set_exception(error)
+        else:
+            masks.filling.set_result(errors)
+
+    def _fill(self, rows: Sequence[SamplingRow], masks_RW: Words) -> dict[int, str]:
+        """Errors by sequence; if it was not foreseen, it is that of all of them."""
+        try:
+            return self._matchers.fill(rows, masks_RW)
+        except BaseException as error:  # a panic of the library's is no Exception
+            masks_RW[:] = 0
+            reason = f"its mask could not be computed ({type(error).__name__})"
+            return {row.seq_id: reason for row in rows}
 
     def _end(
-        self,
-        deferred: Sequence[DeferredRow],
-        logits_LV: Tensor,
-        staging: StagingBuffer,
-        masks: Masks | None,
+        self, deferred: Sequence[DeferredRow], logits_LV: Tensor, staging: StagingBuffer
     ) -> None:
-        """Launch the end of a step: what its graph did not sample, and the mark that it is over."""
-        masks_MW = None if masks is None else masks.wait()
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
-            if deferred:
+        """Launch the end of a step: what no graph has sampled, and the mark that it is over."""
+        if deferred:
+            with torch.inference_mode():
                 results = self._graphs.results
-                sample_deferred(deferred, logits_LV, self._state, results, self._pdl, masks_MW)
+                sample_deferred(deferred, logits_LV, self._state, results, self._pdl)
                 staging.results.copy_(results, non_blocking=True)
-            if staging.done is not None:
-                staging.done.record(self._stream)
+        if staging.done is not None:
+            staging.done.record(self._stream)
+
+    def _take(self, step: InFlightStep, result: StepResult) -> StepResult:
+        """Check what a step has sampled, and take note of it."""
+        if step.masks is not None:
+            result = self._matchers.accept(step.plan.rows, step.masks, result)
+        self._states.record(step.plan, result.tokens)
+        return result
 
     def close(self) -> None:
         """Finish the steps in flight and end the threads."""
@@ -184,12 +237,6 @@ class GpuRunner:
         except RuntimeError:
             return True
         return False
-
-    def _record(self, future: StepFuture) -> None:
-        """Take note of what a step has sampled."""
-        future.read_back()
-        if future.exception() is None:
-            self._states.record(future.step.plan, future.result().tokens)
 
     def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Alternatives | None]:
         """For rows that want logprobs, the likeliest tokens."""

@@ -29,10 +29,10 @@ class SlotStates:
         self._params: Words = np.zeros((num_slots, sample.PARAMS), dtype=np.int32)
         self._num_prompt: Words = np.zeros(num_slots, dtype=np.int32)
         self._unprepared: set[int] = set()
-        self._forced: set[int] = set()  # sequences with tokens that the device did not count
         self._waits: dict[int, NewSequence] = {}  # slots whose min_tokens have not been sampled
         self._sequences: dict[int, NewSequence] = {}
         self._histories: dict[int, list[int]] = {}  # of those whose sampling looks at it
+        self._constrained: dict[int, SamplingRow] = {}  # those with a grammar
         self._bad_words: dict[int, BadWords] = {}
         # Sequence → how many alternatives, or which, where logprobs are wanted.
         self.num_logprobs: dict[int, int | tuple[int, ...]] = {}
@@ -57,15 +57,12 @@ class SlotStates:
                 history = self._histories.get(chunk.seq_id)
                 if history is not None and chunk.tokens != BEING_SAMPLED:
                     history[chunk.start :] = chunk.tokens
-                    constrained = self._sequences[chunk.seq_id].sampling.grammar is not None
-                    if len(chunk.tokens) > 1 and constrained:
-                        self._forced.add(chunk.seq_id)
 
     def _forget(self, seq_id: int) -> None:
         self._sequences.pop(seq_id, None)
         self._histories.pop(seq_id, None)
         self._bad_words.pop(seq_id, None)
-        self._forced.discard(seq_id)
+        self._constrained.pop(seq_id, None)
         self.num_logprobs.pop(seq_id, None)
 
     def _meet(self, new: NewSequence) -> None:
@@ -77,6 +74,11 @@ class SlotStates:
             self._bad_words[new.seq_id] = BadWords(sampling.bad_words)
         if sampling.bad_words or is_penalized(sampling) or sampling.grammar is not None:
             self._histories[new.seq_id] = list(new.prefix)
+        if sampling.grammar is not None:
+            history = self._histories[new.seq_id]
+            self._constrained[new.seq_id] = SamplingRow(
+                new.seq_id, sampling, history, new.num_prompt, new.seed
+            )
 
     def record(self, plan: Plan, tokens: Sequence[tuple[int, ...]]) -> None:
         """Take in what a step has sampled."""
@@ -118,12 +120,15 @@ class SlotStates:
         """Write the parameters of a step's rows, and mark those to be sampled later as padding.
         ``contexts`` are tokens before the one sampled."""
         rows = list(zip(seq_ids, slots.tolist(), contexts.tolist(), strict=True))
-        if self._unprepared or self._forced:
+        if self._unprepared:
             for seq_id, slot, context in rows:
-                if slot in self._unprepared or self._is_uncounted(seq_id):
+                if slot in self._unprepared:
                     self._prepare(slot, self._sequences[seq_id], context)
         params[:] = self._params[slots]
         params[:, sample.DRAW] = contexts - self._num_prompt[slots]
+        if self._constrained:
+            (masked,) = params[:, sample.MASK].nonzero()
+            params[masked, sample.MASK] = np.arange(1, len(masked) + 1)
         if self._waits:
             self._end_waits(slots, params)
         return [
@@ -132,32 +137,24 @@ class SlotStates:
             if is_deferred(self._sequences[about[0]].sampling)
         ]
 
-    def _is_uncounted(self, seq_id: int) -> bool:
-        """Whether tokens that count for penalties came from elsewhere than the device's sampler."""
-        return seq_id in self._forced and is_penalized(self._sequences[seq_id].sampling)
-
     def rows_with_grammar(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
-        """The rows of a step that has been followed which have one, by their place."""
-        news = [(place, self._sequences[seq_id]) for place, seq_id in enumerate(seq_ids)]
-        return {
-            place: SamplingRow(
-                new.seq_id, new.sampling, self._histories[new.seq_id], new.num_prompt, new.seed
-            )
-            for place, new in news
-            if new.sampling.grammar is not None
-        }
+        """The rows of a step that has been followed which have one, by their place; their masks are
+        in the same order."""
+        known = self._constrained
+        if not known:
+            return {}
+        return {place: known[seq_id] for place, seq_id in enumerate(seq_ids) if seq_id in known}
 
     def _defer(self, row: int, params: Words, seq_id: int, slot: int, context: int) -> DeferredRow:
         own, banned = params[row].copy(), NOTHING_BANNED
-        params[row, sample.SLOT] = -1
+        params[row, [sample.SLOT, sample.MASK]] = -1, 0
         if seq_id in self._bad_words:
             banned = self._bad_words[seq_id].completed(self._histories[seq_id], context)
-        sampling = self._sequences[seq_id].sampling
-        return DeferredRow(row, slot, own, sampling.typical_p, banned, sampling.grammar is not None)
+        typical_p = self._sequences[seq_id].sampling.typical_p
+        return DeferredRow(row, slot, own, typical_p, banned)
 
     def _prepare(self, slot: int, new: NewSequence, context: int) -> None:
         self._unprepared.discard(slot)
-        self._forced.discard(new.seq_id)
         sampling = new.sampling
         words = self._params[slot]
         write_params(words, sampling, new.seed)
@@ -209,7 +206,7 @@ class SlotStates:
 
 def is_deferred(sampling: SamplingParams) -> bool:
     """Whether it is more than the captured step's sampler does."""
-    return sampling.typical_p < 1 or bool(sampling.bad_words) or sampling.grammar is not None
+    return sampling.typical_p < 1 or bool(sampling.bad_words)
 
 
 def is_penalized(sampling: SamplingParams) -> bool:
@@ -238,3 +235,4 @@ def write_params(words: Words, sampling: SamplingParams, seed: int) -> None:
     words[sample.HISTORY] = 0 if is_penalized(sampling) else -1
     words[sample.BIAS] = 0 if biased else -1
     words[sample.WANTS_LOGPROB] = sampling.logprobs is not None
+    words[sample.MASK] = sampling.grammar is not None
