@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate, apply_activation
 from ruvon.kernels.norm import add_norm
-from ruvon.kernels.ops import Activation, Packed
+from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
 from ruvon.kernels.split_k import Workspace, plan_split_k, reduce_split_k
 from ruvon.kernels.tma_linear import tma_linear, tma_tile
@@ -203,7 +203,7 @@ def gemv(
 ) -> tuple[Tensor, Tensor]:
     """(act(norm(x + residual) Wᵀ + b), x + residual) for at most `GEMV_ROWS` rows."""
     rows, k = x_TK.shape
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     n = weight.shape[0] // (2 if gated else 1)
     tile = tile or gemv_tile(k, gated, norm is not None)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
@@ -289,7 +289,7 @@ def skinny(
 ) -> Tensor:
     """act(x Wᵀ + b) on tensor cores."""
     rows, k = x_TK.shape
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     n = weight.shape[0] // (2 if gated else 1)
     tile = tile or skinny_tile(rows, n, k, gated)
     columns = min(tile.columns, max(16, triton.next_power_of_2(k)))
@@ -336,7 +336,7 @@ def linear(
         return gemv(x_TK, None, None, weight, bias_N, activation, x_TK.dtype, pdl)[0]
     if rows <= SKINNY_ROWS and skinny_is_faster(*weight.shape):
         return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl)
-    tile = tma_tile(rows, *weight.shape, activation == "silu_gated")
+    tile = tma_tile(rows, *weight.shape, activation in GATED)
     if tile is not None and x_TK.is_contiguous() and x_TK.dtype != torch.float32:
         return tma_linear(x_TK, weight, bias_N, activation, workspace, pdl, tile)
     dense_NK = weight.tensors[0]
@@ -354,7 +354,7 @@ def batch_invariant_linear(
     pdl: bool = False,
 ) -> Tensor:
     """`linear`, with the same bits for a row whatever the others are, and how many."""
-    tile = batch_invariant_tile(x_TK.shape[0], activation == "silu_gated")
+    tile = batch_invariant_tile(x_TK.shape[0], activation in GATED)
     return skinny(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl, tile)
 
 

@@ -18,7 +18,8 @@ class Param(IntEnum):
 
 PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED = range(7)
+FIRST_GATED = SILU_GATED
 ACTIVATIONS = {
     "none": NONE,
     "gelu_tanh": GELU_TANH,
@@ -26,6 +27,7 @@ ACTIVATIONS = {
     "relu": RELU,
     "silu": SILU,
     "silu_gated": SILU_GATED,
+    "gelu_tanh_gated": GELU_TANH_GATED,
 }
 
 # What attention can do

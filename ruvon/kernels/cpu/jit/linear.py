@@ -9,11 +9,11 @@ from __future__ import annotations
 from ruvon.kernels.cpu.arguments import Linear
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, ROWS, Form
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_row
+from ruvon.kernels.cpu.jit.rows import activate16, write_row
 from ruvon.kernels.cpu.jit.simd import arguments, get, load, read_i64, write_i64
 from ruvon.kernels.cpu.jit.tiles import multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import FETCH_AT, NONE, OWN_END, PANEL, SILU_GATED
+from ruvon.kernels.cpu.params import FETCH_AT, FIRST_GATED, NONE, OWN_END, PANEL
 
 AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
 
@@ -25,13 +25,13 @@ def finish_row(a, sums, row, column):
     if a.bias != 0:
         x = x + load(a.bias + 128 * column)
         y = y + load(a.bias + 128 * column + 64)
-    if a.activation == SILU_GATED:
+    if a.activation >= FIRST_GATED:
         up_x, up_y = load(sums + 128), load(sums + 192)
         if a.bias != 0:
             bias = a.bias + 4 * a.width + 128 * column
             up_x = up_x + load(bias)
             up_y = up_y + load(bias + 64)
-        x, y = sigmoid_times(x) * up_x, sigmoid_times(y) * up_y
+        x, y = activate16(x, a.activation) * up_x, activate16(y, a.activation) * up_y
     elif a.activation != NONE:
         x, y = activate16(x, a.activation), activate16(y, a.activation)
     write_row(a.out, row, column, x, y)

@@ -43,7 +43,15 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import GELU, GELU_TANH, RELU, SILU, SILU_GATED
+from ruvon.kernels.cpu.params import (
+    FIRST_GATED,
+    GELU,
+    GELU_TANH,
+    GELU_TANH_GATED,
+    RELU,
+    SILU,
+    SILU_GATED,
+)
 
 INT8_BYTES, INT16_BYTES, BF16_BYTES = (
     form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
@@ -183,14 +191,15 @@ def erf16(x):
 
 @helper
 def activate16(x, activation):
+    """Of a gated kind its gate's function alone."""
     if activation == RELU:
         return larger(x, splat16(0.0))
-    if activation == SILU:
+    if activation == SILU or activation == SILU_GATED:
         return sigmoid_times(x)
     if activation == GELU:
         half = splat16(0.5) * x
         return fma(half, erf16(x * splat16(0.7071067811865476)), half)
-    if activation == GELU_TANH:
+    if activation == GELU_TANH or activation == GELU_TANH_GATED:
         inner = fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308)
         return sigmoid_of(x, inner)  # 0.5 x (1 + tanh(u)) = x sigmoid(2u)
     return x
@@ -203,11 +212,9 @@ def activate(address, params, start, stop, scratch):
     for row in range(start, stop):
         x, out = a.x + row * a.stride, a.out + row * a.out_stride
         for c in range(0, a.width, 16):
-            value = load(x + 4 * c)
-            if a.activation == SILU_GATED:
-                value = sigmoid_times(value) * load(x + 4 * (a.width + c))
-            else:
-                value = activate16(value, a.activation)
+            value = activate16(load(x + 4 * c), a.activation)
+            if a.activation >= FIRST_GATED:
+                value = value * load(x + 4 * (a.width + c))
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
 
 
