@@ -201,6 +201,11 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "experts": experts, "mlp_bias": True, "sinks": True}
 
 
+def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    for_each_layer(0, config["num_hidden_layers"])  # not more than make sense
+    return spec_gemma3.fields_from_config(config)
+
+
 HEAD_DIMS = {"Qwen3ForCausalLM": 128, "GptOssForCausalLM": 64}  # where a config does not say
 QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -265,7 +270,7 @@ CONFIG_READERS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Qwen3ForCausalLM": _llama_family,
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "GptOssForCausalLM": _gpt_oss,
-    spec_gemma3.GEMMA3: spec_gemma3.fields_from_config,
+    spec_gemma3.GEMMA3: _gemma3,
 }
 
 MODEL_TYPES: Mapping[str, str] = {

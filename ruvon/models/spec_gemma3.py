@@ -60,8 +60,10 @@ def _rope(config: Mapping[str, Any], kind: str, head_dim: int) -> RopeSpec:
     """The rotation of one kind of layer: by its kind in ``rope_parameters``, or by the older
     ``rope_theta`` and ``rope_scaling``, which are those of layers that see everything, and
     ``rope_local_base_freq``."""
-    far = kind == "full_attention"
-    parameters = dict((config.get("rope_parameters") or {}).get(kind) or {})
+    far, by_kind = kind == "full_attention", config.get("rope_parameters") or {}
+    if strangers := set(by_kind) - {"full_attention", "sliding_attention"}:
+        raise LoadError(f"config.json: rope_parameters {sorted(strangers)} of no kind of layer")
+    parameters = dict(by_kind.get(kind) or {})
     if far and not parameters:
         parameters = dict(config.get("rope_scaling") or {})
     theta = config.get("rope_theta" if far else "rope_local_base_freq") or (FAR if far else NEAR)

@@ -105,7 +105,12 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         },
     ),
     "gemma3-untied": Gemma3TextConfig(
-        **SHAPE, head_dim=16, layer_types=["full_attention"] * 3, tie_word_embeddings=False
+        **SHAPE,
+        head_dim=16,
+        sliding_window=5,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=16,
+        tie_word_embeddings=False,
     ),
     "qwen3-moe": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
     "qwen3-moe-plain": Qwen3MoeConfig(**EXPERTS, use_sliding_window=True, sliding_window=7),

@@ -194,12 +194,12 @@ def activate16(x, activation):
     """Of a gated kind its gate's function alone."""
     if activation == RELU:
         return larger(x, splat16(0.0))
-    if activation == SILU or activation == SILU_GATED:
+    if activation in (SILU, SILU_GATED):
         return sigmoid_times(x)
     if activation == GELU:
         half = splat16(0.5) * x
         return fma(half, erf16(x * splat16(0.7071067811865476)), half)
-    if activation == GELU_TANH or activation == GELU_TANH_GATED:
+    if activation in (GELU_TANH, GELU_TANH_GATED):
         inner = fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308)
         return sigmoid_of(x, inner)  # 0.5 x (1 + tanh(u)) = x sigmoid(2u)
     return x
