@@ -15,7 +15,7 @@ from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.grammars import Grammar
-from ruvon.models.chat import ChatFormat
+from ruvon.models.chat import Chat
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
@@ -72,7 +72,7 @@ class Service:
     root: str  # what the model was loaded from
     generator: Generator
     tokenizer: Tokenizer
-    chat: ChatFormat
+    chat: Chat
     metrics: Metrics
     fingerprint: str  # changes when weights, kernels or version do
     defaults: Mapping[str, float | int]  # the model's own sampling

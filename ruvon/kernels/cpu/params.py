@@ -14,12 +14,12 @@ class Param(IntEnum):
     LOGIT_PANELS = 3
     SEQUENCES = 4
     QUERY_TILES = 5  # of `QUERY_TOKENS` tokens of one sequence
+    ONE = 6  # what is there once
 
 
 PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED = range(7)
-FIRST_GATED = SILU_GATED
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED, SWIGLU_CLAMPED = range(8)
 ACTIVATIONS = {
     "none": NONE,
     "gelu_tanh": GELU_TANH,
@@ -28,7 +28,13 @@ ACTIVATIONS = {
     "silu": SILU,
     "silu_gated": SILU_GATED,
     "gelu_tanh_gated": GELU_TANH_GATED,
+    "swiglu_clamped": SWIGLU_CLAMPED,
 }
+
+# Of experts: some rows of one of them are a panel. Of each is noted, as int64, which expert, its
+# first row, how many rows, and what a column of all panels before it costs.
+PANELS_AT, PANEL_BYTES = 16, 32
+WEIGHTS_COST = 3  # rows that take as long as the weights that they meet take to arrive
 
 # What attention can do
 QUERY_TOKENS = 16

@@ -53,6 +53,7 @@ class Reasoning:
     budget: int | None = None  # most tokens; then the answer is begun for it
     enabled: bool | None = None
     effort: str | None = None
+    param: str = "reasoning_effort"  # the request's field that errors about the effort name
 
 
 class Parser(Protocol):
@@ -136,7 +137,7 @@ def read_choice(choice: ToolChoice | str | Mapping[str, Any]) -> ToolChoice:
 
 def openai_form(tool: Tool) -> dict[str, Any]:
     """A tool as chat templates expect it; a custom one as a function of one string."""
-    function: dict[str, Any] = {"name": tool.name, "description": _description(tool)}
+    function: dict[str, Any] = {"name": tool.name, "description": describe(tool)}
     function["parameters"] = arguments_schema(tool)
     return {"type": "function", "function": function}
 
@@ -154,7 +155,8 @@ def arguments_schema(tool: Tool) -> Mapping[str, Any]:
     }
 
 
-def _description(tool: Tool) -> str:
+def describe(tool: Tool) -> str:
+    """What a model is told of a tool, in words."""
     text = tool.description or ""
     if tool.syntax is None:
         return text
