@@ -193,6 +193,18 @@ def test_yarn_beyond_128_and_4096_positions(spelling):
     assert theirs.attention_scaling == pytest.approx(1.3465735902799727)
 
 
+def test_long_prompts_do_not_depend_on_chunk_sizes(folder, model):
+    """Of 400 tokens, 25 windows."""
+    tokens = random.Random(1).choices(range(3, VOCAB), k=400)
+    with torch.inference_mode():
+        want = make_reference(folder)(torch.tensor([tokens])).logits[0]
+    for size in (23, 64, 256):
+        run = PagedSequences(model)
+        chunks = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+        found = torch.cat([run.step({0: chunk}) for chunk in chunks])
+        torch.testing.assert_close(found, want, **TOLERANCE)
+
+
 def test_yarn_is_never_lost():
     given = {key: value for key, value in CONFIG.items() if not key.startswith("rope_")}
     with pytest.raises(LoadError, match="lacks 'rope_parameters'"):
