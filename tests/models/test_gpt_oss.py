@@ -296,14 +296,17 @@ def test_quantizing_leaves_mxfp4_alone(folder, model, scheme):
     assert torch.equal(logits(plain), logits(model))
 
 
-def test_made_up_weights_have_the_true_form(folder):
+@pytest.mark.parametrize("layout", [".", "original"])
+def test_made_up_weights_have_the_true_form(folder, layout):
     """A benchmark's experts are packed as real ones are."""
-    first, second = (load(folder, load_format="dummy", seed=seed) for seed in (0, 1))
+    path = folder / layout
+    first, second = (load(path, load_format="dummy", seed=seed) for seed in (0, 1))
     up, _ = (model.layers[0].mixture.experts.tensors[0] for model in (first, second))
     assert up.shape == (EXPERTS * 2 * WIDTH, HIDDEN)
     assert up.unique().numel() == 15  # values of e2m1, with one scale and one zero
     assert 0.01 < up.std() < 0.05
     assert torch.isfinite(logits(first)).all()
+    assert logits(first).std() > 0.1
     assert not torch.equal(logits(first), logits(second))
     assert first.spec.experts.top_k == TOP_K
 
