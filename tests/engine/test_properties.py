@@ -83,6 +83,10 @@ class Arrival:
     aborted_at: int | None = None
 
 
+def make_matchers(grammar_depth: int) -> Matchers:
+    return Matchers(GRAMMARS, at_once=grammar_depth == 1)
+
+
 class Run:
     """One engine fed with arrivals, its invariants checked after every step.
 
@@ -96,13 +100,14 @@ class Run:
         num_blocks: int,
         config: EngineConfig,
         depth: int = 1,
+        grammar_depth: int = 1,
         eager: bool = False,
         at_once: int = 1,
         failing: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         self.runner = FakeRunner(
             config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once,
-            matchers=Matchers(GRAMMARS),
+            grammar_depth=grammar_depth, matchers=make_matchers(grammar_depth),
         )  # fmt: skip
         self.runner.failing |= failing
         self.engine = Engine(
@@ -238,8 +243,10 @@ def verify(run: Run) -> None:
 
 def replay(run: Run) -> None:
     """Plans are values: written down and read back, they make another runner do the same."""
-    matchers = Matchers(GRAMMARS)
-    runner = FakeRunner(run.runner.block_size, ALPHABET, depth=run.runner.depth, matchers=matchers)
+    depth, grammar_depth = run.runner.depth, run.runner.grammar_depth
+    runner = FakeRunner(
+        run.runner.block_size, ALPHABET, depth=depth, matchers=make_matchers(grammar_depth)
+    )
     for plan, result in zip(run.runner.plans, run.results, strict=True):
         assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
     runner.close()
@@ -297,6 +304,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         "config": config,
         "num_blocks": fewest + more,
         "depth": depth,
+        "grammar_depth": draw(st.integers(1, depth)),
         "eager": draw(st.booleans()),
     }
 
@@ -313,7 +321,7 @@ def test_same_tokens_whatever_the_schedule(load, world):
 @given(arrivals(), worlds(), st.integers(2, 4))
 def test_same_tokens_however_many_a_step_brings(load, world, at_once):
     """As with accepted drafts, which only one step at a time can have."""
-    verify(Run(load, **world | {"depth": 1}, at_once=at_once).go())
+    verify(Run(load, **world | {"depth": 1, "grammar_depth": 1}, at_once=at_once).go())
 
 
 @settings(max_examples=150, deadline=None)
@@ -360,11 +368,19 @@ def mixed_load(
     return load
 
 
-@pytest.mark.parametrize("depth", [1, 2])
 @pytest.mark.parametrize(
-    ("policy", "constrained"), [("fcfs", False), ("priority", False), ("fcfs", True)]
+    ("policy", "constrained", "depth", "grammar_depth"),
+    [
+        ("fcfs", False, 1, 1),
+        ("fcfs", False, 2, 1),
+        ("priority", False, 1, 1),
+        ("priority", False, 2, 1),
+        ("fcfs", True, 1, 1),
+        ("fcfs", True, 2, 1),
+        ("fcfs", True, 2, 2),
+    ],
 )
-def test_a_long_run_under_pressure(policy, depth, constrained):
+def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth):
     """Several hundred jobs through a cache that holds two or three: preemption all the time."""
     load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
     config = EngineConfig(
@@ -374,7 +390,7 @@ def test_a_long_run_under_pressure(policy, depth, constrained):
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    run = Run(load, 20, config, depth).go()
+    run = Run(load, 20, config, depth, grammar_depth).go()
     verify(run)
     counters = run.engine._scheduler.counters
     assert counters.preempted > 100
