@@ -26,7 +26,7 @@ from ruvon.kernels.cpu.capture import Instruction
 from ruvon.kernels.cpu.formats import FORMATS
 from ruvon.kernels.cpu.graph import sizes_of
 from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.telemetry import silent
@@ -89,12 +89,12 @@ def make_batch(chunks: list[tuple[int, int]]) -> ForwardBatch:
     per_sequence = max(-(-(start + new) // PAGE) for start, new in chunks)
     tables = np.arange(len(chunks) * per_sequence).reshape(len(chunks), -1)
     places = [(s, start + i) for s, (start, new) in enumerate(chunks) for i in range(new)]
+    slots = [int(tables[s, at // PAGE]) * PAGE + at % PAGE for s, at in places]
     starts = np.cumsum([0, *(new for _, new in chunks)])
     return ForwardBatch(
         token_ids=ints([(s * 7919 + at * 104729) % 40000 for s, at in places]),
         positions=ints([at for _, at in places]),
-        slots=ints([int(tables[s, at // PAGE]) * PAGE + at % PAGE for s, at in places]),
-        block_tables=ints(tables.tolist()),
+        paged=(PagedIndex(ints(slots), ints(tables.tolist())),),
         query_starts=ints(starts.tolist()),
         context_lens=ints([start + new for start, new in chunks]),
         logit_rows=ints((starts[1:] - 1).tolist()),

@@ -3,9 +3,10 @@
     python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
                         [--batches 1,32,256] [--beside OTHER/CHECKOUT] [--options ...]
 
-Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens. ``steps`` is
-the time of a decode step's graph; the floor is the bytes it must read over 3.35 TB/s. ``offline``
-drives `ruvon.LLM`, token ids in. ``serve`` streams /v1/completions to clients in other processes;
+Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens; the models
+gpt-oss-20b and gpt-oss-120b have their experts in MXFP4. ``steps`` is the time of a decode step's
+graph; the floor is the bytes it must read over 3.35 TB/s. ``offline`` drives `ruvon.LLM`, token ids
+in. ``serve`` streams /v1/completions to clients in other processes;
 ``load`` does so at several rates of arrival (Poisson), with prompts of 16 to 900 tokens and outputs
 of 16 to 500 or what the context leaves, drawn at temperature 0.8 and top-p 0.95.
 
@@ -35,9 +36,10 @@ from measure import write
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
+from ruvon.models.cache_groups import cache_groups
 from ruvon.models.quantize import SCHEMES
 from ruvon.models.spec import spec_from_config
 from ruvon.models.weights import RandomTensors, Weights
@@ -58,6 +60,36 @@ GPT2 = {
     "eos_token_id": 50256,
     "bos_token_id": 50256,
     "torch_dtype": "bfloat16",
+}
+GPT_OSS = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "attention_bias": True,
+    "eos_token_id": 200002,
+    "head_dim": 64,
+    "hidden_act": "silu",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 64,
+    "num_experts_per_tok": 4,
+    "num_key_value_heads": 8,
+    "quantization_config": {"quant_method": "mxfp4"},
+    "rms_norm_eps": 1e-5,
+    "rope_scaling": {
+        "rope_type": "yarn",
+        "factor": 32.0,
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "original_max_position_embeddings": 4096,
+        "truncate": False,
+    },
+    "rope_theta": 150000,
+    "sliding_window": 128,
+    "swiglu_limit": 7.0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+    "vocab_size": 201088,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
@@ -80,37 +112,40 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "bos_token_id": 1,
         "torch_dtype": "bfloat16",
     },
+    "gpt-oss-20b": GPT_OSS | {"num_hidden_layers": 24, "num_local_experts": 32},
+    "gpt-oss-120b": GPT_OSS | {"num_hidden_layers": 36, "num_local_experts": 128},
 }
-BATCHES = {"gpt2": (1, 8, 32, 128, 256), "xl": (1, 8, 64, 256), "smollm2": (1, 8, 64, 256)}
+BATCHES = {
+    "gpt2": (1, 8, 32, 128, 256),
+    "xl": (1, 8, 64, 256),
+    "smollm2": (1, 8, 64, 256),
+    "gpt-oss-20b": (1, 8, 64, 256),
+    "gpt-oss-120b": (1, 8, 64),
+}
 
 VLLM_STEP_MS = {
     "gpt2": {1: 2.36, 8: 2.42, 32: 2.41, 128: 4.97, 256: 7.78},
     "xl": {1: 2.96, 8: 3.19, 64: 5.46, 256: 12.6},
     "smollm2": {1: 1.99, 8: 2.51, 64: 3.00, 256: 6.66},
+    "gpt-oss-20b": {1: 3.22, 8: 3.62, 256: 7.95},
 }
 VLLM_TOK_S = {
     "gpt2": {1: 417, 8: 3016, 32: 12069, 128: 23990, 256: 30549},
     "xl": {1: 326, 8: 2173, 64: 10518, 256: 17722},
     "smollm2": {1: 487, 8: 2666, 64: 18792, 256: 34121},
+    "gpt-oss-20b": {64: 9396, 256: 14631},
 }
-VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400}
-
-
-class DeviceTensors(RandomTensors):
-    """Random weights drawn where they are used."""
-
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        if len(shape) == 1:
-            return super().read(name, shape)
-        return (torch.randn(shape, device=DEVICE) * 0.02).to(torch.bfloat16)
+VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400, "gpt-oss-20b": 51_500}
 
 
 def build(name: str) -> Model:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     spec = spec_from_config(CONFIGS[name])
     family = MODELS[spec.architecture]
-    source = DeviceTensors(Path(name), 0, torch.bfloat16)
-    weights = Weights(source, family.rules, SCHEMES["none"], ops, spec.num_layers)
+    source = RandomTensors(
+        Path(name), 0, torch.bfloat16, mxfp4="quantization_config" in CONFIGS[name], device=DEVICE
+    )
+    weights = Weights(source, family.rules, SCHEMES["auto"], ops, spec.num_layers)
     return family.build(spec, weights, ops)
 
 
@@ -147,7 +182,7 @@ def measure_steps(name: str, batches: tuple[int, ...]) -> dict[str, Any]:
         cache = make_cache(model, batch * per_seq)
         captured = decode_step(model, cache, batch, per_seq)
         step, floor = milliseconds(captured.replay), floor_ms(model, batch)
-        vllm = VLLM_STEP_MS[name].get(batch, float("nan"))
+        vllm = VLLM_STEP_MS.get(name, {}).get(batch, float("nan"))
         print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
         numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
     return numbers
@@ -169,13 +204,13 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
     with torch.inference_mode():
         captured = graphs.capture_all(silent)[bucket]
         tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
-        graphs.tables.copy_(tables)
+        graphs.tables[0, :, :per_seq] = tables
         slots = np.arange(batch)
         for staging in graphs.staging():
             inputs = staging.inputs[bucket]
             inputs["token_ids"][:] = 5
             inputs["positions"][:] = CONTEXT - 1
-            inputs["slots"][:] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
+            inputs["slots"][0, :batch] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
             inputs["query_starts"][:] = np.arange(batch + 1)
             inputs["context_lens"][:] = CONTEXT
             inputs["logit_rows"][:] = slots
@@ -185,14 +220,22 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
 
 
 def floor_ms(model: Model, batch: int) -> float:
-    spec = model.spec
-    width = spec.num_heads * spec.head_dim + 2 * spec.num_kv_heads * spec.head_dim
-    gates = 2 if spec.architecture == "LlamaForCausalLM" else 1
-    layer = spec.hidden_size * (width + spec.num_heads * spec.head_dim)
-    layer += (1 + gates) * spec.hidden_size * spec.intermediate_size
-    weights = spec.num_layers * layer + spec.vocab_size * spec.hidden_size
-    cached = batch * CONTEXT * 2 * spec.num_layers * spec.num_kv_heads * spec.head_dim
-    return 2 * (weights + cached) / BANDWIDTH * 1e3
+    """Weights that a step must read, those of experts once however many tokens chose one (of which
+    there are so many if all are chosen alike), and the keys and values of its sequences."""
+    spec, experts = model.spec, model.spec.experts
+    heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
+    plain = spec.hidden_size * (heads + spec.num_heads * spec.head_dim)
+    gates = 1 if spec.architecture == "GPT2LMHeadModel" else 2
+    mlp = (1 + gates) * spec.hidden_size * spec.intermediate_size
+    if experts is None:
+        layer = 2 * (plain + mlp)
+    else:
+        read = experts.num_experts * (1 - (1 - experts.top_k / experts.num_experts) ** batch)
+        layer = 2 * plain + read * mlp * (4.25 / 8 if spec.sinks else 2)
+    cached = 2 * spec.num_kv_heads * spec.head_dim
+    seen = sum(min(window or CONTEXT, CONTEXT) for window in spec.windows)
+    nbytes = spec.num_layers * layer + 2 * spec.vocab_size * spec.hidden_size
+    return (nbytes + 2 * batch * seen * cached) / BANDWIDTH * 1e3
 
 
 def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
@@ -207,8 +250,7 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
     batch = ForwardBatch(
         token_ids=torch.full((num * length,), 5, dtype=torch.int32, device=DEVICE),
         positions=positions.to(DEVICE),
-        slots=slots.to(DEVICE),
-        block_tables=tables.to(DEVICE),
+        paged=(PagedIndex(slots.to(DEVICE), tables.to(DEVICE)),) * len(cache_groups(model.spec)),
         query_starts=torch.arange(num + 1, dtype=torch.int32, device=DEVICE) * length,
         context_lens=torch.full((num,), length, dtype=torch.int32, device=DEVICE),
         logit_rows=torch.arange(1, num + 1, dtype=torch.int32, device=DEVICE) * length - 1,
@@ -221,8 +263,9 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
         with torch.cuda.graph(graph):
             model.forward(batch, cache)
         rate = num * length / milliseconds(graph.replay, 5) * 1e3
-    print(f"prefill {name}: {rate:,.0f} tok/s (vLLM {VLLM_PREFILL_TOK_S[name]:,})")
-    return {"tok_s": rate, "vllm_tok_s": VLLM_PREFILL_TOK_S[name]}
+    vllm = VLLM_PREFILL_TOK_S.get(name, 0)
+    print(f"prefill {name}: {rate:,.0f} tok/s (vLLM {vllm:,})")
+    return {"tok_s": rate, "vllm_tok_s": vllm}
 
 
 def measure_sampling(_: str, batches: tuple[int, ...]) -> dict[str, Any]:
@@ -284,7 +327,7 @@ def measure_offline(name: str, batches: tuple[int, ...], folder: Path) -> dict[s
             llm.generate(prompts, sampling, use_tqdm=False)
             times.append(time.perf_counter() - began)
         seconds = statistics.median(times)
-        rate, vllm = batch * 128 / seconds, VLLM_TOK_S[name].get(batch, 0)
+        rate, vllm = batch * 128 / seconds, VLLM_TOK_S.get(name, {}).get(batch, 0)
         print(f"| {name} | {batch} | {rate:,.0f} | {vllm:,} | {seconds / 128e-3:.3f} |")
         numbers[str(batch)] = {"tok_s": rate, "vllm_tok_s": vllm}
     llm.close()

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ruvon.engine.gpu.graphs import Bucket, StepWords
 from ruvon.kernels import sample
-from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
+from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, PagedIndex, Rope
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.staging import load_inputs, store_outputs
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -114,7 +114,7 @@ def measure_staging(report: Report) -> None:
         staged = torch.from_numpy(layout.blank).view(1, -1).pin_memory()
         zeros = partial(torch.zeros, dtype=torch.int32, device=DEVICE)
         turn, words, last_tokens = zeros(1), zeros(layout.size), zeros(sequences)
-        tables = zeros(sequences, 128)
+        tables = zeros(1, sequences, 128)
 
         load = partial(
             load_inputs, staged, turn, words, last_tokens, tables, layout.places, PAGE,
@@ -202,8 +202,9 @@ def pages(sequences: int, queries: int, context: int) -> ForwardBatch:
     starts = torch.arange(sequences + 1, dtype=torch.int32) * queries
     ids = torch.zeros(sequences * queries, dtype=torch.int32)
     lengths = torch.full((sequences,), context, dtype=torch.int32)
-    on_device = [t.to(DEVICE) for t in (ids, positions, slots, tables, starts, lengths, starts[1:])]
-    return ForwardBatch(*on_device, max_query=queries, max_context=context)
+    paged = (PagedIndex(slots.to(DEVICE), tables.to(DEVICE)),)
+    first, second, *rest = [t.to(DEVICE) for t in (ids, positions, starts, lengths, starts[1:])]
+    return ForwardBatch(first, second, paged, *rest, max_query=queries, max_context=context)
 
 
 def measure_writes(name: str, shape: Shape, report: Report) -> None:
@@ -215,7 +216,7 @@ def measure_writes(name: str, shape: Shape, report: Report) -> None:
     rope = Rope(angles.cos(), angles.sin()) if shape.rotated else None
     for sequences, queries in ((1, 100), (8, 1000)):
         batch = pages(sequences, queries, queries)
-        blocks = batch.block_tables.numel()
+        blocks = batch.paged[0].block_tables.numel()
         tokens, cache = sequences * queries, (blocks, shape.groups, PAGE, 64)
         width = 64 * (shape.heads + 2 * shape.groups)
         moved = width if shape.rotated else 2 * 64 * shape.groups  # numbers, each way
@@ -244,7 +245,7 @@ def measure_attention(name: str, shape: Shape, report: Report) -> None:
         spec = AttentionSpec(shape.heads, shape.groups, 64, 0.125, window=window)
         for sequences, queries, context in cases:
             batch = pages(sequences, queries, context)
-            blocks = batch.block_tables.numel()
+            blocks = batch.paged[0].block_tables.numel()
             cache_bytes = 2 * 2 * blocks * PAGE * shape.groups * 64
             caches = [
                 (normal(blocks, shape.groups, PAGE, 64), normal(blocks, shape.groups, PAGE, 64))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import TypeAlias
@@ -12,6 +12,7 @@ from typing import TypeAlias
 import numpy as np
 
 from ruvon.engine.batch import BlockTables
+from ruvon.engine.blocks import NULL, first_block
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.runner import SamplingRows
 from ruvon.engine.types import (
@@ -25,8 +26,8 @@ from ruvon.engine.types import (
 )
 from ruvon.models.text_stream import TextStream
 
-Tables: TypeAlias = Mapping[int, tuple[int, ...]]
-"""The block tables of a step's sequences, as they were when it was launched."""
+Tables: TypeAlias = Mapping[int, tuple[tuple[int, ...], ...]]
+"""The block tables of a step's sequences, by cache group, as they were when it was launched."""
 
 LETTERS = tuple(b"abcdefghijklmnopqrstuvwxyz ")
 
@@ -112,9 +113,10 @@ def last_three(history: Sequence[int], seed: int) -> int:
 class FakeRunner:
     """Samples tokens without a model, and asserts that plans are sound.
 
-    It keeps a cache of its own, a (position, token) for each slot, and reads every sequence's
-    context back from the blocks that plans have named: a block given away too early, a wrong prefix
-    hit or a chunk out of order is found at once. So is a step that writes where another step under
+    It keeps a cache of its own, a (position, token, cache group) for each slot, and reads what the
+    ``windows`` of its groups show of every sequence's context back from the blocks that plans have
+    named: a block given away too early, a wrong prefix hit or a chunk out of order is found at
+    once. So is a step that writes where another step under
     way reads or writes for another sequence, and a token said to be sampled just now that is not.
     Tokens come from ``next_token(history, seed)`` mapped into ``alphabet``, ``at_once`` for each
     row. With ``matchers`` rows with a grammar obey it, one token at a time and those it forces. A
@@ -134,8 +136,10 @@ class FakeRunner:
         long_step: int = 1 << 20,
         at_once: int = 1,
         matchers: Matchers | None = None,
+        windows: tuple[int, ...] = (0,),
     ) -> None:
         self.block_size = block_size
+        self.windows = windows
         self.depth = depth
         self.grammar_depth = grammar_depth
         self.long_step = long_step
@@ -151,7 +155,7 @@ class FakeRunner:
         self._at_once = at_once
         self._matchers = matchers
         self._held: list[tuple[Plan, Tables, Future[StepResult]]] = []
-        self._cache: dict[int, tuple[int, int]] = {}  # slot → (position, token)
+        self._cache: dict[int, tuple[int, int, int]] = {}  # slot → (position, token, group)
         self._tables = BlockTables()
         self._generations: dict[int, int] = {}
         self._rows = SamplingRows()
@@ -167,7 +171,9 @@ class FakeRunner:
         self._check_placeholders()
         self._check_sequences(plan)
         self._tables.follow(plan)
-        tables = {chunk.seq_id: tuple(self._tables[chunk.seq_id]) for chunk in plan.chunks}
+        tables = {
+            chunk.seq_id: tuple(map(tuple, self._tables[chunk.seq_id])) for chunk in plan.chunks
+        }
         if self.failing.get(plan.step) == "launch":
             self._unlaunched.append(plan)
             self._fail(plan, tables)
@@ -215,7 +221,7 @@ class FakeRunner:
             self._follow_failed(plan)
             self._fail(plan, tables)
         chunks = [self._complete(chunk) for chunk in plan.chunks]
-        contexts = {chunk.seq_id: self._context(chunk, tables) for chunk in chunks}
+        contexts = {chunk.seq_id: self._contexts(chunk, tables) for chunk in chunks}
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
         self._write(chunks, tables)
         self._rows.follow(plan)
@@ -257,8 +263,9 @@ class FakeRunner:
         """Raise, and leave rubbish behind."""
         for chunk in plan.chunks:
             self._failed.setdefault(chunk.seq_id, plan.step)
-            for position in range(chunk.start, chunk.start + len(chunk.tokens)):
-                self._cache[self._slot(tables[chunk.seq_id], position)] = (position, -7)
+            for group, table in enumerate(tables[chunk.seq_id]):
+                for position in range(chunk.start, chunk.start + len(chunk.tokens)):
+                    self._cache[self._slot(table, position)] = (position, -7, group)
         raise self.broken or ArithmeticError(f"step {plan.step}")
 
     def _check_sequences(self, plan: Plan) -> None:
@@ -274,16 +281,23 @@ class FakeRunner:
 
     def _check_blocks(self) -> None:
         """A block that a step under way writes is in no other sequence's use."""
-        held = [(chunk, tables) for plan, tables, _ in self._held for chunk in plan.chunks]
-        writers: dict[int, int] = {}
-        for chunk, tables in held:
+        held = [
+            (chunk, table, window)
+            for plan, tables, _ in self._held
+            for chunk in plan.chunks
+            for table, window in zip(tables[chunk.seq_id], self.windows, strict=True)
+        ]
+        writers: dict[int, tuple[int, int]] = {}
+        for chunk, table, window in held:
             first, end = chunk.start, chunk.start + len(chunk.tokens)
-            table = tables[chunk.seq_id]
             for block in table[first // self.block_size : -(-end // self.block_size)]:
-                assert writers.setdefault(block, chunk.seq_id) == chunk.seq_id
-        for chunk, tables in held:
-            for block in tables[chunk.seq_id][: -(-chunk.start // self.block_size)]:
-                assert writers.get(block, chunk.seq_id) == chunk.seq_id
+                assert block != NULL
+                assert writers.setdefault(block, (chunk.seq_id, window)) == (chunk.seq_id, window)
+        for chunk, table, window in held:
+            first = first_block(chunk.start, window, self.block_size)
+            for block in table[first : -(-chunk.start // self.block_size)]:
+                assert block != NULL
+                assert writers.get(block, (chunk.seq_id, window)) == (chunk.seq_id, window)
 
     def _check_placeholders(self) -> None:
         """A token is being sampled only if the step before does, and may not be collected yet."""
@@ -306,31 +320,43 @@ class FakeRunner:
         block, offset = divmod(position, self.block_size)
         return table[block] * self.block_size + offset
 
-    def _context(self, chunk: Chunk, tables: Tables) -> list[int]:
-        """The chunk's tokens and all before them, as the cache has them."""
-        context, table = [], tables[chunk.seq_id]
-        for position in range(chunk.start):
-            found = self._cache.get(self._slot(table, position), (-1, -1))
-            assert found[0] == position, f"position {position} of {chunk} is not in the cache"
-            context.append(found[1])
-        return context + list(chunk.tokens)
+    def _seen(self, chunk: Chunk, tables: Tables) -> Iterator[tuple[int, int, int]]:
+        """For each cache group what it shows of the tokens before a chunk's first: the group, a
+        slot and its position."""
+        for group, window in enumerate(self.windows):
+            for position in range(max(chunk.start - window + 1, 0) if window else 0, chunk.start):
+                yield group, self._slot(tables[chunk.seq_id][group], position), position
+
+    def _contexts(self, chunk: Chunk, tables: Tables) -> list[list[int]]:
+        """By cache group, the chunk's tokens and those before them, as the cache has them."""
+        contexts: list[list[int]] = [[] for _ in self.windows]
+        for group, slot, position in self._seen(chunk, tables):
+            at, token, its = self._cache.get(slot, (-1, -1, -1))
+            assert (at, its) == (position, group), f"{position} of {chunk} is not in the cache"
+            contexts[group].append(token)
+        return [[*context, *chunk.tokens] for context in contexts]
 
     def _write(self, chunks: Sequence[Chunk], tables: Tables) -> None:
-        read = {self._slot(tables[chunk.seq_id], p) for chunk in chunks for p in range(chunk.start)}
+        used = {slot for chunk in chunks for _, slot, _ in self._seen(chunk, tables)}
         for chunk in chunks:
-            for position, token in enumerate(chunk.tokens, chunk.start):
-                slot = self._slot(tables[chunk.seq_id], position)
-                assert slot not in read, f"slot {slot} is written while it is read, or twice"
-                read.add(slot)
-                self._cache[slot] = (position, token)
+            for group, table in enumerate(tables[chunk.seq_id]):
+                for position, token in enumerate(chunk.tokens, chunk.start):
+                    slot = self._slot(table, position)
+                    assert slot >= self.block_size, "block 0 is nobody's"
+                    assert slot not in used, f"slot {slot} is written while it is read, or twice"
+                    used.add(slot)
+                    self._cache[slot] = (position, token, group)
 
     def _sample(
-        self, row: SamplingRow, context: list[int]
+        self, row: SamplingRow, contexts: list[list[int]]
     ) -> tuple[tuple[int, ...], tuple[TokenLogprobs, ...] | None]:
         if self._failed.get(row.seq_id, self._step) < self._step:  # whatever comes of it
             return (self._alphabet[0],), None
-        assert context == row.history, f"the cache of {row.seq_id} holds other tokens"
+        for context in contexts:
+            seen = row.history[-len(context) :]
+            assert context == seen, f"the cache of {row.seq_id} holds other tokens"
         tokens: tuple[int, ...] = ()
+        context = list(row.history)
         scores: tuple[TokenLogprobs, ...] = ()
         for _ in range(self._at_once if row.mask is None else 1):
             more, logprobs = self._draw(row, context)

@@ -6,8 +6,9 @@ import random
 
 import torch
 
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.models import Model
+from ruvon.models.cache_groups import cache_groups
 
 BLOCK = 4
 
@@ -48,7 +49,12 @@ class PagedSequences:
         tables = [self.blocks[n] + [0] * (longest - len(self.blocks[n])) for n in chunks]
         rows = range(len(ids)) if every_row else [start - 1 for start in starts[1:]]
         return ForwardBatch(
-            *(ints(values) for values in (ids, positions, slots, tables, starts, contexts, rows)),
+            token_ids=ints(ids),
+            positions=ints(positions),
+            paged=(PagedIndex(ints(slots), ints(tables)),) * len(cache_groups(self.model.spec)),
+            query_starts=ints(starts),
+            context_lens=ints(contexts),
+            logit_rows=ints(rows),
             max_query=max(len(tokens) for tokens in chunks.values()),
             max_context=max(contexts),
         )

@@ -40,6 +40,7 @@ class StepLimits:
     sequences: int
     logit_rows: int  # at once: the runner asks for more in pieces
     blocks_per_sequence: int
+    cache_groups: int
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
@@ -53,6 +54,7 @@ def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> St
         sequences=sequences,
         logit_rows=max(bounded, sequences),
         blocks_per_sequence=-(-memory.max_model_len // memory.block_size),
+        cache_groups=len(memory.windows),
     )
 
 
@@ -135,17 +137,22 @@ def find_backend(
         case "torch":
             return eager(make_torch_ops(dtype, device))
         case "triton":
-            return triton_backend(dtype, device, config)
+            return triton_backend(spec, dtype, device, config)
         case "cpu":
             return cpu_backend(spec, config, threads)
-        case "auto" if device.type == "cuda":
-            return triton_backend(dtype, device, config)
-        case _:
-            try:
-                return cpu_backend(spec, config, threads)
-            except ConfigError as error:  # slower, but right
-                log.warning("slow_kernels", kernels="torch", reason=str(error))
-                return eager(make_torch_ops(dtype, device))
+    try:
+        if device.type == "cuda":
+            return triton_backend(spec, dtype, device, config)
+        return cpu_backend(spec, config, threads)
+    except ConfigError as error:  # slower, but right
+        log.warning("slow_kernels", kernels="torch", reason=str(error))
+        return eager(make_torch_ops(dtype, device))
+
+
+def check_experts(spec: ModelSpec, ops: Ops) -> None:
+    """Raises ConfigError for a mixture of experts that these kernels do not compute."""
+    if spec.experts is not None and ops.experts is None:
+        raise ConfigError(f"the kernels '{ops.name}' do not compute mixtures of experts")
 
 
 def eager(ops: Ops) -> Backend:
@@ -160,10 +167,13 @@ def eager(ops: Ops) -> Backend:
     )
 
 
-def triton_backend(dtype: torch.dtype, device: torch.device, config: EngineConfig) -> Backend:
+def triton_backend(
+    spec: ModelSpec, dtype: torch.dtype, device: torch.device, config: EngineConfig
+) -> Backend:
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
     ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
+    check_experts(spec, ops)
     return replace(eager(ops), graphs=True)
 
 
@@ -186,6 +196,11 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     isa = None if config.cpu_isa == "auto" else config.cpu_isa
     cores = cores_to_pin(threads, config.pin_threads)
     kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
+    try:
+        check_experts(spec, kernels.ops)
+    except ConfigError:
+        kernels.close()
+        raise
 
     def capture(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
         largest = Limits(
@@ -193,6 +208,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
             sequences=limits.sequences,
             logit_rows=limits.logit_rows,
             blocks_per_sequence=limits.blocks_per_sequence,
+            cache_groups=limits.cache_groups,
         )
         graph = kernels.capture(model.forward, cache, largest, progress)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)

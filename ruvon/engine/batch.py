@@ -16,26 +16,43 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from ruvon.engine.blocks import first_block
 from ruvon.engine.types import BEING_SAMPLED, Chunk, Plan
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
+
+Windows: TypeAlias = tuple[int, ...]
+"""How many tokens each cache group sees; 0 is all of them."""
 
 NOTHING: Mapping[int, int] = MappingProxyType({})
 
 
-class BlockTables(dict[int, list[int]]):
-    """The block table of every sequence that a stream of plans has not ended."""
+class BlockTables(dict[int, tuple[list[int], ...]]):
+    """The block tables, one a cache group, of every sequence that a stream of plans has not ended.
+
+    Blocks that have left a group's window stay in its table here, and belong to others by then:
+    nobody is to look at them.
+    """
 
     def follow(self, plan: Plan) -> None:
         """Take in what a plan says; each has to be followed once, in order."""
         for seq_id in plan.ended:
             self.pop(seq_id, None)
         for new in plan.new:
-            self[new.seq_id] = []
+            self[new.seq_id] = ()
         for chunk in plan.chunks:
             if chunk.blocks:
-                self[chunk.seq_id].extend(chunk.blocks)
+                self.extend(chunk)
+
+    def extend(self, chunk: Chunk) -> None:
+        """Take in the blocks of a chunk that has some, as the first of every sequence has."""
+        tables = self[chunk.seq_id]
+        if not tables:
+            self[chunk.seq_id] = tuple([[*blocks] for blocks in chunk.blocks])
+            return
+        for table, blocks in zip(tables, chunk.blocks, strict=True):
+            table += blocks
 
 
 @dataclass(slots=True)
@@ -44,11 +61,10 @@ class PendingBatch:
 
     token_ids: Ints
     positions: Ints
-    slots: Ints
-    block_tables: Ints
     query_starts: Ints
     context_lens: Ints
     logit_rows: Ints
+    paged: list[tuple[Ints, Ints]]  # slots and block tables of each cache group
     max_query: int
     max_context: int
     placeholders: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
@@ -64,38 +80,45 @@ class PendingBatch:
         arrays = (
             self.token_ids,
             self.positions,
-            self.slots,
-            self.block_tables,
             self.query_starts,
             self.context_lens,
             self.logit_rows,
+            *chain.from_iterable(self.paged),
         )
         tensors: Any = arrays if device is None else to_device(arrays, device)
         return ForwardBatch(
             token_ids=tensors[0],
             positions=tensors[1],
-            slots=tensors[2],
-            block_tables=tensors[3],
-            query_starts=tensors[4],
-            context_lens=tensors[5],
-            logit_rows=tensors[6],
+            paged=tuple(
+                [PagedIndex(*each) for each in zip(tensors[5::2], tensors[6::2], strict=True)]
+            ),
+            query_starts=tensors[2],
+            context_lens=tensors[3],
+            logit_rows=tensors[4],
             max_query=self.max_query,
             max_context=self.max_context,
         )
 
 
-def build_batch(plan: Plan, block_size: int, device: torch.device) -> ForwardBatch:
+def build_batch(
+    plan: Plan, block_size: int, device: torch.device, windows: Windows = (0,)
+) -> ForwardBatch:
     """The batch for a plan that follows no other: it introduces all its sequences."""
     tables = BlockTables()
     tables.follow(plan)
-    return lay_out(plan, tables, block_size).to_batch(device)
+    return lay_out(plan, tables, block_size, windows).to_batch(device)
 
 
-def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> PendingBatch:
+def lay_out(
+    plan: Plan,
+    tables: Mapping[int, Sequence[list[int]]],
+    block_size: int,
+    windows: Windows = (0,),
+) -> PendingBatch:
     """All of the batch for a plan of at least one chunk, but tokens that are being sampled.
 
-    ``tables`` have followed the plan. ``logit_rows`` starts with the rows of ``plan.rows``, in
-    order; those of ``plan.prompt_rows`` follow.
+    ``tables`` have followed the plan; ``windows`` are those of the cache groups. ``logit_rows``
+    starts with the rows of ``plan.rows``, in order; those of ``plan.prompt_rows`` follow.
     """
     chunks = plan.chunks
     queries = [len(chunk.tokens) for chunk in chunks]
@@ -104,19 +127,22 @@ def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> Pen
     token_ids = np.fromiter(
         chain.from_iterable([chunk.tokens for chunk in chunks]), np.int32, int(query_starts[-1])
     )
-    block_tables = pad_tables(
-        [tables[chunk.seq_id] for chunk in chunks],
-        [-(-context // block_size) for context in contexts],
-    )
-    positions, slots = places(chunks, query_starts, block_tables, block_size)
+    owner, positions = places(chunks, query_starts)
+    paged = []
+    for group, window in enumerate(windows):
+        block_tables = pad_tables(
+            [tables[chunk.seq_id][group] for chunk in chunks],
+            [first_block(chunk.start, window, block_size) for chunk in chunks] if window else None,
+            [-(-context // block_size) for context in contexts],
+        )
+        paged.append((slots_of(owner, positions, block_tables, block_size), block_tables))
     return PendingBatch(
         token_ids=token_ids,
         positions=positions,
-        slots=slots,
-        block_tables=block_tables,
         query_starts=query_starts,
         context_lens=ints(contexts),
         logit_rows=logit_rows(plan, query_starts),
+        paged=paged,
         max_query=max(queries),
         max_context=max(contexts),
         placeholders=[
@@ -127,28 +153,39 @@ def lay_out(plan: Plan, tables: Mapping[int, list[int]], block_size: int) -> Pen
     )
 
 
-def places(
-    chunks: Sequence[Chunk], query_starts: Ints, tables: Ints, block_size: int
-) -> tuple[Ints, Ints]:
-    """Each token's position in its sequence and its slot in the cache."""
+def places(chunks: Sequence[Chunk], query_starts: Ints) -> tuple[np.ndarray[Any, Any], Ints]:
+    """Each token's chunk and its position in its sequence."""
     total, starts = int(query_starts[-1]), ints([chunk.start for chunk in chunks])
     if total == len(chunks):  # decodes only: one token each
         owner, positions = np.arange(total), starts
     else:
         owner = np.repeat(np.arange(len(chunks)), np.diff(query_starts))
         positions = np.arange(total, dtype=np.int32) + (starts - query_starts[:-1])[owner]
-    return positions, tables[owner, positions // block_size] * block_size + positions % block_size
+    return owner, positions
+
+
+def slots_of(owner: np.ndarray[Any, Any], positions: Ints, tables: Ints, block_size: int) -> Ints:
+    """Each token's slot in the cache."""
+    slots: Ints = tables[owner, positions // block_size] * block_size + positions % block_size
+    return slots
 
 
 def ints(values: list[int]) -> Ints:
     return np.array(values, dtype=np.int32)
 
 
-def pad_tables(tables: Sequence[list[int]], num_needed: Sequence[int]) -> Ints:
-    """One row a sequence, as wide as the longest, padded with 0."""
-    padded = np.zeros((len(tables), max(num_needed)), dtype=np.int32)
-    for row, table, needed in zip(padded, tables, num_needed, strict=True):
-        row[:needed] = table[:needed]
+def pad_tables(
+    tables: Sequence[list[int]], firsts: Sequence[int] | None, ends: Sequence[int]
+) -> Ints:
+    """One row a sequence, as wide as the longest, with 0 before its first block that is looked at
+    and behind its last."""
+    padded = np.zeros((len(tables), max(ends)), dtype=np.int32)
+    if firsts is None:
+        for row, table, end in zip(padded, tables, ends, strict=True):
+            row[:end] = table[:end]
+        return padded
+    for row, table, first, end in zip(padded, tables, firsts, ends, strict=True):
+        row[first:end] = table[first:end]
     return padded
 
 

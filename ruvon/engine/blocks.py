@@ -6,6 +6,9 @@ Integers only; the tensors live in `kv_cache`. A block is in one of three states
     cached      referenced by none, but findable by its key until evicted
     blank       referenced by none, nothing in it worth finding
 
+Blocks are numbered from 1. Block `NULL` is nobody's and never written: it stands in a table for one
+that is not there.
+
 A full block may be *published* under a key that stands for its tokens and all tokens before them
 (`block_key`), held or not. Sequences with an equal prefix then share it, without a copy: a
 published block is never written again.
@@ -17,6 +20,8 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+
+NULL = 0
 
 
 def root_key(salt: str) -> bytes:
@@ -43,16 +48,22 @@ def extend_keys(
         keys.append(block_key(parent, tokens[start : start + size]))
 
 
+def first_block(start: int, window: int, block_size: int) -> int:
+    """The first block that a token at position ``start`` looks at, or any that comes after it;
+    ``window`` 0 sees everything."""
+    return max(start - window + 1, 0) // block_size if window else 0
+
+
 class BlockPool:
-    """All blocks of one cache. Every verb costs O(1) for each block it touches."""
+    """All blocks of one cache but `NULL`. Every verb costs O(1) for each block it touches."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.num_blocks = num_blocks
         self.block_size = block_size
-        self._references = [0] * num_blocks
-        self._keys: list[bytes | None] = [None] * num_blocks
+        self._references = [0] * (num_blocks + 1)
+        self._keys: list[bytes | None] = [None] * (num_blocks + 1)
         self._published: dict[bytes, int] = {}
-        self._blank = list(range(num_blocks - 1, -1, -1))
+        self._blank = list(range(num_blocks, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
 
     @property
@@ -76,9 +87,7 @@ class BlockPool:
             block = self._published.get(key)
             if block is None:
                 break
-            if self._references[block] == 0:
-                del self._cached[block]
-            self._references[block] += 1
+            self._hold(block)
             found.append(block)
         return found
 
@@ -99,6 +108,8 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """Let go of a block table. Its tail is evicted before its head, which more may share."""
         for block in reversed(list(blocks)):
+            if block == NULL:
+                continue
             self._references[block] -= 1
             if self._references[block]:
                 continue
@@ -112,19 +123,25 @@ class BlockPool:
         self._blank.extend(self._cached)
         self._cached.clear()
         self._published.clear()
-        self._keys = [None] * self.num_blocks
+        self._keys = [None] * (self.num_blocks + 1)
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Assert that the books agree with the block tables that exist; for tests."""
-        held = Counter(block for table in tables for block in table)
-        assert all(self._references[block] == held[block] for block in range(self.num_blocks))
+        held = Counter(block for table in tables for block in table if block != NULL)
+        blocks = range(1, self.num_blocks + 1)
+        assert all(self._references[block] == held[block] for block in blocks)
         free = [*self._blank, *self._cached]
-        assert sorted([*free, *held]) == list(range(self.num_blocks)), "lost or doubled blocks"
+        assert sorted([*free, *held]) == list(blocks), "lost or doubled blocks"
         assert all(self._keys[block] is None for block in self._blank)
         assert all(self._keys[block] is not None for block in self._cached)
         assert self._published == {
             key: block for block, key in enumerate(self._keys) if key is not None
         }
+
+    def _hold(self, block: int) -> None:
+        if self._references[block] == 0:
+            del self._cached[block]
+        self._references[block] += 1
 
     def _take(self) -> int:
         if self._blank:

@@ -17,6 +17,7 @@ from typing import Protocol
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
@@ -74,15 +75,20 @@ class Engine:
         *,
         max_model_len: int,
         num_blocks: int,
+        windows: tuple[int, ...] = (0,),
         vocab_size: int,
         eos_token_ids: Iterable[int] = (),
         grammars: Grammars | None = None,
     ) -> None:
-        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold. Without
-        ``grammars`` requests with one are refused; the runner has the same."""
+        """``max_model_len`` is in tokens; it shrinks to what the whole cache can hold. ``windows``
+        are those of the model's cache groups. Without ``grammars`` requests with one are refused;
+        the runner has the same."""
         self._runner = runner
         self.config = config
-        self.max_model_len = min(max_model_len, num_blocks * config.block_size)
+        chunk = longest_chunk(config)
+        self.max_model_len = longest_that_fits(
+            num_blocks, max_model_len, config.block_size, windows, chunk
+        )
         self.vocab_size = vocab_size
         limits = Limits(
             max_seqs=config.largest_step.sequences,
@@ -93,7 +99,7 @@ class Engine:
             caching=config.enable_prefix_caching,
         )
         pool = BlockPool(num_blocks, config.block_size)
-        self._scheduler = Scheduler(pool, limits)
+        self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
         self._ids = count()

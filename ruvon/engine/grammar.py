@@ -8,6 +8,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
@@ -30,6 +31,13 @@ of which most take less."""
 SHORT, ENCODED = 64, 4096  # characters of texts whose tokens are remembered, and how many of them
 REFUSALS = 256  # remembered, so that asking again costs nothing
 PATIENCE = 15.0  # seconds for a trial: a bound for a machine that has no time for it
+IN_STRINGS = r'[^"\\\x00-\x1F\x7F]'
+LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 30)
+SLICES = [*(f"{IN_STRINGS}{{1,{length}}}" for length in LENGTHS), IN_STRINGS + "+"]
+"""Sets of tokens that are allowed as a whole where a string goes on for as long as they take at
+least. With the library's own, of 10 and 30 characters, a mask in a string that is bounded takes
+twice as long."""
+
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
 
 
@@ -92,17 +100,20 @@ class Grammars:
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids)
+        self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids, slices=SLICES)
         self._limits = LLParserLimits(**LIMITS)
         self._trial = Trial(vocab_size)
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
         self._lock = Lock()
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the latest used last
+        self._compiled: OrderedDict[str, list[LLMatcher]] = OrderedDict()  # the latest used last
         self._num_bytes = 0
+        self._multiplying = ThreadPoolExecutor(1, "ruvon-grammars")
+        self._wanted: dict[str, int] = {}  # compilations of those that are being multiplied
         self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
 
     def close(self) -> None:
-        """End the process that grammars are tried in."""
+        """End the process that grammars are tried in, and the thread that makes more of them."""
+        self._multiplying.shutdown(cancel_futures=True)
         self._trial.close()
 
     def is_compiled(self, grammar: Grammar) -> bool:
@@ -114,33 +125,64 @@ class Grammars:
         be served."""
         self.matcher(grammar)
 
-    def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher of one's own at the grammar's beginning."""
+    def matcher(self, grammar: Grammar, turn: int = 0) -> LLMatcher:
+        """A matcher of one's own at the grammar's beginning.
+
+        Matchers of one compilation share what its lexer finds, and wait for each other. So where
+        several are used at once, each ``turn`` has a compilation of its own; one that is not there
+        yet is made meanwhile.
+        """
         text = grammar.lark()
         with self._lock:
             found = self._compiled.get(text)
             if found is not None:
                 self._compiled.move_to_end(text)
-                return found.deep_copy()
+                if turn >= len(found):
+                    self._want(text, turn + 1)
+                return found[turn % len(found)].deep_copy()
         with self._compiling:
             if grammar in self._refused:
                 raise again(self._refused[grammar])
             if text not in self._compiled:  # or somebody did while this waited
-                self._compile(grammar, text)
-        return self.matcher(grammar)
+                self._try(grammar, text)
+        return self.matcher(grammar, turn)
 
-    def _compile(self, grammar: Grammar, text: str) -> None:
+    def has(self, grammar: Grammar, turn: int) -> bool:
+        """Whether there are as many compilations."""
+        with self._lock:
+            return turn < len(self._compiled.get(grammar.lark(), ()))
+
+    def _want(self, text: str, number: int) -> None:
+        if text not in self._wanted:
+            self._multiplying.submit(self._multiply, text)
+        self._wanted[text] = max(number, self._wanted.get(text, 0))
+
+    def _multiply(self, text: str) -> None:
+        """Compile what has been compiled as often as is wanted."""
+        while True:
+            compiled = self._compile(text)
+            with self._lock:
+                found = self._compiled.get(text)
+                if found is not None and not compiled.get_error():
+                    self._keep(text, compiled)
+                    if len(found) < self._wanted[text]:
+                        continue
+                del self._wanted[text]
+                return
+
+    def _compile(self, text: str) -> LLMatcher:
         from llguidance import LLMatcher
 
+        compiled = LLMatcher(
+            self._tokenizer, LLMatcher.grammar_from_lark(text), limits=self._limits, log_level=0
+        )
+        compiled.compute_bitmask()  # what the first mask needs is then there for every copy
+        return compiled
+
+    def _try(self, grammar: Grammar, text: str) -> None:
         error = self._trial.error_of(text)
         if not error:
-            compiled = LLMatcher(
-                self._tokenizer,
-                LLMatcher.grammar_from_lark(text),
-                limits=self._limits,
-                log_level=0,
-            )
-            compiled.compute_bitmask()  # what the first mask needs is then there for every copy
+            compiled = self._compile(text)
             error = compiled.get_error()
         if error:
             if error == TOO_COSTLY:  # so its parts may be, and are not tried
@@ -152,11 +194,14 @@ class Grammars:
                 self._refused.popitem(last=False)
             raise again(refused)
         with self._lock:
-            self._compiled[text] = compiled
-            self._num_bytes += size_of(text)
-            while self._num_bytes > CACHE_BYTES and len(self._compiled) > 1:
-                oldest, _ = self._compiled.popitem(last=False)
-                self._num_bytes -= size_of(oldest)
+            self._keep(text, compiled)
+
+    def _keep(self, text: str, compiled: LLMatcher) -> None:
+        self._compiled.setdefault(text, []).append(compiled)
+        self._num_bytes += size_of(text)
+        while self._num_bytes > CACHE_BYTES and len(self._compiled) > 1:
+            oldest, several = self._compiled.popitem(last=False)
+            self._num_bytes -= len(several) * size_of(oldest)
 
 
 def again(error: RequestError) -> RequestError:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig, parse_size
+from ruvon.engine.grouped_pool import longest_chunk, longest_that_fits, most_blocks
 from ruvon.engine.resources import available_memory
 from ruvon.errors import ConfigError
 from ruvon.kernels.ops import Ops
+from ruvon.models.cache_groups import cache_groups, layers_a_block, place_of
 from ruvon.models.spec import ModelSpec
 
 CPU_SHARE = 0.25
@@ -42,15 +44,17 @@ class MemoryPlan:
     """What start-up decided about memory, in bytes and tokens."""
 
     weight_bytes: int
-    bytes_per_token: int  # keys and values, all layers
+    block_bytes: int  # keys and values of as many layers as a block holds
     block_size: int
-    num_blocks: int
+    num_blocks: int  # to give out: block 0 is nobody's
     max_model_len: int
     kv: KVFormat
+    windows: tuple[int, ...] = (0,)  # of the cache groups
 
     @property
     def num_tokens(self) -> int:
-        return self.num_blocks * self.block_size
+        """How many the cache holds, of sequences of the greatest length."""
+        return int(self.max_concurrency * self.max_model_len)
 
     @property
     def dtype(self) -> str:
@@ -59,12 +63,13 @@ class MemoryPlan:
 
     @property
     def cache_bytes(self) -> int:
-        return self.num_tokens * self.bytes_per_token
+        return (self.num_blocks + 1) * self.block_bytes
 
     @property
     def max_concurrency(self) -> float:
-        """How many sequences of the greatest length the cache holds at once."""
-        return self.num_tokens / self.max_model_len
+        """How many sequences of the greatest length the cache holds at once, while each computes
+        its last tokens one by one."""
+        return self.num_blocks / most_blocks(self.max_model_len, self.block_size, self.windows, 1)
 
 
 def plan_memory(
@@ -82,31 +87,35 @@ def plan_memory(
         ConfigError: the model has no such positions, or one sequence of ``--max-model-len`` tokens
             does not fit; without that flag, if not even one block does.
     """
+    groups = cache_groups(spec)
+    windows = tuple(group.window for group in groups)
+    layout = config.block_size, windows, longest_chunk(config)
     longest = longest_sequence(spec, config)
-    numbers_per_token = 2 * spec.num_layers * spec.num_kv_heads * kv.head_dim(spec)
-    bytes_per_token = numbers_per_token * kv.dtype.itemsize
-    block_bytes = config.block_size * bytes_per_token
+    numbers = 2 * layers_a_block(groups) * spec.num_kv_heads * kv.head_dim(spec)
+    block_bytes = config.block_size * numbers * kv.dtype.itemsize
     if config.kv_cache_memory is None:
         # Nothing could use more than every sequence at its longest.
-        useful = config.largest_step.sequences * math.ceil(longest / config.block_size)
-        num_blocks = min(free_bytes // block_bytes, useful)
+        useful = config.largest_step.sequences * most_blocks(longest, *layout)
+        num_blocks = min(free_bytes // block_bytes - 1, useful)
     else:
-        num_blocks = parse_size(config.kv_cache_memory) // block_bytes
-    needed = math.ceil((config.max_model_len or config.block_size) / config.block_size)
+        num_blocks = parse_size(config.kv_cache_memory) // block_bytes - 1
+    wanted = math.ceil((config.max_model_len or 1) / config.block_size) * config.block_size
+    needed = most_blocks(wanted, *layout)
     if num_blocks < needed:
         given = config.kv_cache_memory or f"what may be used of free memory ({free_bytes:,} bytes)"
+        holds = longest_that_fits(num_blocks, longest, *layout)
         raise ConfigError(
-            f"--kv-cache-memory: {given} holds {num_blocks * config.block_size} tokens, but one "
-            f"sequence of {needed * config.block_size} takes {needed * block_bytes:,} bytes; "
-            "give more memory or a smaller --max-model-len"
+            f"--kv-cache-memory: {given} holds {holds} tokens, but one sequence of {wanted} takes "
+            f"{(needed + 1) * block_bytes:,} bytes; give more memory or a smaller --max-model-len"
         )
     return MemoryPlan(
         weight_bytes=weight_bytes,
-        bytes_per_token=bytes_per_token,
+        block_bytes=block_bytes,
         block_size=config.block_size,
         num_blocks=num_blocks,
-        max_model_len=min(longest, num_blocks * config.block_size),
+        max_model_len=longest_that_fits(num_blocks, longest, *layout),
         kv=kv,
+        windows=windows,
     )
 
 
@@ -123,18 +132,22 @@ def longest_sequence(spec: ModelSpec, config: EngineConfig) -> int:
 
 
 def allocate_cache(spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> Cache:
-    """Zeroed tensors for every layer. Zeros matter: a kernel may read past the end of a context
-    and weigh it with nothing, and nothing times NaN is NaN.
+    """Zeroed tensors for every layer; layers of different groups share theirs, see `cache_groups`.
+    Zeros matter: a kernel may read past the end of a context and weigh it with nothing, and nothing
+    times NaN is NaN.
 
     Raises ConfigError if the system does not give that much memory.
     """
-    shape = (plan.num_blocks, spec.num_kv_heads, plan.block_size, plan.kv.head_dim(spec))
-    dtype, layers = plan.kv.dtype, spec.num_layers
+    groups = cache_groups(spec)
+    places = [place_of(groups, layer)[1] for layer in range(spec.num_layers)]
+    shape = (plan.num_blocks + 1, spec.num_kv_heads, plan.block_size, plan.kv.head_dim(spec))
+    dtype, layers = plan.kv.dtype, layers_a_block(groups)
     try:
         if device.type == "cpu":
-            return [(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)) for _ in range(layers)]
+            cpu = [(lazy_zeros(shape, dtype), lazy_zeros(shape, dtype)) for _ in range(layers)]
+            return [cpu[place] for place in places]
         zeros = torch.zeros((layers, 2, *shape), dtype=dtype, device=device)
-        return [(layer[0], layer[1]) for layer in zeros]
+        return [(zeros[place, 0], zeros[place, 1]) for place in places]
     except (MemoryError, torch.OutOfMemoryError) as error:
         raise ConfigError(
             f"there is no memory for a cache of {plan.cache_bytes:,} bytes; give a smaller "

@@ -14,7 +14,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import BlockTables, PendingBatch, lay_out
+from ruvon.engine.batch import BlockTables, PendingBatch, Windows, lay_out
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.pooling import broken, places, pool
 from ruvon.engine.sampler import score_prompts
@@ -40,7 +40,7 @@ class Runner:
     the logits in memory at once, and is at least the most sequences of a step. ``hidden`` may be
     missing where no plan has ``pooled_rows``. ``at_start`` is called first in that thread.
     ``device`` is where batches go; None for what takes numpy arrays. ``matchers`` see to rows with
-    a grammar.
+    a grammar, ``windows`` are those of the model's cache groups.
     """
 
     grammar_depth = (
@@ -55,6 +55,7 @@ class Runner:
         *,
         hidden: Hidden | None = None,
         block_size: int,
+        windows: Windows = (0,),
         device: torch.device | None,
         max_logit_rows: int,
         depth: int = 2,
@@ -66,6 +67,7 @@ class Runner:
         self._sampler = sampler
         self._hidden = hidden
         self._block_size = block_size
+        self._windows = windows
         self._device = device
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
@@ -89,7 +91,7 @@ class Runner:
         self._tables.follow(plan)
         layout: PendingBatch | Exception
         try:
-            layout = lay_out(plan, self._tables, self._block_size)
+            layout = lay_out(plan, self._tables, self._block_size, self._windows)
         except Exception as error:  # in its turn, for the next step goes on from this plan
             layout = error
         self._launched.put((plan, layout, future))

@@ -24,10 +24,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
-from ruvon.engine.blocks import BlockPool, extend_keys
+from ruvon.engine.blocks import extend_keys
+from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import Policy, Rank, WaitingQueue
 from ruvon.engine.types import (
     BEING_SAMPLED,
+    NO_BLOCKS,
     Chunk,
     Emission,
     NewSequence,
@@ -36,11 +38,11 @@ from ruvon.engine.types import (
     PromptRow,
     Sequence,
     StepResult,
+    Tables,
     TokenLogprobs,
 )
 
 NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
-NO_BLOCKS: tuple[int, ...] = ()
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
@@ -85,8 +87,9 @@ class Scheduler:
     """Owns the sequences and their blocks. Steps are committed in the order they were planned, and
     at most two are planned and not committed."""
 
-    def __init__(self, pool: BlockPool, limits: Limits) -> None:
-        self.pool = pool
+    def __init__(self, grouped: GroupedPool, limits: Limits) -> None:
+        self.grouped = grouped
+        self.pool = grouped.pool
         self.limits = limits
         self.counters = Counters()
         self.waiting = WaitingQueue(limits.order)
@@ -94,7 +97,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}  # all of these, and those that end with a step
         self.num_with_grammar = 0  # of ``sequences``
         self._num_committed = 0  # steps
-        self._full: list[Sequence] = []  # need a new block for their next token
+        self._full: list[Sequence] = []  # need new blocks for their next step
         self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
         self._num_holding = 0  # running sequences that hold blocks
         self._startable = 0  # of this step's `STARTED_BLOCKS`
@@ -113,7 +116,8 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Queue a sequence, which must fit into an empty cache."""
-        assert self.pool.blocks_for(seq.num_prompt + seq.max_tokens) <= self.pool.num_blocks
+        needed = self.grouped.most_blocks(seq.num_prompt + seq.max_tokens)
+        assert needed <= self.pool.num_blocks
         self.sequences[seq.id] = seq
         self.num_with_grammar += seq.sampling.grammar is not None
         self.waiting.push(seq)
@@ -138,14 +142,27 @@ class Scheduler:
         is no work. Never None if there is work and nothing in flight."""
         self._startable = STARTED_BLOCKS
         self._full = [seq for seq in self._full if seq.finish is None]
-        if self.num_in_flight and len(self._full) > self.pool.num_free:
+        if self.num_in_flight and self._num_missing() > self.pool.num_free:
             return None
         if self._make_room() and self._start_followers():
             self._join()
         return self._plan(self._share_budget(), now)
 
+    def _num_missing(self) -> int:
+        """Blocks that running sequences need for their next steps."""
+        if not self.grouped.slides:
+            return len(self._full)
+        return sum(
+            [
+                self.grouped.num_missing(
+                    seq.tables, seq.num_computed, seq.num_computed + seq.num_pending
+                )
+                for seq in self._full
+            ]
+        )
+
     def _make_room(self) -> bool:
-        """Let every running sequence hold a block for its next token; False if some had to go.
+        """Let every running sequence hold blocks for its next step; False if some had to go.
 
         Nothing is in flight when one has to: its blocks could go to no other before the steps that
         use them are committed, so there is nothing to gain earlier, and its tokens would not all be
@@ -153,17 +170,28 @@ class Scheduler:
         """
         num_running = len(self.running)
         for seq in self._full:
-            while seq.blocks and not self.pool.grow(seq.blocks, seq.num_computed + seq.num_pending):
+            while seq.tables and not self._grow(seq):
                 self._preempt(next(reversed(self.running.values())))
         self._full.clear()
         return len(self.running) == num_running
+
+    def _grow(self, seq: Sequence) -> bool:
+        """Take the blocks that a sequence needs for its next step, if there are any."""
+        num_tokens = seq.num_computed + seq.num_pending
+        blocks = self.grouped.grow(seq.tables, seq.num_computed, num_tokens)
+        if blocks is None:
+            return False
+        if seq.added:
+            blocks = tuple([old + new for old, new in zip(seq.added, blocks, strict=True)])
+        seq.added = blocks if any(blocks) else NO_BLOCKS
+        return True
 
     def _preempt(self, seq: Sequence) -> None:
         """Back to the queue. Its tokens stay, its cache is recomputed, or found if still there."""
         assert not seq.in_flight
         self._leave(seq)
         self.waiting.push(seq)
-        if seq.blocks:
+        if seq.tables:
             seq.num_preempted += 1
             self.counters.preempted += 1
         self._free(seq)
@@ -176,7 +204,7 @@ class Scheduler:
         blocks: then nobody may join and overtake it."""
         if len(self.running) == self._num_holding:
             return True
-        followers = [seq for seq in self.running.values() if not seq.blocks]
+        followers = [seq for seq in self.running.values() if not seq.tables]
         return all(self._start(seq) or seq.awaits in self._computing for seq in followers)
 
     def _join(self) -> None:
@@ -199,28 +227,31 @@ class Scheduler:
 
         Not yet, if another sequence is computing a block of the same prefix right now: wait for
         it rather than compute it twice. Nor if the newcomer would leave less than one block for
-        each running sequence to grow into, and so be preempted soon. Nor if others with many blocks
-        have started in this very step.
+        each running sequence to grow into, in each group that grows, and so be preempted soon. Nor
+        if others with many blocks have started in this very step.
         """
-        headroom = self.pool.num_free - self._num_holding
+        room_to_grow = self._num_holding * self.grouped.num_growing
+        headroom = self.pool.num_free - room_to_grow
         if self._startable <= 0 and self._num_holding:
             return False
         if headroom <= 0 or seq.awaits in self._computing or self._is_blocked(seq, headroom):
             return False
-        blocks = self._find_prefix(seq)
-        num_new = self.pool.blocks_for(len(seq.tokens)) - len(blocks)
-        is_short = num_new + self._num_holding > self.pool.num_free
+        tables, num_found = self._find_prefix(seq)
+        num_computed = num_found * self.pool.block_size
+        num_new = self.grouped.num_missing(tables, num_computed, len(seq.tokens))
+        is_short = num_new + room_to_grow > self.pool.num_free
         if seq.awaits is not None or is_short:
-            self.pool.release(blocks)
+            self.grouped.release(tables)
             seq.headroom = headroom if is_short else -1
             return False
         seq.headroom = -1
-        seq.num_published = len(blocks)
-        self.pool.grow(blocks, len(seq.tokens))
-        seq.blocks = blocks
-        self._startable -= len(blocks)
+        seq.num_published = num_found
+        self.grouped.grow(tables, num_computed, len(seq.tokens))
+        seq.tables = tables
+        seq.added = tuple([tuple(table) for table in tables])
+        self._startable -= sum(map(len, tables))
         self._num_holding += 1
-        seq.num_computed = seq.num_published * self.pool.block_size
+        seq.num_computed = num_computed
         seq.num_pending = len(seq.tokens) - seq.num_computed
         self._claim(seq, seq.num_published)
         self._count_lookup(seq)
@@ -229,15 +260,16 @@ class Scheduler:
     def _is_blocked(self, seq: Sequence, headroom: int) -> bool:
         """Whether nothing has changed for the better since a sequence last found too few blocks:
         to look its prefix up again would be in vain."""
-        return headroom <= seq.headroom and not self.pool.has(seq.missing)
+        return headroom <= seq.headroom and not self.grouped.has(seq.missing)
 
-    def _find_prefix(self, seq: Sequence) -> list[int]:
-        """Take hold of the published blocks its tokens start with, and see who makes the next."""
+    def _find_prefix(self, seq: Sequence) -> tuple[Tables, int]:
+        """Take hold of the published blocks its tokens start with, and see who makes the next: the
+        tables, and how many blocks need not be computed."""
         num_shared = self._num_shared(seq)
-        found = self.pool.match(self._keys_of(seq, num_shared))
-        seq.missing = seq.keys[len(found)] if len(found) < num_shared else None
+        tables, num_found = self.grouped.match(self._keys_of(seq, num_shared))
+        seq.missing = seq.keys[num_found] if num_found < num_shared else None
         seq.awaits = seq.missing if seq.missing in self._computing else None
-        return found
+        return tables, num_found
 
     def _keys_of(self, seq: Sequence, num_keys: int) -> Iterable[bytes]:
         """The keys of its first blocks; those not known are computed as they are asked for."""
@@ -317,12 +349,14 @@ class Scheduler:
         pooled_rows: list[PooledRows] = []
         for seq, num_tokens in shares:
             start = seq.num_computed
-            blocks = self._added_blocks(seq) if len(seq.blocks) > seq.num_sent else NO_BLOCKS
+            blocks = seq.added
+            if blocks:
+                seq.added = NO_BLOCKS
             if num_tokens == 1 and start == len(seq.tokens):  # what most steps are made of
                 chunks.append(Chunk(seq.id, seq.num_preempted, BEING_SAMPLED, start, blocks, True))
                 self._advance(seq, 1)
                 continue
-            if len(blocks) == len(seq.blocks):
+            if not seq.introduced:
                 new.append(self._introduce(seq))
             end = start + num_tokens
             if start < seq.num_prompt:
@@ -348,14 +382,8 @@ class Scheduler:
         )
 
     @staticmethod
-    def _added_blocks(seq: Sequence) -> tuple[int, ...]:
-        """The blocks that runners have not been told of; from now on they have."""
-        added = tuple(seq.blocks[seq.num_sent :])
-        seq.num_sent = len(seq.blocks)
-        return added
-
-    @staticmethod
     def _introduce(seq: Sequence) -> NewSequence:
+        seq.introduced = True
         prefix = tuple(seq.tokens[: seq.num_computed])
         return NewSequence(seq.id, seq.sampling, seq.num_prompt, seq.seed, prefix)
 
@@ -365,6 +393,8 @@ class Scheduler:
         seq.num_computed += num_tokens
         seq.num_pending -= num_tokens
         if seq.num_pending:
+            if self.grouped.slides:
+                self._full.append(seq)
             return
         if seq.num_computed + 1 < seq.num_prompt + seq.max_tokens:
             seq.num_pending = 1  # the one being sampled
@@ -398,7 +428,7 @@ class Scheduler:
         """Take in what a step sampled: append tokens, publish blocks, finish sequences."""
         self._num_committed += 1
         assert plan.step == self._num_committed, "steps are committed in order"
-        emissions, size = [], self.pool.block_size
+        emissions, size, slides = [], self.pool.block_size, self.grouped.slides
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
             tokens, logprobs = next(sampled) if chunk.samples else NOTHING_SAMPLED
@@ -413,6 +443,8 @@ class Scheduler:
                 end = chunk.start + len(chunk.tokens)
                 if end >= (seq.num_published + 1) * size and self.limits.caching:
                     self._publish(seq, end // size)
+                if slides:
+                    self.grouped.leave(seq.tables, end)
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
                 if seq.id in result.pooled:
@@ -444,7 +476,7 @@ class Scheduler:
         """Let others find a sequence's first ``num_full`` blocks."""
         self._extend_keys(seq, num_full)
         for i in range(seq.num_published, num_full):
-            self.pool.publish(seq.blocks[i], seq.keys[i])
+            self.grouped.publish(seq.tables, i, seq.keys[i])
             self._computing.pop(seq.keys[i], None)
         seq.num_published = num_full
 
@@ -500,8 +532,9 @@ class Scheduler:
         in flight: what follows the first of them could not have been planned."""
         assert not seq.in_flight
         seq.num_pending += num_more
-        num_blocks = self.pool.blocks_for(seq.num_computed + seq.num_pending)
-        if num_blocks > len(seq.blocks) and seq not in self._full:
+        num_tokens = seq.num_computed + seq.num_pending
+        missing = self.grouped.num_missing(seq.tables, seq.num_computed, num_tokens)
+        if missing and seq not in self._full:
             self._full.append(seq)
 
     # ------------------------------------------------------------------ freeing
@@ -509,7 +542,7 @@ class Scheduler:
     def _leave(self, seq: Sequence) -> None:
         """A sequence runs no more, if it did; it keeps its blocks."""
         if self.running.pop(seq.id, None) is not None:
-            self._num_holding -= bool(seq.blocks)
+            self._num_holding -= bool(seq.tables)
 
     def _end(self, seq: Sequence) -> None:
         """A sequence is over, and nothing of it stays but its published blocks; not before its last
@@ -525,11 +558,12 @@ class Scheduler:
         for key in seq.keys[seq.num_published :]:
             if self._computing.get(key) == seq.id:
                 del self._computing[key]
-        self.pool.release(seq.blocks)
-        if seq.num_sent:
+        self.grouped.release(seq.tables)
+        if seq.introduced:
             self._ended.append(seq.id)
-        seq.blocks.clear()
-        seq.num_sent = 0
+        seq.tables = ()
+        seq.added = NO_BLOCKS
+        seq.introduced = False
         seq.num_computed = 0
         seq.num_pending = 0
         seq.num_published = 0

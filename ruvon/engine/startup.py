@@ -36,6 +36,7 @@ from ruvon.engine.matching import Matchers
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import (
+    Blocks,
     Chunk,
     NewSequence,
     Plan,
@@ -163,13 +164,14 @@ def assemble(
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)
-    warm_up(runner, config)
+    warm_up(runner, config, len(memory.windows))
     return LoadedEngine(
         engine=Engine(
             runner,
             config,
             max_model_len=memory.max_model_len,
             num_blocks=memory.num_blocks,
+            windows=memory.windows,
             vocab_size=model.spec.vocab_size,
             eos_token_ids=grammars.eos_token_ids,
             grammars=grammars,
@@ -234,6 +236,7 @@ def make_runner(
         sampler,
         hidden=step.hidden,
         block_size=config.block_size,
+        windows=memory.windows,
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.pin_thread,
@@ -259,17 +262,20 @@ def make_gpu_runner(
         model.logits,
         device=device,
         block_size=config.block_size,
+        windows=memory.windows,
         max_logit_rows=limits.logit_rows,
     )
     progress("compiling kernels", 0.0)
-    for plan in scoring_plans(min(limits.tokens, memory.max_model_len), config.block_size):
+    longest, num_groups = min(limits.tokens, memory.max_model_len), len(memory.windows)
+    for plan in scoring_plans(longest, config.block_size, num_groups):
         (chunk,), (row,) = plan.chunks, plan.prompt_rows
-        scorer.launch(chunk, row, list(chunk.blocks)).read()
+        scorer.launch(chunk, row, [[*blocks] for blocks in chunk.blocks]).read()
     runner = GpuRunner(
         partial(model.forward, cache=cache),
         scorer,
         device=device,
         block_size=config.block_size,
+        windows=memory.windows,
         vocab_size=model.spec.vocab_size,
         max_model_len=memory.max_model_len,
         max_seqs=limits.sequences,
@@ -281,7 +287,7 @@ def make_gpu_runner(
         progress=progress,
     )
     for sampling in RARE:
-        runner.launch(short_step(config, sampling)).result()
+        runner.launch(short_step(config, sampling, num_groups)).result()
     runner.start_counting()
     return runner
 
@@ -305,28 +311,36 @@ SCORED = (1, 2, 16, 32, 64, 128)
 """Numbers of rows for which a GPU's products differ; beyond the last they do not."""
 
 
-def scoring_plans(longest: int, block_size: int) -> Iterator[Plan]:
+def scoring_plans(longest: int, block_size: int, num_groups: int = 1) -> Iterator[Plan]:
     """Prompts to score which between them need every variant of a kernel that scoring ever will,
     so that none is compiled while somebody waits: graphs need those of their own sizes only."""
     for num_tokens in sorted({min(size, longest) for size in SCORED}):
         tokens = (0,) * num_tokens
-        blocks = tuple(range(-(-num_tokens // block_size)))
+        blocks = first_blocks(num_tokens, block_size, num_groups)
         new = NewSequence(0, SamplingParams(temperature=0), num_tokens, 0)
         chunk = Chunk(0, 0, tokens, 0, blocks, False)
         yield Plan(0, (chunk,), (new,), prompt_rows=(PromptRow(0, 0, tokens, 0),))
 
 
-def warm_up(runner: Runner | GpuRunner, config: EngineConfig) -> None:
+def first_blocks(num_tokens: int, block_size: int, num_groups: int) -> Blocks:
+    """Blocks for a sequence of a single step: the same in all groups, for a layer reads what it has
+    just written, and nobody what the last one leaves."""
+    return (tuple(range(1, -(-num_tokens // block_size) + 1)),) * num_groups
+
+
+def warm_up(runner: Runner | GpuRunner, config: EngineConfig, num_groups: int = 1) -> None:
     """Run a short step, so that what happens once happens before any request: kernels compile,
     threads start, a model that cannot run fails. What it writes to the cache is overwritten."""
-    runner.launch(short_step(config, SamplingParams(temperature=0))).result()
+    runner.launch(short_step(config, SamplingParams(temperature=0), num_groups)).result()
 
 
-def short_step(config: EngineConfig, sampling: SamplingParams) -> Plan:
+def short_step(config: EngineConfig, sampling: SamplingParams, num_groups: int = 1) -> Plan:
     """One short prompt."""
     tokens = (0,) * min(config.block_size, config.largest_step.tokens)
     new = NewSequence(0, sampling, len(tokens), 0)
-    return Plan(0, (Chunk(0, 0, tokens, 0, (0,), True),), (new,))
+    blocks = first_blocks(len(tokens), config.block_size, num_groups)
+    chunk = Chunk(0, 0, tokens, 0, blocks, True)
+    return Plan(0, (chunk,), (new,))
 
 
 def stored_bytes(checkpoint: Checkpoint) -> int:

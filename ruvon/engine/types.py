@@ -32,6 +32,15 @@ BEING_SAMPLED = (PLACEHOLDER,)
 Pooling: TypeAlias = Literal["mean", "last"]
 """Which final hidden states of a prompt are wanted: of all its tokens, or of the last."""
 
+Blocks: TypeAlias = tuple[tuple[int, ...], ...]
+"""Blocks by cache group, or nothing for none in any group. 0 stands for one that its group's window
+no longer shows."""
+
+NO_BLOCKS: Blocks = ()
+
+Tables: TypeAlias = "tuple[list[int], ...]"
+"""A sequence's block tables, one a cache group."""
+
 Floats64: TypeAlias = "np.ndarray[Any, np.dtype[np.float64]]"
 
 
@@ -113,8 +122,9 @@ class Sequence:
     headroom: int = -1  # blocks that were to be had when it last found too few of them
     missing: bytes | None = None  # key of the first block it then did not find
     in_flight: int = 0  # steps launched with a chunk of it and not committed yet
-    blocks: list[int] = field(default_factory=list)
-    num_sent: int = 0  # leading blocks that chunks of this generation have named
+    tables: Tables = ()  # its blocks in order, by cache group; nothing as long as it has none
+    added: Blocks = NO_BLOCKS  # those that no chunk has named yet
+    introduced: bool = False  # whether a plan has named this generation
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, for the prefix cache
     num_published: int = 0  # leading blocks already offered to the prefix cache
     num_claimed: int = 0  # leading blocks that others wait for rather than compute them too
@@ -139,7 +149,7 @@ class Chunk:
     generation: int  # how often the sequence has been preempted: each time it begins anew
     tokens: tuple[int, ...]  # or `BEING_SAMPLED`
     start: int  # position of the first
-    blocks: tuple[int, ...]  # what its block table has grown by since its last chunk
+    blocks: Blocks  # what its block tables have grown by since its last chunk
     samples: bool  # whether a token is sampled after the last
 
 

@@ -57,8 +57,8 @@ def num_splits(sequences: int, groups: int, max_context: int) -> int:
     return 1 << max(0, int(wanted).bit_length() - 1)
 
 
-class PagedIndex(NamedTuple):
-    """What the kernel reads of a `ForwardBatch`."""
+class StepIndex(NamedTuple):
+    """What the kernel reads of a `ForwardBatch`, for one cache group."""
 
     tables: Tensor
     query_starts: Tensor
@@ -128,7 +128,9 @@ def attend_head(
     lanes = no_keys(TILE.keys, SHAPE.BLOCK_D)
     for start in tl.range(first, last, TILE.keys, num_stages=TILE.stages):
         keys = start + tl.arange(0, TILE.keys)
-        k, v = load_kv(caches, table_ptr, keys, last, group, G, SHAPE.D, SHAPE.PAGE, SHAPE.BLOCK_D)
+        k, v = load_kv(
+            caches, table_ptr, keys, keys < last, group, G, SHAPE.D, SHAPE.PAGE, SHAPE.BLOCK_D
+        )
         score = tl.sum(k.to(tl.float32) * q, axis=1) * scale
         lanes = merge(lanes, one_key(tl.where(keys < last, score, float("-inf")), v))
     top = tl.max(lanes.top, axis=0, keep_dims=True)
@@ -145,7 +147,9 @@ def attend_group(
     top, weight, total = no_keys(SHAPE.BLOCK_H, SHAPE.BLOCK_D)
     for start in tl.range(first, last, TILE.keys, num_stages=TILE.stages):
         keys = start + tl.arange(0, TILE.keys)
-        k, v = load_kv(caches, table_ptr, keys, last, group, G, SHAPE.D, SHAPE.PAGE, SHAPE.BLOCK_D)
+        k, v = load_kv(
+            caches, table_ptr, keys, keys < last, group, G, SHAPE.D, SHAPE.PAGE, SHAPE.BLOCK_D
+        )
         scores = tl.dot(q.to(k.dtype), k.T, input_precision="ieee") * scale
         scores = tl.where((keys < last)[None, :], scores, float("-inf"))
         new = tl.maximum(top, tl.max(scores, axis=1))
@@ -220,7 +224,7 @@ def comes_last(counter_ptr, programs):
 def _decode_kernel(
     q_ptr,  # q of [T, H, D], or if FUSED the whole qkv
     caches,  # Caches
-    index,  # PagedIndex
+    index,  # StepIndex
     rope,  # Angles
     norms,  # Norms
     sinks_ptr,
@@ -314,7 +318,7 @@ def launch_decode(
     tile: DecodeTile | None = None,
 ) -> None:
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
-    share = spec.num_heads // groups
+    share, paged = spec.num_heads // groups, batch.paged[spec.cache_group]
     context = min(batch.max_context, spec.window or batch.max_context)
     splits = num_splits(sequences, groups, context)
     block_d = triton.next_power_of_2(spec.head_dim)
@@ -322,8 +326,8 @@ def launch_decode(
     _decode_kernel[(groups, splits, sequences)](
         q,
         Caches(k_cache_BGPD, v_cache_BGPD),
-        PagedIndex(
-            batch.block_tables, batch.query_starts, batch.context_lens, batch.positions, batch.slots
+        StepIndex(
+            paged.block_tables, batch.query_starts, batch.context_lens, batch.positions, paged.slots
         ),
         make_angles(rope),
         Norms(*(norms or (None, None, 0.0))),
@@ -332,7 +336,7 @@ def launch_decode(
         workspace,
         spec.scale * LOG2_E.value,
         q.stride(0),
-        batch.block_tables.stride(0),
+        paged.block_tables.stride(0),
         sequences,
         groups,
         SHAPE=Shape(

@@ -176,7 +176,7 @@ def write_kv(
     _write_kernel[(tokens, tiles)](
         qkv_TE,
         batch.positions,
-        batch.slots,
+        batch.paged[spec.cache_group].slots,
         make_angles(rope),
         Norms(q_norm_D, k_norm_D, eps),
         q_THD,

@@ -11,6 +11,7 @@ Shape legend, used in names as a suffix (``x_TC``) across the project:
     S  sequences in this step          L  rows whose logits are wanted
     C  hidden size                     N, K  rows (outputs) and columns (inputs) of a weight
     H  query heads   G  key/value heads   D  head size   V  vocabulary
+    E  experts                         I  an expert's width
     B  blocks of the cache             P  tokens per block ("page")
 
 How values are arranged *inside* one cache block, and inside a `Packed` weight, is private to the
@@ -26,11 +27,27 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Activation: TypeAlias = Literal["none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated"]
-"""``*_gated``: the first half of the outputs gates the second, ``act(gate) * up``; halves N."""
+Activation: TypeAlias = Literal[
+    "none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated", "swiglu_clamped"
+]
+"""The last two: the first half of the outputs gates the second, ``act(gate) * up``; halves N.
+``swiglu_clamped`` is gpt-oss's ``gate * sigmoid(1.702 gate) * (up + 1)``, the gate at most 7 and up
+within -7 to 7; experts only."""
 
 
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class PagedIndex:
+    """Where a step's keys and values are in the cache, for the layers of one cache group.
+
+    A layer with a window is not asked for what lies before it: those entries of a block table may
+    be 0, or whatever they were.
+    """
+
+    slots: Tensor  # int32 [T], block * P + offset: where each token's key and value go
+    block_tables: Tensor  # int32 [S, most blocks of any sequence], padded with 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +61,7 @@ class ForwardBatch:
 
     token_ids: Tensor  # int32 [T]
     positions: Tensor  # int32 [T]
-    slots: Tensor  # int32 [T], block * P + offset: where each token's key and value go
-    block_tables: Tensor  # int32 [S, most blocks of any sequence], padded with 0
+    paged: tuple[PagedIndex, ...]  # one a cache group
     query_starts: Tensor  # int32 [S + 1]
     context_lens: Tensor  # int32 [S]
     logit_rows: Tensor  # int32 [L], indices into T
@@ -120,7 +136,27 @@ class Stacked:
         return torch.cat([part.dequantize() for part in self.parts])
 
 
-Weight: TypeAlias = Dense | Quantized | Stacked
+@dataclass(frozen=True, slots=True)
+class Mxfp4:
+    """A weight as 4-bit floats (e2m1) with a power of two for every 32 along K, as OCP's MX has it.
+
+    ``value = E2M1[code] * 2 ** (scale - 127)``. gpt-oss's experts come in it.
+    """
+
+    codes_NKB: Tensor  # uint8 [N, K / 32, 16]; the low nibble is the even element
+    scales_NK: Tensor  # uint8 [N, K / 32]
+
+    def dequantize(self) -> Tensor:
+        """The float32 values ``[N, K]``: exact."""
+        table = torch.tensor(E2M1 + tuple(-x for x in E2M1), device=self.codes_NKB.device)
+        pairs = torch.stack((self.codes_NKB & 15, self.codes_NKB >> 4), dim=-1).flatten(-2)
+        values = torch.ldexp(table[pairs.int()], self.scales_NK.int().unsqueeze(-1) - 127)
+        return values.flatten(-2)
+
+
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of the codes 0 to 7; bit 3 is the sign
+
+Weight: TypeAlias = Dense | Quantized | Stacked | Mxfp4
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +166,37 @@ class Packed:
     kind: str
     shape: tuple[int, int]  # N, K as the model sees them
     tensors: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """A layer's experts as its checkpoint has them, one above the other in N, so that all formats
+    of a weight serve here, too."""
+
+    up: Weight  # [E * 2 * I, C]: an expert's I rows of its gate, its I rows of what that gates
+    up_bias_N: Tensor | None  # [E * 2 * I]
+    down: Weight  # [E * C, I]
+    down_bias_N: Tensor | None  # [E * C]
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsSpec:
+    """What a mixture of experts needs to know besides its inputs."""
+
+    num_experts: int
+    top_k: int  # experts that a token goes through
+    width: int  # of an expert: I
+    activation: Activation  # a gated one
+    renormalize: bool = True  # whether the weights of the chosen sum to 1
+
+
+@dataclass(frozen=True, slots=True)
+class PackedExperts:
+    """Experts laid out for one table's kernels. Only the table that packed them may look inside."""
+
+    kind: str
+    spec: ExpertsSpec
+    tensors: tuple[Tensor | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +216,7 @@ class AttentionSpec:
     head_dim: int
     scale: float
     window: int = 0  # keys visible to a query, itself included; 0 means all
+    cache_group: int = 0  # the layer's, an index into `ForwardBatch.paged`
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,11 +246,12 @@ class Ops:
     write_kv: Callable[..., Tensor]
     """(qkv_TE, batch, k_cache, v_cache, AttentionSpec, Rope or None, q_norm_D or None,
     k_norm_D or None, eps) → q_THD. Splits q | k | v, norms q and k per head, rotates them, and
-    writes k and v to the cache at ``batch.slots``."""
+    writes k and v to the cache at the slots of the layer's cache group."""
 
     attention: Callable[..., Tensor]
     """(q_THD, k_cache, v_cache, batch, AttentionSpec, sinks_H or None) → [T, H * D]. Causal over
-    each sequence's own blocks. A sink joins the softmax's denominator only."""
+    each sequence's own blocks, of which those before the window are not read, or read and left out
+    of every sum. A sink joins the softmax's denominator only."""
 
     gather_rows: Callable[[Tensor, Tensor], Tensor]
     """(x_TC, rows_L) → x_LC."""
@@ -198,6 +267,15 @@ class Ops:
     attend: Callable[..., Tensor] | None = None
     """``write_kv``'s arguments and ``sinks_H`` → what ``attention`` then returns. None: two
     calls."""
+
+    pack_experts: Callable[[Experts, ExpertsSpec], PackedExperts] | None = None
+    """Lay a layer's experts out for `experts`. None, both: this table has no experts."""
+
+    experts: Callable[[Tensor, Packed, Tensor | None, PackedExperts], Tensor] | None = None
+    """(x_TC, router E×C, bias_E or None, experts) → y_TC. A token's ``top_k`` largest router logits
+    choose its experts, and their softmax (over all logits where not ``renormalize``) weighs what
+    they make of it: ``sum_e weight_e * (W2_e act(W1_e x + b1_e) + b2_e)``. Logits and their softmax
+    are float32."""
 
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""

@@ -55,11 +55,10 @@ def prefetch_pages(
 
 @triton.jit
 def load_kv(
-    caches, table_ptr, keys, last, group, G,
+    caches, table_ptr, keys, inside, group, G,
     D: tl.constexpr, PAGE: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A group's keys and values ``[keys, BLOCK_D]``, zeros from key ``last`` on."""
-    inside = keys < last
+    """A group's keys and values ``[keys, BLOCK_D]``, zeros for keys that are not ``inside``."""
     block = tl.load(table_ptr + keys // PAGE, mask=inside, other=0).to(tl.int64)
     rows = cache_row(block, keys % PAGE, group, G, PAGE, D)
     dims = tl.arange(0, BLOCK_D)

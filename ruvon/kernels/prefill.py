@@ -15,11 +15,12 @@ from ruvon.kernels.pdl import release, wait
 
 @triton.jit
 def attend_tile(
-    q, softmax, caches, table_ptr, first, last, positions_M,
+    q, softmax, caches, table_ptr, first, last, lowest, positions_M,
     group, G, scale, D: tl.constexpr, PAGE: tl.constexpr, WINDOW: tl.constexpr,
     MASKED: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """A tile of queries over keys ``first .. last``; unless ``MASKED`` all see all of them.
+    """A tile of queries over keys ``first .. last``; unless ``MASKED`` all see all of them. None
+    sees a key before ``lowest``: with a window, the block it was in may be another's by now.
 
     Maxima are of products before ``scale``. Where a prompt is cut decides which keys are masked, so
     both ways must round alike: what a compiler could fuse in one of them and not in the other is
@@ -28,7 +29,10 @@ def attend_tile(
     top_M, weight_M, sum_MD = softmax
     for start in tl.range(first, last, BLOCK_N):
         keys = start + tl.arange(0, BLOCK_N)
-        k, v = load_kv(caches, table_ptr, keys, last, group, G, D, PAGE, BLOCK_D)
+        inside = keys < last
+        if WINDOW > 0:
+            inside &= keys >= lowest
+        k, v = load_kv(caches, table_ptr, keys, inside, group, G, D, PAGE, BLOCK_D)
         products = tl.dot(q, k.T, input_precision="ieee")
         if MASKED:
             seen = (keys[None, :] <= positions_M[:, None]) & (keys < last)[None, :]
@@ -106,16 +110,17 @@ def _prefill_kernel(
         last = tl.minimum(first_position + BLOCK_Q, context)
         table = tables_ptr + s.to(tl.int64) * table_stride
         softmax = no_keys(BLOCK_M, BLOCK_D)
+        lowest = first_position - WINDOW + 1 if WINDOW > 0 else 0
         if WINDOW > 0:
-            clear = tl.maximum(first_position - WINDOW + 1, 0) // BLOCK_N * BLOCK_N
+            clear = tl.maximum(lowest, 0) // BLOCK_N * BLOCK_N
         else:
             clear = (first_position + 1) // BLOCK_N * BLOCK_N
             softmax = attend_tile(
-                q, softmax, caches, table, 0, clear, positions_M,
+                q, softmax, caches, table, 0, clear, lowest, positions_M,
                 group, G, scale, D, PAGE, WINDOW, False, BLOCK_N, BLOCK_D,
             )  # fmt: skip
         softmax = attend_tile(
-            q, softmax, caches, table, clear, last, positions_M,
+            q, softmax, caches, table, clear, last, lowest, positions_M,
             group, G, scale, D, PAGE, WINDOW, True, BLOCK_N, BLOCK_D,
         )  # fmt: skip
         scaled = Softmax(softmax.top * scale, softmax.weight, softmax.total)
@@ -151,7 +156,7 @@ def launch_prefill(
 ) -> None:
     """Takes the sequences with at least ``fewest`` queries."""
     sequences, groups = batch.context_lens.shape[0], spec.num_kv_heads
-    share = spec.num_heads // groups
+    share, paged = spec.num_heads // groups, batch.paged[spec.cache_group]
     block_d = triton.next_power_of_2(spec.head_dim)
     tile = tile or prefill_tile(block_d)
     block_m = max(tile.rows, triton.next_power_of_2(share))
@@ -160,14 +165,14 @@ def launch_prefill(
     _prefill_kernel[(tiles, groups)](
         q_THD,
         Caches(k_cache_BGPD, v_cache_BGPD),
-        batch.block_tables,
+        paged.block_tables,
         batch.query_starts,
         batch.context_lens,
         sinks_H,
         out_TE,
         spec.scale * LOG2_E.value,
         q_THD.stride(0),
-        batch.block_tables.stride(0),
+        paged.block_tables.stride(0),
         sequences,
         groups,
         GROUP=share,

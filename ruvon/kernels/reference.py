@@ -5,6 +5,9 @@ Runs on any device and dtype. Norms, softmax and rotations compute in float32 an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -13,9 +16,12 @@ from ruvon.kernels.ops import (
     Activation,
     AttentionSpec,
     Dense,
+    Experts,
+    ExpertsSpec,
     ForwardBatch,
     Ops,
     Packed,
+    PackedExperts,
     Rope,
     Weight,
 )
@@ -29,6 +35,14 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
 
+    def pack_experts(experts: Experts, spec: ExpertsSpec) -> PackedExperts:
+        up, down = (pack(weight).tensors[0] for weight in (experts.up, experts.down))
+        biases = (
+            bias if bias is None else bias.to(device=device, dtype=dtype)
+            for bias in (experts.up_bias_N, experts.down_bias_N)
+        )
+        return PackedExperts("dense", spec, (up, down, *biases))
+
     return Ops(
         name="torch",
         pack=pack,
@@ -41,6 +55,8 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
         attention=attention,
         gather_rows=gather_rows,
         logits=logits,
+        pack_experts=pack_experts,
+        experts=experts,
         dtype=dtype,
         device=device,
     )
@@ -90,10 +106,44 @@ def activate(x_TN: Tensor, activation: Activation) -> Tensor:
         case "silu_gated":
             gate, up = x_TN.chunk(2, dim=-1)
             return F.silu(gate) * up
+        case "swiglu_clamped":
+            gate, up = x_TN.chunk(2, dim=-1)
+            gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+            return gate * torch.sigmoid(1.702 * gate) * (up + 1)
 
 
 def linear(x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Activation) -> Tensor:
     return activate(F.linear(x_TK, weight.tensors[0], bias_N), activation)
+
+
+def route(
+    x_TC: Tensor, router: Packed, bias_E: Tensor | None, spec: ExpertsSpec
+) -> tuple[Tensor, Tensor]:
+    """→ (each token's experts [T, top_k], their float32 weights)."""
+    bias = None if bias_E is None else bias_E.float()
+    logits_TE = F.linear(x_TC.float(), router.tensors[0].float(), bias)
+    if not spec.renormalize:
+        weights, chosen = logits_TE.softmax(-1).topk(spec.top_k)
+        return chosen, weights
+    kept, chosen = logits_TE.topk(spec.top_k)
+    return chosen, kept.softmax(-1)
+
+
+def experts(x_TC: Tensor, router: Packed, bias_E: Tensor | None, experts: PackedExperts) -> Tensor:
+    spec = experts.spec
+    up, down, up_bias, down_bias = (_by_expert(x, spec.num_experts) for x in experts.tensors)
+    chosen, weights = route(x_TC, router, bias_E, spec)
+    y_TC = torch.zeros_like(x_TC, dtype=torch.float32)
+    for e in chosen.unique().tolist():
+        rows, place = (chosen == e).nonzero(as_tuple=True)
+        hidden = activate(F.linear(x_TC[rows], up[e], up_bias[e]), spec.activation)
+        out = F.linear(hidden, down[e], down_bias[e])
+        y_TC.index_add_(0, rows, out.float() * weights[rows, place, None])
+    return y_TC.to(x_TC.dtype)
+
+
+def _by_expert(x: Tensor | None, count: int) -> Sequence[Any]:
+    return (None,) * count if x is None else x.chunk(count)
 
 
 def rotate(x_THD: Tensor, cos_TD: Tensor, sin_TD: Tensor) -> Tensor:
@@ -127,7 +177,8 @@ def write_kv(
         cos, sin = rope.cos_PD[batch.positions], rope.sin_PD[batch.positions]
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     page = k_cache_BGPD.shape[2]
-    block, offset = batch.slots // page, batch.slots % page
+    slots = batch.paged[spec.cache_group].slots
+    block, offset = slots // page, slots % page
     k_cache_BGPD[block, :, offset] = k.to(k_cache_BGPD.dtype)
     v_cache_BGPD[block, :, offset] = v.to(v_cache_BGPD.dtype)
     return q
@@ -145,12 +196,14 @@ def attention(
     starts, contexts = batch.query_starts.tolist(), batch.context_lens.tolist()
     page = k_cache_BGPD.shape[2]
     for s, context in enumerate(contexts):
-        blocks = batch.block_tables[s, : -(-context // page)]
-        k, v = (
-            cache[blocks].transpose(0, 1).flatten(1, 2)[:, :context].float()  # [G, context, D]
-            for cache in (k_cache_BGPD, v_cache_BGPD)
-        )
         rows = slice(starts[s], starts[s + 1])
+        first_seen = context - (rows.stop - rows.start) - spec.window + 1 if spec.window else 0
+        skipped = max(first_seen, 0) // page  # blocks
+        blocks = batch.paged[spec.cache_group].block_tables[s, skipped : -(-context // page)]
+        k, v = (
+            cache[blocks].transpose(0, 1).flatten(1, 2)[:, : context - skipped * page].float()
+            for cache in (k_cache_BGPD, v_cache_BGPD)  # [G, keys, D]
+        )
         out[rows] = attend_one(q_THD[rows], k, v, spec, sinks_H).to(out.dtype)
     return out.flatten(1)
 
@@ -158,7 +211,8 @@ def attention(
 def attend_one(
     q_QHD: Tensor, k_GXD: Tensor, v_GXD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
 ) -> Tensor:
-    """One sequence's queries, the last Q of its X positions, over its keys. float32 in and out."""
+    """One sequence's queries, the last Q of its X last positions, over their keys. float32 in and
+    out."""
     num, context = q_QHD.shape[0], k_GXD.shape[1]
     share = spec.num_heads // spec.num_kv_heads
     k, v = (t.repeat_interleave(share, dim=0) for t in (k_GXD, v_GXD))

@@ -25,15 +25,16 @@ class Places(NamedTuple):
 
     num_ids: int
     positions: int
-    slots: int
+    slots: int  # of each cache group, one behind the other
     context_lens: int
     logit_rows: int
     params: int  # of so many words each, one of which is the row's place in the persistent batch
     mode: int  # a word: 0 to take all from the staging buffer, 1 to advance
-    new_blocks: int  # for each row, if advancing: the block that its table grows by, or -1
+    new_blocks: int  # by cache group and row, if advancing: what the table grows by, or -1
     patches: int  # pairs of words (place, block) up to
     end: int
     num_rows: int
+    slot_stride: int  # words from one group's slots to the next's
 
 
 @triton.jit
@@ -54,15 +55,16 @@ def _copy(
 @triton.jit(
     do_not_specialize=[
         "staging_size", "num_words", "num_ids", "positions", "slots", "context_lens", "logit_rows",
-        "first_param", "mode", "new_blocks", "patches", "end", "num_rows", "width", "page",
+        "first_param", "mode", "new_blocks", "patches", "end", "num_rows", "slot_stride",
+        "table_size", "width", "page",
     ]
 )  # fmt: skip
 def _load_inputs_kernel(
     staging_ptr, turn_ptr, words_ptr, last_tokens_ptr, tables_ptr,
     staging_size, num_words,
     num_ids, positions, slots, context_lens, logit_rows, first_param, mode, new_blocks,
-    patches, end, num_rows, width, page,
-    PARAMS: tl.constexpr, SLOT: tl.constexpr, DRAW: tl.constexpr,
+    patches, end, num_rows, slot_stride, table_size, width, page,
+    PARAMS: tl.constexpr, SLOT: tl.constexpr, DRAW: tl.constexpr, GROUPS: tl.constexpr,
     BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     release(PDL)
@@ -80,15 +82,18 @@ def _load_inputs_kernel(
         used = slot >= 0
         token_ptr = words_ptr + tl.load(words_ptr + logit_rows + at, mask=used, other=0)
         position = tl.load(token_ptr + positions, mask=used, other=0) + 1
-        place_ptr = tables_ptr + slot * width + position // page
-        new_block = tl.load(staging_ptr + new_blocks + at, mask=used, other=-1)
-        grown = used & (new_block >= 0)
-        tl.store(place_ptr, new_block, mask=grown)
-        block = tl.load(place_ptr, mask=used & (new_block < 0), other=0)
-        block = tl.where(grown, new_block, block)
+        for group in tl.static_range(GROUPS):
+            place_ptr = tables_ptr + group * table_size + slot * width + position // page
+            new_ptr = staging_ptr + new_blocks + group * num_rows + at
+            new_block = tl.load(new_ptr, mask=used, other=-1)
+            grown = used & (new_block >= 0)
+            tl.store(place_ptr, new_block, mask=grown)
+            block = tl.load(place_ptr, mask=used & (new_block < 0), other=0)
+            block = tl.where(grown, new_block, block)
+            slot_ptr = token_ptr + slots + group * slot_stride
+            tl.store(slot_ptr, block * page + position % page, mask=used)
         tl.store(token_ptr, tl.load(last_tokens_ptr + slot, mask=used, other=0), mask=used)
         tl.store(token_ptr + positions, position, mask=used)
-        tl.store(token_ptr + slots, block * page + position % page, mask=used)
         tl.store(words_ptr + context_lens + slot, position + 1, mask=used)
         draw = tl.load(param_ptr + DRAW, mask=used, other=0)
         tl.store(param_ptr + DRAW, draw + 1, mask=used)
@@ -99,7 +104,7 @@ def load_inputs(
     turn: Tensor,
     words: Tensor,
     last_tokens: Tensor,
-    tables: Tensor,
+    tables_GSW: Tensor,
     places: Places,
     block_size: int,
     param_words: tuple[int, int, int],
@@ -108,7 +113,7 @@ def load_inputs(
     """Bring ``words`` up to date from the staging buffer whose ``turn`` it is.
 
     In mode 0 they are copied: ``-1 - slot`` among the ids becomes what that slot of the persistent
-    batch sampled last, and patches go to ``tables``, taken as flat (a negative place is none). In
+    batch sampled last, and patches go to the tables, taken as flat (a negative place is none). In
     mode 1 the words are those of the step before, each of whose rows had one token and sampled.
 
     ``param_words``: how many words a row's parameters have, and which of them are its slot and the
@@ -120,15 +125,17 @@ def load_inputs(
         turn,
         words,
         last_tokens,
-        tables,
+        tables_GSW,
         staging_BW.shape[1],
         words.shape[0],
         *places,
-        tables.shape[1],
+        tables_GSW.stride(0),
+        tables_GSW.stride(1),
         block_size,
         PARAMS=size,
         SLOT=slot,
         DRAW=draw,
+        GROUPS=tables_GSW.shape[0],
         BLOCK=BLOCK,
         PDL=pdl,
         launch_pdl=pdl,
@@ -171,5 +178,41 @@ def store_outputs(
         BUFFERS=staging_BW.shape[0],
         BLOCK=BLOCK,
         PDL=pdl,
+        launch_pdl=pdl,
+    )
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def _load_masks_kernel(
+    staging_ptr, masks_ptr, params_ptr, num_words,
+    PARAMS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release(PDL)
+    wait(PDL)
+    mask = tl.load(params_ptr + tl.program_id(0) * PARAMS + MASK)
+    if mask > 0:
+        first = (mask - 1).to(tl.int64) * num_words
+        for start in tl.range(0, num_words, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            word = tl.load(staging_ptr + first + at, mask=at < num_words, other=0)
+            tl.store(masks_ptr + first + at, word, mask=at < num_words)
+
+
+def load_masks(
+    staging_RW: Tensor, masks_RW: Tensor, params: Tensor, mask_word: int, pdl: bool = False
+) -> None:
+    """Bring the masks that rows with these parameters name, counted from 1, from the staging
+    buffer; 0 is none."""
+    rows, size = params.shape
+    _load_masks_kernel[(rows,)](
+        staging_RW,
+        masks_RW,
+        params,
+        masks_RW.shape[1],
+        PARAMS=size,
+        MASK=mask_word,
+        BLOCK=2048,
+        PDL=pdl,
+        num_warps=8,
         launch_pdl=pdl,
     )

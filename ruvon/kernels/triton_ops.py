@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, kv, linear, norm, split_k
+from ruvon.kernels import attention, decode, embed, kv, linear, norm, reference, split_k
 from ruvon.kernels.ops import Dense, Ops, Packed, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -49,6 +49,8 @@ def make_triton_ops(
         ),
         gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
+        pack_experts=reference.make_torch_ops(dtype, device).pack_experts,
+        experts=reference.experts,
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
         dtype=dtype,

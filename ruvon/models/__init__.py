@@ -12,8 +12,9 @@ from torch import Tensor
 from ruvon.config import EngineConfig
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import ForwardBatch, Ops
-from ruvon.models import gpt2, llama
+from ruvon.models import gpt2, gpt_oss, llama
 from ruvon.models.checkpoint import Checkpoint
+from ruvon.models.mixtures import is_original
 from ruvon.models.quantize import SCHEMES
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import RandomTensors, Rule, SafetensorsFolder, TensorSource, Weights
@@ -51,6 +52,8 @@ class Family:
 
 GPT2 = Family(gpt2.build, gpt2.RULES, gpt2.IGNORED)
 LLAMA = Family(llama.build, llama.RULES, llama.IGNORED)
+QWEN3_MOE = Family(gpt_oss.build, gpt_oss.QWEN3_MOE_RULES, gpt_oss.IGNORED)
+GPT_OSS = Family(gpt_oss.build, gpt_oss.RULES, gpt_oss.IGNORED)
 
 MODELS: Mapping[str, Family] = {
     "GPT2LMHeadModel": GPT2,
@@ -58,6 +61,8 @@ MODELS: Mapping[str, Family] = {
     "MistralForCausalLM": LLAMA,
     "Qwen2ForCausalLM": LLAMA,
     "Qwen3ForCausalLM": LLAMA,
+    "Qwen3MoeForCausalLM": QWEN3_MOE,
+    "GptOssForCausalLM": GPT_OSS,
 }
 
 
@@ -71,8 +76,8 @@ def load_model(
     progress("loading weights", 0.0)
     spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
     weights = Weights(
-        source=_open_source(checkpoint, config),
-        rules=family.rules,
+        source=_open_source(checkpoint, config, ops.device),
+        rules=gpt_oss.ORIGINAL_RULES if is_original(checkpoint.config) else family.rules,
         scheme=SCHEMES[config.quantization],
         ops=ops,
         num_layers=spec.num_layers,
@@ -87,7 +92,9 @@ def load_model(
     return model
 
 
-def _open_source(checkpoint: Checkpoint, config: EngineConfig) -> TensorSource:
+def _open_source(
+    checkpoint: Checkpoint, config: EngineConfig, device: torch.device
+) -> TensorSource:
     match checkpoint.format:
         case "safetensors":
             return SafetensorsFolder(checkpoint.path)
@@ -95,7 +102,10 @@ def _open_source(checkpoint: Checkpoint, config: EngineConfig) -> TensorSource:
             assert checkpoint.gguf is not None
             return checkpoint.gguf
         case "dummy":
-            return RandomTensors(checkpoint.path, config.seed, _dtype(checkpoint))
+            packed = checkpoint.config.get("quantization_config") or is_original(checkpoint.config)
+            return RandomTensors(
+                checkpoint.path, config.seed, _dtype(checkpoint), mxfp4=bool(packed), device=device
+            )
 
 
 def _dtype(checkpoint: Checkpoint) -> torch.dtype:

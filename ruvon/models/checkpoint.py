@@ -19,7 +19,8 @@ from ruvon.errors import ConfigError, LoadError
 from ruvon.locate import is_embedded, locate
 from ruvon.models.defaults import gguf_generation
 from ruvon.models.gguf import GgufFile
-from ruvon.models.spec import ModelSpec, spec_from_config, spec_from_gguf
+from ruvon.models.spec import ModelSpec, spec_from_config
+from ruvon.models.spec_gguf import spec_from_gguf
 from ruvon.telemetry import Progress
 
 log = structlog.get_logger(__name__)

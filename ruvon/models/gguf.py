@@ -13,7 +13,7 @@ from __future__ import annotations
 import mmap
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Quantized
+from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES
+from ruvon.models.quantize import take_rows
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
@@ -120,18 +121,24 @@ class GgufFile:
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Quantized:
+    def read(
+        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
+    ) -> Tensor | Quantized | Mxfp4:
         """A tensor that must have this shape. F32, F16 and BF16 share the file's memory.
 
         GGUF keeps the query and key rows of the ``llama`` architecture in the order of pairs
         ``(2 i, 2 i + 1)``; here they are put back to rotate-half, ``(i, i + D / 2)``.
         """
+        assert not bytes_only, "GGUF keeps codes and scales together"
         entry = self.tensors[name]
         if entry.shape != shape:
             raise LoadError(f"{self.path}: {name} has shape {entry.shape}, expected {shape}")
         values = self._values(name, entry)
         heads = self._interleaved_heads(name)
-        return values if heads is None else _take_rows(values, rotate_half_rows(shape[0], heads))
+        if heads is None or isinstance(values, Mxfp4):
+            return values
+        rows = rotate_half_rows(shape[0], heads)
+        return values[rows] if isinstance(values, Tensor) else take_rows(values, rows)
 
     def rope_divisors(self) -> tuple[float, ...] | None:
         """What each rotary frequency is divided by, where the file says it by a tensor."""
@@ -141,7 +148,7 @@ class GgufFile:
         assert isinstance(values, Tensor)
         return tuple(values.tolist())
 
-    def _values(self, name: str, entry: TensorEntry) -> Tensor | Quantized:
+    def _values(self, name: str, entry: TensorEntry) -> Tensor | Quantized | Mxfp4:
         count = prod(entry.shape)
         if entry.kind in DENSE:
             dtype = DENSE[entry.kind]
@@ -152,12 +159,13 @@ class GgufFile:
             kind = TYPE_NAMES.get(entry.kind, f"number {entry.kind}")
             raise LoadError(f"{self.path}: {name} has the type {kind}, which is not supported")
         layout = QUANTIZED[entry.kind]
-        if len(entry.shape) != 2 or entry.shape[1] % layout.values:
+        if len(entry.shape) < 2 or entry.shape[-1] % layout.values:
             raise LoadError(f"{self.path}: {name} of shape {entry.shape} cannot be {layout.name}")
         size = count // layout.values * layout.bytes
         self._require(name, entry.offset, size)
         raw = np.frombuffer(self.data, np.uint8, size, entry.offset)
-        return layout.unpack(raw.reshape(entry.shape[0], -1, layout.bytes))
+        rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
+        return layout.unpack(raw.reshape(rows, -1, layout.bytes))
 
     def _require(self, name: str, offset: int, size: int) -> None:
         if offset + size > len(self.data):
@@ -203,17 +211,3 @@ def _read_entry(cursor: Cursor) -> tuple[int, tuple[int, ...], int]:
 def rotate_half_rows(rows: int, heads: int) -> Tensor:
     """Which interleaved row belongs at each place: within a head 0, 2, 4 …, 1, 3, 5 …"""
     return torch.arange(rows).view(heads, -1, 2).transpose(1, 2).flatten()
-
-
-def _take_rows(values: Tensor | Quantized, rows: Tensor) -> Tensor | Quantized:
-    if isinstance(values, Tensor):
-        return values[rows]
-    offsets = None if values.offsets is None else values.offsets[rows]
-    blocks = None if values.blocks is None else values.blocks[rows]
-    return replace(
-        values,
-        codes_NK=values.codes_NK[rows],
-        scales=values.scales[rows],
-        offsets=offsets,
-        blocks=blocks,
-    )

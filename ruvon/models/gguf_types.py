@@ -1,4 +1,4 @@
-"""How llama.cpp packs numbers into blocks, and the same numbers as `Quantized`, exactly.
+"""How llama.cpp packs numbers into blocks, and the same numbers as `Quantized` or `Mxfp4`, exactly.
 
 A row of K weights is K / values blocks of ``bytes`` bytes each. Unpackers get all blocks of a
 matrix, ``raw_NBX`` uint8 [N, blocks, bytes], and take fields by position. In 32-blocks the first
@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ruvon.kernels.ops import Quantized
+from ruvon.kernels.ops import Mxfp4, Quantized
 
 Bytes: TypeAlias = NDArray[np.uint8]
 Floats: TypeAlias = NDArray[np.floating]
@@ -32,7 +32,7 @@ class BlockFormat:
     name: str
     values: int
     bytes: int
-    unpack: Callable[[Bytes], Quantized]
+    unpack: Callable[[Bytes], Quantized | Mxfp4]
 
 
 def _field(raw_NBX: Bytes, at: int, kind: str) -> NDArray[Any]:
@@ -152,6 +152,19 @@ def _q6_k(raw: Bytes) -> Quantized:
     return _quantized(low | (high << 4), scales, 6, zero=32, blocks=blocks)
 
 
+def _mxfp4(raw: Bytes) -> Mxfp4:
+    """The scale, then codes whose neighbours in a byte are half a block apart; in `Mxfp4` they are
+    neighbours in the block."""
+    low, high = (half.reshape(*raw.shape[:2], 8, 2) for half in _halves_of(_bytes(raw, 1, 16)))
+    pairs = [half[..., 0] | (half[..., 1] << np.uint8(4)) for half in (low, high)]
+    codes, scales = np.concatenate(pairs, axis=-1), _field(raw, 0, "u1")
+    return Mxfp4(torch.from_numpy(codes), torch.from_numpy(scales))
+
+
+def _halves_of(packed: Bytes) -> tuple[Bytes, Bytes]:
+    return packed & np.uint8(15), packed >> np.uint8(4)
+
+
 QUANTIZED: Mapping[int, BlockFormat] = {
     2: BlockFormat("Q4_0", 32, 18, _q4_0),
     3: BlockFormat("Q4_1", 32, 20, _q4_1),
@@ -161,11 +174,12 @@ QUANTIZED: Mapping[int, BlockFormat] = {
     12: BlockFormat("Q4_K", 256, 144, _q4_k),
     13: BlockFormat("Q5_K", 256, 176, _q5_k),
     14: BlockFormat("Q6_K", 256, 210, _q6_k),
+    39: BlockFormat("MXFP4", 32, 17, _mxfp4),
 }
 
 TYPE_NAMES: Mapping[int, str] = {
     0: "F32", 1: "F16", 30: "BF16", **{kind: layout.name for kind, layout in QUANTIZED.items()},
     9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS",
     19: "IQ1_S", 20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16",
-    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+    26: "I32", 27: "I64", 28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0",
 }  # fmt: skip

@@ -12,7 +12,16 @@ from dataclasses import dataclass
 import structlog
 from torch import Tensor
 
-from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Ops, Packed, Rope
+from ruvon.kernels.ops import (
+    Activation,
+    AttentionSpec,
+    ForwardBatch,
+    Ops,
+    Packed,
+    PackedExperts,
+    Rope,
+)
+from ruvon.models.cache_groups import cache_groups, place_of
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Weights
 
@@ -89,6 +98,7 @@ class Attention:
     q_norm_D: Tensor | None = None
     k_norm_D: Tensor | None = None
     eps: float = 0.0  # of the two norms
+    sinks_H: Tensor | None = None
 
     def __call__(
         self, qkv_TE: Tensor, batch: ForwardBatch, k_cache_BGPD: Tensor, v_cache_BGPD: Tensor
@@ -106,9 +116,25 @@ class Attention:
             self.eps,
         )
         if self.ops.attend is not None:
-            return self.ops.attend(*arguments, None)
+            return self.ops.attend(*arguments, self.sinks_H)
         q_THD = self.ops.write_kv(*arguments)
-        return self.ops.attention(q_THD, k_cache_BGPD, v_cache_BGPD, batch, self.spec, None)
+        caches = k_cache_BGPD, v_cache_BGPD
+        return self.ops.attention(q_THD, *caches, batch, self.spec, self.sinks_H)
+
+
+@dataclass(frozen=True, slots=True)
+class Mixture:
+    """Sends each token through the experts that the router chooses for it."""
+
+    ops: Ops
+    router: Packed
+    router_bias_E: Tensor | None
+    experts: PackedExperts
+
+    def __call__(self, x_TC: Tensor) -> Tensor:
+        """→ the weighted sum of what the chosen experts make of it."""
+        assert self.ops.experts is not None, "a backend without experts was refused before"
+        return self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
 
 
 def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
@@ -119,6 +145,7 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
         head_dim=spec.head_dim,
         scale=spec.head_dim**-0.5,
         window=spec.windows[layer],
+        cache_group=place_of(cache_groups(spec), layer)[0],
     )
 
 

@@ -119,7 +119,7 @@ def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Laye
     return Layer(
         attn_norm=load_rms_norm(weights, "attn_norm", hidden, eps, i),
         qkv=load_linear(weights, "qkv", rows, hidden, i, bias=spec.qkv_bias),
-        attention=_attention(spec, weights, rope, i),
+        attention=load_attention(spec, weights, rope, i),
         attn_out=load_linear(weights, "attn_out", (hidden,), heads, i, bias=spec.output_bias),
         mlp_norm=load_rms_norm(weights, "mlp_norm", hidden, eps, i),
         gate_up=load_linear(
@@ -129,7 +129,8 @@ def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Laye
     )
 
 
-def _attention(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Attention:
+def load_attention(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Attention:
+    """A layer's attention, without sinks."""
     normed = spec.qk_norm
     return Attention(
         ops=weights.ops,

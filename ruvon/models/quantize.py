@@ -4,6 +4,9 @@ Only matrices are quantized: projections, and the embedding table and head, whos
 up or scored one by one and suffer more, so they get eight bits even under int4. Norms, biases and
 learned positions stay as they are.
 
+A mixture's experts are matrices like others, but MXFP4 is four bits already and what its model was
+trained in: int8 and int4 leave it alone. Its router stays as it is.
+
 Four bits are few enough that scale and offset are worth a search: `quantize_search`.
 
 A new format is a row in `SCHEMES` here and a layout in the tables of kernels that pack it.
@@ -13,12 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Dense, Quantized, Stacked, Weight
+from ruvon.kernels.ops import Dense, Mxfp4, Quantized, Stacked, Weight
 from ruvon.models.quantize_search import search_grids
 
 UNIT = 32  # rows that kernels compute together
@@ -27,10 +31,11 @@ GROUP = 32  # weights that share a scale; the same as Q8_0 and Q4_1
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What is done to projections, and to tables (embedding and head)."""
+    """What is done to projections, to tables (embedding and head), and to experts."""
 
     projection: Callable[[Weight], Weight]
     table: Callable[[Weight], Weight]
+    experts: Callable[[Weight], Weight]
 
 
 def keep(weight: Weight) -> Weight:
@@ -67,11 +72,16 @@ def to_int4(weight: Weight) -> Quantized:
     )
 
 
+def but_mxfp4(change: Callable[[Weight], Weight]) -> Callable[[Weight], Weight]:
+    """Leaves what is in MXFP4 as it is."""
+    return lambda weight: weight if isinstance(weight, Mxfp4) else change(weight)
+
+
 SCHEMES: Mapping[str, Scheme] = {
-    "auto": Scheme(keep, keep),
-    "none": Scheme(dequantize, dequantize),
-    "int8": Scheme(to_int8, to_int8),
-    "int4": Scheme(to_int4, to_int8),
+    "auto": Scheme(keep, keep, keep),
+    "none": Scheme(dequantize, dequantize, dequantize),
+    "int8": Scheme(to_int8, to_int8, but_mxfp4(to_int8)),
+    "int4": Scheme(to_int4, to_int8, but_mxfp4(to_int4)),
 }
 
 
@@ -113,31 +123,71 @@ def stack(parts: Sequence[Weight]) -> Weight:
     """
     if len(parts) == 1:
         return parts[0]
-    quantized = [part for part in parts if isinstance(part, Quantized)]
+    if packed := _of(Mxfp4, parts):
+        codes, scales = ([p.codes_NKB for p in packed], [p.scales_NK for p in packed])
+        return Mxfp4(torch.cat(codes), torch.cat(scales))
+    quantized = _of(Quantized, parts)
     aligned = all(part.codes_NK.shape[0] % UNIT == 0 for part in quantized[:-1])
-    if len(quantized) < len(parts) or not (aligned or all(map(quantized[0].is_like, quantized))):
+    if not quantized or not (aligned or all(map(quantized[0].is_like, quantized))):
         plain = [dequantize(part).weight_NK for part in parts]
         dtype = torch.float32 if len({p.dtype for p in plain}) > 1 else plain[0].dtype
         return Dense(torch.cat([p.to(dtype) for p in plain]))
-    joined: list[Quantized] = []
+    runs: list[list[Quantized]] = []
     for part in quantized:
-        if joined and joined[-1].is_like(part):
-            joined[-1] = _join(joined[-1], part)
+        if runs and runs[-1][0].is_like(part):
+            runs[-1].append(part)
         else:
-            joined.append(part)
-    return joined[0] if len(joined) == 1 else Stacked(tuple(joined))
+            runs.append([part])
+    joined = tuple(map(_join, runs))
+    return joined[0] if len(joined) == 1 else Stacked(joined)
 
 
-def _join(above: Quantized, below: Quantized) -> Quantized:
-    """Two of one format."""
+W = TypeVar("W", Quantized, Mxfp4)
 
-    def both(one: Tensor | None, other: Tensor | None) -> Tensor | None:
-        return None if one is None or other is None else torch.cat([one, other])
+
+def _of(kind: type[W], parts: Sequence[Weight]) -> list[W]:
+    """The parts, if all of them are of this kind."""
+    found = [part for part in parts if isinstance(part, kind)]
+    return found if len(found) == len(parts) else []
+
+
+def _join(parts: Sequence[Quantized]) -> Quantized:
+    """Those of one format."""
+
+    def all_of(tensors: list[Tensor | None]) -> Tensor | None:
+        there = [tensor for tensor in tensors if tensor is not None]
+        return torch.cat(there) if there else None
 
     return replace(
-        above,
-        codes_NK=torch.cat([above.codes_NK, below.codes_NK]),
-        scales=torch.cat([above.scales, below.scales]),
-        offsets=both(above.offsets, below.offsets),
-        blocks=both(above.blocks, below.blocks),
+        parts[0],
+        codes_NK=torch.cat([part.codes_NK for part in parts]),
+        scales=torch.cat([part.scales for part in parts]),
+        offsets=all_of([part.offsets for part in parts]),
+        blocks=all_of([part.blocks for part in parts]),
+    )
+
+
+def split(weight: Weight, count: int) -> list[Weight]:
+    """The other way: so many weights of equal N, which share the memory of the whole."""
+    match weight:
+        case Dense(values):
+            return [Dense(part) for part in values.chunk(count)]
+        case Mxfp4(codes, scales):
+            pairs = zip(codes.chunk(count), scales.chunk(count), strict=True)
+            return [Mxfp4(*pair) for pair in pairs]
+        case Quantized():
+            rows = weight.codes_NK.shape[0] // count
+            return [take_rows(weight, slice(i * rows, (i + 1) * rows)) for i in range(count)]
+        case Stacked():
+            return split(dequantize(weight), count)
+
+
+def take_rows(weight: Quantized, rows: Tensor | slice) -> Quantized:
+    """Some rows of a weight, in this order."""
+    return replace(
+        weight,
+        codes_NK=weight.codes_NK[rows],
+        scales=weight.scales[rows],
+        offsets=None if weight.offsets is None else weight.offsets[rows],
+        blocks=None if weight.blocks is None else weight.blocks[rows],
     )

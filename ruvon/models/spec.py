@@ -6,24 +6,25 @@ computes something else than its authors meant is the worst outcome.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Activation
+from ruvon.kernels.ops import Activation, ExpertsSpec
+from ruvon.models import mixtures
 from ruvon.models.rope import (
     LinearScaling,
     RopeSpec,
     YarnScaling,
     rope_from_config,
-    rope_from_gguf,
 )
 
 
 @dataclass(frozen=True, slots=True)
 class ModelSpec:
-    """One model's structure. Llama, Mistral and Qwen differ in these fields only."""
+    """One model's structure. Llama, Mistral and Qwen differ in these fields only, and so do the
+    mixtures of experts from each other."""
 
     architecture: str  # as config.json names it; a key of `MODELS`
     vocab_size: int
@@ -32,7 +33,7 @@ class ModelSpec:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    intermediate_size: int
+    intermediate_size: int  # of the MLP, or of one expert
     max_positions: int
     norm: Literal["rms", "layer"]
     norm_eps: float
@@ -47,6 +48,8 @@ class ModelSpec:
     tie_embeddings: bool
     eos_token_ids: tuple[int, ...]
     dtype: str  # the checkpoint's own: "float32", "bfloat16" or "float16"
+    experts: ExpertsSpec | None = None  # in place of every layer's MLP; each is its width wide
+    sinks: bool = False  # a learned logit a head that joins the softmax and takes no value
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -63,25 +66,27 @@ def spec_from_config(
     config: Mapping[str, Any], generation: Mapping[str, Any] | None = None
 ) -> ModelSpec:
     """From config.json; generation_config.json often knows more end-of-sequence tokens."""
-    if quantization := config.get("quantization_config"):
-        method = quantization.get("quant_method") if isinstance(quantization, Mapping) else None
-        raise LoadError(f"config.json: quantization_config {method!r} is not supported")
+    if mixtures.is_original(config):
+        config = mixtures.from_original(config)
     if named := config.get("transformers_weights"):
         raise LoadError(f"config.json: transformers_weights {named!r} is not supported")
     try:
         architecture = _architecture(config)
+        mixtures.check_quantization(config, architecture)
+        fields = CONFIG_READERS[architecture](config)
         ends = _ids(config.get("eos_token_id")) + _ids((generation or {}).get("eos_token_id"))
+        ends += mixtures.ends(architecture, fields["vocab_size"])
         spec = ModelSpec(
             architecture=architecture,
             eos_token_ids=tuple(dict.fromkeys(ends)),
             dtype=config.get("dtype") or config.get("torch_dtype") or "float32",
-            **CONFIG_READERS[architecture](config),
+            **fields,
         )
     except KeyError as error:
         raise LoadError(f"config.json lacks {error}") from None
     except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
         raise LoadError(f"config.json has a value that makes no sense ({error})") from None
-    return _checked(spec, "config.json")
+    return checked(spec, "config.json")
 
 
 def _architecture(config: Mapping[str, Any]) -> str:
@@ -127,7 +132,7 @@ def _gpt2(config: Mapping[str, Any]) -> dict[str, Any]:
         "output_bias": True,
         "mlp_bias": True,
         "qk_norm": False,
-        "windows": _for_each_layer(0, config["n_layer"]),
+        "windows": for_each_layer(0, config["n_layer"]),
         "tie_embeddings": config.get("tie_word_embeddings", True),
     }
 
@@ -137,10 +142,9 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
     if (activation := config.get("hidden_act", "silu")) not in ("silu", "swish"):
         raise LoadError(f"config.json: hidden_act {activation!r} is not supported (silu is)")
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    default_dim = 128 if architecture == "Qwen3ForCausalLM" else hidden // heads
-    head_dim = config.get("head_dim") or default_dim
+    head_dim = config.get("head_dim") or HEAD_DIMS.get(architecture) or hidden // heads
     rope = rope_from_config(config, head_dim)
-    reads_bias = architecture in ("LlamaForCausalLM", "Qwen3ForCausalLM")
+    reads_bias = architecture not in ("MistralForCausalLM", "Qwen2ForCausalLM")
     bias = (reads_bias and config.get("attention_bias")) or False
     return {
         "vocab_size": config["vocab_size"],
@@ -150,7 +154,7 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_kv_heads": config.get("num_key_value_heads") or heads,
         "head_dim": head_dim,
         "intermediate_size": config["intermediate_size"],
-        "max_positions": _max_positions(config["max_position_embeddings"], rope),
+        "max_positions": max_positions(config["max_position_embeddings"], rope),
         "norm": "rms",
         "norm_eps": config.get("rms_norm_eps", 1e-6),
         "activation": "silu_gated",
@@ -159,13 +163,47 @@ def _llama_family(config: Mapping[str, Any]) -> dict[str, Any]:
         "qkv_bias": bias or architecture == "Qwen2ForCausalLM",
         "output_bias": bias,
         "mlp_bias": (architecture == "LlamaForCausalLM" and config.get("mlp_bias")) or False,
-        "qk_norm": architecture == "Qwen3ForCausalLM",
+        "qk_norm": architecture in QK_NORM,
         "windows": _windows(config, architecture),
         "tie_embeddings": config.get("tie_word_embeddings") or False,
     }
 
 
-def _max_positions(stated: int, rope: RopeSpec | None) -> int:
+def _qwen3_moe(config: Mapping[str, Any]) -> dict[str, Any]:
+    _require(config, "decoder_sparse_step", 1)
+    if dense := config.get("mlp_only_layers"):
+        raise LoadError(f"config.json: mlp_only_layers {dense!r} are not supported (none are)")
+    experts = ExpertsSpec(
+        num_experts=mixtures.num_experts(config),
+        top_k=config["num_experts_per_tok"],
+        width=config["moe_intermediate_size"],
+        activation="silu_gated",
+        renormalize=bool(config.get("norm_topk_prob", False)),
+    )
+    fields = _llama_family({**config, "intermediate_size": experts.width})
+    return {**fields, "experts": experts}
+
+
+def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
+    _require(config, "swiglu_limit", 7.0)
+    _require(config, "swiglu_alpha", 1.702)
+    experts = ExpertsSpec(
+        num_experts=mixtures.num_experts(config),
+        top_k=config.get("num_experts_per_tok") or config["experts_per_token"],
+        width=config["intermediate_size"],
+        activation="swiglu_clamped",
+    )
+    fields = _llama_family({"rms_norm_eps": 1e-5, "attention_bias": True, **config})
+    if fields["rope"].scaling is None:  # all there are have YaRN: its key was not found
+        raise LoadError("config.json lacks 'rope_parameters' (or the older 'rope_scaling')")
+    return {**fields, "experts": experts, "mlp_bias": True, "sinks": True}
+
+
+HEAD_DIMS = {"Qwen3ForCausalLM": 128, "GptOssForCausalLM": 64}  # where a config does not say
+QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
+
+
+def max_positions(stated: int, rope: RopeSpec | None) -> int:
     """Scaled checkpoints may state the length before scaling: always, where that is linear, and
     with YaRN to leave the users of short prompts alone."""
     scaling = None if rope is None else rope.scaling
@@ -176,24 +214,30 @@ def _max_positions(stated: int, rope: RopeSpec | None) -> int:
 
 def _windows(config: Mapping[str, Any], architecture: str) -> tuple[int, ...]:
     layers: int = config["num_hidden_layers"]
-    everything = _for_each_layer(0, layers)
-    if architecture == "LlamaForCausalLM":
-        return everything
+    everything = for_each_layer(0, layers)
     window: int = config.get("sliding_window", 4096) or 0
-    if architecture == "MistralForCausalLM":
-        return _for_each_layer(window, layers)
-    if not config.get("use_sliding_window", False):
-        return everything
-    first = config.get("max_window_layers", 28)
+    match architecture:
+        case "LlamaForCausalLM":
+            return everything
+        case "MistralForCausalLM":
+            return for_each_layer(window, layers)
+        case "GptOssForCausalLM":
+            window, slides = int(config["sliding_window"]), [i % 2 == 0 for i in range(layers)]
+        case _ if not config.get("use_sliding_window", False):
+            return everything
+        case "Qwen3MoeForCausalLM":  # all layers, unlike the dense ones
+            return for_each_layer(window, layers)
+        case _:
+            slides = [i >= config.get("max_window_layers", 28) for i in range(layers)]
     kinds = config.get("layer_types") or [
-        "sliding_attention" if i >= first else "full_attention" for i in range(layers)
+        "sliding_attention" if slide else "full_attention" for slide in slides
     ]
     if unknown := set(kinds) - {"full_attention", "sliding_attention"}:
         raise LoadError(f"config.json: layer_types {sorted(unknown)} are not supported")
     return tuple(window if kind == "sliding_attention" else 0 for kind in kinds)
 
 
-def _for_each_layer(window: int, layers: int) -> tuple[int, ...]:
+def for_each_layer(window: int, layers: int) -> tuple[int, ...]:
     if layers > MOST_LAYERS:
         raise ValueError(f"{layers} layers")
     return (window,) * layers
@@ -217,6 +261,8 @@ CONFIG_READERS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "MistralForCausalLM": _llama_family,
     "Qwen2ForCausalLM": _llama_family,
     "Qwen3ForCausalLM": _llama_family,
+    "Qwen3MoeForCausalLM": _qwen3_moe,
+    "GptOssForCausalLM": _gpt_oss,
 }
 
 MODEL_TYPES: Mapping[str, str] = {
@@ -225,88 +271,9 @@ MODEL_TYPES: Mapping[str, str] = {
     "mistral": "MistralForCausalLM",
     "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "qwen3_moe": "Qwen3MoeForCausalLM",
+    "gpt_oss": "GptOssForCausalLM",
 }
-
-GGUF_ARCHITECTURES = ("gpt2", "llama", "qwen2", "qwen3")
-GGUF_DTYPES = {0: "float32", 32: "bfloat16"}  # general.file_type; the others hold float16 scales
-
-
-def spec_from_gguf(
-    metadata: Mapping[str, Any],
-    tensors: Collection[str],
-    rope_divisors: tuple[float, ...] | None = None,
-) -> ModelSpec:
-    """From a GGUF file's metadata and, where that is silent (biases, tied head), its tensors."""
-    arch = metadata.get("general.architecture")
-    if arch not in GGUF_ARCHITECTURES:
-        known = ", ".join(GGUF_ARCHITECTURES)
-        raise LoadError(f"general.architecture {arch!r} is not supported ({known} are)")
-    if metadata.get(f"{arch}.expert_count", 0):
-        raise LoadError(f"{arch}.expert_count: mixtures of experts are not supported")
-    try:
-        spec = _from_gguf(arch, metadata, tensors, rope_divisors)
-    except KeyError as error:
-        raise LoadError(f"GGUF metadata lacks {error}") from None
-    except (TypeError, ValueError, ArithmeticError, AttributeError) as error:
-        raise LoadError(f"GGUF metadata has a value that makes no sense ({error})") from None
-    return _checked(spec, "GGUF metadata")
-
-
-def _from_gguf(
-    arch: str,
-    metadata: Mapping[str, Any],
-    tensors: Collection[str],
-    rope_divisors: tuple[float, ...] | None,
-) -> ModelSpec:
-    hidden = metadata[f"{arch}.embedding_length"]
-    heads = _for_all_layers(metadata, f"{arch}.attention.head_count")
-    head_dim = metadata.get(f"{arch}.attention.key_length", hidden // heads)
-    layers, gpt2 = metadata[f"{arch}.block_count"], arch == "gpt2"
-    rope = None if gpt2 else rope_from_gguf(metadata, arch, head_dim, rope_divisors)
-    norm_key = "layer_norm_epsilon" if gpt2 else "layer_norm_rms_epsilon"
-    ends = (metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
-    return ModelSpec(
-        architecture=MODEL_TYPES[arch],
-        vocab_size=_gguf_vocab_size(arch, metadata),
-        hidden_size=hidden,
-        num_layers=layers,
-        num_heads=heads,
-        num_kv_heads=_for_all_layers(metadata, f"{arch}.attention.head_count_kv", heads),
-        head_dim=head_dim,
-        intermediate_size=_for_all_layers(metadata, f"{arch}.feed_forward_length"),
-        max_positions=_max_positions(metadata[f"{arch}.context_length"], rope),
-        norm="layer" if gpt2 else "rms",
-        norm_eps=metadata[f"{arch}.attention.{norm_key}"],
-        activation="gelu_tanh" if gpt2 else "silu_gated",
-        rope=rope,
-        learned_positions=gpt2,
-        qkv_bias="blk.0.attn_q.bias" in tensors or "blk.0.attn_qkv.bias" in tensors,
-        output_bias="blk.0.attn_output.bias" in tensors,
-        mlp_bias="blk.0.ffn_up.bias" in tensors,
-        qk_norm="blk.0.attn_q_norm.weight" in tensors,
-        windows=_for_each_layer(
-            _for_all_layers(metadata, f"{arch}.attention.sliding_window", 0), layers
-        ),
-        tie_embeddings="output.weight" not in tensors,
-        eos_token_ids=tuple(dict.fromkeys(end for end in ends if end is not None)),
-        dtype=GGUF_DTYPES.get(metadata.get("general.file_type", 1), "float16"),
-    )
-
-
-def _for_all_layers(metadata: Mapping[str, Any], key: str, default: int | None = None) -> int:
-    """A number that may be stated once or for each layer."""
-    value = metadata[key] if default is None else metadata.get(key, default)
-    values = set(value) if isinstance(value, list) else {value}
-    if len(values) != 1:
-        raise LoadError(f"{key}: layers of different shape are not supported")
-    return int(values.pop())
-
-
-def _gguf_vocab_size(arch: str, metadata: Mapping[str, Any]) -> int:
-    """The tokens there are; what is stated may be another number, and llama.cpp does not look."""
-    tokens = metadata.get("tokenizer.ggml.tokens")
-    return len(tokens) if tokens else int(metadata[f"{arch}.vocab_size"])
-
 
 MOST_LAYERS = 2**12
 MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them
@@ -321,13 +288,18 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
 }
 
 
-def _checked(spec: ModelSpec, where: str) -> ModelSpec:
+def checked(spec: ModelSpec, where: str) -> ModelSpec:
     for name in SIZES:
         if type(size := getattr(spec, name)) is not int or size < 1:
             raise LoadError(f"{where}: {name} {size!r} makes no sense")
     for name, kind in TYPES.items():
         if not isinstance(value := getattr(spec, name), kind):
             raise LoadError(f"{where}: {name} {value!r} makes no sense")
+    if spec.experts is not None and not 0 < spec.experts.top_k <= spec.experts.num_experts:
+        raise LoadError(
+            f"{where}: {spec.experts.top_k} of {spec.experts.num_experts} experts a token make no "
+            "sense"
+        )
     if spec.rope is not None and spec.head_dim % 2:
         raise LoadError(f"{where}: heads of {spec.head_dim} cannot be rotated in pairs")
     if not 0 < spec.max_positions <= MOST_POSITIONS:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Weight
+from ruvon.kernels.ops import CPU, Dense, Mxfp4, Ops, Packed, Quantized, Weight
 from ruvon.models.quantize import Scheme, keep, stack
 from ruvon.telemetry import Progress, silent
 
@@ -32,12 +32,18 @@ T = TypeVar("T")
 class Rule:
     """What one of a model's modules is called elsewhere: ``{i}`` is the layer.
 
-    Several names are parts of one matrix, stacked along N. Names lack ``.weight`` and ``.bias``.
+    Several names are parts of one matrix, stacked along N. Names lack their ``endings``, which GGUF
+    has as usual: ``.weight`` and ``.bias``.
     """
 
     hugging_face: tuple[str, ...]
     gguf: tuple[str, ...]
     transposed: bool = False  # Hugging Face keeps it K×N (GPT-2's Conv1D); GGUF never does
+    endings: Mapping[str, str] = field(default_factory=dict)  # by kind, where they are others
+    interleaved: bool = (
+        False  # of experts: a gate's row and the row it gates take turns; never GGUF
+    )
+    each: tuple[str, ...] = ()  # what the parts of expert ``{e}`` are called, if each is a tensor
 
 
 class TensorSource(Protocol):
@@ -48,8 +54,14 @@ class TensorSource(Protocol):
 
     def names(self) -> frozenset[str]: ...
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor | Quantized:
-        """Raises LoadError, naming file and tensor, if it has another shape or cannot be read."""
+    def read(
+        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
+    ) -> Tensor | Quantized | Mxfp4:
+        """Floating point numbers, or bytes if that is what is asked for; quantized ones [N, K],
+        whatever stands before N in ``shape`` multiplied in.
+
+        Raises LoadError, naming file and tensor, if it is of another shape or type or cannot be
+        read."""
 
 
 class SafetensorsFolder:
@@ -64,7 +76,7 @@ class SafetensorsFolder:
     def names(self) -> frozenset[str]:
         return frozenset(self.homes)
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def read(self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False) -> Tensor:
         path = self.homes[name]
         try:
             tensor: Tensor = self.files[path].get_tensor(name)  # type: ignore[no-untyped-call]
@@ -73,7 +85,8 @@ class SafetensorsFolder:
         if tuple(tensor.shape) != shape:
             found = tuple(tensor.shape)
             raise LoadError(f"{path}: {name} has shape {found}, expected {shape}")
-        if not tensor.is_floating_point() or tensor.itemsize < 2:
+        is_number = tensor.is_floating_point() and tensor.itemsize > 1
+        if tensor.dtype != torch.uint8 if bytes_only else not is_number:
             raise LoadError(f"{path}: {name} has the type {tensor.dtype}, which is not supported")
         return tensor
 
@@ -111,21 +124,38 @@ def _open(path: Path) -> safe_open:
 
 @dataclass(frozen=True, slots=True)
 class RandomTensors:
-    """Random weights of any shape, the same ones for the same name and seed."""
+    """Random weights of any shape, the same ones for the same name and seed on one device, where
+    they are made: a model of 14 GB takes seconds."""
 
     path: Path  # of the config they stand in for
     seed: int
     dtype: torch.dtype
+    mxfp4: bool = False  # whether experts come in it
+    device: torch.device = CPU
 
     def names(self) -> frozenset[str]:
         return frozenset()
 
-    def read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+    def has(self, name: str) -> bool:
+        """Whether a checkpoint like this one would hold it."""
+        return self.mxfp4 or not name.endswith("blocks")
+
+    def read(self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False) -> Tensor:
+        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode(), self.seed))
+        if bytes_only:
+            return self._bytes(shape, generator, name.endswith("scales"))
         if len(shape) == 1:  # norms and biases leave things as they are
             fill = 1.0 if name.endswith(".weight") else 0.0
-            return torch.full(shape, fill, dtype=self.dtype)
-        generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), self.seed))
-        return (torch.randn(shape, generator=generator) * 0.02).to(self.dtype)
+            return torch.full(shape, fill, dtype=self.dtype, device=self.device)
+        values = torch.empty(shape, dtype=self.dtype, device=self.device)
+        return values.normal_(std=0.02, generator=generator)
+
+    def _bytes(self, shape: tuple[int, ...], generator: torch.Generator, scales: bool) -> Tensor:
+        """Codes, whatever bits; or scales with which they are as large as other weights."""
+        if scales:
+            return torch.full(shape, 127 - 7, dtype=torch.uint8, device=self.device)
+        words = torch.empty((*shape[:-1], shape[-1] // 8), dtype=torch.int64, device=self.device)
+        return words.random_(-(2**63), None, generator=generator).view(torch.uint8)
 
 
 @dataclass(slots=True)
@@ -157,10 +187,18 @@ class Weights:
                 self.progress("loading weights", len(built) / (self.num_layers + 1))
         return tuple(built)
 
-    def matrix(self, key: str, rows: Sequence[int], columns: int, layer: int = 0) -> Packed:
+    def matrix(
+        self,
+        key: str,
+        rows: Sequence[int],
+        columns: int,
+        layer: int = 0,
+        *,
+        quantize: bool = True,
+    ) -> Packed:
         """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order."""
-        weight = self._stacked(key, rows, columns, layer)
-        return self._packed(key, self.scheme.projection, weight, layer)
+        change = self.scheme.projection if quantize else keep
+        return self._packed(key, change, self._stacked(key, rows, columns, layer), layer)
 
     def table(self, key: str, rows: int, columns: int, *, quantize: bool = True) -> Packed:
         """An embedding table or head [rows, columns]."""
@@ -169,7 +207,8 @@ class Weights:
 
     def holds(self, key: str) -> bool:
         """Whether the checkpoint has the matrix ``key``, which is in no layer and one tensor."""
-        return not self.names.isdisjoint(self._spellings(self._stored(key)[0] + ".weight"))
+        name = self._stored(key)[0] + self.ending(key, "weight")
+        return not self.names.isdisjoint(self._spellings(name))
 
     def equal(self, key: str, other: str, rows: int, columns: int) -> bool:
         """Whether two matrices [rows, columns] of a folder hold the same numbers."""
@@ -177,8 +216,20 @@ class Weights:
         left, right = (_plain(*self._parts(one, *shape)) for one in (key, other))
         return left.dtype == right.dtype and torch.equal(left, right)
 
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has a tensor of this full name, in either of its spellings."""
+        if isinstance(self.source, RandomTensors):
+            return self.source.has(name)
+        return not self.names.isdisjoint(self._spellings(name))
+
+    def read(
+        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
+    ) -> Tensor | Quantized | Mxfp4:
+        """The tensor of this full name, as the source has it."""
+        return self.source.read(self._find(name), shape, bytes_only=bytes_only)
+
     def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
-        """A norm's weight or bias, float32 [size]."""
+        """A norm's weight or bias, or another vector that wants precision: float32 [size]."""
         (vector,) = self._parts(key, (size,), (), layer, kind)
         return _plain(vector).to(self.ops.device, torch.float32)
 
@@ -197,7 +248,7 @@ class Weights:
 
     def _stacked(self, key: str, rows: Sequence[int], columns: int, layer: int) -> Weight:
         parts = self._parts(key, rows, (columns,), layer, "weight")
-        return stack([p if isinstance(p, Quantized) else Dense(p) for p in parts])
+        return stack([Dense(part) if isinstance(part, Tensor) else part for part in parts])
 
     def _packed(
         self, key: str, change: Callable[[Weight], Weight], weight: Weight, layer: int
@@ -209,21 +260,26 @@ class Weights:
 
     def _parts(
         self, key: str, rows: Sequence[int], columns: tuple[int, ...], layer: int, kind: str
-    ) -> list[Tensor | Quantized]:
+    ) -> list[Tensor | Quantized | Mxfp4]:
         rule, names = self.rules[key], self._stored(key)
         counts = rows if len(names) == len(rows) else (sum(rows),)
         turned = rule.transposed and not self.is_gguf and bool(columns)
         parts = []
         for name, count in zip(names, counts, strict=True):
             shape = (count, *columns)
-            found = self._find(f"{name.format(i=layer)}.{kind}")
-            values = self.source.read(found, shape[::-1] if turned else shape)
+            found = name.format(i=layer) + self.ending(key, kind)
+            values = self.read(found, shape[::-1] if turned else shape)
             parts.append(values.T if turned and isinstance(values, Tensor) else values)
         return parts
 
     def _stored(self, key: str) -> tuple[str, ...]:
         """What the parts of ``key`` are called in this kind of checkpoint."""
         return self.rules[key].gguf if self.is_gguf else self.rules[key].hugging_face
+
+    def ending(self, key: str, kind: str) -> str:
+        """How the name of a tensor of ``key`` ends: "weight", "bias" and the like."""
+        usual = f".{kind}"
+        return usual if self.is_gguf else self.rules[key].endings.get(kind, usual)
 
     def _spellings(self, name: str) -> tuple[str, str]:
         """Checkpoints of a bare model leave out the first word (``transformer.``, ``model.``)."""
@@ -237,7 +293,7 @@ class Weights:
         return found
 
 
-def _plain(vector: Tensor | Quantized) -> Tensor:
+def _plain(vector: Tensor | Quantized | Mxfp4) -> Tensor:
     """Only a GGUF file's matrices are ever stored quantized."""
     assert isinstance(vector, Tensor)
     return vector

@@ -18,11 +18,13 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.engine.backends import choose_backend, choose_device, step_limits
-from ruvon.engine.batch import build_batch
-from ruvon.engine.kv_cache import allocate_cache, free_for_cache, plan_memory
+from ruvon.engine.batch import lay_out
+from ruvon.engine.blocks import BlockPool
+from ruvon.engine.grouped_pool import GroupedPool
+from ruvon.engine.kv_cache import MemoryPlan, allocate_cache, free_for_cache, plan_memory
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward
-from ruvon.engine.types import Chunk, NewSequence, Plan, PromptRow, SamplingParams
+from ruvon.engine.types import NO_BLOCKS, Chunk, Plan, PromptRow, Tables
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.telemetry import Progress, silent
@@ -64,22 +66,26 @@ def open_scorer(
         cache = allocate_cache(model.spec, memory, device)
         forward = backend.make_step(model, cache, limits, progress).forward
         most = min(limits.logit_rows, limits.tokens)
-        yield partial(score, forward, most, config.block_size, device)
+        yield partial(score, forward, most, memory, device)
 
 
 def score(
-    forward: Forward, most: int, block_size: int, device: torch.device, tokens: Sequence[int]
+    forward: Forward, most: int, memory: MemoryPlan, device: torch.device, tokens: Sequence[int]
 ) -> Tensor:
     """A scorer over a cache that holds nothing else: ``most`` tokens at a time."""
-    blocks = tuple(range(-(-len(tokens) // block_size)))
-    new, logits = NewSequence(0, SamplingParams(), len(tokens), 0), []
+    size, windows = memory.block_size, memory.windows
+    grouped = GroupedPool(BlockPool(memory.num_blocks, size), windows, most)
+    tables: Tables = tuple([[] for _ in windows])
+    logits = []
     for start in range(0, len(tokens), most):
         piece = tuple(tokens[start : start + most])
-        chunk, scored = Chunk(0, 0, piece, start, blocks, False), PromptRow(0, 0, piece, 0)
-        plan = Plan(0, (chunk,), (new,), prompt_rows=(scored,))
+        assert grouped.grow(tables, start, len(tokens)) is not None, "it is the only one"
+        chunk, scored = Chunk(0, 0, piece, start, NO_BLOCKS, False), PromptRow(0, 0, piece, 0)
+        plan = Plan(0, (chunk,), prompt_rows=(scored,))
         with torch.inference_mode():
-            batch = build_batch(plan, block_size, device)
+            batch = lay_out(plan, {0: tables}, size, windows).to_batch(device)
             logits.append(forward(batch).to("cpu", copy=True))  # the next call reuses its memory
+        grouped.leave(tables, start + len(piece))
     return torch.cat(logits)
 
 

@@ -79,7 +79,7 @@ def score(runner: GpuRunner, prompts: list[tuple[int, int]], sampling: SamplingP
     chunks, new, scored, free = [], [], [], iter(range(10**6))
     for i, (begin, length) in enumerate(prompts):
         tokens = (1,) * length
-        blocks = tuple(next(free) for _ in range(-(-(begin + length) // BLOCK)))
+        blocks = (tuple(next(free) for _ in range(-(-(begin + length) // BLOCK))),)
         chunks.append(Chunk(i, 0, tokens, begin, blocks, True))
         new.append(NewSequence(i, sampling, begin + length, 0, (1,) * begin))
         scored.append(PromptRow(i, i, tokens[1:] or tokens, 1))

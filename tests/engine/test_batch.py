@@ -32,7 +32,7 @@ def random_plan(rng: random.Random, block_size: int) -> Plan:
         tokens = tuple(rng.randrange(5000) for _ in range(rng.choice([1, 1, rng.randint(2, 70)])))
         # A block table may reach further than this chunk does.
         num_blocks = -(-(start + len(tokens)) // block_size) + rng.randint(0, 2)
-        blocks = tuple(free.pop() for _ in range(num_blocks))
+        blocks = (tuple(free.pop() for _ in range(num_blocks)),)
         chunks.append(Chunk(seq_id, 0, tokens, start, blocks, rng.random() < 0.7))
     prompt_rows = [
         PromptRow(chunk.seq_id, index, chunk.tokens[: rng.randint(0, len(chunk.tokens))], 1)
@@ -53,7 +53,7 @@ def test_a_batch_says_what_its_plan_says(seed):
         for position, token in enumerate(chunk.tokens, chunk.start):
             tokens.append(token)
             positions.append(position)
-            slots.append(chunk.blocks[position // size] * size + position % size)
+            slots.append(chunk.blocks[0][position // size] * size + position % size)
         query_starts.append(len(tokens))
         if chunk.samples:
             sampled.append(len(tokens) - 1)
@@ -62,7 +62,7 @@ def test_a_batch_says_what_its_plan_says(seed):
     ]
     assert batch.token_ids.tolist() == tokens
     assert batch.positions.tolist() == positions
-    assert batch.slots.tolist() == slots
+    assert batch.paged[0].slots.tolist() == slots
     assert batch.query_starts.tolist() == query_starts
     assert batch.logit_rows.tolist() == sampled + scored
     contexts = [chunk.start + len(chunk.tokens) for chunk in plan.chunks]
@@ -71,24 +71,17 @@ def test_a_batch_says_what_its_plan_says(seed):
     assert batch.max_query == max(len(chunk.tokens) for chunk in plan.chunks)
     width = -(-max(contexts) // size)
     for chunk, context, table in zip(
-        plan.chunks, contexts, batch.block_tables.tolist(), strict=True
+        plan.chunks, contexts, batch.paged[0].block_tables.tolist(), strict=True
     ):
         needed = -(-context // size)
-        assert table == [*chunk.blocks[:needed]] + [0] * (width - needed)
+        assert table == [*chunk.blocks[0][:needed]] + [0] * (width - needed)
 
 
 def test_every_tensor_is_contiguous_int32():
     batch = build_batch(random_plan(random.Random(1), 16), 16, CPU)
-    for name in (
-        "token_ids",
-        "positions",
-        "slots",
-        "block_tables",
-        "query_starts",
-        "context_lens",
-        "logit_rows",
-    ):
-        tensor = getattr(batch, name)
+    names = ("token_ids", "positions", "query_starts", "context_lens", "logit_rows")
+    (index,) = batch.paged
+    for tensor in (index.slots, index.block_tables, *(getattr(batch, name) for name in names)):
         assert tensor.dtype == torch.int32
         assert tensor.is_contiguous()
 
@@ -103,7 +96,7 @@ def test_joined_arrays_come_apart_and_begin_on_boundaries():
 
 
 def test_a_plan_that_samples_nothing_wants_no_logits():
-    batch = build_batch(make_plan([Chunk(0, 0, (1, 2, 3), 0, (5,), False)]), 16, CPU)
+    batch = build_batch(make_plan([Chunk(0, 0, (1, 2, 3), 0, ((5,),), False)]), 16, CPU)
     assert batch.logit_rows.tolist() == []
 
 
@@ -113,13 +106,13 @@ def test_block_tables_are_what_a_stream_of_plans_said():
         return Plan(0, chunks, introduced, ended)
 
     def decode(seq_id, start, *blocks):
-        return Chunk(seq_id, 0, BEING_SAMPLED, start, blocks, True)
+        return Chunk(seq_id, 0, BEING_SAMPLED, start, (blocks,) if blocks else (), True)
 
     tables = BlockTables()
     tables.follow(plan(decode(1, 0, 4, 2), decode(2, 0, 9), new=(1, 2)))
     tables.follow(plan(decode(1, 1), decode(2, 1, 7)))
-    assert tables == {1: [4, 2], 2: [9, 7]}
+    assert tables == {1: ([4, 2],), 2: ([9, 7],)}
     tables.follow(plan(decode(2, 0, 5), new=(2,), ended=(1, 2, 77)))
-    assert tables == {2: [5]}
+    assert tables == {2: ([5],)}
     with pytest.raises(KeyError):
         tables.follow(plan(decode(1, 2, 3)))

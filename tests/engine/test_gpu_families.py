@@ -72,8 +72,8 @@ def config_of(architecture, head_dim):
 class Weighty(RandomTensors):
     """Weights large enough for logits to depend on what came before."""
 
-    def read(self, name, shape):
-        values = super().read(name, shape)
+    def read(self, name, shape, *, bytes_only=False):
+        values = super().read(name, shape, bytes_only=bytes_only)
         return values * 5 if len(shape) > 1 else values
 
 
@@ -110,7 +110,7 @@ def mixed_steps():
     first, second = [], []
     for i, prompt in enumerate(prompts()):
         end = 10 if i == 0 else len(prompt)
-        blocks = tuple(range(6 * i, 6 * i + 6))
+        blocks = (tuple(range(6 * i, 6 * i + 6)),)
         first.append(Chunk(i, 0, prompt[:end], 0, blocks, True))
         second.append(Chunk(i, 0, prompt[end:] or (5 + i,), end, (), True))
     return Plan(1, tuple(first), new), Plan(2, tuple(second))
@@ -153,7 +153,7 @@ def test_deterministic_kernels_give_a_row_the_same_bits_among_others_and_alone(
     forward = over_cache(model)
     for i, prompt in enumerate(prompts()):
         tokens = prompt if i == 0 else (*prompt, 5 + i)
-        chunk = Chunk(i, 0, tokens, 0, tuple(range(6)), True)
+        chunk = Chunk(i, 0, tokens, 0, (tuple(range(6)),), True)
         plan = Plan(1, (chunk,), (NewSequence(i, SamplingParams(), 1, 0),))
         with torch.inference_mode():
             alone = forward(build_batch(plan, PAGE, DEVICE)).cpu()

@@ -78,8 +78,8 @@ LLAMA = {
 class Weighty(RandomTensors):
     """Weights large enough for tokens to depend on what came before."""
 
-    def read(self, name, shape):
-        values = super().read(name, shape)
+    def read(self, name, shape, *, bytes_only=False):
+        values = super().read(name, shape, bytes_only=bytes_only)
         return values * 10 if len(shape) > 1 else values
 
 
@@ -176,7 +176,7 @@ class Story:
     """One sequence, as a scheduler would keep it."""
 
     def __init__(self, seq_id, prompt, blocks, sampling=None):
-        self.id, self.tokens, self.blocks = seq_id, list(prompt), tuple(blocks)
+        self.id, self.tokens, self.blocks = seq_id, list(prompt), (tuple(blocks),)
         self.num_prompt, self.num_computed = len(prompt), 0
         self.sampling = sampling or SamplingParams(temperature=0)
 
@@ -541,19 +541,18 @@ def test_layout_keeps_inputs_apart_and_aligned():
 
 
 def test_slots_stay_low_and_changes_only_are_sent():
-    batch, blocks = PersistentBatch(4, 8), {i: [10 * i + j for j in range(8)] for i in range(4)}
+    batch, blocks = (
+        PersistentBatch(4, 8, PAGE),
+        {i: [10 * i + j for j in range(8)] for i in range(4)},
+    )
 
     def assign(*chunks, highest, new=(), ended=()):
         """Chunks as (sequence, how many blocks it has then)."""
         known = {i: [] for i in new}
+        added = {i: tuple(blocks[i][len(known.get(i, has.get(i, []))) : num]) for i, num in chunks}
         plan = Plan(
             0,
-            tuple(
-                Chunk(
-                    i, 0, (0,), 0, tuple(blocks[i][len(known.get(i, has.get(i, []))) : num]), True
-                )
-                for i, num in chunks
-            ),
+            tuple(Chunk(i, 0, (0,), 0, (new,) if new else (), True) for i, new in added.items()),
             tuple(NewSequence(i, SamplingParams(), 1, 0) for i in new),
             ended,
         )

@@ -27,7 +27,7 @@ class Tables:
 
     def __init__(self):
         self.layouts = {bucket: StepWords(bucket) for bucket in [*SINGLE, MIXED]}
-        self.tables = torch.zeros(SLOTS, LONGEST // PAGE, dtype=torch.int32, device=DEVICE)
+        self.tables = torch.zeros(1, SLOTS, LONGEST // PAGE, dtype=torch.int32, device=DEVICE)
 
 
 class Writer:
@@ -37,7 +37,7 @@ class Writer:
         self._graphs, self._forgetful = Tables(), forgetful
         self._state = sample.make_state(SLOTS, 50, DEVICE)
         self._state.last_tokens.copy_(torch.arange(SLOTS))
-        batch = PersistentBatch(SLOTS, LONGEST // PAGE)
+        batch = PersistentBatch(SLOTS, LONGEST // PAGE, PAGE)
         self._inputs = StepInputs(batch, SlotStates(self._state, [0]), self._graphs, PAGE)
         size = max(layout.size for layout in self._graphs.layouts.values())
         words = np.zeros(size, np.int32)
@@ -85,7 +85,7 @@ class Running:
         self.num_computed += len(tokens)
         known = -(-start // PAGE)
         blocks = tuple(self.blocks[known : -(-self.num_computed // PAGE)])
-        return Chunk(self.new.seq_id, 0, tokens, start, blocks, True)
+        return Chunk(self.new.seq_id, 0, tokens, start, (blocks,) if blocks else (), True)
 
 
 def plans(rng):

@@ -54,43 +54,43 @@ def plan(free_bytes=10**9, spec=SPEC, dtype=torch.float32, **settings) -> Memory
 
 def test_the_given_memory_is_used_and_never_exceeded():
     found = plan(kv_cache_memory="1MiB", free_bytes=0)
-    assert found.bytes_per_token == PER_TOKEN
-    assert found.num_blocks == 2**20 // (16 * PER_TOKEN)
-    assert found.num_tokens == 2048
+    assert found.block_bytes == 16 * PER_TOKEN
+    assert found.num_blocks == 2**20 // (16 * PER_TOKEN) - 1  # block 0 is nobody's
     assert found.cache_bytes == 2**20
     assert found.max_model_len == 1000
-    assert found.max_concurrency == pytest.approx(2.048)
+    assert found.max_concurrency == pytest.approx(127 / 63)  # of 63 blocks each
+    assert found.num_tokens == 2015
     assert plan(kv_cache_memory=str(2**20 - 1)).num_blocks == found.num_blocks - 1
 
 
 def test_half_the_bytes_are_twice_the_blocks():
     whole, half = (plan(kv_cache_memory="1MiB", dtype=d) for d in (torch.float32, torch.float16))
-    assert half.num_blocks == 2 * whole.num_blocks
+    assert half.num_blocks + 1 == 2 * (whole.num_blocks + 1)
 
 
 def test_padded_heads_take_the_room_they_take():
     config = EngineConfig(kv_cache_memory="1MiB")
     kv = KVFormat(torch.float16, multiple=16)
     found = plan_memory(SPEC, config, kv, weight_bytes=0, free_bytes=0)
-    assert found.bytes_per_token == 2 * 4 * 2 * 16 * 2
+    assert found.block_bytes == 16 * 2 * 4 * 2 * 16 * 2
     cache = allocate_cache(SPEC, found, torch.device("cpu"))
-    assert cache[0][0].shape == (found.num_blocks, 2, 16, 16)
+    assert cache[0][0].shape == (found.num_blocks + 1, 2, 16, 16)
 
 
 def test_without_a_size_free_memory_is_taken_up_to_what_could_be_used():
-    assert plan(free_bytes=2**20).num_blocks == 128
+    assert plan(free_bytes=2**20).num_blocks == 127
     useful = plan(max_num_seqs=3)
     assert useful.num_blocks == 3 * 63  # 1000 tokens take 63 blocks of 16
     assert plan(max_num_seqs=3, max_model_len=32).num_blocks == 3 * 2
 
 
 def test_the_greatest_length_shrinks_to_what_fits_unless_it_was_asked_for():
-    assert plan(free_bytes=40 * PER_TOKEN).max_model_len == 32
+    assert plan(free_bytes=56 * PER_TOKEN).max_model_len == 32
     with pytest.raises(ConfigError, match=r"--kv-cache-memory.*--max-model-len"):
-        plan(free_bytes=40 * PER_TOKEN, max_model_len=33)
-    with pytest.raises(ConfigError, match=r"--kv-cache-memory: 10KB holds 16 tokens"):
-        plan(kv_cache_memory="10KB", max_model_len=17)
-    assert plan(kv_cache_memory="16KiB", max_model_len=17).max_model_len == 17
+        plan(free_bytes=56 * PER_TOKEN, max_model_len=33)
+    with pytest.raises(ConfigError, match=r"17KB holds 16 tokens.* of 32 takes 24,576 bytes"):
+        plan(kv_cache_memory="17KB", max_model_len=17)
+    assert plan(kv_cache_memory="24KiB", max_model_len=17).max_model_len == 17
 
 
 def test_no_block_at_all_is_an_error():
@@ -163,7 +163,7 @@ def test_the_tensors_are_zero_aligned_and_as_planned(dtype):
     tensors = [tensor for layer in cache for tensor in layer]
     assert sum(tensor.nbytes for tensor in tensors) == planned.cache_bytes
     for tensor in tensors:
-        assert tensor.shape == (planned.num_blocks, 2, 16, 8)
+        assert tensor.shape == (planned.num_blocks + 1, 2, 16, 8)
         assert tensor.dtype == dtype
         assert tensor.data_ptr() % 64 == 0
         assert not tensor.any()

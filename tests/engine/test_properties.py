@@ -21,8 +21,10 @@ from hypothesis import strategies as st
 
 from ruvon import grammars
 from ruvon.config import EngineConfig
+from ruvon.engine.blocks import NULL
 from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.matching import Matchers
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
@@ -104,10 +106,11 @@ class Run:
         eager: bool = False,
         at_once: int = 1,
         failing: Mapping[int, str] = MappingProxyType({}),
+        windows: tuple[int, ...] = (0,),
     ) -> None:
         self.runner = FakeRunner(
             config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once,
-            grammar_depth=grammar_depth, matchers=make_matchers(grammar_depth),
+            grammar_depth=grammar_depth, matchers=make_matchers(grammar_depth), windows=windows,
         )  # fmt: skip
         self.runner.failing |= failing
         self.engine = Engine(
@@ -115,6 +118,7 @@ class Run:
             config,
             max_model_len=MAX_MODEL_LEN,
             num_blocks=num_blocks,
+            windows=windows,
             vocab_size=ByteTokenizer.vocab_size,
             eos_token_ids=ByteTokenizer.eos_ids,
             grammars=GRAMMARS,
@@ -190,22 +194,25 @@ class Run:
 def check(engine: Engine) -> None:
     scheduler = engine._scheduler
     pool, sequences = scheduler.pool, scheduler.sequences.values()
-    pool.check([seq.blocks for seq in sequences])
+    pool.check([table for seq in sequences for table in seq.tables])
     assert list(scheduler.running) == [
         seq.id for seq in sorted(scheduler.running.values(), key=scheduler.limits.order)
     ]
-    assert scheduler._num_holding == sum(1 for seq in scheduler.running.values() if seq.blocks)
+    assert scheduler._num_holding == sum(1 for seq in scheduler.running.values() if seq.tables)
     assert max((seq.in_flight for seq in sequences), default=0) <= scheduler.num_in_flight
     for seq in sequences:
-        assert (
-            seq.num_published <= len(seq.blocks) <= pool.blocks_for(seq.num_prompt + seq.max_tokens)
-        )
+        num_tokens = seq.num_prompt + seq.max_tokens
+        longest = max(map(len, seq.tables), default=0)
+        assert seq.num_published <= longest <= pool.blocks_for(num_tokens)
+        if not seq.in_flight:
+            held = [block for table in seq.tables for block in table if block != NULL]
+            assert len(held) <= scheduler.grouped.most_blocks(num_tokens)
         if seq in scheduler.waiting:
             assert seq.id not in scheduler.running
             assert not seq.in_flight
         elif seq.id not in scheduler.running:
             assert seq.in_flight, "it is over"
-        elif seq.blocks:
+        elif seq.tables:
             num_drawing = seq.num_computed + seq.num_pending - len(seq.tokens)
             assert 0 <= num_drawing <= seq.in_flight
             assert seq.num_pending > 0
@@ -245,8 +252,9 @@ def replay(run: Run) -> None:
     """Plans are values: written down and read back, they make another runner do the same."""
     depth, grammar_depth = run.runner.depth, run.runner.grammar_depth
     runner = FakeRunner(
-        run.runner.block_size, ALPHABET, depth=depth, matchers=make_matchers(grammar_depth)
-    )
+        run.runner.block_size, ALPHABET, depth=depth, matchers=make_matchers(grammar_depth),
+        windows=run.runner.windows,
+    )  # fmt: skip
     for plan, result in zip(run.runner.plans, run.results, strict=True):
         assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
     runner.close()
@@ -297,12 +305,14 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         enable_prefix_caching=draw(st.booleans()),
         enable_chunked_prefill=draw(st.booleans()),
     )
-    fewest = -(-MAX_MODEL_LEN // block_size)
+    windows = draw(st.sampled_from([(0,), (0,), (0, 5), (7,), (0, 17, 17), (0, 0, 3, 26)]))
+    fewest = most_blocks(MAX_MODEL_LEN, block_size, windows, longest_chunk(config))
     more = draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
     depth = draw(st.sampled_from([1, 2, 2]))
     return {
         "config": config,
         "num_blocks": fewest + more,
+        "windows": windows,
         "depth": depth,
         "grammar_depth": draw(st.integers(1, depth)),
         "eager": draw(st.booleans()),
@@ -369,18 +379,17 @@ def mixed_load(
 
 
 @pytest.mark.parametrize(
-    ("policy", "constrained", "depth", "grammar_depth"),
+    ("policy", "constrained", "windows"),
     [
-        ("fcfs", False, 1, 1),
-        ("fcfs", False, 2, 1),
-        ("priority", False, 1, 1),
-        ("priority", False, 2, 1),
-        ("fcfs", True, 1, 1),
-        ("fcfs", True, 2, 1),
-        ("fcfs", True, 2, 2),
+        ("fcfs", False, (0,)),
+        ("priority", False, (0,)),
+        ("fcfs", True, (0,)),
+        ("priority", False, (0, 9)),
+        ("fcfs", True, (9,)),
     ],
 )
-def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth):
+@pytest.mark.parametrize(("depth", "grammar_depth"), [(1, 1), (2, 1), (2, 2)])
+def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
     """Several hundred jobs through a cache that holds two or three: preemption all the time."""
     load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
     config = EngineConfig(
@@ -390,7 +399,8 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth):
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    run = Run(load, 20, config, depth, grammar_depth).go()
+    num_blocks = max(20, most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 3)
+    run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
     assert counters.preempted > 100

@@ -68,9 +68,9 @@ def greedy(seq_id, num_prompt=1, prefix=(), **sampling):
 
 def mixed_plan() -> Plan:
     chunks = (
-        Chunk(1, 0, (10,), 5, (3, 1), True),
-        Chunk(2, 0, (20, 21, 22, 23, 24), 0, (5, 6), False),
-        Chunk(3, 0, (30, 31, 32), 0, (7,), True),
+        Chunk(1, 0, (10,), 5, ((3, 1),), True),
+        Chunk(2, 0, (20, 21, 22, 23, 24), 0, ((5, 6),), False),
+        Chunk(3, 0, (30, 31, 32), 0, ((7,),), True),
     )
     prompt_rows = (
         PromptRow(2, 1, (21, 22, 23, 24, 40), 1),
@@ -105,7 +105,7 @@ def test_bounded_logits_give_the_same(make_runner, forward, max_logit_rows):
 
 
 def test_a_step_may_sample_nothing(make_runner):
-    plan = Plan(0, (Chunk(1, 0, (4, 5), 0, (0,), False),), (greedy(1),))
+    plan = Plan(0, (Chunk(1, 0, (4, 5), 0, ((0,),), False),), (greedy(1),))
     result = make_runner().launch(plan).result(timeout=10)
     assert result.tokens == ()
 
@@ -125,7 +125,7 @@ def test_a_step_that_cannot_be_laid_out_fails_nobody_elses(make_runner):
     failing = Plan(0, (Chunk(1, 0, (4, 5), 0, (), True),), (greedy(1),))
     both = Plan(
         1,
-        (Chunk(1, 0, BEING_SAMPLED, 2, (1,), True), Chunk(2, 0, (7, 8), 0, (2,), True)),
+        (Chunk(1, 0, BEING_SAMPLED, 2, ((1,),), True), Chunk(2, 0, (7, 8), 0, ((2,),), True)),
         (greedy(2),),
     )
     failed, result = runner.launch(failing), runner.launch(both)
@@ -166,7 +166,7 @@ def test_one_bad_row_fails_alone(make_runner):
 
 def test_steps_run_in_the_order_of_launching(make_runner, forward):
     runner = make_runner()
-    plans = [Plan(n, (Chunk(n, 0, (n,), 0, (n,), True),), (greedy(n),)) for n in range(20)]
+    plans = [Plan(n, (Chunk(n, 0, (n,), 0, ((n,),), True),), (greedy(n),)) for n in range(20)]
     futures = [runner.launch(plan) for plan in plans]
     assert [future.result(timeout=10).tokens for future in futures] == [
         ((n + 1,),) for n in range(20)
@@ -181,7 +181,7 @@ def decode(*tokens):
 
 def prompts(*tokens):
     """A step of one token for each sequence, at position 0."""
-    return tuple(Chunk(n, 0, (token,), 0, (n,), True) for n, token in enumerate(tokens))
+    return tuple(Chunk(n, 0, (token,), 0, ((n,),), True) for n, token in enumerate(tokens))
 
 
 def test_a_step_ahead_computes_what_the_step_before_sampled(make_runner, forward):
@@ -210,15 +210,15 @@ def test_the_sampler_gets_the_history_up_to_its_step(forward):
     runner = Runner(forward, sampler, block_size=4, device=CPU, max_logit_rows=100)
     new = greedy(0, 4, prefix=(1, 2), presence_penalty=1)
     chunks = [
-        Chunk(0, 0, (3,), 2, (0,), False),
+        Chunk(0, 0, (3,), 2, ((0,),), False),
         Chunk(0, 0, (4,), 3, (), True),
-        Chunk(0, 0, BEING_SAMPLED, 4, (1,), True),
+        Chunk(0, 0, BEING_SAMPLED, 4, ((1,),), True),
         Chunk(0, 0, (9,), 5, (), True),
     ]
     for n, chunk in enumerate(chunks):
         plan = Plan(n, (chunk,), () if n else (new,))
         runner.launch(plan).result(timeout=10)
-    again = Plan(9, (Chunk(0, 1, (7,), 0, (2,), True),), (greedy(0),), ended=(0,))
+    again = Plan(9, (Chunk(0, 1, (7,), 0, ((2,),), True),), (greedy(0),), ended=(0,))
     runner.launch(again).result(timeout=10)
     runner.close()
     assert seen == [[], [[1, 2, 3, 4]], [[1, 2, 3, 4, 5]], [[1, 2, 3, 4, 5, 9]], [[7]]]
@@ -283,4 +283,5 @@ def test_the_thread_that_runs_steps_makes_itself_at_home_first():
 
 def test_the_batch_is_the_plans(make_runner, forward):
     make_runner().launch(mixed_plan()).result(timeout=10)
-    assert forward.batches[0].slots.tolist() == build_batch(mixed_plan(), 4, CPU).slots.tolist()
+    expected = build_batch(mixed_plan(), 4, CPU)
+    assert forward.batches[0].paged[0].slots.tolist() == expected.paged[0].slots.tolist()

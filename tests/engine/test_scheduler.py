@@ -6,6 +6,7 @@ import pytest
 from fakes import fake_logprobs
 
 from ruvon.engine.blocks import BlockPool
+from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.scheduler import Limits, Scheduler
 from ruvon.engine.types import BEING_SAMPLED, NewSequence, SamplingParams, Sequence, StepResult
@@ -16,7 +17,7 @@ EOS = 2
 def make(num_blocks=64, block_size=4, *, order="fcfs", policy="continuous", **limits):
     limits = {"max_seqs": 8, "max_tokens": 32} | limits
     return Scheduler(
-        BlockPool(num_blocks, block_size),
+        GroupedPool(BlockPool(num_blocks, block_size)),
         Limits(policy=POLICIES[policy], order=ORDERS[order], **limits),
     )
 
@@ -68,7 +69,7 @@ def test_a_prompt_then_one_token_a_step():
     plan = scheduler.schedule(0.0)
     (chunk,) = plan.chunks
     assert chunk.tokens == tuple(range(10, 20))
-    assert (chunk.start, chunk.samples, len(chunk.blocks)) == (0, True, 3)
+    assert (chunk.start, chunk.samples, len(chunk.blocks[0])) == (0, True, 3)
     assert plan.rows == (0,)
     assert plan.new == (NewSequence(0, SamplingParams(), 10, 0),)
     (emission,) = scheduler.commit(plan, result(plan))
@@ -189,9 +190,9 @@ def test_siblings_wait_for_the_first_to_compute_their_prompt():
     assert len(scheduler.running) == 3
     assert step(scheduler)[0] == {0: 6}
     assert step(scheduler)[0] == {0: 1, 1: 2, 2: 2}
-    first, second, third = scheduler.running.values()
-    assert first.blocks[:3] == second.blocks[:3] == third.blocks[:3]
-    assert len({first.blocks[3], second.blocks[3], third.blocks[3]}) == 3
+    first, second, third = (seq.tables[0] for seq in scheduler.running.values())
+    assert first[:3] == second[:3] == third[:3]
+    assert len({first[3], second[3], third[3]}) == 3
 
 
 def test_those_who_wait_do_not_hold_up_others():
@@ -238,7 +239,7 @@ def test_the_latest_is_preempted_and_comes_back():
     assert list(scheduler.running) == [0]
     assert new.num_preempted == 1
     assert new in scheduler.waiting
-    assert new.blocks == []
+    assert new.tables == ()
     emissions = run_out(scheduler)
     assert [e.seq_id for e in emissions if e.finish] == [0, 1]
     assert (old.num_output, new.num_output) == (6, 6)
@@ -379,7 +380,7 @@ def test_an_error_ends_its_sequence_and_no_other():
     bad, good = scheduler.commit(plan, drawn)
     assert (bad.seq_id, bad.finish, bad.error) == (0, "error", "not a number")
     assert (good.seq_id, good.tokens, good.finish) == (1, (9,), None)
-    scheduler.pool.check([scheduler.sequences[1].blocks])
+    scheduler.pool.check(scheduler.sequences[1].tables)
 
 
 # -------------------------------------------------------------------- a step ahead
@@ -392,7 +393,7 @@ def test_a_step_ahead_computes_the_token_being_sampled():
     first, second = scheduler.schedule(0.0), scheduler.schedule(0.0)
     (chunk,) = second.chunks
     assert (chunk.tokens, chunk.start, chunk.samples) == (BEING_SAMPLED, 4, True)
-    assert (len(first.chunks[0].blocks), len(chunk.blocks)) == (1, 1)
+    assert (len(first.chunks[0].blocks[0]), len(chunk.blocks[0])) == (1, 1)
     assert seq.tokens == [5, 6, 7, 8]
     (emission,) = scheduler.commit(first, result(first, 9))
     assert emission.tokens == (9,)
@@ -542,7 +543,7 @@ def test_abort_in_flight_keeps_the_blocks_until_the_commit():
     scheduler.abort(0)
     assert not scheduler.has_work
     assert scheduler.pool.num_free == 61
-    assert len(plan.chunks[0].blocks) == 3
+    assert len(plan.chunks[0].blocks[0]) == 3
     assert scheduler.commit(plan, result(plan)) == []
     scheduler.pool.check([])
 
@@ -577,8 +578,9 @@ def test_runners_are_told_of_each_block_once_and_who_is_over():
     told, plans = [], []
     while scheduler.has_work:
         plans.append(scheduler.schedule(0.0))
-        told += plans[-1].chunks[0].blocks
-        blocks = list(seq.blocks)
+        for blocks in plans[-1].chunks[0].blocks:
+            told += blocks
+        blocks = list(seq.tables[0])
         scheduler.commit(plans[-1], result(plans[-1]))
         assert told == blocks
     assert [len(plan.new) for plan in plans] == [1, 0, 0, 0]
@@ -605,7 +607,7 @@ def test_a_preempted_sequence_is_ended_and_introduced_anew():
     assert chunk.generation == 1
     assert len(again.prefix) == chunk.start
     assert (*again.prefix, *chunk.tokens)[:3] == (7, 8, 9)
-    assert tuple(scheduler.sequences[1].blocks) == chunk.blocks
+    assert tuple(map(tuple, scheduler.sequences[1].tables)) == chunk.blocks
 
 
 # -------------------------------------------------------------------- several tokens a step
@@ -622,7 +624,7 @@ def test_a_step_may_bring_several_tokens():
     assert (emission.tokens, emission.logprobs) == ((9, 8, 7), scores)
     plan = scheduler.schedule(0.0)
     (chunk,) = plan.chunks
-    assert (chunk.tokens, chunk.start, len(chunk.blocks)) == ((9, 8, 7), 2, 2)
+    assert (chunk.tokens, chunk.start, len(chunk.blocks[0])) == ((9, 8, 7), 2, 2)
     (emission,) = scheduler.commit(plan, StepResult(((6, 5, 4, 3),), (None,)))
     assert (emission.tokens, emission.finish) == ((6, 5, 4), "length")
     scheduler.pool.check([])

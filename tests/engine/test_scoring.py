@@ -42,7 +42,7 @@ def test_the_plans_score_whole_chunks_of_these_sizes():
     assert [plan.num_tokens for plan in plans] == list(SCORED)
     for plan in plans:
         (chunk,), (row,) = plan.chunks, plan.prompt_rows
-        assert len(row.targets) == len(chunk.tokens) <= 16 * len(chunk.blocks)
+        assert len(row.targets) == len(chunk.tokens) <= 16 * len(chunk.blocks[0])
         assert not plan.rows
     assert [plan.num_tokens for plan in scoring_plans(40, 16)] == [1, 2, 16, 32, 40]
 

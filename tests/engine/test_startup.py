@@ -53,8 +53,8 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
     loaded = start_engine(settings(folder), lambda phase, share: phases.append((phase, share)))
     assert (loaded.device, loaded.kernels, loaded.dtype) == ("cpu", "torch", "float32")
     assert loaded.threads == torch.get_num_threads() == 1
-    assert loaded.memory.bytes_per_token == 2 * 2 * 2 * 16 * 4
-    assert loaded.memory.num_blocks == 2**20 // (16 * 512)
+    assert loaded.memory.block_bytes == 16 * 2 * 2 * 2 * 16 * 4
+    assert loaded.memory.num_blocks == 2**20 // (16 * 512) - 1
     embedding = 320 * 64
     layer = 64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 96 + 2 * 64
     rope = 2 * 128 * 8
@@ -125,8 +125,8 @@ def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
     monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
     loaded = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
     loaded.close()
-    assert loaded.memory.num_tokens == 96
-    assert loaded.engine.max_model_len == 96
+    assert loaded.memory.num_tokens == 80
+    assert loaded.engine.max_model_len == 80
 
 
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
@@ -226,7 +226,7 @@ def test_the_device_follows_settings_and_machine(monkeypatch, given, has_gpu, ex
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_runs(folder, dtype):
     loaded = start_engine(settings(folder, dtype=dtype), lambda phase, share: None)
-    assert loaded.memory.bytes_per_token == 2 * 2 * 2 * 16 * 2
+    assert loaded.memory.block_bytes == 16 * 2 * 2 * 2 * 16 * 2
     loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=3)), 0.0)
     assert drain(loaded.engine)
     loaded.close()

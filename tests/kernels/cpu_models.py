@@ -12,6 +12,7 @@ from ruvon.kernels.ops import (
     Dense,
     ForwardBatch,
     Ops,
+    PagedIndex,
     Quantized,
     Rope,
 )
@@ -155,6 +156,9 @@ class Prompts:
         longest = max(len(self.blocks[s]) for s, *_ in chunks)
         tables = [self.blocks[s] + [0] * (longest - len(self.blocks[s])) for s, *_ in chunks]
         rows = list(range(len(ids))) if every_row else [end - 1 for end in starts[1:]]
-        arrays = (ids, positions, slots, tables, starts, contexts, rows)
+        paged = (PagedIndex(ints(slots), ints(tables)),)
         queries = max(end - start for _, start, end in chunks)
-        return ForwardBatch(*map(ints, arrays), queries, max(contexts))
+        return ForwardBatch(
+            ints(ids), ints(positions), paged, ints(starts), ints(contexts), ints(rows),
+            queries, max(contexts),
+        )  # fmt: skip

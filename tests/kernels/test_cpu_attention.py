@@ -1,12 +1,14 @@
 """The paged cache and attention of the CPU kernels against plain torch."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cpu_models import ints
 
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu import allocate_cache
-from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
+from ruvon.kernels.ops import AttentionSpec, ForwardBatch, PagedIndex, Rope
 
 F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
 CASES = {
@@ -23,6 +25,12 @@ CASES = {
 CONTEXTS, NEW = [300, 17, 1, 129, 128], [40, 17, 1, 1, 3]
 
 
+def make_batch(ids, positions, slots, tables, starts, contexts):
+    paged = (PagedIndex(ints(slots), ints(tables)),)
+    arrays = map(ints, (starts, contexts, [0]))
+    return ForwardBatch(ints(ids), ints(positions), paged, *arrays, 0, max(contexts))
+
+
 class World:
     """Two caches of the same content, the CPU's and the reference's, and sequences in them."""
 
@@ -35,7 +43,7 @@ class World:
         self.norms = torch.randn(dim), torch.randn(dim)
         self.sinks = torch.randn(heads) if sinks else None
         counts = [-(-context // page) for context in CONTEXTS]
-        numbers = torch.randperm(sum(counts) + 3).tolist()
+        numbers = [n for n in torch.randperm(sum(counts) + 3).tolist() if n]  # 0 is nobody's
         self.tables = [[numbers.pop() for _ in range(count)] for count in counts]
         self.caches = allocate_cache(1, sum(counts) + 3, groups, page, dim, self.dtype)[0]
         for cache in self.caches:
@@ -54,8 +62,7 @@ class World:
         tables = [self.tables[s] + [0] * (widest - len(self.tables[s])) for s, *_ in chunks]
         contexts = [end for *_, end in chunks]
         positions = [at for _, at in places]
-        arrays = ([0] * len(places), positions, slots, tables, starts, contexts, [0])
-        return ForwardBatch(*map(ints, arrays), 0, max(contexts))
+        return make_batch([0] * len(places), positions, slots, tables, starts, contexts)
 
     def write(self, batch):
         """Random keys and values into both caches; the queries of both."""
@@ -91,6 +98,31 @@ def test_attention(world):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_what_has_left_the_window_changes_nothing(world):
+    """Its blocks are somebody else's by now, or block 0 stands for them, whatever is in there."""
+    batch, got_q, _ = world.fill()
+    expected = world.attend(got_q, batch)
+    index, window = batch.paged[0], world.spec.window
+    gone = [(end - new - window + 1) // world.page for end, new in zip(CONTEXTS, NEW, strict=True)]
+    if not window:
+        pytest.skip("everything is seen")
+    tables = index.block_tables.clone()
+    for table, num_gone in zip(tables, gone, strict=True):
+        table[: max(num_gone, 0)] = 0
+    assert (tables != index.block_tables).any()
+    needed = {
+        block
+        for number, table in enumerate(world.tables)
+        for block in table[max(gone[number], 0) :]
+    }
+    for cache in world.caches:
+        for block in {*range(len(cache))} - needed:
+            cache[block] = torch.nan
+    for its in (tables, index.block_tables):
+        blind = replace(batch, paged=(replace(index, block_tables=its),))
+        assert torch.equal(world.attend(got_q, blind), expected)
+
+
 def test_a_token_attends_alone_as_in_company(world):
     batch, q, _ = world.fill()
     together = world.attend(q, batch)
@@ -105,7 +137,7 @@ def test_a_token_attends_alone_as_in_company(world):
 def test_what_it_cannot_do_is_refused(cpu):
     def attend(heads, groups, dim, page):
         cache = allocate_cache(1, 2, groups, page, dim, F32)[0]
-        batch = ForwardBatch(*map(ints, ([0], [0], [0], [[0]], [0, 1], [1], [0])), 1, 1)
+        batch = make_batch([0], [0], [0], [[0]], [0, 1], [1])
         spec = AttentionSpec(heads, groups, dim, 1.0)
         cpu.ops.attention(torch.zeros(1, heads, dim), *cache, batch, spec, None)
 

@@ -10,7 +10,7 @@ import torch
 from compiled import run_compiled
 
 from ruvon.kernels import decode, reference, split_k
-from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, Rope
+from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, PagedIndex, Rope
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.tma_linear import TmaTile, tma_linear
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -159,8 +159,7 @@ def make_batch(queries, contexts, page, padding=0, num_blocks=None):
     return ForwardBatch(
         token_ids=ints([0] * len(positions)),
         positions=ints(positions),
-        slots=ints(slots),
-        block_tables=tables.to(DEVICE),
+        paged=(PagedIndex(ints(slots), tables.to(DEVICE)),),
         query_starts=ints(starts),
         context_lens=ints(list(contexts) + [0] * padding),
         logit_rows=ints([0]),
@@ -170,8 +169,9 @@ def make_batch(queries, contexts, page, padding=0, num_blocks=None):
 
 
 def make_cache(batch, page, groups, dim, dtype):
-    blocks = int(batch.block_tables.max()) + 2
-    blocks = max(blocks, int(batch.slots.max()) // page + 1)
+    (index,) = batch.paged
+    blocks = int(index.block_tables.max()) + 2
+    blocks = max(blocks, int(index.slots.max()) // page + 1)
     return randn(blocks, groups, page, dim, dtype=dtype), randn(
         blocks, groups, page, dim, dtype=dtype
     )
@@ -209,6 +209,46 @@ def test_attention(ops, dtype, heads, groups, dim, page, queries, contexts, wind
     actual = ops.attention(q, k_cache, v_cache, batch, spec, sinks_H)
     expected = reference.attention(q, k_cache, v_cache, batch, spec, sinks_H)
     assert_close(actual, expected, dtype)
+
+
+BLIND = [  # queries and contexts with windows that have left whole blocks behind
+    ((1, 1), (300, 90)),
+    ((1,), (700,)),
+    ((5, 1, 130), (70, 40, 250)),
+]
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
+@pytest.mark.parametrize(("queries", "contexts"), BLIND)
+@pytest.mark.parametrize("table", ["torch", "triton", "invariant"])
+def test_what_has_left_the_window_changes_nothing(
+    ops, dtype, heads, groups, dim, page, queries, contexts, table
+):
+    """Its blocks are somebody else's by now, or block 0 stands for them, whatever is in there."""
+    window, batch = 20, make_batch(queries, contexts, page)
+    (index,) = batch.paged
+    attention = {
+        "torch": reference.attention,
+        "triton": ops.attention,
+        "invariant": make_triton_ops(dtype, DEVICE, batch_invariant=True).attention,
+    }[table]
+    k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
+    spec = AttentionSpec(heads, groups, dim, dim**-0.5, window)
+    q = randn(sum(queries), heads, dim, dtype=dtype)
+    expected = attention(q, k_cache, v_cache, batch, spec, None)
+    assert_close(expected, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
+    tables, gone = index.block_tables + 1, []
+    for row, query, context in zip(tables, queries, contexts, strict=True):
+        num_gone = max(context - query - window + 1, 0) // page
+        gone += row[:num_gone].tolist()
+        row[:num_gone] = 0
+    assert gone
+    nowhere = torch.full_like(k_cache[:1], torch.nan)  # block 0
+    k_cache, v_cache = torch.cat((nowhere, k_cache)), torch.cat((nowhere, v_cache))
+    k_cache[gone], v_cache[gone] = torch.nan, torch.nan
+    for its in (tables, index.block_tables + 1):
+        blind = replace(batch, paged=(replace(index, block_tables=its),))
+        assert torch.equal(attention(q, k_cache, v_cache, blind, spec, None), expected)
 
 
 def rope_tables(dims):
@@ -254,8 +294,7 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
     trimmed = replace(
         batch,
         positions=batch.positions[real],
-        slots=batch.slots[real],
-        block_tables=batch.block_tables[real],
+        paged=(PagedIndex(batch.paged[0].slots[real], batch.paged[0].block_tables[real]),),
         query_starts=batch.query_starts[: len(contexts) + 1],
         context_lens=batch.context_lens[real],
     )
@@ -349,7 +388,7 @@ def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(
         for first, end in pairwise(cuts):
             chunk = replace(
                 batch,
-                block_tables=batch.block_tables[1:2],
+                paged=(replace(batch.paged[0], block_tables=batch.paged[0].block_tables[1:2]),),
                 query_starts=torch.tensor([0, end - first], dtype=torch.int32, device=DEVICE),
                 context_lens=batch.context_lens[1:2] - 130 + end,
                 max_query=end - first,

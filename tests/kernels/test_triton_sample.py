@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
-from ruvon.kernels.staging import Places, load_inputs, store_outputs
+from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -199,7 +199,7 @@ class Inputs:
 
     PLACES = Places(
         num_ids=2, positions=2, slots=4, context_lens=6, logit_rows=9, params=11, mode=19,
-        new_blocks=20, patches=22, end=26, num_rows=2,
+        new_blocks=20, patches=22, end=26, num_rows=2, slot_stride=2,
     )  # fmt: skip
     PARAMS = (4, 0, 1)  # words; of these the slot and the number of the draw
 
@@ -208,7 +208,7 @@ class Inputs:
         self.turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
         self.words = torch.zeros(26, dtype=torch.int32, device=DEVICE)
         self.last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
-        self.tables = torch.zeros(3, 3, dtype=torch.int32, device=DEVICE)
+        self.tables = torch.zeros(1, 3, 3, dtype=torch.int32, device=DEVICE)
 
     def load(self, words):
         self.staging[1, : len(words)] = torch.tensor(words, dtype=torch.int32)
@@ -226,7 +226,7 @@ def test_a_step_begins_with_what_only_the_device_knows():
     inputs = Inputs()
     words = [*FIRST, 0, -1, -1, 6, 5, -1, 9]
     assert inputs.load(words) == [50, *words[1:]]
-    assert inputs.tables.tolist() == [[0, 0, 0], [0, 0, 0], [5, 0, 0]]
+    assert inputs.tables.tolist() == [[[0, 0, 0], [0, 0, 0], [5, 0, 0]]]
 
 
 def test_a_steady_step_goes_on_by_itself():
@@ -238,7 +238,7 @@ def test_a_steady_step_goes_on_by_itself():
     slots = [8 * 4, 5 * 4 + 3]
     rows = [1, 0, 2, 9, 0, 0, 0, 10, 0, 0]
     assert inputs.words.tolist()[:19] == [50, 70, *positions, *slots, *contexts, *rows]
-    assert inputs.tables.tolist() == [[0, 8, 0], [0, 0, 0], [4, 5, 0]]
+    assert inputs.tables.tolist() == [[[0, 8, 0], [0, 0, 0], [4, 5, 0]]]
 
 
 def test_a_step_stores_its_results_and_passes_the_turn_on():
@@ -251,3 +251,43 @@ def test_a_step_stores_its_results_and_passes_the_turn_on():
     assert [buffer[1].item() for buffer in staging] == [0, 1, 2]
     assert torch.equal(staging[1], results)
     assert torch.equal(staging[2], results + 1)
+
+
+def test_masks_are_for_rows_that_have_one_and_only_in_their_turn():
+    """Rows 0 and 2 of three; a mask leaves an odd token here and there."""
+    state, sampled = kernels.make_state(3, VOCAB, DEVICE), kernels.make_sampled(3, DEVICE)
+    logits = torch.randn(3, VOCAB)
+    params = torch.zeros(3, kernels.PARAMS, dtype=torch.int32)
+    params[:, [kernels.HISTORY, kernels.BIAS]] = -1
+    params[:, kernels.SLOT] = torch.arange(3)
+    params[:, kernels.MASK] = torch.tensor([2, 0, 1])
+    params[:, kernels.WANTS_LOGPROB] = 1
+    allowed = torch.rand(2, VOCAB) < 0.01
+    padded = np.zeros((2, state.masks.shape[1] * 32), dtype=np.uint8)
+    padded[:, :VOCAB] = allowed
+    staged = torch.zeros_like(state.masks, device="cpu", pin_memory=GPU)
+    staged[:2] = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+    params, rows = params.to(DEVICE), logits.to(DEVICE)
+    kernels.sample(rows, params, state, sampled)
+    assert sampled.tokens[1] == logits[1].argmax()
+    assert state.last_tokens.tolist() == [0, logits[1].argmax(), 0]
+    sampled.tokens[1] = -9  # which is not written again
+    load_masks(staged, state.masks, params, kernels.MASK)
+    kernels.sample(rows, params, state, sampled, masked=True)
+    expected = [
+        logits[i].masked_fill(~allowed[j], -torch.inf).argmax() for i, j in ((0, 1), (2, 0))
+    ]
+    assert sampled.tokens.tolist() == [expected[0], -9, expected[1]]
+    assert state.last_tokens.tolist() == [expected[0], logits[1].argmax(), expected[1]]
+    of_model = logits.log_softmax(-1)  # not of what the mask leaves
+    assert sampled.logprobs[0].item() == pytest.approx(of_model[0, expected[0]].item(), abs=1e-4)
+    assert sampled.ranks[2] == 1 + (logits[2] > logits[2, expected[1]]).sum()
+
+
+def test_a_mask_that_allows_nothing_gives_no_token():
+    state, sampled = kernels.make_state(1, VOCAB, DEVICE), kernels.make_sampled(1, DEVICE)
+    params = torch.zeros(1, kernels.PARAMS, dtype=torch.int32)
+    params[:, [kernels.HISTORY, kernels.BIAS]], params[:, kernels.MASK] = -1, 1
+    logits = torch.randn(1, VOCAB).to(DEVICE)
+    kernels.sample(logits, params.to(DEVICE), state, sampled, masked=True)
+    assert sampled.tokens.tolist() == [kernels.NOTHING_LEFT]

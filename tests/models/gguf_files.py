@@ -38,6 +38,10 @@ NAMES = {
         "model.layers.{i}.mlp.gate_proj": "blk.{i}.ffn_gate",
         "model.layers.{i}.mlp.up_proj": "blk.{i}.ffn_up",
         "model.layers.{i}.mlp.down_proj": "blk.{i}.ffn_down",
+        "model.layers.{i}.mlp.gate": "blk.{i}.ffn_gate_inp",
+        "model.layers.{i}.mlp.experts.gate_proj": "blk.{i}.ffn_gate_exps",
+        "model.layers.{i}.mlp.experts.up_proj": "blk.{i}.ffn_up_exps",
+        "model.layers.{i}.mlp.experts.down_proj": "blk.{i}.ffn_down_exps",
     },
 }
 
@@ -69,7 +73,7 @@ def write_gguf(
     replaced by what the file holds, so that it stays the reference."""
     writer = gguf.GGUFWriter(path, arch)
     add_description(writer, model, arch, metadata or {})
-    state = model.state_dict()
+    state = {k: v for name, x in model.state_dict().items() for k, v in parts_of(name, x)}
     if model.config.tie_word_embeddings:
         state.pop("lm_head.weight")
     for name, tensor in state.items():
@@ -79,13 +83,23 @@ def write_gguf(
     finish(writer)
 
 
+def parts_of(name: str, tensor: torch.Tensor) -> list[tuple[str, torch.Tensor]]:
+    """transformers keeps experts' gates and ups in one tensor; llama.cpp does not."""
+    if name.endswith("experts.gate_up_proj"):
+        stem = name.removesuffix("gate_up_proj")
+        return [(f"{stem}{n}_proj.weight", part) for n, part in
+                zip(("gate", "up"), tensor.chunk(2, dim=1), strict=True)]  # fmt: skip
+    return [(f"{name}.weight" if name.endswith("experts.down_proj") else name, tensor)]
+
+
 def add_weight(writer, model, arch, name, tensor, kind) -> None:
     values = tensor.numpy()
     turned = arch == "gpt2" and ".c_" in name and values.ndim == 2  # Conv1D keeps it K×N
     if turned:
         values = values.T
     raw_dtype = None
-    if values.ndim == 2 and kind != GGMLQuantizationType.F32:
+    matrix = values.ndim > 1 and not name.endswith("mlp.gate.weight")
+    if matrix and kind != GGMLQuantizationType.F32:
         packed = quants.quantize(np.ascontiguousarray(values), kind)
         plain = torch.from_numpy(quants.dequantize(packed, kind).copy())
         tensor.copy_(plain.T if turned else plain)
@@ -119,6 +133,10 @@ def add_description(writer, model, arch, metadata) -> None:
         writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
         head_dim = getattr(config, "head_dim", None)
         writer.add_key_length(head_dim or config.hidden_size // config.num_attention_heads)
+    if arch == "qwen3moe":
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for key, value in metadata.items():
         add = writer.add_string if isinstance(value, str) else writer.add_uint32
         (writer.add_float32 if isinstance(value, float) else add)(key, value)
@@ -137,6 +155,14 @@ def finish(writer: gguf.GGUFWriter) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def mxfp4_blocks(codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Hugging Face's blocks [..., K / 32, 16] and scales [..., K / 32] in llama.cpp's order."""
+    wide = np.stack((codes & 15, codes >> 4), axis=-1).reshape(*codes.shape[:-1], 32)
+    packed = wide[..., :16] | (wide[..., 16:] << 4)
+    raw = np.concatenate((scales[..., None], packed), axis=-1)
+    return raw.reshape(*codes.shape[:-2], -1)
 
 
 def random_blocks(kind: GGMLQuantizationType, rows: int, blocks: int) -> np.ndarray:

@@ -11,13 +11,21 @@ import numpy as np
 import pytest
 import torch
 from gguf import GGMLQuantizationType, quants
-from gguf_files import SCALES_AT, finish, interleave, random_blocks, write_gguf, write_tensors
+from gguf_files import (
+    SCALES_AT,
+    finish,
+    interleave,
+    mxfp4_blocks,
+    random_blocks,
+    write_gguf,
+    write_tensors,
+)
 from paged import PagedSequences
 from tiny import VOCAB, load, make_reference
 
 from ruvon.config import EngineConfig
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import Quantized
+from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.gguf import GgufFile, rotate_half_rows
 from ruvon.telemetry import silent
@@ -35,6 +43,30 @@ def test_quantized_types_hold_the_same_numbers(tmp_path, name):
     assert isinstance(got, Quantized)
     assert got.bits == int(name[1])
     np.testing.assert_array_equal(got.dequantize().numpy(), want)
+
+
+def test_mxfp4_holds_the_same_numbers(tmp_path):
+    """Any codes, any scales that a float32 can have: 255 stands for no number."""
+    rng = np.random.default_rng(0)
+    raw = rng.integers(0, 256, (6, 8, 17), dtype=np.uint8)
+    raw[..., 0] = np.resize([*range(48), *range(120, 130), 252, 253, 254], (6, 8))
+    raw = raw.reshape(6, -1)
+    kind = GGMLQuantizationType.MXFP4
+    write_tensors(tmp_path / "x.gguf", {"w": (raw, kind)})
+    got = GgufFile(tmp_path / "x.gguf").read("w", (6, 256))
+    assert isinstance(got, Mxfp4)
+    np.testing.assert_array_equal(got.dequantize().numpy(), quants.dequantize(raw, kind))
+
+
+def test_mxfp4_blocks_are_those_of_hugging_face(tmp_path):
+    rng = np.random.default_rng(0)
+    codes = rng.integers(0, 256, (2, 3, 4, 16), dtype=np.uint8)
+    scales = rng.integers(100, 130, (2, 3, 4), dtype=np.uint8)
+    raw = mxfp4_blocks(codes, scales)
+    write_tensors(tmp_path / "x.gguf", {"w": (raw, GGMLQuantizationType.MXFP4)})
+    got = GgufFile(tmp_path / "x.gguf").read("w", (2, 3, 128))
+    np.testing.assert_array_equal(got.codes_NKB.numpy(), codes.reshape(6, 4, 16))
+    np.testing.assert_array_equal(got.scales_NK.numpy(), scales.reshape(6, 4))
 
 
 @pytest.mark.parametrize(
@@ -93,6 +125,9 @@ def test_text_that_is_not_utf8_is_shown_as_bytes(tmp_path):
         ("llama-biased", "llama", "F32"),
         ("qwen2", "qwen2", "Q4_0"),
         ("qwen3", "qwen3", "F32"),
+        ("qwen3-moe", "qwen3moe", "F32"),
+        ("qwen3-moe", "qwen3moe", "Q4_1"),
+        ("qwen3-moe", "qwen3moe", "Q8_0"),
         ("gpt2", "gpt2", "F32"),
         ("gpt2", "gpt2", "Q8_0"),
         ("gpt2", "gpt2", "Q4_1"),

@@ -11,7 +11,8 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ruvon.errors import LoadError
 from ruvon.models.rope import Divisors, LinearScaling, Llama3Scaling, make_rope, scaled_frequencies
-from ruvon.models.spec import spec_from_config, spec_from_gguf
+from ruvon.models.spec import spec_from_config
+from ruvon.models.spec_gguf import spec_from_gguf
 
 LLAMA = {**SHAPE, "architectures": ["LlamaForCausalLM"]}
 QWEN = {**SHAPE, "architectures": ["Qwen2ForCausalLM"]}

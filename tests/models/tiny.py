@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 from ruvon.config import EngineConfig
@@ -49,6 +50,13 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+EXPERTS = {
+    **SHAPE,
+    "head_dim": 32,
+    "num_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+}
 
 CONFIGS: dict[str, PreTrainedConfig] = {
     "gpt2": GPT2Config(
@@ -84,6 +92,8 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "qwen3-moe": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
+    "qwen3-moe-plain": Qwen3MoeConfig(**EXPERTS, use_sliding_window=True, sliding_window=7),
 }
 
 

@@ -28,8 +28,8 @@ from torch import Tensor
 
 from ruvon.engine.batch import padded
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch
-from ruvon.kernels.staging import Places, load_inputs, store_outputs
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
+from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 from ruvon.telemetry import Progress
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
@@ -66,19 +66,20 @@ def mixed_buckets(max_tokens: int, max_seqs: int) -> list[Bucket]:
 class StepWords:
     """Where a bucket's inputs lie in the buffer of words, each on a boundary of 16 bytes."""
 
-    def __init__(self, bucket: Bucket) -> None:
+    def __init__(self, bucket: Bucket, num_groups: int = 1) -> None:
+        """``num_groups``: cache groups, each of which has slots and new blocks of its own."""
         tokens, sequences = bucket.tokens, bucket.sequences
         shapes = {
             "token_ids": (tokens,),
             "positions": (tokens,),
-            "slots": (tokens,),
+            "slots": (num_groups, padded(tokens)),
             "query_starts": (sequences + 1,),
             "context_lens": (sequences,),
             "logit_rows": (sequences,),
             "params": (sequences, sample.PARAMS),
             "mode": (1,),
-            "new_blocks": (sequences if bucket.single else 0,),
-            "patches": (tokens + sequences, 2),
+            "new_blocks": (num_groups, sequences if bucket.single else 0),
+            "patches": (tokens + num_groups * sequences, 2),
         }
         self._spans: dict[str, tuple[int, int, tuple[int, ...]]] = {}
         self.size = 0
@@ -88,7 +89,13 @@ class StepWords:
             self.size += padded(num_words)
         first = {name: span[0] for name, span in self._spans.items()}
         del first["token_ids"], first["query_starts"]
-        self.places = Places(tokens, **first, end=self._spans["patches"][1], num_rows=sequences)
+        self.places = Places(
+            tokens,
+            **first,
+            end=self._spans["patches"][1],
+            num_rows=sequences,
+            slot_stride=padded(tokens),
+        )
         self.blank: Words = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
         inputs = self.views(self.blank)
         for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SLOT]):
@@ -132,25 +139,29 @@ class Graphs:
         *,
         table_width: int,
         block_size: int,
+        num_groups: int = 1,
         max_context: int,
         buckets: list[Bucket],
         pdl: bool,
     ) -> None:
+        """``num_groups``: cache groups, each of which has a table for each slot."""
         slots, device = state.last_tokens.shape[0], state.last_tokens.device
         self._forward = forward
         self._state = state
         self._block_size = block_size
         self._max_context = max_context
         self._pdl = pdl
-        self.layouts = {bucket: StepWords(bucket) for bucket in buckets}
+        self.layouts = {bucket: StepWords(bucket, num_groups) for bucket in buckets}
         num_words = max(layout.size for layout in self.layouts.values())
         zeros = partial(torch.zeros, dtype=torch.int32)
         self._words = zeros(num_words, device=device)
-        self.tables = zeros(slots, table_width, device=device)
+        self.tables = zeros(num_groups, slots, padded(table_width), device=device)
         self.results = zeros(3, slots, device=device)
         self._turn = zeros(1, device=device)
         self._staged_inputs = zeros(NUM_STAGING, num_words, pin_memory=device.type == "cuda")
         self._staged_results = zeros(NUM_STAGING, 3, slots, pin_memory=device.type == "cuda")
+        # One buffer is enough: masks are computed when the step before is over.
+        self.staged_masks = zeros(*state.masks.shape, pin_memory=device.type == "cuda")
 
     def capture_all(self, progress: Progress) -> dict[Bucket, Captured]:
         """Largest first, so that all can use the memory of the first."""
@@ -211,12 +222,17 @@ class Graphs:
             self._pdl,
         )
         inputs = layout.views(words)
+        pairs = zip(inputs["slots"], self.tables, strict=True)
         return self._forward(
             ForwardBatch(
                 token_ids=inputs["token_ids"],
                 positions=inputs["positions"],
-                slots=inputs["slots"],
-                block_tables=self.tables[: bucket.sequences],
+                paged=tuple(
+                    [
+                        PagedIndex(slots[: bucket.tokens], tables[: bucket.sequences])
+                        for slots, tables in pairs
+                    ]
+                ),
                 query_starts=inputs["query_starts"],
                 context_lens=inputs["context_lens"],
                 logit_rows=inputs["logit_rows"],
@@ -231,6 +247,8 @@ class Graphs:
         params = self.layouts[bucket].views(self._words)["params"]
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
+        if masked:
+            load_masks(self.staged_masks, self._state.masks, params, sample.MASK, self._pdl)
         sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
         store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
 

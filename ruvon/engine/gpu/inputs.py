@@ -59,15 +59,18 @@ class StepInputs:
         )
 
     def _grows_by_one(self, chunk: Chunk) -> bool:
-        """Whether a chunk of one token begins the block that it adds."""
-        before = len(self._batch.tables[chunk.seq_id])
-        return len(chunk.blocks) == 1 and chunk.start == before * self._block_size
+        """Whether a chunk of one token begins the block that it adds to each table."""
+        tables = self._batch.tables[chunk.seq_id]
+        return all(
+            len(blocks) == 1 and chunk.start == len(table) * self._block_size
+            for table, blocks in zip(tables, chunk.blocks, strict=True)
+        )
 
     def _advance(self, chunks: Sequence[Chunk], inputs: dict[str, Words]) -> None:
         inputs["mode"][0] = 1
         inputs["new_blocks"][:] = -1
-        for row, block in self._batch.grow(chunks):
-            inputs["new_blocks"][row] = block
+        for row, blocks in self._batch.grow(chunks):
+            inputs["new_blocks"][:, row] = [block for (block,) in blocks]
 
     def _start(self, plan: Plan, bucket: Bucket, inputs: dict[str, Words]) -> list[DeferredRow]:
         assigned = self._batch.assign(plan, bucket.sequences)
@@ -107,24 +110,25 @@ class StepInputs:
             for i in ones
         ]
         inputs["positions"][places] = [chunks[i].start for i in ones]
-        inputs["slots"][places] = [
-            tables[c.seq_id][c.start // size] * size + c.start % size
-            for c in [chunks[i] for i in ones]
-        ]
+        for group, slots in enumerate(inputs["slots"]):
+            slots[places] = [
+                tables[c.seq_id][group][c.start // size] * size + c.start % size
+                for c in [chunks[i] for i in ones]
+            ]
         for chunk, first in zip(chunks, firsts, strict=False):
             if len(chunk.tokens) > 1:
                 self._fill_run(chunk, first, inputs)
 
     def _fill_run(self, chunk: Chunk, place: int, inputs: dict[str, Words]) -> None:
         size, start, num = self._block_size, chunk.start, len(chunk.tokens)
-        first = start // size
-        table = self._batch.tables[chunk.seq_id]
-        blocks = np.array(table[first : -(-(start + num) // size)], dtype=np.int32)
-        slots = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()
+        first, end = start // size, -(-(start + num) // size)
         run = slice(place, place + num)
+        for group, table in enumerate(self._batch.tables[chunk.seq_id]):
+            blocks = np.array(table[first:end], dtype=np.int32)
+            slots = (blocks[:, None] * size + np.arange(size, dtype=np.int32)).ravel()
+            inputs["slots"][group, run] = slots[start - first * size :][:num]
         inputs["token_ids"][run] = chunk.tokens
         inputs["positions"][run] = np.arange(start, start + num)
-        inputs["slots"][run] = slots[start - first * size :][:num]
 
     def _patch(self, patches: list[tuple[int, int]], patches_N2: Words) -> None:
         room = len(patches_N2)

@@ -3,7 +3,7 @@ on the device a piece at a time; what comes back is a few numbers a position."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeAlias
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import lay_out, to_device
+from ruvon.engine.batch import Windows, lay_out, to_device
 from ruvon.engine.pooling import places
 from ruvon.engine.sampler import finite, undrawable
 from ruvon.engine.types import Chunk, Plan, PooledRows, PromptRow, TokenLogprobs
@@ -65,6 +65,7 @@ class Scorer:
         *,
         device: torch.device,
         block_size: int,
+        windows: Windows = (0,),
         max_logit_rows: int,
     ) -> None:
         """``max_logit_rows`` bounds the logits in memory at once."""
@@ -72,14 +73,15 @@ class Scorer:
         self._logits = logits
         self._device = device
         self._block_size = block_size
+        self._windows = windows
         self._piece = max(max_logit_rows // 16, 1) * 16  # all begin on boundaries that kernels like
 
-    def launch(self, chunk: Chunk, row: PromptRow, table: list[int]) -> PromptScores:
+    def launch(self, chunk: Chunk, row: PromptRow, tables: Sequence[list[int]]) -> PromptScores:
         """Score ``row.targets``, which follow the tokens of a chunk. One chunk at a time: kernels
         are compiled for numbers of sequences."""
         plan = Plan(0, (replace(chunk, samples=False),), prompt_rows=(replace(row, chunk=0),))
         with torch.inference_mode():
-            layout = lay_out(plan, {chunk.seq_id: table}, self._block_size)
+            layout = lay_out(plan, {chunk.seq_id: tables}, self._block_size, self._windows)
             hidden_QC = self._hidden(layout.to_batch(self._device))
             targets = np.array(row.targets, dtype=np.int32)
             targets_Q = to_device((targets,), self._device)[0]
@@ -88,11 +90,11 @@ class Scorer:
             pieces = zip(cut(hidden_QC), cut(targets_Q), strict=True)
             return PromptScores(row, [self._score(*piece, row.num_top) for piece in pieces])
 
-    def pool(self, chunk: Chunk, row: PooledRows, table: list[int]) -> PooledSum:
+    def pool(self, chunk: Chunk, row: PooledRows, tables: Sequence[list[int]]) -> PooledSum:
         """Add up the hidden states of ``row``, one chunk at a time as well."""
         plan = Plan(0, (replace(chunk, samples=False),))
         with torch.inference_mode():
-            layout = lay_out(plan, {chunk.seq_id: table}, self._block_size)
+            layout = lay_out(plan, {chunk.seq_id: tables}, self._block_size, self._windows)
             rows = places((replace(row, chunk=0),), layout.query_starts)
             hidden_LC = self._hidden(replace(layout, logit_rows=rows).to_batch(self._device))
             return PooledSum(row.seq_id, to_host(hidden_LC.sum(0, dtype=torch.float64)))

@@ -307,7 +307,7 @@ class Capture:
             stride=qkv.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
             positions=ints(batch.positions),
-            slots=ints(batch.slots),
+            slots=ints(batch.paged[spec.cache_group].slots),
             cos=None if rope is None else rope.cos_PD.contiguous(),
             sin=None if rope is None else rope.sin_PD.contiguous(),
             pairs=0 if rope is None else rope.cos_PD.shape[1],
@@ -335,14 +335,15 @@ class Capture:
         q = self.value_of(q_THD)
         makes = ROWS_ONLY if spec.head_dim % GROUP else PACKABLE
         out = self.new(q.rows, spec.num_heads * spec.head_dim, makes)
+        tables = batch.paged[spec.cache_group].block_tables
         arguments = Attention(
             queries=q.read(),
             stride=q.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
             starts=ints(batch.query_starts),
             contexts=ints(batch.context_lens),
-            tables=ints(batch.block_tables),
-            table_stride=4 * batch.block_tables.shape[1],
+            tables=ints(tables),
+            table_stride=4 * tables.shape[1],
             scale=spec.scale,
             window=spec.window,
             sinks=constant(sinks_H),

@@ -22,7 +22,7 @@ from ruvon.kernels.cpu.formats import GROUP, Form
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
 from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
 from ruvon.kernels.cpu.thread_pool import ThreadPool
-from ruvon.kernels.ops import ForwardBatch
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
 Progress: TypeAlias = Callable[[str, float], None]
@@ -37,6 +37,7 @@ class Limits:
     sequences: int
     logit_rows: int
     blocks_per_sequence: int
+    cache_groups: int = 1
 
 
 class Program:
@@ -153,7 +154,9 @@ class Graph:
         computed."""
         self._batch = empty_batch(limits)
         self._arrays = [getattr(self._batch, name).numpy() for name in COPIED]
-        self._tables = self._batch.block_tables.numpy()
+        self._paged = [
+            (index.slots.numpy(), index.block_tables.numpy()) for index in self._batch.paged
+        ]
         logits = forward(self._batch, cache)
         likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
         if draws:
@@ -169,8 +172,10 @@ class Graph:
         The batch may be of numpy arrays. All between two replays runs with cold caches, as weights
         have just streamed through them, and torch is a long way to a few numbers.
         """
-        tables = np.asarray(batch.block_tables)
-        self._tables[: tables.shape[0], : tables.shape[1]] = tables
+        for (slots, tables), index in zip(self._paged, batch.paged, strict=True):
+            slots[: index.slots.shape[0]] = np.asarray(index.slots)
+            new = np.asarray(index.block_tables)
+            tables[: new.shape[0], : new.shape[1]] = new
         given = [np.asarray(getattr(batch, name)) for name in COPIED]
         for array, numbers in zip(self._arrays, given, strict=True):
             array[: numbers.size] = numbers
@@ -184,7 +189,7 @@ class Graph:
         return self._likeliest[: self.num_rows]
 
 
-COPIED = ("token_ids", "positions", "slots", "query_starts", "context_lens", "logit_rows")
+COPIED = ("token_ids", "positions", "query_starts", "context_lens", "logit_rows")
 STARTS = COPIED.index("query_starts")
 
 
@@ -197,8 +202,10 @@ def empty_batch(limits: Limits) -> ForwardBatch:
     return ForwardBatch(
         token_ids=ints(limits.tokens),
         positions=ints(limits.tokens),
-        slots=ints(limits.tokens),
-        block_tables=ints(limits.sequences, limits.blocks_per_sequence),
+        paged=tuple(
+            PagedIndex(ints(limits.tokens), ints(limits.sequences, limits.blocks_per_sequence))
+            for _ in range(limits.cache_groups)
+        ),
         query_starts=ints(limits.sequences + 1),
         context_lens=ints(limits.sequences),
         logit_rows=ints(limits.logit_rows),

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, VECTORS, TileFormat
-from ruvon.kernels.ops import Dense, Packed, Quantized, Weight
+from ruvon.kernels.ops import Dense, Mxfp4, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input
 PAGE = 4096  # bytes
@@ -71,6 +71,8 @@ def pack(weight: Weight, dense_dtype: torch.dtype | None, bf16: bool) -> Packed:
         return pack_dense(weight.weight_NK, dense_dtype, bf16)
     if isinstance(weight, Quantized):
         return pack_quantized(weight)
+    if isinstance(weight, Mxfp4):  # bfloat16 holds its values exactly
+        return pack_dense(weight.dequantize().bfloat16(), dense_dtype, bf16)
     parts = [pack_quantized(part) for part in weight.parts]
     rows = sum(part.shape[0] for part in parts)
     tiles = tuple(tensor for part in parts for tensor in part.tensors)

@@ -362,6 +362,8 @@ def make_attention(cache, isa):
                 me = position + row // share - at
                 seen_from = max(0, me - window + 1) if window > 0 else 0
                 soften(scratch, row, seen_from, me + 1, keys, dim, scale)
+            # No row sees what comes before, whosever that is: nothing times NaN is NaN.
+            skipped = max(0, first_seen - at) // 16 * 16
             mix_span(a.cache, scratch, table, group, at, skipped, keys, rows)
 
     @helper
