@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -13,17 +14,19 @@ from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from ruvon.engine import grammar_trial
 from ruvon.engine.grammar_errors import refusal, unlocated
 from ruvon.engine.grammar_trial import LENGTH, LIMITS
-from ruvon.errors import RequestError
+from ruvon.errors import RequestError, UnavailableError
 from ruvon.grammars import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 CACHE_BYTES = 64 << 20
+HELD_BYTES = 512 << 20  # that requests under way may keep from being forgotten
 ENTRY_BYTES, BYTES_A_CHARACTER = 32 << 10, 64
 """About what a compiled grammar takes, by its text; measured over schemas from 100 bytes to 1 MB,
 of which most take less."""
@@ -39,6 +42,8 @@ least. With the library's own, of 10 and 30 characters, a mask in a string that 
 twice as long."""
 
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
+NO_TIME = "This machine had no time to compile the grammar; the request may be tried again."
+RETRY_AFTER = 5.0  # seconds
 
 
 class Tokens(Protocol):
@@ -90,8 +95,20 @@ class Vocabulary:
         return ids if spelt == text.encode() else []
 
 
+class Compiled:
+    """A grammar at its beginning. As long as anybody holds one, it is there for all."""
+
+    __slots__ = ("__weakref__", "matchers", "num_bytes", "wanted")
+
+    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
+        self.matchers = [matcher]
+        self.num_bytes = num_bytes
+        self.wanted = 1  # of them
+
+
 class Grammars:
-    """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`."""
+    """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`, and what
+    requests `hold` as long as they do."""
 
     def __init__(self, tokenizer: Tokens, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Takes a second for a large vocabulary, and the interpreter's lock with it."""
@@ -105,10 +122,10 @@ class Grammars:
         self._trial = Trial(vocab_size)
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
         self._lock = Lock()
-        self._compiled: OrderedDict[str, list[LLMatcher]] = OrderedDict()  # the latest used last
+        self._alive: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        self._kept: OrderedDict[str, Compiled] = OrderedDict()  # of these, the latest used last
         self._num_bytes = 0
         self._multiplying = ThreadPoolExecutor(1, "ruvon-grammars")
-        self._wanted: dict[str, int] = {}  # compilations of those that are being multiplied
         self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
 
     def close(self) -> None:
@@ -116,92 +133,108 @@ class Grammars:
         self._multiplying.shutdown(cancel_futures=True)
         self._trial.close()
 
-    def is_compiled(self, grammar: Grammar) -> bool:
+    def is_known(self, grammar: Grammar) -> bool:
+        """Whether it is compiled, or was refused: to ask for it then takes no time."""
         with self._lock:
-            return grammar.lark() in self._compiled
+            return grammar.lark() in self._alive or grammar in self._refused
 
-    def check(self, grammar: Grammar) -> None:
-        """Compile it, unless that has been done. Raises RequestError that names what of it cannot
-        be served."""
-        self.matcher(grammar)
+    def hold(self, grammar: Grammar) -> Compiled | None:
+        """Compile it, unless that has been done; as long as somebody has what this gives, it is
+        not compiled again. None if others hold so much that this one may be forgotten. Raises
+        RequestError that names what of it cannot be served, UnavailableError if this machine has
+        no time for it."""
+        compiled = self._find(grammar)
+        with self._lock:
+            held = sum(each.num_bytes for each in self._alive.values())
+        return compiled if held <= HELD_BYTES else None
 
     def matcher(self, grammar: Grammar, turn: int = 0) -> LLMatcher:
-        """A matcher of one's own at the grammar's beginning.
+        """A matcher of one's own at the grammar's beginning. Raises as `hold` does.
 
-        Matchers of one compilation share what its lexer finds, and wait for each other. So where
-        several are used at once, each ``turn`` has a compilation of its own; one that is not there
-        yet is made meanwhile.
+        Copies of one matcher share what its lexer finds, and wait for each other. So where several
+        are used at once, each ``turn`` has one that is compiled for it; if that is not there yet,
+        it is made meanwhile.
         """
-        text = grammar.lark()
+        compiled = self._find(grammar)
         with self._lock:
-            found = self._compiled.get(text)
-            if found is not None:
-                self._compiled.move_to_end(text)
-                if turn >= len(found):
-                    self._want(text, turn + 1)
-                return found[turn % len(found)].deep_copy()
+            if turn >= compiled.wanted:
+                if compiled.wanted == len(compiled.matchers):  # so nobody is at it
+                    self._multiplying.submit(self._multiply, grammar.lark(), compiled)
+                compiled.wanted = turn + 1
+            return compiled.matchers[turn % len(compiled.matchers)].deep_copy()
+
+    def has(self, grammar: Grammar, turn: int) -> bool:
+        """Whether this turn's matcher has been compiled."""
+        with self._lock:
+            compiled = self._alive.get(grammar.lark())
+            return compiled is not None and turn < len(compiled.matchers)
+
+    def _multiply(self, text: str, compiled: Compiled) -> None:
+        """Compile what has been compiled as often as is wanted."""
+        while True:
+            matcher = self._make(text)
+            with self._lock:
+                compiled.matchers.append(matcher)
+                compiled.num_bytes += size_of(text)
+                self._num_bytes += size_of(text) * (self._kept.get(text) is compiled)
+                if len(compiled.matchers) == compiled.wanted:
+                    return
+
+    def _find(self, grammar: Grammar) -> Compiled:
+        text = grammar.lark()
+        if (found := self._use(text)) is not None:
+            return found
         with self._compiling:
             if grammar in self._refused:
                 raise again(self._refused[grammar])
-            if text not in self._compiled:  # or somebody did while this waited
-                self._try(grammar, text)
-        return self.matcher(grammar, turn)
+            # somebody may have compiled it while this waited
+            return self._use(text) or self._compile(grammar, text)
 
-    def has(self, grammar: Grammar, turn: int) -> bool:
-        """Whether there are as many compilations."""
+    def _use(self, text: str) -> Compiled | None:
+        """What is compiled, which is now the latest that was used."""
         with self._lock:
-            return turn < len(self._compiled.get(grammar.lark(), ()))
+            found = self._alive.get(text)
+            if found is not None:
+                self._keep(text, found)
+            return found
 
-    def _want(self, text: str, number: int) -> None:
-        if text not in self._wanted:
-            self._multiplying.submit(self._multiply, text)
-        self._wanted[text] = max(number, self._wanted.get(text, 0))
+    def _keep(self, text: str, compiled: Compiled) -> None:
+        """Keep it, and forget what has not been used for longest; with the lock."""
+        if text not in self._kept:
+            self._num_bytes += compiled.num_bytes
+        self._alive[text] = self._kept[text] = compiled
+        self._kept.move_to_end(text)
+        while self._num_bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
-    def _multiply(self, text: str) -> None:
-        """Compile what has been compiled as often as is wanted."""
-        while True:
-            compiled = self._compile(text)
-            with self._lock:
-                found = self._compiled.get(text)
-                if found is not None and not compiled.get_error():
-                    self._keep(text, compiled)
-                    if len(found) < self._wanted[text]:
-                        continue
-                del self._wanted[text]
-                return
-
-    def _compile(self, text: str) -> LLMatcher:
+    def _make(self, text: str) -> LLMatcher:
         from llguidance import LLMatcher
 
-        compiled = LLMatcher(
+        made = LLMatcher(
             self._tokenizer, LLMatcher.grammar_from_lark(text), limits=self._limits, log_level=0
         )
-        compiled.compute_bitmask()  # what the first mask needs is then there for every copy
-        return compiled
+        made.compute_bitmask()  # what the first mask needs is then there for every copy
+        return made
 
-    def _try(self, grammar: Grammar, text: str) -> None:
+    def _compile(self, grammar: Grammar, text: str) -> Compiled:
         error = self._trial.error_of(text)
         if not error:
-            compiled = self._compile(text)
-            error = compiled.get_error()
+            matcher = self._make(text)
+            error = matcher.get_error()
         if error:
             if error == TOO_COSTLY:  # so its parts may be, and are not tried
                 refused = unlocated(grammar, error)
             else:
                 refused = refusal(grammar, error, self._trial.error_of)
-            self._refused[grammar] = refused
-            if len(self._refused) > REFUSALS:
-                self._refused.popitem(last=False)
+            with self._lock:
+                self._refused[grammar] = refused
+                if len(self._refused) > REFUSALS:
+                    self._refused.popitem(last=False)
             raise again(refused)
+        found = Compiled(matcher, size_of(text))
         with self._lock:
-            self._keep(text, compiled)
-
-    def _keep(self, text: str, compiled: LLMatcher) -> None:
-        self._compiled.setdefault(text, []).append(compiled)
-        self._num_bytes += size_of(text)
-        while self._num_bytes > CACHE_BYTES and len(self._compiled) > 1:
-            oldest, several = self._compiled.popitem(last=False)
-            self._num_bytes -= len(several) * size_of(oldest)
+            self._keep(text, found)
+        return found
 
 
 def again(error: RequestError) -> RequestError:
@@ -224,14 +257,20 @@ class Trial:
 
     def error_of(self, text: str) -> str:
         """Why a grammar does not compile; empty if it does. Raises RuntimeError if no process can
-        be had."""
+        be had, UnavailableError if one does not come to its end for others' sake: it is bounded in
+        processor time, so the grammar is to blame only for what happens within that."""
         process = self._process or self._start()
         request = text.encode(errors="replace")
         try:
             send(process, LENGTH.pack(len(request)) + request)
             return receive(process)
-        except (OSError, EOFError, TimeoutError):
+        except TimeoutError:
             self.close()
+            raise UnavailableError(NO_TIME, RETRY_AFTER) from None
+        except (OSError, EOFError):
+            self.close()
+            if process.returncode == -signal.SIGKILL:  # by the system, or by `close`
+                raise UnavailableError(NO_TIME, RETRY_AFTER) from None
             return TOO_COSTLY
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -251,7 +290,7 @@ class Trial:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
+        process.kill()  # one that has ended by itself still says how
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with suppress(OSError):  # what it was not sent any more
