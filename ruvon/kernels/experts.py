@@ -42,9 +42,9 @@ GATES: dict[Activation, int] = {"silu_gated": 0, "swiglu_clamped": 1}
 
 @triton.jit
 def _multiply_dense(
-    sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
+    sums, more, weight_desc, expert, first_row, x_at, used, x_desc, more_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SORTED: tl.constexpr,
+    SORTED: tl.constexpr, MORE: tl.constexpr,
 ):  # fmt: skip
     """See `multiply_mxfp4`."""
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -56,7 +56,10 @@ def _multiply_dense(
             mask = used[None, :] & (columns < K)[:, None]
             x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
-    return sums
+        if MORE:
+            x = more_desc.load([first_place + sums.shape[1], k]).T
+            more = tl.dot(weight, x, more, input_precision="ieee")
+    return sums, more
 
 
 @triton.jit
@@ -81,9 +84,33 @@ def _gate(sums, CLAMPED: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    sums, out_ptr, bias_ptr, order_ptr, expert, first_row, first_place, end, N: tl.constexpr,
+    UP: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile's sums, their bias, and in the first product the activation."""
+    rows, places = (
+        first_row + tl.arange(0, sums.shape[0]),
+        first_place + tl.arange(0, sums.shape[1]),
+    )
+    used = (places < end)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
+    if UP:
+        outputs = first_row // 2 + tl.arange(0, sums.shape[0] // 2)
+        at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
+        tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used)
+    else:
+        entries = tl.load(order_ptr + places, mask=places < end, other=0)
+        at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
+        tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
 def _experts_kernel(
     x_ptr,
     x_desc,  # of rows in order, or None
+    more_desc,  # likewise
     weight_desc,  # of the words of Codes, or of a dense weight
     codes,  # Codes, or None
     bias_ptr,
@@ -103,43 +130,45 @@ def _experts_kernel(
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
     first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
-    rows = first_row + tl.arange(0, TILE.rows)
     if UP:  # which releases when it has waited: so the other finds the choice made before it waits
         wait(PDL)
     release(PDL)
     expert = tl.load(routing.tiles + tile * 3)
+    if MXFP4 and TILE.ahead > 0:
+        rows = first_row + tl.arange(0, TILE.rows)
+        words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
+        prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
     if not UP:
-        if MXFP4 and TILE.ahead > 0:
-            words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
-            prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
         wait(PDL)
     if expert >= 0:
-        first_place = tl.load(routing.tiles + tile * 3 + 1)
-        places = first_place + tl.arange(0, TILE.tokens)
-        used = places < tl.load(routing.tiles + tile * 3 + 2)
-        entries = tl.load(routing.order + places, mask=used, other=0)
-        sources = entries // TOP_K if UP and not SORTED else tl.where(used, places, 0)
+        first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
+        places = first + tl.arange(0, TILE.tokens)
+        used = places < end
+        if UP and not SORTED:
+            sources = tl.load(routing.order + places, mask=used, other=0) // TOP_K
+        else:
+            sources = tl.where(used, places, 0)
         x_at = x_ptr + sources.to(tl.int64) * x_stride
-        sums = _no_sums(TILE.rows, TILE.tokens)
+        sums, more = _no_sums(TILE.rows, TILE.tokens), _no_sums(TILE.rows, TILE.more or 1)
         if MXFP4:
-            sums = multiply_mxfp4(
-                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
-                N, K, TILE.columns, TILE.stages, SORTED,
+            sums, more = multiply_mxfp4(
+                sums, more, weight_desc, codes, expert, first_row, x_at, used, x_desc, more_desc,
+                first, N, K, TILE.columns, TILE.stages, SORTED, TILE.more,
             )  # fmt: skip
         else:
-            sums = _multiply_dense(
-                sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
-                N, K, TILE.columns, TILE.stages, SORTED,
+            sums, more = _multiply_dense(
+                sums, more, weight_desc, expert, first_row, x_at, used, x_desc, more_desc, first,
+                N, K, TILE.columns, TILE.stages, SORTED, TILE.more,
             )  # fmt: skip
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
-        if UP:
-            outputs = first_row // 2 + tl.arange(0, TILE.rows // 2)
-            at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
-            tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used[None, :])
-        else:
-            at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
-            tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used[None, :])
+        _store(
+            sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
+            HAS_BIAS,
+        )  # fmt: skip
+        if TILE.more:
+            _store(
+                more, out_ptr, bias_ptr, routing.order, expert, first_row, first + TILE.tokens, end,
+                N, UP, GATE, HAS_BIAS,
+            )  # fmt: skip
 
 
 @triton.jit
@@ -181,23 +210,28 @@ class ExpertsTile(NamedTuple):
     stages: int
     warps: int = 4
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
-    ahead: int = 0  # bytes of each row to ask for before the wait; in the second product
+    more: int = 0  # tokens beside, if in bulk: 32 and 16 are 48, which is no power of two
+    ahead: int = 0  # bytes of each row to ask for at once; in the second product before the wait
+
+    @property
+    def entries(self) -> int:
+        return self.tokens + self.more
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
     each = tokens * spec.top_k / spec.num_experts
-    if each <= 0.25:
-        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 6)
-    if each <= 2:
-        return ExpertsTile(8, 64, 512, 3), ExpertsTile(8, 64, 256, 4)
+    if each <= 4:
+        return ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3), ExpertsTile(8, 64, 512, 3)
     if each <= 8:
-        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 4)
+        return ExpertsTile(16, 128, 256, 4), ExpertsTile(16, 64, 256, 3)
     if each <= 16:
-        return ExpertsTile(32, 128, 256, 3), ExpertsTile(32, 64, 256, 3)
+        return ExpertsTile(32, 128, 128, 4), ExpertsTile(32, 128, 128, 4)
     if each <= 128:
-        return ExpertsTile(64, 128, 128, 4), ExpertsTile(64, 128, 128, 4)
-    return ExpertsTile(128, 128, 64, 4, 8), ExpertsTile(128, 128, 64, 4, 8)
+        return (ExpertsTile(64, 128, 128, 4, bulk=True),) * 2
+    if each <= 512:
+        return (ExpertsTile(128, 128, 64, 4, 8, bulk=True),) * 2
+    return (ExpertsTile(256, 128, 64, 4, 8, bulk=True),) * 2
 
 
 BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
@@ -257,7 +291,7 @@ def experts(
     spec = experts.spec
     chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
     tiles = tiles or chosen
-    routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
+    routing = route(x_TC, router, bias_E, spec, tiles[0].entries, workspace, pdl, batch_invariant)
     return _mix(x_TC, routing, experts, tiles, pdl)
 
 
@@ -277,11 +311,11 @@ def norm_experts(
     norm = (x_TC, residual_TC, norm_weight_C, eps)
     if x_TC.shape[0] <= FEW_TOKENS:
         normed_TC, total_TC, routing = norm_route(
-            *norm, router, bias_E, spec, tiles[0].tokens, workspace, pdl
+            *norm, router, bias_E, spec, tiles[0].entries, workspace, pdl
         )
     else:
         normed_TC, total_TC = rms_norm(*norm, pdl)
-        routing = route(normed_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl)
+        routing = route(normed_TC, router, bias_E, spec, tiles[0].entries, workspace, pdl)
     return _mix(normed_TC, routing, experts, tiles, pdl), total_TC
 
 
@@ -324,10 +358,13 @@ def _product(
     n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
     tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
     box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
-    rows = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
+    x_descs = [
+        TensorDescriptor.from_tensor(x_TK, [tokens, tile.columns]) if tile.bulk and tokens else None
+        for tokens in (tile.tokens, tile.more)
+    ]
     out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, rows, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
+        x_TK, *x_descs, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
         x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
         MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,

@@ -92,6 +92,7 @@ def test_experts(dtype, tokens, weight, clamped):
     [
         ExpertsTile(16, 64, 64, 2),
         ExpertsTile(32, 128, 128, 3, bulk=True),
+        ExpertsTile(8, 32, 64, 3, bulk=True, more=8),
         ExpertsTile(64, 32, 256, 2, 8, bulk=True),
     ],
 )
