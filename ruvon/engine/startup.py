@@ -49,7 +49,7 @@ from ruvon.engine.validation import check_sampling
 from ruvon.errors import LoadError, RequestError
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
-from ruvon.models.chat import ChatFormat, load_chat
+from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
@@ -78,7 +78,7 @@ class LoadedEngine:
     eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
-    chat: ChatFormat
+    chat: Chat
     memory: MemoryPlan
     device: str
     kernels: str  # the table's name
@@ -193,13 +193,13 @@ def assemble(
     )
 
 
-def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatFormat, Grammars]:
+def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
     """All that is needed to read and to write text, and to write it by rules."""
     tokenizer, spec = load_tokenizer(checkpoint), checkpoint.spec
-    ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.eos_ids))
+    chat = load_chat(tokenizer)
+    ends = dict.fromkeys(chat.stop_ids((*spec.eos_token_ids, *tokenizer.eos_ids)))
     eos_token_ids = tuple(id for id in ends if 0 <= id < spec.vocab_size)
-    grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
-    return tokenizer, load_chat(tokenizer), grammars
+    return tokenizer, chat, Grammars(tokenizer, spec.vocab_size, eos_token_ids)
 
 
 def load_on(
