@@ -11,33 +11,20 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ruvon.errors import LoadError
 from ruvon.kernels.activation import sigmoid
-from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, pack_mxfp4, words_of
+from ruvon.kernels.expert_weights import GATES, PAIR
+from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, words_of
 from ruvon.kernels.norm import rms_norm
 from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
-from ruvon.kernels.ops import (
-    Activation,
-    Dense,
-    Experts,
-    ExpertsSpec,
-    Mxfp4,
-    Packed,
-    PackedExperts,
-    Weight,
-)
+from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
 from ruvon.kernels.pdl import prefetch, release, wait
 from ruvon.kernels.routing import Routing, route
 from ruvon.kernels.split_k import Workspace
-
-PAIR = tl.constexpr(8)  # rows of the gate, then as many of what it gates: one thread has both
-GATES: dict[Activation, int] = {"silu_gated": 0, "swiglu_clamped": 1}
 
 
 @triton.jit
@@ -235,43 +222,6 @@ def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsT
 
 
 BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
-
-
-def pack_experts(
-    experts: Experts, spec: ExpertsSpec, dtype: torch.dtype, device: torch.device
-) -> PackedExperts:
-    """Codes stay codes if both weights are MXFP4; all else is multiplied out."""
-    if spec.activation not in GATES or spec.width % PAIR.value:
-        raise LoadError(
-            f"width {spec.width}, activation {spec.activation}: the width must be a multiple of "
-            f"{PAIR.value}, and the activation one of {', '.join(GATES)}"
-        )
-    num, order = spec.num_experts, paired_rows(spec.width)
-    biases = [
-        None if bias is None else bias.to(device=device, dtype=dtype)
-        for bias in (experts.up_bias_N, experts.down_bias_N)
-    ]
-    if biases[0] is not None:
-        biases[0] = biases[0].view(num, -1)[:, order.to(device)].flatten()
-    if isinstance(experts.up, Mxfp4) and isinstance(experts.down, Mxfp4):
-        straight = torch.arange(experts.down.scales_NK.shape[0] // num)
-        up = pack_mxfp4(experts.up, order, num, device)
-        down = pack_mxfp4(experts.down, straight, num, device)
-        return PackedExperts("mxfp4", spec, (*up, *down, *biases))
-    dense = (_dense(weight, num, dtype, device) for weight in (experts.up, experts.down))
-    up_ENK, down_ENK = dense
-    return PackedExperts("dense", spec, (up_ENK[:, order.to(device)], down_ENK, *biases))
-
-
-def paired_rows(width: int) -> Tensor:
-    """Where the rows of an expert's first weight come from: see `PAIR`."""
-    rows = torch.arange(2 * width).view(2, -1, PAIR.value)
-    return rows.transpose(0, 1).flatten()
-
-
-def _dense(weight: Weight, num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
-    return dense.to(device=device, dtype=dtype).view(num, -1, dense.shape[-1]).contiguous()
 
 
 Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]

@@ -4,7 +4,8 @@ interpreter (float32 only) where there is none."""
 import pytest
 import torch
 
-from ruvon.kernels.experts import ExpertsTile, experts, pack_experts
+from ruvon.kernels.expert_weights import pack_experts
+from ruvon.kernels.experts import ExpertsTile, experts
 from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, Mxfp4
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.reference import route as plain_route
