@@ -178,6 +178,23 @@ def test_rows_that_are_no_numbers_harm_no_others(dtype):
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="too much for the interpreter")
+def test_gpt_oss_own_shapes():
+    """With the tiles of each number of tokens: of a few entries an expert up to hundreds."""
+    spec = ExpertsSpec(32, 4, 2880, "swiglu_clamped")
+    layer, router = make_layer(spec, 2880, random_mxfp4), random_dense(32, 2880)
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    plain = make_torch_ops(torch.float32, DEVICE)
+    packed, expected = ops.pack_experts(layer, spec), plain.pack_experts(layer, spec)
+    router, bias = ops.pack(router), torch.randn(32, device=DEVICE)
+    wide_router = plain.pack(Dense(router.tensors[0]))
+    for tokens in (1, 8, 40, 100, 300, 2000, 5000):
+        x = torch.randn(tokens, 2880, device=DEVICE).bfloat16()
+        actual = ops.experts(x, router, bias, packed)
+        assert_close(actual, plain.experts(x.float(), wide_router, bias, expected), torch.bfloat16)
+
+
+@pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
 @pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
 def test_rows_do_not_depend_on_other_rows(dtype, weight):
