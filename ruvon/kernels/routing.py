@@ -145,10 +145,10 @@ def _choose_kernel(
             sort_few(chosen, valid, routing, NUM_TILES, TOP_K, BLOCK_E, TILE, BLOCK_TILES)
 
 
-@triton.jit(do_not_specialize=["COUNT", "NUM_TILES"])
+@triton.jit(do_not_specialize=["COUNT", "NUM_TILES", "TILE"])
 def _sort_kernel(
-    routing, COUNT, E, NUM_TILES, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    routing, COUNT, E, NUM_TILES, TILE, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program puts the entries of one expert into order: it counts all of them, then its own."""
     expert = tl.program_id(0)
@@ -190,6 +190,11 @@ def most_tiles(tokens: int, spec: ExpertsSpec, tile: int) -> int:
     return min(entries, entries // tile + min(spec.num_experts, entries))
 
 
+def block_tiles(spec: ExpertsSpec, tile: int) -> int:
+    """Enough for `BLOCK_T` tokens, however many there are: one variant of a kernel for all."""
+    return 1 << (most_tiles(BLOCK_T.value, spec, tile) - 1).bit_length()
+
+
 def make_routing(tokens: int, spec: ExpertsSpec, tile: int, device: torch.device) -> Routing:
     """Space for one."""
     empty = partial(torch.empty, dtype=torch.int32, device=device)
@@ -227,13 +232,12 @@ def route(
         PER_SPLIT=per_split, SPLIT_K=split_k, BLOCK_E=block_e, BLOCK_K=block_k,
         HAS_BIAS=bias_E is not None, TOP_K=spec.top_k,
         BLOCK_CHOICES=triton.next_power_of_2(spec.top_k), RENORMALIZE=spec.renormalize,
-        SORT=few, TILE=tile, BLOCK_TILES=triton.next_power_of_2(num_tiles) if few else 1,
+        SORT=few, TILE=tile if few else 1, BLOCK_TILES=block_tiles(spec, tile) if few else 1,
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if not few:
         _sort_kernel[(spec.num_experts,)](
-            routing, entries, spec.num_experts, num_tiles, BLOCK_E=block_e,
-            BLOCK=min(4096, triton.next_power_of_2(entries)), TILE=tile, PDL=pdl,
-            num_warps=8, launch_pdl=pdl,
+            routing, entries, spec.num_experts, num_tiles, tile, BLOCK_E=block_e,
+            BLOCK=1024 if entries <= 1024 else 4096, PDL=pdl, num_warps=8, launch_pdl=pdl,
         )  # fmt: skip
     return routing
