@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple, TypeAlias
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,9 +30,9 @@ from ruvon.kernels.split_k import Workspace
 
 @triton.jit
 def _multiply_dense(
-    sums, more, weight_desc, expert, first_row, x_at, used, x_desc, more_desc, first_place,
+    sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SORTED: tl.constexpr, MORE: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
     """See `multiply_mxfp4`."""
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
@@ -43,10 +44,7 @@ def _multiply_dense(
             mask = used[None, :] & (columns < K)[:, None]
             x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
-        if MORE:
-            x = more_desc.load([first_place + sums.shape[1], k]).T
-            more = tl.dot(weight, x, more, input_precision="ieee")
-    return sums, more
+    return sums
 
 
 @triton.jit
@@ -97,7 +95,6 @@ def _store(
 def _experts_kernel(
     x_ptr,
     x_desc,  # of rows in order, or None
-    more_desc,  # likewise
     weight_desc,  # of the words of Codes, or of a dense weight
     codes,  # Codes, or None
     bias_ptr,
@@ -136,26 +133,21 @@ def _experts_kernel(
         else:
             sources = tl.where(used, places, 0)
         x_at = x_ptr + sources.to(tl.int64) * x_stride
-        sums, more = _no_sums(TILE.rows, TILE.tokens), _no_sums(TILE.rows, TILE.more or 1)
+        sums = _no_sums(TILE.rows, TILE.tokens)
         if MXFP4:
-            sums, more = multiply_mxfp4(
-                sums, more, weight_desc, codes, expert, first_row, x_at, used, x_desc, more_desc,
-                first, N, K, TILE.columns, TILE.stages, SORTED, TILE.more,
+            sums = multiply_mxfp4(
+                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first,
+                N, K, TILE.columns, TILE.stages, SORTED,
             )  # fmt: skip
         else:
-            sums, more = _multiply_dense(
-                sums, more, weight_desc, expert, first_row, x_at, used, x_desc, more_desc, first,
-                N, K, TILE.columns, TILE.stages, SORTED, TILE.more,
+            sums = _multiply_dense(
+                sums, weight_desc, expert, first_row, x_at, used, x_desc, first,
+                N, K, TILE.columns, TILE.stages, SORTED,
             )  # fmt: skip
         _store(
             sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
             HAS_BIAS,
         )  # fmt: skip
-        if TILE.more:
-            _store(
-                more, out_ptr, bias_ptr, routing.order, expert, first_row, first + TILE.tokens, end,
-                N, UP, GATE, HAS_BIAS,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -197,23 +189,18 @@ class ExpertsTile(NamedTuple):
     stages: int
     warps: int = 4
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
-    more: int = 0  # tokens beside, if in bulk: 32 and 16 are 48, which is no power of two
     ahead: int = 0  # bytes of each row to ask for at once; in the second product before the wait
-
-    @property
-    def entries(self) -> int:
-        return self.tokens + self.more
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
     each = tokens * spec.top_k / spec.num_experts
     if each <= 4:
-        return ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3), ExpertsTile(8, 64, 512, 3)
+        return (ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3),) * 2
     if each <= 8:
-        return ExpertsTile(16, 128, 256, 4), ExpertsTile(16, 64, 256, 3)
+        return (ExpertsTile(16, 64, 256, 3),) * 2
     if each <= 16:
-        return ExpertsTile(32, 128, 128, 4), ExpertsTile(32, 128, 128, 4)
+        return (ExpertsTile(32, 128, 128, 4),) * 2
     if each <= 128:
         return (ExpertsTile(64, 128, 128, 4, bulk=True),) * 2
     if each <= 512:
@@ -241,7 +228,7 @@ def experts(
     spec = experts.spec
     chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
     tiles = tiles or chosen
-    routing = route(x_TC, router, bias_E, spec, tiles[0].entries, workspace, pdl, batch_invariant)
+    routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
     return _mix(x_TC, routing, experts, tiles, pdl)
 
 
@@ -261,11 +248,11 @@ def norm_experts(
     norm = (x_TC, residual_TC, norm_weight_C, eps)
     if x_TC.shape[0] <= FEW_TOKENS:
         normed_TC, total_TC, routing = norm_route(
-            *norm, router, bias_E, spec, tiles[0].entries, workspace, pdl
+            *norm, router, bias_E, spec, tiles[0].tokens, workspace, pdl
         )
     else:
         normed_TC, total_TC = rms_norm(*norm, pdl)
-        routing = route(normed_TC, router, bias_E, spec, tiles[0].entries, workspace, pdl)
+        routing = route(normed_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl)
     return _mix(normed_TC, routing, experts, tiles, pdl), total_TC
 
 
@@ -307,14 +294,13 @@ def _product(
     table = weight.words.flatten(1) if isinstance(weight, Codes) else weight.flatten(0, 1)
     n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
     tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
+    if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
+        tile = tile._replace(columns=64, stages=2)
     box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
-    x_descs = [
-        TensorDescriptor.from_tensor(x_TK, [tokens, tile.columns]) if tile.bulk and tokens else None
-        for tokens in (tile.tokens, tile.more)
-    ]
+    x_desc = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
     out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, *x_descs, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
+        x_TK, x_desc, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
         x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
         MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,

@@ -174,13 +174,12 @@ def words_of(codes, expert, rows, N: tl.constexpr, K: tl.constexpr):
 
 @triton.jit
 def multiply_mxfp4(
-    sums, more, words_desc, codes, expert, first_row, x_at, used, x_desc, more_desc, first_place,
+    sums, words_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SORTED: tl.constexpr, MORE: tl.constexpr,
+    SORTED: tl.constexpr,
 ):  # fmt: skip
-    """``sums [rows of the weight, rows of x]`` plus their products, and ``more``, of the rows of x
-    that follow, if there are to be any. ``words_desc`` reads ``codes.words``; x is read through its
-    own where it is ``SORTED``, else where ``x_at`` says."""
+    """``sums [rows of the weight, rows of x]`` plus their products. ``words_desc`` reads
+    ``codes.words``; x is read through its own where it is ``SORTED``, else where ``x_at`` says."""
     DTYPE: tl.constexpr = x_desc.dtype if SORTED else x_at.dtype.element_ty
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     groups, rows = tl.arange(0, BLOCK_K // GROUP), first_row + tl.arange(0, sums.shape[0])
@@ -202,8 +201,4 @@ def multiply_mxfp4(
             mask = used[None, :] & (columns < K)[:, None]
             x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
-        if MORE:
-            x = more_desc.load([first_place + sums.shape[1], k]).T
-            more = tl.dot(weight, x, more, input_precision="ieee")
-    factor = tl.load(codes.factors + expert)
-    return sums * factor, more * factor
+    return sums * tl.load(codes.factors + expert)

@@ -87,7 +87,6 @@ def _norm_choose_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
             logits += bias.to(tl.float32)[None, :]
-        logits = tl.where((experts < E)[None, :], logits, float("-inf"))
         chosen, valid = choose(
             logits, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
         )

@@ -21,6 +21,7 @@ from ruvon.kernels.pdl import release, wait
 from ruvon.kernels.split_k import SPLIT_K_PROGRAMS, Workspace, plan_split_k, reduce_split_k
 
 BLOCK_T = tl.constexpr(16)  # tokens of one program that chooses
+LOWEST = tl.constexpr(-1e38)  # of logits
 
 
 class Routing(NamedTuple):
@@ -33,27 +34,23 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _best(logits, experts, E):
-    """(each row's largest, its place, the first of equals)."""
-    best = tl.max(logits, axis=1)
-    place = tl.min(tl.where(logits == best[:, None], experts[None, :], E - 1), axis=1)
-    return best, place  # rows of NaN choose the last
-
-
-@triton.jit
 def choose(
     logits, tokens, experts, routing, T, E,
     RENORMALIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Stores what the logits [tokens, experts] choose; → (the choices, which of them are any),
-    [tokens, BLOCK_K]. No expert from E on has a logit above -inf."""
+    [tokens, BLOCK_K]. Each expert is chosen once, whatever the logits: rows of padding may be
+    anything, and tiles are as many as such a choice can need."""
     choices = tl.arange(0, BLOCK_K)[None, :]
+    logits = tl.where(logits > LOWEST, logits, LOWEST)  # what is no number, too
+    logits = tl.where((experts < E)[None, :], logits, float("-inf"))
     top = tl.max(logits, axis=1)
     total = tl.sum(tl.exp(logits - top[:, None]), axis=1)
     chosen = tl.zeros([logits.shape[0], BLOCK_K], tl.int32)
     weights = tl.zeros([logits.shape[0], BLOCK_K], tl.float32)
     for i in tl.static_range(TOP_K):
-        best, place = _best(logits, experts, E)
+        best = tl.max(logits, axis=1)
+        place = tl.min(tl.where(logits == best[:, None], experts[None, :], E - 1), axis=1)
         chosen = tl.where(choices == i, place[:, None], chosen)
         weights = tl.where(choices == i, tl.exp(best - top)[:, None], weights)
         logits = tl.where(experts[None, :] == place[:, None], float("-inf"), logits)
@@ -137,9 +134,8 @@ def _choose_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
             sums += bias.to(tl.float32)[None, :]
-        logits = tl.where((experts < E)[None, :], sums, float("-inf"))
         chosen, valid = choose(
-            logits, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
+            sums, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
         )
         if SORT:
             sort_few(chosen, valid, routing, NUM_TILES, TOP_K, BLOCK_E, TILE, BLOCK_TILES)

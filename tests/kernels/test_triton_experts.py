@@ -93,7 +93,6 @@ def test_experts(dtype, tokens, weight, clamped):
     [
         ExpertsTile(16, 64, 64, 2),
         ExpertsTile(32, 128, 128, 3, bulk=True),
-        ExpertsTile(8, 32, 64, 3, bulk=True, more=8),
         ExpertsTile(64, 32, 256, 2, 8, bulk=True),
     ],
 )
@@ -161,6 +160,20 @@ def test_routing_sorts_entries_into_tiles(dtype, tokens, num, tile):
             assert (flat[order[first:end]] == expert).all()
             seen += range(first, end)
     assert seen == list(range(4 * tokens))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [16, 20])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_padding_may_hold_anything(dtype, tokens, value):
+    """No expert is chosen twice by a token, so that there are tiles enough."""
+    spec = ExpertsSpec(5, 4, 32, "silu_gated")
+    x = torch.full((tokens, 48), value, device=DEVICE, dtype=dtype)
+    head = make_torch_ops(dtype, DEVICE).pack(random_dense(5, 48))
+    routing = route(x, head, None, spec, 8, make_workspace(DEVICE), pdl=False)
+    assert all(len(set(chosen)) == 4 for chosen in routing.chosen.tolist())
+    covered = [(a, b) for expert, a, b in routing.tiles.tolist() if expert >= 0]
+    assert [p for a, b in covered for p in range(a, b)] == list(range(4 * tokens))
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
