@@ -213,6 +213,7 @@ def route(
     batch_invariant: bool = False,
 ) -> Routing:
     """Choose, and sort entries into tiles of at most ``tile``."""
+    assert router.kind == "dense", "no format quantizes routers"
     tokens, k = x_TC.shape
     entries, routing = tokens * spec.top_k, make_routing(tokens, spec, tile, x_TC.device)
     num_tiles = routing.tiles.shape[0]
