@@ -283,7 +283,7 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
         slots = np.arange(batch)
         for staging in graphs.staging():
             inputs = staging.inputs[bucket]
-            inputs["token_ids"][:] = 5
+            inputs["token_ids"][:] = np.random.default_rng(0).integers(49000, size=batch)
             inputs["positions"][:] = CONTEXT - 1
             inputs["slots"][:, :batch] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
             inputs["query_starts"][:] = np.arange(batch + 1)
@@ -328,7 +328,7 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
     owner = torch.arange(num).repeat_interleave(length)
     slots = tables[owner, positions // PAGE] * PAGE + positions % PAGE
     batch = ForwardBatch(
-        token_ids=torch.full((num * length,), 5, dtype=torch.int32, device=DEVICE),
+        token_ids=torch.randint(49000, (num * length,), dtype=torch.int32, device=DEVICE),
         positions=positions.to(DEVICE),
         paged=(PagedIndex(slots.to(DEVICE), tables.to(DEVICE)),) * len(cache_groups(model.spec)),
         query_starts=torch.arange(num + 1, dtype=torch.int32, device=DEVICE) * length,
