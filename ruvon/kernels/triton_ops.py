@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, codes, decode, embed, kv, linear, norm, reference, split_k
+from ruvon.kernels import attention, codes, decode, embed, experts, kv, linear, norm, split_k
 from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Stacked, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -51,10 +51,11 @@ def make_triton_ops(
         ),
         gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
-        pack_experts=reference.make_torch_ops(dtype, device).pack_experts,
-        experts=reference.experts,
+        pack_experts=partial(experts.pack_experts, dtype=dtype, device=device),
+        experts=partial(experts.experts, workspace=sums, pdl=pdl, batch_invariant=batch_invariant),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
+        norm_experts=partial(experts.norm_experts, workspace=sums, pdl=pdl),
         dtype=dtype,
         device=device,
     )
@@ -66,5 +67,6 @@ def make_triton_ops(
         logits=partial(linear.batch_invariant_logits, workspace=sums, pdl=pdl),
         norm_linear=None,
         attend=None,
+        norm_experts=None,
         batch_invariant=True,
     )

@@ -10,19 +10,22 @@ from ruvon.kernels import (
     codes,
     decode,
     embed,
+    experts,
     gemv,
     kv,
     matmul,
     norm,
+    norm_routing,
     prefill,
+    routing,
     sample,
     split_k,
     staging,
 )
 
 MODULES = (
-    activation, attention, codes, decode, embed, gemv, kv, matmul, norm, prefill, sample, split_k,
-    staging,
+    activation, attention, codes, decode, embed, experts, gemv, kv, matmul, norm, norm_routing,
+    prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 

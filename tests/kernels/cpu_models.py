@@ -10,7 +10,10 @@ import torch
 from ruvon.kernels.ops import (
     AttentionSpec,
     Dense,
+    Experts,
+    ExpertsSpec,
     ForwardBatch,
+    Mxfp4,
     Ops,
     PagedIndex,
     Quantized,
@@ -42,6 +45,11 @@ def random_quantized(
     return Quantized(codes, scales, shift, group, bits, zero)
 
 
+def random_mxfp4(n, k):
+    codes = torch.randint(0, 256, (n, k // 32, 16), dtype=torch.uint8)
+    return Mxfp4(codes, torch.randint(119, 123, (n, k // 32), dtype=torch.uint8))
+
+
 def round_activations(x):
     """What quantizing activations to int8 in groups of 32 makes of them."""
     m, k = x.shape
@@ -63,6 +71,7 @@ class Shape:
     quantized: bool = True
     dtype: torch.dtype = torch.float32  # of weights that are not quantized
     gpt: bool = False  # layer norms, biases, learned positions, no gate
+    experts: int = 0  # of 4-bit floats, two for each token
     qk_norm: bool = False
     sinks: bool = False
 
@@ -102,10 +111,27 @@ class SmallModel:
             "out": (self.pack(s.hidden, s.heads * s.dim, 4), bias(s.hidden)),
             "up": (self.pack(width, s.hidden, 4), bias(width)),
             "down": (self.pack(s.hidden, s.wide, 4), bias(s.hidden)),
+            "experts": self.experts() if s.experts else None,
             "q_norm": torch.rand(s.dim) if s.qk_norm else None,
             "k_norm": torch.rand(s.dim) if s.qk_norm else None,
             "sinks": torch.randn(s.heads) if s.sinks else None,
         }
+
+    def experts(self):
+        s, n = self.shape, self.shape.experts
+        weights = Experts(
+            random_mxfp4(n * 2 * s.wide, s.hidden), torch.randn(n * 2 * s.wide),
+            random_mxfp4(n * s.hidden, s.wide), torch.randn(n * s.hidden),
+        )  # fmt: skip
+        spec = ExpertsSpec(n, 2, s.wide, "swiglu_clamped")
+        router = self.ops.pack(Dense(torch.randn(n, s.hidden)))
+        return router, torch.randn(n), self.ops.pack_experts(weights, spec)
+
+    def mix(self, x, layer):
+        if layer["experts"]:
+            return self.ops.experts(x, *layer["experts"])
+        x = self.ops.linear(x, *layer["up"], "gelu_tanh" if self.shape.gpt else "silu_gated")
+        return self.ops.linear(x, *layer["down"], "none")
 
     def normed(self, x, residual, norm):
         weight, bias = norm
@@ -127,8 +153,7 @@ class SmallModel:
             x = ops.attention(q, keys, values, batch, self.spec, layer["sinks"])
             x = ops.linear(x, *layer["out"], "none")
             x, residual = self.normed(x, residual, layer["norms"][1])
-            x = ops.linear(x, *layer["up"], "gelu_tanh" if self.shape.gpt else "silu_gated")
-            x = ops.linear(x, *layer["down"], "none")
+            x = self.mix(x, layer)
         x, _ = self.normed(x, residual, self.last)
         return ops.logits(ops.gather_rows(x, batch.logit_rows), self.table)
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cpu_models import Prompts, random_quantized
+from cpu_models import Prompts, random_mxfp4, random_quantized
 from emulated import CPUS, MISSING, Emulator, build, run
 from test_cpu_graph import SHAPES, capture
 from test_cpu_ops import FORMATS
@@ -20,7 +20,7 @@ QUANTIZED = [
     ("portable", "q8_0"),
 ]
 DENSE = [("i8mm", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)]
-MODELS = [("i8mm", name) for name in ("qwen3, windowed", "gpt2")]
+MODELS = [("i8mm", name) for name in ("qwen3, windowed", "gpt2", "mixture")]
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +49,12 @@ def assert_same(cpu, arm, weight, columns):
 def test_quantized_linear(cpu, arm, name):
     torch.manual_seed(0)
     assert_same(cpu, arm, random_quantized(64, 256, **FORMATS[name]), 256)
+
+
+@pytest.mark.parametrize("arm", CPUS, indirect=True)
+def test_4_bit_floats(cpu, arm):
+    torch.manual_seed(0)
+    assert_same(cpu, arm, random_mxfp4(64, 96), 96)
 
 
 @pytest.mark.parametrize(("arm", "dtype"), DENSE, indirect=["arm"])

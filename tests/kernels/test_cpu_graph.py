@@ -26,6 +26,7 @@ SHAPES = {
     "bfloat16 gpt2": Shape(gpt=True, groups=4, quantized=False, dtype=torch.bfloat16),
     "qwen3, windowed": Shape(qk_norm=True, window=9, dim=32),
     "sinks, odd sizes": Shape(sinks=True, hidden=50, wide=40, dim=8, quantized=False),
+    "mixture": Shape(experts=5, wide=64, gpt=True, groups=4),
     "whole groups": Shape(hidden=128, wide=192, dim=64, heads=3, groups=1),
 }
 
@@ -75,7 +76,7 @@ def test_each_instruction_knows_the_product_that_follows():
     names = [line.kernel[0] for line in trace.instructions]
     tiles = {first.tensors[0].data_ptr(): "first", second.tensors[0].data_ptr(): "second"}
     links = [tiles[link[0].data_ptr()] for link in prefetch_links(trace.instructions)]
-    assert names == ["add", "interleave", "linear", "add", "interleave", "linear"]
+    assert names == ["add", "pack", "linear", "add", "pack", "linear"]
     assert links == ["first", "first", "second", "second", "second", "first"]
 
 

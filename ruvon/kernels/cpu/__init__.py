@@ -31,6 +31,7 @@ from torch import Tensor
 
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
+from ruvon.kernels.cpu.experts import experts, pack_experts
 from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.graph import Forward, Graph, Limits, Program, Progress, sizes_of
 from ruvon.kernels.cpu.isa import choose
@@ -38,7 +39,7 @@ from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.cpu.sampling import Sampler
 from ruvon.kernels.cpu.thread_pool import ThreadPool
-from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Weight
+from ruvon.kernels.ops import Experts, ExpertsSpec, ForwardBatch, Ops, Packed, PackedExperts, Weight
 
 __all__ = ["CpuKernels", "Graph", "Limits", "Sampler", "allocate_cache"]
 
@@ -88,6 +89,8 @@ class CpuKernels:
             attention=functools.partial(self._operate, Capture.attention),
             gather_rows=functools.partial(self._operate, Capture.gather_rows),
             logits=functools.partial(self._operate, Capture.logits),
+            pack_experts=self._pack_experts,
+            experts=functools.partial(self._operate, experts),
             batch_invariant=True,
         )
 
@@ -129,6 +132,9 @@ class CpuKernels:
 
     def _pack(self, weight: Weight) -> Packed:
         return pack(weight, self._dense_dtype, self.isa.bf16)
+
+    def _pack_experts(self, experts: Experts, spec: ExpertsSpec) -> PackedExperts:
+        return pack_experts(experts, spec, self._dense_dtype, self.isa.bf16)
 
     def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         if self._capturing is not None:

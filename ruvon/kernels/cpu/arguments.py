@@ -66,6 +66,7 @@ class Output(NamedTuple):
     int8: Address = 0
     int16: Address = 0
     bf16: Address = 0
+    interleaved: Address = 0
     groups: int = 0  # of 32, in a packed row
 
 
@@ -81,13 +82,6 @@ class Pack(NamedTuple):
     x: Address
     stride: int
     out: Output
-
-
-class Interleave(NamedTuple):
-    x: Address
-    stride: int
-    width: int  # of a packed row
-    out: Address
 
 
 class Embed(NamedTuple):
@@ -136,6 +130,63 @@ class Linear(NamedTuple):
     width: int
     gate_bytes: int  # from a gate's tile to its partner's; 0 if the product is not gated
     out: Output
+
+
+class Routes(NamedTuple):
+    """A row for each token: its experts, their weights in float32, and where in the rows of all
+    experts each of them has it, ``top_k`` of each."""
+
+    rows: Address
+    stride: int
+    top_k: int
+
+
+class Route(NamedTuple):
+    """Each token's experts, in a row of `Routes`."""
+
+    logits: Address
+    stride: int
+    experts: int
+    renormalize: int  # whether the weights of the chosen sum to 1
+    out: Routes
+
+
+class Sort(NamedTuple):
+    """Give each token a row with each of its experts: an expert's rows lie together."""
+
+    routes: Routes
+    counted: int  # the `Param` of tokens
+    experts: int
+    out: Address  # panels: their number, what a column of all costs, then each, see `params`
+
+
+class Dispatch(NamedTuple):
+    """Pack tokens for their experts."""
+
+    x: Address
+    stride: int
+    routes: Routes
+    out: Output
+
+
+class Experts(NamedTuple):
+    """A product of each expert's rows with its own part of a weight."""
+
+    panels: Address
+    shares: int  # units in all
+    expert_tiles: int  # bytes of an expert's tiles
+    expert_bias: int  # bytes of its bias
+    product: Linear
+
+
+class Combine(NamedTuple):
+    """A token's weighted sum of what its experts made of it."""
+
+    x: Address
+    stride: int
+    routes: Routes
+    out: Address
+    out_stride: int
 
 
 class Activate(NamedTuple):

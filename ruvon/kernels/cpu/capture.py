@@ -28,7 +28,6 @@ from ruvon.kernels.cpu.arguments import (
     Cache,
     Embed,
     Gather,
-    Interleave,
     Key,
     Linear,
     Norm,
@@ -71,6 +70,7 @@ class Value:
     """What an instruction makes: plain rows, packed rows, or both, as others want them."""
 
     rows: Param  # says how many there are in a step
+    capacity: int  # most rows
     width: int
     makes: frozenset[Form]  # the forms that its instruction can write
     wanted: set[Form] = field(default_factory=set)
@@ -98,6 +98,7 @@ class Value:
             int8=Place(self, Form.INT8),
             int16=Place(self, Form.INT16),
             bf16=Place(self, Form.BF16),
+            interleaved=Place(self, Form.INTERLEAVED),
             groups=self.groups,
         )
 
@@ -109,7 +110,7 @@ class Value:
 
 
 ROWS_ONLY = frozenset({Form.ROWS})
-PACKABLE = frozenset({Form.ROWS, Form.INT8, Form.INT16, Form.BF16})
+PACKABLE = frozenset(Form)
 
 
 @dataclass(slots=True)
@@ -128,15 +129,23 @@ class Capture:
 
     # Values
 
-    def new(self, rows: Param, width: int, makes: frozenset[Form] = ROWS_ONLY) -> Value:
-        """A value to be made by the instruction that comes next."""
-        return Value(rows, width, makes, set(makes if makes == ROWS_ONLY else ()))
+    def new(
+        self,
+        rows: Param,
+        width: int,
+        makes: frozenset[Form] = ROWS_ONLY,
+        capacity: int | None = None,
+    ) -> Value:
+        """A value to be made by the instruction that comes next. ``capacity``: its most rows, where
+        there are not as many as ``rows`` says."""
+        most = self.capacity[rows] if capacity is None else capacity
+        return Value(rows, most, width, makes, set(makes if makes == ROWS_ONLY else ()))
 
     def stand_in(self, value: Value, *shape: int) -> Tensor:
         """What the model is given for a value: a tensor without memory, a row for each of as many
         as there may be."""
         shape = shape or (value.width,)
-        tensor = torch.empty(self.capacity[value.rows], *shape, device="meta")
+        tensor = torch.empty(value.capacity, *shape, device="meta")
         self.values[id(tensor)] = tensor, value
         return tensor
 
@@ -145,9 +154,8 @@ class Capture:
         if id(x) in self.values:
             return self.values[id(x)][1]
         flat = x.reshape(x.shape[0], -1)
-        value = Value(Param.TOKENS, flat.shape[1], ROWS_ONLY)
-        size = round_up(flat.shape[0], GROUP) * value.stride
-        value.memory[Form.ROWS] = aligned_bytes(size)
+        value = Value(Param.TOKENS, flat.shape[0], flat.shape[1], ROWS_ONLY)
+        value.memory[Form.ROWS] = aligned_bytes(round_up(value.capacity, GROUP) * value.stride)
         value.floats()[: flat.shape[0]] = flat
         return value
 
@@ -162,13 +170,8 @@ class Capture:
         """Where packed rows for a product will be: written by what makes the value if that can,
         else packed from its plain rows."""
         if form not in value.makes and form not in value.wanted:
-            x, stride = value.read(), value.stride
-            if form == Form.INTERLEAVED:
-                width, out = value.groups * GROUP, Place(value, form)
-                self.append(("interleave", None), value.rows, Interleave(x, stride, width, out))
-            else:
-                packs = value.output()._replace(rows=0)
-                self.append(("pack", None), value.rows, Pack(x, stride, packs))
+            packs = value.output()._replace(rows=0)
+            self.append(("pack", None), value.rows, Pack(value.read(), value.stride, packs))
         return value.read(form)
 
     # Operations; what they mean is in `Ops`

@@ -30,7 +30,7 @@ from ruvon.kernels.cpu.isa import Isa, choose, target_features
 
 log = structlog.get_logger(__name__)
 
-DIFFER_BY_ISA = ("linear", "attention")
+DIFFER_BY_ISA = ("linear", "experts", "attention")
 """Kernels written for an instruction set; of the others LLVM makes the best it can."""
 
 USUAL: tuple[Key, ...] = (("attention", F16_CACHE), ("sample", None))

@@ -10,6 +10,10 @@ LANES = 16  # rows of weight in a tile, floats in a vector of the kernels
 ROWS = 8  # rows of activations that are packed together
 GROUP = 32  # values along k that are packed together, with one scale if quantized
 VECTORS = 8  # of four codes a lane, in a group
+
+CODED = tuple(16 + sign * twice for sign in (1, -1) for twice in (0, 1, 2, 3, 4, 6, 8, 12))
+"""Twice the value of each 4-bit float, 16 added so that none is negative."""
+
 SUPER = 8  # groups whose scales are small integers that one number multiplies
 
 
@@ -41,20 +45,32 @@ SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
 class TileFormat:
     """How a weight is stored."""
 
-    storage: str  # "f32", "f16", "bf16", or codes: "q4", "q5", "q6", "q8"
+    storage: str  # "f32", "f16", "bf16", or codes: "q4", "q5", "q6", "q8", "e2m1"
     offsets: bool = False  # q: value = (stored code - zero) * scale + offset
     zero: int = 0  # q: what to take from a stored code
-    scales: Literal["f16", "f32", "two"] = "f16"  # q: "two": int8, times a float16
+    scales: Literal["f16", "f32", "two", "e8m0"] = "f16"
+    """q: "two" is int8, times a float16; "e8m0" is a power of two, the exponent less one."""
     half: bool = False  # q: a scale for each 16 values, not 32
     pairs: bool = False  # bf16: two k side by side, for the CPU's dot product of bfloat16
 
     @property
     def quantized(self) -> bool:
-        return self.storage.startswith("q")
+        return self.storage[0] in "qe"
+
+    @property
+    def floats(self) -> bool:
+        """Whether codes are 4-bit floats: one stands for an integer, see `CODED`."""
+        return self.storage == "e2m1"
 
     @property
     def bits(self) -> int:
-        return int(self.storage.strip("qbf"))
+        """Of a code, or of a plain value, in memory."""
+        return 4 if self.floats else int(self.storage.strip("qbf"))
+
+    @property
+    def factor_bits(self) -> int:
+        """Of a code as it is multiplied."""
+        return 5 if self.floats else self.bits
 
     @property
     def scales_per_group(self) -> int:
@@ -68,7 +84,7 @@ class TileFormat:
     @property
     def table_bytes(self) -> int:
         """Of one such vector."""
-        return LANES * {"f16": 2, "f32": 4, "two": 1}[self.scales]
+        return LANES * {"f16": 2, "f32": 4, "two": 1, "e8m0": 1}[self.scales]
 
     @property
     def group_scale_bytes(self) -> int:
@@ -114,6 +130,7 @@ FORMATS: tuple[TileFormat, ...] = (
     TileFormat("q4", offsets=True, scales="two"),
     TileFormat("q5", offsets=True, scales="two"),
     TileFormat("q6", zero=32, scales="two", half=True),
+    TileFormat("e2m1", zero=16, scales="e8m0"),
     TileFormat("f32"),
     TileFormat("f16"),
     TileFormat("bf16"),

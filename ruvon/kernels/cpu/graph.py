@@ -91,18 +91,17 @@ def give_memory(capture: Capture, results: set[Value]) -> None:
     Only buffers of one form and shape share: what pads them stays zero.
     """
     last = {place: n for n, line in enumerate(capture.instructions) for place in places(line)}
-    free: dict[tuple[Form, Param, int], list[Tensor]] = defaultdict(list)
+    free: dict[tuple[Form, int, int], list[Tensor]] = defaultdict(list)
     for number, line in enumerate(capture.instructions):
         mine = dict.fromkeys(places(line))
         for value, form in mine:
             if form not in value.memory:
-                rows = round_up(capture.capacity[value.rows], GROUP)
-                unused = free[form, value.rows, value.width]
-                size = rows * value.groups * form.group_bytes
+                unused = free[form, value.capacity, value.width]
+                size = round_up(value.capacity, GROUP) * value.groups * form.group_bytes
                 value.memory[form] = unused.pop() if unused else aligned_bytes(size)
         for value, form in mine:
             if last[value, form] == number and value not in results:
-                free[form, value.rows, value.width].append(value.memory[form])
+                free[form, value.capacity, value.width].append(value.memory[form])
 
 
 def prefetch_links(instructions: Sequence[Instruction]) -> list[tuple[Any, int, int]]:
@@ -115,6 +114,8 @@ def prefetch_links(instructions: Sequence[Instruction]) -> list[tuple[Any, int, 
         if line.kernel[0] == "linear":
             weight = line.arguments.weight
             link = weight.tiles, line.units, 2 * weight.tile_bytes
+        elif line.kernel[0] == "experts":
+            link = None, 0, 0  # nobody knows which before
     return links[: len(instructions) - 1 : -1]
 
 
@@ -124,7 +125,7 @@ def sizes_of(query_starts: np.ndarray[Any, Any], logit_rows: int) -> list[int]:
     tiles = tokens
     if tokens != sequences:
         tiles = int((-(-np.diff(query_starts) // QUERY_TOKENS)).sum())
-    return [tokens, -(-tokens // PANEL), logit_rows, -(-logit_rows // PANEL), sequences, tiles]
+    return [tokens, -(-tokens // PANEL), logit_rows, -(-logit_rows // PANEL), sequences, tiles, 1]
 
 
 assert [*Param] == [
@@ -134,6 +135,7 @@ assert [*Param] == [
     Param.LOGIT_PANELS,
     Param.SEQUENCES,
     Param.QUERY_TILES,
+    Param.ONE,
 ]
 
 

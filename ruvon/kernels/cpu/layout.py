@@ -8,6 +8,8 @@ holds its codes step by step along k, sixteen rows side by side, then the scales
     5, 6     the lower four bits as above, then one or two vectors with the others: of vector v,
     bits     those of k = 4q + j are at bit q - 8v, or at bits 2 (q - 4v), of lane r, byte j
     8 bits   a group is 8 x 64 bytes: vector q, lane r, byte j is row r's code of k = 4q + j, + 128
+    floats   a group of 4-bit floats as codes of 4 bits; one is multiplied as the integer that
+             `formats.CODED` has for it, its scale's exponent less one takes a byte
     dense    each k is 16 numbers; of bfloat16 for the CPU's dot product, each two k are 16 pairs
 
 Where scales are small integers, what multiplies those of eight groups stands behind them all: a
@@ -26,6 +28,7 @@ a score), values by sixteens of dims as ``[P, 16]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -38,6 +41,7 @@ from ruvon.kernels.ops import Dense, Mxfp4, Packed, Quantized, Weight
 
 COLUMNS = 32  # outputs of one unit of work: two tiles, one group of the next product's input
 PAGE = 4096  # bytes
+AT_ONCE = 1024  # rows of a weight that are laid out at once, so that caches hold what is between
 STORAGES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 
@@ -71,8 +75,8 @@ def pack(weight: Weight, dense_dtype: torch.dtype | None, bf16: bool) -> Packed:
         return pack_dense(weight.weight_NK, dense_dtype, bf16)
     if isinstance(weight, Quantized):
         return pack_quantized(weight)
-    if isinstance(weight, Mxfp4):  # bfloat16 holds its values exactly
-        return pack_dense(weight.dequantize().bfloat16(), dense_dtype, bf16)
+    if isinstance(weight, Mxfp4):
+        return pack_floats(weight)
     parts = [pack_quantized(part) for part in weight.parts]
     rows = sum(part.shape[0] for part in parts)
     tiles = tuple(tensor for part in parts for tensor in part.tensors)
@@ -105,13 +109,43 @@ def pack_quantized(weight: Quantized) -> Packed:
     memory, packed = new_tiles(kind, weight.codes_NK.shape, n, k)
     sizes = [k // GROUP * kind.step_bytes, k // GROUP * kind.group_scale_bytes]
     for_codes, for_scales, rest = memory.tensor_split([sizes[0], sum(sizes)], dim=1)
-    write_codes(codes, for_codes, kind)
+    for part, place in zip(codes.split(AT_ONCE), for_codes.split(AT_ONCE // LANES), strict=True):
+        write_codes(part, place, kind)
     write_scales(scales, offsets, for_scales, kind)
     if weight.blocks is not None:
         blocks = pad(weight.blocks.flatten(1), COLUMNS, 1).view(torch.int16)
         blocks = blocks.unflatten(0, (-1, LANES)).transpose(1, 2)
         rest[:, : blocks[0].numel() * 2].view(torch.int16).view(blocks.shape).copy_(blocks)
     return packed
+
+
+def pack_floats(weight: Mxfp4) -> Packed:
+    """Of each eight nibbles in a word, the first four go to lower halves, the others to upper."""
+    n, groups, _ = weight.codes_NKB.shape
+    kind = TileFormat("e2m1", zero=16, scales="e8m0")
+    memory, packed = new_tiles(kind, (n, groups * GROUP), round_up(n, COLUMNS), groups * GROUP)
+    for_codes, for_scales, _ = memory.tensor_split(
+        [groups * kind.step_bytes, groups * (kind.step_bytes + kind.group_scale_bytes)], dim=1
+    )
+    parts = (x.split(AT_ONCE) for x in (weight.codes_NKB.flatten(1), weight.scales_NK))
+    places = (x.split(AT_ONCE // LANES) for x in (for_codes, for_scales))
+    for codes, scales, code_place, scale_place in zip(*parts, *places, strict=True):
+        words = pad(codes, COLUMNS, 1).clone().view(torch.int32)  # where it lies may be odd
+        swap_bits(words, 8, 0x0000FF00)
+        swap_bits(words, 4, 0x00F000F0)
+        words = words.unflatten(0, (-1, LANES)).transpose(1, 2)
+        code_place.view(torch.int32).unflatten(1, (-1, LANES)).copy_(words)
+        exponents = pad(scales, COLUMNS, 1).clamp(min=1).sub_(1)
+        exponents = exponents.unflatten(0, (-1, LANES)).transpose(1, 2)
+        scale_place.unflatten(1, (-1, LANES)).copy_(exponents)
+    return packed
+
+
+def swap_bits(words: Tensor, apart: int, mask: int) -> None:
+    """Swap in place the bits of ``mask`` with those that are ``apart`` places above them."""
+    moved = (words ^ (words >> apart)) & mask
+    words ^= moved
+    words ^= moved << apart
 
 
 def smallest(*tables: Tensor | None) -> Literal["f16", "f32"]:
@@ -124,7 +158,7 @@ def smallest(*tables: Tensor | None) -> Literal["f16", "f32"]:
     return "f16" if all(fit) else "f32"
 
 
-def new_tiles(kind: TileFormat, shape: torch.Size, n: int, k: int) -> tuple[Tensor, Packed]:
+def new_tiles(kind: TileFormat, shape: Sequence[int], n: int, k: int) -> tuple[Tensor, Packed]:
     """Memory for a weight of padded size n, k: uint8 [tiles, bytes of a tile]."""
     count, size = n // LANES, kind.tile_bytes(k // kind.step)
     memory = aligned_bytes(count * size).view(count, size)

@@ -14,11 +14,12 @@ class Param(IntEnum):
     LOGIT_PANELS = 3
     SEQUENCES = 4
     QUERY_TILES = 5  # of `QUERY_TOKENS` tokens of one sequence
+    ONE = 6  # what is there once
 
 
 PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED = range(6)
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, SWIGLU_CLAMPED = range(7)
 ACTIVATIONS = {
     "none": NONE,
     "gelu_tanh": GELU_TANH,
@@ -26,7 +27,13 @@ ACTIVATIONS = {
     "relu": RELU,
     "silu": SILU,
     "silu_gated": SILU_GATED,
+    "swiglu_clamped": SWIGLU_CLAMPED,
 }
+
+# Of experts: some rows of one of them are a panel. Of each is noted, as int64, which expert, its
+# first row, how many rows, and what a column of all panels before it costs.
+PANELS_AT, PANEL_BYTES = 16, 32
+WEIGHTS_COST = 3  # rows that take as long as the weights that they meet take to arrive
 
 # What attention can do
 QUERY_TOKENS = 16

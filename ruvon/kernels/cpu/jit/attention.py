@@ -15,7 +15,7 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Attention, WriteKV
 from ruvon.kernels.cpu.formats import F32_CACHE, FORMATS, LANES
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import write_packs
+from ruvon.kernels.cpu.jit.rows import is_packed, write_packs
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
     exp16,
@@ -132,7 +132,7 @@ def make_write_kv(cache, isa):
         keys = cache.keys + size * (place + at // 16 * 16 * padded + at % 16)
         values = cache.values + size * (place + 16 * at)
         for c in range(0, dim, 16):
-            scatter_lanes(bits, brain, keys + size * 16 * c, load(head + 4 * c))
+            scatter_lanes(bits, brain, 16, keys + size * 16 * c, load(head + 4 * c))
             of_value = keep_first(load(value + 4 * c), dim - c, zeros)
             store_lanes(bits, brain, values + size * page * c, of_value)
 
@@ -256,7 +256,7 @@ def finish_query(a, scratch, row, token, head):
             store(last, load(last) * by)
             for c in range(dim - rest, dim):
                 write_f32(out + 4 * c, read_f32(sums + 4 * c))
-    if a.out.int8 | a.out.int16 | a.out.bf16 != 0:
+    if is_packed(a.out):
         for c in range(0, dim, 32):
             x, y = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
             write_packs(a.out, token, (head * dim + c) // 32, x, y)

@@ -15,7 +15,15 @@ from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from ruvon.kernels.cpu.formats import LANES, NEGATED, NEGATED_HALF, TOTAL, VECTORS, TileFormat
+from ruvon.kernels.cpu.formats import (
+    CODED,
+    LANES,
+    NEGATED,
+    NEGATED_HALF,
+    TOTAL,
+    VECTORS,
+    TileFormat,
+)
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
@@ -67,6 +75,8 @@ class Group:
             return b.xor(self.load(q), constant(0x80808080)) if self.signed else self.load(q)
         pair = self.load(q // 2)
         four = self.upper_half(pair) if q % 2 else b.and_(pair, constant(0x0F0F0F0F))
+        if self.kind.floats:
+            return coded(b, four, self.isa)
         return b.or_(four, self.upper(q)) if self.kind.bits > 4 else four
 
     def upper_half(self, pair: ir.Value) -> ir.Value:
@@ -134,6 +144,42 @@ def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
 
 
+# 4-bit floats
+
+LOOK_UPS = {
+    ("x86_64", 32): "llvm.x86.avx2.pshuf.b",
+    ("x86_64", 64): "llvm.x86.avx512.pshuf.b.512",
+    ("aarch64", 16): "llvm.aarch64.neon.tbl1.v16i8",
+}
+
+
+def coded(b: ir.IRBuilder, four: ir.Value, isa: Isa) -> ir.Value:
+    """The integers that the 4-bit floats in each byte stand for."""
+    if isa.machine == "any":
+        return coded_by_comparing(b, four)
+    name, table = LOOK_UPS[isa.machine, isa.width], [*CODED] * (isa.width // len(CODED))
+    numbers = ir.Constant(vector(I8, isa.width), table)
+    found = [call(b, name, numbers.type, [numbers, part]) for part in cut(b, four, I8, isa.width)]
+    return join(b, [b.bitcast(part, vector(I32, isa.width // 4)) for part in found])
+
+
+def coded_by_comparing(b: ir.IRBuilder, four: ir.Value) -> ir.Value:
+    """Twice a 4-bit float's size is its lower three bits up to 4, then 6, 8 and 12."""
+    bytes_of = vector(I8, 4 * LANES)
+
+    def splat_byte(value: int) -> ir.Constant:
+        return ir.Constant(bytes_of, [value] * 4 * LANES)
+
+    code = b.bitcast(four, bytes_of)
+    twice = low = b.and_(code, splat_byte(7))
+    for above, more in ((4, 1), (5, 1), (6, 3)):
+        larger = b.icmp_signed(">", low, splat_byte(above))
+        twice = b.add(twice, b.select(larger, splat_byte(more), splat_byte(0)))
+    zero = splat_byte(CODED[0])
+    negative = b.icmp_signed(">", code, splat_byte(7))
+    return b.bitcast(b.select(negative, b.sub(zero, twice), b.add(zero, twice)), I32V)
+
+
 # In registers of the machine's own width
 
 
@@ -189,7 +235,7 @@ def madd_bytes(
     b, width = group.b, group.isa.width
     ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
     totals = [cut(b, value, I32, width) if group.kind.zero else None for value in start]
-    most = most_in_words(group.kind.bits)
+    most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value] | None] = [None] * len(blocks)
         for q in range(first, min(first + most, which.stop)):

@@ -9,40 +9,37 @@ from __future__ import annotations
 from ruvon.kernels.cpu.arguments import Linear
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, ROWS, Form
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import activate16, sigmoid_times, write_row
+from ruvon.kernels.cpu.jit.rows import activate16, gated, is_packed, write_row
 from ruvon.kernels.cpu.jit.simd import arguments, get, load, read_i64, write_i64
 from ruvon.kernels.cpu.jit.tiles import multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import FETCH_AT, NONE, OWN_END, PANEL, SILU_GATED
+from ruvon.kernels.cpu.params import FETCH_AT, NONE, OWN_END, PANEL
 
 AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
 
 
 @helper
-def finish_row(a, sums, row, column):
-    """Bias and activation of 32 outputs of one row."""
+def finish_row(a, bias, sums, row, column):
+    """Bias and activation of 32 outputs of one row. Their bias is at ``bias`` if there is one."""
     x, y = load(sums), load(sums + 64)
-    if a.bias != 0:
-        x = x + load(a.bias + 128 * column)
-        y = y + load(a.bias + 128 * column + 64)
-    if a.activation == SILU_GATED:
+    if bias != 0:
+        x = x + load(bias)
+        y = y + load(bias + 64)
+    if a.gate_bytes != 0:
         up_x, up_y = load(sums + 128), load(sums + 192)
-        if a.bias != 0:
-            bias = a.bias + 4 * a.width + 128 * column
-            up_x = up_x + load(bias)
-            up_y = up_y + load(bias + 64)
-        x, y = sigmoid_times(x) * up_x, sigmoid_times(y) * up_y
+        if bias != 0:
+            up_x = up_x + load(bias + 4 * a.width)
+            up_y = up_y + load(bias + 4 * a.width + 64)
+        x, y = gated(x, up_x, a.activation), gated(y, up_y, a.activation)
     elif a.activation != NONE:
         x, y = activate16(x, a.activation), activate16(y, a.activation)
     write_row(a.out, row, column, x, y)
 
 
 @helper
-def next_tiles(scratch, unit, own, size):
-    """Where this thread's tiles behind those of ``unit``, at ``own``, lie: in this product or, at
-    the end of its share, in the next. So memory never rests while products follow each other."""
-    if unit + 1 < read_i64(scratch + OWN_END):
-        return own + size
+def tiles_of_next(scratch, own, size):
+    """Where this thread's first tiles of the next product lie; its ``own`` if nobody knows. So
+    memory never rests while products follow each other."""
     at = read_i64(scratch + FETCH_AT)
     if at == 0:
         return own
@@ -51,13 +48,22 @@ def next_tiles(scratch, unit, own, size):
 
 
 @helper
+def two_of_next(a, scratch, w, size):
+    """The same for a gate's tiles and its partner's, if there is one."""
+    fetch = tiles_of_next(scratch, w, size)
+    if a.gate_bytes == 0:
+        return fetch, fetch
+    return fetch, tiles_of_next(scratch, w + a.gate_bytes, size)
+
+
+@helper
 def is_plain(a):
     """Whether sums are what is wanted, as plain rows."""
-    return a.bias | a.out.int8 | a.out.int16 | a.out.bf16 == 0 and a.activation == NONE
+    return a.bias == 0 and a.activation == NONE and not is_packed(a.out)
 
 
-def make_linear(kind, isa):
-    """The product with weights of this format."""
+def make_product(kind, isa):
+    """The function that multiplies some rows by the tiles of a unit with weights of this format."""
     form, most = ISAS[isa].form(FORMATS[kind]), ISAS[isa].rows
     x_row = 4 if form == Form.INTERLEAVED else form.group_bytes  # from one row to the next
     x_step = ROWS * form.group_bytes * FORMATS[kind].step // GROUP
@@ -72,9 +78,9 @@ def make_linear(kind, isa):
             fetch = w
 
     @helper
-    def multiply_rows(a, w, fetch, partner, first, count, column, sums):
-        """A unit's tiles by the ``count`` rows from ``first`` on. What is fetched meanwhile begins
-        at ``fetch`` and, for partners of gates, at ``partner``; 0 if it has been before."""
+    def multiply_some(a, bias, w, fetch, partner, first, count, column, sums):
+        """As `multiply_rows`, as many rows as meet one tile after another. Nothing is fetched if
+        ``fetch`` is 0."""
         plain, steps, tile_bytes = is_plain(a), a.weight.steps, a.weight.tile_bytes
         stride, x = 256, a.x + first // ROWS * steps * x_step
         if plain:
@@ -87,7 +93,23 @@ def make_linear(kind, isa):
             multiply(at, x, steps, sums + 64 * tile, stride, count, ahead)
         if not plain:
             for row in range(count):
-                finish_row(a, sums + row * stride, first + row, column)
+                finish_row(a, bias, sums + row * stride, first + row, column)
+
+    @helper
+    def multiply_rows(a, bias, w, fetch, partner, first, last, column, scratch):
+        """A unit's tiles by the rows from ``first`` to below ``last``. What is fetched meanwhile
+        begins at ``fetch`` and, for partners of gates, at ``partner``."""
+        for row in range(first, last, AT_ONCE):
+            count = min(AT_ONCE, last - row)
+            multiply_some(a, bias, w, fetch, partner, row, count, column, scratch)
+            fetch = 0
+
+    return multiply_rows
+
+
+def make_linear(kind, isa):
+    """The product with weights of this format."""
+    multiply_rows = make_product(kind, isa)
 
     def linear(address, params, start, stop, scratch):
         a = arguments(Linear, address)
@@ -95,12 +117,11 @@ def make_linear(kind, isa):
         for unit in range(start, stop):
             column, panel = unit % a.columns, unit // a.columns
             w = a.weight.tiles + column * unit_bytes
-            fetch, partner = next_tiles(scratch, unit, w, unit_bytes), 0
-            if a.gate_bytes != 0:
-                partner = next_tiles(scratch, unit, w + a.gate_bytes, unit_bytes)
-            for first in range(panel * PANEL, min(rows, (panel + 1) * PANEL), AT_ONCE):
-                count = min(AT_ONCE, rows - first)
-                multiply_rows(a, w, fetch, partner, first, count, column, scratch)
-                fetch = 0
+            bias = 0 if a.bias == 0 else a.bias + 128 * column
+            fetch, partner = w + unit_bytes, w + unit_bytes + a.gate_bytes
+            if unit + 1 >= read_i64(scratch + OWN_END):
+                fetch, partner = two_of_next(a, scratch, w, unit_bytes)
+            last = min(rows, (panel + 1) * PANEL)
+            multiply_rows(a, bias, w, fetch, partner, panel * PANEL, last, column, scratch)
 
     return linear

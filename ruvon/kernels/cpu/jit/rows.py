@@ -13,7 +13,6 @@ from ruvon.kernels.cpu.arguments import (
     Argmax,
     Embed,
     Gather,
-    Interleave,
     Norm,
     Pack,
 )
@@ -35,6 +34,7 @@ from ruvon.kernels.cpu.jit.simd import (
     read_i8,
     read_i32,
     read_u8,
+    scatter_lanes,
     splat16,
     store,
     store_lanes,
@@ -53,6 +53,12 @@ INT8_BYTES, INT16_BYTES, BF16_BYTES = (
 
 
 @helper
+def is_packed(out):
+    """Whether packed rows are asked for, in any form."""
+    return out.int8 | out.int16 | out.bf16 | out.interleaved != 0
+
+
+@helper
 def write_packs(out, row, group, a, b):
     """32 numbers of a row, in each packed form that is asked for."""
     block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
@@ -63,6 +69,10 @@ def write_packs(out, row, group, a, b):
     if out.bf16 != 0:
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)
+    if out.interleaved != 0:
+        column = out.interleaved + (row // ROWS * out.groups + group) * 128 * ROWS + row % ROWS * 4
+        scatter_lanes(32, 0, ROWS, column, a)
+        scatter_lanes(32, 0, ROWS, column + 64 * ROWS, b)
 
 
 @helper
@@ -76,23 +86,13 @@ def write_row(out, row, group, a, b):
 
 
 def pack(address, params, start, stop, scratch):
-    """Pack rows for a product that takes them by groups of 32."""
+    """Pack rows for a product."""
     a = arguments(Pack, address)
     for row in range(start, stop):
         x = a.x + row * a.stride
         for group in range(a.out.groups):
             at = x + 128 * group
             write_packs(a.out, row, group, load(at), load(at + 64))
-
-
-def interleave(address, params, start, stop, scratch):
-    """Pack rows for a product in float32: eight side by side for each k."""
-    a = arguments(Interleave, address)
-    for row in range(start, stop):
-        x = a.x + row * a.stride
-        pack = a.out + (row // ROWS) * a.width * 4 * ROWS + (row % ROWS) * 4
-        for k in range(a.width):
-            write_f32(pack + 4 * ROWS * k, read_f32(x + 4 * k))
 
 
 # Norms
@@ -168,6 +168,17 @@ def sigmoid_of(x, inner):
 
 
 @helper
+def gated(gate, up, activation):
+    """What a gate lets pass. Comparisons keep a NaN."""
+    if activation == SILU_GATED:
+        return sigmoid_times(gate) * up
+    zero, most = splat16(0.0), splat16(-7.0)
+    gate = zero - larger(most, zero - gate)
+    up = larger(most, zero - larger(most, zero - up))
+    return sigmoid_of(gate, gate * splat16(1.702)) * (up + splat16(1.0))
+
+
+@helper
 def erf16(x):
     """Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
     one, size = splat16(1.0), absolute(x)
@@ -205,7 +216,7 @@ def activate(address, params, start, stop, scratch):
         for c in range(0, a.width, 16):
             value = load(x + 4 * c)
             if a.activation == SILU_GATED:
-                value = sigmoid_times(value) * load(x + 4 * (a.width + c))
+                value = gated(value, load(x + 4 * (a.width + c)), a.activation)
             else:
                 value = activate16(value, a.activation)
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
@@ -235,8 +246,8 @@ def make_coded_value(kind):
         kind.step_bytes, kind.group_scale_bytes, kind.table_bytes
     )  # fmt: skip
     extra, parts, super_bytes = max(bits - 4, 1), kind.scales_per_group, kind.super_bytes
-    two, single = kind.scales == "two", kind.scales == "f32"
-    lower = np.int64(15)
+    two, single, power = (kind.scales == each for each in ("two", "f32", "e8m0"))
+    lower, floats = np.int64(15), kind.floats
 
     @helper
     def code_at(codes, lane, within):
@@ -245,6 +256,10 @@ def make_coded_value(kind):
         if bits == 8:
             return read_u8(codes + q * 64 + place)
         code = read_u8(codes + q // 2 * 64 + place) >> (q % 2 * 4) & lower
+        if floats:
+            twice = code & 7
+            twice += (twice > 4) + (twice > 5) + 3 * (twice > 6)
+            return zero + twice if code < 8 else zero - twice
         if bits > 4:
             each = 8 // extra
             byte = read_u8(codes + 256 + q // each * 64 + place)
@@ -260,6 +275,8 @@ def make_coded_value(kind):
             return np.float32(read_i8(tables + number * table_bytes + lane)) * by
         if single:
             return read_f32(tables + number * table_bytes + 4 * lane)
+        if power:
+            return np.float32(2.0 ** (read_u8(tables + lane) - 127))
         return read_f16(tables + number * table_bytes + 2 * lane)
 
     @helper

@@ -297,17 +297,17 @@ def store_lanes(typing, bits, brain, address, x):
 
 
 @intrinsic(prefer_literal=True)
-def scatter_lanes(typing, bits, brain, address, x):
-    """Store sixteen lanes, each sixteen numbers behind the one before: a column of a tile."""
-    step = LANES * bits.literal_value // 8
+def scatter_lanes(typing, bits, brain, apart, address, x):
+    """Store sixteen lanes, each ``apart`` numbers behind the one before: a column of a tile."""
+    step = apart.literal_value * bits.literal_value // 8
 
-    def emit(b, _bits, _brain, address, x):
+    def emit(b, _bits, _brain, _apart, address, x):
         kept = stored(b, x, bits.literal_value, bool(brain.literal_value))
         for lane in range(LANES):
             value = b.extract_element(kept, ir.Constant(I32, lane))
             store_as(b, b.add(address, ir.Constant(I64, lane * step)), value, 2)
 
-    return define(types.void, (bits, brain, types.intp, f32x16), emit)
+    return define(types.void, (bits, brain, apart, types.intp, f32x16), emit)
 
 
 def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:

@@ -79,6 +79,8 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
     """The scales of one group (two if halves), then its offsets if there are any. What multiplies
     them, if something does, is at ``over``: products of such numbers are exact."""
     places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
+    if kind.scales == "e8m0":
+        return [power_of_two(b, load_as(b, places[0], vector(I8), 16))]
     if kind.scales != "two":
         element = vector(F32 if kind.scales == "f32" else F16)
         return [widen(b, load_as(b, place, element, 32)) for place in places]
@@ -91,6 +93,12 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
         b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
         for number, x in enumerate(small)
     ]
+
+
+def power_of_two(b: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
+    """2 ** (exponent - 127), and 0 for 0: an exponent is where a float32 has it."""
+    wide = b.zext(exponents, vector(I32))
+    return b.bitcast(b.shl(wide, ir.Constant(vector(I32), [23] * LANES)), F32V)
 
 
 def quantized_step(
