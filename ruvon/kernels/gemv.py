@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.codes import codes_of
-from ruvon.kernels.ops import Activation, Packed
+from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import release, wait
 
 GEMV_ROWS = 2
@@ -365,7 +365,7 @@ def gemv(
     if weight.kind != "dense":
         return gemv_codes(x_TK, residual_TK, norm, weight, bias_N, activation, out_dtype, pdl, tile)
     rows, k = x_TK.shape
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     n = weight.shape[0] // (2 if gated else 1)
     tile = tile or gemv_tile(k, gated, norm is not None)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
@@ -419,7 +419,7 @@ def gemv_codes(
 ) -> tuple[Tensor, Tensor]:
     """`gemv` of a weight that is kept as codes."""
     rows, k = x_TK.shape
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     n = weight.shape[0] // (2 if gated else 1)
     codes, scales, offsets = codes_of(weight)
     bits = 8 if weight.kind == "int8" else 4

@@ -16,7 +16,7 @@ from ruvon.kernels.codes import take_rows
 from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, Norm, gemv
 from ruvon.kernels.matmul import Tile, matmul
 from ruvon.kernels.norm import add_norm
-from ruvon.kernels.ops import Activation, Packed
+from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.split_k import Workspace
 from ruvon.kernels.tiles import STREAMED_ROWS, batch_invariant_tile, choose_tile
 
@@ -51,7 +51,7 @@ def linear(
     workspace: Workspace,
     pdl: bool = False,
 ) -> Tensor:
-    chosen = choose_kernel(len(x_TK), weight, activation == "silu_gated", x_TK.dtype)
+    chosen = choose_kernel(len(x_TK), weight, activation in GATED, x_TK.dtype)
     if isinstance(chosen, Tile):
         return matmul(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl, chosen)
     if chosen is not None:
@@ -72,7 +72,7 @@ def batch_invariant_linear(
     pdl: bool = False,
 ) -> Tensor:
     """`linear`, with the same bits for a row whatever the others are, and how many."""
-    tile = batch_invariant_tile(x_TK.shape[0], weight, activation == "silu_gated", x_TK.dtype)
+    tile = batch_invariant_tile(x_TK.shape[0], weight, activation in GATED, x_TK.dtype)
     return matmul(x_TK, weight, bias_N, activation, x_TK.dtype, workspace, pdl, tile)
 
 

@@ -21,7 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.codes import codes_of, scale_int4, scale_int8, spread
-from ruvon.kernels.ops import Activation, Packed
+from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import prefetch, release, wait
 from ruvon.kernels.split_k import Workspace, plan_split_k, reduce_split_k
 
@@ -222,7 +222,7 @@ def matmul(
 ) -> Tensor:
     """act(x Wᵀ + b)."""
     rows, k = x_TK.shape
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     n = weight.shape[0] // (2 if gated else 1)
     weight_format = format_of(x_TK, weight)
     scales = offsets = None

@@ -24,7 +24,7 @@ def make_triton_ops(
     Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
     has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
-    Quantized weights stay codes: see `ruvon.kernels.codes`.
+    Quantized weights stay codes: see `ruvon.kernels.codes`; so do experts in MXFP4.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)

@@ -80,7 +80,7 @@ def test_small_moves(ops, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 40, 65] if GPU else [1, 2, 9, 70])
 @pytest.mark.parametrize(("n", "k"), [(24, 48), (70, 130), (130, 576)])
-@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated"])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated", "gelu_tanh_gated"])
 def test_linear(ops, dtype, rows, n, k, activation):
     x, bias = randn(rows, k, dtype=dtype), randn(n, dtype=dtype)
     weight = ops.pack(Dense(randn(n, k) * k**-0.5))
