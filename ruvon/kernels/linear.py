@@ -13,9 +13,9 @@ from torch import Tensor
 
 from ruvon.kernels.activation import apply_activation
 from ruvon.kernels.codes import take_rows
-from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, Norm, gemv
+from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, gemv
 from ruvon.kernels.matmul import Tile, matmul
-from ruvon.kernels.norm import add_norm
+from ruvon.kernels.norm import Norm, add_norm
 from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.split_k import Workspace
 from ruvon.kernels.tiles import STREAMED_ROWS, batch_invariant_tile, choose_tile
