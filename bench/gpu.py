@@ -25,10 +25,9 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,7 +37,7 @@ from measure import write
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch, PagedIndex, Quantized
+from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
 from ruvon.models.cache_groups import cache_groups
@@ -187,39 +186,15 @@ VLLM_TOK_S = {
 VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400, "gpt-oss-20b": 51_500}
 
 
-class DeviceCodes(RandomTensors):
-    """Random codes of ``bits``; tables (of a row a token) have eight, as `SCHEMES` gives them."""
-
-    bits: ClassVar[int] = 8
-
-    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
-        if len(shape) == 1 or "wpe" in name:
-            return super().read(name, shape).to(DEVICE)
-        bits = 8 if shape[0] > 40_000 else self.bits
-        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=DEVICE).view(torch.int8)
-        scales = torch.full((shape[0], shape[1] // 32), 0.08 / 2**bits, device=DEVICE).half()
-        return Quantized(codes, scales, -8 * scales if bits == 4 else None, 32, bits)
-
-
-class DeviceCodes4(DeviceCodes):
-    bits = 4
-
-
-CODES = {"int8": DeviceCodes, "int4": DeviceCodes4}
-
-
 def build(name: str, quantization: str = "none") -> Model:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     spec = spec_from_config(CONFIGS[name])
     family = MODELS[spec.architecture]
-    source: RandomTensors = RandomTensors(
+    source = RandomTensors(
         Path(name), 0, torch.bfloat16, mxfp4="quantization_config" in CONFIGS[name], device=DEVICE
     )
-    rules = family.rules
-    if quantization != "none":  # random ones lie either way
-        source = CODES[quantization](Path(name), 0, torch.bfloat16)
-        rules = {key: replace(rule, transposed=False) for key, rule in rules.items()}
-    weights = Weights(source, rules, SCHEMES["auto"], ops, spec.num_layers)
+    scheme = SCHEMES["auto" if quantization == "none" else quantization]
+    weights = Weights(source, family.rules, scheme, ops, spec.num_layers)
     return family.build(spec, weights, ops)
 
 
@@ -422,9 +397,7 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--models", default="gpt2,xl,smollm2")
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
-    parser.add_argument(
-        "--quantization", choices=["none", *CODES], default="none", help="For steps."
-    )
+    parser.add_argument("--quantization", choices=BYTES, default="none", help="For steps.")
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Other checkouts, for serve."

@@ -83,7 +83,7 @@ class EngineConfig:
     quantization: Literal["auto", "none", "int8", "int4"] = setting(
         "auto",
         "auto keeps the checkpoint's own; none dequantizes; int8 and int4 quantize at load, for "
-        "kernels 'cpu', all but experts in MXFP4.",
+        "kernels 'cpu' and 'triton', all but experts in MXFP4.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one.")
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(

@@ -174,7 +174,19 @@ def triton_backend(
 
     ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
     check_experts(spec, ops)
+    refuse_coded_experts(spec, config)
     return replace(eager(ops), graphs=True, quantized=True)
+
+
+def refuse_coded_experts(spec: ModelSpec, config: EngineConfig) -> None:
+    """Raises ConfigError where ``--quantization`` would do nothing for most of a model's weights.
+    Those of gpt-oss are four bits wide as they come."""
+    wanted = config.quantization
+    if wanted in ("int8", "int4") and spec.experts is not None and not spec.sinks:
+        raise ConfigError(
+            f"--quantization {wanted}: a GPU computes the experts of a mixture as plain numbers or "
+            "in MXFP4, so they would cost quality and save nothing"
+        )
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

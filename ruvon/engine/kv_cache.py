@@ -173,6 +173,7 @@ def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
         free = available_memory()
         check_stated(config, free)
         return int(CPU_SHARE * free)
+    torch.cuda.empty_cache()  # what loading took for a while, quantizing above all
     free, total = torch.cuda.mem_get_info(ops.device)
     check_stated(config, free)
     planned = int(total * config.gpu_memory_utilization) - (total - free)
@@ -200,7 +201,8 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int
     graphs have memory of their own and so have steps without one: for each token some ten vectors
     as wide as the hidden state and four as the MLP (of a mixture, two and four for each expert that
     it goes through), and for each sequence its float32 logits.
-    Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence."""
+    Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence,
+    and one weight made plain, if weights may be codes: see `ruvon.kernels.linear`."""
     sequences, tokens = config.largest_step
     if not config.enable_chunked_prefill:
         tokens = max(tokens, longest_sequence(spec, config))
@@ -208,4 +210,6 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int
     hidden = 10 * spec.hidden_size + (0 if spec.experts is None else 2 * through * spec.hidden_size)
     per_token = (hidden + 4 * through * spec.intermediate_size) * dtype.itemsize
     per_sequence = 4 * spec.vocab_size
-    return 2 * (tokens * per_token + sequences * per_sequence) + sequences * per_sequence
+    codes = config.quantization != "none"
+    plain = 2 * spec.hidden_size * spec.intermediate_size * dtype.itemsize if codes else 0
+    return 2 * (tokens * per_token + sequences * per_sequence + plain) + sequences * per_sequence

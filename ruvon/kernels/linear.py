@@ -13,18 +13,18 @@ from torch import Tensor
 
 from ruvon.kernels.activation import apply_activation
 from ruvon.kernels.codes import take_rows
-from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, Norm, gemv
+from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, gemv
 from ruvon.kernels.matmul import Tile, matmul
-from ruvon.kernels.norm import add_norm
+from ruvon.kernels.norm import Norm, add_norm
 from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.split_k import Workspace
-from ruvon.kernels.tiles import STREAMED_ROWS, batch_invariant_tile, choose_tile
+from ruvon.kernels.tiles import LARGE, STREAMED_ROWS, batch_invariant_tile, choose_tile
 
 DEQUANTIZED_ROWS = 256
 """From so many rows on codes are made plain numbers first: it is little beside the product, which
 cuBLAS then does faster."""
 
-GATED_ROWS = 128  # plain weights of gated products, for cuBLAS does not gate
+GATED_ROWS = 128  # of plain weights of gated products, if large: cuBLAS does not gate
 
 
 def fits_gemv(rows: int, weight: Packed) -> bool:
@@ -39,7 +39,8 @@ def choose_kernel(
     if fits_gemv(rows, weight):
         return rows
     codes = weight.kind != "dense"
-    most = DEQUANTIZED_ROWS - 1 if codes else GATED_ROWS if gated else STREAMED_ROWS
+    large = gated and weight.shape[0] >= LARGE
+    most = DEQUANTIZED_ROWS - 1 if codes else GATED_ROWS if large else STREAMED_ROWS
     return choose_tile(rows, weight, gated, dtype) if rows <= most or scores else None
 
 

@@ -119,7 +119,7 @@ def _matmul_kernel(
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,  # then BLOCK_N counts both halves' outputs once, and sums are not split
-    AHEAD: tl.constexpr,  # bytes of each weight row to ask for before the wait
+    AHEAD: tl.constexpr,  # plain columns of a weight row to ask for before the wait
     STAGES: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -132,11 +132,12 @@ def _matmul_kernel(
     last = tl.minimum(first + per_split, K)
     weight_at = weight_ptr + tl.minimum(outputs, N - 1).to(tl.int64) * weight_stride
     up_at = weight_at + tl.cast(N, tl.int64) * weight_stride
-    if AHEAD > 0:
-        begin = first // 2 if FORMAT == 3 else first
-        prefetch(weight_at + begin, AHEAD, PDL)
+    if AHEAD > 0:  # no further than the row: what follows the last is not ours to touch
+        num_columns = tl.minimum(AHEAD, last - first)
+        num_bytes = num_columns * (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        prefetch(weight_at + first, num_bytes, PDL)
         if GATED:
-            prefetch(up_at + begin, AHEAD, PDL)
+            prefetch(up_at + first, num_bytes, PDL)
     wait(PDL)
     x_at = x_ptr + rows.to(tl.int64) * x_stride
     tables = (scales_ptr, offsets_ptr, table_stride, num_groups)
@@ -268,7 +269,7 @@ def matmul(
         HAS_BIAS=bias_N is not None,
         ACTIVATION=KINDS[activation],
         GATED=gated,
-        AHEAD=tile.ahead if weight_tensor.stride(0) * weight_tensor.element_size() % 16 == 0 else 0,
+        AHEAD=tile.ahead if bulk else 0,
         STAGES=tile.stages,
         PDL=pdl,
         num_warps=tile.warps,

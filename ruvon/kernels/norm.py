@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
 from ruvon.kernels.pdl import release, wait
+
+
+class Norm(NamedTuple):
+    """The normalisation in front of a product: RMS without a bias, layer norm with one."""
+
+    weight_C: Tensor
+    bias_C: Tensor | None
+    eps: float
 
 
 @triton.jit

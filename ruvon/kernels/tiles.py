@@ -22,7 +22,7 @@ def choose_tile(m: int, weight: Packed, gated: bool, dtype: torch.dtype) -> Tile
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     if n >= LARGE or gated:
         return Tile(rows, 64, 128, 4)
-    ahead = 512 if n * k < 10 << 20 else 0
+    ahead = 256 if n * k < 10 << 20 else 0
     if n > 2816:
         return Tile(rows, 64, 128, 6, ahead=ahead)
     return small_tile(rows, n, k)._replace(ahead=ahead)

@@ -12,6 +12,7 @@ from ruvon.kernels import (
     embed,
     experts,
     gemv,
+    gemv_codes,
     kv,
     matmul,
     norm,
@@ -24,8 +25,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, attention, codes, decode, embed, experts, gemv, kv, matmul, norm, norm_routing,
-    prefill, routing, sample, split_k, staging,
+    activation, attention, codes, decode, embed, experts, gemv, gemv_codes, kv, matmul, norm,
+    norm_routing, prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 

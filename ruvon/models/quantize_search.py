@@ -23,6 +23,7 @@ from torch import Tensor
 
 STEPS = 15  # from the lowest code to the highest
 AT_ONCE = 4096  # groups; half a megabyte of float32, so that all passes but one read the cache
+AT_ONCE_ON_GPU = 1 << 18  # which launches take longer than the work with fewer
 CUTS = (0.0, 0.03, 0.06)  # shares of the range cut off at an end
 ROUNDS = 2  # of a line fitted to codes and codes chosen for the line
 RANGES = (  # where code 0 lies and how far the next is, as shares of the group's range
@@ -45,8 +46,9 @@ def search_grids(groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """float32 ``[M, J]`` → codes (int8 ``[M, J]``), scales and offsets (float16 ``[M]``)."""
     codes = torch.empty(groups.shape, dtype=torch.int8, device=groups.device)
     scales, offsets = groups.new_empty(2, len(groups), dtype=torch.float16)
-    for start in range(0, len(groups), AT_ONCE):
-        part = slice(start, start + AT_ONCE)
+    at_once = AT_ONCE if groups.device.type == "cpu" else AT_ONCE_ON_GPU
+    for start in range(0, len(groups), at_once):
+        part = slice(start, start + at_once)
         best = _best_grids(groups[part].t().contiguous())
         codes[part], scales[part], offsets[part] = best.codes_JM.t(), best.scales_M, best.offsets_M
     return codes, scales, offsets

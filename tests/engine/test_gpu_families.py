@@ -84,6 +84,10 @@ HEADS = [64, 80, 96, 128] if GPU else [16]
 CASES = [(architecture, head_dim) for architecture in FAMILIES for head_dim in HEADS]
 CASES += [("Gemma3ForCausalLM", 256)] if GPU else []  # what its models have
 
+CODED = [
+    (scheme, case) for scheme in ("int8", "int4") for case in CASES if GPU or "Llama" in case[0]
+]
+
 
 def config_of(architecture, head_dim):
     shape = FAMILIES[architecture] | {"architectures": [architecture]}
@@ -106,11 +110,11 @@ class Weighty(RandomTensors):
         return values * 5 if len(shape) > 1 and not bytes_only else values
 
 
-def build(architecture, head_dim, ops):
+def build(architecture, head_dim, ops, scheme="none"):
     spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
     source = Weighty(Path("tiny"), 0, torch.float32, mxfp4=architecture == "GptOssForCausalLM")
     weights = Weights(
-        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, num_layers=2
+        source=source, rules=family.rules, scheme=SCHEMES[scheme], ops=ops, num_layers=2
     )
     return family.build(spec, weights, ops)
 
@@ -158,8 +162,18 @@ def run(forward, plans, device):
 @pytest.mark.slow
 @pytest.mark.parametrize(("architecture", "head_dim"), CASES)
 def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
-    on_host = build(architecture, head_dim, make_torch_ops(torch.float32, CPU))
-    on_gpu = build(architecture, head_dim, make_triton_ops(torch.float32, DEVICE))
+    check_against_the_host(architecture, head_dim, "none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("scheme", "case"), CODED)
+def test_a_gpu_computes_with_codes_what_the_host_does_with_their_values(scheme, case):
+    check_against_the_host(*case, scheme)
+
+
+def check_against_the_host(architecture, head_dim, scheme):
+    on_host = build(architecture, head_dim, make_torch_ops(torch.float32, CPU), scheme)
+    on_gpu = build(architecture, head_dim, make_triton_ops(torch.float32, DEVICE), scheme)
     expected = run(over_cache(on_host), mixed_steps(), CPU)
     for actual, wanted in zip(
         run(over_cache(on_gpu), mixed_steps(), DEVICE), expected, strict=True
@@ -170,12 +184,10 @@ def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
-@pytest.mark.parametrize(("architecture", "head_dim"), CASES)
-def test_deterministic_kernels_give_a_row_the_same_bits_among_others_and_alone(
-    architecture, head_dim
-):
+@pytest.mark.parametrize(("scheme", "case"), [("none", case) for case in CASES] + CODED)
+def test_deterministic_kernels_give_a_row_the_same_bits_among_others_and_alone(scheme, case):
     ops = make_triton_ops(torch.bfloat16, DEVICE, batch_invariant=True)
-    model = build(architecture, head_dim, ops)
+    model = build(*case, ops, scheme)
     together = run(over_cache(model), mixed_steps(), DEVICE)[-1]
     forward = over_cache(model)
     for i, prompt in enumerate(prompts()):

@@ -100,12 +100,15 @@ def test_no_block_at_all_is_an_error():
 
 
 def test_a_step_on_a_gpu_is_counted_by_its_tokens_sequences_and_dtype():
-    def size(dtype=torch.bfloat16, **settings):
-        return step_bytes(SPEC, EngineConfig(device="cuda", **settings), dtype)
+    def size(dtype=torch.bfloat16, quantization="none", **settings):
+        config = EngineConfig(device="cuda", quantization=quantization, **settings)
+        return step_bytes(SPEC, config, dtype)
 
     token = 10 * SPEC.hidden_size + 4 * SPEC.intermediate_size
     logits = 4 * SPEC.vocab_size
     assert size() == 2 * 8192 * 2 * token + 3 * 256 * logits
+    plain = 2 * SPEC.hidden_size * SPEC.intermediate_size
+    assert size(quantization="int8") - size() == 2 * 2 * plain, "one weight's plain numbers"
     assert size(max_num_batched_tokens=4096) == 2 * 4096 * 2 * token + 3 * 256 * logits
     assert size(max_num_seqs=8) == 2 * 8192 * 2 * token + 3 * 8 * logits
     assert size(torch.float32) - size() == 2 * 8192 * 2 * token

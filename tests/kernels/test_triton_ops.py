@@ -421,7 +421,7 @@ def test_invariant_products_are_right(dtype, activation):
     [
         (5, 100, 96, Tile(16, 64, 64, 3)),
         (13, 70, 200, Tile(16, 64, 64, 3, split_k=3)),
-        (50, 70, 200, Tile(64, 32, 64, 3, swap=False, ahead=256)),
+        (50, 70, 200, Tile(64, 32, 64, 3, swap=False, ahead=512)),
         (50, 70, 130, Tile(16, 32, 64, 3)),
     ],
 )
