@@ -399,11 +399,11 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, wi
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    num_blocks = max(20, most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 3)
+    num_blocks = most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 5
     run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
-    assert counters.preempted > 100
+    assert counters.preempted > (100 if 0 in windows else 0)
     assert counters.cached > 1000
 
 
