@@ -165,7 +165,18 @@ class GgufFile:
         self._require(name, entry.offset, size)
         raw = np.frombuffer(self.data, np.uint8, size, entry.offset)
         rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
-        return layout.unpack(raw.reshape(rows, -1, layout.bytes))
+        values = layout.unpack(raw.reshape(rows, -1, layout.bytes))
+        self._let_go(entry.offset, size)
+        return values
+
+    def _let_go(self, offset: int, size: int) -> None:
+        """Of the pages of what was copied, so that memory does not hold a model twice. They are
+        read again if somebody asks for them again."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+            last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+            if first < last:
+                self.data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _require(self, name: str, offset: int, size: int) -> None:
         if offset + size > len(self.data):
