@@ -169,8 +169,10 @@ class AsyncLLM:
         n: int = 1,
     ) -> Job:
         """A job for what ``encode`` gives; made in a thread, for a long prompt takes long."""
-        loop, wanted = self._open_loop(), sampling or self.default_sampling()
-        return await asyncio.to_thread(lambda: loop.prepare(Job(tuple(encode()), wanted, text, n)))
+        engine, wanted = self._open_loop().engine, sampling or self.default_sampling()
+        return await asyncio.to_thread(
+            lambda: engine.prepare(Job(tuple(encode()), wanted, text, n))
+        )
 
     async def _turn(
         self,
@@ -181,11 +183,14 @@ class AsyncLLM:
         **options: Unpack[ChatOptions],
     ) -> tuple[Job, MakeParser]:
         """The job of an answer, and what reads it; made in a thread, as in `_job`."""
-        loop, wanted = self._open_loop(), sampling or self.default_sampling(max_tokens=None)
+        engine, wanted = (
+            self._open_loop().engine,
+            sampling or self.default_sampling(max_tokens=None),
+        )
 
         def make() -> tuple[Job, MakeParser]:
             turn, params = take_turn(self.loaded.chat, messages, wanted, **options)
-            return loop.prepare(Job(turn.prompt, params, text, n)), turn.parser
+            return engine.prepare(Job(turn.prompt, params, text, n)), turn.parser
 
         return await asyncio.to_thread(make)
 

@@ -10,7 +10,7 @@ import structlog
 
 from ruvon.deltas import Delta, FinishReason, TokenLogprobs, ToolCall
 from ruvon.engine.types import Job, SamplingParams, TextOptions
-from ruvon.models.chat import ChatFormat, TurnOptions
+from ruvon.models.chat import Chat, TurnOptions
 from ruvon.models.formats.tools import (
     Reasoning,
     Tool,
@@ -131,7 +131,7 @@ class _Parts:
 
 
 def take_turn(
-    chat: ChatFormat,
+    chat: Chat,
     messages: Conversation,
     sampling: SamplingParams,
     *,

@@ -65,7 +65,11 @@ GPU_STEP = StepSize(256, 8192)  # small steps leave a GPU idle
 class EngineConfig:
     """What to load and how the engine runs it."""
 
-    model: str | None = setting(None, "Folder, GGUF file or hub id. Default: the embedded SmolLM2.")
+    model: str | None = setting(
+        None,
+        "Folder, GGUF file or hub id; of GGUF files org/name:Q4_K_M or org/name:file.gguf. "
+        "Default: the embedded SmolLM2.",
+    )
     revision: str | None = setting(None, "Hub revision: branch, tag or commit.")
     load_format: Literal["auto", "safetensors", "gguf", "dummy"] = setting(
         "auto", "Where weights come from; dummy draws random ones from a bare config."
@@ -79,7 +83,7 @@ class EngineConfig:
     quantization: Literal["auto", "none", "int8", "int4"] = setting(
         "auto",
         "auto keeps the checkpoint's own; none dequantizes; int8 and int4 quantize at load, for "
-        "kernels 'cpu'.",
+        "kernels 'cpu', all but experts in MXFP4.",
     )
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "auto takes a GPU where there is one.")
     kernels: Literal["auto", "torch", "cpu", "triton"] = setting(

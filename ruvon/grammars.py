@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
@@ -39,25 +39,44 @@ KEYWORDS = tuple(dict.fromkeys((*MAPS, *LISTS, *SINGLES)))  # ``items`` may be a
 
 
 @dataclass(frozen=True, slots=True)
+class Form:
+    """A JSON schema as a client gave it, for models that are told of it."""
+
+    schema: Schema
+    name: str = "response"
+    description: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Grammar:
     """A grammar in llguidance's dialect of Lark.
 
     ``start`` is the right-hand side of its first rule, so that a grammar can be a part of another;
-    ``param`` is the request's field that errors name.
+    ``param`` is the request's field that errors name, ``form`` what it was made of, if that is a
+    JSON schema.
     """
 
     start: str
     rules: str = ""
     param: str = "response_format"
+    form: Form | None = field(default=None, compare=False)
 
     def lark(self) -> str:
         """The whole text."""
         return f"start: {self.start}\n{self.rules}"
 
 
-def json_schema(schema: Schema, *, strict: bool = False, param: str = "response_format") -> Grammar:
-    """JSON that validates. With ``strict`` the schema keeps OpenAI's rules for such schemas, or
-    RequestError says which it breaks and where. What the engine cannot enforce it refuses."""
+def json_schema(
+    schema: Schema,
+    *,
+    strict: bool = False,
+    param: str = "response_format",
+    name: str | None = None,
+    description: str | None = None,
+) -> Grammar:
+    """JSON that validates; its ``name`` and ``description`` are for the model. With ``strict`` the
+    schema keeps OpenAI's rules for such schemas, or RequestError says which it breaks and where.
+    What the engine cannot enforce it refuses."""
     if not isinstance(schema, Mapping | bool):
         raise RequestError(f"{param}: a JSON schema must be an object.", param)
     if strict:
@@ -67,12 +86,13 @@ def json_schema(schema: Schema, *, strict: bool = False, param: str = "response_
         compact = {**schema, "x-guidance": COMPACT}
     elif schema:
         compact = {"x-guidance": COMPACT}
-    return _bounded(Grammar(f"%json {_dump(compact, param)}", param=param))
+    form = Form(schema, name or "response", description)
+    return _bounded(Grammar(f"%json {_dump(compact, param)}", param=param, form=form))
 
 
 def json_object(param: str = "response_format") -> Grammar:
     """Any JSON object."""
-    return json_schema({"type": "object"}, param=param)
+    return replace(json_schema({"type": "object"}, param=param), form=None)
 
 
 def regex(pattern: str, param: str = "structured_outputs.regex") -> Grammar:

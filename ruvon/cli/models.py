@@ -14,7 +14,7 @@ from rich.table import Table
 from ruvon.cli.client import Client
 from ruvon.config import EngineConfig
 from ruvon.errors import RuvonError
-from ruvon.locate import embedded_name, find_embedded
+from ruvon.locate import embedded_name, find_embedded, first_part
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +74,9 @@ def in_repository(repo: CachedRepoInfo) -> Iterator[Found]:
         if kept and "main" in revision.refs:
             yield Found(repo.repo_id, "hub cache", sum(kept), revision.snapshot_path)
         for path in sorted(sizes):
-            if path.suffix == ".gguf":
-                yield Found(str(path), "hub cache, gguf", sizes[path], path)
+            if path.suffix == ".gguf" and path == first_part(path):
+                size = sum(sizes[part] for part in sizes if first_part(part) == path)
+                yield Found(str(path), "hub cache, gguf", size, path)
 
 
 def runs(found: Found) -> bool:

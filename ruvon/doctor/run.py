@@ -10,14 +10,18 @@ from typing import TypeAlias
 
 import aiohttp
 
+from ruvon.doctor.ask import not_offered
 from ruvon.doctor.check import Check, Outcome, Result
 from ruvon.doctor.expect import Failed, Skipped, brief
 from ruvon.doctor.groups import ALL
-from ruvon.doctor.probe import Probe
+from ruvon.doctor.probe import Probe, Reply
 from ruvon.errors import RuvonError
 
 Progress: TypeAlias = Callable[[Result], None]
 
+PATIENCE = 120.0  # seconds for a server that is still loading
+POLL = 0.2
+UNAVAILABLE = 503
 MOST_TIMEOUTS = 24
 """Checks that may run out of time. Then the server is taken to be stuck, and no more is asked."""
 
@@ -38,17 +42,20 @@ async def examine(
     api_key: str | None = None,
     concurrency: int = 8,
     timeout: float = 60.0,
+    patience: float = PATIENCE,
     progress: Progress = lambda result: None,
 ) -> tuple[str, list[Result]]:
     """The model that was asked and a result for each check, in their order.
 
-    ``url`` may end in ``/v1``; without ``model`` it is the first that the server lists. Raises
-    RuvonError where nobody answers.
+    ``url`` may end in ``/v1``; without ``model`` it is the first that the server lists. A server
+    that loads its model gets ``patience`` seconds for that. Raises RuvonError where nobody answers,
+    and for a server that is not ready then.
     """
     connector = aiohttp.TCPConnector(limit=0)
     limits = aiohttp.ClientTimeout(total=timeout)
     async with aiohttp.ClientSession(connector=connector, timeout=limits) as session:
         probe = Probe(session, url.rstrip("/").removesuffix("/v1"), api_key=api_key)
+        await until_ready(probe, patience)
         probe.model = model or await first_model(probe)
         try:
             return probe.model, await _run_all(probe, checks, concurrency, timeout, progress)
@@ -56,12 +63,28 @@ async def examine(
             await probe.close()
 
 
-async def first_model(probe: Probe) -> str:
-    """The first name that the server lists."""
+async def until_ready(probe: Probe, patience: float) -> None:
+    """Wait for a server that says it is loading, by one of the paths that servers say it at."""
+    deadline = time.monotonic() + patience
+    while (reply := await readiness(probe)).status == UNAVAILABLE:
+        if time.monotonic() > deadline:
+            told = brief(reply.body.decode(errors="replace"), 200)
+            raise RuvonError(f"{probe.url} is not ready after {patience:g} s; it says {told}")
+        await asyncio.sleep(POLL)
+
+
+async def readiness(probe: Probe) -> Reply:
+    """What ``/ready`` says, or ``/health`` where there is no such path."""
     try:
-        reply = await probe.get("/v1/models")
+        reply = await probe.fetch("GET", "/ready", b"", {})
+        return await probe.fetch("GET", "/health", b"", {}) if not_offered(reply) else reply
     except (aiohttp.ClientError, OSError) as error:
         raise RuvonError(f"{probe.url} cannot be reached: {error}") from error
+
+
+async def first_model(probe: Probe) -> str:
+    """The first name that the server lists."""
+    reply = await probe.get("/v1/models")
     try:
         return str(reply.json["data"][0]["id"])
     except (Failed, KeyError, IndexError, TypeError):

@@ -119,16 +119,17 @@ class Engine:
     def prepare(self, job: Job) -> Job:
         """The job, with the keys of its prompt's blocks if they will be asked for, its grammar
         compiled: either may take long, and this may be called in any thread. Raises `RequestError`
-        for what can never run."""
+        for what can never run, `UnavailableError` if there is no time to compile."""
         self.validate(job)
+        held = None
         if self._grammars is not None and job.sampling.grammar is not None:
-            self._grammars.check(job.sampling.grammar)
+            held = self._grammars.hold(job.sampling.grammar)
         whole = job.sampling.prompt_logprobs is not None or job.pooling == "mean"
         keys: list[bytes] = []
         if self.config.enable_prefix_caching and not whole:
             size = self.config.block_size
             extend_keys(keys, len(job.prompt) // size, job.prompt, size, job.cache_salt)
-        return replace(job, keys=tuple(keys), checked=True)
+        return replace(job, keys=tuple(keys), checked=True, held=held)
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up. One with a
@@ -159,6 +160,7 @@ class Engine:
                 keys=list(job.keys),
                 prompt_logprobs=None if job.sampling.prompt_logprobs is None else [None],
                 pooling=job.pooling,
+                held=job.held,
             )
             for k in range(job.n)
         ]
@@ -208,10 +210,16 @@ class Engine:
             and (not self._scheduler.num_with_grammar or num_in_flight < runner.grammar_depth)
         )
 
-    def is_quick(self, job: Job) -> bool:
-        """Whether `prepare` has no grammar to compile."""
-        grammar = job.sampling.grammar
-        return grammar is None or self._grammars is None or self._grammars.is_compiled(grammar)
+    def unknown(self, grammars: Iterable[Grammar]) -> list[Grammar]:
+        """Those that `prepare` would have to compile."""
+        known = self._grammars
+        return [] if known is None else [each for each in grammars if not known.is_known(each)]
+
+    def compile(self, grammar: Grammar) -> object:
+        """Compile a grammar, in any thread; as long as somebody has what this gives, it is known.
+        Raises as `prepare` does."""
+        self._check_grammar(grammar)
+        return None if self._grammars is None else self._grammars.hold(grammar)
 
     def collect(self, pending: Pending) -> list[Emission]:
         """Take in the result of the oldest launched step, waiting for it if need be.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import selectors
+import signal
 import subprocess
 import sys
 import time
@@ -12,17 +13,19 @@ from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any, Protocol
+from weakref import WeakValueDictionary
 
 from ruvon.engine import grammar_trial
 from ruvon.engine.grammar_errors import refusal, unlocated
 from ruvon.engine.grammar_trial import LENGTH, LIMITS
-from ruvon.errors import RequestError
+from ruvon.errors import RequestError, UnavailableError
 from ruvon.grammars import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
 CACHE_BYTES = 64 << 20
+HELD_BYTES = 512 << 20  # that requests under way may keep from being forgotten
 ENTRY_BYTES, BYTES_A_CHARACTER = 32 << 10, 64
 """About what a compiled grammar takes, by its text; measured over schemas from 100 bytes to 1 MB,
 of which most take less."""
@@ -31,6 +34,8 @@ SHORT, ENCODED = 64, 4096  # characters of texts whose tokens are remembered, an
 REFUSALS = 256  # remembered, so that asking again costs nothing
 PATIENCE = 15.0  # seconds for a trial: a bound for a machine that has no time for it
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
+NO_TIME = "This machine had no time to compile the grammar; the request may be tried again."
+RETRY_AFTER = 5.0  # seconds
 
 
 class Tokens(Protocol):
@@ -82,8 +87,19 @@ class Vocabulary:
         return ids if spelt == text.encode() else []
 
 
+class Compiled:
+    """A grammar at its beginning. As long as anybody holds one, it is there for all."""
+
+    __slots__ = ("__weakref__", "matcher", "num_bytes")
+
+    def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
+        self.matcher = matcher
+        self.num_bytes = num_bytes
+
+
 class Grammars:
-    """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`."""
+    """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`, and what
+    requests `hold` as long as they do."""
 
     def __init__(self, tokenizer: Tokens, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
         """Takes a second for a large vocabulary, and the interpreter's lock with it."""
@@ -97,7 +113,8 @@ class Grammars:
         self._trial = Trial(vocab_size)
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
         self._lock = Lock()
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()  # the latest used last
+        self._alive: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
+        self._kept: OrderedDict[str, Compiled] = OrderedDict()  # of these, the latest used last
         self._num_bytes = 0
         self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
 
@@ -105,31 +122,53 @@ class Grammars:
         """End the process that grammars are tried in."""
         self._trial.close()
 
-    def is_compiled(self, grammar: Grammar) -> bool:
+    def is_known(self, grammar: Grammar) -> bool:
+        """Whether it is compiled, or was refused: to ask for it then takes no time."""
         with self._lock:
-            return grammar.lark() in self._compiled
+            return grammar.lark() in self._alive or grammar in self._refused
 
-    def check(self, grammar: Grammar) -> None:
-        """Compile it, unless that has been done. Raises RequestError that names what of it cannot
-        be served."""
-        self.matcher(grammar)
+    def hold(self, grammar: Grammar) -> Compiled | None:
+        """Compile it, unless that has been done; as long as somebody has what this gives, it is
+        not compiled again. None if others hold so much that this one may be forgotten. Raises
+        RequestError that names what of it cannot be served, UnavailableError if this machine has
+        no time for it."""
+        compiled = self._find(grammar)
+        with self._lock:
+            held = sum(each.num_bytes for each in self._alive.values())
+        return compiled if held <= HELD_BYTES else None
 
     def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher of one's own at the grammar's beginning."""
+        """A matcher of one's own at the grammar's beginning. Raises as `hold` does."""
+        return self._find(grammar).matcher.deep_copy()
+
+    def _find(self, grammar: Grammar) -> Compiled:
         text = grammar.lark()
-        with self._lock:
-            found = self._compiled.get(text)
-            if found is not None:
-                self._compiled.move_to_end(text)
-                return found.deep_copy()
+        if (found := self._use(text)) is not None:
+            return found
         with self._compiling:
             if grammar in self._refused:
                 raise again(self._refused[grammar])
-            if text not in self._compiled:  # or somebody did while this waited
-                self._compile(grammar, text)
-        return self.matcher(grammar)
+            # somebody may have compiled it while this waited
+            return self._use(text) or self._compile(grammar, text)
 
-    def _compile(self, grammar: Grammar, text: str) -> None:
+    def _use(self, text: str) -> Compiled | None:
+        """What is compiled, which is now the latest that was used."""
+        with self._lock:
+            found = self._alive.get(text)
+            if found is not None:
+                self._keep(text, found)
+            return found
+
+    def _keep(self, text: str, compiled: Compiled) -> None:
+        """Keep it, and forget what has not been used for longest; with the lock."""
+        if text not in self._kept:
+            self._num_bytes += compiled.num_bytes
+        self._alive[text] = self._kept[text] = compiled
+        self._kept.move_to_end(text)
+        while self._num_bytes > CACHE_BYTES and len(self._kept) > 1:
+            self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
+
+    def _compile(self, grammar: Grammar, text: str) -> Compiled:
         from llguidance import LLMatcher
 
         error = self._trial.error_of(text)
@@ -147,16 +186,15 @@ class Grammars:
                 refused = unlocated(grammar, error)
             else:
                 refused = refusal(grammar, error, self._trial.error_of)
-            self._refused[grammar] = refused
-            if len(self._refused) > REFUSALS:
-                self._refused.popitem(last=False)
+            with self._lock:
+                self._refused[grammar] = refused
+                if len(self._refused) > REFUSALS:
+                    self._refused.popitem(last=False)
             raise again(refused)
+        found = Compiled(compiled, size_of(text))
         with self._lock:
-            self._compiled[text] = compiled
-            self._num_bytes += size_of(text)
-            while self._num_bytes > CACHE_BYTES and len(self._compiled) > 1:
-                oldest, _ = self._compiled.popitem(last=False)
-                self._num_bytes -= size_of(oldest)
+            self._keep(text, found)
+        return found
 
 
 def again(error: RequestError) -> RequestError:
@@ -179,14 +217,20 @@ class Trial:
 
     def error_of(self, text: str) -> str:
         """Why a grammar does not compile; empty if it does. Raises RuntimeError if no process can
-        be had."""
+        be had, UnavailableError if one does not come to its end for others' sake: it is bounded in
+        processor time, so the grammar is to blame only for what happens within that."""
         process = self._process or self._start()
         request = text.encode(errors="replace")
         try:
             send(process, LENGTH.pack(len(request)) + request)
             return receive(process)
-        except (OSError, EOFError, TimeoutError):
+        except TimeoutError:
             self.close()
+            raise UnavailableError(NO_TIME, RETRY_AFTER) from None
+        except (OSError, EOFError):
+            self.close()
+            if process.returncode == -signal.SIGKILL:  # by the system, or by `close`
+                raise UnavailableError(NO_TIME, RETRY_AFTER) from None
             return TOO_COSTLY
 
     def _start(self) -> subprocess.Popen[bytes]:
@@ -206,7 +250,7 @@ class Trial:
         process, self._process = self._process, None
         if process is None:
             return
-        process.kill()
+        process.kill()  # one that has ended by itself still says how
         process.wait()
         for pipe in (process.stdin, process.stdout):
             with suppress(OSError):  # what it was not sent any more

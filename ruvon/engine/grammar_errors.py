@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from itertools import islice
 from typing import Any, TypeAlias
 
-from ruvon.errors import RequestError
+from ruvon.errors import RequestError, UnavailableError
 from ruvon.grammars import Grammar, Place, broken, inner
 
 ErrorOf: TypeAlias = Callable[[str], str]
 
 MOST_TRIALS = 200  # to find which schema an error comes from, and then where in it
+SEARCH_SECONDS = 5.0  # in all: each takes a millisecond, but for one that wants to do harm
 
 JSON = re.compile(r"%json\s*(?=[{\[])")
 POSITION = re.compile(r"^(?:at )?(\d+)\((\d+)\): ")
@@ -34,11 +37,19 @@ KEYWORDS: tuple[tuple[str, str, str], ...] = (
 
 
 def refusal(grammar: Grammar, error: str, error_of: ErrorOf) -> RequestError:
-    """The error for a grammar that does not compile; ``error_of`` tells why another does not."""
-    reason = reason_of(error)
-    for schema in islice(schemas_of(grammar.lark()), MOST_TRIALS):
-        if reason_of(error_of(lark_of(schema))) == reason:
-            return invalid_schema(grammar.param, locate(schema, reason, error_of), reason)
+    """The error for a grammar that does not compile; ``error_of`` tells why another does not. What
+    of it is at fault is not looked for longer than `SEARCH_SECONDS`."""
+    reason, deadline = reason_of(error), time.monotonic() + SEARCH_SECONDS
+
+    def in_time(text: str) -> str:
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        return error_of(text)
+
+    with suppress(TimeoutError, UnavailableError):
+        for schema in islice(schemas_of(grammar.lark()), MOST_TRIALS):
+            if reason_of(in_time(lark_of(schema))) == reason:
+                return invalid_schema(grammar.param, locate(schema, reason, in_time), reason)
     return unlocated(grammar, reason)
 
 

@@ -198,11 +198,14 @@ def check_stated(config: EngineConfig, free: int) -> None:
 def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int:
     """A generous estimate of the largest step's temporaries on a GPU. All of it there is twice, for
     graphs have memory of their own and so have steps without one: for each token some ten vectors
-    as wide as the hidden state and four as the MLP, and for each sequence its float32 logits.
+    as wide as the hidden state and four as the MLP (of a mixture, two and four for each expert that
+    it goes through), and for each sequence its float32 logits.
     Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence."""
     sequences, tokens = config.largest_step
     if not config.enable_chunked_prefill:
         tokens = max(tokens, longest_sequence(spec, config))
-    per_token = (10 * spec.hidden_size + 4 * spec.intermediate_size) * dtype.itemsize
+    through = 1 if spec.experts is None else spec.experts.top_k
+    hidden = 10 * spec.hidden_size + (0 if spec.experts is None else 2 * through * spec.hidden_size)
+    per_token = (hidden + 4 * through * spec.intermediate_size) * dtype.itemsize
     per_sequence = 4 * spec.vocab_size
     return 2 * (tokens * per_token + sequences * per_sequence) + sequences * per_sequence

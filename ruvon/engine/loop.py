@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from threading import get_ident
 from typing import Protocol
 
 import structlog
@@ -24,7 +23,8 @@ from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.engine import Engine, Pending, dead_error
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import NotReadyError, QueueFullError
+from ruvon.errors import NotReadyError, QueueFullError, RequestError
+from ruvon.grammars import Grammar
 
 log = structlog.get_logger(__name__)
 
@@ -32,8 +32,12 @@ LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
 LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
-class HoldsLoopError(Exception):
-    """What was asked for takes long, and was asked for on the event loop's thread."""
+class NotCompiledError(Exception):
+    """What was asked for needs ``grammars`` that are not compiled yet, which takes long."""
+
+    def __init__(self, grammars: Sequence[Grammar]) -> None:
+        super().__init__(f"{len(grammars)} grammars are not compiled")
+        self.grammars = grammars
 
 
 class LoopMetrics(Protocol):
@@ -108,7 +112,6 @@ class EngineLoop:
         self._idle = asyncio.Event()
         self._idle.set()
         self._task: asyncio.Task[None] | None = None
-        self._thread: int | None = None  # the event loop's
         self._numbers = count()  # of streams
         self._pending: deque[Pending] = deque()  # launched steps, oldest first
         self._coalescer = Coalescer()
@@ -146,7 +149,6 @@ class EngineLoop:
 
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
-        self._thread = get_ident()
         self._task = asyncio.create_task(self._run(), name="engine-loop")
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
@@ -172,11 +174,26 @@ class EngineLoop:
     # ---------------------------------------------------------------- requests
 
     def prepare(self, job: Job) -> Job:
-        """As `Engine.prepare`. On the event loop's thread it raises HoldsLoopError for a job whose
-        grammar is not compiled yet: that is to be done again, in another thread."""
-        if get_ident() == self._thread and not self.engine.is_quick(job):
-            raise HoldsLoopError
+        """As `Engine.prepare`, but compiles nothing: raises NotCompiledError for a job whose
+        grammar is new, which is to be done again when that is compiled."""
+        grammar = job.sampling.grammar
+        self.check_compiled([] if grammar is None else [grammar])
         return self.engine.prepare(job)
+
+    def check_compiled(self, grammars: Iterable[Grammar]) -> None:
+        """Raises NotCompiledError for grammars that are new."""
+        if unknown := self.engine.unknown(grammars):
+            raise NotCompiledError(unknown)
+
+    def compile(self, grammars: Iterable[Grammar]) -> list[object]:
+        """Compile grammars, in another thread than the loop's: they are known as long as somebody
+        has what this gives. Why one cannot be compiled says whoever asks for it then. Raises
+        `UnavailableError`."""
+        held = []
+        for grammar in grammars:
+            with suppress(RequestError):
+                held.append(self.engine.compile(grammar))
+        return held
 
     async def admission(self) -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""

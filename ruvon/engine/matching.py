@@ -17,7 +17,7 @@ import numpy as np
 
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.types import Plan, SamplingParams, SamplingRow, StepResult
-from ruvon.errors import RequestError
+from ruvon.errors import RuvonError
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher
@@ -161,7 +161,7 @@ class Matchers:
         """A sequence's matching, if it can be had."""
         try:
             matching = self._matching_of(row)
-        except (RequestError, RuntimeError) as error:  # forgotten, and not to be had this time
+        except (RuvonError, RuntimeError) as error:  # forgotten, and not to be had this time
             errors[row.seq_id] = str(error)
             return None
         if matching.matcher.is_error():

@@ -49,7 +49,7 @@ from ruvon.engine.validation import check_sampling
 from ruvon.errors import LoadError, RequestError
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
-from ruvon.models.chat import ChatFormat, load_chat
+from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
@@ -64,8 +64,9 @@ SMALL_MODEL = 1 << 30
 for each operation threads wait for one another, long if anybody else uses their cores."""
 
 LAYERS_AT_ONCE = 4
+BYTES_AT_ONCE = 2 << 30
 """Most that are loaded side by side on a CPU, each of which takes the memory of its largest weight
-a few times."""
+a few times: a large mixture's layers come one by one, each on all threads."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +78,7 @@ class LoadedEngine:
     eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
-    chat: ChatFormat
+    chat: Chat
     memory: MemoryPlan
     device: str
     kernels: str  # the table's name
@@ -192,21 +193,24 @@ def assemble(
     )
 
 
-def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, ChatFormat, Grammars]:
+def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
     """All that is needed to read and to write text, and to write it by rules."""
     tokenizer, spec = load_tokenizer(checkpoint), checkpoint.spec
-    ends = dict.fromkeys((*spec.eos_token_ids, *tokenizer.eos_ids))
+    chat = load_chat(tokenizer)
+    ends = dict.fromkeys(chat.stop_ids((*spec.eos_token_ids, *tokenizer.eos_ids)))
     eos_token_ids = tuple(id for id in ends if 0 <= id < spec.vocab_size)
-    grammars = Grammars(tokenizer, spec.vocab_size, eos_token_ids)
-    return tokenizer, load_chat(tokenizer), grammars
+    return tokenizer, chat, Grammars(tokenizer, spec.vocab_size, eos_token_ids)
 
 
 def load_on(
     checkpoint: Checkpoint, config: EngineConfig, ops: Ops, threads: int, progress: Progress
 ) -> Model:
     """The model, loaded on so many threads; torch uses that many afterwards."""
-    at_once = min(threads, LAYERS_AT_ONCE) if ops.device.type == "cpu" else 1
-    small = stored_bytes(checkpoint) <= SMALL_MODEL
+    stored = stored_bytes(checkpoint)
+    room = BYTES_AT_ONCE * checkpoint.spec.num_layers // max(stored, 1)
+    on_cpu = ops.device.type == "cpu"
+    at_once = max(min(threads, LAYERS_AT_ONCE, room), 1) if on_cpu else 1
+    small = stored <= SMALL_MODEL
     torch.set_num_threads(1 if small else max(threads // at_once, 1))
     model = load_model(checkpoint, config, ops, progress, at_once)
     torch.set_num_threads(threads)
@@ -345,10 +349,11 @@ def short_step(config: EngineConfig, sampling: SamplingParams, num_groups: int =
 
 def stored_bytes(checkpoint: Checkpoint) -> int:
     """The size of its weights on disk; 0 if it has none."""
-    path = checkpoint.path
     if checkpoint.format == "safetensors":
-        return sum(file.stat().st_size for file in weight_files(path) if file.exists())
-    return path.stat().st_size if path.is_file() else 0
+        files = [file for file in weight_files(checkpoint.path) if file.exists()]
+    else:
+        files = [part.path for part in checkpoint.gguf.parts] if checkpoint.gguf else []
+    return sum(file.stat().st_size for file in files)
 
 
 def tensors_of(value: object) -> Iterator[Tensor]:

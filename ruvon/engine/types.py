@@ -93,6 +93,8 @@ class Job:
     keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
     param: str = "prompt"  # the field that errors about the prompt name
     checked: bool = False  # `Engine.prepare` has found that it can run
+    held: object = field(default=None, repr=False, compare=False)
+    """Its grammar, compiled: while somebody has it, the engine does not forget it."""
 
 
 @dataclass(slots=True, eq=False)
@@ -134,6 +136,7 @@ class Sequence:
     pooled: Floats64 | None = None  # the sum of what is wanted of its hidden states, so far
     arrived_at: float = 0.0  # seconds, monotonic
     scheduled_at: float | None = None  # when a step was first planned with a chunk of it
+    held: object = None  # the job's
     finish: FinishReason | None = None
 
     @property

@@ -277,6 +277,10 @@ class Ops:
     they make of it: ``sum_e weight_e * (W2_e act(W1_e x + b1_e) + b2_e)``. Logits and their softmax
     are float32."""
 
+    norm_experts: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(x_TC, residual_TC or None, norm weight_C, eps, router E×C, bias_E or None, experts) →
+    (``experts``' y_TC of the RMSNorm, x + residual). None: two calls."""
+
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""
 

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, kv, linear, norm, reference, split_k
+from ruvon.kernels import attention, decode, embed, experts, kv, linear, norm, split_k
 from ruvon.kernels.ops import Dense, Ops, Packed, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -24,7 +24,7 @@ def make_triton_ops(
     Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
     has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
-    Quantized weights are multiplied out: nothing here reads codes yet.
+    Quantized weights are multiplied out, but for experts in MXFP4.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
@@ -49,10 +49,11 @@ def make_triton_ops(
         ),
         gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
-        pack_experts=reference.make_torch_ops(dtype, device).pack_experts,
-        experts=reference.experts,
+        pack_experts=partial(experts.pack_experts, dtype=dtype, device=device),
+        experts=partial(experts.experts, workspace=sums, pdl=pdl, batch_invariant=batch_invariant),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
+        norm_experts=partial(experts.norm_experts, workspace=sums, pdl=pdl),
         dtype=dtype,
         device=device,
     )
@@ -64,5 +65,6 @@ def make_triton_ops(
         logits=partial(linear.batch_invariant_logits, workspace=sums, pdl=pdl),
         norm_linear=None,
         attend=None,
+        norm_experts=None,
         batch_invariant=True,
     )

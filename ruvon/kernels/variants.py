@@ -9,10 +9,13 @@ from ruvon.kernels import (
     attention,
     decode,
     embed,
+    experts,
     kv,
     linear,
     norm,
+    norm_routing,
     prefill,
+    routing,
     sample,
     split_k,
     staging,
@@ -20,8 +23,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, attention, decode, embed, kv, linear, norm, prefill, sample, split_k, staging,
-    tma_linear,
+    activation, attention, decode, embed, experts, kv, linear, norm, norm_routing, prefill,
+    routing, sample, split_k, staging, tma_linear,
 )  # fmt: skip
 
 

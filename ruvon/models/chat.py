@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import jinja2
 
@@ -19,42 +19,30 @@ from ruvon.errors import ConfigError, RequestError
 from ruvon.grammars import Grammar
 from ruvon.models.formats import find_format
 from ruvon.models.formats.answer import Answer, Thinking, chosen
+from ruvon.models.formats.harmony import find_marks
 from ruvon.models.formats.plain import PlainParser as PlainParser
 from ruvon.models.formats.tools import Parser as Parser
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, openai_form
 from ruvon.models.formats.tools import Turn as Turn
 from ruvon.models.guard import Guard
+from ruvon.models.harmony_chat import HarmonyChat
 from ruvon.models.messages import CALL_STYLES, CALLED, CallStyle, Message, a_call, plain, prepare
 from ruvon.models.template import (
     Template,
     compile_own,
     compile_template,
     render_template,
-    variables_of,
 )
 from ruvon.models.tokenizer import Tokenizer
+from ruvon.models.turn_options import Chat as Chat
+from ruvon.models.turn_options import Options as Options
+from ruvon.models.turn_options import TurnOptions as TurnOptions
+from ruvon.models.turn_options import as_called, check_options
 
 FINAL = chr(0xFFFFD)  # follows the final message's text when it is to be continued
 THINK_TAGS = (("<think>", "</think>"), ("[THINK]", "[/THINK]"))
 SWITCHES = ("enable_thinking", "thinking")  # what templates call the switch of reasoning
 EFFORT = "reasoning_effort"
-
-
-class TurnOptions(TypedDict, total=False):
-    """How to render messages. The generation prompt opens the assistant's turn; it is added unless
-    told otherwise or the final message is to be continued. ``kwargs`` are further variables of the
-    template."""
-
-    documents: Sequence[Mapping[str, Any]] | None
-    add_generation_prompt: bool | None
-    continue_final_message: bool
-    kwargs: Mapping[str, Any] | None
-
-
-class Options(TurnOptions, total=False):
-    """The same, with tools in OpenAI's form."""
-
-    tools: Sequence[Mapping[str, Any]] | None
 
 
 NOTHING_ELSE: Mapping[str, Any] = {
@@ -63,14 +51,18 @@ NOTHING_ELSE: Mapping[str, Any] = {
     "add_generation_prompt": False,
     "continue_final_message": False,
 }
-RESERVED = frozenset({"messages", *Options.__annotations__} - {"kwargs"})
 
 
-def load_chat(tokenizer: Tokenizer, template: str | None = None) -> ChatFormat:
-    """The chat format of a model. ``template`` is a Jinja source to use instead of its own.
+def load_chat(tokenizer: Tokenizer, template: str | None = None) -> Chat:
+    """How to chat with a model. ``template`` is a Jinja source to use instead of its own.
 
-    Raises ConfigError if that is none. If the model's own is none, chatting raises RequestError.
+    Raises ConfigError if that is none, and for a model that speaks harmony. If the model's own is
+    none, chatting raises RequestError.
     """
+    if (marks := find_marks(tokenizer.added_ids)) is not None:
+        if template is not None:
+            raise ConfigError("chat_template: this model speaks harmony, which is no template's")
+        return HarmonyChat(tokenizer, marks)
     if template is None:
         own = tokenizer.chat_templates
         compiled = {name: compile_own(name, source) for name, source in own.items()}
@@ -104,7 +96,7 @@ class ChatFormat:
         declared = {name: tokenizer.token_text(id) for name, id in named.items() if id is not None}
         self._named = {**declared, **tokenizer.named_tokens}
         self._knows_developer = any("developer" in source for source in sources.values())
-        self._used = frozenset[str]().union(*map(variables_of, sources.values()))
+        self._used = frozenset[str]().union(*(each.variables for each in templates.values()))
         with_tools = sources.get("tool_use") or sources.get("default", "")
         self._format = find_format(with_tools, "tool_use" in sources or "tools" in self._used)
         self._tags = _find_tags("".join(sources.values()), tokenizer)
@@ -124,9 +116,7 @@ class ChatFormat:
         ``response`` is the form of an answer that calls no tool. Raises RequestError as `encode`
         does, and for a choice of tools that cannot be met.
         """
-        choice, reasoning = choice or ToolChoice(), reasoning or Reasoning()
-        if choice.mode == "required" and len(choice.names) == 1:
-            choice = replace(choice, parallel=False)  # who names a tool wants one call
+        choice, reasoning = as_called(choice), reasoning or Reasoning()
         callable = chosen(tools, choice)
         shown = [openai_form(tool) for tool in tools] if callable else None
         kwargs, ignored = self._wishes(options.get("kwargs"), reasoning)
@@ -150,6 +140,10 @@ class ChatFormat:
             self._tokenizer.vocab_size,
         )
         return Turn(tuple(prompt), answer.parser(), answer.grammar(), ignored)
+
+    def stop_ids(self, declared: Sequence[int]) -> tuple[int, ...]:
+        """The tokens that end an answer: those that the model's files declare."""
+        return tuple(declared)
 
     @property
     def reasons(self) -> bool:
@@ -187,23 +181,11 @@ class ChatFormat:
         messages: Sequence[Message],
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
-        documents: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool | None = None,
-        continue_final_message: bool = False,
-        kwargs: Mapping[str, Any] | None = None,
+        **options: Unpack[TurnOptions],
     ) -> dict[str, Any]:
         """What the template is told, as plain data."""
-        if taken := RESERVED.intersection(kwargs or ()):
-            raise RequestError(f"{min(taken)} is a field of its own", param="chat_template_kwargs")
-        if add_generation_prompt and continue_final_message:
-            raise RequestError(
-                "add_generation_prompt and continue_final_message exclude each other",
-                param="continue_final_message",
-            )
-        if not messages:
-            raise RequestError("there must be at least one message", param="messages")
-        if add_generation_prompt is None:
-            add_generation_prompt = not continue_final_message
+        adds_prompt = check_options(messages, options)
+        continues = bool(options.get("continue_final_message"))
         listed = plain(tools, "tools") or None
         prepared = self._format.adapt(
             [prepare(message, i, self._knows_developer) for i, message in enumerate(messages)],
@@ -212,15 +194,15 @@ class ChatFormat:
         )
         if any("tool_calls" in message for message in prepared):
             self._call_style.apply(prepared)
-        if continue_final_message:
+        if continues:
             prepared[-1]["content"] = (prepared[-1]["content"] or "") + FINAL + " "
         return {
-            **plain(kwargs or {}, "chat_template_kwargs"),
+            **plain(options.get("kwargs") or {}, "chat_template_kwargs"),
             "messages": prepared,
             "tools": listed,
-            "documents": plain(documents, "documents") or None,
-            "add_generation_prompt": add_generation_prompt,
-            "continue_final_message": continue_final_message,
+            "documents": plain(options.get("documents"), "documents") or None,
+            "add_generation_prompt": adds_prompt,
+            "continue_final_message": continues,
         }
 
     def _render(self, variables: Mapping[str, Any]) -> str:

@@ -19,6 +19,7 @@ from ruvon.errors import ConfigError, LoadError
 from ruvon.locate import is_embedded, locate
 from ruvon.models.defaults import gguf_generation
 from ruvon.models.gguf import GgufFile
+from ruvon.models.mixtures import is_original
 from ruvon.models.spec import ModelSpec, spec_from_config
 from ruvon.models.spec_gguf import spec_from_gguf
 from ruvon.telemetry import Progress
@@ -40,6 +41,11 @@ class Checkpoint:
     config: Mapping[str, Any]  # config.json, or GGUF metadata
     generation: Mapping[str, Any]  # generation_config.json, or what stands for it
     gguf: GgufFile | None = field(default=None, repr=False)  # the open file, if it is one
+
+    @property
+    def words(self) -> Path:
+        """The folder of the vocabulary and the chat template."""
+        return words_folder(self.path, self.config)
 
 
 def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
@@ -72,13 +78,19 @@ def _open_folder(folder: Path, name: str, *, dummy: bool) -> Checkpoint:
     config = read_json(folder / "config.json")
     if (adapter := folder / ADAPTER).exists():
         log.warning("adapter_left_out", file=str(adapter), reason="only the model's own is read")
-    generation_path = folder / "generation_config.json"
+    generation_path = words_folder(folder, config) / "generation_config.json"
     generation = read_json(generation_path) if generation_path.exists() else {}
     try:
         spec = spec_from_config(config, generation)
     except LoadError as error:
         raise LoadError(f"{folder}: {error}") from None
     return Checkpoint(name, "dummy" if dummy else "safetensors", folder, spec, config, generation)
+
+
+def words_folder(folder: Path, config: Mapping[str, Any]) -> Path:
+    """OpenAI's layout is weights only, and lies in a folder of Hugging Face's."""
+    beside = is_original(config) and not (folder / "tokenizer.json").exists()
+    return folder.resolve().parent if beside else folder
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Mxfp4, Quantized
+from ruvon.locate import PART
 from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES
 from ruvon.models.quantize import take_rows
 
@@ -93,6 +94,16 @@ class Cursor:
         return values.tolist()  # type: ignore[no-any-return]
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """A file as it lies on disk: the whole, or one of several that a model was split into."""
+
+    path: Path
+    data: mmap.mmap
+    metadata: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+
+
 class GgufFile:
     """An open GGUF file: ``metadata`` at once, each tensor when it is read.
 
@@ -100,23 +111,18 @@ class GgufFile:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises LoadError naming the file if it is not GGUF, damaged or in several parts."""
+        """``path``: the file, or the first part of it, beside which the others lie. Raises
+        LoadError naming the file if it is not GGUF, damaged or not all there."""
         self.path = path
-        try:
-            with path.open("rb") as file:
-                self.data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-            self.metadata, self.tensors = _read_header(Cursor(self.data))
-        except (
-            OSError,
-            ValueError,
-            KeyError,
-            ArithmeticError,
-            struct.error,
-            RecursionError,
-        ) as error:
-            raise LoadError(f"{path}: not a readable GGUF file ({error})") from None
-        if self.metadata.get("split.count", 1) > 1:
-            raise LoadError(f"{path}: one part of several; join them with llama-gguf-split --merge")
+        first = _open_part(path)
+        self.metadata = first.metadata
+        self.parts = [first, *map(_open_part, _other_parts(first))]
+        self.tensors = {
+            name: (part, it) for part in self.parts for name, it in part.tensors.items()
+        }
+        expected = self.metadata.get("split.tensors.count")
+        if len(self.parts) > 1 and expected not in (None, len(self.tensors)):
+            raise LoadError(f"{path}: {len(self.tensors)} tensors in all parts, not {expected}")
 
     def names(self) -> frozenset[str]:
         return frozenset(self.tensors)
@@ -130,10 +136,10 @@ class GgufFile:
         ``(2 i, 2 i + 1)``; here they are put back to rotate-half, ``(i, i + D / 2)``.
         """
         assert not bytes_only, "GGUF keeps codes and scales together"
-        entry = self.tensors[name]
+        part, entry = self.tensors[name]
         if entry.shape != shape:
-            raise LoadError(f"{self.path}: {name} has shape {entry.shape}, expected {shape}")
-        values = self._values(name, entry)
+            raise LoadError(f"{part.path}: {name} has shape {entry.shape}, expected {shape}")
+        values = _values(part, name, entry)
         heads = self._interleaved_heads(name)
         if heads is None or isinstance(values, Mxfp4):
             return values
@@ -144,43 +150,9 @@ class GgufFile:
         """What each rotary frequency is divided by, where the file says it by a tensor."""
         if "rope_freqs.weight" not in self.tensors:
             return None
-        values = self.read("rope_freqs.weight", self.tensors["rope_freqs.weight"].shape)
+        values = self.read("rope_freqs.weight", self.tensors["rope_freqs.weight"][1].shape)
         assert isinstance(values, Tensor)
         return tuple(values.tolist())
-
-    def _values(self, name: str, entry: TensorEntry) -> Tensor | Quantized | Mxfp4:
-        count = prod(entry.shape)
-        if entry.kind in DENSE:
-            dtype = DENSE[entry.kind]
-            self._require(name, entry.offset, count * dtype.itemsize)
-            flat = torch.frombuffer(self.data, dtype=dtype, count=count, offset=entry.offset)
-            return flat.view(entry.shape)
-        if entry.kind not in QUANTIZED:
-            kind = TYPE_NAMES.get(entry.kind, f"number {entry.kind}")
-            raise LoadError(f"{self.path}: {name} has the type {kind}, which is not supported")
-        layout = QUANTIZED[entry.kind]
-        if len(entry.shape) < 2 or entry.shape[-1] % layout.values:
-            raise LoadError(f"{self.path}: {name} of shape {entry.shape} cannot be {layout.name}")
-        size = count // layout.values * layout.bytes
-        self._require(name, entry.offset, size)
-        raw = np.frombuffer(self.data, np.uint8, size, entry.offset)
-        rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
-        values = layout.unpack(raw.reshape(rows, -1, layout.bytes))
-        self._let_go(entry.offset, size)
-        return values
-
-    def _let_go(self, offset: int, size: int) -> None:
-        """Of the pages of what was copied, so that memory does not hold a model twice. They are
-        read again if somebody asks for them again."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
-            last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
-            if first < last:
-                self.data.madvise(mmap.MADV_DONTNEED, first, last - first)
-
-    def _require(self, name: str, offset: int, size: int) -> None:
-        if offset + size > len(self.data):
-            raise LoadError(f"{self.path}: truncated, the file ends inside {name}")
 
     def _interleaved_heads(self, name: str) -> int | None:
         if self.metadata.get("general.architecture") != "llama":
@@ -191,6 +163,74 @@ class GgufFile:
         if name.endswith((".attn_k.weight", ".attn_k.bias")):
             return int(self.metadata.get("llama.attention.head_count_kv", heads))
         return None
+
+
+def _open_part(path: Path) -> Part:
+    try:
+        with path.open("rb") as file:
+            data = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return Part(path, data, *_read_header(Cursor(data)))
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        ArithmeticError,
+        struct.error,
+        RecursionError,
+    ) as error:
+        raise LoadError(f"{path}: not a readable GGUF file ({error})") from None
+
+
+def _other_parts(first: Part) -> list[Path]:
+    """Where the other parts must lie, by the first one's name."""
+    if (count := first.metadata.get("split.count", 1)) <= 1:
+        return []
+    named = PART.search(first.path.name)
+    if named is None or named.groups() != ("00001", f"{count:05}"):
+        raise LoadError(
+            f"{first.path}: one part of several, of which the first must be called "
+            f"…-00001-of-{count:05}.gguf"
+        )
+    return [
+        first.path.with_name(PART.sub(f"-{number:05}-of-{count:05}", first.path.name))
+        for number in range(2, count + 1)
+    ]
+
+
+def _values(part: Part, name: str, entry: TensorEntry) -> Tensor | Quantized | Mxfp4:
+    count = prod(entry.shape)
+    if entry.kind in DENSE:
+        dtype = DENSE[entry.kind]
+        _require(part, name, entry.offset, count * dtype.itemsize)
+        flat = torch.frombuffer(part.data, dtype=dtype, count=count, offset=entry.offset)
+        return flat.view(entry.shape)
+    if entry.kind not in QUANTIZED:
+        kind = TYPE_NAMES.get(entry.kind, f"number {entry.kind}")
+        raise LoadError(f"{part.path}: {name} has the type {kind}, which is not supported")
+    layout = QUANTIZED[entry.kind]
+    if len(entry.shape) < 2 or entry.shape[-1] % layout.values:
+        raise LoadError(f"{part.path}: {name} of shape {entry.shape} cannot be {layout.name}")
+    size = count // layout.values * layout.bytes
+    _require(part, name, entry.offset, size)
+    raw = np.frombuffer(part.data, np.uint8, size, entry.offset)
+    rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
+    values = layout.unpack(raw.reshape(rows, -1, layout.bytes))
+    _let_go(part.data, entry.offset, size)
+    return values
+
+
+def _let_go(data: mmap.mmap, offset: int, size: int) -> None:
+    """Of the pages of what was copied, so that memory does not hold a model twice. They are read
+    again if somebody asks for them again."""
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+
+def _require(part: Part, name: str, offset: int, size: int) -> None:
+    if offset + size > len(part.data):
+        raise LoadError(f"{part.path}: truncated, the file ends inside {name}")
 
 
 def _read_header(cursor: Cursor) -> tuple[Mapping[str, Any], Mapping[str, TensorEntry]]:

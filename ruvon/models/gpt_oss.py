@@ -28,6 +28,7 @@ from ruvon.models.layers import (
     load_rms_norm,
     load_tables,
     norm_linear,
+    norm_mixture,
 )
 from ruvon.models.rope import make_rope
 from ruvon.models.spec import ModelSpec
@@ -127,8 +128,7 @@ class GptOss:
                 x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
                 residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
             x_TC = layer.attn_out(x_TC)
-            x_TC, residual_TC = layer.mlp_norm(x_TC, residual_TC)
-            x_TC = layer.mixture(x_TC)
+            x_TC, residual_TC = norm_mixture(layer.mlp_norm, layer.mixture, x_TC, residual_TC)
         x_LC, _ = self.norm(x_TC, residual_TC)
         return x_LC
 

@@ -137,6 +137,18 @@ class Mixture:
         return self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
 
 
+def norm_mixture(
+    norm: RMSNorm, mixture: Mixture, x_TC: Tensor, residual_TC: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """→ (mixture(norm(x + residual)), x + residual), in one operation where there is one."""
+    fused = mixture.ops.norm_experts
+    if fused is None:
+        x_TC, residual_TC = norm(x_TC, residual_TC)
+        return mixture(x_TC), residual_TC
+    router = (mixture.router, mixture.router_bias_E)
+    return fused(x_TC, residual_TC, norm.weight_C, norm.eps, *router, mixture.experts)
+
+
 def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
     """One layer's attention in numbers."""
     return AttentionSpec(

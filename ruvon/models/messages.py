@@ -26,7 +26,7 @@ def prepare(message: Message, index: int, knows_developer: bool) -> dict[str, An
     tool calls as objects, reasoning under both of its names."""
     where = f"messages[{index}]"
     prepared: dict[str, Any] = plain(message, where)
-    prepared["content"] = _text(prepared.get("content"), f"{where}.content")
+    prepared["content"] = text_of(prepared.get("content"), f"{where}.content")
     if prepared.get("role") == "developer" and not knows_developer:
         prepared["role"] = "system"
     if not prepared.get("tool_calls"):
@@ -40,7 +40,8 @@ def prepare(message: Message, index: int, knows_developer: bool) -> dict[str, An
     return prepared
 
 
-def _text(content: Any, where: str) -> str:
+def text_of(content: Any, where: str) -> str:
+    """A message's content as one text, parts on lines of their own. Raises RequestError."""
     if content is None or isinstance(content, str):
         return content or ""
     if not isinstance(content, list):

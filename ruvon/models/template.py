@@ -38,14 +38,24 @@ class GenerationBlocks(Extension):
         return nodes.Scope(body).set_lineno(line)
 
 
-def compile_template(source: str) -> jinja2.Template:
+@dataclass(frozen=True, slots=True)
+class CompiledTemplate:
+    """A template, and the variables that it looks up."""
+
+    template: jinja2.Template
+    variables: frozenset[str]
+
+
+def compile_template(source: str) -> CompiledTemplate:
     """Raises jinja2.TemplateSyntaxError, which knows the line."""
     environment = _environment()
     environment.filters["tojson"] = _tojson
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now
     del environment.globals["lipsum"]  # writes as much as it is asked to
-    return environment.from_string(source)
+    parsed = environment.parse(source)
+    variables = frozenset(meta.find_undeclared_variables(parsed))
+    return CompiledTemplate(environment.from_string(parsed), variables)
 
 
 def _environment() -> ImmutableSandboxedEnvironment:
@@ -56,22 +66,15 @@ def _environment() -> ImmutableSandboxedEnvironment:
     )
 
 
-def variables_of(source: str) -> frozenset[str]:
-    """The variables that a template looks up; none if it does not compile."""
-    try:
-        return frozenset(meta.find_undeclared_variables(_environment().parse(source)))
-    except jinja2.TemplateSyntaxError:
-        return frozenset()
-
-
 @dataclass(frozen=True, slots=True)
 class BrokenTemplate:
     """Stands for a template that does not compile."""
 
     reason: str
+    variables: frozenset[str] = frozenset()
 
 
-Template: TypeAlias = jinja2.Template | BrokenTemplate
+Template: TypeAlias = CompiledTemplate | BrokenTemplate
 
 
 def compile_own(name: str, source: str) -> Template:
@@ -96,7 +99,7 @@ def render_template(template: Template, variables: Mapping[str, Any]) -> str:
         )
     pieces, size = [], 0
     try:
-        for piece in template.generate(variables):
+        for piece in template.template.generate(variables):
             pieces.append(piece)
             size += len(piece)
             if size > MAX_RENDERED:

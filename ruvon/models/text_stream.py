@@ -74,6 +74,24 @@ class TextStream:
             pieces.append(self._release(self._decode((id,))))
         return "".join(pieces)
 
+    def skip(self, id: int) -> bytes:
+        """Take in an id that shows nothing; gives the bytes that `put` may still show of it."""
+        self.num_tokens += 1
+        return b"" if id in self._hidden else self._token_bytes(id)
+
+    def put(self, data: bytes) -> str:
+        """The text that is certain now, of ids that were taken in before."""
+        return "" if self.over else self._release(self._decode_bytes(data))
+
+    def cut(self) -> str:
+        """The end of one text, and the beginning of another: gives what `finish` does, and no stop
+        string reaches from one into the other."""
+        text = self.finish()
+        self._rest = b""
+        if self._stops is not None and not self.over:
+            self._stops.restart()
+        return text
+
     def finish(self) -> str:
         """The rest: an unfinished character as U+FFFD, and the beginning of a stop string that
         never came. Empty once the text is over."""
@@ -87,6 +105,9 @@ class TextStream:
             data = b"" if ids[0] in self._hidden else self._token_bytes(ids[0])
         else:
             data = b"".join([self._token_bytes(id) for id in ids if id not in self._hidden])
+        return self._decode_bytes(data)
+
+    def _decode_bytes(self, data: bytes) -> str:
         if self._rest:
             data = self._rest + data
         text, num_decoded = codecs.utf_8_decode(data, "replace", False)
@@ -135,6 +156,10 @@ class StopStrings:
     def finish(self) -> str:
         held, self._held = self._held, ""
         return held
+
+    def restart(self) -> None:
+        """Forget what came so far."""
+        self._states = [0] * len(self._stops)
 
     def _advance(self, char: str) -> str | None:
         """The longest stop string that ends here."""

@@ -44,7 +44,7 @@ def _find_vocab(checkpoint: Checkpoint) -> Vocab:
     if checkpoint.format == "gguf":
         return read_gguf_vocab(checkpoint.path, checkpoint.config)
     try:
-        return read_vocab(checkpoint.path, checkpoint.generation)
+        return read_vocab(checkpoint.words, checkpoint.generation)
     except VocabNotFoundError:
         if checkpoint.format != "dummy":
             raise

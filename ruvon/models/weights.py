@@ -9,6 +9,7 @@ weights as are loaded at once.
 from __future__ import annotations
 
 import json
+import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -100,6 +102,8 @@ def weight_files(folder: Path) -> list[Path]:
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
     if whole.exists():
         return [whole]
+    if not index.exists() and (shards := sorted(folder.glob("model--*-of-*.safetensors"))):
+        return shards  # OpenAI's layout of gpt-oss-120b
     if not index.exists():
         found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
         but = f"only {found}" if found else "other formats, pickle above all, are not read"
@@ -154,8 +158,13 @@ class RandomTensors:
         """Codes, whatever bits; or scales with which they are as large as other weights."""
         if scales:
             return torch.full(shape, 127 - 7, dtype=torch.uint8, device=self.device)
-        words = torch.empty((*shape[:-1], shape[-1] // 8), dtype=torch.int64, device=self.device)
-        return words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+        count = math.prod(shape) // 8
+        if self.device.type == "cpu":  # twice as fast as torch's
+            words = torch.from_numpy(np.random.SFC64(generator.initial_seed()).random_raw(count))
+        else:
+            words = torch.empty(count, dtype=torch.int64, device=self.device)
+            words.random_(-(2**63), None, generator=generator)
+        return words.view(torch.uint8).view(shape)
 
 
 @dataclass(slots=True)

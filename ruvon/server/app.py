@@ -17,7 +17,7 @@ from aiohttp import web
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.server import admin, console, ollama
-from ruvon.server.body import READER
+from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, expect
@@ -95,6 +95,7 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
+    app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
@@ -117,7 +118,8 @@ def open_store(server: ServerConfig, state: State) -> ResponseStore:
 
 async def end_reader(app: web.Application) -> None:
     """What waits to be read has lost its client."""
-    app[READER].shutdown(wait=False, cancel_futures=True)
+    for threads in (app[READER], app[COMPILER]):
+        threads.shutdown(wait=False, cancel_futures=True)
 
 
 async def end_kept(app: web.Application) -> None:

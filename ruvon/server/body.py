@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TypeVar
 
 from aiohttp import web
 
-from ruvon.engine.loop import HoldsLoopError
+from ruvon.engine.loop import NotCompiledError
 from ruvon.errors import BodyTimeoutError, BodyTooLargeError, EncodingError
 from ruvon.server.parsing import SMALL
 from ruvon.server.state import STATE, Service
@@ -21,6 +22,9 @@ BODY_PATIENCE = 60.0  # seconds without a byte of a body that has not ended
 READER = web.AppKey("reader", ThreadPoolExecutor)
 """The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
 lock before the event loop does."""
+
+COMPILER = web.AppKey("compiler", ThreadPoolExecutor)
+"""The thread that waits for grammars to be compiled: bodies do not wait behind them."""
 
 
 async def read(
@@ -57,10 +61,13 @@ async def receive(http: web.Request) -> list[bytes]:
 
 
 async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T:
-    """Do ``work``, in the reader's thread if it is ``large``."""
-    if not large:
+    """Do ``work``, in the reader's thread if it is ``large``. If it needs grammars that are new
+    here, it is done again when they are compiled."""
+    run = asyncio.get_running_loop().run_in_executor
+    held: list[object] = []  # not to be forgotten until they are used
+    while True:
         try:
-            return work()
-        except HoldsLoopError:  # small, but its grammar is new here
-            pass
-    return await asyncio.get_running_loop().run_in_executor(app[READER], work)
+            return await run(app[READER], work) if large else work()
+        except NotCompiledError as error:
+            compile = partial(app[STATE].ready().generator.compile, error.grammars)
+        held += await run(app[COMPILER], compile)

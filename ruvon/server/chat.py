@@ -49,6 +49,7 @@ def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> t
         service,
         max_tokens=max_tokens,
         logprobs=logprobs if request.logprobs else None,
+        logprob_token_ids=request.logprob_token_ids,
         prompt_logprobs=bounded(request.prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
     job, turn = prepare_conversation(

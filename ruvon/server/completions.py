@@ -62,6 +62,7 @@ def prepare_completion(
         service,
         max_tokens=max_tokens,
         logprobs=bounded(logprobs, max_logprobs, "logprobs"),
+        logprob_token_ids=request.logprob_token_ids,
         prompt_logprobs=bounded(prompt_logprobs, max_logprobs, "prompt_logprobs"),
     )
     sampling = replace(sampling, grammar=grammar_of(request))

@@ -20,6 +20,8 @@ class Wish(NamedTuple):
     kind: str  # json, object, regex, choice or grammar
     value: Any
     strict: bool = False
+    name: str | None = None  # of a schema
+    description: str | None = None
 
 
 KINDS = {
@@ -81,8 +83,8 @@ def of_format(format: ResponseFormat) -> Iterator[Wish]:
         case "json_schema":
             if (given := format.json_schema) is None:
                 raise missing("response_format.json_schema")
-            where = "response_format.json_schema.schema"
-            yield Wish(where, "json", given.schema_, bool(given.strict))
+            where, strict = "response_format.json_schema.schema", bool(given.strict)
+            yield Wish(where, "json", given.schema_, strict, given.name, given.description)
         case kind:
             where = f"response_format.{kind}"
             if (value := getattr(format, kind)) is None:
@@ -97,7 +99,13 @@ def build(wish: Wish) -> Grammar:
         case "object":
             return json_object(param)
         case "json":
-            return json_schema(schema_of(value, param), strict=wish.strict, param=param)
+            return json_schema(
+                schema_of(value, param),
+                strict=wish.strict,
+                param=param,
+                name=wish.name,
+                description=wish.description,
+            )
         case "regex":
             return regex(value, param)
         case "choice":

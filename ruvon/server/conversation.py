@@ -172,7 +172,10 @@ def prepare_conversation(
 def check_each(tools: Sequence[Tool], job: Job, service: Service) -> None:
     """Raise RequestError for the tool of some, no grammar for all of which can be had, that is to
     blame, if one is by itself."""
-    for tool in tools[:MOST_SUSPECTS]:
-        if tool.parameters is not None:
-            sampling = SamplingParams(grammar=json_schema(tool.parameters, param=tool.param))
-            service.generator.prepare(Job(job.prompt[:1], sampling))
+    suspects = [(tool.parameters, tool.param) for tool in tools[:MOST_SUSPECTS]]
+    grammars = [
+        json_schema(schema, param=param) for schema, param in suspects if schema is not None
+    ]
+    service.generator.check_compiled(grammars)
+    for grammar in grammars:
+        service.generator.prepare(Job(job.prompt[:1], SamplingParams(grammar=grammar)))

@@ -93,7 +93,7 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     # another form of the answer
     "decoder_input_details": (False,),
     "details": (False,),
-    "logprob_token_ids": (),
+    "logprob_token_ids": (),  # of responses; completions and chats serve it
     "n_probs": (0,),
     "post_sampling_probs": (False,),
     "response_fields": (),

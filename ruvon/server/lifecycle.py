@@ -19,7 +19,7 @@ from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import LoadedEngine
 from ruvon.errors import ConfigError
-from ruvon.models.chat import ChatFormat, load_chat, read_template
+from ruvon.models.chat import Chat, load_chat, read_template
 from ruvon.server import console
 from ruvon.server.state import STATE, Service, State
 from ruvon.telemetry import Progress
@@ -86,7 +86,7 @@ def start_shown(state: State, start: Start) -> LoadedEngine:
         return start(state.engine, progress)
 
 
-def make_service(loaded: LoadedEngine, chat: ChatFormat, server: ServerConfig) -> Service:
+def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Service:
     """What handlers need, out of what start-up made."""
     checkpoint, engine = loaded.checkpoint, loaded.engine
     names = served_names(server.served_model_name or checkpoint.name)

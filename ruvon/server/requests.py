@@ -82,6 +82,7 @@ def sampling_params(
     max_tokens: int | None,
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
+    logprob_token_ids: Iterable[int] | None = None,
 ) -> SamplingParams:
     """What the request says, over the model's defaults, over the engine's."""
     given = {name: getattr(request, name) for name in PASSED}
@@ -96,6 +97,7 @@ def sampling_params(
         max_tokens=max_tokens,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
+        logprob_token_ids=tuple(logprob_token_ids or ()),
         logit_bias=request.logit_bias or {},
         stop_token_ids=tuple(request.stop_token_ids or ()),
         allowed_token_ids=None if allowed is None else tuple(allowed),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -14,7 +14,8 @@ from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
-from ruvon.models.chat import ChatFormat
+from ruvon.grammars import Grammar
+from ruvon.models.chat import Chat
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
@@ -45,7 +46,14 @@ class Generator(Protocol):
         """Wait until reading a new request keeps nobody waiting."""
 
     def prepare(self, job: Job) -> Job:
-        """Check a job, and do for it what takes long with a long prompt; in any thread."""
+        """Check a job, and do for it what takes long with a long prompt; in any thread. Raises
+        NotCompiledError if its grammar is new."""
+
+    def check_compiled(self, grammars: Iterable[Grammar]) -> None:
+        """Raises NotCompiledError for grammars that are new."""
+
+    def compile(self, grammars: Iterable[Grammar]) -> list[object]:
+        """Compile them, in a thread that may take long; what this gives keeps them known."""
 
     def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise why not."""
@@ -64,7 +72,7 @@ class Service:
     root: str  # what the model was loaded from
     generator: Generator
     tokenizer: Tokenizer
-    chat: ChatFormat
+    chat: Chat
     metrics: Metrics
     fingerprint: str  # changes when weights, kernels or version do
     defaults: Mapping[str, float | int]  # the model's own sampling

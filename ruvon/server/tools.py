@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar, check_strict, lark, regex
-from ruvon.models.formats.tools import Tool, ToolChoice
+from ruvon.grammars import check_strict
+from ruvon.models.formats.tools import Tool, ToolChoice, syntax_of
 from ruvon.server.schemas.base import missing
 from ruvon.server.schemas.tools import (
     AllowedTools,
@@ -56,11 +56,6 @@ def _custom(field: CustomField, param: str) -> Tool:
             raise missing(f"{param}.format.grammar")
         syntax = syntax_of(given.syntax, given.definition, f"{param}.format.grammar.definition")
     return Tool(field.name, field.description, custom=True, syntax=syntax, param=param)
-
-
-def syntax_of(kind: str, definition: str, param: str) -> Grammar:
-    """The grammar of a custom tool's input: ``lark`` or ``regex``."""
-    return (lark if kind == "lark" else regex)(definition, param)
 
 
 def choice_of(field: ChoiceField | None, parallel: bool | None) -> ToolChoice:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 HERE = Path(__file__).parent
+HARMONY = "-harmony"  # ends the names of clients that talk to a model which speaks harmony
 
 
 @dataclass(frozen=True)
@@ -28,10 +29,10 @@ class Client:
 
 
 def python(name: str, packages: tuple[str, ...], exercised: str, **options: str) -> Client:
-    file = name.replace("-", "_")
+    file = name.removesuffix(HARMONY)
     return Client(
-        name, "python", packages, f"python/test_{file}.py", exercised,
-        requirements=f"python/{name}.txt", **options,
+        name, "python", packages, f"python/test_{file.replace('-', '_')}.py", exercised,
+        requirements=f"python/{file}.txt", **options,
     )  # fmt: skip
 
 
@@ -47,8 +48,9 @@ def node(name: str, packages: tuple[str, ...], exercised: str) -> Client:
 
 
 def agent(name: str, package: str, program: str, exercised: str, **options: str) -> Client:
+    file = name.removesuffix(HARMONY).replace("-", "_")
     return Client(
-        name, "agent", (package,), f"agents/test_{name.replace('-', '_')}.py", exercised,
+        name, "agent", (package,), f"agents/test_{file}.py", exercised,
         program=program, script=name, seconds=900, **options,
     )  # fmt: skip
 
@@ -61,6 +63,10 @@ CLIENTS = (
     ),
     python("anthropic", ("anthropic",), "messages, stream helper, tools, count_tokens, models"),
     python("openai-agents", ("openai-agents",), "tool loop over chat and over responses"),
+    python(
+        "openai-agents-harmony", ("openai-agents",), "the same with a model that speaks harmony",
+        script="obedient-harmony",
+    ),
     python(
         "langchain", ("langchain-openai", "langchain-tests"),
         "langchain-tests' standard integration tests over chat and over responses",
@@ -83,6 +89,11 @@ CLIENTS = (
         folder="agents/codex",
     ),
     agent(
+        "codex-harmony", "@openai/codex", "node_modules/.bin/codex",
+        "the same with a model that speaks harmony",
+        folder="agents/codex",
+    ),
+    agent(
         "claude-code", "@anthropic-ai/claude-code", "node_modules/.bin/claude",
         "`claude -p` over messages: Read, Edit, Read",
         folder="agents/claude-code",
@@ -91,6 +102,11 @@ CLIENTS = (
         "opencode", "opencode-ai", "node_modules/.bin/opencode",
         "`opencode run` over chat, responses and messages: read, edit, read",
         folder="agents/opencode",
+    ),
+    Client(
+        "openai-harmony", "agent", ("openai-harmony",), "agents/test_openai_harmony.py",
+        "no client: prompts and answers of gpt-oss, with its whole vocabulary, against its library",
+        requirements="agents/openai-harmony.txt", program="bin/python",
     ),
     agent(
         "aider", "aider-chat", "bin/aider",

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import re
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from aiohttp import web
 from fakes import FakeRunner, fake_logprobs
 from recorder import Recorder
 from serving import fake_start
+from tokenizers import AddedToken
 
 import scripts
 from ruvon.config import EngineConfig, ServerConfig
@@ -28,9 +30,11 @@ from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.matching import Matchers
 from ruvon.engine.types import SamplingRow, TokenLogprobs
-from ruvon.models.chat import load_chat
+from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import open_checkpoint
+from ruvon.models.formats.harmony import Mark
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
+from ruvon.models.vocab_gguf import read_gguf_vocab
 from ruvon.server.app import create_app, make_runner
 from ruvon.server.lifecycle import Start
 from ruvon.server.listen import listen
@@ -42,7 +46,7 @@ HERE = Path(__file__).parent
 MODEL = "scripted"
 MAX_MODEL_LEN = 1 << 17  # coding agents begin with tens of thousands of tokens
 BLOCK_SIZE = 64
-VOCAB_SIZE = 49152
+VOCAB_SIZE = 49408  # some more than there are tokens
 
 
 class ScriptedRunner(FakeRunner):
@@ -59,6 +63,8 @@ class ScriptedRunner(FakeRunner):
         self._answers: dict[int, list[int]] = {}
         self._tokens = {tokenizer.token_bytes(id): id for id in range(tokenizer.vocab_size)}
         self._longest = max(map(len, self._tokens))
+        special = "|".join(map(re.escape, tokenizer.special_texts))
+        self._special = re.compile(special.encode())
 
     def _draw(
         self, row: SamplingRow, context: list[int]
@@ -83,6 +89,8 @@ class ScriptedRunner(FakeRunner):
 
     def _within(self, mask: np.ndarray, rest: bytes) -> int:
         """A token with which to say ``rest``. The end, if the mask allows none: the row fails."""
+        if (special := self._special.search(rest)) is not None:  # which are tokens by themselves
+            rest = rest[: special.start() or special.end()]
         starts = (rest[:size] for size in range(min(self._longest, len(rest)), 0, -1))
         found = (self._tokens[start] for start in starts if start in self._tokens)
         return next((id for id in found if allows(mask, id)), self._end)
@@ -92,17 +100,29 @@ def allows(mask: np.ndarray, token: int) -> bool:
     return bool(mask[token // 32] >> (token % 32) & 1)
 
 
-def scripted_start(script: Callable[[str], str]) -> Start:
+def load_words(name: str) -> tuple[Tokenizer, Chat]:
+    """The default model's vocabulary, and the way in which a script's model is talked to."""
+    checkpoint = open_checkpoint(EngineConfig(), silent)
+    if not name.endswith(scripts.HARMONY):
+        tokenizer = load_tokenizer(checkpoint)
+        return tokenizer, load_chat(tokenizer, (HERE / "hermes.jinja").read_text())
+    vocab = read_gguf_vocab(checkpoint.path, checkpoint.config)
+    vocab.backend.add_special_tokens([AddedToken(mark, special=True) for mark in Mark])
+    tokenizer = Tokenizer(vocab)
+    return tokenizer, load_chat(tokenizer)
+
+
+def scripted_start(name: str) -> Start:
     """Loads the default model's tokenizer, and no weights."""
 
     def start(config: EngineConfig, progress: Callable[[str, float], None]) -> Any:
-        tokenizer = load_tokenizer(open_checkpoint(EngineConfig(), silent))
-        grammars = Grammars(tokenizer, VOCAB_SIZE, tuple(tokenizer.eos_ids))
-        runner = ScriptedRunner(script, tokenizer, Matchers(grammars))
+        tokenizer, chat = load_words(name)
+        grammars = Grammars(tokenizer, VOCAB_SIZE, chat.stop_ids(tokenizer.eos_ids))
+        runner = ScriptedRunner(scripts.SCRIPTS[name], tokenizer, Matchers(grammars))
         loaded = fake_start(runner, config)(config, progress)
         loaded.checkpoint.name = MODEL
         loaded.tokenizer = tokenizer
-        loaded.chat = load_chat(tokenizer, (HERE / "hermes.jinja").read_text())
+        loaded.chat = chat
         loaded.engine = Engine(
             runner,
             config,
@@ -139,7 +159,7 @@ def running(script: str, record: Path | None = None) -> Iterator[str]:
 async def open_all(script: str, record: Path | None, runners: list[web.AppRunner]) -> str:
     """Start a server, and a recorder before it; ``runners`` are to be cleaned up."""
     config = EngineConfig(block_size=BLOCK_SIZE, max_num_batched_tokens=8192)
-    start = scripted_start(scripts.SCRIPTS[script])
+    start = scripted_start(script)
     app = create_app(config, ServerConfig(port=0, max_body_size="64MiB", log_requests=False), start)
     runners.append(make_runner(app))
     address = await listening(runners[-1])

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
+
+from harmony_script import speaking
 
 TURN = re.compile(r"<\|im_start\|>(\w+)\n(.*?)(?:<\|im_end\|>|\Z)", re.DOTALL)
 TOOL = re.compile(r"<tool_response>\n(.*?)\n</tool_response>", re.DOTALL)
@@ -143,6 +147,20 @@ def aider(prompt: str) -> str:
     )
 
 
+def compatibility(prompt: str) -> str:
+    """Answers OpenAI's compatibility test for servers of gpt-oss, whose cases.jsonl
+    ``COMPATIBILITY_CASES`` names."""
+    if results := TOOL.findall(prompt):
+        return f"It says {results[-1]}"
+    lines = Path(os.environ["COMPATIBILITY_CASES"]).read_text().splitlines()
+    cases = [json.loads(line) for line in lines if line]
+    found = next(case for case in cases if case["input"].strip() == asked(prompt).strip())
+    return call(found["tool_name"], found["expected_arguments"])
+
+
+HARMONY = "-harmony"
+"""Ends the names of scripts whose model speaks it."""
+
 SCRIPTS: dict[str, Callable[[str], str]] = {
     "obedient": obedient,
     "langchain": langchain,
@@ -150,4 +168,6 @@ SCRIPTS: dict[str, Callable[[str], str]] = {
     "claude-code": claude_code,
     "opencode": opencode,
     "aider": aider,
+    "compatibility": compatibility,
 }
+SCRIPTS |= {f"{name}{HARMONY}": speaking(script) for name, script in SCRIPTS.items()}

@@ -15,13 +15,14 @@ from fakes import ByteTokenizer, FakeMetrics, FakeRunner, allowed
 from ruvon import grammars
 from ruvon.config import EngineConfig
 from ruvon.engine import grammar as compiling
+from ruvon.engine import grammar_errors
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grammar_errors import MOST_TRIALS
-from ruvon.engine.loop import EngineLoop, HoldsLoopError
+from ruvon.engine.loop import EngineLoop, NotCompiledError
 from ruvon.engine.matching import Matchers, Matching, withhold
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
-from ruvon.errors import RequestError
+from ruvon.errors import RequestError, UnavailableError
 from ruvon.grammars import Grammar
 
 EOS = ByteTokenizer.eos_ids
@@ -41,7 +42,7 @@ def accepts(compiler: Grammars, grammar: Grammar, text: str) -> bool:
 
 def refusal(compiler: Grammars, make) -> RequestError:
     with pytest.raises(RequestError) as refused:
-        compiler.check(make())
+        compiler.hold(make())
     return refused.value
 
 
@@ -257,7 +258,7 @@ def test_what_wants_to_do_harm_is_refused_or_works(text):
     beside.start()
     began = time.process_time()
     with suppress(RequestError):
-        compiler.check(grammar)
+        compiler.hold(grammar)
         take_some_steps(compiler, grammar)
     over.set()
     beside.join()
@@ -317,7 +318,7 @@ def test_a_grammar_that_does_not_compile_any_more_fails_its_sequence_alone(match
 def test_where_no_process_can_be_had_grammars_that_are_known_go_on(monkeypatch):
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
     known, forgotten = (SamplingParams(grammar=Grammar(start)) for start in ('"b"', '"a"'))
-    compiler.check(known.grammar)
+    compiler.hold(known.grammar)
     compiler.close()
     monkeypatch.setattr(compiling.sys, "executable", "/not/there")
     matchers = Matchers(compiler)
@@ -376,14 +377,77 @@ def test_the_cache_is_bounded_in_bytes(monkeypatch):
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
     first = grammars.choice(["first"])
     monkeypatch.setattr(compiling, "CACHE_BYTES", 4 * compiling.size_of(first.lark()))
-    compiler.check(first)
+    compiler.hold(first)
     for i in range(8):
-        compiler.check(grammars.choice([f"other {i}"]))
-    assert not compiler.is_compiled(first)
-    assert compiler.is_compiled(grammars.choice(["other 7"]))
+        compiler.hold(grammars.choice([f"other {i}"]))
+    assert not compiler.is_known(first)
+    assert compiler.is_known(grammars.choice(["other 7"]))
     assert compiler._num_bytes <= compiling.CACHE_BYTES
     assert accepts(compiler, first, "first")
     compiler.close()
+
+
+def test_what_a_request_holds_is_not_forgotten(monkeypatch):
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    first, second = grammars.choice(["first"]), grammars.choice(["second"])
+    monkeypatch.setattr(compiling, "CACHE_BYTES", 1)  # the latest alone is kept
+    held = compiler.hold(first)
+    compiler.hold(second)
+    assert compiler.is_known(first)
+    assert compiler.hold(first) is held  # and so is not compiled again
+    compiler.hold(second)
+    monkeypatch.setattr(compiling, "HELD_BYTES", 1)
+    assert compiler.hold(first) is None
+    compiler.hold(second)
+    del held
+    assert not compiler.is_known(first)
+    compiler.close()
+
+
+def test_a_job_holds_its_grammar_until_its_sequences_end(monkeypatch):
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    monkeypatch.setattr(compiling, "CACHE_BYTES", 1)
+    engine = Engine(
+        FakeRunner(), EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300,
+        grammars=compiler,
+    )  # fmt: skip
+    grammar = grammars.choice(["waits"])
+    ids = engine.add(engine.prepare(Job((1,), SamplingParams(grammar=grammar))), 0.0)
+    compiler.hold(grammars.choice(["other"]))
+    assert compiler.is_known(grammar)
+    engine.abort(ids)
+    assert not compiler.is_known(grammar)
+    compiler.close()
+
+
+@pytest.mark.parametrize("ended_by", [TimeoutError(), "the system"])
+def test_a_machine_without_time_is_no_fault_of_a_grammar(monkeypatch, ended_by):
+    """It is refused as what may be tried again, and is."""
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    compiler.hold(grammars.json_object())
+    trial = compiler._trial
+
+    def receive(process) -> str:
+        if ended_by == "the system":
+            process.kill()
+            raise EOFError
+        raise ended_by
+
+    grammar = grammars.choice(["in time"])
+    with monkeypatch.context() as patched:
+        patched.setattr(compiling, "receive", receive)
+        with pytest.raises(UnavailableError, match="again"):
+            compiler.hold(grammar)
+    assert trial._process is None
+    assert not compiler.is_known(grammar)
+    assert compiler.hold(grammar)
+    compiler.close()
+
+
+def test_a_search_for_what_is_at_fault_ends(compiler, monkeypatch):
+    monkeypatch.setattr(grammar_errors, "SEARCH_SECONDS", 0.0)
+    error = refusal(compiler, lambda: grammars.json_schema({"items": {"not": {}}}, param="p"))
+    assert error.message.startswith("Invalid grammar for p: ")
 
 
 def test_one_grammar_from_many_threads(compiler):
@@ -400,7 +464,7 @@ def test_one_grammar_from_many_threads(compiler):
     assert not failures
 
 
-async def test_what_takes_long_is_not_prepared_on_the_loops_thread(compiler):
+async def test_what_takes_long_is_compiled_before_a_job_is_prepared(compiler):
     engine = Engine(
         FakeRunner(), EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300,
         grammars=compiler,
@@ -408,11 +472,24 @@ async def test_what_takes_long_is_not_prepared_on_the_loops_thread(compiler):
     loop = EngineLoop(engine, FakeMetrics())
     loop.start()
     job = Job((1,), SamplingParams(grammar=grammars.choice(["not seen before"])))
-    with pytest.raises(HoldsLoopError):
+    with pytest.raises(NotCompiledError) as refused:
         loop.prepare(job)
-    assert (await asyncio.to_thread(loop.prepare, job)).checked
-    assert loop.prepare(job).checked
+    assert refused.value.grammars == [job.sampling.grammar]
+    held = await asyncio.to_thread(loop.compile, refused.value.grammars)
+    assert loop.prepare(job).held is held[0]
     await loop.stop(0)
+
+
+async def test_why_a_grammar_does_not_compile_says_whoever_asks_for_it(compiler):
+    engine = Engine(
+        FakeRunner(), EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300,
+        grammars=compiler,
+    )  # fmt: skip
+    loop = EngineLoop(engine, FakeMetrics())
+    job = Job((1,), SamplingParams(grammar=grammars.lark("start: nowhere")))
+    assert loop.compile([job.sampling.grammar]) == []
+    with pytest.raises(RequestError, match="nowhere"):
+        loop.prepare(job)
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/not/there"])
@@ -420,9 +497,9 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch, pro
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
     monkeypatch.setattr(compiling.sys, "executable", program)
     with pytest.raises(RuntimeError, match="does not start"):
-        compiler.check(grammars.json_object())
+        compiler.hold(grammars.json_object())
     monkeypatch.undo()
-    compiler.check(grammars.json_object())
+    compiler.hold(grammars.json_object())
     compiler.close()
 
 

@@ -18,6 +18,7 @@ from ruvon.engine.kv_cache import (
     step_bytes,
 )
 from ruvon.errors import ConfigError
+from ruvon.kernels.ops import ExpertsSpec
 from ruvon.models.spec import ModelSpec
 
 SPEC = ModelSpec(
@@ -112,6 +113,17 @@ def test_a_step_on_a_gpu_is_counted_by_its_tokens_sequences_and_dtype():
     whole = size(enable_chunked_prefill=False, **few)
     assert whole - size(**few) == 2 * 2 * token * (SPEC.max_positions - 300)
     assert size(enable_chunked_prefill=False, max_model_len=200, **few) == size(**few)
+
+
+def test_a_step_of_a_mixture_holds_what_each_chosen_expert_makes():
+    experts = ExpertsSpec(8, 3, SPEC.intermediate_size, "silu_gated")
+    few = EngineConfig(device="cuda", max_num_batched_tokens=300, max_num_seqs=1)
+    dense, mixed = (
+        step_bytes(spec, few, torch.bfloat16)
+        for spec in (SPEC, dataclasses.replace(SPEC, experts=experts))
+    )
+    per_token = 3 * (2 * SPEC.hidden_size + 4 * SPEC.intermediate_size)
+    assert mixed - dense == 2 * 300 * 2 * (per_token - 4 * SPEC.intermediate_size)
 
 
 def test_a_cache_on_a_gpu_takes_what_weights_and_steps_leave(monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,8 +11,8 @@ from structlog.testing import capture_logs
 
 from ruvon import models
 from ruvon.config import EngineConfig
-from ruvon.engine import startup
-from ruvon.engine.backends import choose_device
+from ruvon.engine import backends, startup
+from ruvon.engine.backends import check_experts, choose_device
 from ruvon.engine.startup import distinct, start_engine, tensors_of
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
@@ -70,6 +71,57 @@ def test_an_engine_starts_says_what_it_is_and_runs(folder):
     loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
     assert len(drain(loaded.engine)) in range(1, 6)
     loaded.close()
+
+
+MIXTURE = TINY_LLAMA | {
+    "architectures": ["Qwen3MoeForCausalLM"],
+    "num_experts": 5,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "head_dim": 16,
+    "tie_word_embeddings": False,
+}
+
+
+def test_a_mixture_starts_and_counts_all_its_experts(folder):
+    (folder / "config.json").write_text(json.dumps(MIXTURE))
+    loaded = start_engine(settings(folder), silent)
+    table = 320 * 64
+    layer = 64 * (64 + 2 * 32) + 64 * 64 + 2 * 64 + 2 * 16 + 5 * 64 + 5 * 3 * 64 * 32
+    rope = 2 * 128 * 8
+    assert loaded.memory.weight_bytes == 4 * (2 * table + 2 * layer + 64 + rope)
+    loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
+    assert len(drain(loaded.engine)) in range(1, 6)
+    loaded.close()
+
+
+def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeypatch):
+    def without(spec, ops):
+        check_experts(spec, replace(ops, experts=None))
+
+    (folder / "config.json").write_text(json.dumps(MIXTURE))
+    monkeypatch.setattr(backends, "check_experts", without)
+    before = threading.active_count()
+    with pytest.raises(
+        ConfigError, match=r"the kernels 'cpu.*' do not compute mixtures of experts"
+    ):
+        start_engine(settings(folder, kernels="cpu"), silent)
+    assert threading.active_count() == before
+    with capture_logs() as logs:
+        loaded = start_engine(settings(folder, kernels="auto"), silent)
+    loaded.close()
+    assert loaded.kernels == "torch"
+    assert [entry["event"] for entry in logs if entry["log_level"] == "warning"] == ["slow_kernels"]
+
+
+def test_layers_of_a_large_model_are_loaded_one_by_one(folder, monkeypatch):
+    asked = []
+    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(startup, "stored_bytes", lambda checkpoint: 14 << 30)
+    with pytest.raises(AttributeError):  # there is no model
+        start_engine(settings(folder, threads=4), silent)
+    assert asked == [1]
+    torch.set_num_threads(1)
 
 
 def test_ends_that_are_no_tokens_end_nothing(folder):

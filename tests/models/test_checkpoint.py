@@ -16,7 +16,7 @@ from tiny import CONFIGS, make_reference
 from ruvon.cli.models import cached
 from ruvon.config import EngineConfig
 from ruvon.errors import ConfigError, LoadError
-from ruvon.locate import embedded_name
+from ruvon.locate import embedded_name, locate
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.telemetry import silent
@@ -94,6 +94,7 @@ def test_folder_with_one_gguf_file(tmp_path):
         ("model-BF16.gguf", "model"),
         ("a.IQ4_XS.gguf", "a"),
         ("Llama-3.2.gguf", "Llama-3.2"),
+        ("gpt-oss-20b-mxfp4.gguf", "gpt-oss-20b"),
     ],
 )
 def test_gguf_names(tmp_path, file, name):
@@ -188,9 +189,56 @@ class TestHub:
         assert list(filter_repo_objects([*read, *others], **patterns)) == read
 
     def test_gguf_is_not_guessed(self, calls):
-        with pytest.raises(ConfigError, match="load_format gguf: give the path"):
-            opened("org/Tiny-GGUF", load_format="gguf")
+        with pytest.raises(ConfigError, match=r"as in org/Tiny:Q4_K_M"):
+            opened("org/Tiny", load_format="gguf")
+        with pytest.raises(ConfigError, match=r"load_format safetensors: org/Tiny:Q8_0 is of GGUF"):
+            opened("org/Tiny:Q8_0", load_format="safetensors")
         assert not calls
+
+    @pytest.mark.parametrize(
+        ("model", "wanted"),
+        [
+            ("org/Tiny-GGUF", ["tiny-Q4_K_M.gguf"]),
+            ("org/Tiny-GGUF:q8_0", [f"Q8_0/tiny-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)]),
+            ("org/Tiny:MXFP4", ["tiny-mxfp4.gguf"]),
+            ("org/Tiny:tiny-F16.gguf", ["tiny-F16.gguf"]),
+        ],
+    )
+    def test_one_gguf_file_of_many_is_fetched(self, monkeypatch, tmp_path, model, wanted):
+        there = [
+            "README.md", "mmproj-tiny-Q4_K_M.gguf", "tiny-F16.gguf", "tiny-Q4_K_M.gguf",
+            "tiny-mxfp4.gguf", *(f"Q8_0/tiny-Q8_0-0000{n}-of-00002.gguf" for n in (1, 2)),
+        ]  # fmt: skip
+        asked = []
+
+        def snapshot_download(**options):
+            asked.append((options["repo_id"], options["revision"], options["allow_patterns"]))
+            return str(tmp_path)
+
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda repo, revision: there)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+        path, name = locate(EngineConfig(model=model, revision="v2"), silent)
+        assert asked == [(model.partition(":")[0], "v2", wanted)]
+        assert (path, name) == (tmp_path / wanted[0], model)
+
+    @pytest.mark.parametrize("model", ["org/Tiny-GGUF:Q5_0", "org/Tiny-GGUF"])
+    def test_what_gguf_files_there_are_is_told(self, monkeypatch, model):
+        there = ["a-Q4_0.gguf", "b-Q4_0.gguf"]
+        monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: there)
+        with pytest.raises(LoadError, match=r"0 GGUF files can.*: a-Q4_0\.gguf, b-Q4_0\.gguf"):
+            opened(model)
+
+    def test_gguf_of_the_cache_without_a_connection(self, monkeypatch, tmp_path):
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        with pytest.raises(LoadError, match=r"org/Tiny-GGUF: no such path, and the hub"):
+            opened("org/Tiny-GGUF")
+        (tmp_path / "files").mkdir()
+        write_gguf(tmp_path / "files" / "tiny-F16.gguf", make_reference("llama2"), "llama")
+        snapshot = keep(tmp_path / "hub", "org/Tiny-GGUF", tmp_path / "files")
+        for model in ("org/Tiny-GGUF", "org/Tiny-GGUF:F16"):
+            checkpoint = opened(model)
+            assert (checkpoint.path, checkpoint.name) == (snapshot / "tiny-F16.gguf", model)
 
     def test_offline_cache(self, monkeypatch, tmp_path, folder):
         """The real client, told to stay offline, over a cache as it lays it out."""

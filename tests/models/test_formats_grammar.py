@@ -18,6 +18,7 @@ from test_formats import USER, ask, assembled, encode, read, written
 from ruvon.engine.grammar import Vocabulary
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
+from ruvon.models.formats.grammar import MOST_CALLS
 from ruvon.models.formats.plain import PlainParser
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, Turn
 
@@ -27,6 +28,7 @@ CALLING = [name for name in FAMILIES if name != "opened"]
 CITIES = {key: WEATHER.parameters["properties"][key] for key in ("city", "days")}
 STRICT = replace(WEATHER, strict=True, parameters={**WEATHER.parameters, "properties": CITIES})
 REQUIRED = ToolChoice("required")
+CLOSED = {"type": "object", "additionalProperties": False, "required": ["a"]}
 
 
 @cache
@@ -91,6 +93,20 @@ def test_a_required_call_is_always_one(family):
         assert result["calls"]
         assert result["text"] == ""
         check_calls(result["calls"])
+
+
+@pytest.mark.parametrize("family", ["hermes", "mistral", "coder"])
+def test_required_calls_come_to_an_end(family):
+    """A small model would go on with them until it has no tokens left."""
+    turn = ask(family, choice=REQUIRED)
+    whole = written(family).replace('{"city": "Róma {\\"}", "days": 3}', '{"city":"a","days":3}')
+    listed = family == "mistral"
+    begin, call = whole.split("[{") if listed else ("", whole)
+    begin, call, joint, end = (
+        (f"{begin}[", "{" + call[:-1], ", ", "]") if listed else ("", whole, "\n", "")
+    )
+    assert accepts(family, turn, begin + joint.join([call] * MOST_CALLS) + end)
+    assert not accepts(family, turn, begin + joint.join([call] * (MOST_CALLS + 1)) + end)
 
 
 @pytest.mark.parametrize("family", CALLING)
@@ -304,3 +320,51 @@ def test_the_form_of_an_answer_begins_after_reasoning(budget):
     turn = ask("opened", [WEATHER], response=response, reasoning=wishes)
     call = written("hermes").replace('{"city": "Róma {\\"}", "days": 3}', '{"city":"a","days":3}')
     assert accepts("opened", turn, f"Hm, yes or no?</think>{call}")
+
+
+IN_TAGS = {
+    "type": "object",
+    "additionalProperties": False,
+    "$defs": {"point": {"type": "array", "items": {"type": "integer"}, "maxItems": 2}},
+    "properties": {
+        "at": {"$ref": "#/$defs/point"},
+        "code": {"type": "string", "pattern": "^[a-c]/{2}$"},
+        "note": {"type": "string", "minLength": 2, "maxLength": 4},
+        "kind": {"enum": ["a", 1, None]},
+        "size": {"const": 2.5},
+        "maybe": {"type": ["string", "null"]},
+    },
+}
+IN_TAGS["required"] = [*IN_TAGS["properties"]]
+ARGUMENTS = {"at": "[1,2]", "code": "b//", "note": "a\n</", "kind": "1", "size": "2.5"}
+
+
+def call_in_tags(**arguments: str) -> str:
+    each = {**ARGUMENTS, "maybe": "null", **arguments}.items()
+    written = "".join(f"<parameter={name}>\n{text}\n</parameter>\n" for name, text in each)
+    return f"<tool_call>\n<function=f>\n{written}</function>\n</tool_call>"
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_arguments_in_tags_keep_their_schema(strict):
+    """As those do that are written as JSON, strict or not."""
+    turn = ask("coder", [Tool("f", parameters=IN_TAGS, strict=strict)], choice=REQUIRED)
+    assert accepts("coder", turn, call_in_tags())
+    ((_, arguments),) = assembled(read("coder", [encode("coder", call_in_tags())], turn))["calls"]
+    jsonschema.validate(json.loads(arguments), IN_TAGS)
+    assert json.loads(arguments)["at"] == [1, 2]
+    for name, text in {
+        "at": "here", "code": "d//", "note": "a\nbcd", "kind": "b", "size": "2"
+    }.items():  # fmt: skip
+        assert not accepts("coder", turn, call_in_tags(**{name: text})), name
+    assert not accepts("coder", turn, call_in_tags(note="a"))
+    assert accepts("coder", turn, call_in_tags(maybe="any text"))
+
+
+def test_what_cannot_be_enforced_in_tags_is_refused_where_it_is_strict():
+    schema = {**CLOSED, "properties": {"a": {"type": "string", "format": "date"}}}
+    ask("coder", [Tool("f", parameters=schema)], choice=REQUIRED)
+    with pytest.raises(RequestError, match="'format' at '/properties/a/format'"):
+        ask("coder", [Tool("f", parameters=schema, strict=True)])
+    with pytest.raises(RequestError, match="additionalProperties"):
+        ask("coder", [Tool("f", parameters={"type": "object", "properties": {}}, strict=True)])

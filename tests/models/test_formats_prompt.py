@@ -62,6 +62,19 @@ def test_a_custom_tools_grammar_is_told_in_words(syntax, told):
     assert form["description"] == f"Changes files\n\nIts input must match this grammar:\n{told}"
 
 
+def test_a_custom_tools_grammar_may_be_in_openais_form():
+    grammar = {"syntax": "regex", "definition": "a+"}
+    custom = {"name": "patch", "format": {"type": "grammar", "grammar": grammar}}
+    (tool,) = read_tools([{"type": "custom", "custom": custom}])
+    assert tool.syntax.start == "/a+/"
+    (tool,) = read_tools([{"type": "custom", "custom": {"name": "t", "format": {"type": "text"}}}])
+    assert tool.syntax is None
+    for broken in ({"type": "grammar"}, {"type": "grammar", "grammar": {"syntax": "abnf"}}, "text"):
+        with pytest.raises(RequestError, match="Lark or a regex") as refused:
+            read_tools([{"type": "custom", "custom": {"name": "patch", "format": broken}}])
+        assert refused.value.param == "tools[0]"
+
+
 def test_a_template_that_knows_no_tools_is_told_in_words():
     text = prompt("untaught")
     system, user, assistant, results, last = text.split("<|im_end|>\n")

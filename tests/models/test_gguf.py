@@ -9,6 +9,7 @@ import struct
 import gguf
 import numpy as np
 import pytest
+import tiny_gpt_oss
 import torch
 from gguf import GGMLQuantizationType, quants
 from gguf_files import (
@@ -24,6 +25,7 @@ from paged import PagedSequences
 from tiny import VOCAB, load, make_reference
 
 from ruvon.config import EngineConfig
+from ruvon.engine.startup import stored_bytes
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.models.checkpoint import open_checkpoint
@@ -168,6 +170,28 @@ def test_sliding_window_in_metadata(tmp_path):
     assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
 
 
+def save_parts(folder):
+    tiny_gpt_oss.save_gguf(folder / "tiny.gguf", split_max_tensors=30)
+    return sorted(folder.glob("tiny-*-of-*.gguf"))
+
+
+def test_a_model_in_parts(tmp_path):
+    """Whichever part is named, or their folder."""
+    tiny_gpt_oss.save_gguf(tmp_path / "whole.gguf")
+    whole = load(tmp_path / "whole.gguf")
+    (tmp_path / "parts").mkdir()
+    parts = save_parts(tmp_path / "parts")
+    assert len(parts) > 2
+    size = sum(part.stat().st_size for part in parts)
+    for path in (parts[0], parts[1], tmp_path / "parts"):
+        checkpoint = open_checkpoint(EngineConfig(model=str(path)), silent)
+        assert (checkpoint.path.name, stored_bytes(checkpoint)) == (parts[0].name, size)
+        assert checkpoint.name == "tiny"
+    tokens = list(range(3, 40))
+    runs = [PagedSequences(model).step({0: tokens}) for model in (whole, load(parts[0]))]
+    assert torch.equal(*runs)
+
+
 def assert_same_logits(model, reference):
     tokens = random.Random(0).choices(range(VOCAB), k=40)
     with torch.inference_mode():
@@ -248,8 +272,20 @@ class TestDamage:
         write_gguf(
             tmp_path / "a.gguf", make_reference("llama2"), "llama", metadata={"split.count": 2}
         )
-        with pytest.raises(LoadError, match="one part of several"):
+        with pytest.raises(LoadError, match=r"one part of several.*…-00001-of-00002\.gguf"):
             load(tmp_path / "a.gguf")
+
+    def test_a_missing_part_is_named(self, tmp_path):
+        parts = save_parts(tmp_path)
+        parts[1].rename(tmp_path / "b.gguf")
+        with pytest.raises(LoadError, match=r"tiny-00002-of-0000\d\.gguf: not a readable"):
+            load(parts[0])
+
+    def test_a_part_of_another_model_is_noticed(self, tmp_path):
+        parts = save_parts(tmp_path)
+        parts[1].write_bytes(parts[2].read_bytes())
+        with pytest.raises(LoadError, match=r"tiny-00001-of-\d+\.gguf: \d+ tensors in all parts"):
+            load(parts[0])
 
     def test_unknown_architecture(self, tmp_path):
         write_gguf(

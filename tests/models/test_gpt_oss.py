@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from paged import PagedSequences
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import load
 from tiny_gpt_oss import (
     CONFIG,
@@ -32,6 +32,8 @@ from transformers import GptOssConfig
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
 
 from ruvon.config import EngineConfig
+from ruvon.engine.startup import start_engine
+from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import AttentionSpec, ExpertsSpec, Mxfp4
 from ruvon.kernels.reference import attend_one, make_torch_ops, route
@@ -39,6 +41,8 @@ from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.rope import make_rope
 from ruvon.models.spec import spec_from_config
+from ruvon.models.tokenizer import load_tokenizer
+from ruvon.models.vocab import byte_vocab
 from ruvon.telemetry import silent
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0.0}
@@ -82,6 +86,35 @@ def test_whole_in_chunks_and_cached(model, want, cuts):
 def test_openais_layout_holds_the_same_model(folder, model):
     assert torch.equal(logits(load(folder / "original")), logits(model))
     assert load(folder / "original").spec == replace(model.spec, eos_token_ids=())
+
+
+def test_openais_reference_agrees(folder):
+    """Where PyPI's gpt-oss is on the path; it wants Python 3.12, but its model runs on any."""
+    theirs = pytest.importorskip("gpt_oss.torch.model", reason="needs PyPI's gpt-oss")
+    path, device = str(folder / "original"), torch.device("cpu")
+    reference = theirs.Transformer.from_checkpoint(path, device=device).float()
+    with torch.no_grad():
+        want = reference(torch.tensor(TOKENS))
+    torch.testing.assert_close(logits(load(folder / "original")), want, **TOLERANCE)
+
+
+def test_openais_layout_in_shards_beside_the_words(folder, model, tmp_path):
+    """As the hub has the 120b: vocabulary and defaults lie in the folder above."""
+    tensors = load_file(folder / "original" / "model.safetensors")
+    save(tmp_path / "original", ORIGINAL_CONFIG, {})
+    (tmp_path / "original" / "model.safetensors").unlink()
+    halves = list(tensors)[::2], list(tensors)[1::2]
+    for number, names in enumerate(halves, start=1):
+        path = tmp_path / "original" / f"model--0000{number}-of-00002.safetensors"
+        save_file({name: tensors[name] for name in names}, path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [2, 5]}')
+    byte_vocab().backend.save(str(tmp_path / "tokenizer.json"))
+    found = load(tmp_path / "original")
+    assert torch.equal(logits(found), logits(model))
+    assert found.spec.eos_token_ids == (2, 5)
+    config = EngineConfig(model=str(tmp_path / "original"))
+    tokenizer = load_tokenizer(open_checkpoint(config, silent))
+    assert tokenizer.vocab_size == byte_vocab().backend.get_vocab_size()
 
 
 def test_llama_cpps_form_holds_the_same_model(model, tmp_path):
@@ -261,3 +294,30 @@ def test_made_up_weights_have_the_true_form(folder):
     assert torch.isfinite(logits(first)).all()
     assert not torch.equal(logits(first), logits(second))
     assert first.spec.experts.top_k == TOP_K
+
+
+def test_the_engine_agrees_while_windows_move_on(folder, tmp_path):
+    """A prompt in chunks and tokens one by one, in a cache that could not hold all that the sliding
+    layers have seen: their blocks come back as they leave the window."""
+    for path in folder.glob("*.*"):
+        (tmp_path / path.name).symlink_to(path)
+    byte_vocab().backend.save(str(tmp_path / "tokenizer.json"))
+    config = EngineConfig(
+        model=str(tmp_path), device="cpu", kernels="torch", threads=1, block_size=4,
+        kv_cache_memory="160KiB", max_model_len=104, max_num_batched_tokens=20, max_num_seqs=2,
+    )  # fmt: skip
+    loaded = start_engine(config, silent)
+    assert loaded.memory.num_blocks < 2 * 104 // config.block_size
+    job = Job(tuple(TOKENS[:60]), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
+    loaded.engine.add(job, 0.0)
+    drawn = []
+    while (pending := loaded.engine.launch(0.0)) is not None:
+        for emission in loaded.engine.collect(pending):
+            assert emission.error is None
+            drawn += emission.tokens
+    loaded.close()
+    assert len(drawn) == 40
+    with torch.inference_mode():
+        rows = make_reference(folder)(torch.tensor([[*TOKENS[:60], *drawn]])).logits[0, 59:-1]
+    chosen = rows.gather(1, torch.tensor(drawn).unsqueeze(1))[:, 0]
+    torch.testing.assert_close(chosen, rows.amax(-1), atol=1e-3, rtol=0)

@@ -13,6 +13,8 @@ from tiny import CONFIGS, VOCAB, load, make_reference
 from transformers import AutoModelForCausalLM
 
 from ruvon.errors import LoadError
+from ruvon.kernels.ops import Dense
+from ruvon.models.quantize import SCHEMES
 from ruvon.models.weights import SafetensorsFolder
 
 
@@ -225,6 +227,56 @@ def test_bfloat16_checkpoint(tmp_path):
     assert torch.isfinite(logits(wide)).all()
 
 
+class TestExperts:
+    """Qwen3-MoE's: each expert by itself as the hub has it, or all as one tensor."""
+
+    @pytest.fixture
+    def folder(self, tmp_path):
+        make_reference("qwen3-moe").save_pretrained(tmp_path)
+        return tmp_path
+
+    def test_all_as_one_tensor(self, folder):
+        apart = load(folder)
+
+        def fuse(tensors):
+            state = make_reference("qwen3-moe").state_dict()
+            for name in [name for name in tensors if ".experts." in name]:
+                tensors.pop(name)
+            tensors.update({name: x for name, x in state.items() if ".experts." in name})
+
+        change(folder, fuse)
+        for one, other in zip(load(folder).layers, apart.layers, strict=True):
+            pairs = zip(one.mixture.experts.tensors, other.mixture.experts.tensors, strict=True)
+            assert all(a is b or torch.equal(a, b) for a, b in pairs)
+
+    def test_a_missing_expert_is_named(self, folder):
+        name = "model.layers.1.mlp.experts.4.up_proj.weight"
+        change(folder, lambda tensors: tensors.pop(name))
+        with pytest.raises(LoadError, match=rf"no tensor {name}"):
+            load(folder)
+
+    def test_another_experts_shape_is_named(self, folder):
+        name = "model.layers.1.mlp.experts.4.up_proj.weight"
+        change(folder, lambda tensors: tensors.update({name: torch.zeros(64, 32)}))
+        with pytest.raises(LoadError, match=rf"{name} has shape \(64, 32\), expected \(32, 64\)"):
+            load(folder)
+
+    @pytest.mark.parametrize("scheme", ["int8", "int4"])
+    def test_quantized_expert_by_expert(self, folder, scheme):
+        model, state = load(folder, quantization=scheme), make_reference("qwen3-moe").state_dict()
+        change = SCHEMES[scheme].projection
+        prefix = "model.layers.2.mlp.experts."
+        found = model.layers[2].mixture.experts.tensors
+        for packed, name in zip(found, ("gate_up_proj", "down_proj"), strict=False):
+            want = change(Dense(state[prefix + name].flatten(0, 1))).dequantize()
+            assert torch.equal(packed, want)
+
+    def test_the_router_is_never_quantized(self, folder):
+        router = load(folder, quantization="int4").layers[0].mixture.router.tensors[0]
+        want = make_reference("qwen3-moe").state_dict()["model.layers.0.mlp.gate.weight"]
+        assert torch.equal(router, want)
+
+
 class TestDummy:
     @pytest.fixture
     def config_only(self, tmp_path):
@@ -235,6 +287,13 @@ class TestDummy:
         by_folder = load(config_only, load_format="dummy")
         by_file = load(config_only / "config.json", load_format="dummy")
         assert torch.equal(logits(by_folder), logits(by_file))
+
+    @pytest.mark.parametrize("name", ["qwen3", "qwen3-moe"])
+    def test_as_large_as_trained_ones(self, tmp_path, name):
+        CONFIGS[name].save_pretrained(tmp_path)
+        model = load(tmp_path, load_format="dummy")
+        assert torch.isfinite(logits(model)).all()
+        assert 0.01 < model.layers[0].qkv.weight.tensors[0].std() < 0.03
 
     def test_seed_decides(self, config_only):
         first, second = (load(config_only, load_format="dummy", seed=n) for n in (1, 2))

@@ -63,6 +63,7 @@ BESIDE_OTHERS = {
     "stream_options": {"stream": True, "stream_options": {"include_usage": True}},
     "top_logprobs": {"logprobs": True, "top_logprobs": 1},
     "truncation_side": {"truncate_prompt_tokens": 9, "truncation_side": "right"},
+    "logprob_token_ids": {"logprobs": 1, "logprob_token_ids": [97]},
     "continue_final_message": {
         "messages": [USER, {"role": "assistant", "content": "a"}],
         "continue_final_message": True,
@@ -168,6 +169,7 @@ def test_what_has_no_effect_is_listed_taken_and_reported():
 def test_no_field_is_in_two_classes():
     served = {*ChatRequest.model_fields, *CompletionRequest.model_fields}
     of_one = {"best_of", "add_special_tokens", "tools", "tool_choice", "documents"}
+    of_one |= {"logprob_token_ids"}  # not of responses
     assert served & UNSERVED.keys() == of_one
     assert not served & HARMLESS
     assert not HARMLESS & UNSERVED.keys()

@@ -199,6 +199,11 @@ async def test_logprobs_of_each_token(serve):
     assert (await server.chat(logprobs=True)).json["choices"][0]["logprobs"]["content"][0][
         "top_logprobs"
     ] == []
+    named = await server.chat(logprobs=True, logprob_token_ids=[120, 97])
+    entry = named.json["choices"][0]["logprobs"]["content"][0]
+    assert [top["token"] for top in entry["top_logprobs"]] == ["x", "a"]
+    refused = await server.chat(logprob_token_ids=[97])
+    assert (refused.status, refused.error["param"]) == (400, "logprob_token_ids")
     events = (await server.chat(logprobs=True, top_logprobs=1, stream=True)).events
     streamed = [
         entry

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
+
 import pytest
 from fakes import fake_logprobs
-from serving import ScriptRunner, texts
+from serving import ScriptRunner, byte_grammars, texts
+
+from ruvon.errors import UnavailableError
+from ruvon.server.parsing import SMALL
 
 
 async def test_a_whole_answer_has_every_field(serve):
@@ -114,6 +120,17 @@ async def test_logprobs_zero_is_the_drawn_token_alone(serve):
         "logprobs"
     ]
     assert logprobs["top_logprobs"] == [{"a": -0.5}]
+
+
+async def test_logprobs_of_tokens_that_are_named(serve):
+    server = await serve("a")
+    asked = {"logprobs": 0, "logprob_token_ids": [120, 98], "max_tokens": 1}
+    logprobs = (await server.complete("Hi", **asked)).json["choices"][0]["logprobs"]
+    assert logprobs["top_logprobs"] == [{"x": -1.0, "b": -1.0, "a": -0.5}]
+    for ids in ([999], [-1], [97] * 129, []):
+        refused = await server.complete("Hi", **asked | {"logprob_token_ids": ids})
+        assert refused.status == 400
+        assert refused.error["param"].startswith("logprob_token_ids")
 
 
 async def test_streamed_logprobs_add_up_to_the_whole_ones(serve):
@@ -235,3 +252,29 @@ async def test_chat_fields_are_named(serve):
     assert set(reply.headers["X-Ruvon-Ignored"].split(",")) == {"reasoning_effort", "metadata"}
     for fields in ({"tools": [{}]}, {"tool_choice": "required"}, {"documents": [{"a": 1}]}):
         assert (await server.complete(**fields)).error["code"] == "unsupported_parameter"
+
+
+async def test_large_bodies_do_not_wait_behind_a_grammar(serve, monkeypatch):
+    """One that takes long to compile keeps waiting whoever sent it, and nobody else."""
+    server = await serve("yes", numbers={"max_model_len": 16384, "num_blocks": 2048})
+    trial, go_on = byte_grammars()._trial, threading.Event()
+    error_of = trial.error_of
+    monkeypatch.setattr(trial, "error_of", lambda text: go_on.wait() and error_of(text))
+    long, constraint = "x" * (2 * SMALL), {"structured_outputs": {"regex": "y(e|s)+_slow"}}
+    slow = [asyncio.create_task(server.complete(text, **constraint)) for text in ("Hi", long)]
+    reply = await server.complete(long)
+    waiting = [task.done() for task in slow]
+    go_on.set()
+    assert (reply.json["choices"][0]["text"], waiting) == ("yes", [False, False])
+    assert [reply.status for reply in await asyncio.gather(*slow)] == [200, 200]
+
+
+async def test_a_machine_without_time_for_a_grammar_says_when_to_come_again(serve, monkeypatch):
+    server = await serve("yes")
+
+    def busy(text: str) -> str:
+        raise UnavailableError("No time.", 5.0)
+
+    monkeypatch.setattr(byte_grammars()._trial, "error_of", busy)
+    reply = await server.complete("Hi", structured_outputs={"regex": "never_compiled"})
+    assert (reply.status, reply.headers["Retry-After"]) == (503, "5")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import math
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from serving import byte_grammars
 
 from ruvon.cli import main
 from ruvon.config import ServerConfig
+from ruvon.doctor import run
 from ruvon.doctor.ask import check_answered, refusal
 from ruvon.doctor.check import Check
 from ruvon.doctor.expect import Failed, Skipped, misfit, not_empty
@@ -28,6 +30,7 @@ from ruvon.doctor.run import choose, examine, run_check
 from ruvon.doctor.schema import violation
 from ruvon.doctor.schemas import SCHEMAS
 from ruvon.engine.matching import Matchers
+from ruvon.errors import RuvonError
 
 NEEDS_LOGITS = {
     "chat.logit-bias-forces",
@@ -86,6 +89,50 @@ async def test_keys(serve):
     }
 
 
+@asynccontextmanager
+async def answering(answer: Callable[[web.Request], Awaitable[web.Response]]) -> AsyncIterator[str]:
+    """A server all of whose paths are one function's."""
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        yield f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
+
+
+class Loading:
+    """A server that is ready when it has been asked so often, at one of the two paths."""
+
+    def __init__(self, path: str, times: float) -> None:
+        self.path, self.times = path, times
+
+    async def answer(self, http: web.Request) -> web.Response:
+        if http.path == "/v1/models":
+            return web.json_response({"data": [{"id": "m"}]})
+        if http.path != self.path:
+            raise web.HTTPNotFound
+        self.times -= 1
+        return web.json_response({"phase": "reading"}, status=503 if self.times >= 0 else 200)
+
+
+@pytest.mark.parametrize("path", ["/ready", "/health"])
+async def test_a_server_that_still_loads_is_waited_for(path, monkeypatch):
+    monkeypatch.setattr(run, "POLL", 0.001)
+    async with answering(Loading(path, 3).answer) as url:
+        model, results = await examine(url, choose(["models.list-object"]))
+    assert (model, results[0].outcome) == ("m", "fail")
+
+
+async def test_a_server_that_does_not_become_ready_is_told(monkeypatch):
+    monkeypatch.setattr(run, "POLL", 0.001)
+    async with answering(Loading("/ready", math.inf).answer) as url:
+        with pytest.raises(RuvonError, match=r"not ready after 0.01 s; it says .*reading"):
+            await examine(url, [], patience=0.01)
+
+
 # ---------------------------------------------------------------------- servers with one fault
 
 Change = Callable[[bytes], bytes]
@@ -105,17 +152,8 @@ async def changed(url: str, change: Change) -> AsyncIterator[str]:
             headers["Content-Type"] = reply.headers.get("Content-Type", "text/plain")
             return web.Response(status=reply.status, body=body, headers=headers)
 
-    app = web.Application(client_max_size=1 << 24)
-    app.router.add_route("*", "/{path:.*}", forward)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    site = web.TCPSite(runner, "127.0.0.1", 0)
-    await site.start()
-    async with aiohttp.ClientSession() as session:
-        try:
-            yield f"http://127.0.0.1:{runner.addresses[0][1]}"
-        finally:
-            await runner.cleanup()
+    async with aiohttp.ClientSession() as session, answering(forward) as address:
+        yield address
 
 
 def swap(old: str, new: str, count: int = 0) -> Change:

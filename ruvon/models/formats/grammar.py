@@ -17,6 +17,7 @@ from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Tool, arguments_schema
 
 LONGEST = 1 << 20  # tokens of reasoning that are counted
+MOST_CALLS = 8  # in an answer that must be calls: small models would go on for ever
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,11 +117,11 @@ def any_text(rules: Rules, *without: str, first: str = "") -> str:
 
 
 def calls_only(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
-    """Calls and nothing else."""
+    """Calls and nothing else, at most `MOST_CALLS`."""
     call = _marked(rules, form, tools, parallel)
     if form.joint is None or not parallel:
         return call
-    return f"{call} ({quote(form.joint)} {call})*"
+    return f"{call} ({quote(form.joint)} {call}){{0,{MOST_CALLS - 1}}}"
 
 
 def calls_in_text(rules: Rules, form: CallGrammar, tools: Sequence[Tool], parallel: bool) -> str:
@@ -194,7 +195,7 @@ def json_body(
     def body(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
         one = rules.rule(" | ".join([_object(rules, tool, arguments) for tool in tools]))
         if listed:
-            more = f'(", " {one})*' if several else ""
+            more = f'(", " {one}){{0,{MOST_CALLS - 1}}}' if several else ""
             one = f'{listed} {one} {more} "]"'
         text, marker = end
         return f"{quote(begin)} {one} {quote(text)} {rules.mark(marker)}"

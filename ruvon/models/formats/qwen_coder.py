@@ -1,7 +1,8 @@
 """Qwen3-Coder: ``<tool_call>`` around a function in tags, with a tag for each argument.
 
 An argument is written as it is, so its type is known from the tool's schema only. Argument by
-argument the call becomes JSON.
+argument the call becomes JSON. So a text's length and pattern can be enforced, its ``format``
+cannot: a strict tool with one is refused.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ruvon.grammars import broken, check_strict, escaped, regex
 from ruvon.models.formats.format import Format
 from ruvon.models.formats.grammar import CallGrammar, Rules, escape, quote
 from ruvon.models.formats.reader import CallReader, NotACallError, loads, whole
@@ -22,6 +24,7 @@ FUNCTION, FUNCTION_END = "<function=", "</function>"
 PARAMETER, PARAMETER_END = "<parameter=", "</parameter>"
 VALUE_START, VALUE_END = ">\n", f"\n{PARAMETER_END}\n"
 NAME = re.compile(r"[^<>\s]*")
+MOST_REFERENCES = 16  # from one to the next, before a circle is supposed
 LITERALS = {"True": "true", "False": "false", "None": "null"}  # Python's, which models write
 
 
@@ -69,8 +72,26 @@ def _read_arguments(calls: CallReader, tool: Tool) -> Waiting[None]:
 
 
 def _properties(tool: Tool) -> Mapping[str, Any]:
-    properties = arguments_schema(tool).get("properties")
-    return properties if isinstance(properties, Mapping) else {}
+    """The arguments' schemas; one that refers to another is that other."""
+    schema = arguments_schema(tool)
+    properties = schema.get("properties")
+    properties = properties if isinstance(properties, Mapping) else {}
+    return {name: _referred(property, schema) for name, property in properties.items()}
+
+
+def _referred(property: Any, root: Mapping[str, Any]) -> Any:
+    """The schema of a property, with what it refers to in place of a ``$ref``."""
+    for _ in range(MOST_REFERENCES):
+        if not isinstance(property, Mapping) or not isinstance(property.get("$ref"), str):
+            break
+        _, *path = property["$ref"].split("/")
+        others = {key: value for key, value in property.items() if key != "$ref"}
+        found: Any = root
+        for name in path:
+            name = name.replace("~1", "/").replace("~0", "~")
+            found = found.get(name) if isinstance(found, Mapping) else None
+        property = {**found, **others} if isinstance(found, Mapping) else others
+    return property
 
 
 def to_json(value: str, schema: Any) -> str:
@@ -91,6 +112,8 @@ TYPES: Mapping[type, set[str]] = {
     dict: {"object"},
     list: {"array"},
 }
+NAMES = {bool: "boolean", int: "integer", float: "number", str: "string", dict: "object",
+         list: "array", type(None): "null"}  # fmt: skip
 
 
 def _types(schema: Any) -> set[str]:
@@ -100,10 +123,22 @@ def _types(schema: Any) -> set[str]:
     named = schema.get("type")
     listed = named if isinstance(named, list) else [named]
     types = {name for name in listed if isinstance(name, str)}
+    if not types:
+        types = {NAMES[type(value)] for value in _values(schema) if type(value) in NAMES}
     for key in ("anyOf", "oneOf"):
         if isinstance(schema.get(key), list):
             types |= set().union(*map(_types, schema[key]))
     return types
+
+
+def _values(schema: Any) -> Sequence[Any]:
+    """The values that a schema lists."""
+    if not isinstance(schema, Mapping):
+        return ()
+    if "const" in schema:
+        return [schema["const"]]
+    listed = schema.get("enum")
+    return listed if isinstance(listed, list) else ()
 
 
 def _body(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
@@ -114,34 +149,56 @@ def _body(rules: Rules, tools: Sequence[Tool], several: bool) -> str:
 def _function(rules: Rules, tool: Tool) -> str:
     """A call with its arguments in the schema's order, those left out that may be."""
     schema = arguments_schema(tool)
+    if tool.strict and not tool.custom:
+        check_strict(schema, tool.param)
     required = schema.get("required")
     parts = [quote(f"{FUNCTION}{tool.name}>\n")]
     for name, property in _properties(tool).items():
-        argument = rules.rule(_argument(rules, name, property, schema, tool))
+        argument = rules.rule(_argument(rules, name, property, tool))
         optional = not isinstance(required, list) or name not in required
         parts.append(f"{argument}?" if optional else argument)
     if tool.parameters is None and not tool.custom:
         name = f"{quote(PARAMETER)} /[^<>\\s]+/ {quote(VALUE_START)}"
-        parts.append(f"({name} {_text(rules)})*")
+        parts.append(f"({name} {_text(rules, {})})*")
     return " ".join(parts)
 
 
-def _argument(rules: Rules, name: str, property: Any, schema: Mapping[str, Any], tool: Tool) -> str:
+def _argument(rules: Rules, name: str, property: Any, tool: Tool) -> str:
     begin = quote(f"{PARAMETER}{name}{VALUE_START}")
-    values = property.get("enum") if isinstance(property, Mapping) else None
-    if _types(property) - {"string"}:
-        defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-        value = rules.json({**defs, **property}, tool)
-    elif isinstance(values, list) and values and all(isinstance(value, str) for value in values):
-        value = f"({' | '.join(map(quote, values))})"
-    else:
-        return f"{begin} {_text(rules)}"
-    return f"{begin} {value} {quote(VALUE_END)}"
+    if values := _values(property):
+        texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+        return f"{begin} ({' | '.join(map(quote, texts))}) {quote(VALUE_END)}"
+    types = _types(property)
+    if not types or "string" in types:
+        _check_text(property, name, tool)
+        return f"{begin} {_text(rules, property)}"
+    schema = arguments_schema(tool)
+    defs = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return f"{begin} {rules.json({**defs, **property}, tool)} {quote(VALUE_END)}"
 
 
-def _text(rules: Rules) -> str:
-    """Any text and the end of a value."""
-    return rules.rule(f"/(?s:.*){escape(VALUE_END)}/", "[lazy]")
+def _check_text(schema: Any, name: str, tool: Tool) -> None:
+    if tool.strict and isinstance(schema, Mapping) and "format" in schema:
+        why = "this model writes texts as they are, where formats cannot be enforced"
+        raise broken(tool.param, "format", f"/properties/{escaped(name)}", why)
+
+
+def _text(rules: Rules, schema: Any) -> str:
+    """A text of a schema, and the end of a value. What may be no text as well is any text."""
+    end = escape(VALUE_END)
+    bounds = schema if isinstance(schema, Mapping) and schema.get("type") == "string" else {}
+    least, most = bounds.get("minLength", 0), bounds.get("maxLength", "")
+    pattern = bounds.get("pattern")
+    if not isinstance(pattern, str) and (least, most) == (0, ""):
+        return rules.rule(f"/(?s:.*){end}/", "[lazy]")
+    parts = [f"/(?s:.{{{least},{most}}}){end}/", f"~/(?s:.*){end}(?s:.+)/"]
+    if isinstance(pattern, str):
+        before, after = ("" if pattern.startswith("^") else "(?s:.*)"), "(?s:.*)"
+        if pattern.endswith("$") and not pattern.endswith("\\$"):
+            pattern, after = pattern[:-1], ""
+        matched = regex(pattern.removeprefix("^"), "").start[1:-1]  # without its slashes
+        parts.append(f"/{before}(?:{matched}){after}{end}/")
+    return rules.rule(rules.terminal(" & ".join(parts)), "[lazy]")
 
 
 QWEN_CODER = Format(

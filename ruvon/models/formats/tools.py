@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 from ruvon.deltas import Delta
 from ruvon.errors import RequestError
-from ruvon.grammars import Grammar
+from ruvon.grammars import Grammar, lark, regex
 from ruvon.models.text_stream import TextStream
 
 ANY_OBJECT: Mapping[str, Any] = {"type": "object", "properties": {}}
@@ -53,6 +53,7 @@ class Reasoning:
     budget: int | None = None  # most tokens; then the answer is begun for it
     enabled: bool | None = None
     effort: str | None = None
+    param: str = "reasoning_effort"  # the request's field that errors about the effort name
 
 
 class Parser(Protocol):
@@ -101,8 +102,24 @@ def _read_tool(tool: Mapping[str, Any], where: str) -> Tool:
         fields.get("parameters"),
         strict=bool(fields.get("strict")),
         custom=kind == "custom",
+        syntax=_read_syntax(fields.get("format"), where) if kind == "custom" else None,
         param=where,
     )
+
+
+def _read_syntax(form: Any, where: str) -> Grammar | None:
+    """What a custom tool's ``format`` says of its input."""
+    if form is None or (isinstance(form, Mapping) and form.get("type") == "text"):
+        return None
+    given = form.get("grammar") if isinstance(form, Mapping) else None
+    if not isinstance(given, Mapping) or given.get("syntax") not in ("lark", "regex"):
+        raise RequestError("its format is text, or a grammar in Lark or a regex", where)
+    return syntax_of(given["syntax"], given.get("definition"), where)
+
+
+def syntax_of(kind: str, definition: Any, param: str) -> Grammar:
+    """The grammar of a custom tool's input: ``lark`` or ``regex``."""
+    return (lark if kind == "lark" else regex)(definition, param)
 
 
 def read_choice(choice: ToolChoice | str | Mapping[str, Any]) -> ToolChoice:
@@ -120,7 +137,7 @@ def read_choice(choice: ToolChoice | str | Mapping[str, Any]) -> ToolChoice:
 
 def openai_form(tool: Tool) -> dict[str, Any]:
     """A tool as chat templates expect it; a custom one as a function of one string."""
-    function: dict[str, Any] = {"name": tool.name, "description": _description(tool)}
+    function: dict[str, Any] = {"name": tool.name, "description": describe(tool)}
     function["parameters"] = arguments_schema(tool)
     return {"type": "function", "function": function}
 
@@ -138,7 +155,8 @@ def arguments_schema(tool: Tool) -> Mapping[str, Any]:
     }
 
 
-def _description(tool: Tool) -> str:
+def describe(tool: Tool) -> str:
+    """What a model is told of a tool, in words."""
     text = tool.description or ""
     if tool.syntax is None:
         return text

@@ -244,4 +244,5 @@ def _reasoning(request: PromptFields) -> Reasoning:
         budget=thinking.budget_tokens if thinking else None,
         enabled=THINKS[thinking.type] if thinking else None,
         effort=config.effort if config else None,
+        param="output_config.effort",
     )

@@ -188,6 +188,7 @@ def conversation_of(
             None if budget is None or budget < 0 else budget,
             request.enable_thinking,
             request.reasoning.effort if request.reasoning else None,
+            "reasoning.effort",
         ),
         kwargs=request.chat_template_kwargs,
         param="input",
@@ -207,7 +208,13 @@ def response_grammar(request: ResponsesRequest) -> Grammar | None:
         )
     if form.schema_ is None:
         return json_object("text.format")
-    return json_schema(form.schema_, strict=bool(form.strict), param="text.format.schema")
+    return json_schema(
+        form.schema_,
+        strict=bool(form.strict),
+        param="text.format.schema",
+        name=form.name,
+        description=form.description,
+    )
 
 
 def fitting(

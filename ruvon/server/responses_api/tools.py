@@ -8,7 +8,7 @@ from typing import Any
 
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar
-from ruvon.models.formats.tools import Tool, ToolChoice
+from ruvon.models.formats.tools import Tool, ToolChoice, syntax_of
 from ruvon.server.responses_api.schemas import (
     AllowedTool,
     AnyTool,
@@ -19,7 +19,7 @@ from ruvon.server.responses_api.schemas import (
     OtherTool,
     TurnFields,
 )
-from ruvon.server.tools import distinct, syntax_of
+from ruvon.server.tools import distinct
 
 RESOURCES = frozenset(
     {"code_interpreter", "computer", "computer_use", "computer_use_preview", "file_search", "mcp"}

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, SamplingFields
+from ruvon.server.schemas.base import Fields, SamplingFields, TokenIds
 from ruvon.server.schemas.constraints import ConstraintFields
 
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
@@ -28,6 +28,7 @@ class GenerationFields(SamplingFields, ConstraintFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    logprob_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=128)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_prompt_text: bool | None = None

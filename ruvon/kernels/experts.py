@@ -1,0 +1,348 @@
+"""A mixture of experts: two products over tiles of entries, each by its expert's weights, a sum.
+
+`ruvon.kernels.routing` sorts tokens by expert and cuts each expert's into tiles. A program takes a
+tile and a block of the weight's rows, on the matrix unit's larger side, so that few tokens fill it,
+too. The first product gathers tokens, and applies the activation; the second leaves each entry's
+result where the entry is, so that a token's are added up in the order of its choices: the same bits
+in every run. Grids depend on the number of tokens alone, so all of it can be captured.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeAlias
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ruvon.errors import LoadError
+from ruvon.kernels.activation import sigmoid
+from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, pack_mxfp4, words_of
+from ruvon.kernels.norm import rms_norm
+from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
+from ruvon.kernels.ops import (
+    Activation,
+    Dense,
+    Experts,
+    ExpertsSpec,
+    Mxfp4,
+    Packed,
+    PackedExperts,
+    Weight,
+)
+from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.routing import Routing, route
+from ruvon.kernels.split_k import Workspace
+
+PAIR = tl.constexpr(8)  # rows of the gate, then as many of what it gates: one thread has both
+GATES: dict[Activation, int] = {"silu_gated": 0, "swiglu_clamped": 1}
+
+
+@triton.jit
+def _multiply_dense(
+    sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SORTED: tl.constexpr,
+):  # fmt: skip
+    """See `multiply_mxfp4`."""
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        weight = weight_desc.load([expert * N + first_row, k])
+        if SORTED:
+            x = x_desc.load([first_place, k]).T
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            mask = used[None, :] & (columns < K)[:, None]
+            x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
+    return sums
+
+
+@triton.jit
+def _no_sums(ROWS: tl.constexpr, TOKENS: tl.constexpr):
+    return tl.zeros([ROWS, TOKENS], tl.float32)
+
+
+@triton.jit
+def _gate(sums, CLAMPED: tl.constexpr):
+    """[rows, T], gates and what they gate by turns of `PAIR` → [rows / 2, T]."""
+    N: tl.constexpr = sums.shape[0]
+    T: tl.constexpr = sums.shape[1]
+    pairs = tl.permute(tl.reshape(sums, (N // (2 * PAIR), 2, PAIR, T)), (0, 2, 3, 1))
+    gate, up = tl.split(pairs)
+    if CLAMPED:
+        gate = tl.minimum(gate, 7.0)
+        up = tl.minimum(tl.maximum(up, -7.0), 7.0)
+        y = gate * sigmoid(1.702 * gate) * (up + 1.0)
+    else:
+        y = gate * sigmoid(gate) * up
+    return tl.reshape(y, (N // 2, T))
+
+
+@triton.jit
+def _experts_kernel(
+    x_ptr,
+    x_desc,  # of rows in order, or None
+    weight_desc,  # of the words of Codes, or of a dense weight
+    codes,  # Codes, or None
+    bias_ptr,
+    out_ptr,
+    routing,  # Routing
+    x_stride,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    TOP_K: tl.constexpr,
+    UP: tl.constexpr,  # tokens in and places of the order out; else from these to entries
+    GATE: tl.constexpr,
+    MXFP4: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SORTED: tl.constexpr,  # x has a row for each place of the order
+    TILE: tl.constexpr,  # ExpertsTile
+    PDL: tl.constexpr,
+):
+    block, tile = tl.program_id(0), tl.program_id(1)
+    first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
+    rows = first_row + tl.arange(0, TILE.rows)
+    if UP:  # which releases when it has waited: so the other finds the choice made before it waits
+        wait(PDL)
+    release(PDL)
+    expert = tl.load(routing.tiles + tile * 3)
+    if not UP:
+        if MXFP4 and TILE.ahead > 0:
+            words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
+            prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
+        wait(PDL)
+    if expert >= 0:
+        first_place = tl.load(routing.tiles + tile * 3 + 1)
+        places = first_place + tl.arange(0, TILE.tokens)
+        used = places < tl.load(routing.tiles + tile * 3 + 2)
+        entries = tl.load(routing.order + places, mask=used, other=0)
+        sources = entries // TOP_K if UP and not SORTED else tl.where(used, places, 0)
+        x_at = x_ptr + sources.to(tl.int64) * x_stride
+        sums = _no_sums(TILE.rows, TILE.tokens)
+        if MXFP4:
+            sums = multiply_mxfp4(
+                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
+                N, K, TILE.columns, TILE.stages, SORTED,
+            )  # fmt: skip
+        else:
+            sums = _multiply_dense(
+                sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
+                N, K, TILE.columns, TILE.stages, SORTED,
+            )  # fmt: skip
+        if HAS_BIAS:
+            sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
+        if UP:
+            outputs = first_row // 2 + tl.arange(0, TILE.rows // 2)
+            at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
+            tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used[None, :])
+        else:
+            at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
+            tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used[None, :])
+
+
+@triton.jit
+def _sort_rows_kernel(
+    x_ptr, order_ptr, out_ptr, x_stride, K, TOP_K: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A row for each place of the order, so that a tile's can be copied in bulk."""
+    wait(PDL)
+    release(PDL)  # see _experts_kernel
+    place = tl.program_id(0).to(tl.int64)
+    token = (tl.load(order_ptr + place) // TOP_K).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    row = tl.load(x_ptr + token * x_stride + columns, mask=columns < K)
+    tl.store(out_ptr + place * K + columns, row, mask=columns < K)
+
+
+@triton.jit
+def _combine_kernel(
+    parts_ptr, weights_ptr, out_ptr, C, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
+    release(PDL)
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < C
+    wait(PDL)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in tl.static_range(TOP_K):
+        weight = tl.load(weights_ptr + token * TOP_K + i)
+        at = parts_ptr + (token * TOP_K + i) * C + columns
+        total += weight * tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(out_ptr + token * C + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+class ExpertsTile(NamedTuple):
+    tokens: int
+    rows: int  # of the weight
+    columns: int
+    stages: int
+    warps: int = 4
+    bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
+    ahead: int = 0  # bytes of each row to ask for before the wait; in the second product
+
+
+def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
+    """For the first product and the second; both have as many tokens."""
+    each = tokens * spec.top_k / spec.num_experts
+    if each <= 0.25:
+        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 6)
+    if each <= 2:
+        return ExpertsTile(8, 64, 512, 3), ExpertsTile(8, 64, 256, 4)
+    if each <= 8:
+        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 4)
+    if each <= 16:
+        return ExpertsTile(32, 128, 256, 3), ExpertsTile(32, 64, 256, 3)
+    if each <= 128:
+        return ExpertsTile(64, 128, 128, 4), ExpertsTile(64, 128, 128, 4)
+    return ExpertsTile(128, 128, 64, 4, 8), ExpertsTile(128, 128, 64, 4, 8)
+
+
+BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
+
+
+def pack_experts(
+    experts: Experts, spec: ExpertsSpec, dtype: torch.dtype, device: torch.device
+) -> PackedExperts:
+    """Codes stay codes if both weights are MXFP4; all else is multiplied out."""
+    if spec.activation not in GATES or spec.width % PAIR.value:
+        raise LoadError(
+            f"width {spec.width}, activation {spec.activation}: the width must be a multiple of "
+            f"{PAIR.value}, and the activation one of {', '.join(GATES)}"
+        )
+    num, order = spec.num_experts, paired_rows(spec.width)
+    biases = [
+        None if bias is None else bias.to(device=device, dtype=dtype)
+        for bias in (experts.up_bias_N, experts.down_bias_N)
+    ]
+    if biases[0] is not None:
+        biases[0] = biases[0].view(num, -1)[:, order.to(device)].flatten()
+    if isinstance(experts.up, Mxfp4) and isinstance(experts.down, Mxfp4):
+        straight = torch.arange(experts.down.scales_NK.shape[0] // num)
+        up = pack_mxfp4(experts.up, order, num, device)
+        down = pack_mxfp4(experts.down, straight, num, device)
+        return PackedExperts("mxfp4", spec, (*up, *down, *biases))
+    dense = (_dense(weight, num, dtype, device) for weight in (experts.up, experts.down))
+    up_ENK, down_ENK = dense
+    return PackedExperts("dense", spec, (up_ENK[:, order.to(device)], down_ENK, *biases))
+
+
+def paired_rows(width: int) -> Tensor:
+    """Where the rows of an expert's first weight come from: see `PAIR`."""
+    rows = torch.arange(2 * width).view(2, -1, PAIR.value)
+    return rows.transpose(0, 1).flatten()
+
+
+def _dense(weight: Weight, num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
+    return dense.to(device=device, dtype=dtype).view(num, -1, dense.shape[-1]).contiguous()
+
+
+Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]
+
+
+def experts(
+    x_TC: Tensor,
+    router: Packed,
+    bias_E: Tensor | None,
+    experts: PackedExperts,
+    workspace: Workspace,
+    pdl: bool = False,
+    batch_invariant: bool = False,
+    tiles: Tiles | None = None,
+) -> Tensor:
+    """The weighted sum of what each token's experts make of it."""
+    spec = experts.spec
+    chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
+    tiles = tiles or chosen
+    routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
+    return _mix(x_TC, routing, experts, tiles, pdl)
+
+
+def norm_experts(
+    x_TC: Tensor,
+    residual_TC: Tensor | None,
+    norm_weight_C: Tensor,
+    eps: float,
+    router: Packed,
+    bias_E: Tensor | None,
+    experts: PackedExperts,
+    workspace: Workspace,
+    pdl: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """(`experts` of the RMSNorm of x + residual, that sum): for few tokens in a launch less."""
+    spec, tiles = experts.spec, experts_tiles(x_TC.shape[0], experts.spec)
+    norm = (x_TC, residual_TC, norm_weight_C, eps)
+    if x_TC.shape[0] <= FEW_TOKENS:
+        normed_TC, total_TC, routing = norm_route(
+            *norm, router, bias_E, spec, tiles[0].tokens, workspace, pdl
+        )
+    else:
+        normed_TC, total_TC = rms_norm(*norm, pdl)
+        routing = route(normed_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl)
+    return _mix(normed_TC, routing, experts, tiles, pdl), total_TC
+
+
+def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, pdl: bool) -> Tensor:
+    tensors = experts.tensors
+    if experts.kind == "mxfp4":
+        weights: list[Codes | Tensor] = [Codes(*tensors[:3]), Codes(*tensors[3:6])]  # type: ignore[arg-type]
+    else:
+        weights = [tensors[0], tensors[1]]  # type: ignore[list-item]
+    if tiles[0].bulk:
+        x_TC = _sort_rows(x_TC, routing, pdl)
+    inner = _product(x_TC, weights[0], tensors[-2], routing, experts.spec, tiles[0], pdl, up=True)
+    parts = _product(inner, weights[1], tensors[-1], routing, experts.spec, tiles[1], pdl, up=False)
+    return combine(parts, routing, pdl)
+
+
+def _sort_rows(x_TC: Tensor, routing: Routing, pdl: bool) -> Tensor:
+    entries, columns = routing.order.shape[0], x_TC.shape[1]
+    out = x_TC.new_empty(entries, columns)
+    _sort_rows_kernel[(entries,)](
+        x_TC, routing.order, out, x_TC.stride(0), columns, TOP_K=routing.chosen.shape[1],
+        BLOCK=triton.next_power_of_2(columns), PDL=pdl, launch_pdl=pdl,
+    )  # fmt: skip
+    return out
+
+
+def _product(
+    x_TK: Tensor,
+    weight: Codes | Tensor,  # [E, N, K]
+    bias_N: Tensor | None,
+    routing: Routing,
+    spec: ExpertsSpec,
+    tile: ExpertsTile,
+    pdl: bool,
+    *,
+    up: bool,
+) -> Tensor:
+    codes = weight if isinstance(weight, Codes) else None
+    table = weight.words.flatten(1) if isinstance(weight, Codes) else weight.flatten(0, 1)
+    n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
+    tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
+    box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
+    rows = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
+    out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
+    _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
+        x_TK, rows, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
+        x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
+        MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
+        num_warps=tile.warps, launch_pdl=pdl,
+    )  # fmt: skip
+    return out_TN
+
+
+def combine(parts_EC: Tensor, routing: Routing, pdl: bool) -> Tensor:
+    """Entries' results, a token's one after another, into its weighted sum."""
+    tokens, top_k = routing.weights.shape
+    columns = parts_EC.shape[1]
+    out_TC = parts_EC.new_empty(tokens, columns)
+    block = min(1024, triton.next_power_of_2(columns))
+    _combine_kernel[(tokens, triton.cdiv(columns, block))](
+        parts_EC, routing.weights, out_TC, columns, TOP_K=top_k, BLOCK=block, PDL=pdl,
+        launch_pdl=pdl,
+    )  # fmt: skip
+    return out_TC

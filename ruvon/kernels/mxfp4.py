@@ -1,0 +1,182 @@
+"""MXFP4 weights for Triton: how they lie in memory, and the products that multiply them out.
+
+There are no 4-bit tensor cores before Blackwell, so codes become bfloat16 in registers, which is
+what a product of few rows spends its instructions on: 11 on bits and 4 multiplications for 8 codes.
+For that `pack_mxfp4` puts four codes into 16 bits so that each comes out by a shift and a mask,
+already a bfloat16 times 2 ** -126. Multiplying by its block's scale times 2 ** 126, a bfloat16,
+too, gives the exact value. A group of 64 along K becomes 16 such words: word ``h`` holds columns
+``h``, ``16 + h``, ``32 + h`` and ``48 + h``, its *planes*; so the rows of x stay as they are, and
+all of a plane's codes have one scale.
+
+Twice two powers of two are 2 ** 128: a scale above 2 does not fit a bfloat16 then, so an expert
+with one has all of its scales divided by a power of two, and its products multiplied by it.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ruvon.kernels.ops import Mxfp4
+
+GROUP = tl.constexpr(64)  # columns of 16 words
+_ROWS = 1 << 16  # to pack at a time, so that what lies in between stays small
+
+
+class Codes(NamedTuple):
+    """Experts' codes and scales. Rows of one expert lie one after another."""
+
+    words: Tensor  # int16 [E * N, groups, 16]
+    scales: (
+        Tensor  # int16 [E, groups, N]: exponents, bfloat16's, of columns up to 32 in the low half
+    )
+    factors: Tensor  # float32 [E]: what products are to be multiplied by
+
+
+def pack_mxfp4(weight: Mxfp4, order_N: Tensor, num_experts: int, device: torch.device) -> Codes:
+    """``order_N`` says which of an expert's rows comes where."""
+    rows, blocks = weight.scales_NK.shape
+    n, groups = rows // num_experts, triton.cdiv(blocks, 2)
+    words = torch.empty(rows, groups, 16, dtype=torch.int16, device=device)
+    scales = torch.empty(num_experts, groups, n, dtype=torch.int16, device=device)
+    factors = torch.empty(num_experts, dtype=torch.float32, device=device)
+    order_N = order_N.to(device)
+    step = max(1, _ROWS // n)
+    for first in range(0, num_experts, step):
+        experts = slice(first, min(first + step, num_experts))
+        span = slice(experts.start * n, experts.stop * n)
+        codes = weight.codes_NKB[span].to(device).view(-1, n, blocks, 16)[:, order_N]
+        words[span] = _to_words(codes.flatten(0, 1), groups)
+        exponents = weight.scales_NK[span].to(device).view(-1, n, blocks)[:, order_N].int()
+        scales[experts], factors[experts] = _to_scales(exponents, groups)
+    return Codes(words, scales, factors)
+
+
+def _to_words(codes_NKB: Tensor, groups: int) -> Tensor:
+    """[N, blocks of 32, 16 bytes] → int16 [N, groups of 64, 16]; a missing block is zeros."""
+    n, blocks, _ = codes_NKB.shape
+    codes = torch.stack((codes_NKB & 15, codes_NKB >> 4), dim=-1).flatten(1)
+    codes = torch.nn.functional.pad(codes, (0, 64 * groups - 32 * blocks))
+    a, b, c, d = codes.view(n, groups, 4, 16).int().unbind(2)
+    words = (a & 8) << 12 | (a & 7) << 6 | (b & 8) << 9 | (b & 7) << 3
+    words |= (c & 8) << 6 | c & 7 | (d & 12) << 11 | (d & 3) << 10
+    return words.to(torch.int16)
+
+
+def _to_scales(exponents: Tensor, groups: int) -> tuple[Tensor, Tensor]:
+    """[experts, N, blocks] of 2 ** (exponent - 127) → int16 [experts, groups, N], factors."""
+    num, n, blocks = exponents.shape
+    too_large = (exponents.amax((1, 2)) - 128).clamp_min(0)
+    exponents = (exponents - too_large.view(-1, 1, 1) + 126).clamp_min(0)
+    exponents = torch.nn.functional.pad(exponents, (0, 2 * groups - blocks))
+    low, high = exponents.view(num, n, groups, 2).unbind(-1)
+    packed = (low | high << 8).to(torch.int16).transpose(1, 2)
+    return packed, torch.ldexp(torch.ones_like(too_large, dtype=torch.float32), too_large)
+
+
+@triton.jit
+def _unpack_bf16(words):
+    """int16 → four bfloat16 tensors of that shape, the planes, times 2 ** -126."""
+    return tl.inline_asm_elementwise(
+        """{
+        .reg .b32 a, b;
+        and.b32 $0, $4, 0x81C081C0;
+        shl.b32 a, $4, 3;
+        and.b32 $1, a, 0x81C081C0;
+        shl.b32 a, $4, 6;
+        and.b32 $2, a, 0x81C081C0;
+        shl.b32 a, $4, 1;
+        and.b32 a, a, 0x80008000;
+        shr.u32 b, $4, 5;
+        and.b32 b, b, 0x01000100;
+        or.b32 a, a, b;
+        shr.u32 b, $4, 4;
+        and.b32 b, b, 0x00C000C0;
+        or.b32 $3, a, b;
+        }""",
+        "=r,=r,=r,=r,r",
+        [words],
+        dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def _unpack_fp32(words):
+    """The same in float32, and without assembly."""
+    w = words.to(tl.int32)
+    a = ((w & 0x8000) << 16) | ((w & 0x01C0) << 16)
+    b = ((w & 0x1000) << 19) | ((w & 0x0038) << 19)
+    c = ((w & 0x0200) << 22) | ((w & 0x0007) << 22)
+    d = ((w & 0x4000) << 17) | ((w & 0x2000) << 11) | ((w & 0x0C00) << 12)
+    return (
+        a.to(tl.float32, bitcast=True),
+        b.to(tl.float32, bitcast=True),
+        c.to(tl.float32, bitcast=True),
+        d.to(tl.float32, bitcast=True),
+    )
+
+
+@triton.jit
+def _spread(exponents, DTYPE: tl.constexpr):
+    """Bits of exponents int16 [N, groups] → the power of two for each word, [N, groups * 16]."""
+    N: tl.constexpr = exponents.shape[0]
+    GROUPS: tl.constexpr = exponents.shape[1]
+    if tl.bfloat16 == DTYPE:
+        scales = (exponents << 7).to(tl.bfloat16, bitcast=True)
+    else:
+        scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    return tl.reshape(tl.broadcast_to(scales[:, :, None], (N, GROUPS, 16)), (N, GROUPS * 16))
+
+
+@triton.jit
+def _columns(a, b, c, d):
+    """Four planes [N, groups * 16] → [N, groups * 64], columns as they were: registers' names."""
+    N: tl.constexpr = a.shape[0]
+    GROUPS: tl.constexpr = a.shape[1] // 16
+    planes = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (N, GROUPS, 16, 2, 2))
+    return tl.reshape(tl.permute(planes, (0, 1, 4, 3, 2)), (N, GROUPS * 64))
+
+
+@triton.jit
+def words_of(codes, expert, rows, N: tl.constexpr, K: tl.constexpr):
+    """Where an expert's rows begin."""
+    WORDS: tl.constexpr = (K + GROUP - 1) // GROUP * 16
+    return codes.words + expert.to(tl.int64) * N * WORDS + rows * WORDS
+
+
+@triton.jit
+def multiply_mxfp4(
+    sums, words_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
+    N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+    SORTED: tl.constexpr,
+):  # fmt: skip
+    """``sums [rows of the weight, rows of x]`` plus their products. ``words_desc`` reads
+    ``codes.words``; x is read through its own where it is ``SORTED``, else where ``x_at`` says."""
+    DTYPE: tl.constexpr = x_desc.dtype if SORTED else x_at.dtype.element_ty
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    groups, rows = tl.arange(0, BLOCK_K // GROUP), first_row + tl.arange(0, sums.shape[0])
+    scales_at = codes.scales + expert.to(tl.int64) * GROUPS * N + rows[None, :]
+    for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
+        w = words_desc.load([expert * N + first_row, k // 4])
+        group = k // GROUP + groups
+        pairs = tl.load(scales_at + group[:, None] * N, mask=(group < GROUPS)[:, None], other=0).T
+        low, high = _spread(pairs & 0xFF, DTYPE), _spread((pairs >> 8) & 0xFF, DTYPE)
+        if tl.bfloat16 == DTYPE:
+            a, b, c, d = _unpack_bf16(w)
+        else:
+            a, b, c, d = _unpack_fp32(w)
+        weight = _columns(a * low, b * low, c * high, d * high).to(DTYPE)
+        if SORTED:
+            x = x_desc.load([first_place, k]).T
+        else:
+            columns = k + tl.arange(0, BLOCK_K)
+            mask = used[None, :] & (columns < K)[:, None]
+            x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
+        sums = tl.dot(weight, x, sums, input_precision="ieee")
+    return sums * tl.load(codes.factors + expert)
