@@ -26,7 +26,7 @@ class Setting:
     context: int  # tokens of the longest sequence
     threads: int
     port: int
-    slots: int  # sequences at once
+    slots: int = 32  # sequences at once
 
 
 @dataclass(frozen=True, slots=True)
