@@ -1,7 +1,8 @@
 """Measure ruvon on an NVIDIA GPU beside vLLM's recorded figures and beside what the chip allows.
 
     python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
-                        [--batches 1,32,256] [--beside OTHER/CHECKOUT] [--options ...]
+                        [--batches 1,32,256] [--quantization int8|int4] [--beside OTHER/CHECKOUT]
+                        [--options ...]
 
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens; the models
 gpt-oss-20b and gpt-oss-120b have their experts in MXFP4. ``steps`` is the time of a decode step's
@@ -24,9 +25,10 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -36,7 +38,7 @@ from measure import write
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
-from ruvon.kernels.ops import ForwardBatch, PagedIndex
+from ruvon.kernels.ops import ForwardBatch, PagedIndex, Quantized
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
 from ruvon.models.cache_groups import cache_groups
@@ -59,6 +61,18 @@ GPT2 = {
     "layer_norm_epsilon": 1e-5,
     "eos_token_id": 50256,
     "bos_token_id": 50256,
+    "torch_dtype": "bfloat16",
+}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "max_position_embeddings": 8192,
+    "vocab_size": 128256,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 500000,
+    "hidden_act": "silu",
+    "eos_token_id": 2,
+    "bos_token_id": 1,
     "torch_dtype": "bfloat16",
 }
 GPT_OSS = {
@@ -94,6 +108,38 @@ GPT_OSS = {
 CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2": GPT2 | {"n_embd": 768, "n_layer": 12, "n_head": 12},
     "xl": GPT2 | {"n_embd": 1600, "n_layer": 48, "n_head": 25},
+    "llama-8b": LLAMA
+    | {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "tie_word_embeddings": False,
+    },
+    "llama-1b": LLAMA
+    | {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "tie_word_embeddings": True,
+    },
+    "qwen3-0.6b": LLAMA
+    | {
+        "architectures": ["Qwen3ForCausalLM"],
+        "model_type": "qwen3",
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
     "smollm2": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -118,6 +164,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 BATCHES = {
     "gpt2": (1, 8, 32, 128, 256),
     "xl": (1, 8, 64, 256),
+    "llama-8b": (1, 8, 32, 64, 128),
+    "llama-1b": (1, 8, 32, 64, 128),
+    "qwen3-0.6b": (1, 8, 32, 64, 128),
     "smollm2": (1, 8, 64, 256),
     "gpt-oss-20b": (1, 8, 64, 256),
     "gpt-oss-120b": (1, 8, 64),
@@ -138,14 +187,39 @@ VLLM_TOK_S = {
 VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400, "gpt-oss-20b": 51_500}
 
 
-def build(name: str) -> Model:
+class DeviceCodes(RandomTensors):
+    """Random codes of ``bits``; tables (of a row a token) have eight, as `SCHEMES` gives them."""
+
+    bits: ClassVar[int] = 8
+
+    def read(self, name: str, shape: tuple[int, ...]) -> torch.Tensor | Quantized:
+        if len(shape) == 1 or "wpe" in name:
+            return super().read(name, shape).to(DEVICE)
+        bits = 8 if shape[0] > 40_000 else self.bits
+        codes = torch.randint(0, 2**bits, shape, dtype=torch.uint8, device=DEVICE).view(torch.int8)
+        scales = torch.full((shape[0], shape[1] // 32), 0.08 / 2**bits, device=DEVICE).half()
+        return Quantized(codes, scales, -8 * scales if bits == 4 else None, 32, bits)
+
+
+class DeviceCodes4(DeviceCodes):
+    bits = 4
+
+
+CODES = {"int8": DeviceCodes, "int4": DeviceCodes4}
+
+
+def build(name: str, quantization: str = "none") -> Model:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     spec = spec_from_config(CONFIGS[name])
     family = MODELS[spec.architecture]
-    source = RandomTensors(
+    source: RandomTensors = RandomTensors(
         Path(name), 0, torch.bfloat16, mxfp4="quantization_config" in CONFIGS[name], device=DEVICE
     )
-    weights = Weights(source, family.rules, SCHEMES["auto"], ops, spec.num_layers)
+    rules = family.rules
+    if quantization != "none":  # random ones lie either way
+        source = CODES[quantization](Path(name), 0, torch.bfloat16)
+        rules = {key: replace(rule, transposed=False) for key, rule in rules.items()}
+    weights = Weights(source, rules, SCHEMES["auto"], ops, spec.num_layers)
     return family.build(spec, weights, ops)
 
 
@@ -173,15 +247,15 @@ def milliseconds(run: Callable[[], object], repeat: int = 50) -> float:
 # ---------------------------------------------------------------------------------- one step
 
 
-def measure_steps(name: str, batches: tuple[int, ...]) -> dict[str, Any]:
-    model, numbers = build(name), {}
+def measure_steps(name: str, batches: tuple[int, ...], quantization: str) -> dict[str, Any]:
+    model, numbers = build(name, quantization), {}
     print("| model | batch | floor ms | ruvon ms | vLLM ms | share of floor |")
     print("|---|---:|---:|---:|---:|---:|")
     for batch in batches:
         per_seq = -(-CONTEXT // PAGE)
         cache = make_cache(model, batch * per_seq)
         captured = decode_step(model, cache, batch, per_seq)
-        step, floor = milliseconds(captured.replay), floor_ms(model, batch)
+        step, floor = milliseconds(captured.replay), floor_ms(model, batch, quantization)
         vllm = VLLM_STEP_MS.get(name, {}).get(batch, float("nan"))
         print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
         numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
@@ -219,22 +293,27 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
     return captured
 
 
-def floor_ms(model: Model, batch: int) -> float:
+BYTES = {"none": (2.0, 2.0), "int8": (1.0625, 1.0625), "int4": (0.625, 1.0625)}
+"""A weight's, of layers and of the head."""
+
+
+def floor_ms(model: Model, batch: int, quantization: str = "none") -> float:
     """Weights that a step must read, those of experts once however many tokens chose one (of which
     there are so many if all are chosen alike), and the keys and values of its sequences."""
     spec, experts = model.spec, model.spec.experts
+    in_layer, in_head = BYTES[quantization]
     heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_dim
     plain = spec.hidden_size * (heads + spec.num_heads * spec.head_dim)
     gates = 1 if spec.architecture == "GPT2LMHeadModel" else 2
     mlp = (1 + gates) * spec.hidden_size * spec.intermediate_size
     if experts is None:
-        layer = 2 * (plain + mlp)
+        layer = in_layer * (plain + mlp)
     else:
         read = experts.num_experts * (1 - (1 - experts.top_k / experts.num_experts) ** batch)
         layer = 2 * plain + read * mlp * (4.25 / 8 if spec.sinks else 2)
     cached = 2 * spec.num_kv_heads * spec.head_dim
     seen = sum(min(window or CONTEXT, CONTEXT) for window in spec.windows)
-    nbytes = spec.num_layers * layer + 2 * spec.vocab_size * spec.hidden_size
+    nbytes = spec.num_layers * layer + in_head * spec.vocab_size * spec.hidden_size
     return (nbytes + 2 * batch * seen * cached) / BANDWIDTH * 1e3
 
 
@@ -342,6 +421,9 @@ def main() -> None:
     parser.add_argument("part", choices=PARTS)
     parser.add_argument("--models", default="gpt2,xl,smollm2")
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
+    parser.add_argument(
+        "--quantization", choices=["none", *CODES], default="none", help="For steps."
+    )
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Other checkouts, for serve."
@@ -366,7 +448,7 @@ def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) 
         case "load":
             return measure_load(name, model_folder(name, args.vocab), args.options)
         case "steps":
-            return measure_steps(name, batches)
+            return measure_steps(name, batches, args.quantization)
         case "prefill":
             return measure_prefill(name, batches)
         case _:

@@ -1,6 +1,6 @@
 """What the host does for each step besides computing it: schedule, build, commit, deliver.
 
-    python bench/host.py [--batch 1 32 256] [--context 512] [--steps 300]
+    python bench/host.py [--batch 1 32 256] [--context 512] [--steps 300] [--windows 0 128]
 
 Steady decoding, one token a sequence and step, over a runner that draws the same token at once. In
 microseconds a step (the median) and nanoseconds a sequence.
@@ -34,13 +34,14 @@ class Sampler:
     depth = grammar_depth = 1
     long_step = 0
 
-    def __init__(self) -> None:
+    def __init__(self, windows: tuple[int, ...]) -> None:
         self._tables = BlockTables()
+        self._windows = windows
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         began = time.perf_counter_ns()
         self._tables.follow(plan)
-        lay_out(plan, self._tables, BLOCK_SIZE).to_batch(torch.device("cpu"))
+        lay_out(plan, self._tables, BLOCK_SIZE, self._windows).to_batch(torch.device("cpu"))
         self.build = time.perf_counter_ns() - began
         future: Future[StepResult] = Future()
         future.set_result(StepResult(((1,),) * len(plan.rows), (None,) * len(plan.rows)))
@@ -53,30 +54,39 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32, 256])
     parser.add_argument("--context", type=int, default=512, help="Tokens of a prompt.")
     parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--windows", type=int, nargs="+", default=[0], help="Of cache groups.")
     args = parser.parse_args()
     print(f"{'us a step':<12}" + "".join(f"{part:>10}" for part in (*PARTS, "sum")) + "  ns/seq")
     numbers = {}
     for batch in args.batch:
-        times = asyncio.run(measure(batch, args.context, args.steps))
+        times = asyncio.run(measure(batch, args.context, args.steps, tuple(args.windows)))
         medians = {part: statistics.median(values) / 1e3 for part, values in times.items()}
         total = sum(medians.values())
         print(f"batch {batch:<6}" + "".join(f"{medians[part]:10.1f}" for part in PARTS), end="")
         print(f"{total:10.1f}{total / batch * 1e3:8.0f}")
         numbers[batch] = medians
-    facts = {"machine": machine(), "context": args.context, "microseconds": numbers}
+    facts = {
+        "machine": machine(),
+        "context": args.context,
+        "windows": args.windows,
+        "microseconds": numbers,
+    }
     print(f"\nWrote {write('host', facts)}")
 
 
-async def measure(batch: int, context: int, steps: int) -> dict[str, list[int]]:
+async def measure(
+    batch: int, context: int, steps: int, windows: tuple[int, ...]
+) -> dict[str, list[int]]:
     """Nanoseconds of each part, step by step."""
     config = EngineConfig(
         block_size=BLOCK_SIZE, max_num_seqs=batch, max_num_batched_tokens=max(8192, batch)
     )
-    runner = Sampler()
+    runner = Sampler(windows)
     length = context + steps + 100
     engine = Engine(
         runner, config,
-        max_model_len=length, num_blocks=batch * (length // BLOCK_SIZE + 2), vocab_size=1000,
+        max_model_len=length, windows=windows, vocab_size=1000,
+        num_blocks=len(windows) * batch * (length // BLOCK_SIZE + 2),
     )  # fmt: skip
     loop = EngineLoop(engine, Metrics())
     loop.start()

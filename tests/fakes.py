@@ -370,6 +370,8 @@ class FakeRunner:
             return (), None
         seed = row.seed if row.sampling.temperature > 0 else 0
         alphabet = self._alphabet if row.mask is None else allowed(row.mask)
+        if not alphabet:  # its grammar was complete when this step was launched already
+            return (), None
         token = alphabet[self._next_token(context, seed) % len(alphabet)]
         num_top = row.sampling.logprobs
         return (token,), None if num_top is None else (fake_logprobs(token, num_top),)

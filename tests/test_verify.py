@@ -150,7 +150,7 @@ def fake_loaded(make_engine: Any, runner: Any = None, promised: bool = True) -> 
     return SimpleNamespace(
         engine=engine,
         runner=runner or Fresh(),
-        memory=SimpleNamespace(max_model_len=600, num_blocks=400, block_size=16),
+        memory=SimpleNamespace(max_model_len=600, num_blocks=400, block_size=16, windows=(0,)),
         eos_token_ids=(),
         tokenizer=ByteTokenizer(),
         checkpoint=SimpleNamespace(name="fake"),

@@ -174,7 +174,7 @@ def triton_backend(
 
     ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
     check_experts(spec, ops)
-    return replace(eager(ops), graphs=True)
+    return replace(eager(ops), graphs=True, quantized=True)
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

@@ -9,6 +9,7 @@ import sys
 import time
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from threading import Lock
@@ -33,6 +34,13 @@ of which most take less."""
 SHORT, ENCODED = 64, 4096  # characters of texts whose tokens are remembered, and how many of them
 REFUSALS = 256  # remembered, so that asking again costs nothing
 PATIENCE = 15.0  # seconds for a trial: a bound for a machine that has no time for it
+IN_STRINGS = r'[^"\\\x00-\x1F\x7F]'
+LENGTHS = (1, 2, 3, 4, 6, 8, 11, 15, 20, 30)
+SLICES = [*(f"{IN_STRINGS}{{1,{length}}}" for length in LENGTHS), IN_STRINGS + "+"]
+"""Sets of tokens that are allowed as a whole where a string goes on for as long as they take at
+least. With the library's own, of 10 and 30 characters, a mask in a string that is bounded takes
+twice as long."""
+
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
 NO_TIME = "This machine had no time to compile the grammar; the request may be tried again."
 RETRY_AFTER = 5.0  # seconds
@@ -90,11 +98,12 @@ class Vocabulary:
 class Compiled:
     """A grammar at its beginning. As long as anybody holds one, it is there for all."""
 
-    __slots__ = ("__weakref__", "matcher", "num_bytes")
+    __slots__ = ("__weakref__", "matchers", "num_bytes", "wanted")
 
     def __init__(self, matcher: LLMatcher, num_bytes: int) -> None:
-        self.matcher = matcher
+        self.matchers = [matcher]
         self.num_bytes = num_bytes
+        self.wanted = 1  # of them
 
 
 class Grammars:
@@ -108,7 +117,7 @@ class Grammars:
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
         self.vocab_size = vocab_size
         self.eos_token_ids = tuple(eos_token_ids)
-        self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids)
+        self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids, slices=SLICES)
         self._limits = LLParserLimits(**LIMITS)
         self._trial = Trial(vocab_size)
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
@@ -116,10 +125,12 @@ class Grammars:
         self._alive: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
         self._kept: OrderedDict[str, Compiled] = OrderedDict()  # of these, the latest used last
         self._num_bytes = 0
+        self._multiplying = ThreadPoolExecutor(1, "ruvon-grammars")
         self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
 
     def close(self) -> None:
-        """End the process that grammars are tried in."""
+        """End the process that grammars are tried in, and the thread that makes more of them."""
+        self._multiplying.shutdown(cancel_futures=True)
         self._trial.close()
 
     def is_known(self, grammar: Grammar) -> bool:
@@ -137,9 +148,37 @@ class Grammars:
             held = sum(each.num_bytes for each in self._alive.values())
         return compiled if held <= HELD_BYTES else None
 
-    def matcher(self, grammar: Grammar) -> LLMatcher:
-        """A matcher of one's own at the grammar's beginning. Raises as `hold` does."""
-        return self._find(grammar).matcher.deep_copy()
+    def matcher(self, grammar: Grammar, turn: int = 0) -> LLMatcher:
+        """A matcher of one's own at the grammar's beginning. Raises as `hold` does.
+
+        Copies of one matcher share what its lexer finds, and wait for each other. So where several
+        are used at once, each ``turn`` has one that is compiled for it; if that is not there yet,
+        it is made meanwhile.
+        """
+        compiled = self._find(grammar)
+        with self._lock:
+            if turn >= compiled.wanted:
+                if compiled.wanted == len(compiled.matchers):  # so nobody is at it
+                    self._multiplying.submit(self._multiply, grammar.lark(), compiled)
+                compiled.wanted = turn + 1
+            return compiled.matchers[turn % len(compiled.matchers)].deep_copy()
+
+    def has(self, grammar: Grammar, turn: int) -> bool:
+        """Whether this turn's matcher has been compiled."""
+        with self._lock:
+            compiled = self._alive.get(grammar.lark())
+            return compiled is not None and turn < len(compiled.matchers)
+
+    def _multiply(self, text: str, compiled: Compiled) -> None:
+        """Compile what has been compiled as often as is wanted."""
+        while True:
+            matcher = self._make(text)
+            with self._lock:
+                compiled.matchers.append(matcher)
+                compiled.num_bytes += size_of(text)
+                self._num_bytes += size_of(text) * (self._kept.get(text) is compiled)
+                if len(compiled.matchers) == compiled.wanted:
+                    return
 
     def _find(self, grammar: Grammar) -> Compiled:
         text = grammar.lark()
@@ -168,19 +207,20 @@ class Grammars:
         while self._num_bytes > CACHE_BYTES and len(self._kept) > 1:
             self._num_bytes -= self._kept.popitem(last=False)[1].num_bytes
 
-    def _compile(self, grammar: Grammar, text: str) -> Compiled:
+    def _make(self, text: str) -> LLMatcher:
         from llguidance import LLMatcher
 
+        made = LLMatcher(
+            self._tokenizer, LLMatcher.grammar_from_lark(text), limits=self._limits, log_level=0
+        )
+        made.compute_bitmask()  # what the first mask needs is then there for every copy
+        return made
+
+    def _compile(self, grammar: Grammar, text: str) -> Compiled:
         error = self._trial.error_of(text)
         if not error:
-            compiled = LLMatcher(
-                self._tokenizer,
-                LLMatcher.grammar_from_lark(text),
-                limits=self._limits,
-                log_level=0,
-            )
-            compiled.compute_bitmask()  # what the first mask needs is then there for every copy
-            error = compiled.get_error()
+            matcher = self._make(text)
+            error = matcher.get_error()
         if error:
             if error == TOO_COSTLY:  # so its parts may be, and are not tried
                 refused = unlocated(grammar, error)
@@ -191,7 +231,7 @@ class Grammars:
                 if len(self._refused) > REFUSALS:
                     self._refused.popitem(last=False)
             raise again(refused)
-        found = Compiled(compiled, size_of(text))
+        found = Compiled(matcher, size_of(text))
         with self._lock:
             self._keep(text, found)
         return found

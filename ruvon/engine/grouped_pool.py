@@ -120,17 +120,20 @@ class GroupedPool:
         for group, table in enumerate(tables):
             self.pool.publish(table[i], group_key(key, group))
 
-    def leave(self, tables: Tables, end: int) -> None:
+    def leave(self, tables: Tables, end: int) -> int:
         """Give back what nobody looks at any more once the first ``end`` tokens are computed. All
-        steps that computed one of them are over."""
+        steps that computed one of them are over. How many there are when more will leave."""
+        size, next_end = self.pool.block_size, UNBOUNDED
         for group, window in self._sliding:
             table = tables[group]
-            held = first = first_block(end, window, self.pool.block_size)
+            held = first = first_block(end, window, size)
+            next_end = min(next_end, (first + 1) * size + window - 1)
             while held and table[held - 1] != NULL:
                 held -= 1
             if held < first:
                 self.pool.release(table[held:first])
                 table[held:first] = [NULL] * (first - held)
+        return next_end
 
     def release(self, tables: Tables) -> None:
         """Let go of all blocks of a sequence."""

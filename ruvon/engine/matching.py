@@ -7,6 +7,7 @@ token goes up that its matcher has not consumed, whatever a sampler made of the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
@@ -24,17 +25,28 @@ if TYPE_CHECKING:
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
+MOST_REPEATED = 64  # tokens that are consumed once more for a compilation of one's own
+
 REFUSED = "a token was sampled that the grammar does not allow"
 EXHAUSTED = "the grammar takes more time or memory than a step may use"
 
 
 class Matching:
-    """How far one sequence has come in its grammar. ``at_once``: see `Matchers`."""
+    """How far one sequence has come in its grammar. ``at_once``: see `Matchers`; ``turn``: see
+    `Grammars.matcher`."""
 
     def __init__(
-        self, matcher: LLMatcher, sampling: SamplingParams, eos: Sequence[int], at_once: bool = True
+        self,
+        matcher: LLMatcher,
+        sampling: SamplingParams,
+        eos: Sequence[int],
+        at_once: bool = True,
+        turn: int = 0,
     ) -> None:
         self.matcher = matcher
+        self.grammar = sampling.grammar
+        self.turn = turn
+        self.crowded = False  # whether it is to have a compilation of its own once there is one
         self.num_tokens = 0  # accepted
         self.forced: list[int] = []  # what the matcher has consumed beyond them, the last one first
         self.at_once = at_once
@@ -128,7 +140,7 @@ class Matchers:
         """Compute the masks of rows whose histories are complete. Errors by sequence: the mask of a
         row with an error allows nothing, nor does that of a row whose grammar is complete."""
         errors: dict[int, str] = {}
-        live: list[tuple[LLMatcher, int]] = []
+        turns: list[list[tuple[LLMatcher, int]]] = [[] for _ in range(self._num_threads)]
         for place, row in enumerate(rows):
             matching = self._find(row, errors)
             if matching is None or matching.is_over:
@@ -136,7 +148,8 @@ class Matchers:
             elif matching.forced:
                 allow(masks_RW[place], matching.forced[-1])
             else:
-                live.append((matching.matcher, place))
+                turns[matching.turn].append((matching.matcher, place))
+        live = [pair for turn in turns for pair in turn]  # neighbours are one thread's, after all
         self._compute(live, masks_RW)
         for matcher, place in live:
             seq_id = rows[place].seq_id
@@ -147,15 +160,13 @@ class Matchers:
                 withhold(masks_RW[place], withheld)
         return errors
 
-    def _compute(self, live: Sequence[tuple[LLMatcher, int]], masks_RW: Ints) -> None:
+    def _compute(self, live: list[tuple[LLMatcher, int]], masks_RW: Ints) -> None:
         size = masks_RW.strides[0]
         if len(live) == 1:  # without what it takes to share the work
             ((matcher, place),) = live
             matcher.unsafe_compute_mask_ptr(masks_RW[place].ctypes.data, size)
         elif live:
-            self._executor.unsafe_compute_mask_ptr(
-                list(live), masks_RW.ctypes.data, size, len(masks_RW)
-            )
+            self._executor.unsafe_compute_mask_ptr(live, masks_RW.ctypes.data, size, len(masks_RW))
 
     def _find(self, row: SamplingRow, errors: dict[int, str]) -> Matching | None:
         """A sequence's matching, if it can be had."""
@@ -173,15 +184,31 @@ class Matchers:
         """Where a sequence is in its grammar, found anew if it was not here before."""
         num_output = len(row.history) - row.num_prompt
         found = self._matchings.get(row.seq_id)
-        if found is None or not found.leads_to(num_output):
-            assert row.sampling.grammar is not None
-            matcher = self._grammars.matcher(row.sampling.grammar)
-            found = self._matchings[row.seq_id] = Matching(
-                matcher, row.sampling, self._eos, self._at_once
-            )
+        if found is None or not found.leads_to(num_output) or self._may_part(found):
+            self._matchings.pop(row.seq_id, None)
+            found = self._matchings[row.seq_id] = self._begin(row.sampling)
         if found.num_tokens < num_output:
             found.follow(row.history[row.num_prompt :])
         return found
+
+    def _begin(self, sampling: SamplingParams) -> Matching:
+        """A sequence's matching at the beginning, in the turn that the fewest others have."""
+        grammar = sampling.grammar
+        assert grammar is not None
+        used = Counter(m.turn for m in self._matchings.values() if m.grammar == grammar)
+        turn = min(range(self._num_threads), key=used.__getitem__)
+        matcher = self._grammars.matcher(grammar, turn)
+        made = Matching(matcher, sampling, self._eos, self._at_once, turn)
+        made.crowded = turn > 0 and not self._grammars.has(grammar, turn)
+        return made
+
+    def _may_part(self, matching: Matching) -> bool:
+        """Whether it is worth beginning anew, with a compilation that nobody else uses."""
+        if not matching.crowded or matching.forced:
+            return False
+        matching.crowded = matching.num_tokens < MOST_REPEATED
+        assert matching.grammar is not None
+        return matching.crowded and self._grammars.has(matching.grammar, matching.turn)
 
     def accept(self, seq_ids: Sequence[int], masks: Masks, result: StepResult) -> StepResult:
         """A step's result after its grammars: each sampled token checked, what it forces behind it,

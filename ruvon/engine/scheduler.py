@@ -443,8 +443,8 @@ class Scheduler:
                 end = chunk.start + len(chunk.tokens)
                 if end >= (seq.num_published + 1) * size and self.limits.caching:
                     self._publish(seq, end // size)
-                if slides:
-                    self.grouped.leave(seq.tables, end)
+                if slides and end >= seq.leaves_at:
+                    seq.leaves_at = self.grouped.leave(seq.tables, end)
                 if seq.prompt_logprobs is not None:
                     seq.prompt_logprobs.extend(result.prompt_logprobs.get(seq.id, ()))
                 if seq.id in result.pooled:
@@ -567,5 +567,6 @@ class Scheduler:
         seq.num_computed = 0
         seq.num_pending = 0
         seq.num_published = 0
+        seq.leaves_at = 0
         seq.num_claimed = 0
         seq.awaits = None

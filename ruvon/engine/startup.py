@@ -311,7 +311,7 @@ def for_longest(forward: Forward, max_context: int) -> Forward:
     return lambda batch: forward(dataclasses.replace(batch, max_context=max_context))
 
 
-SCORED = (1, 2, 16, 32, 64, 128)
+SCORED = (1, 2, 16, 32, 64, 128, 512)
 """Numbers of rows for which a GPU's products differ; beyond the last they do not."""
 
 

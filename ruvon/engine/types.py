@@ -129,6 +129,7 @@ class Sequence:
     introduced: bool = False  # whether a plan has named this generation
     keys: list[bytes] = field(default_factory=list)  # of its full blocks, for the prefix cache
     num_published: int = 0  # leading blocks already offered to the prefix cache
+    leaves_at: int = 0  # how many tokens are computed when blocks leave a window next
     num_claimed: int = 0  # leading blocks that others wait for rather than compute them too
     awaits: bytes | None = None  # key of a prefix block that another sequence computes right now
     prompt_logprobs: list[TokenLogprobs | None] | None = None  # so far; None if not wanted

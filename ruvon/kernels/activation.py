@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvon.kernels.ops import Activation
+from ruvon.kernels.ops import GATED, Activation
 from ruvon.kernels.pdl import release, wait
 
 KINDS: dict[Activation, int] = {
@@ -16,6 +16,7 @@ KINDS: dict[Activation, int] = {
     "relu": 3,
     "silu": 4,
     "silu_gated": 5,
+    "gelu_tanh_gated": 6,
 }
 """What a kernel's constant ``ACTIVATION`` stands for."""
 
@@ -28,7 +29,7 @@ def sigmoid(x):
 @triton.jit
 def activate(x, KIND: tl.constexpr):
     """float32 in and out; a gated kind is its gate's function alone."""
-    if KIND == 1:  # tanh(z) = 2 sigmoid(2 z) - 1, so x (1 + tanh z) / 2 is this
+    if KIND == 1 or KIND == 6:  # tanh(z) = 2 sigmoid(2 z) - 1, so x (1 + tanh z) / 2 is this
         x = x * sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
     elif KIND == 2:
         x = 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
@@ -66,7 +67,7 @@ def apply_activation(x_TN: Tensor, activation: Activation, pdl: bool = False) ->
     """The activation alone, after a product that could not take it along."""
     if activation == "none":
         return x_TN
-    gated = activation == "silu_gated"
+    gated = activation in GATED
     rows, columns = x_TN.shape[0], x_TN.shape[1] // (2 if gated else 1)
     out_TN = x_TN.new_empty(rows, columns)
     block = min(1024, triton.next_power_of_2(columns))

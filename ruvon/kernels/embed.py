@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor, empty_like
 
+from ruvon.kernels.codes import take_rows
 from ruvon.kernels.ops import Packed
 from ruvon.kernels.pdl import release, wait
 
@@ -51,7 +53,9 @@ def gather_rows(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
     return out_LC
 
 
-def embed(ids_T: Tensor, table: Packed, pdl: bool = False) -> Tensor:
+def embed(ids_T: Tensor, table: Packed, dtype: torch.dtype, pdl: bool = False) -> Tensor:
+    if table.kind != "dense":
+        return take_rows(table, ids_T, dtype, pdl)
     return gather_rows(table.tensors[0], ids_T, pdl)
 
 

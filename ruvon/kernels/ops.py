@@ -28,11 +28,13 @@ import torch
 from torch import Tensor
 
 Activation: TypeAlias = Literal[
-    "none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated", "swiglu_clamped"
+    "none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated", "gelu_tanh_gated", "swiglu_clamped"
 ]
-"""The last two: the first half of the outputs gates the second, ``act(gate) * up``; halves N.
+"""The last three: the first half of the outputs gates the second, ``act(gate) * up``; halves N.
 ``swiglu_clamped`` is gpt-oss's ``gate * sigmoid(1.702 gate) * (up + 1)``, the gate at most 7 and up
 within -7 to 7; experts only."""
+
+GATED: frozenset[Activation] = frozenset({"silu_gated", "gelu_tanh_gated"})  # of `Ops.linear`
 
 
 CPU = torch.device("cpu")

@@ -106,6 +106,9 @@ def activate(x_TN: Tensor, activation: Activation) -> Tensor:
         case "silu_gated":
             gate, up = x_TN.chunk(2, dim=-1)
             return F.silu(gate) * up
+        case "gelu_tanh_gated":
+            gate, up = x_TN.chunk(2, dim=-1)
+            return F.gelu(gate, approximate="tanh") * up
         case "swiglu_clamped":
             gate, up = x_TN.chunk(2, dim=-1)
             gate, up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)

@@ -180,3 +180,39 @@ def store_outputs(
         PDL=pdl,
         launch_pdl=pdl,
     )
+
+
+@triton.jit(do_not_specialize=["num_words"])
+def _load_masks_kernel(
+    staging_ptr, masks_ptr, params_ptr, num_words,
+    PARAMS: tl.constexpr, MASK: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    release(PDL)
+    wait(PDL)
+    mask = tl.load(params_ptr + tl.program_id(0) * PARAMS + MASK)
+    if mask > 0:
+        first = (mask - 1).to(tl.int64) * num_words
+        for start in tl.range(0, num_words, BLOCK):
+            at = start + tl.arange(0, BLOCK)
+            word = tl.load(staging_ptr + first + at, mask=at < num_words, other=0)
+            tl.store(masks_ptr + first + at, word, mask=at < num_words)
+
+
+def load_masks(
+    staging_RW: Tensor, masks_RW: Tensor, params: Tensor, mask_word: int, pdl: bool = False
+) -> None:
+    """Bring the masks that rows with these parameters name, counted from 1, from the staging
+    buffer; 0 is none."""
+    rows, size = params.shape
+    _load_masks_kernel[(rows,)](
+        staging_RW,
+        masks_RW,
+        params,
+        masks_RW.shape[1],
+        PARAMS=size,
+        MASK=mask_word,
+        BLOCK=2048,
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
+    )

@@ -7,8 +7,8 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, decode, embed, experts, kv, linear, norm, split_k
-from ruvon.kernels.ops import Dense, Ops, Packed, Weight
+from ruvon.kernels import attention, codes, decode, embed, experts, kv, linear, norm, split_k
+from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Stacked, Weight
 from ruvon.kernels.pdl import supports_pdl
 
 
@@ -24,13 +24,15 @@ def make_triton_ops(
     Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
     has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
-    Quantized weights are multiplied out, but for experts in MXFP4.
+    Quantized weights stay codes: see `ruvon.kernels.codes`; so do experts in MXFP4.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
     sums = split_k.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
+        if isinstance(weight, Quantized | Stacked):
+            return codes.pack_codes(weight, device)
         dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
         n, k = dense.shape
         return Packed("dense", (n, k), (dense.to(device=device, dtype=dtype).contiguous(),))
@@ -38,7 +40,7 @@ def make_triton_ops(
     ops = Ops(
         name="triton",
         pack=pack,
-        embed=partial(embed.embed, pdl=pdl),
+        embed=partial(embed.embed, dtype=dtype, pdl=pdl),
         add=partial(embed.add, pdl=pdl),
         rms_norm=partial(norm.rms_norm, pdl=pdl),
         layer_norm=partial(norm.layer_norm, pdl=pdl),

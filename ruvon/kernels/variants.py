@@ -7,11 +7,13 @@ from triton.runtime.jit import JITFunction
 from ruvon.kernels import (
     activation,
     attention,
+    codes,
     decode,
     embed,
     experts,
+    gemv,
     kv,
-    linear,
+    matmul,
     norm,
     norm_routing,
     prefill,
@@ -19,12 +21,11 @@ from ruvon.kernels import (
     sample,
     split_k,
     staging,
-    tma_linear,
 )
 
 MODULES = (
-    activation, attention, decode, embed, experts, kv, linear, norm, norm_routing, prefill,
-    routing, sample, split_k, staging, tma_linear,
+    activation, attention, codes, decode, embed, experts, gemv, kv, matmul, norm, norm_routing,
+    prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ruvon.config import EngineConfig
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import ForwardBatch, Ops
-from ruvon.models import gpt2, gpt_oss, llama
+from ruvon.models import gemma3, gpt2, gpt_oss, llama
 from ruvon.models.checkpoint import Checkpoint
 from ruvon.models.mixtures import is_original
 from ruvon.models.quantize import SCHEMES
@@ -54,6 +54,7 @@ GPT2 = Family(gpt2.build, gpt2.RULES, gpt2.IGNORED)
 LLAMA = Family(llama.build, llama.RULES, llama.IGNORED)
 QWEN3_MOE = Family(gpt_oss.build, gpt_oss.QWEN3_MOE_RULES, gpt_oss.IGNORED)
 GPT_OSS = Family(gpt_oss.build, gpt_oss.RULES, gpt_oss.IGNORED)
+GEMMA3 = Family(gemma3.build, gemma3.RULES, gemma3.IGNORED)
 
 MODELS: Mapping[str, Family] = {
     "GPT2LMHeadModel": GPT2,
@@ -63,6 +64,7 @@ MODELS: Mapping[str, Family] = {
     "Qwen3ForCausalLM": LLAMA,
     "Qwen3MoeForCausalLM": QWEN3_MOE,
     "GptOssForCausalLM": GPT_OSS,
+    "Gemma3ForCausalLM": GEMMA3,
 }
 
 

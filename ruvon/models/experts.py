@@ -45,7 +45,7 @@ def _weight(
     rule, change = weights.rules[key], weights.scheme.experts
     if weights.is_gguf:
         names = [name.format(i=layer) + ".weight" for name in rule.gguf]
-        tables = [as_weight(weights.read(name, (count, rows, columns))) for name in names]
+        tables = [_as_weight(weights.read(name, (count, rows, columns))) for name in names]
         return _changed(tables, count, change)
     name, shape = rule.hugging_face[0].format(i=layer), (count, halves * rows, columns)
     if weights.has(name + weights.ending(key, "blocks")):
@@ -111,7 +111,7 @@ def _tensor(
     return values.to(weights.ops.device)
 
 
-def as_weight(values: Tensor | Quantized | Mxfp4) -> Weight:
+def _as_weight(values: Tensor | Quantized | Mxfp4) -> Weight:
     """Of all experts' rows, one above the other."""
     return Dense(values.flatten(0, -2)) if isinstance(values, Tensor) else values
 

@@ -63,6 +63,9 @@ class HarmonyChat:
         self._tokenizer = tokenizer
         self._marks = marks
         self._special = tokenizer.special_ids | {*tokenizer.eos_ids, *marks.values()}
+        self._size = tokenizer.vocab_size  # up to the last token of text
+        while self._size - 1 in self._special:
+            self._size -= 1
         self._dates = Dates(today)
 
     def reads(self, variable: str) -> bool:
@@ -83,27 +86,31 @@ class HarmonyChat:
     ) -> Turn:
         """As `ChatFormat.turn`. The tools that gpt-oss was trained with are offered by the variable
         ``builtin_tools``, and called by the names ``browser.search`` and so on, and ``python``,
-        which takes text as it is."""
+        which takes text as it is. Where nothing can be called and reasoning is not ``enabled``,
+        the answer itself is begun for the model."""
         choice, reasoning = as_called(choice), reasoning or Reasoning()
         callable = chosen(tools, choice)
-        shown = tools if callable else ()
-        form = None if response is None else response.form
-        continued = bool(options.get("continue_final_message"))
-        if continued and choice.mode == "required":
-            raise RequestError("an answer that has begun can be no call", param="tool_choice")
         system = self._system(messages, reasoning, options)
-        parts = self._parts(messages, shown, system, form, options)
+        form = None if response is None else response.form
+        parts = self._parts(messages, tools if callable else (), system, form, options)
         callees = callees_of(callable, choice, system.built_in)
-        wanted = Wanted(callees, choice, response, reasoning.budget, continued)
+        opened = parts[-2:] == OPENING
+        begun = bool(options.get("continue_final_message"))
+        if begun and choice.mode == "required":
+            raise RequestError("an answer that has begun can be no call", param="tool_choice")
+        if reasoning.enabled is False and opened and not callees:
+            parts += [Mark.CHANNEL, ANSWER, Mark.MESSAGE]
+            begun = True
+        wanted = Wanted(callees, choice, response, reasoning.budget, opened, begun)
         parser = partial(
             HarmonyParser,
             marks=self._marks,
             callees=callees,
             parallel=choice.parallel,
-            channel=ANSWER if continued else None,
+            channel=ANSWER if begun else None,
         )
-        grammar = grammar_of(wanted, self._marks, self._special, self._tokenizer.vocab_size)
-        ignored = ("enable_thinking",) if reasoning.enabled is False else ()  # it always does
+        grammar = grammar_of(wanted, self._marks, self._special, self._size)
+        ignored = ("enable_thinking",) if reasoning.enabled is False and not begun else ()
         return Turn(tuple(self._encode(parts)), parser, grammar, ignored)
 
     def render(self, messages: Sequence[Message], **options: Unpack[Options]) -> str:

@@ -155,7 +155,7 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         head_dim=spec.head_dim,
-        scale=spec.head_dim**-0.5,
+        scale=spec.query_scale or spec.head_dim**-0.5,
         window=spec.windows[layer],
         cache_group=place_of(cache_groups(spec), layer)[0],
     )

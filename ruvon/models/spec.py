@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Activation, ExpertsSpec
-from ruvon.models import mixtures
+from ruvon.models import mixtures, spec_gemma3
 from ruvon.models.rope import (
     LinearScaling,
     RopeSpec,
@@ -50,6 +50,8 @@ class ModelSpec:
     dtype: str  # the checkpoint's own: "float32", "bfloat16" or "float16"
     experts: ExpertsSpec | None = None  # in place of every layer's MLP; each is its width wide
     sinks: bool = False  # a learned logit a head that joins the softmax and takes no value
+    local_rope: RopeSpec | None = None  # of layers with a window, where it is another
+    query_scale: float | None = None  # of attention; None: 1 / sqrt(head_dim)
 
 
 ACTIVATIONS: Mapping[str, Activation] = {
@@ -199,6 +201,11 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**fields, "experts": experts, "mlp_bias": True, "sinks": True}
 
 
+def _gemma3(config: Mapping[str, Any]) -> dict[str, Any]:
+    for_each_layer(0, config["num_hidden_layers"])  # not more than make sense
+    return spec_gemma3.fields_from_config(config)
+
+
 HEAD_DIMS = {"Qwen3ForCausalLM": 128, "GptOssForCausalLM": 64}  # where a config does not say
 QK_NORM = ("Qwen3ForCausalLM", "Qwen3MoeForCausalLM")
 
@@ -263,6 +270,7 @@ CONFIG_READERS: Mapping[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "Qwen3ForCausalLM": _llama_family,
     "Qwen3MoeForCausalLM": _qwen3_moe,
     "GptOssForCausalLM": _gpt_oss,
+    spec_gemma3.GEMMA3: _gemma3,
 }
 
 MODEL_TYPES: Mapping[str, str] = {
@@ -273,6 +281,7 @@ MODEL_TYPES: Mapping[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3_moe": "Qwen3MoeForCausalLM",
     "gpt_oss": "GptOssForCausalLM",
+    "gemma3_text": spec_gemma3.GEMMA3,
 }
 
 MOST_LAYERS = 2**12

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ruvon.errors import LoadError
-from ruvon.models import mixtures
+from ruvon.models import mixtures, spec_gemma3
 from ruvon.models.rope import RopeSpec, YarnScaling, rope_from_gguf
 from ruvon.models.spec import ModelSpec, checked, for_each_layer, max_positions
 
@@ -18,6 +18,7 @@ GGUF_ARCHITECTURES: Mapping[str, str] = {
     "qwen3": "Qwen3ForCausalLM",
     "qwen3moe": mixtures.QWEN3_MOE,
     "gpt-oss": mixtures.GPT_OSS,
+    "gemma3": spec_gemma3.GEMMA3,
 }
 GGUF_DTYPES = {0: "float32", 32: "bfloat16"}  # general.file_type; the others hold float16 scales
 
@@ -57,7 +58,7 @@ def _from_gguf(
     norm_key = "layer_norm_epsilon" if gpt2 else "layer_norm_rms_epsilon"
     ends = [metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom")]
     ends += mixtures.ends(architecture, vocab_size)
-    return ModelSpec(
+    spec = ModelSpec(
         architecture=architecture,
         vocab_size=vocab_size,
         hidden_size=hidden,
@@ -87,6 +88,9 @@ def _from_gguf(
         experts=experts,
         sinks="blk.0.attn_sinks.weight" in tensors,
     )
+    if arch != "gemma3":
+        return spec
+    return replace(spec, **spec_gemma3.fields_from_gguf(metadata, hidden, heads, head_dim))
 
 
 def _rope(

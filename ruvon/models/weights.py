@@ -149,7 +149,7 @@ class RandomTensors:
         if bytes_only:
             return self._bytes(shape, generator, name.endswith("scales"))
         if len(shape) == 1:  # norms and biases leave things as they are
-            fill = 1.0 if name.endswith(".weight") else 0.0
+            fill = 1.0 if name.endswith((".weight", ".scale")) else 0.0
             return torch.full(shape, fill, dtype=self.dtype, device=self.device)
         values = torch.empty(shape, dtype=self.dtype, device=self.device)
         return values.normal_(std=0.02, generator=generator)

@@ -16,6 +16,7 @@ from aiohttp import web
 
 from ruvon import __version__
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.kv_cache import MemoryPlan
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.startup import LoadedEngine
 from ruvon.errors import ConfigError
@@ -94,6 +95,7 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
     metrics.describe_cache(
         block_size=engine.config.block_size,
         num_gpu_blocks=loaded.memory.num_blocks,
+        kv_cache_size_tokens=loaded.memory.num_tokens,
         cache_dtype=loaded.memory.dtype,
         enable_prefix_caching=engine.config.enable_prefix_caching,
         gpu_memory_utilization=engine.config.gpu_memory_utilization,
@@ -186,12 +188,21 @@ def summary(loaded: LoadedEngine, service: Service) -> dict[str, str]:
         "computes_in": f"{loaded.dtype} on {loaded.device}, {loaded.threads} threads,"
         f" kernels {loaded.kernels}",
         "kv_cache": f"{size(memory.cache_bytes)} of {memory.dtype}: {memory.num_blocks} blocks of"
-        f" {memory.block_size} tokens",
+        f" {memory.block_size} tokens{in_groups(memory)}",
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
         " fit at once",
         "steps": f"of at most {step.sequences} sequences and {step.tokens} tokens",
         "sampling": f"{drawn or 'temperature 1'} by default",
     }
+
+
+def in_groups(memory: MemoryPlan) -> str:
+    """``", in 2 groups that see all, 128"``; nothing where all layers see everything."""
+    windows = memory.windows
+    if not any(windows):
+        return ""
+    seen = ", ".join(str(window or "all") for window in windows)
+    return f", in {len(windows)} {'group' if len(windows) == 1 else 'groups'} that see {seen}"
 
 
 def size(num_bytes: int) -> str:

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.startup import LoadedEngine
 from ruvon.verify.answers import Answer, Difference, Outcome, find_difference
 from ruvon.verify.requests import Requests, outgrows
@@ -67,17 +69,18 @@ class Row:
 
 def run(case: Case, loaded: LoadedEngine, jobs: Requests) -> Outcome:
     """Answer the jobs, of a crowded case some of them, in one way."""
-    config, num_blocks = loaded.engine.config, loaded.memory.num_blocks
-    settings = dict(case.settings)
+    config, memory = loaded.engine.config, loaded.memory
+    settings, num_blocks = dict(case.settings), memory.num_blocks
     if case.crowded:
-        jobs, num_blocks = crowd(jobs, config.block_size)
+        jobs, num_blocks = crowd(jobs, config, memory.windows)
     budget = settings.get("max_num_batched_tokens", config.largest_step.tokens)
     settings.setdefault("max_num_seqs", min(config.largest_step.sequences, budget))
     engine = Engine(
         loaded.runner,
         replace(config, **settings),
-        max_model_len=loaded.memory.max_model_len,
+        max_model_len=memory.max_model_len,
         num_blocks=num_blocks,
+        windows=memory.windows,
         vocab_size=loaded.engine.vocab_size,
         eos_token_ids=loaded.eos_token_ids,
     )
@@ -86,12 +89,13 @@ def run(case: Case, loaded: LoadedEngine, jobs: Requests) -> Outcome:
     return outcome
 
 
-def crowd(jobs: Requests, block_size: int) -> tuple[Requests, int]:
+def crowd(jobs: Requests, config: EngineConfig, windows: tuple[int, ...]) -> tuple[Requests, int]:
     """The requests that outgrow their block, and too few blocks for that: what the longest needs,
-    but three, so that two may begin."""
+    but three in each cache group, so that two may begin."""
     chosen = {number: job for number, job in jobs.items() if outgrows(number)}
     lengths = [len(job.prompt) + (job.sampling.max_tokens or 0) for job in chosen.values()]
-    return chosen, max(-(-max(lengths) // block_size), 3)
+    needed = most_blocks(max(lengths), config.block_size, windows, longest_chunk(config))
+    return chosen, max(needed, 3 * len(windows))
 
 
 def answer(engine: Engine, jobs: Requests) -> Outcome:

@@ -52,8 +52,12 @@ FAMILIES = {
     "MistralForCausalLM": SHAPE | {"model_type": "mistral", "sliding_window": 24},
     "Qwen2ForCausalLM": SHAPE | {"model_type": "qwen2"},
     "Qwen3ForCausalLM": SHAPE | {"model_type": "qwen3"},
+    "Gemma3ForCausalLM": SHAPE
+    | {"model_type": "gemma3_text", "sliding_window": 24, "layer_types": ["sliding_attention"] * 2},
 }
 HEADS = [64, 80, 96, 128] if GPU else [16]
+CASES = [(architecture, head_dim) for architecture in FAMILIES for head_dim in HEADS]
+CASES += [("Gemma3ForCausalLM", 256)] if GPU else []  # what its models have
 
 
 def config_of(architecture, head_dim):
@@ -127,8 +131,7 @@ def run(forward, plans, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("head_dim", HEADS)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(("architecture", "head_dim"), CASES)
 def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
     on_host = build(architecture, head_dim, make_torch_ops(torch.float32, CPU))
     on_gpu = build(architecture, head_dim, make_triton_ops(torch.float32, DEVICE))
@@ -142,8 +145,7 @@ def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="numpy, in the interpreter, adds as it likes")
-@pytest.mark.parametrize("head_dim", HEADS)
-@pytest.mark.parametrize("architecture", FAMILIES)
+@pytest.mark.parametrize(("architecture", "head_dim"), CASES)
 def test_deterministic_kernels_give_a_row_the_same_bits_among_others_and_alone(
     architecture, head_dim
 ):

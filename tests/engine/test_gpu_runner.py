@@ -93,7 +93,7 @@ def build_model(ops):
 
 
 def make_cache(model):
-    shape = (BLOCKS, model.spec.num_kv_heads, PAGE, model.spec.head_dim)
+    shape = (BLOCKS + 1, model.spec.num_kv_heads, PAGE, model.spec.head_dim)
     return [
         tuple(torch.zeros(shape, device=DEVICE) for _ in range(2))
         for _ in range(model.spec.num_layers)

@@ -370,6 +370,26 @@ def test_many_masks_at_once(compiler):
     matchers.close()
 
 
+def test_streams_of_one_grammar_do_not_wait_for_each_other(compiler):
+    """Each gets a compilation of its own, as soon as there are enough, and goes on with it."""
+    grammar = grammars.json_schema({"type": "string", "maxLength": 20, "title": "of many"})
+    matchers = Matchers(compiler, threads=3, at_once=False)
+    rows = [SamplingRow(i, SamplingParams(grammar=grammar), [1], 1, 0) for i in range(6)]
+    masks_RW = np.zeros((6, matchers.width), dtype=np.int32)
+    for token in b'"abc':
+        assert not matchers.fill(rows, masks_RW)
+        for row in rows:
+            assert matchers._matchings[row.seq_id].accept(token)
+            row.history.append(token)
+        compiler._multiplying.submit(int).result()  # what was to be made has been made
+    matchings = matchers._matchings.values()
+    assert sorted(matching.turn for matching in matchings) == [0, 0, 1, 1, 2, 2]
+    assert compiler.has(grammar, 2)
+    assert not compiler.has(grammar, 3)
+    assert not any(matching.crowded for matching in matchings)
+    matchers.close()
+
+
 # ------------------------------------------------------------------------------ the cache
 
 
@@ -382,6 +402,10 @@ def test_the_cache_is_bounded_in_bytes(monkeypatch):
         compiler.hold(grammars.choice([f"other {i}"]))
     assert not compiler.is_known(first)
     assert compiler.is_known(grammars.choice(["other 7"]))
+    compiler.matcher(grammars.choice(["other 7"]), turn=1)
+    compiler._multiplying.submit(int).result()
+    assert compiler.has(grammars.choice(["other 7"]), 1)
+    compiler.hold(grammars.choice(["other 8"]))
     assert compiler._num_bytes <= compiling.CACHE_BYTES
     assert accepts(compiler, first, "first")
     compiler.close()

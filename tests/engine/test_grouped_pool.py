@@ -56,11 +56,14 @@ def test_a_window_keeps_what_the_next_token_sees():
 def test_it_gives_back_nothing_that_is_still_seen():
     grouped = make()
     tables = computed(grouped, range(8))
+    leaves_at = 0
     for end in range(8, 40):
         assert grouped.grow(tables, end, end + 1) is not None
         first_seen = max(end - 6 + 1, 0) // SIZE
         assert NULL not in tables[1][first_seen:]
-        grouped.leave(tables, end + 1)
+        assert tables[1][:first_seen] == [NULL] * first_seen
+        if end + 1 >= leaves_at:
+            leaves_at = grouped.leave(tables, end + 1)
         assert NULL not in tables[0]
         grouped.pool.check(tables)
     assert sum(block != NULL for block in tables[1]) <= 3

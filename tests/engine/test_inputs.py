@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("triton_device")
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 SLOTS, PAGE, LONGEST = 6, 4, 80
+WINDOWS = ((0,), (0, 9), (5, 0, 9))  # of the cache groups
 SINGLE = [Bucket(True, n, n) for n in (2, 4, 6)]
 MIXED = Bucket(False, 256, 6)
 
@@ -25,19 +26,20 @@ MIXED = Bucket(False, 256, 6)
 class Tables:
     """What `StepInputs` asks of `Graphs`."""
 
-    def __init__(self):
-        self.layouts = {bucket: StepWords(bucket) for bucket in [*SINGLE, MIXED]}
-        self.tables = torch.zeros(1, SLOTS, LONGEST // PAGE, dtype=torch.int32, device=DEVICE)
+    def __init__(self, num_groups):
+        self.layouts = {bucket: StepWords(bucket, num_groups) for bucket in [*SINGLE, MIXED]}
+        shape = (num_groups, SLOTS, LONGEST // PAGE)
+        self.tables = torch.zeros(shape, dtype=torch.int32, device=DEVICE)
 
 
 class Writer:
     """Writes steps into staging, from where the device loads them."""
 
-    def __init__(self, forgetful):
-        self._graphs, self._forgetful = Tables(), forgetful
+    def __init__(self, forgetful, windows):
+        self._graphs, self._forgetful = Tables(len(windows)), forgetful
         self._state = sample.make_state(SLOTS, 50, DEVICE)
         self._state.last_tokens.copy_(torch.arange(SLOTS))
-        batch = PersistentBatch(SLOTS, LONGEST // PAGE, PAGE)
+        batch = PersistentBatch(SLOTS, LONGEST // PAGE, PAGE, windows)
         self._inputs = StepInputs(batch, SlotStates(self._state, [0]), self._graphs, PAGE)
         size = max(layout.size for layout in self._graphs.layouts.values())
         words = np.zeros(size, np.int32)
@@ -72,10 +74,12 @@ class Writer:
 class Running:
     """A sequence on its way."""
 
-    def __init__(self, i, rng):
+    def __init__(self, i, rng, num_groups):
         self.num_prompt, self.num_computed = rng.randint(1, 30), 0
         self.most = self.num_prompt + rng.randint(1, 39)
-        self.blocks = [rng.randrange(1000) for _ in range(LONGEST // PAGE)]
+        self.blocks = [
+            [rng.randrange(1000) for _ in range(LONGEST // PAGE)] for _ in range(num_groups)
+        ]
         sampling = SamplingParams(temperature=rng.choice([0.0, 1.0]), min_tokens=i % 5 // 4)
         self.new = NewSequence(i, sampling, self.num_prompt, i)
 
@@ -84,13 +88,14 @@ class Running:
         tokens = BEING_SAMPLED if start else tuple(range(self.num_prompt))
         self.num_computed += len(tokens)
         known = -(-start // PAGE)
-        blocks = tuple(self.blocks[known : -(-self.num_computed // PAGE)])
-        return Chunk(self.new.seq_id, 0, tokens, start, (blocks,) if blocks else (), True)
+        end = -(-self.num_computed // PAGE)
+        blocks = tuple(tuple(table[known:end]) for table in self.blocks) if end > known else ()
+        return Chunk(self.new.seq_id, 0, tokens, start, blocks, True)
 
 
-def plans(rng):
+def plans(rng, num_groups):
     """Sequences come, sample and go, as many at a time as there are slots."""
-    coming, running, step = (Running(i, rng) for i in range(20)), [], 0
+    coming, running, step = (Running(i, rng, num_groups) for i in range(20)), [], 0
     while True:
         newcomers = []
         if step % 7 == 0:
@@ -104,10 +109,11 @@ def plans(rng):
         step += 1
 
 
-def test_going_on_is_what_starting_anew_would_be():
-    going, forgetful = Writer(False), Writer(True)
+@pytest.mark.parametrize("windows", WINDOWS)
+def test_going_on_is_what_starting_anew_would_be(windows):
+    going, forgetful = (Writer(forgetful, windows) for forgetful in (False, True))
     num_short = num_steps = 0
-    for plan in plans(random.Random(3)):
+    for plan in plans(random.Random(3), len(windows)):
         num = len(plan.chunks)
         bucket = MIXED
         if plan.num_tokens == num:

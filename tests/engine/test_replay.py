@@ -21,6 +21,7 @@ from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
 
 PAGE, BLOCKS, VOCAB, LONGEST = 4, 16, 40, 40
+WINDOWS = ((0,), (0, 6), (6,))  # of the cache groups
 
 
 class Letters:
@@ -64,20 +65,25 @@ JOBS = [
 
 
 class Context:
-    """A model whose logits depend on all tokens of a sequence, read from a cache by its table."""
+    """A model whose logits depend on all tokens of a sequence that any of its layers sees, read
+    from a cache by their tables."""
 
-    def __init__(self):
-        self._cache = np.zeros(BLOCKS * PAGE, dtype=np.int64)
+    def __init__(self, windows):
+        self._windows = windows
+        self._cache = np.zeros((BLOCKS + 1) * PAGE, dtype=np.int64)
 
     def __call__(self, batch):
-        self._cache[batch.slots] = batch.token_ids
+        for index in batch.paged:
+            self._cache[index.slots] = batch.token_ids
         logits = torch.empty(len(batch.logit_rows), VOCAB)
         for i, row in enumerate(batch.logit_rows.tolist()):
             owner = int(np.searchsorted(batch.query_starts, row, side="right")) - 1
-            places = np.arange(int(batch.positions[row]) + 1)
-            table = batch.block_tables[owner]
-            tokens = self._cache[table[places // PAGE] * PAGE + places % PAGE]
-            seed = hash(tuple(tokens.tolist())) % 2**31
+            end, tokens = int(batch.positions[row]) + 1, []
+            for window, index in zip(self._windows, batch.paged, strict=True):
+                places = np.arange(max(end - window, 0) if window else 0, end)
+                slots = index.block_tables[owner][places // PAGE] * PAGE + places % PAGE
+                tokens.append(self._cache[slots].tolist())
+            seed = hash(tuple(map(tuple, tokens))) % 2**31
             logits[i] = torch.randn(VOCAB, generator=torch.Generator().manual_seed(seed))
         return logits
 
@@ -86,9 +92,9 @@ class Context:
 def make_runner(letters):
     made = []
 
-    def make():
+    def make(windows):
         runner = Runner(
-            Context(), partial(sample, eos_token_ids=(0,)),
+            Context(windows), partial(sample, eos_token_ids=(0,)), windows=windows,
             block_size=PAGE, device=None, max_logit_rows=100, matchers=Matchers(letters),
         )  # fmt: skip
         made.append(runner)
@@ -99,13 +105,13 @@ def make_runner(letters):
         runner.close()
 
 
-def drive(runner, jobs, depth, grammars):
+def drive(runner, jobs, depth, grammars, windows):
     """Tokens by completion, and all plans as they were written down, each with its result."""
     config = EngineConfig(block_size=PAGE, max_num_seqs=5, max_num_batched_tokens=12)
     engine = Engine(
         runner, config,
-        max_model_len=LONGEST, num_blocks=BLOCKS, vocab_size=VOCAB, eos_token_ids=(0,),
-        grammars=grammars,
+        max_model_len=LONGEST, num_blocks=BLOCKS, windows=windows, vocab_size=VOCAB,
+        eos_token_ids=(0,), grammars=grammars,
     )  # fmt: skip
     runner.depth = depth
     tokens, written, pending, first = {}, [], deque(), 0
@@ -125,11 +131,12 @@ def drive(runner, jobs, depth, grammars):
     return tokens, written, engine._scheduler.counters.preempted
 
 
+@pytest.mark.parametrize("windows", WINDOWS)
 @pytest.mark.parametrize("depth", [1, 2])
-def test_plans_that_were_written_down_give_the_same_again(make_runner, letters, depth):
-    tokens, written, preempted = drive(make_runner(), JOBS, depth, letters)
-    assert preempted
-    again = make_runner()
+def test_plans_that_were_written_down_give_the_same_again(make_runner, letters, depth, windows):
+    tokens, written, preempted = drive(make_runner(windows), JOBS, depth, letters, windows)
+    assert preempted or all(windows)
+    again = make_runner(windows)
     for plan, result in written:
         new = again.launch(pickle.loads(plan)).result()
         assert new.tokens == result.tokens
@@ -137,7 +144,7 @@ def test_plans_that_were_written_down_give_the_same_again(make_runner, letters, 
         assert new.prompt_logprobs == result.prompt_logprobs
     alone, number = {}, 0
     for job in JOBS:
-        for _, own in sorted(drive(make_runner(), [job], 1, letters)[0].items()):
+        for _, own in sorted(drive(make_runner(windows), [job], 1, letters, windows)[0].items()):
             alone[number] = own
             number += 1
     assert tokens == alone

@@ -4,12 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from compiled import run_compiled
 from fakes import TINY_LLAMA
 
 from ruvon.engine.startup import SCORED, scoring_plans
-from ruvon.kernels.linear import GEMV_ROWS, SKINNY_ROWS, batch_invariant_tile, skinny_tile
-from ruvon.kernels.tma_linear import tma_tile
+from ruvon.kernels.linear import choose_kernel
+from ruvon.kernels.ops import Packed
+from ruvon.kernels.tiles import batch_invariant_tile
 
 LLAMA = TINY_LLAMA | {"max_position_embeddings": 2048}
 GPT2 = {
@@ -48,17 +50,18 @@ def test_the_plans_score_whole_chunks_of_these_sizes():
 
 
 @pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", ["dense", "int8", "int4"])
 @pytest.mark.parametrize(
     ("n", "k"), [(768, 768), (768, 3072), (2304, 768), (4800, 1600), (1600, 6400), (50257, 1600)]
 )
-def test_every_number_of_rows_is_multiplied_as_one_of_these(n, k, gated):
+def test_every_number_of_rows_is_multiplied_as_one_of_these(n, k, kind, gated):
+    weight = Packed(kind, (n, k), ())
+
     def choices(rows):
         return (
-            rows if rows <= GEMV_ROWS else None,
-            rows <= SKINNY_ROWS,
-            skinny_tile(rows, n, k, gated),
-            batch_invariant_tile(rows, gated),
-            tma_tile(rows, n, k, gated),
+            choose_kernel(rows, weight, gated, torch.bfloat16),
+            choose_kernel(rows, weight, gated, torch.bfloat16, scores=True),
+            batch_invariant_tile(rows, weight, gated, torch.bfloat16),
         )
 
     known = {choices(rows) for rows in SCORED}

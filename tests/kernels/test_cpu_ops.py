@@ -8,7 +8,7 @@ from ruvon.errors import LoadError
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.ops import Dense, Quantized, Stacked
 
-ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated")
+ACTIVATIONS = ("none", "gelu", "gelu_tanh", "relu", "silu", "silu_gated", "gelu_tanh_gated")
 FORMATS = {
     "q4_1": {"bits": 4},
     "q4_0": {"bits": 4, "offsets": False, "zero": 8},

@@ -10,9 +10,9 @@ import torch
 from compiled import run_compiled
 
 from ruvon.kernels import decode, reference, split_k
+from ruvon.kernels.matmul import Tile, matmul
 from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, PagedIndex, Rope
 from ruvon.kernels.pdl import supports_pdl
-from ruvon.kernels.tma_linear import TmaTile, tma_linear
 from ruvon.kernels.triton_ops import make_triton_ops
 
 pytestmark = pytest.mark.usefixtures("triton_device")
@@ -80,7 +80,7 @@ def test_small_moves(ops, dtype):
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 9, 17, 40, 65] if GPU else [1, 2, 9, 70])
 @pytest.mark.parametrize(("n", "k"), [(24, 48), (70, 130), (130, 576)])
-@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated"])
+@pytest.mark.parametrize("activation", ["none", "gelu_tanh", "silu_gated", "gelu_tanh_gated"])
 def test_linear(ops, dtype, rows, n, k, activation):
     x, bias = randn(rows, k, dtype=dtype), randn(n, dtype=dtype)
     weight = ops.pack(Dense(randn(n, k) * k**-0.5))
@@ -419,17 +419,22 @@ def test_invariant_products_are_right(dtype, activation):
 @pytest.mark.parametrize(
     ("rows", "outputs", "columns", "tile"),
     [
-        (5, 100, 96, TmaTile(16, 32, 64, 1, 3)),
-        (13, 70, 200, TmaTile(16, 32, 64, 3, 3)),
-        (50, 70, 200, TmaTile(64, 32, 64, 1, 3, ahead=128)),
+        (5, 100, 96, Tile(16, 64, 64, 3)),
+        (13, 70, 200, Tile(16, 64, 64, 3, split_k=3)),
+        (50, 70, 200, Tile(64, 32, 64, 3, swap=False, ahead=256)),
+        (50, 70, 130, Tile(16, 32, 64, 3)),
     ],
 )
-def test_streamed_product(dtype, rows, outputs, columns, tile):
-    """Rows, outputs and columns that fill no tile; the second splits its sums."""
+@pytest.mark.parametrize("activation", ["relu", "silu_gated"])
+def test_streamed_product(dtype, rows, outputs, columns, tile, activation):
+    """Rows, outputs and columns that fill no tile; the second splits its sums, the last's columns
+    cannot be copied in bulk."""
+    if activation == "silu_gated":
+        tile = tile._replace(split_k=1)
     x, weight = randn(rows, columns, dtype=dtype), randn(outputs, columns, dtype=dtype)
     bias, sums = randn(outputs, dtype=dtype), split_k.make_workspace(DEVICE)
     packed = Packed("dense", (outputs, columns), (weight,))
-    actual = tma_linear(x, packed, bias, "relu", sums, supports_pdl(DEVICE), tile)
-    expected = (x.double() @ weight.double().T + bias.double()).relu()
-    assert_close(actual, expected, dtype)
+    actual = matmul(x, packed, bias, activation, dtype, sums, supports_pdl(DEVICE), tile)
+    wide = replace(packed, tensors=(weight.double(),))
+    assert_close(actual, reference.linear(x.double(), wide, bias.double(), activation), dtype)
     assert not sums.counters.any(), "they are zero between uses"

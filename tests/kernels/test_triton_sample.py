@@ -6,7 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
-from ruvon.kernels.staging import Places, load_inputs, store_outputs
+from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 
 pytestmark = pytest.mark.usefixtures("triton_device")
 
@@ -251,3 +251,43 @@ def test_a_step_stores_its_results_and_passes_the_turn_on():
     assert [buffer[1].item() for buffer in staging] == [0, 1, 2]
     assert torch.equal(staging[1], results)
     assert torch.equal(staging[2], results + 1)
+
+
+def test_masks_are_for_rows_that_have_one_and_only_in_their_turn():
+    """Rows 0 and 2 of three; a mask leaves an odd token here and there."""
+    state, sampled = kernels.make_state(3, VOCAB, DEVICE), kernels.make_sampled(3, DEVICE)
+    logits = torch.randn(3, VOCAB)
+    params = torch.zeros(3, kernels.PARAMS, dtype=torch.int32)
+    params[:, [kernels.HISTORY, kernels.BIAS]] = -1
+    params[:, kernels.SLOT] = torch.arange(3)
+    params[:, kernels.MASK] = torch.tensor([2, 0, 1])
+    params[:, kernels.WANTS_LOGPROB] = 1
+    allowed = torch.rand(2, VOCAB) < 0.01
+    padded = np.zeros((2, state.masks.shape[1] * 32), dtype=np.uint8)
+    padded[:, :VOCAB] = allowed
+    staged = torch.zeros_like(state.masks, device="cpu", pin_memory=GPU)
+    staged[:2] = torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view(np.int32))
+    params, rows = params.to(DEVICE), logits.to(DEVICE)
+    kernels.sample(rows, params, state, sampled)
+    assert sampled.tokens[1] == logits[1].argmax()
+    assert state.last_tokens.tolist() == [0, logits[1].argmax(), 0]
+    sampled.tokens[1] = -9  # which is not written again
+    load_masks(staged, state.masks, params, kernels.MASK)
+    kernels.sample(rows, params, state, sampled, masked=True)
+    expected = [
+        logits[i].masked_fill(~allowed[j], -torch.inf).argmax() for i, j in ((0, 1), (2, 0))
+    ]
+    assert sampled.tokens.tolist() == [expected[0], -9, expected[1]]
+    assert state.last_tokens.tolist() == [expected[0], logits[1].argmax(), expected[1]]
+    of_model = logits.log_softmax(-1)  # not of what the mask leaves
+    assert sampled.logprobs[0].item() == pytest.approx(of_model[0, expected[0]].item(), abs=1e-4)
+    assert sampled.ranks[2] == 1 + (logits[2] > logits[2, expected[1]]).sum()
+
+
+def test_a_mask_that_allows_nothing_gives_no_token():
+    state, sampled = kernels.make_state(1, VOCAB, DEVICE), kernels.make_sampled(1, DEVICE)
+    params = torch.zeros(1, kernels.PARAMS, dtype=torch.int32)
+    params[:, [kernels.HISTORY, kernels.BIAS]], params[:, kernels.MASK] = -1, 1
+    logits = torch.randn(1, VOCAB).to(DEVICE)
+    kernels.sample(logits, params.to(DEVICE), state, sampled, masked=True)
+    assert sampled.tokens.tolist() == [kernels.NOTHING_LEFT]

@@ -44,6 +44,11 @@ NAMES = {
         "model.layers.{i}.mlp.experts.down_proj": "blk.{i}.ffn_down_exps",
     },
 }
+NAMES["gemma3"] = NAMES["llama"] | {
+    "model.layers.{i}.post_attention_layernorm": "blk.{i}.post_attention_norm",
+    "model.layers.{i}.pre_feedforward_layernorm": "blk.{i}.ffn_norm",
+    "model.layers.{i}.post_feedforward_layernorm": "blk.{i}.post_ffw_norm",
+}
 
 
 def gguf_name(name: str, arch: str) -> str:
@@ -51,7 +56,7 @@ def gguf_name(name: str, arch: str) -> str:
     words = stem.split(".")
     layer = next((word for word in words if word.isdigit()), "")
     pattern = ".".join("{i}" if word.isdigit() else word for word in words)
-    table = NAMES["gpt2" if arch == "gpt2" else "llama"]
+    table = NAMES.get(arch, NAMES["llama"])
     return f"{table[pattern].format(i=layer)}.{kind}"
 
 
@@ -104,6 +109,8 @@ def add_weight(writer, model, arch, name, tensor, kind) -> None:
         plain = torch.from_numpy(quants.dequantize(packed, kind).copy())
         tensor.copy_(plain.T if turned else plain)
         values, raw_dtype = plain.numpy(), kind
+    if arch == "gemma3" and values.ndim == 1:  # a norm: by what it exceeds 1 in transformers
+        values = 1 + values
     if arch == "llama" and ".q_proj" in name:
         values = interleave(values, model.config.num_attention_heads)
     if arch == "llama" and ".k_proj" in name:
@@ -130,7 +137,8 @@ def add_description(writer, model, arch, metadata) -> None:
         writer.add_feed_forward_length(config.intermediate_size)
         writer.add_head_count_kv(config.num_key_value_heads)
         writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+        rope = config.rope_parameters
+        writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
         head_dim = getattr(config, "head_dim", None)
         writer.add_key_length(head_dim or config.hidden_size // config.num_attention_heads)
     if arch == "qwen3moe":

@@ -141,6 +141,19 @@ def test_architectures(tmp_path, name, arch, kind):
     assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
 
 
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_gemma3(tmp_path, kind):
+    reference = make_reference("gemma3-untied")
+    metadata = {
+        "gemma3.attention.sliding_window": 5,
+        "gemma3.attention.sliding_window_pattern": 2,
+    }
+    write_gguf(
+        tmp_path / "tiny.gguf", reference, "gemma3", GGMLQuantizationType[kind], metadata=metadata
+    )
+    assert_same_logits(load(tmp_path / "tiny.gguf"), reference)
+
+
 def test_llama3_scaling_as_a_tensor(tmp_path):
     """llama.cpp stores Llama 3's scaling as a divisor for each frequency."""
     reference = make_reference("llama3")

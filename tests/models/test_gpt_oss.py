@@ -193,6 +193,18 @@ def test_yarn_beyond_128_and_4096_positions(spelling):
     assert theirs.attention_scaling == pytest.approx(1.3465735902799727)
 
 
+def test_long_prompts_do_not_depend_on_chunk_sizes(folder, model):
+    """Of 400 tokens, 25 windows."""
+    tokens = random.Random(1).choices(range(3, VOCAB), k=400)
+    with torch.inference_mode():
+        want = make_reference(folder)(torch.tensor([tokens])).logits[0]
+    for size in (23, 64, 256):
+        run = PagedSequences(model)
+        chunks = [tokens[at : at + size] for at in range(0, len(tokens), size)]
+        found = torch.cat([run.step({0: chunk}) for chunk in chunks])
+        torch.testing.assert_close(found, want, **TOLERANCE)
+
+
 def test_yarn_is_never_lost():
     given = {key: value for key, value in CONFIG.items() if not key.startswith("rope_")}
     with pytest.raises(LoadError, match="lacks 'rope_parameters'"):
@@ -284,14 +296,17 @@ def test_quantizing_leaves_mxfp4_alone(folder, model, scheme):
     assert torch.equal(logits(plain), logits(model))
 
 
-def test_made_up_weights_have_the_true_form(folder):
+@pytest.mark.parametrize("layout", [".", "original"])
+def test_made_up_weights_have_the_true_form(folder, layout):
     """A benchmark's experts are packed as real ones are."""
-    first, second = (load(folder, load_format="dummy", seed=seed) for seed in (0, 1))
+    path = folder / layout
+    first, second = (load(path, load_format="dummy", seed=seed) for seed in (0, 1))
     up, _ = (model.layers[0].mixture.experts.tensors[0] for model in (first, second))
     assert up.shape == (EXPERTS * 2 * WIDTH, HIDDEN)
     assert up.unique().numel() == 15  # values of e2m1, with one scale and one zero
     assert 0.01 < up.std() < 0.05
     assert torch.isfinite(logits(first)).all()
+    assert logits(first).std() > 0.1
     assert not torch.equal(logits(first), logits(second))
     assert first.spec.experts.top_k == TOP_K
 

@@ -173,8 +173,18 @@ def test_variables_that_make_no_sense_are_refused(kwargs, where):
     assert not chat().reads("enable_thinking")
 
 
-def test_thinking_cannot_be_switched_off():
+def test_without_thinking_the_answer_is_begun():
+    turn = ask((), reasoning=Reasoning(enabled=False))
+    assert text_of(turn).endswith(f"{OPENED}<|channel|>final<|message|>")
+    assert turn.ignored == ()
+    assert read(encode("Hello<|return|>"), turn)["text"] == "Hello"
+    form = json_schema({"type": "object"})
+    assert ask((), reasoning=Reasoning(enabled=False), response=form).grammar == form
+
+
+def test_who_may_call_tools_thinks():
     assert ask(reasoning=Reasoning(enabled=False)).ignored == ("enable_thinking",)
+    assert ask(reasoning=Reasoning(enabled=False)).prompt == ask().prompt
     assert ask(reasoning=Reasoning(enabled=True)).ignored == ()
 
 
@@ -213,7 +223,12 @@ def test_a_final_answer_is_continued():
     with pytest.raises(RequestError, match="no answer"):
         chat().turn([user(""), calling("f", "{}")], continue_final_message=True)
     with pytest.raises(RequestError, match="no call"):
-        ask(choice=ToolChoice("required"), continue_final_message=True)
+        chat().turn(
+            [user("Hi"), assistant("x")],
+            tools=TOOLS,
+            choice=ToolChoice("required"),
+            continue_final_message=True,
+        )
 
 
 def test_without_a_generation_prompt_the_model_opens_its_turn():

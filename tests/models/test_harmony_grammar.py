@@ -205,6 +205,13 @@ def test_a_continued_answer_has_its_form_from_the_start():
     assert not accepts(turn, f"{FINAL}42")
 
 
+def test_a_turn_that_is_not_opened_is_opened_by_the_model():
+    asked = {"response": regex("[0-9]+"), "add_generation_prompt": False}
+    turn = chat().turn([user("Hi")], **asked)
+    assert accepts(turn, f"<|start|>assistant{FINAL}42")
+    assert not accepts(turn, f"{FINAL}42")
+
+
 def test_a_mark_spelt_as_text_is_none():
     """A string within JSON may spell one; the header may not."""
     turn = ask((), response=json_schema({"type": "string"}))

@@ -32,7 +32,7 @@ def run(loaded: LoadedEngine, *jobs: Job) -> dict[int, np.ndarray]:
     return pooled
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama-biased", "qwen3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama-biased", "qwen3", "gemma3"])
 @pytest.mark.parametrize("kernels", ["torch", "cpu"])
 def test_pooled_states_are_those_of_transformers(tmp_path, name, kernels):
     reference = make_reference(name)

@@ -10,12 +10,25 @@ from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ruvon.errors import LoadError
-from ruvon.models.rope import Divisors, LinearScaling, Llama3Scaling, make_rope, scaled_frequencies
+from ruvon.models.rope import (
+    Divisors,
+    LinearScaling,
+    Llama3Scaling,
+    RopeSpec,
+    make_rope,
+    scaled_frequencies,
+)
 from ruvon.models.spec import spec_from_config
 from ruvon.models.spec_gguf import spec_from_gguf
 
 LLAMA = {**SHAPE, "architectures": ["LlamaForCausalLM"]}
 QWEN = {**SHAPE, "architectures": ["Qwen2ForCausalLM"]}
+GEMMA = {
+    **SHAPE, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 256,
+    "rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window": 512,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0}, "sliding_window_pattern": 3,
+    "query_pre_attn_scalar": 168, "attn_logit_softcapping": None, "final_logit_softcapping": None,
+}  # fmt: skip
 
 
 def test_real_llama_3_2_config():
@@ -154,6 +167,17 @@ def test_windows():
     assert spec_from_config(by_layer).windows == (9, 0, 9)
 
 
+def test_gemma3_by_the_older_keys():
+    """As the checkpoints have them that there are."""
+    spec = spec_from_config(GEMMA)
+    assert spec.windows == (512, 512, 0)
+    assert spec.rope == RopeSpec(1e6, 256, LinearScaling(8.0))
+    assert spec.local_rope == RopeSpec(1e4, 256)
+    assert spec.max_positions == 128  # told after scaling
+    assert spec.query_scale == 168**-0.5
+    assert spec.tie_embeddings
+
+
 def test_architecture_by_model_type():
     assert spec_from_config({**SHAPE, "model_type": "qwen3"}).architecture == "Qwen3ForCausalLM"
 
@@ -173,6 +197,13 @@ def test_architecture_by_model_type():
             "RoPE of its own for 'full_attention'",
         ),
         ({**LLAMA, "rope_scaling": "linear"}, "makes no sense"),
+        ({**GEMMA, "attn_logit_softcapping": 50.0}, "attn_logit_softcapping 50.0"),
+        ({**GEMMA, "final_logit_softcapping": 30.0}, "final_logit_softcapping 30.0"),
+        ({**GEMMA, "use_bidirectional_attention": True}, "use_bidirectional_attention True"),
+        ({**GEMMA, "hidden_activation": "silu"}, "hidden_activation 'silu'"),
+        ({**GEMMA, "layer_types": ["chunked_attention"] * 3}, "chunked_attention"),
+        ({**GEMMA, "rope_parameters": {"rope_theta": 5.0}}, "rope_parameters ['rope_theta']"),
+        ({**GEMMA, "num_hidden_layers": 10**12}, "1000000000000 layers"),
         ({**LLAMA, "model_type": "qwen2"}, "model_type 'qwen2' contradicts 'LlamaForCausalLM'"),
         ({**LLAMA, "architectures": 5}, "makes no sense"),
         ({**LLAMA, "eos_token_id": "</s>"}, "makes no sense (eos_token_id '</s>')"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -92,6 +93,25 @@ CONFIGS: dict[str, PreTrainedConfig] = {
         **SHAPE, use_sliding_window=True, sliding_window=7, max_window_layers=1
     ),
     "qwen3": Qwen3Config(**SHAPE, head_dim=32),
+    "gemma3": Gemma3TextConfig(
+        **SHAPE | {"num_hidden_layers": 4, "hidden_size": 48},
+        head_dim=32,
+        sliding_window=7,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=20,
+        rope_parameters={
+            "full_attention": {**LINEAR, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    ),
+    "gemma3-untied": Gemma3TextConfig(
+        **SHAPE,
+        head_dim=16,
+        sliding_window=5,
+        sliding_window_pattern=2,
+        query_pre_attn_scalar=16,
+        tie_word_embeddings=False,
+    ),
     "qwen3-moe": Qwen3MoeConfig(**EXPERTS, norm_topk_prob=True),
     "qwen3-moe-plain": Qwen3MoeConfig(**EXPERTS, use_sliding_window=True, sliding_window=7),
 }

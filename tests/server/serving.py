@@ -129,6 +129,8 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
                 weight_bytes=1,
                 cache_bytes=1,
                 block_size=16,
+                num_tokens=4096,
+                windows=(0,),
                 max_concurrency=1.0,
                 dtype="float16",
             ),

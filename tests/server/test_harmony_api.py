@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import Request, urlopen
 
 import openai
 import pytest
@@ -262,6 +263,20 @@ def test_messages_think_and_answer(client):
     assert answer["content"][0]["thinking"] == ANSWER_THOUGHT
     assert answer["content"][1]["text"] == "Hello"
     assert answer["stop_reason"] == "end_turn"
+
+
+def test_messages_are_streamed(url):
+    asked = {"model": "scripted", "max_tokens": 99, "messages": [user("say: Hello")]}
+    body = json.dumps({**asked, "stream": True, "thinking": {"type": "adaptive"}}).encode()
+    with urlopen(Request(f"{url}/v1/messages", body)) as response:
+        lines = [line for line in response.read().decode().split("\n") if line.startswith("data: ")]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines]
+    told: dict[str, str] = {}
+    for delta in (event["delta"] for event in events if event["type"] == "content_block_delta"):
+        kind = delta.pop("type")
+        told[kind] = told.get(kind, "") + "".join(delta.values())
+    assert told["thinking_delta"] == ANSWER_THOUGHT
+    assert told["text_delta"] == "Hello"
 
 
 def test_messages_run_a_tool(client):

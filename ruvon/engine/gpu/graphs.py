@@ -29,7 +29,7 @@ from torch import Tensor
 from ruvon.engine.batch import padded
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
-from ruvon.kernels.staging import Places, load_inputs, store_outputs
+from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 from ruvon.telemetry import Progress
 
 Words: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
@@ -160,6 +160,8 @@ class Graphs:
         self._turn = zeros(1, device=device)
         self._staged_inputs = zeros(NUM_STAGING, num_words, pin_memory=device.type == "cuda")
         self._staged_results = zeros(NUM_STAGING, 3, slots, pin_memory=device.type == "cuda")
+        # One buffer is enough: masks are computed when the step before is over.
+        self.staged_masks = zeros(*state.masks.shape, pin_memory=device.type == "cuda")
 
     def capture_all(self, progress: Progress) -> dict[Bucket, Captured]:
         """Largest first, so that all can use the memory of the first."""
@@ -245,6 +247,8 @@ class Graphs:
         params = self.layouts[bucket].views(self._words)["params"]
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
+        if masked:
+            load_masks(self.staged_masks, self._state.masks, params, sample.MASK, self._pdl)
         sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
         store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
 

@@ -98,8 +98,7 @@ class GpuRunner:
         with torch.inference_mode():
             self._captured = self._graphs.capture_all(progress)
         self._staging = deque(self._graphs.staging())  # the next one first
-        masks_RW = torch.zeros_like(self._state.masks, device="cpu", pin_memory=on_gpu)
-        self._masks_RW = masks_RW  # of the step before the last that was read back
+        self._masks_RW = self._graphs.staged_masks.numpy()
         table_width = self._graphs.tables.shape[2]
         self._batch = PersistentBatch(max_seqs, table_width, block_size, windows)
         self._states = SlotStates(self._state, eos_token_ids)
@@ -151,7 +150,7 @@ class GpuRunner:
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
         rows = self._states.rows_with_grammar(plan.rows)
-        masks = Masks(list(rows), self._masks_RW[: len(rows)].numpy(), Future()) if rows else None
+        masks = Masks(list(rows), self._masks_RW[: len(rows)], Future()) if rows else None
         tops = self._alternatives(plan, captured.logits_LV)
         scores, pooled = self._score(plan), self._pool(plan)
         self.num_misses += bool(deferred or scores or pooled)
@@ -179,8 +178,6 @@ class GpuRunner:
         try:
             errors = self._fill(rows, masks.masks_RW)
             with torch.inference_mode(), torch.cuda.stream(self._stream):
-                masks_RW = self._masks_RW[: len(rows)]
-                self._state.masks[: len(rows)].copy_(masks_RW, non_blocking=True)
                 captured.sample_masked()
                 self._end(deferred, captured.logits_LV, step.staging)
         except BaseException as error:  # the step's, not that of who has read the one before

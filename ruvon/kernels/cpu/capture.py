@@ -49,7 +49,7 @@ from ruvon.kernels.cpu.formats import (
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Param
-from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, Rope
+from ruvon.kernels.ops import GATED, Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
 CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}
 PANELS = {Param.TOKENS: Param.TOKEN_PANELS, Param.LOGIT_ROWS: Param.LOGIT_PANELS}
@@ -247,7 +247,7 @@ class Capture:
         self, x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Activation
     ) -> Tensor:
         parts, (outputs, inputs) = parts_of(weight), weight.shape
-        gated = activation == "silu_gated"
+        gated = activation in GATED
         width = outputs // 2 if gated else outputs
         stacked = len(parts) > 1
         if (gated and width % COLUMNS) or (stacked and activation != "none"):

@@ -19,7 +19,7 @@ class Param(IntEnum):
 
 PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, SWIGLU_CLAMPED = range(7)
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED, SWIGLU_CLAMPED = range(8)
 ACTIVATIONS = {
     "none": NONE,
     "gelu_tanh": GELU_TANH,
@@ -27,6 +27,7 @@ ACTIVATIONS = {
     "relu": RELU,
     "silu": SILU,
     "silu_gated": SILU_GATED,
+    "gelu_tanh_gated": GELU_TANH_GATED,
     "swiglu_clamped": SWIGLU_CLAMPED,
 }
 

@@ -1,8 +1,8 @@
 """What an answer in harmony must be: reasoning as the model likes, then what a client asks for.
 
-The grammar holds headers too, so within it none is malformed. It begins where the prompt ends,
-behind ``<|start|>assistant``. The end of a call and of an answer is the end of generation, which
-every grammar that is complete allows.
+The grammar holds headers too, so within it none is malformed. It begins where the prompt ends, as
+a rule behind ``<|start|>assistant``. The end of a call and of an answer is the end of generation,
+which every grammar that is complete allows.
 """
 
 from __future__ import annotations
@@ -19,13 +19,14 @@ from ruvon.models.formats.tools import Tool, ToolChoice
 @dataclass(frozen=True, slots=True)
 class Wanted:
     """What a client asks of an answer. ``callees`` may be called, by the names that headers have;
-    ``response`` is the form of what is no call; reasoning is of at most ``budget`` tokens; the
-    answer goes on from a final message that has been ``begun``."""
+    ``response`` is the form of what is no call; reasoning is of at most ``budget`` tokens. The
+    prompt has ``opened`` the assistant's turn, and perhaps ``begun`` the final message."""
 
     callees: Mapping[str, Callee]
     choice: ToolChoice
     response: Grammar | None = None
     budget: int | None = None
+    opened: bool = True
     begun: bool = False
 
     @property
@@ -53,6 +54,8 @@ def grammar_of(
     rules = Rules(tokens, special, size)
     if (answer := _answer(rules, wanted)) is None:
         return None
+    if not wanted.opened:
+        answer = f'{rules.mark(Mark.START)} "assistant" {answer}'
     return Grammar(answer, rules.text(), wanted.param)
 
 

@@ -43,7 +43,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import GELU, GELU_TANH, RELU, SILU, SILU_GATED
+from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
 
 INT8_BYTES, INT16_BYTES, BF16_BYTES = (
     form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
@@ -168,10 +168,18 @@ def sigmoid_of(x, inner):
 
 
 @helper
+def gelu_tanh(x):
+    """0.5 x (1 + tanh(u)) = x sigmoid(2u)."""
+    return sigmoid_of(x, fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308))
+
+
+@helper
 def gated(gate, up, activation):
     """What a gate lets pass. Comparisons keep a NaN."""
     if activation == SILU_GATED:
         return sigmoid_times(gate) * up
+    if activation == GELU_TANH_GATED:
+        return gelu_tanh(gate) * up
     zero, most = splat16(0.0), splat16(-7.0)
     gate = zero - larger(most, zero - gate)
     up = larger(most, zero - larger(most, zero - up))
@@ -202,8 +210,7 @@ def activate16(x, activation):
         half = splat16(0.5) * x
         return fma(half, erf16(x * splat16(0.7071067811865476)), half)
     if activation == GELU_TANH:
-        inner = fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308)
-        return sigmoid_of(x, inner)  # 0.5 x (1 + tanh(u)) = x sigmoid(2u)
+        return gelu_tanh(x)
     return x
 
 
@@ -215,7 +222,7 @@ def activate(address, params, start, stop, scratch):
         x, out = a.x + row * a.stride, a.out + row * a.out_stride
         for c in range(0, a.width, 16):
             value = load(x + 4 * c)
-            if a.activation == SILU_GATED:
+            if a.activation in (SILU_GATED, GELU_TANH_GATED):
                 value = gated(value, load(x + 4 * (a.width + c)), a.activation)
             else:
                 value = activate16(value, a.activation)
