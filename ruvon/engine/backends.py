@@ -29,6 +29,9 @@ from ruvon.telemetry import Progress
 
 log = structlog.get_logger(__name__)
 
+FEWEST_CODES = 1 << 23
+"""Smaller weights of a GGUF file are multiplied out on a GPU: reading half or a quarter of so few
+bytes saves less than codes take to become numbers (docs/log.md)."""
 LOGITS_BYTES = 64 << 20  # at once; only prompt logprobs want that many
 
 
@@ -172,7 +175,13 @@ def triton_backend(
 ) -> Backend:
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
-    ops = make_triton_ops(dtype, device, batch_invariant=config.deterministic)
+    asked = config.quantization in ("int8", "int4")
+    ops = make_triton_ops(
+        dtype,
+        device,
+        batch_invariant=config.deterministic,
+        fewest_codes=0 if asked else FEWEST_CODES,
+    )
     check_experts(spec, ops)
     refuse_coded_experts(spec, config)
     return replace(eager(ops), graphs=True, quantized=True)

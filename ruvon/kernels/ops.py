@@ -95,6 +95,11 @@ class Quantized:
     zero: int = 0
     blocks: Tensor | None = None  # float16 [N, K / 256, 1 or with offsets 2]
 
+    @property
+    def size(self) -> int:
+        """How many values: N * K."""
+        return self.codes_NK.numel()
+
     def tables(self) -> tuple[Tensor, Tensor | None]:
         """float32 scales and offsets [N, K / group], multiplied out: exact."""
         tables = [self.scales] if self.offsets is None else [self.scales, self.offsets]
@@ -132,6 +137,11 @@ class Stacked:
     """Weights of different formats and equal K, one above the other."""
 
     parts: tuple[Quantized, ...]
+
+    @property
+    def size(self) -> int:
+        """How many values: N * K."""
+        return sum(part.size for part in self.parts)
 
     def dequantize(self) -> Tensor:
         """The float32 values ``[N, K]``."""

@@ -29,20 +29,22 @@ def make_triton_ops(
     *,
     pdl: bool | None = None,
     batch_invariant: bool = False,
+    fewest_codes: int = 0,
 ) -> Ops:
     """The table computing in ``dtype`` on ``device``. ``pdl`` None takes it where there is any.
 
     Where ``batch_invariant``, a row comes out the same to the last bit whatever other rows a step
     has: one kernel serves all numbers of rows, and no sum is split by how many there are. Slower.
 
-    Quantized weights stay codes: see `ruvon.kernels.codes`; so do experts in MXFP4.
+    Quantized weights of at least ``fewest_codes`` values stay codes (see `ruvon.kernels.codes`);
+    so do experts in MXFP4.
     """
     pdl = supports_pdl(device) if pdl is None else pdl
     workspace = decode.make_workspace(device)
     sums = split_k.make_workspace(device)
 
     def pack(weight: Weight) -> Packed:
-        if isinstance(weight, Quantized | Stacked):
+        if isinstance(weight, Quantized | Stacked) and weight.size >= fewest_codes:
             return codes.pack_codes(weight, device)
         dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
         n, k = dense.shape

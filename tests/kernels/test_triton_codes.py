@@ -124,3 +124,9 @@ def test_no_product_of_codes_depends_on_its_number_of_rows(kind, rows):
     for product in (lambda x: ops.linear(x, packed, None, "silu_gated"),
                     lambda x: ops.logits(x, packed)):  # fmt: skip
         assert torch.equal(product(x[7 : 7 + rows]), product(x)[7 : 7 + rows])
+
+
+def test_small_weights_are_multiplied_out():
+    ops = make_triton_ops(torch.float32, DEVICE, fewest_codes=64 * 96)
+    weights = (to_int8(Dense(torch.randn(n, 96))) for n in (32, 64))
+    assert [ops.pack(weight).kind for weight in weights] == ["dense", "int8"]
