@@ -24,7 +24,7 @@ from torch import Tensor
 from ruvon.engine.resources import cores_to_pin
 from ruvon.kernels.cpu import CpuKernels, Limits
 from ruvon.kernels.cpu.graph import sizes_of
-from ruvon.kernels.ops import Dense, ForwardBatch, Quantized, Weight
+from ruvon.kernels.ops import Dense, ForwardBatch, Mxfp4, Quantized, Weight
 
 WEIGHT_BYTES = 1 << 26  # of all weights of a shape: more than caches hold
 SECONDS = 2  # that the columns take turns, at least
@@ -58,6 +58,11 @@ def blocks(bits: int, group: int, *, offsets: bool, zero: int = 0) -> Callable[.
     return make
 
 
+def floats(n: int, k: int) -> Mxfp4:
+    bytes_of = torch.randint(0, 256, (n, k // 32, 16), dtype=torch.uint8)
+    return Mxfp4(bytes_of, torch.full((n, k // 32), 120, dtype=torch.uint8))
+
+
 def dense(dtype: torch.dtype) -> Callable[[int, int], Weight]:
     return lambda n, k: Dense(torch.randn(n, k).to(dtype))
 
@@ -70,6 +75,7 @@ FORMATS: dict[str, Callable[[int, int], Weight]] = {
     "q4_k": blocks(4, 32, offsets=True),
     "q5_k": blocks(5, 32, offsets=True),
     "q6_k": blocks(6, 16, offsets=False, zero=32),
+    "mxfp4": floats,
     "f32": dense(torch.float32),
     "f16": dense(torch.float16),
     "bf16": dense(torch.bfloat16),
@@ -116,8 +122,8 @@ def make_weights(
     make: Callable[[int, int], Weight], n: int, k: int, resident: bool
 ) -> list[Weight]:
     first = make(n, k)
-    held = first.weight_NK if isinstance(first, Dense) else first.codes_NK
-    count = 1 if resident else max(WEIGHT_BYTES // held.nbytes, 1)
+    size = n * k * (2 if isinstance(first, Dense) else 1)
+    count = 1 if resident else max(WEIGHT_BYTES // size, 1)
     return [first, *(make(n, k) for _ in range(count - 1))]
 
 

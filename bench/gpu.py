@@ -246,6 +246,7 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
         state,
         table_width=per_seq,
         block_size=PAGE,
+        num_groups=len(cache_groups(model.spec)),
         max_context=1024,
         buckets=[bucket],
         pdl=True,
@@ -253,13 +254,13 @@ def decode_step(model: Model, cache: Any, batch: int, per_seq: int) -> Captured:
     with torch.inference_mode():
         captured = graphs.capture_all(silent)[bucket]
         tables = torch.randperm(batch * per_seq, dtype=torch.int32).view(batch, per_seq)
-        graphs.tables[0, :, :per_seq] = tables
+        graphs.tables[:, :, :per_seq] = tables  # each layer has a cache of its own
         slots = np.arange(batch)
         for staging in graphs.staging():
             inputs = staging.inputs[bucket]
-            inputs["token_ids"][:] = 5
+            inputs["token_ids"][:] = np.random.default_rng(0).integers(49000, size=batch)
             inputs["positions"][:] = CONTEXT - 1
-            inputs["slots"][0, :batch] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
+            inputs["slots"][:, :batch] = tables.numpy()[:, -1] * PAGE + (CONTEXT - 1) % PAGE
             inputs["query_starts"][:] = np.arange(batch + 1)
             inputs["context_lens"][:] = CONTEXT
             inputs["logit_rows"][:] = slots
@@ -302,7 +303,7 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
     owner = torch.arange(num).repeat_interleave(length)
     slots = tables[owner, positions // PAGE] * PAGE + positions % PAGE
     batch = ForwardBatch(
-        token_ids=torch.full((num * length,), 5, dtype=torch.int32, device=DEVICE),
+        token_ids=torch.randint(49000, (num * length,), dtype=torch.int32, device=DEVICE),
         positions=positions.to(DEVICE),
         paged=(PagedIndex(slots.to(DEVICE), tables.to(DEVICE)),) * len(cache_groups(model.spec)),
         query_starts=torch.arange(num + 1, dtype=torch.int32, device=DEVICE) * length,

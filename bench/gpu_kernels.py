@@ -2,8 +2,9 @@
 
     python bench/gpu_kernels.py [--models gpt2,xl,smollm2,gpt-oss]
 
-Shapes are those of the models, bfloat16; of gpt-oss, attention and the cache alone: 64 query and 8
-key heads, sinks, a window of 128 or none. Each kernel runs in a CUDA graph over several copies of
+Shapes are those of the models, bfloat16; of gpt-oss attention, the cache and experts: 64 query and
+8 key heads, sinks, a window of 128 or none; 4 of 32 experts a token, in MXFP4, random ones. Each
+kernel runs in a CUDA graph over several copies of
 what it reads, so that L2 holds none of it. Bytes are the least that must move; the ceilings are a
 copy (bytes read and written) and a product of 8192 by 8192.
 """
@@ -24,8 +25,19 @@ from torch import Tensor
 
 from ruvon.engine.gpu.graphs import Bucket, StepWords
 from ruvon.kernels import sample
-from ruvon.kernels.ops import Activation, AttentionSpec, ForwardBatch, Packed, PagedIndex, Rope
+from ruvon.kernels.ops import (
+    Activation,
+    AttentionSpec,
+    Experts,
+    ExpertsSpec,
+    ForwardBatch,
+    Mxfp4,
+    Packed,
+    PagedIndex,
+    Rope,
+)
 from ruvon.kernels.pdl import supports_pdl
+from ruvon.kernels.reference import rms_norm, route
 from ruvon.kernels.staging import load_inputs, store_outputs
 from ruvon.kernels.triton_ops import make_triton_ops
 
@@ -37,7 +49,7 @@ class Shape(NamedTuple):
     hidden: int
     heads: int
     groups: int
-    inner: int  # 0: attention only
+    inner: int  # 0: experts
     activation: Activation
     vocab: int = 0
     rotated: bool = False
@@ -264,6 +276,40 @@ def measure_attention(name: str, shape: Shape, report: Report) -> None:
             report.add(label, seconds(run, len(caches)), read + qkv.nbytes, work)
 
 
+def measure_experts(name: str, shape: Shape, report: Report) -> None:
+    """A layer's norm, choice and experts. Bytes are those of the experts that any token chose, each
+    once."""
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    assert ops.pack_experts is not None
+    assert ops.norm_experts is not None
+    run_layer, spec = ops.norm_experts, ExpertsSpec(32, 4, shape.hidden, "swiglu_clamped")
+    layers = [ops.pack_experts(random_experts(spec, shape.hidden), spec) for _ in range(4)]
+    router = Packed("dense", (32, shape.hidden), (normal(32, shape.hidden) * 0.02,))
+    gain, bias = normal(shape.hidden).float(), torch.zeros(32, device=DEVICE)
+    each = 3 * shape.hidden**2 * 4.25 / 8
+    for tokens in (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 2048, 8192):
+        xs = [normal(tokens, shape.hidden) for _ in range(8)]
+        chosen = [route(rms_norm(x, None, gain, 1e-5)[0], router, bias, spec)[0] for x in xs]
+        distinct = sum(len(experts.unique()) for experts in chosen) / len(xs)
+
+        def run(i: int, xs: list[Tensor] = xs) -> object:
+            return run_layer(xs[i], xs[i - 1], gain, 1e-5, router, bias, layers[i % 4])
+
+        work = 2.0 * tokens * spec.top_k * 3 * shape.hidden**2
+        report.add(f"{name} experts, {tokens} tokens", seconds(run, len(xs)), distinct * each, work)
+
+
+def random_experts(spec: ExpertsSpec, hidden: int) -> Experts:
+    def weight(rows: int, columns: int) -> Mxfp4:
+        shape = (rows, columns // 32)
+        scales = torch.full(shape, 120, dtype=torch.uint8, device=DEVICE)
+        codes = torch.randint(256, (*shape, 16), dtype=torch.uint8, device=DEVICE)
+        return Mxfp4(codes, scales)
+
+    up, down = spec.num_experts * 2 * spec.width, spec.num_experts * hidden
+    return Experts(weight(up, hidden), normal(up), weight(down, spec.width), normal(down))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--models", default=",".join(SHAPES))
@@ -278,6 +324,8 @@ def main() -> None:
                 measure_products(name, SHAPES[name], report)
             measure_writes(name, SHAPES[name], report)
             measure_attention(name, SHAPES[name], report)
+            if not SHAPES[name].inner:
+                measure_experts(name, SHAPES[name], report)
     results = {"bandwidth": report.bandwidth, "peak": report.peak, "rows": report.rows}
     path = write("gpu-kernels", {"device": torch.cuda.get_device_name(), "numbers": results})
     print(f"\nWrote {path}")

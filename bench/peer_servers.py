@@ -14,7 +14,6 @@ from ruvon.bench import Backend
 
 HERE = Path(__file__).parent
 HOME = HERE / ".peers"
-SLOTS = 32
 LONGEST = 2560  # tokens; the longest request of the benchmark is 2,000 and a few
 
 
@@ -27,6 +26,7 @@ class Setting:
     context: int  # tokens of the longest sequence
     threads: int
     port: int
+    slots: int = 32  # sequences at once
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,14 +102,15 @@ def ruvon_command(python: Path, setting: Setting) -> list[str]:
 
 
 def llamacpp_command(python: Path, setting: Setting) -> list[str]:
-    arguments = [setting.model, setting.port, setting.threads, SLOTS, SLOTS * setting.context]
+    arguments = [setting.model, setting.port, setting.threads]
+    arguments += [setting.slots, setting.slots * setting.context]
     return [str(python), str(HERE / "llamacpp_server.py"), *map(str, arguments)]
 
 
 def native_command(python: Path, setting: Setting) -> list[str]:
     serve = [str(python.with_name("llama-cpp-server")), "--model", str(setting.model)]
-    serve += ["--port", str(setting.port), "--ctx-size", str(SLOTS * setting.context)]
-    slots = ["--parallel", str(SLOTS), "--no-cache-prompt"]
+    serve += ["--port", str(setting.port), "--ctx-size", str(setting.slots * setting.context)]
+    slots = ["--parallel", str(setting.slots), "--no-cache-prompt"]
     return [*serve, "--", *slots, "--threads", str(setting.threads)]
 
 
@@ -120,7 +121,7 @@ def transformers_command(python: Path, setting: Setting) -> list[str]:
 
 
 def vllm_command(python: Path, setting: Setting) -> list[str]:
-    limits = ["--max-model-len", str(setting.context), "--max-num-seqs", str(SLOTS)]
+    limits = ["--max-model-len", str(setting.context), "--max-num-seqs", str(setting.slots)]
     serve = [str(python.with_name("vllm")), "serve", str(setting.model), "--dtype", "bfloat16"]
     return [*serve, "--port", str(setting.port), "--no-enable-prefix-caching", *limits]
 

@@ -19,7 +19,7 @@ from ruvon.models.gguf import GgufFile
 from ruvon.telemetry import silent
 
 MADE = ("bf16", "int8", "q8_0", "q4_1", "q4_0")
-FILE_TYPES = {1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 32: "bf16"}
+FILE_TYPES = {1: "f16", 2: "q4_0", 3: "q4_1", 7: "q8_0", 32: "bf16", 38: "mxfp4"}
 """``general.file_type`` of a GGUF. Any other is named after the file."""
 
 TOOLS = Peer("gguf", "", lambda python, setting: [], lambda format: False, packages=("gguf",))
@@ -40,7 +40,10 @@ class Weights:
         return FILE_TYPES.get(kind, self.source.stem)
 
     def usual_formats(self) -> list[str]:
-        """The source's own, and for a GGUF those that llama.cpp is fastest and most exact with."""
+        """The source's own, and for a GGUF those that llama.cpp is fastest and most exact with.
+        Of experts in MXFP4 nothing else is made."""
+        if self.format == "mxfp4":
+            return [self.format]
         more = ("int8",) if self.source.is_dir() else ()
         return list(dict.fromkeys((self.format, *more, "q4_0", "q8_0")))
 

@@ -1,7 +1,7 @@
 """ruvon beside other servers on this machine: same weights, same load generator, taking turns.
 
     python bench/peers.py [--model MODEL] [--files q4_1,q4_0,q8_0] [--peers ruvon,llama.cpp]
-                          [--rounds 3] [--quick]
+                          [--rounds 3] [--quick] [--slots 32]
 
 Each peer is installed into an environment of its own under bench/.peers, and the weights are put
 there in the formats of --files: q4_0, q4_1, q8_0, bf16, and int8, which is --quantization int8. A
@@ -69,6 +69,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="Leave out concurrency 16 and 32.")
+    parser.add_argument(
+        "--slots", type=int, default=32, help="Streams at once; loads of more are left out."
+    )
     args = parser.parse_args()
     if unknown := set(args.peers) - BY_NAME.keys():
         parser.error(f"no such peer: {', '.join(sorted(unknown))}; there are {', '.join(BY_NAME)}")
@@ -105,7 +108,7 @@ def prepare(column: Column, weights: Weights) -> None:
 def one_round(column: Column, weights: Weights, args: argparse.Namespace) -> None:
     peer, log = BY_NAME[column.peer], HOME / f"{column.name.replace(' ', '-')}.log"
     model = weights.path(peer, column.format)
-    setting = Setting(model, column.format, weights.context, args.threads, free_port())
+    setting = Setting(model, column.format, weights.context, args.threads, free_port(), args.slots)
     command, neighbours = peer.command(peer.python, setting), Neighbours()
     with running(command, setting.port, peer.ready, peer.env(setting), log) as server:
         numbers = asyncio.run(run(peer, setting, server, args.quick))
@@ -117,8 +120,9 @@ async def run(peer: Peer, setting: Setting, server: Server, quick: bool) -> Mapp
     async with open_session() as session:
         served = str(setting.model) if peer.names_model else await find_model(session, server.url)
         target = Target(session, server.url, served, peer.backend, peer.ignore_eos)
-        concurrencies = (4,) if quick else (4, 16, 32)
-        return await measure_server(server, target, concurrencies, setting.context)
+        wanted = (4,) if quick else (4, 16, 32)
+        concurrencies = tuple(number for number in wanted if number <= setting.slots)
+        return await measure_server(server, target, concurrencies, setting.context, setting.slots)
 
 
 def say(text: str) -> None:

@@ -47,6 +47,7 @@ class Matching:
         self.grammar = sampling.grammar
         self.turn = turn
         self.crowded = False  # whether it is to have a compilation of its own once there is one
+        self.is_over = False  # nothing may follow what has been accepted
         self.num_tokens = 0  # accepted
         self.forced: list[int] = []  # what the matcher has consumed beyond them, the last one first
         self.at_once = at_once
@@ -87,11 +88,6 @@ class Matching:
             at_once, self.forced = self.forced[::-1], []
         self.num_tokens += 1 + len(at_once)
         return (token, *at_once)
-
-    @property
-    def is_over(self) -> bool:
-        """Whether nothing may follow what has been accepted."""
-        return not self.forced and self.matcher.is_stopped()
 
 
 class Matchers:
@@ -140,7 +136,7 @@ class Matchers:
         """Compute the masks of rows whose histories are complete. Errors by sequence: the mask of a
         row with an error allows nothing, nor does that of a row whose grammar is complete."""
         errors: dict[int, str] = {}
-        turns: list[list[tuple[LLMatcher, int]]] = [[] for _ in range(self._num_threads)]
+        turns: list[list[tuple[Matching, int]]] = [[] for _ in range(self._num_threads)]
         for place, row in enumerate(rows):
             matching = self._find(row, errors)
             if matching is None or matching.is_over:
@@ -148,16 +144,14 @@ class Matchers:
             elif matching.forced:
                 allow(masks_RW[place], matching.forced[-1])
             else:
-                turns[matching.turn].append((matching.matcher, place))
+                turns[matching.turn].append((matching, place))
         live = [pair for turn in turns for pair in turn]  # neighbours are one thread's, after all
-        self._compute(live, masks_RW)
-        for matcher, place in live:
-            seq_id = rows[place].seq_id
-            if matcher.is_error():
+        self._compute([(matching.matcher, place) for matching, place in live], masks_RW)
+        for matching, place in live:
+            if matching.matcher.is_error():
                 masks_RW[place] = 0
-                errors[seq_id] = EXHAUSTED
-            elif withheld := self._matchings[seq_id].withheld():
-                withhold(masks_RW[place], withheld)
+                errors[rows[place].seq_id] = EXHAUSTED
+        withhold(masks_RW, {place: tokens for m, place in live if (tokens := m.withheld())})
         return errors
 
     def _compute(self, live: list[tuple[LLMatcher, int]], masks_RW: Ints) -> None:
@@ -169,16 +163,15 @@ class Matchers:
             self._executor.unsafe_compute_mask_ptr(live, masks_RW.ctypes.data, size, len(masks_RW))
 
     def _find(self, row: SamplingRow, errors: dict[int, str]) -> Matching | None:
-        """A sequence's matching, if it can be had."""
+        """A sequence's matching, if it can be had; nearly always it is where it has to be."""
+        found = self._matchings.get(row.seq_id)
+        if found and not found.crowded and found.num_tokens == len(row.history) - row.num_prompt:
+            return found
         try:
-            matching = self._matching_of(row)
+            return self._matching_of(row)
         except (RuvonError, RuntimeError) as error:  # forgotten, and not to be had this time
             errors[row.seq_id] = str(error)
             return None
-        if matching.matcher.is_error():
-            errors[row.seq_id] = EXHAUSTED
-            return None
-        return matching
 
     def _matching_of(self, row: SamplingRow) -> Matching:
         """Where a sequence is in its grammar, found anew if it was not here before."""
@@ -224,9 +217,12 @@ class Matchers:
                 tokens[place] = matching.accept(tokens[place][0])
                 if not tokens[place]:
                     errors[seq_id] = REFUSED
+                elif not matching.matcher.is_stopped():
+                    continue
                 elif matching.matcher.is_error():  # which is also one that has stopped
                     tokens[place], errors[seq_id] = (), EXHAUSTED
-                elif matching.is_over:
+                elif not matching.forced:
+                    matching.is_over = True
                     ended.append(seq_id)
         return replace(result, tokens=tuple(tokens), errors=errors, ended=frozenset(ended))
 
@@ -271,14 +267,19 @@ def allow(mask_W: Ints, token: int) -> None:
     mask_W.view(np.uint32)[token >> 5] = 1 << (token & 31)
 
 
-def withhold(mask_W: Ints, tokens: Iterable[int]) -> None:
-    """Take tokens out of a mask, unless nothing would be left."""
-    words = mask_W.view(np.uint32)
-    found = [t for t in tokens if t < 32 * len(words) and int(words[t >> 5]) >> (t & 31) & 1]
-    if not found:  # nearly always
-        return
-    kept = words.copy()
-    for token in found:
-        kept[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
-    if kept.any():
-        words[:] = kept
+def withhold(masks_RW: Ints, withheld: Mapping[int, Sequence[int]]) -> None:
+    """Take tokens out of rows of masks, but for a row of which nothing would be left."""
+    hits: dict[int, list[int]] = {}  # nearly always none
+    for token in {token for tokens in withheld.values() for token in tokens}:
+        if token < 32 * masks_RW.shape[1]:
+            column_R = masks_RW[:, token >> 5].tolist()
+            for row, tokens in withheld.items():
+                if column_R[row] >> (token & 31) & 1 and token in tokens:
+                    hits.setdefault(row, []).append(token)
+    words_RW = masks_RW.view(np.uint32)
+    for row, tokens in hits.items():
+        kept_W = words_RW[row].copy()
+        for token in tokens:
+            kept_W[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+        if kept_W.any():
+            words_RW[row] = kept_W

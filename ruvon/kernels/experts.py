@@ -17,27 +17,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ruvon.errors import LoadError
 from ruvon.kernels.activation import sigmoid
-from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, pack_mxfp4, words_of
+from ruvon.kernels.expert_weights import GATES, PAIR
+from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, words_of
 from ruvon.kernels.norm import rms_norm
 from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
-from ruvon.kernels.ops import (
-    Activation,
-    Dense,
-    Experts,
-    ExpertsSpec,
-    Mxfp4,
-    Packed,
-    PackedExperts,
-    Weight,
-)
+from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
 from ruvon.kernels.pdl import prefetch, release, wait
 from ruvon.kernels.routing import Routing, route
 from ruvon.kernels.split_k import Workspace
-
-PAIR = tl.constexpr(8)  # rows of the gate, then as many of what it gates: one thread has both
-GATES: dict[Activation, int] = {"silu_gated": 0, "swiglu_clamped": 1}
 
 
 @triton.jit
@@ -81,6 +69,29 @@ def _gate(sums, CLAMPED: tl.constexpr):
 
 
 @triton.jit
+def _store(
+    sums, out_ptr, bias_ptr, order_ptr, expert, first_row, first_place, end, N: tl.constexpr,
+    UP: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile's sums, their bias, and in the first product the activation."""
+    rows, places = (
+        first_row + tl.arange(0, sums.shape[0]),
+        first_place + tl.arange(0, sums.shape[1]),
+    )
+    used = (places < end)[None, :]
+    if HAS_BIAS:
+        sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
+    if UP:
+        outputs = first_row // 2 + tl.arange(0, sums.shape[0] // 2)
+        at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
+        tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used)
+    else:
+        entries = tl.load(order_ptr + places, mask=places < end, other=0)
+        at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
+        tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used)
+
+
+@triton.jit
 def _experts_kernel(
     x_ptr,
     x_desc,  # of rows in order, or None
@@ -103,43 +114,40 @@ def _experts_kernel(
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
     first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
-    rows = first_row + tl.arange(0, TILE.rows)
     if UP:  # which releases when it has waited: so the other finds the choice made before it waits
         wait(PDL)
     release(PDL)
     expert = tl.load(routing.tiles + tile * 3)
+    if MXFP4 and TILE.ahead > 0:
+        rows = first_row + tl.arange(0, TILE.rows)
+        words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
+        prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
     if not UP:
-        if MXFP4 and TILE.ahead > 0:
-            words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
-            prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
         wait(PDL)
     if expert >= 0:
-        first_place = tl.load(routing.tiles + tile * 3 + 1)
-        places = first_place + tl.arange(0, TILE.tokens)
-        used = places < tl.load(routing.tiles + tile * 3 + 2)
-        entries = tl.load(routing.order + places, mask=used, other=0)
-        sources = entries // TOP_K if UP and not SORTED else tl.where(used, places, 0)
+        first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
+        places = first + tl.arange(0, TILE.tokens)
+        used = places < end
+        if UP and not SORTED:
+            sources = tl.load(routing.order + places, mask=used, other=0) // TOP_K
+        else:
+            sources = tl.where(used, places, 0)
         x_at = x_ptr + sources.to(tl.int64) * x_stride
         sums = _no_sums(TILE.rows, TILE.tokens)
         if MXFP4:
             sums = multiply_mxfp4(
-                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
+                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first,
                 N, K, TILE.columns, TILE.stages, SORTED,
             )  # fmt: skip
         else:
             sums = _multiply_dense(
-                sums, weight_desc, expert, first_row, x_at, used, x_desc, first_place,
+                sums, weight_desc, expert, first_row, x_at, used, x_desc, first,
                 N, K, TILE.columns, TILE.stages, SORTED,
             )  # fmt: skip
-        if HAS_BIAS:
-            sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
-        if UP:
-            outputs = first_row // 2 + tl.arange(0, TILE.rows // 2)
-            at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
-            tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used[None, :])
-        else:
-            at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
-            tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used[None, :])
+        _store(
+            sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
+            HAS_BIAS,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -181,63 +189,26 @@ class ExpertsTile(NamedTuple):
     stages: int
     warps: int = 4
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
-    ahead: int = 0  # bytes of each row to ask for before the wait; in the second product
+    ahead: int = 0  # bytes of each row to ask for at once; in the second product before the wait
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
     each = tokens * spec.top_k / spec.num_experts
-    if each <= 0.25:
-        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 6)
-    if each <= 2:
-        return ExpertsTile(8, 64, 512, 3), ExpertsTile(8, 64, 256, 4)
+    if each <= 4:
+        return (ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3),) * 2
     if each <= 8:
-        return ExpertsTile(16, 64, 256, 4), ExpertsTile(16, 64, 256, 4)
+        return (ExpertsTile(16, 64, 256, 3),) * 2
     if each <= 16:
-        return ExpertsTile(32, 128, 256, 3), ExpertsTile(32, 64, 256, 3)
+        return (ExpertsTile(32, 128, 128, 4),) * 2
     if each <= 128:
-        return ExpertsTile(64, 128, 128, 4), ExpertsTile(64, 128, 128, 4)
-    return ExpertsTile(128, 128, 64, 4, 8), ExpertsTile(128, 128, 64, 4, 8)
+        return (ExpertsTile(64, 128, 128, 4, bulk=True),) * 2
+    if each <= 512:
+        return (ExpertsTile(128, 128, 64, 4, 8, bulk=True),) * 2
+    return (ExpertsTile(256, 128, 64, 4, 8, bulk=True),) * 2
 
 
 BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
-
-
-def pack_experts(
-    experts: Experts, spec: ExpertsSpec, dtype: torch.dtype, device: torch.device
-) -> PackedExperts:
-    """Codes stay codes if both weights are MXFP4; all else is multiplied out."""
-    if spec.activation not in GATES or spec.width % PAIR.value:
-        raise LoadError(
-            f"width {spec.width}, activation {spec.activation}: the width must be a multiple of "
-            f"{PAIR.value}, and the activation one of {', '.join(GATES)}"
-        )
-    num, order = spec.num_experts, paired_rows(spec.width)
-    biases = [
-        None if bias is None else bias.to(device=device, dtype=dtype)
-        for bias in (experts.up_bias_N, experts.down_bias_N)
-    ]
-    if biases[0] is not None:
-        biases[0] = biases[0].view(num, -1)[:, order.to(device)].flatten()
-    if isinstance(experts.up, Mxfp4) and isinstance(experts.down, Mxfp4):
-        straight = torch.arange(experts.down.scales_NK.shape[0] // num)
-        up = pack_mxfp4(experts.up, order, num, device)
-        down = pack_mxfp4(experts.down, straight, num, device)
-        return PackedExperts("mxfp4", spec, (*up, *down, *biases))
-    dense = (_dense(weight, num, dtype, device) for weight in (experts.up, experts.down))
-    up_ENK, down_ENK = dense
-    return PackedExperts("dense", spec, (up_ENK[:, order.to(device)], down_ENK, *biases))
-
-
-def paired_rows(width: int) -> Tensor:
-    """Where the rows of an expert's first weight come from: see `PAIR`."""
-    rows = torch.arange(2 * width).view(2, -1, PAIR.value)
-    return rows.transpose(0, 1).flatten()
-
-
-def _dense(weight: Weight, num: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    dense = weight.weight_NK if isinstance(weight, Dense) else weight.dequantize()
-    return dense.to(device=device, dtype=dtype).view(num, -1, dense.shape[-1]).contiguous()
 
 
 Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]
@@ -323,11 +294,13 @@ def _product(
     table = weight.words.flatten(1) if isinstance(weight, Codes) else weight.flatten(0, 1)
     n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
     tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
+    if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
+        tile = tile._replace(columns=64, stages=2)
     box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
-    rows = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
+    x_desc = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
     out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, rows, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
+        x_TK, x_desc, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
         x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
         MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,

@@ -123,14 +123,36 @@ def _unpack_fp32(words):
 
 
 @triton.jit
-def _spread(exponents, DTYPE: tl.constexpr):
-    """Bits of exponents int16 [N, groups] → the power of two for each word, [N, groups * 16]."""
-    N: tl.constexpr = exponents.shape[0]
-    GROUPS: tl.constexpr = exponents.shape[1]
+def _scales(pairs, DTYPE: tl.constexpr):
+    """Pairs of exponents int16 [N, groups] → two powers of two for each word, [N, groups * 16]."""
     if tl.bfloat16 == DTYPE:
-        scales = (exponents << 7).to(tl.bfloat16, bitcast=True)
+        low, high = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 t;
+            cvt.u32.u16 t, $2;
+            prmt.b32 t, t, 0, 0x1404;
+            shr.u32 t, t, 1;
+            mov.b32 {$0, $1}, t;
+            }""",
+            "=h,=h,h",
+            [pairs],
+            dtype=(tl.int16, tl.int16),
+            is_pure=True,
+            pack=1,
+        )
+        low, high = low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True)
     else:
-        scales = (exponents.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+        wide = pairs.to(tl.int32)
+        low = ((wide & 0xFF) << 23).to(tl.float32, bitcast=True)
+        high = ((wide >> 8 & 0xFF) << 23).to(tl.float32, bitcast=True)
+    return _spread(low), _spread(high)
+
+
+@triton.jit
+def _spread(scales):
+    """[N, groups] → [N, groups * 16]."""
+    N: tl.constexpr = scales.shape[0]
+    GROUPS: tl.constexpr = scales.shape[1]
     return tl.reshape(tl.broadcast_to(scales[:, :, None], (N, GROUPS, 16)), (N, GROUPS * 16))
 
 
@@ -166,7 +188,7 @@ def multiply_mxfp4(
         w = words_desc.load([expert * N + first_row, k // 4])
         group = k // GROUP + groups
         pairs = tl.load(scales_at + group[:, None] * N, mask=(group < GROUPS)[:, None], other=0).T
-        low, high = _spread(pairs & 0xFF, DTYPE), _spread((pairs >> 8) & 0xFF, DTYPE)
+        low, high = _scales(pairs, DTYPE)
         if tl.bfloat16 == DTYPE:
             a, b, c, d = _unpack_bf16(w)
         else:

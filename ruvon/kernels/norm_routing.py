@@ -15,7 +15,14 @@ from torch import Tensor
 from ruvon.kernels.norm import normalize
 from ruvon.kernels.ops import ExpertsSpec, Packed
 from ruvon.kernels.pdl import release, wait
-from ruvon.kernels.routing import BLOCK_T, Routing, choose, make_routing, sort_few
+from ruvon.kernels.routing import (
+    BLOCK_T,
+    Routing,
+    block_tiles,
+    choose,
+    make_routing,
+    sort_few,
+)
 from ruvon.kernels.split_k import Workspace
 
 FEW_TOKENS = BLOCK_T.value
@@ -80,7 +87,6 @@ def _norm_choose_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
             logits += bias.to(tl.float32)[None, :]
-        logits = tl.where((experts < E)[None, :], logits, float("-inf"))
         chosen, valid = choose(
             logits, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
         )
@@ -102,7 +108,6 @@ def norm_route(
     """(RMSNorm of x + residual, that sum, the choices) for at most `FEW_TOKENS` tokens."""
     tokens, k = x_TC.shape
     routing = make_routing(tokens, spec, tile, x_TC.device)
-    num_tiles = routing.tiles.shape[0]
     normed_TC = torch.empty(tokens, k, dtype=x_TC.dtype, device=x_TC.device)
     total_TC = x_TC if residual_TC is None else torch.empty_like(normed_TC)
     block_k = triton.next_power_of_2(k)
@@ -122,7 +127,7 @@ def norm_route(
         k,
         x_TC.stride(0),
         eps,
-        num_tiles,
+        routing.tiles.shape[0],
         EACH=EACH,
         BLOCK_K=block_k,
         BLOCK_E=max(16, triton.next_power_of_2(spec.num_experts)),
@@ -132,7 +137,7 @@ def norm_route(
         BLOCK_CHOICES=triton.next_power_of_2(spec.top_k),
         RENORMALIZE=spec.renormalize,
         TILE=tile,
-        BLOCK_TILES=triton.next_power_of_2(num_tiles),
+        BLOCK_TILES=block_tiles(spec, tile),
         PDL=pdl,
         num_warps=4 if block_k <= 1024 else 8,
         launch_pdl=pdl,

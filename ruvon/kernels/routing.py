@@ -21,6 +21,7 @@ from ruvon.kernels.pdl import release, wait
 from ruvon.kernels.split_k import SPLIT_K_PROGRAMS, Workspace, plan_split_k, reduce_split_k
 
 BLOCK_T = tl.constexpr(16)  # tokens of one program that chooses
+LOWEST = tl.constexpr(-1e38)  # of logits
 
 
 class Routing(NamedTuple):
@@ -33,27 +34,23 @@ class Routing(NamedTuple):
 
 
 @triton.jit
-def _best(logits, experts, E):
-    """(each row's largest, its place, the first of equals)."""
-    best = tl.max(logits, axis=1)
-    place = tl.min(tl.where(logits == best[:, None], experts[None, :], E - 1), axis=1)
-    return best, place  # rows of NaN choose the last
-
-
-@triton.jit
 def choose(
     logits, tokens, experts, routing, T, E,
     RENORMALIZE: tl.constexpr, TOP_K: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Stores what the logits [tokens, experts] choose; → (the choices, which of them are any),
-    [tokens, BLOCK_K]. No expert from E on has a logit above -inf."""
+    [tokens, BLOCK_K]. Each expert is chosen once, whatever the logits: rows of padding may be
+    anything, and tiles are as many as such a choice can need."""
     choices = tl.arange(0, BLOCK_K)[None, :]
+    logits = tl.where(logits > LOWEST, logits, LOWEST)  # what is no number, too
+    logits = tl.where((experts < E)[None, :], logits, float("-inf"))
     top = tl.max(logits, axis=1)
     total = tl.sum(tl.exp(logits - top[:, None]), axis=1)
     chosen = tl.zeros([logits.shape[0], BLOCK_K], tl.int32)
     weights = tl.zeros([logits.shape[0], BLOCK_K], tl.float32)
     for i in tl.static_range(TOP_K):
-        best, place = _best(logits, experts, E)
+        best = tl.max(logits, axis=1)
+        place = tl.min(tl.where(logits == best[:, None], experts[None, :], E - 1), axis=1)
         chosen = tl.where(choices == i, place[:, None], chosen)
         weights = tl.where(choices == i, tl.exp(best - top)[:, None], weights)
         logits = tl.where(experts[None, :] == place[:, None], float("-inf"), logits)
@@ -137,18 +134,17 @@ def _choose_kernel(
         if HAS_BIAS:
             bias = tl.load(bias_ptr + experts, mask=experts < E, other=0.0)
             sums += bias.to(tl.float32)[None, :]
-        logits = tl.where((experts < E)[None, :], sums, float("-inf"))
         chosen, valid = choose(
-            logits, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
+            sums, tokens, experts, routing, T, E, RENORMALIZE, TOP_K, BLOCK_CHOICES
         )
         if SORT:
             sort_few(chosen, valid, routing, NUM_TILES, TOP_K, BLOCK_E, TILE, BLOCK_TILES)
 
 
-@triton.jit(do_not_specialize=["COUNT", "NUM_TILES"])
+@triton.jit(do_not_specialize=["COUNT", "NUM_TILES", "TILE"])
 def _sort_kernel(
-    routing, COUNT, E, NUM_TILES, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
-    TILE: tl.constexpr, PDL: tl.constexpr,
+    routing, COUNT, E, NUM_TILES, TILE, BLOCK_E: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program puts the entries of one expert into order: it counts all of them, then its own."""
     expert = tl.program_id(0)
@@ -190,6 +186,11 @@ def most_tiles(tokens: int, spec: ExpertsSpec, tile: int) -> int:
     return min(entries, entries // tile + min(spec.num_experts, entries))
 
 
+def block_tiles(spec: ExpertsSpec, tile: int) -> int:
+    """Enough for `BLOCK_T` tokens, however many there are: one variant of a kernel for all."""
+    return 1 << (most_tiles(BLOCK_T.value, spec, tile) - 1).bit_length()
+
+
 def make_routing(tokens: int, spec: ExpertsSpec, tile: int, device: torch.device) -> Routing:
     """Space for one."""
     empty = partial(torch.empty, dtype=torch.int32, device=device)
@@ -212,6 +213,7 @@ def route(
     batch_invariant: bool = False,
 ) -> Routing:
     """Choose, and sort entries into tiles of at most ``tile``."""
+    assert router.kind == "dense", "no format quantizes routers"
     tokens, k = x_TC.shape
     entries, routing = tokens * spec.top_k, make_routing(tokens, spec, tile, x_TC.device)
     num_tiles = routing.tiles.shape[0]
@@ -227,13 +229,12 @@ def route(
         PER_SPLIT=per_split, SPLIT_K=split_k, BLOCK_E=block_e, BLOCK_K=block_k,
         HAS_BIAS=bias_E is not None, TOP_K=spec.top_k,
         BLOCK_CHOICES=triton.next_power_of_2(spec.top_k), RENORMALIZE=spec.renormalize,
-        SORT=few, TILE=tile, BLOCK_TILES=triton.next_power_of_2(num_tiles) if few else 1,
+        SORT=few, TILE=tile if few else 1, BLOCK_TILES=block_tiles(spec, tile) if few else 1,
         PDL=pdl, num_warps=4, launch_pdl=pdl,
     )  # fmt: skip
     if not few:
         _sort_kernel[(spec.num_experts,)](
-            routing, entries, spec.num_experts, num_tiles, BLOCK_E=block_e,
-            BLOCK=min(4096, triton.next_power_of_2(entries)), TILE=tile, PDL=pdl,
-            num_warps=8, launch_pdl=pdl,
+            routing, entries, spec.num_experts, num_tiles, tile, BLOCK_E=block_e,
+            BLOCK=1024 if entries <= 1024 else 4096, PDL=pdl, num_warps=8, launch_pdl=pdl,
         )  # fmt: skip
     return routing

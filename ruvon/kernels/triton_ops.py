@@ -7,7 +7,18 @@ from functools import partial
 
 import torch
 
-from ruvon.kernels import attention, codes, decode, embed, experts, kv, linear, norm, split_k
+from ruvon.kernels import (
+    attention,
+    codes,
+    decode,
+    embed,
+    expert_weights,
+    experts,
+    kv,
+    linear,
+    norm,
+    split_k,
+)
 from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Stacked, Weight
 from ruvon.kernels.pdl import supports_pdl
 
@@ -51,7 +62,7 @@ def make_triton_ops(
         ),
         gather_rows=partial(embed.gather_rows, pdl=pdl),
         logits=partial(linear.logits, workspace=sums, pdl=pdl),
-        pack_experts=partial(experts.pack_experts, dtype=dtype, device=device),
+        pack_experts=partial(expert_weights.pack_experts, dtype=dtype, device=device),
         experts=partial(experts.experts, workspace=sums, pdl=pdl, batch_invariant=batch_invariant),
         norm_linear=partial(linear.norm_linear, workspace=sums, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),

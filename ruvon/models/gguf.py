@@ -214,7 +214,18 @@ def _values(part: Part, name: str, entry: TensorEntry) -> Tensor | Quantized | M
     _require(part, name, entry.offset, size)
     raw = np.frombuffer(part.data, np.uint8, size, entry.offset)
     rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
-    return layout.unpack(raw.reshape(rows, -1, layout.bytes))
+    values = layout.unpack(raw.reshape(rows, -1, layout.bytes))
+    _let_go(part.data, entry.offset, size)
+    return values
+
+
+def _let_go(data: mmap.mmap, offset: int, size: int) -> None:
+    """Of the pages of what was copied, so that memory does not hold a model twice. They are read
+    again if somebody asks for them again."""
+    first = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+    last = (offset + size) // mmap.PAGESIZE * mmap.PAGESIZE
+    if first < last and hasattr(mmap, "MADV_DONTNEED"):
+        data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
 def _require(part: Part, name: str, offset: int, size: int) -> None:

@@ -13,6 +13,7 @@ from ruvon.models.formats.tools import Reasoning
 from ruvon.server.constraints import grammar_of
 from ruvon.server.conversation import (
     Conversation,
+    most_thoughts,
     prepare_conversation,
     prompt_texts,
     truncation,
@@ -99,7 +100,6 @@ def reasoning_of(request: ChatRequest) -> Reasoning:
     if len(given) > 1:
         first, second = list(given)[:2]
         raise RequestError(f"'{first}' and '{second}' say the same; give one of them.", second)
-    budget = next(iter(given.values()), -1)
     return Reasoning(
-        None if budget < 0 else budget, request.enable_thinking, request.reasoning_effort
+        most_thoughts(*given.values()), request.enable_thinking, request.reasoning_effort
     )

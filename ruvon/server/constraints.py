@@ -43,11 +43,15 @@ def grammar_of(request: ConstraintFields) -> Grammar | None:
     if not wishes:
         return None
     if len(wishes) > 1:
-        first, second = wishes[0].param, wishes[1].param
-        raise RequestError(
-            f"'{first}' and '{second}' both say what the answer must be; give one of them.", second
-        )
+        raise two_wishes(wishes[0].param, wishes[1].param)
     return build(wishes[0])
+
+
+def two_wishes(first: str, second: str) -> RequestError:
+    """What is raised where two fields say what the answer must be."""
+    return RequestError(
+        f"'{first}' and '{second}' both say what the answer must be; give one of them.", second
+    )
 
 
 def wished(request: ConstraintFields) -> Iterator[Wish]:

@@ -53,6 +53,11 @@ def truncation(
     return Truncation(tokens, request.truncation_side or "left")
 
 
+def most_thoughts(budget: int | None = None) -> int | None:
+    """A request's bound on tokens of reasoning: -1 is none."""
+    return None if budget is None or budget < 0 else budget
+
+
 async def prompt_texts(http: web.Request, jobs: Sequence[Job], service: Service) -> list[str]:
     """The prompts as the model reads them, special tokens included."""
     decode = service.tokenizer.decode

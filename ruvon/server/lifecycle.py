@@ -202,7 +202,9 @@ def in_groups(memory: MemoryPlan) -> str:
     if not any(windows):
         return ""
     seen = ", ".join(str(window or "all") for window in windows)
-    return f", in {len(windows)} {'group' if len(windows) == 1 else 'groups'} that see {seen}"
+    if len(windows) == 1:
+        return f", in 1 group that sees {seen}"
+    return f", in {len(windows)} groups that see {seen}"
 
 
 def size(num_bytes: int) -> str:

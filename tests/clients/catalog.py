@@ -76,6 +76,11 @@ CLIENTS = (
     python("pydantic-ai", ("pydantic-ai-slim",), "agent: tools, typed output; three dialects"),
     python("litellm", ("litellm",), "chat, stream, tools, responses, messages, embeddings"),
     python("llama-index", ("llama-index-llms-openai-like",), "chat, complete, stream, tools"),
+    python(
+        "schemathesis", ("schemathesis",),
+        "every operation of `/openapi.json`: what it allows and what it does not; no server error,"
+        " no answer but those the document says",
+    ),
     python("lm-eval", ("lm-eval",), "log-likelihoods by echo and logprobs; generation; perplexity"),
     node("npm-openai", ("openai",), "chat, stream helper, parse, runTools, responses, errors"),
     node(

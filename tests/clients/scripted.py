@@ -29,7 +29,7 @@ from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.matching import Matchers
-from ruvon.engine.types import SamplingRow, TokenLogprobs
+from ruvon.engine.types import SamplingParams, SamplingRow, TokenLogprobs
 from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.formats.harmony import Mark
@@ -76,8 +76,7 @@ class ScriptedRunner(FakeRunner):
             token = answer[min(len(said), len(answer) - 1)]
         else:
             token = self._within(row.mask, self._spell(answer[:-1])[len(self._spell(said)) :])
-        num_top = row.sampling.logprobs
-        return (token,), None if num_top is None else (fake_logprobs(token, num_top),)
+        return (token,), score(token, row.sampling)
 
     def _answer(self, prompt: list[int]) -> list[int]:
         text = self._script(self._tokenizer.decode(prompt, skip_special_tokens=False))
@@ -94,6 +93,16 @@ class ScriptedRunner(FakeRunner):
         starts = (rest[:size] for size in range(min(self._longest, len(rest)), 0, -1))
         found = (self._tokens[start] for start in starts if start in self._tokens)
         return next((id for id in found if allows(mask, id)), self._end)
+
+
+def score(token: int, sampling: SamplingParams) -> tuple[TokenLogprobs, ...] | None:
+    """Log-probabilities as they were asked for, of tokens that are named as well."""
+    if sampling.logprobs is None:
+        return None
+    entry = fake_logprobs(token, sampling.logprobs)
+    if named := sampling.logprob_token_ids:
+        entry.top = tuple((id, -1.0) for id in named)
+    return (entry,)
 
 
 def allows(mask: np.ndarray, token: int) -> bool:

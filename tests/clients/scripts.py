@@ -33,7 +33,7 @@ def call(name: str, arguments: Mapping[str, Any] | str = "{}") -> str:
 
 def asked(prompt: str) -> str:
     """The last thing that a user, or a tool, said."""
-    return [text for role, text in turns(prompt) if role in ("user", "tool")][-1:][0]
+    return ["", *(text for role, text in turns(prompt) if role in ("user", "tool"))][-1]
 
 
 def obedient(prompt: str) -> str:

@@ -54,6 +54,31 @@ FAMILIES = {
     "Qwen3ForCausalLM": SHAPE | {"model_type": "qwen3"},
     "Gemma3ForCausalLM": SHAPE
     | {"model_type": "gemma3_text", "sliding_window": 24, "layer_types": ["sliding_attention"] * 2},
+    "Qwen3MoeForCausalLM": SHAPE
+    | {
+        "model_type": "qwen3_moe",
+        "num_experts": 5,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "norm_topk_prob": True,
+    },
+    "GptOssForCausalLM": SHAPE
+    | {
+        "model_type": "gpt_oss",
+        "attention_bias": True,
+        "num_local_experts": 5,
+        "num_experts_per_tok": 2,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention"] * 2,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "original_max_position_embeddings": 64,
+            "truncate": False,
+        },
+    },
 }
 HEADS = [64, 80, 96, 128] if GPU else [16]
 CASES = [(architecture, head_dim) for architecture in FAMILIES for head_dim in HEADS]
@@ -70,7 +95,7 @@ def config_of(architecture, head_dim):
         return shape | {"n_embd": 3 * head_dim, "n_head": 3}
     return shape | {
         "hidden_size": 4 * head_dim,
-        "intermediate_size": 6 * head_dim,
+        "intermediate_size": 6 * head_dim,  # an expert's, too: of 32s, as MXFP4's blocks are
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": head_dim,
@@ -82,12 +107,12 @@ class Weighty(RandomTensors):
 
     def read(self, name, shape, *, bytes_only=False):
         values = super().read(name, shape, bytes_only=bytes_only)
-        return values * 5 if len(shape) > 1 else values
+        return values * 5 if len(shape) > 1 and not bytes_only else values
 
 
 def build(architecture, head_dim, ops, scheme="none"):
     spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
-    source = Weighty(Path("tiny"), 0, torch.float32)
+    source = Weighty(Path("tiny"), 0, torch.float32, mxfp4=architecture == "GptOssForCausalLM")
     weights = Weights(
         source=source, rules=family.rules, scheme=SCHEMES[scheme], ops=ops, num_layers=2
     )

@@ -352,11 +352,11 @@ def test_a_sequence_is_found_again_by_its_history(matchers):
 
 
 def test_tokens_are_withheld_as_long_as_there_are_others():
-    mask = np.array([0b1010, 1], dtype=np.int32)
-    withhold(mask, [1, 32, 999])
-    assert allowed(mask) == [3]
-    withhold(mask, [3])
-    assert allowed(mask) == [3]
+    masks = np.array([[0b1010, 1], [0b1010, 1], [0b10, 0]], dtype=np.int32)
+    withhold(masks, {0: [1, 32, 999], 2: [1]})
+    assert [allowed(mask) for mask in masks] == [[3], [1, 3, 32], [1]]
+    withhold(masks, {0: [3], 1: [3]})
+    assert [allowed(mask) for mask in masks] == [[3], [1, 32], [1]]
 
 
 def test_many_masks_at_once(compiler):

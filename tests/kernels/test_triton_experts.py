@@ -4,7 +4,8 @@ interpreter (float32 only) where there is none."""
 import pytest
 import torch
 
-from ruvon.kernels.experts import ExpertsTile, experts, pack_experts
+from ruvon.kernels.expert_weights import pack_experts
+from ruvon.kernels.experts import ExpertsTile, experts
 from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, Mxfp4
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.reference import route as plain_route
@@ -161,6 +162,20 @@ def test_routing_sorts_entries_into_tiles(dtype, tokens, num, tile):
     assert seen == list(range(4 * tokens))
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("tokens", [16, 20])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_padding_may_hold_anything(dtype, tokens, value):
+    """No expert is chosen twice by a token, so that there are tiles enough."""
+    spec = ExpertsSpec(5, 4, 32, "silu_gated")
+    x = torch.full((tokens, 48), value, device=DEVICE, dtype=dtype)
+    head = make_torch_ops(dtype, DEVICE).pack(random_dense(5, 48))
+    routing = route(x, head, None, spec, 8, make_workspace(DEVICE), pdl=False)
+    assert all(len(set(chosen)) == 4 for chosen in routing.chosen.tolist())
+    covered = [(a, b) for expert, a, b in routing.tiles.tolist() if expert >= 0]
+    assert [p for a, b in covered for p in range(a, b)] == list(range(4 * tokens))
+
+
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy's, in the interpreter
 def test_rows_that_are_no_numbers_harm_no_others(dtype):
     spec = ExpertsSpec(5, 2, 32, "silu_gated")
@@ -173,6 +188,23 @@ def test_rows_that_are_no_numbers_harm_no_others(dtype):
     other = experts(x, head, None, packed, make_workspace(DEVICE))
     rest = [0, 1, 3, 4, 5]
     torch.testing.assert_close(other[rest], right[rest])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="too much for the interpreter")
+def test_gpt_oss_own_shapes():
+    """With the tiles of each number of tokens: of a few entries an expert up to hundreds."""
+    spec = ExpertsSpec(32, 4, 2880, "swiglu_clamped")
+    layer, router = make_layer(spec, 2880, random_mxfp4), random_dense(32, 2880)
+    ops = make_triton_ops(torch.bfloat16, DEVICE)
+    plain = make_torch_ops(torch.float32, DEVICE)
+    packed, expected = ops.pack_experts(layer, spec), plain.pack_experts(layer, spec)
+    router, bias = ops.pack(router), torch.randn(32, device=DEVICE)
+    wide_router = plain.pack(Dense(router.tensors[0]))
+    for tokens in (1, 8, 40, 100, 300, 2000, 5000):
+        x = torch.randn(tokens, 2880, device=DEVICE).bfloat16()
+        actual = ops.experts(x, router, bias, packed)
+        assert_close(actual, plain.experts(x.float(), wide_router, bias, expected), torch.bfloat16)
 
 
 @pytest.mark.gpu

@@ -186,6 +186,15 @@ CHATS: dict[str, dict[str, Any]] = {
         ],
         "tools": [WEATHER],
     },
+    "a preamble apart": {
+        "messages": [
+            user("Weather?"),
+            assistant("I will look.", "Need the tool."),
+            calling("get_weather", "{}", thought="Now."),
+            result("sunny"),
+        ],
+        "tools": [WEATHER],
+    },
     "calls in a row": {
         "messages": [
             user("Weather?"),

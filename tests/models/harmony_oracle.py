@@ -77,10 +77,11 @@ def convert(chat: dict[str, Any]) -> list[Any]:
         contents.append(harmony.TextContent(text=text))
     if contents:
         said.append(harmony.Message.from_role_and_contents(ROLE.DEVELOPER, contents))
-    finals = [at for at, each in enumerate(messages) if final(each)]
+    finals = [at for at, each in enumerate(messages) if final(each, messages[at + 1 :])]
     names: dict[str, str] = {}
     for at, each in enumerate(messages):
-        said += turn(each, not finals or at > finals[-1], names, built_in)
+        thinks = not finals or at > finals[-1]
+        said += turn(each, thinks, "final" if at in finals else "commentary", names, built_in)
     return said
 
 
@@ -95,8 +96,10 @@ def message(role: Any, content: Any) -> Any:
     return harmony.Message.from_role_and_content(role, content)
 
 
-def final(each: dict[str, Any]) -> bool:
-    return bool(each["role"] == "assistant" and each["content"] and "tool_calls" not in each)
+def final(each: dict[str, Any], behind: list[dict[str, Any]]) -> bool:
+    if each["role"] != "assistant" or not each["content"] or "tool_calls" in each:
+        return False
+    return not behind or behind[0]["role"] not in ("assistant", "tool")
 
 
 def describe(tool: dict[str, Any]) -> Any:
@@ -112,7 +115,7 @@ def describe(tool: dict[str, Any]) -> Any:
 
 
 def turn(
-    each: dict[str, Any], thinks: bool, names: dict[str, str], built_in: list[str]
+    each: dict[str, Any], thinks: bool, channel: str, names: dict[str, str], built_in: list[str]
 ) -> list[Any]:
     content = each["content"] or ""
     if isinstance(content, list):
@@ -132,7 +135,6 @@ def turn(
     if thought and thinks:
         said.append(message(ROLE.ASSISTANT, thought).with_channel("analysis"))
     if content:
-        channel = "commentary" if calls else "final"
         said.append(message(ROLE.ASSISTANT, content).with_channel(channel))
     return said + [called(call, names, built_in) for call in calls]
 

@@ -311,18 +311,19 @@ def test_made_up_weights_have_the_true_form(folder, layout):
     assert first.spec.experts.top_k == TOP_K
 
 
-def test_the_engine_agrees_while_windows_move_on(folder, tmp_path):
+@pytest.mark.parametrize(("kernels", "error"), [("torch", 1e-3), ("cpu", 0.1)])
+def test_the_engine_agrees_while_windows_move_on(folder, tmp_path, kernels, error):
     """A prompt in chunks and tokens one by one, in a cache that could not hold all that the sliding
     layers have seen: their blocks come back as they leave the window."""
     for path in folder.glob("*.*"):
         (tmp_path / path.name).symlink_to(path)
     byte_vocab().backend.save(str(tmp_path / "tokenizer.json"))
     config = EngineConfig(
-        model=str(tmp_path), device="cpu", kernels="torch", threads=1, block_size=4,
-        kv_cache_memory="160KiB", max_model_len=104, max_num_batched_tokens=20, max_num_seqs=2,
+        model=str(tmp_path), device="cpu", kernels=kernels, threads=1, dtype="float32",
+        kv_cache_memory="192KiB", max_model_len=104, max_num_batched_tokens=20, max_num_seqs=2,
     )  # fmt: skip
     loaded = start_engine(config, silent)
-    assert loaded.memory.num_blocks < 2 * 104 // config.block_size
+    assert loaded.memory.num_blocks < 2 * 104 // config.block_size  # of two groups
     job = Job(tuple(TOKENS[:60]), SamplingParams(temperature=0, max_tokens=40, ignore_eos=True))
     loaded.engine.add(job, 0.0)
     drawn = []
@@ -335,4 +336,4 @@ def test_the_engine_agrees_while_windows_move_on(folder, tmp_path):
     with torch.inference_mode():
         rows = make_reference(folder)(torch.tensor([[*TOKENS[:60], *drawn]])).logits[0, 59:-1]
     chosen = rows.gather(1, torch.tensor(drawn).unsqueeze(1))[:, 0]
-    torch.testing.assert_close(chosen, rows.amax(-1), atol=1e-3, rtol=0)
+    torch.testing.assert_close(chosen, rows.amax(-1), atol=error, rtol=0)

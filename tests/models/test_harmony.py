@@ -217,6 +217,8 @@ def test_a_final_answer_is_continued():
     end = "analysis<|message|>A tale.<|end|><|start|>assistant<|channel|>final<|message|>Once upon"
     assert text_of(turn).endswith(end)
     assert read(encode(" a time<|return|>"), turn)["text"] == " a time"
+    empty = chat().turn([user("Hi"), assistant("")], continue_final_message=True)
+    assert text_of(empty).endswith(f"{OPENED}<|channel|>final<|message|>")
     response = json_schema({"type": "object"})
     asked = {"continue_final_message": True, "response": response}
     assert chat().turn([user("Hi"), assistant("{")], **asked).grammar == response

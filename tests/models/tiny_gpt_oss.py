@@ -247,10 +247,12 @@ def gguf_parts(name: str, tensor: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def make_reference(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """transformers' model of it, its experts dequantized."""
-    return AutoModelForCausalLM.from_pretrained(
+    """transformers' model of it, its experts dequantized: exactly, but older versions leave them in
+    bfloat16 and then compute in it."""
+    model = AutoModelForCausalLM.from_pretrained(
         folder,
         quantization_config=Mxfp4Config(dequantize=True),
         dtype=dtype,
         attn_implementation="eager",
-    ).eval()
+    )
+    return model.to(dtype).eval()

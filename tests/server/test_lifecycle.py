@@ -10,6 +10,7 @@ import signal
 import socket
 import sys
 import threading
+from types import SimpleNamespace
 
 import aiohttp
 import orjson
@@ -476,3 +477,15 @@ async def test_one_connection_serves_many_requests(serve):
         for stream in (True, False, True):
             assert (await server.chat(stream=stream)).status == 200
         assert len(session.connector._conns) == 1
+
+
+@pytest.mark.parametrize(
+    ("windows", "said"),
+    [
+        ((0,), ""),
+        ((4096,), ", in 1 group that sees 4096"),
+        ((0, 128), ", in 2 groups that see all, 128"),
+    ],
+)
+def test_the_start_tells_what_cache_groups_see(windows, said):
+    assert lifecycle.in_groups(SimpleNamespace(windows=windows)) == said

@@ -147,7 +147,7 @@ class SlotStates:
 
     def _defer(self, row: int, params: Words, seq_id: int, slot: int, context: int) -> DeferredRow:
         own, banned = params[row].copy(), NOTHING_BANNED
-        params[row, [sample.SLOT, sample.MASK]] = -1, 0
+        params[row, sample.SLOT] = -1
         if seq_id in self._bad_words:
             banned = self._bad_words[seq_id].completed(self._histories[seq_id], context)
         typical_p = self._sequences[seq_id].sampling.typical_p

@@ -13,7 +13,15 @@ from typing import Any, TypeAlias
 
 from ruvon.errors import RequestError
 from ruvon.grammars import Form
-from ruvon.models.formats.harmony import BROWSER, FUNCTIONS, PYTHON, Mark
+from ruvon.models.formats.harmony import (
+    ANALYSIS,
+    ANSWER,
+    BROWSER,
+    COMMENTARY,
+    FUNCTIONS,
+    PYTHON,
+    Mark,
+)
 from ruvon.models.formats.tools import Tool, arguments_schema, describe
 from ruvon.models.formats.typescript import lines_of, type_of
 from ruvon.models.messages import Message, plain, text_of
@@ -224,53 +232,57 @@ def _turns(
 ) -> Iterator[Said]:
     """The messages from the ``first`` that is no instruction on. What was thought before the last
     final answer is left out."""
-    answered = messages[:-1] if continued else messages
-    finals = [at for at, message in enumerate(answered) if is_final(message)]
-    last_final = finals[-1] if finals else -1
+    finals = [at for at in range(len(messages)) if is_final(messages, at)]
+    current = len(messages) - continued  # the message that goes on
+    answered = max([-1, *(at for at in finals if at < current)])
     names: dict[Any, str] = {}  # of the calls so far, by their ids
     for at, message in enumerate(messages):
         where = f"messages[{first + at}]"
         match message["role"]:
             case "assistant":
-                yield from _assistant(message, where, at > last_final, names, built_in)
+                if at <= answered:
+                    message = {**message, "reasoning_content": None, "reasoning": None}
+                channel = ANSWER if at in finals or at == current else COMMENTARY
+                yield from _assistant(message, where, channel, names, built_in)
             case "tool":
                 author = _caller(message, where, names, built_in)
-                yield Said(author, message["content"], "commentary", "assistant")
+                yield Said(author, message["content"], COMMENTARY, "assistant")
             case "user":
                 yield Said("user", message["content"], name=message.get("name"))
             case _:
                 yield Said("developer", developer_text(message["content"], (), None))
 
 
-def is_final(message: Mapping[str, Any]) -> bool:
-    """Whether it ends a turn."""
-    return bool(
-        message["role"] == "assistant" and message["content"] and not message.get("tool_calls")
-    )
+def is_final(messages: Sequence[Mapping[str, Any]], at: int) -> bool:
+    """Whether a message is the assistant's answer: text, and behind it neither calls nor more of
+    its own."""
+    message, behind = messages[at], messages[at + 1 : at + 2]
+    says = message["role"] == "assistant" and message["content"] and not message.get("tool_calls")
+    return bool(says) and all(each["role"] not in ("assistant", "tool") for each in behind)
 
 
 def _assistant(
     message: Mapping[str, Any],
     where: str,
-    thinks: bool,
+    channel: str,
     names: dict[Any, str],
     built_in: Sequence[str],
 ) -> Iterator[Said]:
-    """What was thought, what was said before calls, and the calls; or the answer."""
+    """What was thought; what was said, on its ``channel``; and the calls."""
     text, calls = message["content"], message.get("tool_calls") or ()
     thought = message.get("reasoning_content") or message.get("reasoning")
-    if thought and thinks:
-        yield Said("assistant", str(thought), "analysis")
-    if text or not (calls or thought):
-        yield Said("assistant", text, "commentary" if calls else "final")
+    if thought:
+        yield Said("assistant", str(thought), ANALYSIS)
+    if text or channel == ANSWER:
+        yield Said("assistant", text, channel)
     for number, call in enumerate(calls):
         name, arguments = _call(call, f"{where}.tool_calls[{number}]", built_in)
         names[call.get("id")] = name
         recipient = recipient_of(name, built_in)
         if recipient == name:  # of those built in, which are called while thinking
-            yield Said("assistant", arguments, "analysis", recipient)
+            yield Said("assistant", arguments, ANALYSIS, recipient)
         else:
-            yield Said("assistant", arguments, "commentary", recipient, JSON)
+            yield Said("assistant", arguments, COMMENTARY, recipient, JSON)
 
 
 def _call(call: Any, where: str, built_in: Sequence[str]) -> tuple[str, str]:

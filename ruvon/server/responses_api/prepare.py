@@ -14,8 +14,8 @@ from ruvon.errors import ContextLengthError, RequestError
 from ruvon.grammars import Grammar, json_object, json_schema
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning
-from ruvon.server.constraints import grammar_of
-from ruvon.server.conversation import Conversation, prepare_conversation
+from ruvon.server.constraints import grammar_of, two_wishes
+from ruvon.server.conversation import Conversation, most_thoughts, prepare_conversation
 from ruvon.server.requests import bounded, sampling_params, text_options
 from ruvon.server.responses_api.input import AnyItem, ReferenceItem
 from ruvon.server.responses_api.items import Transcript, stored
@@ -178,14 +178,13 @@ def conversation_of(
     request: TurnFields, transcript: Transcript, box: Toolbox, response: Grammar | None = None
 ) -> Conversation:
     """What is asked of the model; ``response`` is what the answer's text must be."""
-    budget = request.thinking_token_budget
     return Conversation(
         transcript.messages,
         tools=box.tools,
         choice=tool_choice(request, box),
         response=response,
         reasoning=Reasoning(
-            None if budget is None or budget < 0 else budget,
+            most_thoughts(request.thinking_token_budget),
             request.enable_thinking,
             request.reasoning.effort if request.reasoning else None,
             "reasoning.effort",
@@ -202,10 +201,7 @@ def response_grammar(request: ResponsesRequest) -> Grammar | None:
     if form is None or form.type == "text":
         return other
     if other is not None:
-        raise RequestError(
-            f"'text.format' and '{other.param}' both say what the answer must be; give one.",
-            other.param,
-        )
+        raise two_wishes("text.format", other.param)
     if form.schema_ is None:
         return json_object("text.format")
     return json_schema(
