@@ -261,12 +261,14 @@ class GemvTile(NamedTuple):
     warps: int
 
 
-def gemv_codes_tile(width: int, gated: bool) -> GemvTile:
-    """For weight rows of so many bytes."""
+def gemv_codes_tile(n: int, width: int, bits: int, gated: bool) -> GemvTile:
+    """For so many outputs of ``width`` bytes each: up to 256 codes a thread, which make up for what
+    it does to its part of the row, but two programs or more for each of 132 multiprocessors."""
     columns = triton.next_power_of_2(width)
     warps = 4 if columns <= 4096 else 8
-    outputs = max(1, warps * 32 * 128 // columns // (2 if gated else 1))
-    return GemvTile(min(outputs, 16), columns, warps)
+    most = warps * 32 * 32 * bits // columns // (2 if gated else 1)
+    fair = 1 << max(0, (n // 264).bit_length() - 1)
+    return GemvTile(max(1, min(most, fair, 16)), columns, warps)
 
 
 def gemv_codes(
@@ -288,7 +290,7 @@ def gemv_codes(
     bits = 8 if weight.kind == "int8" else 4
     width = codes_of(weight).group(k) if bits == 8 else 32
     words = codes.view(torch.int32)
-    tile = tile or gemv_codes_tile(codes.stride(0), gated)
+    tile = tile or gemv_codes_tile(n, codes.stride(0), bits, gated)
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
     total_TK = x_TK if residual_TK is None else torch.empty_like(x_TK)
     _gemv_codes_kernel[(triton.cdiv(n, tile.outputs),)](

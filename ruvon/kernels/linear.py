@@ -28,8 +28,7 @@ GATED_ROWS = 128  # of plain weights of gated products, if large: cuBLAS does no
 
 
 def fits_gemv(rows: int, weight: Packed) -> bool:
-    longest = GEMV_COLUMNS * (1 if weight.kind == "dense" else 2)
-    return rows <= GEMV_ROWS and weight.shape[1] <= longest
+    return rows <= GEMV_ROWS and weight.shape[1] <= GEMV_COLUMNS
 
 
 def choose_kernel(
