@@ -84,9 +84,7 @@ HEADS = [64, 80, 96, 128] if GPU else [16]
 CASES = [(architecture, head_dim) for architecture in FAMILIES for head_dim in HEADS]
 CASES += [("Gemma3ForCausalLM", 256)] if GPU else []  # what its models have
 
-CODED = [
-    (scheme, case) for scheme in ("int8", "int4") for case in CASES if GPU or "Llama" in case[0]
-]
+CODED = [(scheme, case) for scheme in ("int8", "int4") for case in CASES]
 
 
 def config_of(architecture, head_dim):
@@ -165,7 +163,10 @@ def test_a_gpu_computes_what_the_host_does(architecture, head_dim):
     check_against_the_host(architecture, head_dim, "none")
 
 
-@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not GPU, reason="minutes in the interpreter; test_triton_codes has the products"
+)
 @pytest.mark.parametrize(("scheme", "case"), CODED)
 def test_a_gpu_computes_with_codes_what_the_host_does_with_their_values(scheme, case):
     check_against_the_host(*case, scheme)

@@ -379,16 +379,17 @@ def mixed_load(
 
 
 @pytest.mark.parametrize(
-    ("policy", "constrained", "windows"),
+    ("policy", "constrained", "windows", "depth", "grammar_depth"),
     [
-        ("fcfs", False, (0,)),
-        ("priority", False, (0,)),
-        ("fcfs", True, (0,)),
-        ("priority", False, (0, 9)),
-        ("fcfs", True, (9,)),
+        ("fcfs", False, (0,), 1, 1),
+        ("fcfs", False, (0,), 2, 1),
+        ("priority", False, (0,), 2, 2),
+        ("fcfs", True, (0,), 2, 2),
+        ("fcfs", True, (9,), 1, 1),
+        ("priority", False, (0, 9), 1, 1),
+        ("priority", False, (0, 9), 2, 2),
     ],
 )
-@pytest.mark.parametrize(("depth", "grammar_depth"), [(1, 1), (2, 1), (2, 2)])
 def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
     """Several hundred jobs through a cache that holds two or three: preemption all the time."""
     load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
