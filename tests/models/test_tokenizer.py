@@ -28,7 +28,9 @@ def write_folder(folder: Path, **config: Any) -> Path:
 
 
 def load(folder: Path, format: str = "safetensors", **generation: Any) -> Tokenizer:
-    checkpoint = SimpleNamespace(format=format, path=folder, config={}, generation=generation)
+    checkpoint = SimpleNamespace(
+        format=format, path=folder, words=folder, config={}, generation=generation
+    )
     return load_tokenizer(checkpoint)
 
 
@@ -152,9 +154,7 @@ def test_token_bytes_of_special_and_unknown_ids():
 
 
 def test_token_text_shows_parts_of_characters():
-    tokenizer = load_tokenizer(
-        SimpleNamespace(format="dummy", path=Path("/nowhere"), config={}, generation={})
-    )
+    tokenizer = load(Path("/nowhere"), "dummy")
     ids = tokenizer.encode("é")
     assert [tokenizer.token_bytes(id) for id in ids] == [b"\xc3", b"\xa9"]
     assert [tokenizer.token_text(id) for id in ids] == ["\ufffd", "\ufffd"]
