@@ -14,14 +14,15 @@ by C, and what the norms behind them add is divided by sqrt(C) in their weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Rope
+from ruvon.kernels.ops import Ops, Rope
 from ruvon.models import llama
+from ruvon.models.decoder import Decoder
 from ruvon.models.layers import (
     Attention,
     Linear,
@@ -60,44 +61,14 @@ class Layer:
     down: Linear
     mlp_post_norm: RMSNorm
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Gemma3:
-    """Token ids in, logits out; the past is in the cache."""
-
-    spec: ModelSpec
-    ops: Ops
-    embed: Packed
-    layers: tuple[Layer, ...]
-    norm: RMSNorm
-    head: Packed
-
-    def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each."""
-        return self.logits(self.hidden(batch, cache))
-
-    def logits(self, x_LC: Tensor) -> Tensor:
-        """→ float32 [L, V], of final hidden states."""
-        return self.ops.logits(x_LC, self.head)
-
-    def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ the final hidden states of the batch's ``logit_rows``, [L, C]."""
-        x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
-        residual_TC: Tensor | None = None
-        for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
-            qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
-            x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
-            if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
-                x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
-                residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
-            x_TC, _ = layer.attn_post_norm(layer.attn_out(x_TC), None)
-            x_TC, residual_TC = norm_linear(layer.mlp_norm, layer.gate_up, x_TC, residual_TC)
-            x_TC, _ = layer.mlp_post_norm(layer.down(x_TC), None)
-        x_LC, _ = self.norm(x_TC, residual_TC)
-        return x_LC
+    def finish(self, x_TE: Tensor, residual_TC: Tensor) -> tuple[Tensor, Tensor]:
+        x_TC, _ = self.attn_post_norm(self.attn_out(x_TE), None)
+        x_TC, residual_TC = norm_linear(self.mlp_norm, self.gate_up, x_TC, residual_TC)
+        x_TC, _ = self.mlp_post_norm(self.down(x_TC), None)
+        return x_TC, residual_TC
 
 
-def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Gemma3:
+def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     """Reads the weights and makes the rotary tables."""
     assert spec.rope is not None
     assert spec.local_rope is not None
@@ -109,7 +80,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Gemma3:
     layers = weights.layers(
         lambda i: _layer(spec, weights, norms, near if spec.windows[i] else far, i)
     )
-    return Gemma3(spec, ops, embed, layers, norms.before("norm"), head)
+    return Decoder(spec, ops, embed, layers, norms.before("norm"), head)
 
 
 @dataclass(frozen=True, slots=True)

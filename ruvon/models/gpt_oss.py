@@ -11,13 +11,14 @@ Sums with the residual stream happen inside the following norm, where they cost 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ruvon.kernels.ops import ForwardBatch, Ops, Packed, Rope
+from ruvon.kernels.ops import Ops, Rope
 from ruvon.models import llama
+from ruvon.models.decoder import Decoder
 from ruvon.models.experts import load_experts
 from ruvon.models.layers import (
     Attention,
@@ -27,7 +28,6 @@ from ruvon.models.layers import (
     load_linear,
     load_rms_norm,
     load_tables,
-    norm_linear,
     norm_mixture,
 )
 from ruvon.models.rope import make_rope
@@ -97,49 +97,17 @@ class Layer:
     mlp_norm: RMSNorm
     mixture: Mixture
 
-
-@dataclass(frozen=True, slots=True, eq=False)
-class GptOss:
-    """Token ids in, logits out; the past is in the cache."""
-
-    spec: ModelSpec
-    ops: Ops
-    embed: Packed
-    layers: tuple[Layer, ...]
-    norm: RMSNorm
-    head: Packed
-
-    def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each."""
-        return self.logits(self.hidden(batch, cache))
-
-    def logits(self, x_LC: Tensor) -> Tensor:
-        """→ float32 [L, V], of final hidden states."""
-        return self.ops.logits(x_LC, self.head)
-
-    def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ the final hidden states of the batch's ``logit_rows``, [L, C]."""
-        x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
-        residual_TC: Tensor | None = None
-        for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
-            qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
-            x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
-            if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
-                x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
-                residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
-            x_TC = layer.attn_out(x_TC)
-            x_TC, residual_TC = norm_mixture(layer.mlp_norm, layer.mixture, x_TC, residual_TC)
-        x_LC, _ = self.norm(x_TC, residual_TC)
-        return x_LC
+    def finish(self, x_TE: Tensor, residual_TC: Tensor) -> tuple[Tensor, Tensor]:
+        return norm_mixture(self.mlp_norm, self.mixture, self.attn_out(x_TE), residual_TC)
 
 
-def build(spec: ModelSpec, weights: Weights, ops: Ops) -> GptOss:
+def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     """Reads the weights and makes the rotary tables."""
     rope = None if spec.rope is None else make_rope(spec.rope, spec.max_positions, ops.device)
     embed, head = load_tables(weights, spec)
     layers = weights.layers(lambda i: _layer(spec, weights, rope, i))
     norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    return GptOss(spec, ops, embed, layers, norm, head)
+    return Decoder(spec, ops, embed, layers, norm, head)
 
 
 def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Layer:

@@ -9,7 +9,7 @@ from fakes import TINY_LLAMA
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
-from ruvon.models.llama import Llama
+from ruvon.models.decoder import Decoder
 from ruvon.telemetry import silent
 
 CONFIG = TINY_LLAMA | {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48}
@@ -44,8 +44,8 @@ class Failures:
 
 @pytest.fixture
 def failures(monkeypatch):
-    failures, forward = Failures(), Llama.forward
-    monkeypatch.setattr(Llama, "forward", lambda *a, **named: failures(forward, *a, **named))
+    failures, forward = Failures(), Decoder.forward
+    monkeypatch.setattr(Decoder, "forward", lambda *a, **named: failures(forward, *a, **named))
     return failures
 
 

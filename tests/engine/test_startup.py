@@ -187,7 +187,7 @@ def test_a_model_that_cannot_run_leaves_no_thread(folder, monkeypatch, kernels):
         raise ArithmeticError("broken")
 
     before = threading.active_count()
-    monkeypatch.setattr("ruvon.models.llama.Llama.forward", broken)
+    monkeypatch.setattr("ruvon.models.decoder.Decoder.forward", broken)
     with pytest.raises(ArithmeticError):
         start_engine(settings(folder, kernels=kernels, threads=2), lambda phase, share: None)
     assert threading.active_count() == before
