@@ -9,26 +9,10 @@ from ruvon.kernels.ops import Dense, Packed, Quantized, Stacked
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models.quantize import to_int4, to_int8
 
-pytestmark = pytest.mark.usefixtures("triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
-DTYPES = [torch.float32, torch.float16, torch.bfloat16] if GPU else [torch.float32]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture
-def ops(dtype):
-    return make_triton_ops(dtype, DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def randn(*shape, dtype=torch.float32):

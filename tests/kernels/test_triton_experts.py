@@ -13,22 +13,11 @@ from ruvon.kernels.routing import route
 from ruvon.kernels.split_k import make_workspace
 from ruvon.kernels.triton_ops import make_triton_ops
 
-pytestmark = pytest.mark.usefixtures("triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
-DTYPES = list(TOLERANCES) if GPU else [torch.float32]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def random_mxfp4(rows, columns, low=118, high=123):

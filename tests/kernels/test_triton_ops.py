@@ -15,27 +15,11 @@ from ruvon.kernels.ops import AttentionSpec, Dense, ForwardBatch, Packed, PagedI
 from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.triton_ops import make_triton_ops
 
-pytestmark = pytest.mark.usefixtures("triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
-DTYPES = list(TOLERANCES) if GPU else [torch.float32]
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request):
-    return request.param
-
-
-@pytest.fixture
-def ops(dtype):
-    return make_triton_ops(dtype, DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def randn(*shape, dtype=torch.float32):

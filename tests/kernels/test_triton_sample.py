@@ -8,7 +8,7 @@ from scipy.stats import chisquare
 from ruvon.kernels import sample as kernels
 from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 
-pytestmark = pytest.mark.usefixtures("triton_device")
+pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -37,11 +37,6 @@ def draw(logits, *, state=None, repeat=1, wants_logprob=False, **fields):
     rows = logits.to(DEVICE).expand(repeat, -1).contiguous()
     kernels.sample(rows, torch.from_numpy(words).to(DEVICE), state, sampled)
     return sampled
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
 
 
 def test_greedy_takes_the_lowest_id_of_equals():
