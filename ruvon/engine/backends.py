@@ -113,13 +113,19 @@ def choose_backend(
     return backend
 
 
-def refuse_idle(config: EngineConfig, backend: Backend) -> None:
+def refuse_idle(spec: ModelSpec, config: EngineConfig, backend: Backend) -> None:
     """Raises ConfigError for a setting that would do nothing here, or nothing good."""
     ops, wanted = backend.ops, config.quantization
     if wanted in ("int8", "int4") and not backend.quantized:
         raise ConfigError(
             f"--quantization {wanted}: the kernels '{ops.name}' compute with plain weights, so it "
             "would cost quality and save nothing"
+        )
+    mixture = spec.experts is not None and not spec.sinks  # gpt-oss's come in four bits anyway
+    if wanted in ("int8", "int4") and backend.graphs and mixture:
+        raise ConfigError(
+            f"--quantization {wanted}: a GPU computes the experts of a mixture as plain numbers or "
+            "in MXFP4, so they would cost quality and save nothing"
         )
     if config.pin_threads == "on" and not backend.takes_arrays:
         raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
@@ -183,19 +189,7 @@ def triton_backend(
         fewest_codes=0 if asked else FEWEST_CODES,
     )
     check_experts(spec, ops)
-    refuse_coded_experts(spec, config)
     return replace(eager(ops), graphs=True, quantized=True)
-
-
-def refuse_coded_experts(spec: ModelSpec, config: EngineConfig) -> None:
-    """Raises ConfigError where ``--quantization`` would do nothing for most of a model's weights.
-    Those of gpt-oss are four bits wide as they come."""
-    wanted = config.quantization
-    if wanted in ("int8", "int4") and spec.experts is not None and not spec.sinks:
-        raise ConfigError(
-            f"--quantization {wanted}: a GPU computes the experts of a mixture as plain numbers or "
-            "in MXFP4, so they would cost quality and save nothing"
-        )
 
 
 def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:

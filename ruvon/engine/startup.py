@@ -109,7 +109,7 @@ def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     try:
         backend = choose_backend(checkpoint.spec, config, device, threads)
         stack.callback(backend.close)
-        refuse_idle(config, backend)
+        refuse_idle(checkpoint.spec, config, backend)
         loaded = assemble(checkpoint, config, backend, threads, stack, progress)
         return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:

@@ -42,9 +42,7 @@ class Rule:
     gguf: tuple[str, ...]
     transposed: bool = False  # Hugging Face keeps it K×N (GPT-2's Conv1D); GGUF never does
     endings: Mapping[str, str] = field(default_factory=dict)  # by kind, where they are others
-    interleaved: bool = (
-        False  # of experts: a gate's row and the row it gates take turns; never GGUF
-    )
+    interleaved: bool = False  # experts' gates take turns with what they gate; never in GGUF
     each: tuple[str, ...] = ()  # what the parts of expert ``{e}`` are called, if each is a tensor
 
 

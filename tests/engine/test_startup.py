@@ -16,6 +16,8 @@ from ruvon.engine.backends import check_experts, choose_device
 from ruvon.engine.startup import distinct, start_engine, tensors_of
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
+from ruvon.kernels.reference import make_torch_ops
+from ruvon.models.spec import spec_from_config
 from ruvon.telemetry import silent
 
 
@@ -93,6 +95,16 @@ def test_a_mixture_starts_and_counts_all_its_experts(folder):
     loaded.engine.add(Job((1, 2, 3), SamplingParams(temperature=0, max_tokens=5)), 0.0)
     assert len(drain(loaded.engine)) in range(1, 6)
     loaded.close()
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_a_gpu_refuses_to_quantize_the_experts_of_a_mixture(scheme):
+    spec, ops = spec_from_config(MIXTURE), make_torch_ops(torch.float32, torch.device("cpu"))
+    gpu = replace(backends.eager(ops), graphs=True, quantized=True)
+    with pytest.raises(ConfigError, match=f"--quantization {scheme}: a GPU computes the experts"):
+        backends.refuse_idle(spec, EngineConfig(quantization=scheme), gpu)
+    dense = replace(spec, experts=None)
+    backends.refuse_idle(dense, EngineConfig(quantization=scheme), gpu)
 
 
 def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeypatch):
