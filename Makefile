@@ -45,7 +45,8 @@ clients: $(DEV_STAMP) ## Drive clients and agents, each installed by itself; ARG
 	PYTHONPATH=tests:tests/server $(BIN)/python tests/clients/run.py $(ARGS)
 
 coverage: $(DEV_STAMP) ## The same, and fail where too few of the branches of ruvon/ are taken.
-	$(BIN)/python -m pytest --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+	@# Counted, a test takes three to five times as long, so its time limit grows as well.
+	$(BIN)/python -m pytest --timeout 900 --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
 	$(BIN)/python scripts/branches.py build/coverage.json 92
 
 fmt: $(DEV_STAMP) ## Format and fix what can be fixed.

@@ -319,7 +319,6 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@pytest.mark.timeout(400)  # traced for coverage, on a slow machine
 @settings(max_examples=120, deadline=None)
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
