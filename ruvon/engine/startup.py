@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,8 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.runner import Ranks
+from ruvon.engine.ranks.start import start_ranks
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import (
@@ -47,6 +49,7 @@ from ruvon.engine.types import (
 )
 from ruvon.engine.validation import check_sampling
 from ruvon.errors import LoadError, RequestError
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import Ops
 from ruvon.models import Model, load_model
 from ruvon.models.chat import Chat, load_chat
@@ -74,7 +77,7 @@ class LoadedEngine:
     """A loaded model, ready to run, and what was decided on the way."""
 
     engine: Engine
-    runner: Runner | GpuRunner  # other engines may take turns with ``engine`` on it
+    runner: Runner | GpuRunner | Ranks  # other engines may take turns with ``engine`` on it
     eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -90,10 +93,23 @@ class LoadedEngine:
     """The model's own `SamplingParams`, which count where a request is silent."""
     counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
     """What the runner counts, for metrics: by name, help and value."""
+    ranks: int = 1  # processes that compute a step between them
+    failed: Future[None] = field(default_factory=Future)
+    """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
-def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
-    """Load what ``config`` names and make an engine of it.
+def start_engine(
+    config: EngineConfig,
+    progress: Progress,
+    mesh: Mesh = ALONE,
+    *,
+    agree: Callable[[MemoryPlan], MemoryPlan] = lambda own: own,
+    sharers: int = 1,
+) -> LoadedEngine:
+    """Load what ``config`` names and make an engine of it; of several ranks, if it asks for them.
+
+    For one rank of several, ``mesh`` is how it meets the others, ``agree`` makes of its own plan
+    what all have room for, and ``sharers`` is how many ranks share this machine's main memory.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
@@ -107,10 +123,15 @@ def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
     stack = ExitStack()
     try:
+        if config.num_ranks > 1:
+            loaded = assemble_ranks(checkpoint, config, threads, stack, progress)
+            return dataclasses.replace(loaded, defaults=defaults)
         backend = choose_backend(checkpoint.spec, config, device, threads)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
-        loaded = assemble(checkpoint, config, backend, threads, stack, progress)
+        loaded = assemble(
+            checkpoint, config, backend, threads, stack, progress, mesh, agree, sharers
+        )
         return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:
         stack.close()
@@ -148,6 +169,9 @@ def assemble(
     threads: int,
     stack: ExitStack,
     progress: Progress,
+    mesh: Mesh,
+    agree: Callable[[MemoryPlan], MemoryPlan],
+    sharers: int,
 ) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
@@ -160,8 +184,9 @@ def assemble(
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(backend.ops, config, model.spec),
+        free_bytes=free_for_cache(backend.ops, config, model.spec, sharers),
     )
+    memory = agree(memory)
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)
@@ -190,6 +215,45 @@ def assemble(
         threads=threads,
         close=stack.close,
         counters={} if isinstance(runner, Runner) else runner.counters,
+    )
+
+
+def assemble_ranks(
+    checkpoint: Checkpoint, config: EngineConfig, threads: int, stack: ExitStack, progress: Progress
+) -> LoadedEngine:
+    """An engine whose steps are computed by other processes. ``stack`` learns how to end them."""
+    with ThreadPoolExecutor(1, "ruvon-words") as beside:
+        words = beside.submit(load_words, checkpoint)
+        started = start_ranks(checkpoint.spec, config, checkpoint.path, threads, progress)
+        stack.callback(started.runner.close)
+    tokenizer, chat, grammars = words.result()
+    stack.callback(grammars.close)
+    return LoadedEngine(
+        engine=Engine(
+            started.runner,
+            config,
+            max_model_len=started.memory.max_model_len,
+            num_blocks=started.memory.num_blocks,
+            windows=started.memory.windows,
+            vocab_size=checkpoint.spec.vocab_size,
+            eos_token_ids=grammars.eos_token_ids,
+            grammars=grammars,
+        ),
+        runner=started.runner,
+        eos_token_ids=grammars.eos_token_ids,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        chat=chat,
+        memory=started.memory,
+        device=started.device,
+        kernels=started.kernels,
+        batch_invariant=started.batch_invariant,
+        dtype=started.dtype,
+        threads=threads,
+        close=stack.close,
+        counters=started.runner.counters,
+        ranks=config.num_ranks,
+        failed=started.runner.failed,
     )
 
 
