@@ -26,7 +26,11 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS: Mapping[str, str] = {
-    "ruvon/config.py": "test_config.py",
+    "ruvon/config/engine.py": "test_config.py",
+    "ruvon/config/fields.py": "test_config.py",
+    "ruvon/config/server.py": "test_config.py",
+    "ruvon/config/sizes.py": "test_config.py",
+    "ruvon/config/sources.py": "test_config.py",
     "ruvon/engine/blocks.py": "engine/test_blocks.py",
     "ruvon/engine/grouped_pool.py": "engine/test_grouped_pool.py",
     "ruvon/engine/policies.py": "engine/test_policies.py",
