@@ -72,7 +72,9 @@ class Channel:
     def close(self) -> None:
         self._socket.close()
 
-    def send(self, kind: Kind, payload: bytes = b"", *, rank: int = 0, fds: tuple[int, ...] = ()) -> None:
+    def send(
+        self, kind: Kind, payload: bytes = b"", *, rank: int = 0, fds: tuple[int, ...] = ()
+    ) -> None:
         """Send a frame, waiting until the other end's buffer takes it. Raises OSError when there is
         no other end. Descriptors in ``fds`` go along; they stay open here."""
         data = HEADER.pack(kind, rank, len(payload)) + payload

@@ -171,9 +171,7 @@ def decode_result(data: bytes | memoryview) -> StepResult:
     for _ in range(num_pooled):
         seq_id, count = ints.take(2)
         pooled[seq_id] = np.array(floats.take(count))
-    return StepResult(
-        tuple(tokens), tuple(logprobs), prompts, pooled, dict(errors), ended, seconds
-    )
+    return StepResult(tuple(tokens), tuple(logprobs), prompts, pooled, dict(errors), ended, seconds)
 
 
 def _write_logprobs(ints: list[int], floats: list[float], scores: Iterable[TokenLogprobs]) -> None:

@@ -38,7 +38,7 @@ def read_report(payload: bytes) -> tuple[int, Report]:
 
 def describe_failure(number: int, error: BaseException, meetings: Meetings) -> dict[str, Any]:
     """That a step has failed, as JSON."""
-    return {"number": number, "meetings": meetings, **describe_error(error)}
+    return {"number": number, "meetings": list(meetings), **describe_error(error)}
 
 
 def read_failure(said: Mapping[str, Any]) -> tuple[int, Report]:

@@ -71,7 +71,12 @@ def start_process(rank: int, store: int, environment: Mapping[str, str]) -> Rank
     folder = str(Path(ruvon.__file__).parents[1])  # wherever this one was found
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     inherited = (theirs.fileno(), read_end, store)
-    program = [sys.executable, "-P", "-m", "ruvon.engine.ranks.rank"]  # -P: not the folder's modules
+    program = [
+        sys.executable,
+        "-P",
+        "-m",
+        "ruvon.engine.ranks.rank",
+    ]  # -P: not the folder's modules
     try:
         process = subprocess.Popen(
             [*program, *map(str, inherited)],

@@ -17,7 +17,7 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from functools import partial
-from threading import Event
+from threading import Event, get_ident
 from typing import Any, NoReturn
 
 import structlog
@@ -64,12 +64,14 @@ class Rank:
         self._runner = runner
         self._counter = counter
         self._answers = answers
-        self._failed: dict[int, Event] = {}  # steps after which nothing goes on before their event
-        self._unlaunched: int | None = None  # the step that failed when it was to be launched
+        self._failed: dict[int, Event] = {}  # steps behind which a runner's thread waits
+        self._held_by: int | None = None  # the failed step behind which none is launched
         self._backlog: deque[Frame] = deque()  # behind it
+        self._thread = 0
 
     def serve(self) -> None:
         """Until the end is asked for. Raises EOFError if the other side ends without asking."""
+        self._thread = get_ident()
         while (frame := self._channel.receive()).kind != Kind.END:
             match frame.kind:
                 case Kind.PLAN | Kind.LARGE_PLAN:
@@ -78,7 +80,7 @@ class Rank:
                     self._resume(NUMBER.unpack(frame.payload)[0])
                 case Kind.PING:
                     self._channel.send(Kind.PONG)
-            while self._backlog and self._unlaunched is None:
+            while self._backlog and self._held_by is None:
                 self._launch(self._backlog.popleft())
 
     def _launch(self, frame: Frame) -> None:
@@ -86,7 +88,7 @@ class Rank:
         try:
             future = self._runner.launch(decode_plan(data))
         except Exception as error:
-            self._unlaunched = number
+            self._held_by = number
             self._tell_failure(number, error, Meetings())
         else:
             future.add_done_callback(partial(self._tell, number))
@@ -100,20 +102,26 @@ class Rank:
         return number, data
 
     def _resume(self, number: int) -> None:
-        if number == self._unlaunched:
-            self._unlaunched = None
+        if number == self._held_by:
+            self._held_by = None
         else:
             self._failed.pop(number).set()
 
     def _tell(self, number: int, future: Future[StepResult]) -> None:
-        """Say how a step has ended, in the thread that computes steps."""
+        """Say how a step has ended: in the thread that computes steps, before it begins another, or
+        in the one that launches them, if it has ended before that could ask to be called."""
         meetings, error = self._counter.take(), future.exception()
-        if error is not None:
+        if error is None:
+            self._tell_result(number, future.result(), meetings)
+        elif get_ident() == self._thread:
+            self._held_by = number
+            self._tell_failure(number, error, meetings)
+        else:
             resumed = self._failed[number] = Event()
             self._tell_failure(number, error, meetings)
             resumed.wait()
-            return
-        result = future.result()
+
+    def _tell_result(self, number: int, result: StepResult, meetings: Meetings) -> None:
         payload = write_report(number, Report(meetings, checksum(result)))
         with suppress(OSError):  # nobody is there to hear it; the main thread sees that as well
             if self._answers:
@@ -207,8 +215,9 @@ def main() -> None:
     try:
         frame = expect(channel, Kind.SETUP)
         run(channel, {**frame.json, "store": store}, RingReader(frame.fds[0], frame.json["rank"]))
+        os._exit(0)  # what is left to undo is memory
     except EOFError:  # nobody is left to say it to
-        sys.exit(1)
+        os._exit(1)
     except BaseException as error:
         channel.send_json(Kind.FATAL, describe_error(error))
         os._exit(1)  # threads of libraries may wait for other ranks

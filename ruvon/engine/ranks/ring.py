@@ -82,12 +82,12 @@ class PlanRing:
 
 
 class RingReader:
-    """A rank's end of the ring whose descriptor it was given; ``place`` counts its readers."""
+    """A rank's end of the ring whose descriptor it was given; ``place`` counts its readers. The
+    descriptor may be closed afterwards."""
 
     def __init__(self, fd: int, place: int) -> None:
         self._memory = mmap.mmap(fd, os.fstat(fd).st_size)
         self._acknowledgement = place * LINE
-        os.close(fd)
 
     def read(self, place: bytes) -> tuple[int, bytes]:
         """The number and the bytes of the plan that lies where a frame says; its room may be

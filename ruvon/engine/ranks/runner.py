@@ -20,14 +20,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Lock, Thread
-from typing import Any
 
 from ruvon.engine.ranks.channel import Frame, Kind
 from ruvon.engine.ranks.codec import decode_result, encode_plan
 from ruvon.engine.ranks.messages import REPORT, forward_log, read_failure, read_report, start_error
 from ruvon.engine.ranks.process import RankProcess
 from ruvon.engine.ranks.ring import NUMBER, PlanRing, own_memory
-from ruvon.engine.ranks.steps import RankError, Report, Step, StepFailedError, why_parted
+from ruvon.engine.ranks.steps import RankError, Report, Step, why_parted
 from ruvon.engine.types import Plan, StepResult
 
 PATIENCE = 10.0  # seconds for the steps under way when this closes
@@ -186,13 +185,14 @@ class Ranks:
             self._settle(number, step)
 
     def _settle(self, number: int, step: Step) -> None:
-        reports = [step.reports[rank] for rank in range(len(self._processes))]
-        parted, error = why_parted(reports, self._size), step.error()
+        parted, error = why_parted(step, self._size), step.error()
         if parted is not None:
             self._lose(f"{parted} in step {number}", error)
             return
         with self._lock:
             self._steps.pop(number, None)
+            for later in self._steps.values():
+                later.follows_failed |= error is not None
         if error is None:
             assert step.result is not None
             step.future.set_result(step.result)
@@ -210,7 +210,9 @@ class Ranks:
             if step.failed_at is not None and now - step.failed_at > GRACE:
                 missing = sorted({*range(len(self._processes))} - step.reports.keys())
                 names = ", ".join(f"rank {rank}" for rank in missing)
-                self._lose(f"{names} did not end step {number}, which failed elsewhere", step.error())
+                self._lose(
+                    f"{names} did not end step {number}, which failed elsewhere", step.error()
+                )
         if now - self._pinged_at < PING_EVERY or self._closing:
             return
         self._pinged_at = now

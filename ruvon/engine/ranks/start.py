@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import orjson
-import structlog
 import torch
 
 from ruvon.config import EngineConfig
@@ -69,13 +68,14 @@ def start_ranks(
         processes = spawn(config, undo)
         for setup, each in zip(setups(config, path, threads), processes, strict=True):
             each.channel.send(Kind.SETUP, orjson.dumps(setup), fds=(ring.fd,))
-        said = hear_all(processes, Kind.LOADED, progress)
+        shown = [(0, "starting ranks", 0.0)] * count
+        said = hear_all(processes, Kind.LOADED, shown, progress)
         windows = tuple(group.window for group in cache_groups(spec))
         memory = join_memory(said, config.block_size, windows)
         agreed = {"num_blocks": memory.num_blocks, "max_model_len": memory.max_model_len}
         for each in processes:
             each.channel.send_json(Kind.CACHE, agreed)
-        ready = hear_all(processes, Kind.READY, progress)
+        ready = hear_all(processes, Kind.READY, shown, progress)
         undo.pop_all()
     first = ready[0]
     return StartedRanks(
@@ -136,11 +136,14 @@ def setups(config: EngineConfig, path: Path, threads: int) -> list[dict[str, Any
 
 
 def hear_all(
-    processes: Sequence[RankProcess], kind: Kind, progress: Progress
+    processes: Sequence[RankProcess],
+    kind: Kind,
+    shown: list[tuple[int, str, float]],
+    progress: Progress,
 ) -> list[Mapping[str, Any]]:
-    """What each has to say of this kind, once all have; ``progress`` is that of all."""
+    """What each has to say of this kind, once all have. ``shown`` is how far each is: in its how
+    manieth phase, which, and the share done of that; ``progress`` is shown that of all."""
     said: dict[int, Mapping[str, Any]] = {}
-    shown = [(0, "starting ranks", 0.0)] * len(processes)
     with selectors.DefaultSelector() as selector:
         for each in processes:
             selector.register(each.channel, selectors.EVENT_READ, each)

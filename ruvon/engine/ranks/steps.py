@@ -45,6 +45,9 @@ class Step:
     result: StepResult | None = None
     reports: dict[int, Report] = field(default_factory=dict)  # by rank
     failed_at: float | None = None  # when the first rank said so
+    follows_failed: bool = False
+    """Launched before one that failed was over: where that failed, what it would have sampled is
+    not known, so ranks go on with different tokens of sequences that have failed with it."""
 
     @property
     def failed(self) -> list[int]:
@@ -64,31 +67,33 @@ class Step:
         return error
 
 
-def why_parted(reports: Sequence[Report], size: int) -> str | None:
+def why_parted(step: Step, size: int) -> str | None:
     """Why ranks, all of whose reports on a step are here, cannot go on together; None if they can.
     ``size`` ranks in a row are one stage.
 
     A step may have raised on some of them and not on others. What matters is that nobody waits for
     anybody, and that no message is left that the next step would take for its own: ranks of a stage
-    have met equally often, and each stage has received what the one before has sent.
+    have met equally often, and each stage has received what the one before has sent. And those that
+    have sampled have sampled the same.
     """
-    meetings = [report.meetings for report in reports]
-    for rank, met in enumerate(meetings):
-        first = meetings[rank // size * size]
+    reports = [step.reports[rank] for rank in range(len(step.reports))]
+    for rank, (met, *_) in enumerate(reports):
+        first = rank // size * size
+        others, before = reports[first].meetings, reports[max(rank - size, 0)].meetings
         if met.inside:
             return f"rank {rank} failed while it met others"
-        if met.collectives != first.collectives:
+        if met.collectives != others.collectives:
             return (
                 f"rank {rank} met the others of its stage {met.collectives} times, and rank "
-                f"{rank // size * size} {first.collectives} times"
+                f"{first} {others.collectives} times"
             )
-        if rank >= size and met.received != meetings[rank - size].sent:
+        if rank >= size and met.received != before.sent:
             return f"rank {rank} has not received what rank {rank - size} has sent"
-    return why_unequal(reports, size)
+    return None if step.follows_failed else why_unequal(reports, size)
 
 
 def why_unequal(reports: Sequence[Report], size: int) -> str | None:
-    """Ranks that have sampled must have sampled the same."""
+    """Which ranks of the last stage have sampled different tokens."""
     last = range(len(reports) - size, len(reports))
     fine = [rank for rank in last if reports[rank].error is None]
     for rank in fine:
