@@ -158,8 +158,9 @@ class EngineLoop:
         loop = asyncio.get_running_loop()
 
         def tell(failed: Future[None]) -> None:
+            error = failed.exception() or RuntimeError("nothing computes any more")
             with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-                loop.call_soon_threadsafe(self._lose, failed.exception())
+                loop.call_soon_threadsafe(self._lose, error)
 
         failed.add_done_callback(tell)
 

@@ -98,18 +98,26 @@ class LoadedEngine:
     """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """What one rank of several has to know of the others before it computes."""
+
+    agree: Callable[[MemoryPlan], MemoryPlan] = lambda own: own
+    """Its own plan → what all have room for."""
+    sharers: int = 1  # ranks that share this machine's main memory
+
+
+NOBODY = Partners()
+
+
 def start_engine(
     config: EngineConfig,
     progress: Progress,
     mesh: Mesh = ALONE,
-    *,
-    agree: Callable[[MemoryPlan], MemoryPlan] = lambda own: own,
-    sharers: int = 1,
+    partners: Partners = NOBODY,
 ) -> LoadedEngine:
     """Load what ``config`` names and make an engine of it; of several ranks, if it asks for them.
-
-    For one rank of several, ``mesh`` is how it meets the others, ``agree`` makes of its own plan
-    what all have room for, and ``sharers`` is how many ranks share this machine's main memory.
+    For one rank of several, ``mesh`` is how it meets the others, its ``partners``.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
@@ -129,9 +137,7 @@ def start_engine(
         backend = choose_backend(checkpoint.spec, config, device, threads)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
-        loaded = assemble(
-            checkpoint, config, backend, threads, stack, progress, mesh, agree, sharers
-        )
+        loaded = assemble(checkpoint, config, backend, threads, stack, progress, partners)
         return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:
         stack.close()
@@ -169,9 +175,7 @@ def assemble(
     threads: int,
     stack: ExitStack,
     progress: Progress,
-    mesh: Mesh,
-    agree: Callable[[MemoryPlan], MemoryPlan],
-    sharers: int,
+    partners: Partners,
 ) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
@@ -184,9 +188,9 @@ def assemble(
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(backend.ops, config, model.spec, sharers),
+        free_bytes=free_for_cache(backend.ops, config, model.spec, partners.sharers),
     )
-    memory = agree(memory)
+    memory = partners.agree(memory)
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)

@@ -124,7 +124,9 @@ def grammar_fields(grammar: Grammar) -> dict[str, str]:
 
 def sampling_of(fields: Mapping[str, Any]) -> SamplingParams:
     """What `sampling_fields` was given, out of JSON."""
-    values = {name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()}
+    values: dict[str, Any] = {
+        name: tuple(v) if isinstance(v, list) else v for name, v in fields.items()
+    }
     if "logit_bias" in values:
         values["logit_bias"] = dict(values["logit_bias"])
     if "bad_words" in values:
@@ -197,7 +199,7 @@ class Numbers(Generic[Number]):
     """Numbers of one kind (``q`` or ``d``, as `array` has it), read one after another."""
 
     def __init__(self, code: Literal["q", "d"], data: memoryview) -> None:
-        self._values: tuple[Number, ...] = tuple(array(code, bytes(data)))  # type: ignore[arg-type]
+        self._values: tuple[Number, ...] = tuple(array(code, bytes(data)))
         self._at = 0
 
     def take(self, count: int) -> tuple[Number, ...]:

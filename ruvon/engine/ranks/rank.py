@@ -40,7 +40,7 @@ from ruvon.engine.ranks.messages import (
 from ruvon.engine.ranks.process import hold_on_to
 from ruvon.engine.ranks.ring import NUMBER, RingReader, read_whole
 from ruvon.engine.ranks.steps import Meetings, Report
-from ruvon.engine.startup import start_engine
+from ruvon.engine.startup import Partners, start_engine
 from ruvon.engine.types import StepResult
 from ruvon.kernels.mesh import Mesh, process_group_mesh
 
@@ -150,7 +150,7 @@ def run(channel: Channel, setup: Mapping[str, Any], ring: RingReader) -> None:
     config = EngineConfig(**setup["config"])
     counter = MeetingCounter()
     mesh = counter.over(join(setup, config))
-    loaded = start_engine(config, progress, mesh, agree=agree, sharers=setup["sharers"])
+    loaded = start_engine(config, progress, mesh, Partners(agree, setup["sharers"]))
     counter.take()
     runner = loaded.runner
     ready = {
@@ -173,7 +173,7 @@ def join(setup: Mapping[str, Any], config: EngineConfig) -> Mesh:
     """Meet the other ranks."""
     size, stages, number = setup["size"], setup["stages"], setup["rank"]
     return process_group_mesh(
-        dist.FileStore(f"/proc/self/fd/{setup['store']}", size * stages),
+        dist.FileStore(f"/proc/self/fd/{setup['store']}", size * stages),  # type: ignore[attr-defined]
         rank=number % size,
         size=size,
         stage=number // size,

@@ -60,7 +60,8 @@ class PlanRing:
     @property
     def acknowledged(self) -> int:
         """The number of the latest plan that every rank has read."""
-        return min(NUMBER.unpack_from(self._memory, place)[0] for place in self._readers)
+        numbers: list[int] = [NUMBER.unpack_from(self._memory, place)[0] for place in self._readers]
+        return min(numbers)
 
     def close(self) -> None:
         self._memory.close()
