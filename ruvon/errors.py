@@ -9,6 +9,7 @@
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
+    │   ├── AdminKeyError           403 admin_key_required
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── StreamNotFoundError     404 stream_not_found
@@ -69,6 +70,14 @@ class AuthenticationError(RequestError):
 
     status = 401
     code = "invalid_api_key"
+
+
+class AdminKeyError(RequestError):
+    """The request asks for what only an admin's key opens."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
 
 
 class ModelNotFoundError(RequestError):

@@ -71,6 +71,14 @@ class Runner(web.AppRunner):
 async def expect(http: web.Request) -> None:
     """``Expect: 100-continue``: ask for the body, unless its handler will refuse it at once."""
     small = (http.content_length or 0) <= http.client_max_size
-    if http.version >= (1, 1) and small and http.app[KEYS].find(http) is not None:
+    if http.version >= (1, 1) and small and is_allowed(http):
         await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         http.writer.output_size = 0  # as aiohttp does: the response has not begun
+
+
+def is_allowed(http: web.Request) -> bool:
+    try:
+        http.app[KEYS].check(http)
+    except RequestError:
+        return False
+    return True

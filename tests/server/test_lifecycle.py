@@ -448,9 +448,13 @@ async def test_what_the_terminal_says_to_type_is_answered(serve, capsys, monkeyp
     ("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::2", "[::2]")]
 )
 def test_what_is_listened_on_and_where_one_asks(host, asked):
-    assert f"curl http://{asked}:80/v1" in console.first_request(host, 80)
-    assert "Bearer" not in console.first_request(host, 80)
-    assert "Authorization: Bearer" in console.first_request(host, 80, keyed=True)
+    told = console.first_request(host, 80, ServerConfig())
+    assert f"curl http://{asked}:80/v1" in told
+    assert "Bearer" not in told
+    keyed = ServerConfig(api_key=("k",), tls_cert="cert.pem")
+    told = console.first_request(host, 80, keyed)
+    assert f"https://{asked}" in told
+    assert "Authorization: Bearer" in told
 
 
 @pytest.mark.parametrize("watched", [True, False])
