@@ -67,6 +67,22 @@ class ServerConfig:
     )
     max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
     max_body_size: str = setting("4MiB", "Larger request bodies get a 413.", unit="size")
+    max_connections: int = setting(
+        4096, "Connections that may be open; more are answered with a 503 and closed.", least=1
+    )
+    max_connections_per_address: int = setting(
+        1024,
+        "Connections that one address may have of them, of IPv6 one network of 64 bits. 0: no such "
+        "bound. This machine's own clients have none.",
+        least=0,
+    )
+    keep_alive_timeout: float = setting(
+        75.0,
+        "Seconds after which a connection without a request is closed. It must be longer than a "
+        "proxy's own before this server.",
+        least=1,
+        most=A_DAY,
+    )
     sse_keep_alive_interval: float = setting(
         15.0, "Seconds of silence in a stream before a comment line.", least=0.1, most=A_DAY
     )

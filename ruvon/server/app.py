@@ -6,9 +6,11 @@ import asyncio
 import gc
 import math
 import os
+import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from ipaddress import ip_address
 
 import structlog
@@ -44,6 +46,7 @@ from ruvon.telemetry.logs import configure_logging
 log = structlog.get_logger(__name__)
 
 YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
+OTHER_FILES = 512  # that the process has open beside connections: weights, sockets, pipes
 SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
@@ -161,6 +164,7 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
     address cannot be listened on."""
     fill_standard_streams()
+    allow_files(server.max_connections + OTHER_FILES)
     sink = configure_logging(server.log_level, server.log_format)
     app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
@@ -181,6 +185,15 @@ def fill_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
+
+
+def allow_files(wanted: int) -> None:
+    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:
