@@ -149,8 +149,15 @@ async def test_a_taken_port_is_named():
         await runner.cleanup()
 
 
+def bare_app() -> web.Application:
+    """What listens, and serves nothing."""
+    app = web.Application()
+    app[STATE] = State(EngineConfig(), ServerConfig(), 1)
+    return app
+
+
 async def test_an_address_of_another_machine_is_named():
-    runner = make_runner(web.Application())
+    runner = make_runner(bare_app())
     await runner.setup()
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1 port 80"):
         await listen(runner, "192.0.2.1", 80)
@@ -161,7 +168,7 @@ async def test_an_address_of_another_machine_is_named():
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
 async def test_all_of_ipv6_is_all_of_ipv4_too():
-    runner = make_runner(web.Application())
+    runner = make_runner(bare_app())
     await runner.setup()
     _, port = await listen(runner, "::", 0)
     for host in ("127.0.0.1", "::1"):
@@ -175,7 +182,7 @@ def test_many_connections_are_accepted_in_one_turn_of_the_loop():
     """uvloop alone takes one for each listener and turn, and a turn may hold a step."""
 
     async def turns_to_accept(count):
-        runner = make_runner(web.Application())
+        runner = make_runner(bare_app())
         await runner.setup()
         address = await listen(runner, "127.0.0.1", 0)
         clients = [socket.create_connection(address) for _ in range(count)]
