@@ -27,6 +27,7 @@ from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.events import EventResponse
 from ruvon.server.listen import listen
 from ruvon.server.openapi import dialects
+from ruvon.server.state import STATE, State
 
 
 class Slow:
