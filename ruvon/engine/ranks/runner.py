@@ -66,6 +66,7 @@ class Ranks:
         self._error: Exception | None = None
         self._lock = Lock()  # for these three
         self._closing = False
+        self._failed_last = -1  # the latest step that failed
         self._missed = [0] * len(processes)  # pings
         self._pinged_at = time.monotonic()
         self._reader = Thread(target=self._read, name="ruvon-ranks", daemon=True)
@@ -185,18 +186,19 @@ class Ranks:
             self._settle(number, step)
 
     def _settle(self, number: int, step: Step) -> None:
-        parted, error = why_parted(step, self._size), step.error()
+        after_failure = self._failed_last == number - 1
+        parted = why_parted(step, self._size, after_failure=after_failure)
+        error = step.error()
         if parted is not None:
             self._lose(f"{parted} in step {number}", error)
             return
         with self._lock:
             self._steps.pop(number, None)
-            for later in self._steps.values():
-                later.follows_failed |= error is not None
         if error is None:
             assert step.result is not None
             step.future.set_result(step.result)
             return
+        self._failed_last = number
         self.num_failures += 1
         step.future.set_exception(error)
         for rank in step.failed:

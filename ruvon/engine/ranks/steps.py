@@ -45,9 +45,6 @@ class Step:
     result: StepResult | None = None
     reports: dict[int, Report] = field(default_factory=dict)  # by rank
     failed_at: float | None = None  # when the first rank said so
-    follows_failed: bool = False
-    """Launched before one that failed was over: where that failed, what it would have sampled is
-    not known, so ranks go on with different tokens of sequences that have failed with it."""
 
     @property
     def failed(self) -> list[int]:
@@ -67,14 +64,16 @@ class Step:
         return error
 
 
-def why_parted(step: Step, size: int) -> str | None:
+def why_parted(step: Step, size: int, *, after_failure: bool = False) -> str | None:
     """Why ranks, all of whose reports on a step are here, cannot go on together; None if they can.
     ``size`` ranks in a row are one stage.
 
     A step may have raised on some of them and not on others. What matters is that nobody waits for
     anybody, and that no message is left that the next step would take for its own: ranks of a stage
     have met equally often, and each stage has received what the one before has sent. And those that
-    have sampled have sampled the same.
+    have sampled have sampled the same; but not right ``after_failure``: where the step before has
+    failed, what it would have sampled is not known, and ranks compute different tokens of sequences
+    that have failed with it.
     """
     reports = [step.reports[rank] for rank in range(len(step.reports))]
     for rank, (met, *_) in enumerate(reports):
@@ -89,7 +88,7 @@ def why_parted(step: Step, size: int) -> str | None:
             )
         if rank >= size and met.received != before.sent:
             return f"rank {rank} has not received what rank {rank - size} has sent"
-    return None if step.follows_failed else why_unequal(reports, size)
+    return None if after_failure else why_unequal(reports, size)
 
 
 def why_unequal(reports: Sequence[Report], size: int) -> str | None:
