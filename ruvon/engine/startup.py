@@ -52,8 +52,8 @@ from ruvon.models import Model, load_model
 from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
+from ruvon.models.sources import weight_files
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
-from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
