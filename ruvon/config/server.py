@@ -1,0 +1,73 @@
+"""How the engine is offered over HTTP."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ruvon.config.fields import check_fields, setting
+
+KEY = (r"[\x21-\x2b\x2d-\x7e]+", "printable ASCII without spaces and commas")
+ORIGIN = (r"\*|[a-z][a-z0-9+.-]*://[^\s/,*]+", "an origin like https://chat.example.com, or *")
+
+A_DAY = 86_400.0  # seconds; an event loop's timers have an end
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """How the engine is offered over HTTP."""
+
+    host: str = setting(
+        "127.0.0.1", "Address to listen on. 0.0.0.0 is all of IPv4, :: all of IPv6 and IPv4."
+    )
+    port: int = setting(8000, "Port to listen on. 0 picks a free one.", least=0, most=65535)
+    served_model_name: str | None = setting(
+        None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
+    )
+    chat_template: str | None = setting(None, "File with a Jinja chat template to use instead.")
+    api_key: tuple[str, ...] = setting(
+        (),
+        "Key without which only /live and /ready answer. Several: repeated, or comma-separated. "
+        "The variable and the file keep it out of the list of processes.",
+        form=KEY,
+        secret=True,
+    )
+    cors_allow_origin: tuple[str, ...] = setting(
+        (),
+        "Origin of web pages that may read answers, such as https://chat.example.com; * is any. "
+        "Several: repeated, or comma-separated. Default: none.",
+        form=ORIGIN,
+    )
+    max_logprobs: int = setting(20, "Most alternatives a request may ask for.", least=0)
+    max_body_size: str = setting("4MiB", "Larger request bodies get a 413.", unit="size")
+    sse_keep_alive_interval: float = setting(
+        15.0, "Seconds of silence in a stream before a comment line.", least=0.1, most=A_DAY
+    )
+    resume_grace: float = setting(
+        30.0,
+        "Seconds in which a dropped stream can be gone on with, by a client that has asked for it "
+        "with X-Ruvon-Resume. 0: never.",
+        least=0,
+        most=3600,
+    )
+    shutdown_timeout: float = setting(
+        30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY
+    )
+    store_responses: bool = setting(
+        True, "Keep what /v1/responses answers, for previous_response_id and for reading it again."
+    )
+    response_store_size: str = setting(
+        "64MiB", "Most memory for it; what was used longest ago goes first.", unit="size"
+    )
+    response_store_ttl: float = setting(
+        3600.0, "Seconds that a response is kept after it was last used.", least=1, most=A_DAY
+    )
+    strict: bool = setting(False, "Refuse unknown request fields instead of reporting them.")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least level shown.")
+    log_format: Literal["auto", "console", "json"] = setting(
+        "auto", "auto: console on a terminal, JSON elsewhere."
+    )
+    log_requests: bool = setting(True, "One line for each request.")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
