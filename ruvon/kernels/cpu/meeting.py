@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,9 +17,11 @@ from torch import Tensor
 from ruvon.kernels.cpu.arguments import Address
 from ruvon.kernels.cpu.capture import Capture, Value
 from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.mesh import ALONE, Mesh
+from ruvon.kernels.mesh import Mesh
 
 KEY = ("meet", None)  # in place of a kernel's
+
+Function: TypeAlias = Callable[..., Tensor]
 
 
 class Meeting(NamedTuple):
@@ -34,21 +36,20 @@ def traced(mesh: Mesh, capturing: Callable[[], Capture | None]) -> Mesh:
     """The same mesh, but that calls while something is captured are noted. Functions that do
     nothing on this rank stay as they are."""
 
-    def noting(name: str, trace: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        at_once = getattr(mesh, name)
-
+    def noting(at_once: Function, trace: Function, *, needed: bool) -> Function:
         def call(*arguments: Any) -> Tensor:
             capture = capturing()
             return at_once(*arguments) if capture is None else trace(capture, mesh, *arguments)
 
-        return at_once if at_once is getattr(ALONE, name) else call
+        return call if needed else at_once
 
+    several = mesh.size > 1
     return replace(
         mesh,
-        reduce=noting("reduce", _reduce),
-        gather=noting("gather", _gather),
-        send=noting("send", _send),
-        receive=noting("receive", _receive),
+        reduce=noting(mesh.reduce, _reduce, needed=several),
+        gather=noting(mesh.gather, _gather, needed=several),
+        send=noting(mesh.send, _send, needed=not mesh.is_last),
+        receive=noting(mesh.receive, _receive, needed=not mesh.is_first),
     )
 
 
