@@ -310,9 +310,10 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     windows = draw(st.sampled_from([(0,), (0,), (0, 5), (7,), (0, 17, 17), (0, 0, 3, 26)]))
     fewest = most_blocks(MAX_MODEL_LEN, block_size, windows, longest_chunk(config))
     more = draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
-    depth = draw(st.sampled_from([1, 2, 2]))
+    stages = draw(st.sampled_from([1, 1, 2, 3]))
+    depth = stages + 1 if stages > 1 else draw(st.sampled_from([1, 2, 2]))
     return {
-        "config": config,
+        "config": replace(config, pipeline_parallel_size=stages),
         "num_blocks": fewest + more,
         "windows": windows,
         "depth": depth,

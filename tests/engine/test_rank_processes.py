@@ -9,6 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from embedded import running
 from fakes import TINY_LLAMA
 
 from ruvon.config import EngineConfig
+from ruvon.engine.engine import Pending
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
@@ -40,8 +42,11 @@ def answers(loaded) -> dict[int, list[int]]:
         job = engine.prepare(Job(tuple(range(3, 10 + 20 * i)), sampling))
         engine.add(job, 0.0)
     tokens: dict[int, list[int]] = {}
-    while (pending := engine.launch(0.0)) is not None:
-        for emission in engine.collect(pending):
+    pending: list[Pending] = []
+    while engine.has_work:
+        while (step := engine.launch(0.0)) is not None:
+            pending.append(step)
+        for emission in engine.collect(pending.pop(0)):
             assert emission.error is None
             tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
     return tokens
@@ -63,15 +68,15 @@ def until(true, *, seconds: float = 30) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_tokens_of_one(folder):
+@pytest.mark.parametrize("axis", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes_give_the_tokens_of_one(folder, axis):
     config = EngineConfig(model=str(folder), threads=2, **SETTINGS)
     alone = start_engine(config, silent)
     expected = answers(alone)
     alone.close()
     shown: list[tuple[str, float]] = []
     loaded = start_engine(
-        EngineConfig(model=str(folder), threads=2, tensor_parallel_size=2, **SETTINGS),
-        lambda phase, share: shown.append((phase, share)),
+        replace(config, **{axis: 2}), lambda phase, share: shown.append((phase, share))
     )
     pids = loaded.runner.pids
     assert answers(loaded) == expected
