@@ -19,10 +19,11 @@ from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.scheduler import Counters, Limits, Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
-from ruvon.errors import EngineDeadError, QueueFullError, RequestError
+from ruvon.errors import EngineDeadError, RequestError
 from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
@@ -140,7 +141,7 @@ class Engine:
         """
         self.check_alive()
         max_tokens = self.validate(job)
-        self._check_queue(job.n)
+        check_room([job], self._scheduler, self.config)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
         sampling = normalize(job.sampling)
@@ -155,6 +156,8 @@ class Engine:
                 seed=next(seeds),
                 stop_ids=stop_ids,
                 priority=job.priority,
+                tenant=job.tenant,
+                weight=job.weight,
                 salt=job.cache_salt,
                 arrived_at=now,
                 keys=list(job.keys),
@@ -171,6 +174,12 @@ class Engine:
     def sequence(self, seq_id: int) -> Sequence:
         """A live sequence, to read; `KeyError` when it is over."""
         return self._scheduler.sequences[seq_id]
+
+    def place(self, seq: Sequence) -> int | None:
+        """How many sequences a waiting one is behind, about; None for one that runs."""
+        waiting = self._scheduler.waiting
+        fair = ORDERS[self.config.scheduling_policy].fair
+        return waiting.place(seq, fair) if seq in waiting else None
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
@@ -260,7 +269,7 @@ class Engine:
 
     def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
-        self._check_queue(sum(job.n for job in jobs))
+        check_room(jobs, self._scheduler, self.config)
         for job in jobs:
             self.validate(job)
 
@@ -272,8 +281,8 @@ class Engine:
         return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
 
     def _check(self, job: Job) -> None:
-        if not 1 <= job.n <= self._bound:
-            raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
+        if not 1 <= job.n <= (most := most_live(self.config)):
+            raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)
         if job.pooling is not None and job.sampling.max_tokens != 0:
@@ -294,22 +303,6 @@ class Engine:
     def _check_grammar(self, grammar: Grammar | None) -> None:
         if grammar is not None and self._grammars is None:
             raise RequestError("This engine has no grammars.", grammar.param)
-
-    @property
-    def _bound(self) -> int:
-        """Most live sequences: the queue's bound counts those beyond what could run at once."""
-        return self.config.max_num_queued_reqs + self.config.largest_step.sequences
-
-    def _check_queue(self, num_new: int) -> None:
-        if num_new > self._bound:
-            raise RequestError(
-                f"A request may hold at most {self._bound} completions here, not {num_new}.", "n"
-            )
-        num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_live + num_new > self._bound:
-            raise QueueFullError(
-                f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
-            )
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         if sampling.ignore_eos:
