@@ -145,11 +145,15 @@ class QueueFullError(UnavailableError):
 
 
 class RateLimitError(UnavailableError):
-    """A key has asked for more in a minute than it may."""
+    """A key has asked for more in a minute than it may; ``setting`` is the limit's."""
 
     status = 429
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, setting: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.setting = setting
 
 
 class DeadlineError(UnavailableError):

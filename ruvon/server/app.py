@@ -29,6 +29,7 @@ from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
+from ruvon.server.rate_limits import LIMITS, RateLimits
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
@@ -96,6 +97,7 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[KEYS] = Keys(server.api_key)
+    app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)

@@ -56,8 +56,11 @@ class Generator(Protocol):
     def compile(self, grammars: Iterable[Grammar]) -> list[object]:
         """Compile them, in a thread that may take long; what this gives keeps them known."""
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
-        """Queue all jobs, or none and raise why not."""
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
+        """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
 
     def start(self) -> None: ...
 
