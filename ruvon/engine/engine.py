@@ -27,6 +27,7 @@ from ruvon.errors import EngineDeadError, RequestError
 from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
 
@@ -326,6 +327,23 @@ class Engine:
         pool, num_waiting = self._scheduler.pool, len(self._scheduler.waiting)
         used = 1 - pool.num_free / pool.num_blocks
         return len(self._scheduler.sequences) - num_waiting, num_waiting, used
+
+    def describe(self) -> dict[str, object]:
+        """What there is to do, for a log: numbers, and the first sequences."""
+        scheduler = self._scheduler
+        return {
+            "steps": scheduler.counters.steps,
+            "in_flight": scheduler.num_in_flight,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "free_blocks": scheduler.pool.num_free,
+            "sequences": [
+                f"{seq.id}: prompt {seq.num_prompt}, output {seq.num_output} of {seq.max_tokens},"
+                f" computed {seq.num_computed}, pending {seq.num_pending},"
+                f" preempted {seq.num_preempted}"
+                for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
+            ],
+        }
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

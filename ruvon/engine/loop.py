@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -350,6 +350,19 @@ class EngineLoop:
         for (since, num_tokens), num in intervals.items():  # tokens of one step share its time
             self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
         self._note_idle()
+
+    def describe(self) -> Mapping[str, object]:
+        """What the engine is doing, for a log; may be called in any thread."""
+        under_way = [
+            f"step {step.plan.step}: {step.num_tokens} tokens of {len(step.plan.chunks)} sequences"
+            for step in list(self._pending)
+        ]
+        return {"open": len(self._states), "under_way": under_way, **self.engine.describe()}
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+        if self.dead is None:
+            self._die(error)
 
     def _die(self, error: Exception) -> None:
         self.dead = error

@@ -36,6 +36,7 @@ from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.state import STATE, State
+from ruvon.server.watchdog import watching
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
 
@@ -144,7 +145,10 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with (
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            watching(app[STATE], runner.get_loop()),
+        ):
             runner.run(run(app))
     finally:
         gc.unfreeze()  # for libraries that look at the end whether they left something behind

@@ -40,6 +40,14 @@ class Generator(Protocol):
         """Seconds since the last progress; 0 without work."""
 
     @property
+    def progressed_at(self) -> float:
+        """When that was; other times differ, whatever the clock."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+
+    @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
 
@@ -61,6 +69,12 @@ class Generator(Protocol):
 
     def progress(self, stream: Stream) -> str:
         """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What it is doing, for a log; may be called in any thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
 
     def start(self) -> None: ...
 
