@@ -8,12 +8,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
+from types import MappingProxyType
 from typing import TypeAlias
 
 from ruvon.engine.types import Sequence
 
 Policy: TypeAlias = Callable[[int, int, int], int]
 """(number waiting, number running, most that may run) → how many may join now."""
+
+NOBODY: Mapping[str, float] = MappingProxyType({})
 
 Rank: TypeAlias = tuple[int, int]
 """Sorts sequences: the smaller goes first. Ends in the id, so no two are equal."""
@@ -103,12 +106,19 @@ class Shares:
             self._served.clear()
 
     def charge(self, seq: Sequence, num_tokens: int) -> None:
-        """Some tokens of a sequence are computed, for the first time."""
-        self._served[seq.tenant] += num_tokens / seq.weight
+        """The last so many of a sequence's computed tokens are new, but for those that it already
+        had before it was preempted."""
+        num_new = min(num_tokens, seq.num_computed - seq.num_served)
+        if num_new > 0:
+            self._served[seq.tenant] += num_new / seq.weight
 
     def served(self, tenant: str) -> float:
-        """What a tenant has been served; the same for all where nobody counts."""
-        return self._served.get(tenant, 0.0)
+        """What a tenant that is there has been served."""
+        return self._served[tenant]
+
+    def snapshot(self) -> dict[str, float]:
+        """The same of all."""
+        return {tenant: self._served[tenant] for tenant in self._live}
 
     def live(self, tenant: str) -> int:
         """Its sequences that wait or run."""
@@ -156,10 +166,10 @@ class WaitingQueue:
         self._size += 1
         self._tokens[seq.tenant] = self.tokens_of(seq.tenant) + len(seq.tokens)
 
-    def first(self, served: Callable[[str], float] = lambda tenant: 0.0) -> Sequence:
-        """The next: of all lines' first ones the one whose tenant has been served the least, and of
-        such the first by rank. The queue must not be empty."""
-        heads = [(served(tenant), *line[0]) for tenant, line in self._lines.items()]
+    def first(self, served: Mapping[str, float] = NOBODY) -> Sequence:
+        """The next: of all lines' first ones the one whose tenant has been ``served`` the least,
+        and of such the first by rank. The queue must not be empty."""
+        heads = [(served.get(tenant, 0.0), *line[0]) for tenant, line in self._lines.items()]
         return min(heads)[2] if len(heads) > 1 else heads[0][2]
 
     def remove(self, seq: Sequence) -> None:
