@@ -139,7 +139,7 @@ class QueueFullError(UnavailableError):
     code = "queue_full"
 
     def __init__(self, message: str, setting: str, excess: int) -> None:
-        super().__init__(message)
+        super().__init__(message, 1.0)
         self.setting = setting
         self.excess = excess
 

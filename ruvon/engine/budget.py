@@ -11,8 +11,8 @@ MOST_FORCED = 32
 
 
 class Budget:
-    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, if one can hold it.
-    A longer one takes whole steps, and after each of them the streams that it has held up go on."""
+    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, if one can hold
+    it. A longer one takes whole steps, and after each the streams that it has held up go on."""
 
     def __init__(self, max_tokens: int, chunked: bool) -> None:
         self._max_tokens = max_tokens

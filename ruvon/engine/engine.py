@@ -283,7 +283,8 @@ class Engine:
         return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
 
     def _check(self, job: Job) -> None:
-        if not 1 <= job.n <= (most := most_live(self.config)):
+        most = most_live(self.config)
+        if not 1 <= job.n <= most:
             raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)

@@ -56,8 +56,8 @@ def by_priority(seq: Sequence) -> Rank:
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """Which sequence goes first: by rank, or, where it is ``fair``, that of the tenant that has been
-    served the least, and of one tenant's by rank."""
+    """Which sequence goes first: by rank, or, where it is ``fair``, that of the tenant that has
+    been served the least, and of one tenant's by rank."""
 
     rank: Callable[[Sequence], Rank]
     fair: bool = False

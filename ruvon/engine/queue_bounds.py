@@ -39,7 +39,10 @@ def _check_sequences(jobs: Collection[Job], scheduler: Scheduler, bound: int) ->
 
 def _check_tokens(jobs: Collection[Job], scheduler: Scheduler, bound: int) -> None:
     """A request that is larger than the bound waits alone, or could never be served."""
-    num_new, num_waiting = sum(job.n * len(job.prompt) for job in jobs), scheduler.waiting.num_tokens
+    num_new, num_waiting = (
+        sum(job.n * len(job.prompt) for job in jobs),
+        scheduler.waiting.num_tokens,
+    )
     excess = num_waiting + num_new - bound
     if excess > 0 and not _have_share(jobs, scheduler, bound, num_new, of_tokens=True):
         raise QueueFullError(

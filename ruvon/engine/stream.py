@@ -20,9 +20,7 @@ class Stream:
     ``contextlib.aclosing``): that aborts what is unfinished. One reader at a time.
     """
 
-    def __init__(
-        self, end: Callable[[Stream, Iterable[int], str], None], number: int = 0
-    ) -> None:
+    def __init__(self, end: Callable[[Stream, Iterable[int], str], None], number: int = 0) -> None:
         """``number`` spreads streams over the steps at which they wake."""
         self.number = number
         self.open: set[int] = set()  # ids of the unfinished sequences

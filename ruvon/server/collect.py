@@ -13,9 +13,7 @@ from ruvon.server.queueing import queue, spender
 from ruvon.server.state import Service
 
 
-async def collect(
-    http: web.Request, service: Service, jobs: Sequence[Job]
-) -> list[Emission]:
+async def collect(http: web.Request, service: Service, jobs: Sequence[Job]) -> list[Emission]:
     """Run jobs that end with their first emission; theirs, in order. Whichever way this is left,
     it frees what the jobs held. Raises `UnavailableError` if the engine gives one up."""
     found: dict[int, Emission] = {}

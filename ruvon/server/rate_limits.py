@@ -1,8 +1,8 @@
 """What a key may ask for in a minute: token buckets, and the headers that tell of them.
 
 A bucket of requests and one of tokens for each tenant. Nobody knows how long an answer gets before
-it is there: so a request is let in as long as tokens are left, what it takes is counted as it comes,
-and a tenant that has taken more than there was waits until its bucket is above zero again.
+it is there: so a request is let in as long as tokens are left, what it takes is counted as it
+comes, and a tenant that has taken more than there was waits until its bucket is above zero again.
 """
 
 from __future__ import annotations
@@ -67,13 +67,11 @@ class RateLimits:
     def _of(self, tenant: str) -> dict[str, Bucket]:
         if tenant not in self._buckets:
             now = self._clock()
-            self._buckets[tenant] = {
-                kind: Bucket(most, now) for kind, most in self._limits.items()
-            }
+            self._buckets[tenant] = {kind: Bucket(most, now) for kind, most in self._limits.items()}
         return self._buckets[tenant]
 
     def enter(self, tenant: str) -> None:
-        """One more request. Raises `RateLimitError` if a bucket is empty, and takes nothing then."""
+        """One more request. Raises `RateLimitError` if a bucket is empty; takes nothing then."""
         now, buckets = self._clock(), self._of(tenant)
         for kind, bucket in buckets.items():
             if wait := bucket.seconds_until(1.0, now):

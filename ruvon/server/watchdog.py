@@ -1,8 +1,8 @@
 """A thread that looks whether steps end and the event loop turns, and ends the process if not.
 
-A process that hangs answers nobody, and often its health check all the same. This one writes what it
-was doing to the log, tells its clients, and exits with `EXIT_CODE`, so that a supervisor starts it
-anew. Where not even this thread gets to run, for some native call keeps the interpreter's lock,
+A process that hangs answers nobody, and often its health check all the same. This one writes what
+it was doing to the log, tells its clients, and exits with `EXIT_CODE`, so that a supervisor starts
+it anew. Where not even this thread gets to run, for some native call keeps the interpreter's lock,
 `faulthandler` writes the stacks and ends the process (with code 1).
 """
 
