@@ -362,6 +362,7 @@ class EngineLoop:
     def fail(self, error: Exception) -> None:
         """Fail whatever runs or waits, and take nothing more."""
         if self.dead is None:
+            self.engine.abort(self._states)
             self._die(error)
 
     def _die(self, error: Exception) -> None:

@@ -72,7 +72,8 @@ class RateLimits:
 
     def enter(self, tenant: str) -> None:
         """One more request. Raises `RateLimitError` if a bucket is empty; takes nothing then."""
-        now, buckets = self._clock(), self._of(tenant)
+        buckets = self._of(tenant)
+        now = self._clock()
         for kind, bucket in buckets.items():
             if wait := bucket.seconds_until(1.0, now):
                 raise RateLimitError(
@@ -91,8 +92,9 @@ class RateLimits:
 
     def headers(self, tenant: str) -> dict[str, str]:
         """OpenAI's: the limits, what is left, and when that is all there again."""
-        now, told = self._clock(), {}
-        for kind, bucket in self._of(tenant).items():
+        buckets, told = self._of(tenant), {}
+        now = self._clock()
+        for kind, bucket in buckets.items():
             told[f"X-RateLimit-Limit-{kind.title()}"] = str(bucket.most)
             left = max(math.floor(bucket.level(now)), 0)
             told[f"X-RateLimit-Remaining-{kind.title()}"] = str(left)
