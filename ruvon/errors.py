@@ -9,16 +9,19 @@
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
+    │   ├── AdminKeyError           403 admin_key_required
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── StreamNotFoundError     404 stream_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
+    │   ├── HeadTimeoutError        408 request_timeout
     │   └── EncodingError           415 unsupported_encoding
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
         ├── RateLimitError          429, with Retry-After
         ├── DeadlineError           504, the request's own time is up
+        ├── TooManyConnectionsError 503, with Retry-After
         ├── NotReadyError           503, still loading or draining
         ├── GenerationError         500, this completion could not be computed
         └── EngineDeadError         500, the engine loop has failed
@@ -73,6 +76,14 @@ class AuthenticationError(RequestError):
     code = "invalid_api_key"
 
 
+class AdminKeyError(RequestError):
+    """The request asks for what only an admin's key opens."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
+
+
 class ModelNotFoundError(RequestError):
     """The request names a model that this server does not serve."""
 
@@ -109,6 +120,16 @@ class BodyTimeoutError(RequestError):
 
     status = 408
     code = "request_timeout"
+
+
+class HeadTimeoutError(RequestError):
+    """The request's headers did not come to an end."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request's headers were not there within {seconds:g} seconds.")
 
 
 class EncodingError(RequestError):
@@ -162,6 +183,13 @@ class DeadlineError(UnavailableError):
     status = 504
     type = "timeout_error"
     code = "deadline_exceeded"
+
+
+class TooManyConnectionsError(UnavailableError):
+    """As many connections are open as there may be, in all or from one address."""
+
+    type = "overloaded"
+    code = "too_many_connections"
 
 
 class NotReadyError(UnavailableError):

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 from aiohttp import web
 
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.server.deadlines import remaining
-from ruvon.server.keys import TENANT
+from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.rate_limits import LIMITS
 from ruvon.server.state import Service
 
 
 def queue(http: web.Request, service: Service, jobs: Sequence[Job]) -> Stream:
     """Queue jobs, or raise why not; their prompts count as spent."""
+    weight = http.app[KEYS].weight(http[TENANT])
+    if weight != 1:
+        jobs = [replace(job, weight=weight) for job in jobs]
     stream = service.generator.generate(jobs, remaining(http))
     http.app[LIMITS].spend(http[TENANT], sum(len(job.prompt) for job in jobs))
     return stream
