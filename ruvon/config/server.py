@@ -36,8 +36,8 @@ class ServerConfig:
     api_key_file: str | None = setting(
         None,
         "File with more of them, on each line one, or a name and one, or these and a weight, with "
-        "which a busy server is shared: keys with one name are one tenant's. It counts anew when it "
-        "changes.",
+        "which a busy server is shared: keys with one name are one tenant's. It counts anew when "
+        "it changes.",
     )
     admin_key: tuple[str, ...] = setting(
         (),

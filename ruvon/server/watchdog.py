@@ -118,8 +118,10 @@ def watching(state: State, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
 
 def _watch(watchdog: Watchdog, over: threading.Event, patience: float) -> None:
     try:
-        while not over.wait(EVERY):
+        while True:
             _guard_lock(patience)
+            if over.wait(EVERY):
+                break
             why = watchdog.look()
             if why is not None:
                 watchdog.report(why)
