@@ -167,7 +167,7 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
     asked = []
 
     def load_model(*arguments):
-        asked.append(arguments[-1])
+        asked.append(arguments[4])
         return models.load_model(*arguments)
 
     monkeypatch.setattr(startup, "load_model", load_model)
