@@ -75,9 +75,8 @@ class Decoder:
         for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
             qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
             x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
-            if (
-                mesh.is_last and layer is self.layers[-1]
-            ):  # all keys are stored: on with the rows that are wanted
+            # Once all keys are stored, on with the rows that are wanted.
+            if mesh.is_last and layer is self.layers[-1]:
                 x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
                 residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
             x_TC, residual_TC = layer.finish(x_TC, residual_TC)

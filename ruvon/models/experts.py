@@ -100,15 +100,15 @@ def _weight(part: Part) -> Weight:
     if weights.has(name + part.ending("blocks")):
         return _changed([_mxfp4(part, name)], part.count, change)
     whole = name + part.ending("weight")
-    if weights.has(whole) or not rule.each:
-        turned = rule.transposed
-        size = (part.count, *part.size[:0:-1]) if turned else part.size
-        values = _tensor(
-            weights, whole, size, (None, columns, rows) if turned else (None, rows, columns)
-        )
-        values = values.transpose(1, 2) if turned else values
-        return _changed([Dense(_ordered(rule, values))], part.count, change)
-    return stack(list(_one_by_one(part)))
+    if rule.each and not weights.has(whole):
+        return stack(list(_one_by_one(part)))
+    count, outputs, inputs = part.size
+    if rule.transposed:
+        cut = (None, columns, rows)
+        values = _tensor(weights, whole, (count, inputs, outputs), cut).transpose(1, 2)
+    else:
+        values = _tensor(weights, whole, part.size, (None, rows, columns))
+    return _changed([Dense(_ordered(rule, values))], count, change)
 
 
 def _one_by_one(part: Part) -> Iterator[Weight]:
