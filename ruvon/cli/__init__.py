@@ -66,6 +66,13 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
     from ruvon.server.console import greet
 
     greet(server)
+    if engine.node_rank:
+        with importing():
+            from ruvon.engine.startup import compute_for_server
+            from ruvon.telemetry.logs import configure_logging
+        configure_logging(server.log_level, server.log_format)
+        compute_for_server(engine)
+        return
     with importing():
         from ruvon.server.app import serve as serve_forever
     serve_forever(engine, server)
