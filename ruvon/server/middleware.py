@@ -68,7 +68,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
             return await resume(http, server.sse_keep_alive_interval)
         return await handler(http)
     except Exception as error:
-        error = _as_ours(error, http)
+        error = as_ours(error, http)
         if isinstance(error, QueueFullError):
             _count_rejection(http.app[STATE])
         if not isinstance(error, RequestError | UnavailableError):
@@ -76,7 +76,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         return error_response(error, error_answer(error, http, http[FACTS]["request_id"]))
 
 
-def _as_ours(error: Exception, http: web.Request) -> Exception:
+def as_ours(error: Exception, http: web.Request) -> Exception:
     """aiohttp's errors as ours; others as they are."""
     if isinstance(error, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         return UrlError(error, f"{http.method} {http.path[:100]}")

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
@@ -15,9 +15,11 @@ from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.grammars import Grammar
-from ruvon.models.chat import Chat
-from ruvon.models.tokenizer import Tokenizer
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
+
+if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
+    from ruvon.models.chat import Chat
+    from ruvon.models.tokenizer import Tokenizer
 
 
 class Generator(Protocol):
