@@ -12,6 +12,12 @@ from ruvon.config.server import KEY
 class RouterConfig:
     """How requests are shared out among replicas."""
 
+    data_parallel_size: int = setting(
+        1,
+        "Replicas on this machine, each on cores or on a GPU of its own, behind one address.",
+        least=1,
+        most=1024,
+    )
     max_imbalance: int = setting(
         8,
         "Requests by which a replica may be ahead of the least loaded and still get one whose "

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
+from hmac import compare_digest
 from typing import TypeAlias
 from uuid import uuid4
 
@@ -19,9 +20,9 @@ from ruvon.router.fleet import FLEET, Fleet, watch
 from ruvon.router.forward import Relayed, forward
 from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
-from ruvon.server import keys
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
+from ruvon.server.keys import KEYS, Keys
 from ruvon.server.middleware import FACTS, REQUEST_ID, as_ours, error_response, json_response
 
 log = structlog.get_logger(__name__)
@@ -47,6 +48,7 @@ class Routing:
         return next(iter(self.server.api_key), None)
 
 
+ADMIN_KEY = "X-Ruvon-Admin-Key"
 ROUTING = web.AppKey("routing", Routing)
 
 
@@ -55,6 +57,7 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     size = parse_size(routing.server.max_body_size)
     app = web.Application(middlewares=[observe], client_max_size=size)
     app[FLEET], app[ROUTING] = fleet, routing
+    app[KEYS] = Keys(routing.server.api_key)
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
     app.add_routes(
         [
@@ -85,23 +88,24 @@ async def watching(app: web.Application) -> AsyncIterator[None]:
 
 
 @web.middleware
-async def observe(http: web.Request, handler: Handler) -> web.StreamResponse:
+async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id, run its handler, turn errors into JSON, and say what happened."""
-    given = http.headers.get("X-Request-Id", "")
-    http[FACTS] = {"request_id": given if REQUEST_ID.fullmatch(given) else uuid4().hex}
-    began, status = time.monotonic(), CLIENT_LEFT
+    given = request.headers.get("X-Request-Id", "")
+    request[FACTS] = {"request_id": given if REQUEST_ID.fullmatch(given) else uuid4().hex}
+    began = request[FACTS]["began"] = time.monotonic()
+    status = CLIENT_LEFT
     try:
-        response = await respond(http, handler)
+        response = await respond(request, handler)
         status = response.outcome if isinstance(response, Relayed) else response.status
         return response
     finally:
-        report(http, status, time.monotonic() - began)
+        report(request, status, time.monotonic() - began)
 
 
 async def respond(http: web.Request, handler: Handler) -> web.StreamResponse:
     """An error is told in the words of the API that was asked."""
     try:
-        keys.check(http, http.app[ROUTING].server.api_key)
+        http.app[KEYS].check(http)
         return await handler(http)
     except Exception as error:
         error = as_ours(error, http)
@@ -219,6 +223,7 @@ class ForbiddenError(RequestError):
 
 def check_admin(http: web.Request) -> None:
     """Raise ForbiddenError unless the request has a key for this."""
+    given = http.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
     wanted = http.app[FLEET].config.admin_key
-    if not wanted or not keys.allowed(http, wanted):
-        raise ForbiddenError("This takes an --admin-key, in the header X-Ruvon-Admin-Key.")
+    if not any([compare_digest(given, key.encode()) for key in wanted]):  # noqa: C419 - all, always
+        raise ForbiddenError(f"This takes a key of --admin-key, in the header {ADMIN_KEY}.")

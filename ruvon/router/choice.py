@@ -43,9 +43,7 @@ def choose(
     near = [replica for replica in everyone if replica.load <= least + bound]
     first = turn % len(near)
     near = near[first:] + near[:first]
-    ranked = [
-        (replica.prefixes.match(keys), replica is session, -replica.load) for replica in near
-    ]
+    ranked = [(replica.prefixes.match(keys), replica is session, -replica.load) for replica in near]
     best = max(range(len(near)), key=ranked.__getitem__)
     matched, is_session, _ = ranked[best]
     reason = "prefix" if matched else "session" if is_session else "load"

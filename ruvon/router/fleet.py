@@ -134,7 +134,7 @@ async def look(replica: Replica, key: str | None, changed: Callable[[Replica], N
     """One poll, and what follows from it."""
     before = replica.status
     await poll(replica, key)
-    if replica.num_missed >= MOST_MISSED and replica.status != "down":
+    if replica.num_missed >= MOST_MISSED and replica.status not in ("starting", "down"):
         replica.lose()
     if replica.status != before:
         log.info("replica", name=replica.name, url=replica.url, status=replica.status)

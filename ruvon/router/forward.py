@@ -64,10 +64,10 @@ async def forward(http: web.Request) -> web.StreamResponse:
             replica.prefixes.drop(prompt.keys[matched:])
             log.warning("replica_lost", name=replica.name, error=str(error))
         else:
-            if not refuses(answer, prompt):
+            if (refused := refusal(answer, prompt)) is None:
                 return answer
             replica.prefixes.drop(prompt.keys[matched:])
-            refusals.append(answer)
+            refusals.append(refused)
         finally:
             replica.in_flight -= 1
         http.app[METRICS].record_retry(replica.name)
@@ -98,7 +98,7 @@ def request_bytes(http: web.Request, body: bytes) -> bytes:
     return b"\r\n".join([*lines, b"", body])
 
 
-async def ask(  # noqa: PLR0913, PLR0917
+async def ask(
     http: web.Request,
     fleet: Fleet,
     replica: Replica,
@@ -157,15 +157,15 @@ def learner(
     return learn
 
 
-def refuses(answer: web.StreamResponse, prompt: Prompt) -> bool:
-    """Whether another replica may have a better answer."""
+def refusal(answer: web.StreamResponse, prompt: Prompt) -> web.Response | None:
+    """The answer, if another replica may have a better one."""
     if not isinstance(answer, web.Response) or not isinstance(answer.body, bytes):
-        return False
-    if answer.status == 500:
-        return b'"engine_dead"' in answer.body
-    if prompt.held is not None and answer.status in (400, 404):
-        return b"not_found" in answer.body
-    return answer.status in (429, 503)
+        return None
+    said = {500: b'"engine_dead"', 429: b"", 503: b""}
+    if prompt.held is not None:
+        said |= {400: b"not_found", 404: b"not_found"}
+    words = said.get(answer.status)
+    return answer if words is not None and words in answer.body else None
 
 
 def patience(refusal: web.Response) -> float:
@@ -278,4 +278,3 @@ def stream_error(http: web.Request, error: UnavailableError) -> bytes:
     if http.path.startswith("/api/"):
         return b'{"error":"%s"}\n' % str(ollama_error(error)["error"]).encode()
     return error_event(error) + DONE
-

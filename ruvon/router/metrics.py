@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from prometheus_client.metrics_core import Metric
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
@@ -84,6 +84,14 @@ class RouterMetrics:
         self._restarts.labels(replica, why).inc()
 
 
+GAUGES: Mapping[str, tuple[str, Callable[[Replica], float]]] = {
+    "up": ("Whether a replica takes requests.", lambda replica: replica.open),
+    "in_flight": ("Requests sent to it that have not ended.", lambda replica: replica.in_flight),
+    "load": ("Those, and what others have sent to it.", lambda replica: replica.load),
+    "prefixes": ("Pieces of prompts that it is believed to hold.", lambda r: len(r.prefixes)),
+}
+
+
 class Replicas(Collector):
     """How each replica is, when somebody asks."""
 
@@ -91,16 +99,10 @@ class Replicas(Collector):
         self._fleet = fleet
 
     def collect(self) -> Iterator[Metric]:
-        gauges = {
-            "up": ("Whether a replica takes requests.", lambda r: float(r.open)),
-            "in_flight": ("Requests sent to it that have not ended.", lambda r: r.in_flight),
-            "load": ("Those, and what others have sent to it.", lambda r: r.load),
-            "prefixes": ("Pieces of prompts that it is believed to hold.", lambda r: len(r.prefixes)),
-        }
-        for name, (help, read) in gauges.items():
-            family = Metric(f"ruvon_router_replica_{name}", help, "gauge")
+        for name, (help, read) in GAUGES.items():
+            family = GaugeMetricFamily(f"ruvon_router_replica_{name}", help, labels=["replica"])
             for replica in self._fleet.replicas:
-                family.add_sample(family.name, {"replica": replica.name}, read(replica))
+                family.add_metric([replica.name], float(read(replica)))
             yield family
 
 

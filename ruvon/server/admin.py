@@ -187,6 +187,28 @@ async def ready(http: web.Request) -> web.Response:
     return json_response(body, 503, {"Retry-After": "1"})
 
 
+async def load_report(http: web.Request) -> web.Response:
+    """What a router asks: how it is, what it has to do, and what its prefix cache has lost. The
+    ``epoch`` is another one when all that was cached is gone."""
+    state = http.app[STATE]
+    status = _status(state)
+    body: dict[str, object] = {"status": status, "epoch": state.epoch}
+    if state.service is not None:
+        generator = state.service.generator
+        running, waiting, usage = generator.load
+        cache = generator.prefix_cache
+        body = {
+            "status": "dead" if generator.stalled_for > STUCK_AFTER else status,
+            "epoch": f"{state.epoch}-{cache.num_forgotten}",
+            "running": running,
+            "waiting": waiting,
+            "kv_cache_usage": round(usage, 4),
+            "cache_tokens": cache.num_tokens,
+            "evicted_tokens": cache.num_evicted,
+        }
+    return json_response(body, 200 if body["status"] == "ready" else 503)
+
+
 def _status(state: State) -> str:
     if state.draining:
         return "draining"

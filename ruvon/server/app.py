@@ -25,7 +25,7 @@ from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
 from ruvon.server.keys import KEYS, Keys
 from ruvon.server.lifecycle import Start, engine_context, still_loading
-from ruvon.server.listen import listen
+from ruvon.server.listen import listen, listen_unix
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
@@ -76,6 +76,7 @@ ROUTES = (
     web.get("/health", admin.health),
     web.get("/live", admin.live),
     web.get("/ready", admin.ready),
+    web.get("/load", admin.load_report),
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
@@ -179,15 +180,22 @@ async def run(app: web.Application) -> None:
     await runner.setup()
     try:
         watch_signals(state)
-        host, port = await listen(runner, state.server.host, state.server.port)
-        state.address = (host, port)
-        console.tell_address(state.server, host, port, dialects())
+        state.address = await listen_as_told(runner, state.server)
+        console.tell_address(state.server, *state.address, dialects())
         await state.ended.wait()
         await drain(state)
     finally:
         await runner.cleanup()
     if state.failure is not None:
         raise state.failure
+
+
+async def listen_as_told(runner: web.AppRunner, server: ServerConfig) -> tuple[str, int]:
+    """Take connections where the settings say; returns the address. Raises ConfigError."""
+    if server.uds is None:
+        return await listen(runner, server.host, server.port)
+    await listen_unix(runner, server.uds)
+    return server.host, server.port
 
 
 def watch_signals(state: State) -> None:

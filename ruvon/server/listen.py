@@ -6,8 +6,9 @@ import asyncio
 import errno
 import os
 import socket
+import stat
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from aiohttp import web
@@ -46,6 +47,28 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     shown_host, shown_port = runner.addresses[0][:2]
     return shown_host, shown_port
+
+
+async def listen_unix(runner: web.AppRunner, path: str) -> None:
+    """Take connections on a Unix socket; what lay there before is gone. Whoever may write to it may
+    connect: it is made for its owner alone.
+
+    Raises:
+        ConfigError: there can be no socket.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(BACKLOG)
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {path}: {reason}") from error
 
 
 def bind(

@@ -7,10 +7,12 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
@@ -44,6 +46,10 @@ class Generator(Protocol):
     @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """How large it is, and what it has lost."""
 
     async def admission(self) -> None:
         """Wait until reading a new request keeps nobody waiting."""
@@ -112,6 +118,7 @@ class State:
     phase: str = "starting"
     share: float = 0.0  # done of the phase, 0 to 1
     address: tuple[str, int] | None = None  # once it listens
+    epoch: str = field(default_factory=lambda: uuid4().hex[:12])  # another one after a restart
     service: Service | None = None
     draining: bool = False
     failure: BaseException | None = None  # why loading failed
