@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ruvon.config.fields import check_fields, setting
-from ruvon.config.server import KEY
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,12 +32,6 @@ class RouterConfig:
         "has not begun to answer goes to others.",
         least=0.05,
         most=60,
-    )
-    admin_key: tuple[str, ...] = setting(
-        (),
-        "Key for POST /router/..., which drains and restarts replicas; without one nobody may.",
-        form=KEY,
-        secret=True,
     )
 
     def __post_init__(self) -> None:

@@ -145,6 +145,11 @@ class Sequence:
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
 
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether logprobs of its prompt are wanted that no step has brought yet."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
+
 
 @dataclass(slots=True)
 class Chunk:

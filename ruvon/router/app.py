@@ -6,7 +6,6 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
-from hmac import compare_digest
 from typing import TypeAlias
 from uuid import uuid4
 
@@ -22,8 +21,10 @@ from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
-from ruvon.server.keys import KEYS, Keys
+from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.middleware import FACTS, REQUEST_ID, as_ours, error_response, json_response
+from ruvon.server.reload import watch_files, watched
+from ruvon.server.tls import TLS, load_certificate
 
 log = structlog.get_logger(__name__)
 
@@ -44,11 +45,11 @@ class Routing:
 
     @property
     def key(self) -> str | None:
-        """For questions of the router's own."""
-        return next(iter(self.server.api_key), None)
+        """For questions of the router's own: an admin's, where there is one."""
+        keys = sorted(read_keys(self.server), key=lambda key: not key.is_admin)
+        return keys[0].text if keys else None
 
 
-ADMIN_KEY = "X-Ruvon-Admin-Key"
 ROUTING = web.AppKey("routing", Routing)
 
 
@@ -57,7 +58,9 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     size = parse_size(routing.server.max_body_size)
     app = web.Application(middlewares=[observe], client_max_size=size)
     app[FLEET], app[ROUTING] = fleet, routing
-    app[KEYS] = Keys(routing.server.api_key)
+    app[KEYS] = keys = Keys(read_keys(routing.server))
+    app[TLS] = load_certificate(routing.server)
+    app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
     app.add_routes(
         [
@@ -186,7 +189,6 @@ def shown(replica: Replica) -> dict[str, object]:
 
 async def hold_back(http: web.Request) -> web.Response:
     """Give a replica no new requests, or give it some again."""
-    check_admin(http)
     name = http.match_info["name"]
     replica = next((each for each in http.app[FLEET].replicas if each.name == name), None)
     if replica is None:
@@ -197,7 +199,6 @@ async def hold_back(http: web.Request) -> web.Response:
 
 async def restart(http: web.Request) -> web.Response:
     """Restart one replica after another, each when it has answered what it has."""
-    check_admin(http)
     begin = http.app[ROUTING].restart
     if begin is None:
         raise ConflictError("These replicas were not started by this router.")
@@ -211,19 +212,3 @@ class ConflictError(RequestError):
 
     status = 409
     code = "conflict"
-
-
-class ForbiddenError(RequestError):
-    """Not with this key."""
-
-    status = 403
-    type = "permission_error"
-    code = "forbidden"
-
-
-def check_admin(http: web.Request) -> None:
-    """Raise ForbiddenError unless the request has a key for this."""
-    given = http.headers.get(ADMIN_KEY, "").encode(errors="surrogateescape")
-    wanted = http.app[FLEET].config.admin_key
-    if not any([compare_digest(given, key.encode()) for key in wanted]):  # noqa: C419 - all, always
-        raise ForbiddenError(f"This takes a key of --admin-key, in the header {ADMIN_KEY}.")

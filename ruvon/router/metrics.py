@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from aiohttp import web
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
@@ -17,6 +17,7 @@ from prometheus_client.registry import Collector
 from ruvon.router.fleet import Fleet
 from ruvon.router.link import LostError
 from ruvon.router.replica import Replica
+from ruvon.server.connection import Server
 from ruvon.telemetry.collectors import FIRST_TOKEN_BUCKETS, REQUEST_BUCKETS
 
 SUMMED = frozenset({"counter", "histogram", "summary"})  # all others are gauges, one a replica
@@ -53,6 +54,11 @@ class RouterMetrics:
             registry=self.registry, buckets=FIRST_TOKEN_BUCKETS,
         )  # fmt: skip
         self.registry.register(Replicas(fleet))
+
+    def count_connections(self, made: Server) -> None:
+        """Show how many connections clients have open."""
+        opened = Gauge("ruvon_router_connections", "Connections open.", registry=self.registry)
+        opened.set_function(made.__len__)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
         return Counter(f"ruvon_router_{name}", help, labels, registry=self.registry)

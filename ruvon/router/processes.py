@@ -223,7 +223,9 @@ def settings_of(
         "cpus": place.cpus,
         "engine": dataclasses.asdict(dataclasses.replace(engine, threads=threads)),
         "server": dataclasses.asdict(
-            dataclasses.replace(server, uds=str(uds), log_format=log_format)
+            dataclasses.replace(
+                server, uds=str(uds), log_format=log_format, tls_cert=None, tls_key=None
+            )
         ),
     }
     return orjson.dumps(told)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import math
 import os
-import resource
 import signal
 import tempfile
 from collections.abc import Iterable
@@ -26,7 +25,8 @@ from ruvon.router.processes import Processes, settings_of
 from ruvon.router.replica import parse_url
 from ruvon.server import console
 from ruvon.server.connection import Runner
-from ruvon.server.listen import listen, listen_unix
+from ruvon.server.listen import allow_files, listen, listen_unix
+from ruvon.server.tls import TLS, Certificate
 from ruvon.telemetry.logs import configure_logging
 
 log = structlog.get_logger(__name__)
@@ -34,7 +34,7 @@ log = structlog.get_logger(__name__)
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers
 SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 SETTLED = 0.02  # seconds between two looks at whether all is answered
-FILES = 65_536  # connections and files that may be open, as far as the system lets us
+FILES = 64  # beside connections, of which each client's may have another one to a replica
 
 
 def route(urls: Iterable[str], server: ServerConfig, config: RouterConfig) -> None:
@@ -68,28 +68,21 @@ def start(app: web.Application, processes: Processes | None) -> None:
     """Run until the end. Raises what ended it."""
     server = app[ROUTING].server
     configure_logging(server.log_level, server.log_format)
-    allow_files()
+    allow_files(2 * server.max_connections + FILES)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(app, processes))
-
-
-def allow_files() -> None:
-    """Two connections for every request soon are more than the usual 1024 files."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = FILES if hard == resource.RLIM_INFINITY else min(FILES, hard)
-    if soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 async def run(app: web.Application, processes: Processes | None) -> None:
     """Listen, wait for the end, leave in order."""
     routing, fleet = app[ROUTING], app[FLEET]
-    runner = Runner(app, shutdown_timeout=GOODBYE)
+    counted = app[METRICS].count_connections
+    runner = Runner(app, routing.server, counted, shutdown_timeout=GOODBYE)
     await runner.setup()
     keeping = None if processes is None else asyncio.create_task(keep(processes, routing))
     try:
         watch_signals(routing, fleet)
-        await tell_address(runner, routing.server, len(fleet.replicas))
+        await tell_address(runner, routing.server, app[TLS], len(fleet.replicas))
         await routing.ended.wait()
         await drain(fleet, routing.server.shutdown_timeout)
         if processes is not None:
@@ -112,14 +105,17 @@ async def keep(processes: Processes, routing: Routing) -> None:
         routing.ended.set()
 
 
-async def tell_address(runner: web.AppRunner, server: ServerConfig, count: int) -> None:
+async def tell_address(
+    runner: web.AppRunner, server: ServerConfig, certificate: Certificate | None, count: int
+) -> None:
     """Listen, and say where."""
     if server.uds is not None:
         await listen_unix(runner, server.uds)
         log.info("listening", url=f"unix:{server.uds}", replicas=count)
         return
-    host, port = await listen(runner, server.host, server.port)
-    url = f"http://{console.bracketed(host)}:{port}"
+    tls = None if certificate is None else certificate.context
+    host, port = await listen(runner, server.host, server.port, tls)
+    url = f"{server.scheme}://{console.bracketed(host)}:{port}"
     log.info("listening", url=url, port=port, replicas=count)
 
 

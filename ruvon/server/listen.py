@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
+import ssl
 import stat
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
@@ -21,7 +23,9 @@ ACCEPTED = 16  # of them, in one turn of the event loop
 LACKING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})  # no such address on this machine
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]:
+async def listen(
+    runner: web.AppRunner, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> tuple[str, int]:
     """Take connections; returns the address, with the port that was chosen for port 0.
 
     uvloop accepts one connection for each listener and turn of its loop. Here a turn may hold a
@@ -39,7 +43,8 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
         with ExitStack() as stack:
             for sock in bind(dict.fromkeys((info[0], info[4]) for info in infos), stack):
                 for _ in range(ACCEPTED):
-                    await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
+                    site = web.SockSite(runner, sock.dup(), ssl_context=tls, backlog=BACKLOG)
+                    await site.start()
     except OSError as error:
         # `socket.create_server` says the address a second time in its own text.
         resolving = isinstance(error, socket.gaierror)
@@ -94,3 +99,12 @@ def bind(
     if not sockets and lacking is not None:
         raise lacking
     return sockets
+
+
+def allow_files(wanted: int) -> None:
+    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

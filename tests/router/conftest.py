@@ -16,6 +16,7 @@ from serving import Server, open_server
 from ruvon.config import RouterConfig, ServerConfig
 from ruvon.router.app import Routing, create_router
 from ruvon.router.fleet import FLEET, Fleet
+from ruvon.router.metrics import METRICS
 from ruvon.server.connection import Runner
 from ruvon.server.listen import listen
 
@@ -60,7 +61,7 @@ async def open_router(replicas: list[Server], server: ServerConfig, **fields: An
     fleet = Fleet(RouterConfig(poll_interval=0.05, **fields), [each.url for each in replicas])
     app = create_router(fleet, Routing(server))
     stack = AsyncExitStack()
-    runner = Runner(app, shutdown_timeout=1)
+    runner = Runner(app, server, app[METRICS].count_connections, shutdown_timeout=1)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     _, port = await listen(runner, "127.0.0.1", 0)
