@@ -54,7 +54,9 @@ def read_prompt(path: str, headers: Mapping[str, str], body: bytes) -> Prompt:
     if not isinstance(data, dict):
         return Prompt(held=held)
     text = b"".join(_pieces(data, PARTS[path]))
-    root = repr((path, data.get("model"), data.get("cache_salt"))).encode(errors="replace")
+    asked_with = headers.get("Authorization"), headers.get("x-api-key")
+    salt = path, data.get("model"), data.get("cache_salt"), *asked_with
+    root = repr(salt).encode(errors="replace")
     return Prompt(tuple(chain(root, text)), len(text), held or _referred(data))
 
 

@@ -36,7 +36,7 @@ def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def end_with_router() -> None:
     """Wait until the router is gone, then leave as after SIGTERM."""
-    while sys.stdin.buffer.read(4096):
+    while os.read(sys.stdin.fileno(), 4096):  # without a lock, which would outlive the interpreter
         pass
     os.kill(os.getpid(), signal.SIGTERM)
 

@@ -84,7 +84,9 @@ async def route() -> AsyncIterator[Callable[..., Awaitable[Router]]]:
             options: list[dict[str, Any]] | None = None,
             **fields: Any,
         ) -> Router:
-            server = ServerConfig(port=0, api_key=() if key is None else (key,))
+            server = ServerConfig(
+                port=0, api_key=(key,) if key else (), admin_key=("root",) if key else ()
+            )
             replicas = []
             for number in range(count):
                 own = options[number] if options else {}
