@@ -31,6 +31,7 @@ class Limits:
     order: Order
     chunked: bool = True  # off: a prompt is computed in one step, if one can hold it
     caching: bool = True  # look up and publish prefixes
+    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
 
 
 @dataclass(slots=True)
