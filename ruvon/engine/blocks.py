@@ -20,6 +20,7 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from typing import NamedTuple
 
 NULL = 0
 
@@ -54,6 +55,14 @@ def first_block(start: int, window: int, block_size: int) -> int:
     return max(start - window + 1, 0) // block_size if window else 0
 
 
+class PrefixCache(NamedTuple):
+    """What a router wants to know of a cache."""
+
+    num_tokens: int  # that it holds
+    num_evicted: int  # tokens that could be found and gave way to others, since the start
+    num_forgotten: int  # times that it was emptied
+
+
 class BlockPool:
     """All blocks of one cache but `NULL`. Every verb costs O(1) for each block it touches."""
 
@@ -65,11 +74,19 @@ class BlockPool:
         self._published: dict[bytes, int] = {}
         self._blank = list(range(num_blocks, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.num_evicted = 0  # published blocks that were given to others, since the start
+        self.num_forgotten = 0  # times that all of them were
 
     @property
     def num_free(self) -> int:
         """Blocks that `grow` can hand out: blank or evictable."""
         return len(self._blank) + len(self._cached)
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """How large it is, and what it has lost."""
+        size = self.block_size
+        return PrefixCache(self.num_blocks * size, self.num_evicted * size, self.num_forgotten)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold that many tokens."""
@@ -120,6 +137,7 @@ class BlockPool:
 
     def forget(self) -> None:
         """Empty the prefix cache: what is held stays held, and can no longer be found."""
+        self.num_forgotten += 1
         self._blank.extend(self._cached)
         self._cached.clear()
         self._published.clear()
@@ -148,6 +166,7 @@ class BlockPool:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
+            self.num_evicted += 1
             key = self._keys[block]
             assert key is not None
             del self._published[key]

@@ -15,7 +15,7 @@ from itertools import count
 from typing import Protocol
 
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool, extend_keys
+from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
@@ -348,6 +348,11 @@ class Engine:
                 for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
             ],
         }
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self._scheduler.pool.prefix_cache
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

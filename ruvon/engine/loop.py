@@ -20,6 +20,7 @@ import structlog
 
 from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
+from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.drain_rate import DrainRate
 from ruvon.engine.engine import Engine, Pending, dead_error
@@ -132,6 +133,11 @@ class EngineLoop:
     def load(self) -> tuple[int, int, float]:
         """At this moment: sequences running, sequences waiting, share of cache blocks in use."""
         return self.engine.load
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self.engine.prefix_cache
 
     @property
     def num_open(self) -> int:
