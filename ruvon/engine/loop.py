@@ -20,7 +20,8 @@ import structlog
 from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.coalescing import Coalescer
-from ruvon.engine.engine import Engine, Pending, dead_error
+from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.recorder import Recorder
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, FinishReason, Job
 from ruvon.errors import NotReadyError, QueueFullError, RequestError
@@ -104,6 +105,7 @@ class EngineLoop:
         self.dead: BaseException | None = None  # what killed the loop
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
+        self.recorder = Recorder()
         self._metrics = metrics
         self._clock = clock
         self._states: dict[int, RequestState] = {}
@@ -236,7 +238,9 @@ class EngineLoop:
         return min(max(num_sequences * each, LEAST_RETRY), MOST_RETRY)
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
-        for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
+        seq_ids = self.engine.add(job, now, first_index=len(stream.open))
+        self.recorder.arrived(now, seq_ids, len(job.prompt), self.engine.validate(job))
+        for seq_id in seq_ids:
             self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
             self._idle.clear()
@@ -246,10 +250,11 @@ class EngineLoop:
         now = self._clock()
         for seq_id in seq_ids:
             self._record_finished(self._states[seq_id], reason, now)
-        self._discard(stream, seq_ids)
+        self._discard(stream, seq_ids, now)
 
-    def _discard(self, stream: Stream, seq_ids: Iterable[int]) -> None:
+    def _discard(self, stream: Stream, seq_ids: Iterable[int], now: float) -> None:
         self.engine.abort(seq_ids)
+        self.recorder.aborted(now, seq_ids)
         for seq_id in seq_ids:
             del self._states[seq_id]
             stream.open.discard(seq_id)
@@ -258,6 +263,7 @@ class EngineLoop:
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
         self.engine.abort(self._states)
+        self.recorder.aborted(self._clock(), self._states)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
             for seq in (state.seq for state in self._states.values())
@@ -298,7 +304,7 @@ class EngineLoop:
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
-        self._record_step()
+        self._record_step(pending, emissions, now)
         self._coalescer.begin_step(behind, len(self._states))
         self._deliver(emissions, now)
         self._coalescer.end_step()
@@ -343,8 +349,10 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- metrics
 
-    def _record_step(self) -> None:
-        stats = self.engine.stats
+    def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
+        stats, failure = self.engine.stats, self.engine.failure
+        why = "" if failure is None else kind(failure).strip(" ()")
+        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

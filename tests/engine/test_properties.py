@@ -26,6 +26,8 @@ from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.matching import Matchers
+from ruvon.engine.recording import read
+from ruvon.engine.replay import replay as recorded_again
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
@@ -123,6 +125,7 @@ class Run:
             eos_token_ids=ByteTokenizer.eos_ids,
             grammars=GRAMMARS,
         )
+        self.recording = self.engine.record(100_000)
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -248,6 +251,14 @@ def verify(run: Run) -> None:
     assert not scheduler._computing
 
 
+def replay_recording(run: Run) -> None:
+    """Written to a file and read back, the schedule comes out the same without a model."""
+    lines = list(run.recording.lines())
+    steps = list(recorded_again(read(lines)))
+    assert [step.difference for step in steps] == [""] * len(steps)
+    assert len(steps) == 2 * len(run.runner.plans)
+
+
 def replay(run: Run) -> None:
     """Plans are values: written down and read back, they make another runner do the same."""
     depth, grammar_depth = run.runner.depth, run.runner.grammar_depth
@@ -325,6 +336,7 @@ def test_same_tokens_whatever_the_schedule(load, world):
     run = Run(load, **world).go()
     verify(run)
     replay(run)
+    replay_recording(run)
 
 
 @settings(max_examples=60, deadline=None)
@@ -344,6 +356,7 @@ def test_a_failed_step_ends_its_sequences_and_touches_nothing_else(load, world, 
     """`verify` holds all others, and whoever finds a block in the cache, to their right tokens."""
     run = Run(load, **world, failing=failing).go()
     verify(run)
+    replay_recording(run)
     of_failed = {
         chunk.seq_id for plan in run.runner.plans if plan.step in failing for chunk in plan.chunks
     }
