@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queues import Limits
 from ruvon.engine.recording import (
     FORMAT,
     Aborted,
@@ -24,7 +25,7 @@ from ruvon.engine.recording import (
     finishes,
     planned,
 )
-from ruvon.engine.scheduler import Limits, Scheduler
+from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Plan, SamplingParams, Sequence, StepResult
 from ruvon.errors import LoadError
 from ruvon.grammars import Grammar

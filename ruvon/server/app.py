@@ -23,6 +23,7 @@ from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
+from ruvon.server.keys import KEYS, Keys
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
@@ -94,6 +95,7 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[KEYS] = Keys(server.api_key)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)

@@ -13,7 +13,7 @@ from aiohttp import web
 from ruvon.engine.loop import NotCompiledError
 from ruvon.errors import BodyTimeoutError, BodyTooLargeError, EncodingError
 from ruvon.server.parsing import SMALL
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 
 T = TypeVar("T")
 
@@ -32,8 +32,7 @@ async def read(
 ) -> T:
     """The request's body, understood; where that takes long, as it may ``always`` or for a large
     body, not on the event loop's thread."""
-    state = http.app[STATE]
-    service = state.ready()
+    service = service_of(http)
     await service.generator.admission()
     pieces = await receive(http)
     large = always_aside or sum(map(len, pieces)) > SMALL

@@ -9,9 +9,8 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import RequestError
-from ruvon.server import keys
+from ruvon.server.keys import KEYS
 from ruvon.server.middleware import error_response
-from ruvon.server.state import STATE
 
 log = structlog.get_logger(__name__)
 
@@ -72,6 +71,6 @@ class Runner(web.AppRunner):
 async def expect(http: web.Request) -> None:
     """``Expect: 100-continue``: ask for the body, unless its handler will refuse it at once."""
     small = (http.content_length or 0) <= http.client_max_size
-    if http.version >= (1, 1) and small and keys.allowed(http, http.app[STATE].server.api_key):
+    if http.version >= (1, 1) and small and http.app[KEYS].find(http) is not None:
         await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         http.writer.output_size = 0  # as aiohttp does: the response has not begun

@@ -1,9 +1,14 @@
-"""Who may ask: the server's keys."""
+"""Who may ask, and who is asking: the server's keys.
+
+A *tenant* is who has a key. What a request leaves behind (cached prefixes, responses, streams that
+can be gone on with) is its tenant's and nobody else's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hmac import compare_digest
+from collections.abc import Iterable
+from hashlib import blake2b
+from secrets import token_bytes
 
 from aiohttp import web
 
@@ -12,26 +17,46 @@ from ruvon.errors import AuthenticationError
 OPEN = frozenset({"/live", "/ready"})
 """Paths for supervisors and load balancers, which have no key; they tell nothing of the model."""
 
+TENANT = web.RequestKey("tenant", str)
+"""Who asks: an opaque id, the same for all requests with one key. "" where there are no keys."""
 
-def check(http: web.Request, keys: Sequence[str]) -> None:
-    """Raise `AuthenticationError` unless the request has one of ``keys``, where there are any."""
-    if not allowed(http, keys):
+
+class Keys:
+    """The keys that open the server, as digests under a secret of this process: how long it takes
+    to look one up tells nothing of how much of it was right."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        """Without ``keys`` everybody may ask."""
+        self._secret = token_bytes(32)
+        self._tenants = {digest: f"key-{digest.hex()[:12]}" for digest in map(self._digest, keys)}
+
+    def check(self, http: web.Request) -> str:
+        """The request's tenant. Raises `AuthenticationError` unless it has a key, where there are
+        any."""
+        if (tenant := self.find(http)) is not None:
+            return tenant
         told = "wrong" if any(given_keys(http)) else "missing"
         raise AuthenticationError(
             f"The API key is {told}. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         )
 
+    def find(self, http: web.BaseRequest) -> str | None:
+        """The request's tenant, None for one that has no key and needs it."""
+        found = (self._tenants.get(self._digest(key)) for key in given_keys(http))
+        tenant = next((each for each in found if each is not None), None)
+        return "" if tenant is None and self._is_open(http.path) else tenant
 
-def allowed(http: web.Request, keys: Sequence[str]) -> bool:
-    """Whether the request may go on. Compares with every key, byte for byte, so that the time it
-    takes does not tell how much of a key was right."""
-    if not keys or http.path in OPEN:
-        return True
-    given = [key.encode(errors="surrogateescape") for key in given_keys(http)]
-    return any([compare_digest(one, key.encode()) for one in given for key in keys])  # noqa: C419
+    def _is_open(self, path: str) -> bool:
+        return not self._tenants or path in OPEN
+
+    def _digest(self, key: str) -> bytes:
+        return blake2b(key.encode(errors="surrogateescape"), key=self._secret).digest()
 
 
-def given_keys(http: web.Request) -> tuple[str, str]:
+KEYS = web.AppKey("keys", Keys)
+
+
+def given_keys(http: web.BaseRequest) -> tuple[str, str]:
     """What the request says its key is: OpenAI's clients use the first header, Anthropic's either,
     or both."""
     scheme, _, token = http.headers.get("Authorization", "").partition(" ")

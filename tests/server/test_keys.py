@@ -143,3 +143,20 @@ async def test_a_star_is_any_page_in_streams_too(serve):
     assert reply.events
     assert reply.headers["Access-Control-Allow-Origin"] == "*"
     assert "Vary" not in reply.headers
+
+
+async def test_what_was_cached_under_another_key_is_not_found(serve):
+    """The prompt's time tells nobody what others have asked (PromptPeek)."""
+    server = await serve("Hello", server=KEYED)
+    prompt = "a prompt of more than one block, which is sixteen tokens"
+
+    async def cached(key: str, **fields: object) -> int:
+        body = {"prompt": prompt, **fields}
+        reply = await server.post("/v1/completions", body, headers=bearer(key))
+        return reply.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert await cached("first-key") == 0
+    assert await cached("second-key") == 0
+    assert await cached("first-key") > 0
+    assert await cached("second-key", cache_salt="mine") == 0
+    assert await cached("second-key", cache_salt="mine") > 0
