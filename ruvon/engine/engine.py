@@ -8,7 +8,7 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
@@ -260,8 +260,9 @@ class Engine:
         self.check_alive()
         return self._scheduler.fail(plan, f"The step that computed it failed{kind(error)}.")
 
-    def record(self, most_steps: int) -> Recording:
-        """Record what happens from here on, until it is told by setting `recording` to None."""
+    def record(self, most_steps: int, on_full: Callable[[], None]) -> Recording:
+        """Record what happens from here on, until `recording` is set to None; ``on_full`` is called
+        after ``most_steps`` steps, or when it is large."""
         config, step = self.config, self.config.largest_step
         grouped = self._scheduler.grouped
         header = Header(
@@ -278,7 +279,7 @@ class Engine:
             chunked=config.enable_chunked_prefill,
             caching=config.enable_prefix_caching,
         )
-        self.recording = Recording(header, most_steps)
+        self.recording = Recording(header, most_steps, on_full)
         return self.recording
 
     def check_alive(self) -> None:

@@ -22,6 +22,7 @@ from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.engine import Engine, Pending, dead_error, kind
 from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, FinishReason, Job
 from ruvon.errors import NotReadyError, QueueFullError, RequestError
@@ -274,6 +275,20 @@ class EngineLoop:
     def _note_idle(self) -> None:
         if not self._states:
             self._idle.set()
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record so many steps, or those of so many seconds if they are fewer. Raises
+        `RequestError` if somebody else records."""
+        if self.engine.recording is not None:
+            raise RequestError("Another recording is being made.")
+        full = asyncio.Event()
+        recording = self.engine.record(most_steps, full.set)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(full.wait(), seconds)
+        finally:
+            self.engine.recording = None
+        return recording
 
     # ---------------------------------------------------------------- the task
 

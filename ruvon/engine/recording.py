@@ -11,7 +11,7 @@ The file has a JSON object a line: a `Header`, then `Event`s.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
@@ -147,17 +147,14 @@ class Recording:
     """Gathers what an engine does until it is full or somebody closes it. It is cheap to feed: what
     comes in is kept as it is, and only `lines` looks into it, in any thread."""
 
-    def __init__(self, header: Header, most_steps: int) -> None:
+    def __init__(self, header: Header, most_steps: int, on_full: Callable[[], None]) -> None:
         self._header = header
         self._most_steps = most_steps
+        self._on_full = on_full
         self._num_chunks = 0
         self._sequences: dict[int, Sequence] = {}
         self._events: list[Raw] = []
         self.num_steps = 0
-
-    @property
-    def is_full(self) -> bool:
-        return self.num_steps >= self._most_steps or self._num_chunks >= MOST_CHUNKS
 
     def added(self, seq: Sequence) -> None:
         self._sequences[seq.id] = seq
@@ -173,6 +170,8 @@ class Recording:
         self.num_steps += 1
         self._num_chunks += len(plan.chunks)
         self._events.append((plan, now))
+        if self.num_steps >= self._most_steps or self._num_chunks >= MOST_CHUNKS:
+            self._on_full()
 
     def committed(
         self, plan: Plan, result: StepResult | None, emissions: Iterable[Emission]

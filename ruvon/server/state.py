@@ -11,6 +11,8 @@ from typing import Protocol
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
@@ -58,6 +60,13 @@ class Generator(Protocol):
 
     def generate(self, jobs: Sequence[Job]) -> Stream:
         """Queue all jobs, or none and raise why not."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """The last steps."""
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
     def start(self) -> None: ...
 

@@ -125,7 +125,7 @@ class Run:
             eos_token_ids=ByteTokenizer.eos_ids,
             grammars=GRAMMARS,
         )
-        self.recording = self.engine.record(100_000)
+        self.recording = self.engine.record(100_000, lambda: None)
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
         self.outputs: dict[int, list[int]] = {}
