@@ -90,6 +90,7 @@ class Service:
     weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
     tenant: str = ""  # for whom the jobs of a request are prepared
+    apart: bool = True  # whether tenants share no cached prefixes
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -97,9 +98,10 @@ class Service:
         return self.generator.max_model_len
 
     def prepare(self, job: Job) -> Job:
-        """`Generator.prepare`, for the tenant: its cached prefixes are no other's. How fast an
+        """`Generator.prepare`, for the tenant: where they are kept ``apart``, its cached
+        prefixes are no other's. How fast an
         answer comes would else tell what others have asked."""
-        salt = f"{self.tenant}\n{job.cache_salt}" if self.tenant else job.cache_salt
+        salt = f"{self.tenant}\n{job.cache_salt}" if self.apart and self.tenant else job.cache_salt
         return self.generator.prepare(replace(job, tenant=self.tenant, cache_salt=salt))
 
     def check_model(self, name: str | None) -> None:
