@@ -240,10 +240,11 @@ class Engine:
         """
         self.check_alive()
         plan, seconds = pending.plan, 0.0
+        result: StepResult | None = None
         try:
             result = pending.future.result()
         except Exception as error:
-            result, emissions = None, self._take_failure(plan, error)
+            emissions = self._take_failure(plan, error)
         else:
             emissions, seconds = self._scheduler.commit(plan, result), result.seconds
             self.failure, self._num_failures = None, 0

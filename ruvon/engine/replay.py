@@ -26,12 +26,13 @@ from ruvon.engine.recording import (
     planned,
 )
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Plan, SamplingParams, Sequence, StepResult
+from ruvon.engine.types import Emission, Plan, SamplingParams, Sequence, StepResult, TokenLogprobs
 from ruvon.errors import LoadError
 from ruvon.grammars import Grammar
 
 KEY_BYTES = 32
 GOES_ON, STOPS = 0, 1  # in place of tokens
+SCORE = TokenLogprobs(GOES_ON, 0.0, 0, ())
 GRAMMAR = Grammar("")  # in place of one; a scheduler asks only whether there is one
 
 
@@ -138,7 +139,7 @@ def result(plan: Plan, event: Committed) -> StepResult:
             ]
         ),
         logprobs=(None,) * len(event.rows),
-        prompt_logprobs={seq_id: (None,) * count for seq_id, count in event.scored.items()},
+        prompt_logprobs={seq_id: (SCORE,) * count for seq_id, count in event.scored.items()},
         errors=dict.fromkeys(event.errors, ""),
         ended=frozenset(event.ended),
     )

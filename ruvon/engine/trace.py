@@ -52,7 +52,7 @@ def chrome_trace(events: Iterable[Event]) -> dict[str, Any]:
 def step_entries(step: Step) -> Iterator[Entry]:
     """A step, and the counters as it left them."""
     stats = step.stats
-    what = {
+    what: Entry = {
         "tokens": step.num_tokens,
         "sampled": len(step.rows),
         "device_ms": round(1000 * stats.seconds, 3),
