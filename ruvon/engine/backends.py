@@ -47,10 +47,8 @@ class StepLimits:
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
-    """A prompt that may not be chunked is one step, however long."""
-    whole_prompt = 0 if config.enable_chunked_prefill else memory.max_model_len
-    sequences, budget = config.largest_step
-    tokens = max(budget, whole_prompt)
+    """What the settings and the model's cache make of them."""
+    sequences, tokens = config.largest_step
     bounded = min(LOGITS_BYTES // (4 * spec.vocab_size), tokens)
     return StepLimits(
         tokens=tokens,

@@ -8,6 +8,7 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
+from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -20,15 +21,17 @@ from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
-from ruvon.errors import EngineDeadError, QueueFullError, RequestError
+from ruvon.errors import EngineDeadError, RequestError
 from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
 
@@ -104,6 +107,7 @@ class Engine:
         )
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
+        self._in_flight: deque[Plan] = deque()
         self.recording: Recording | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
@@ -145,7 +149,7 @@ class Engine:
         """
         self.check_alive()
         max_tokens = self.validate(job)
-        self._check_queue(job.n)
+        check_room([job], self._scheduler, self.config)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
         sampling = normalize(job.sampling)
@@ -160,6 +164,8 @@ class Engine:
                 seed=next(seeds),
                 stop_ids=stop_ids,
                 priority=job.priority,
+                tenant=job.tenant,
+                weight=job.weight,
                 salt=job.cache_salt,
                 arrived_at=now,
                 keys=list(job.keys),
@@ -179,6 +185,12 @@ class Engine:
         """A live sequence, to read; `KeyError` when it is over."""
         return self._scheduler.sequences[seq_id]
 
+    def place(self, seq: Sequence) -> int | None:
+        """How many sequences a waiting one is behind, about; None for one that runs."""
+        waiting = self._scheduler.waiting
+        fair = ORDERS[self.config.scheduling_policy].fair
+        return waiting.place(seq, fair) if seq in waiting else None
+
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
         if self.recording is not None:
@@ -195,6 +207,7 @@ class Engine:
         plan = scheduler.schedule(now)
         if plan is None:
             return None
+        self._in_flight.append(plan)
         if self.recording is not None:
             self.recording.planned(plan, now)
         counted = scheduler.counters.since(self._counted)
@@ -241,6 +254,7 @@ class Engine:
         self.check_alive()
         plan, seconds = pending.plan, 0.0
         result: StepResult | None = None
+        self._in_flight.popleft()
         try:
             result = pending.future.result()
         except Exception as error:
@@ -280,7 +294,14 @@ class Engine:
             chunked=config.enable_chunked_prefill,
             caching=config.enable_prefix_caching,
         )
-        self.recording = Recording(header, most_steps, on_full)
+        self.recording = Recording(
+            header,
+            self._scheduler.snapshot(),
+            self._in_flight,
+            self._scheduler.sequences.values(),
+            most_steps,
+            on_full,
+        )
         return self.recording
 
     def check_alive(self) -> None:
@@ -298,7 +319,7 @@ class Engine:
 
     def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
-        self._check_queue(sum(job.n for job in jobs))
+        check_room(jobs, self._scheduler, self.config)
         for job in jobs:
             self.validate(job)
 
@@ -310,8 +331,9 @@ class Engine:
         return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
 
     def _check(self, job: Job) -> None:
-        if not 1 <= job.n <= self._bound:
-            raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
+        most = most_live(self.config)
+        if not 1 <= job.n <= most:
+            raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)
         if job.pooling is not None and job.sampling.max_tokens != 0:
@@ -332,22 +354,6 @@ class Engine:
     def _check_grammar(self, grammar: Grammar | None) -> None:
         if grammar is not None and self._grammars is None:
             raise RequestError("This engine has no grammars.", grammar.param)
-
-    @property
-    def _bound(self) -> int:
-        """Most live sequences: the queue's bound counts those beyond what could run at once."""
-        return self.config.max_num_queued_reqs + self.config.largest_step.sequences
-
-    def _check_queue(self, num_new: int) -> None:
-        if num_new > self._bound:
-            raise RequestError(
-                f"A request may hold at most {self._bound} completions here, not {num_new}.", "n"
-            )
-        num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_live + num_new > self._bound:
-            raise QueueFullError(
-                f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
-            )
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         if sampling.ignore_eos:
@@ -371,6 +377,23 @@ class Engine:
         pool, num_waiting = self._scheduler.pool, len(self._scheduler.waiting)
         used = 1 - pool.num_free / pool.num_blocks
         return len(self._scheduler.sequences) - num_waiting, num_waiting, used
+
+    def describe(self) -> dict[str, object]:
+        """What there is to do, for a log: numbers, and the first sequences."""
+        scheduler = self._scheduler
+        return {
+            "steps": scheduler.counters.steps,
+            "in_flight": scheduler.num_in_flight,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "free_blocks": scheduler.pool.num_free,
+            "sequences": [
+                f"{seq.id}: prompt {seq.num_prompt}, output {seq.num_output} of {seq.max_tokens},"
+                f" computed {seq.num_computed}, pending {seq.num_pending},"
+                f" preempted {seq.num_preempted}"
+                for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
+            ],
+        }
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

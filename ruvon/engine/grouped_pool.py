@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import NULL, BlockPool, first_block
+from ruvon.engine.blocks import KEY_BYTES, NULL, BlockPool, first_block
 from ruvon.engine.types import Blocks, Tables
 
 UNBOUNDED = 1 << 40  # tokens; more than any sequence has
@@ -24,6 +24,11 @@ UNBOUNDED = 1 << 40  # tokens; more than any sequence has
 def group_key(key: bytes, group: int) -> bytes:
     """A block's key in a cache group. Keys are of one length, so that what follows tells."""
     return key + bytes((group,)) if group else key
+
+
+def without_group(key: bytes) -> tuple[bytes, int]:
+    """The two that `group_key` put together."""
+    return key[:KEY_BYTES], int.from_bytes(key[KEY_BYTES:])
 
 
 def most_blocks(num_tokens: int, block_size: int, windows: Sequence[int], chunk: int) -> int:
@@ -51,7 +56,7 @@ def longest_that_fits(
 
 def longest_chunk(config: EngineConfig) -> int:
     """Most tokens of a sequence that a step computes."""
-    return config.largest_step.tokens if config.enable_chunked_prefill else UNBOUNDED
+    return config.largest_step.tokens
 
 
 class GroupedPool:

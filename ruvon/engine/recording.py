@@ -19,11 +19,19 @@ import orjson
 from pydantic import Field, TypeAdapter, ValidationError
 
 from ruvon.engine.blocks import extend_keys
+from ruvon.engine.grouped_pool import without_group
 from ruvon.engine.recorder import Work, work_of
-from ruvon.engine.types import Emission, FinishReason, Plan, Pooling, Sequence, StepResult
+from ruvon.engine.snapshot import Snapshot
+from ruvon.engine.types import Blocks, Emission, FinishReason, Plan, Pooling, Sequence, StepResult
 from ruvon.errors import LoadError
 
 FORMAT = 1
+
+AS_IT_IS = (
+    "num_computed", "num_pending", "num_cached", "num_preempted", "num_served", "headroom",
+    "in_flight", "num_published", "leaves_at", "num_claimed", "introduced", "finish",
+)  # fmt: skip
+"""What a `Standing` says of a sequence in the sequence's own words."""
 MOST_CHUNKS = 200_000  # of a recording's steps; it ends by itself then, at some 50 MB
 
 Finished = tuple[tuple[int, FinishReason], ...]
@@ -62,24 +70,13 @@ class Added:
     max_tokens: int
     keys: tuple[int, ...]  # of its full blocks, up to its end: equal numbers, equal prefixes
     priority: int = 0
+    tenant: int = 0  # a number for its name
+    weight: float = 1.0
     constrained: bool = False  # by a grammar
     prompt_logprobs: bool = False
     pooling: Pooling | None = None
     tokens: tuple[int, ...] = ()  # prompt and output, if contents are recorded
     kind: Literal["add"] = "add"
-
-
-@dataclass(frozen=True, slots=True)
-class Aborted:
-    ids: tuple[int, ...]
-    kind: Literal["abort"] = "abort"
-
-
-@dataclass(frozen=True, slots=True)
-class Forgotten:
-    """The prefix cache was emptied."""
-
-    kind: Literal["forget"] = "forget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +91,65 @@ class Planned:
     prompt_rows: tuple[tuple[int, int, int], ...]  # sequence id, chunk, number of positions
     pooled_rows: tuple[tuple[int, int, int, int], ...]  # sequence id, chunk, first, number
     kind: Literal["plan"] = "plan"
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """Where a sequence was when the recording began; the fields are `Sequence`'s."""
+
+    added: Added
+    num_output: int
+    num_scored: int  # prompt positions with logprobs
+    missing: int | None  # a key's number, as the next
+    awaits: int | None
+    num_computed: int
+    num_pending: int
+    num_cached: int
+    num_preempted: int
+    num_served: int
+    headroom: int
+    in_flight: int
+    num_published: int
+    leaves_at: int
+    num_claimed: int
+    introduced: bool
+    finish: FinishReason | None
+    tables: Blocks
+    blocks: Blocks  # that no chunk has named yet
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """The state of a scheduler that had been running: a `Snapshot`, and the plans in flight."""
+
+    counters: tuple[int, int, int, int]
+    num_committed: int
+    held_up: bool
+    sequences: tuple[Standing, ...]
+    waiting: tuple[int, ...]
+    running: tuple[int, ...]
+    full: tuple[int, ...]
+    ended: tuple[int, ...]
+    computing: tuple[tuple[int, int], ...]  # a key's number, who makes that block
+    served: tuple[tuple[int, float], ...]  # tenant, tokens over its weight
+    blank: tuple[int, ...]
+    cached: tuple[int, ...]
+    keys: tuple[tuple[int, int, int], ...]  # block, its key's number and cache group
+    in_flight: tuple[Planned, ...]
+    kind: Literal["begin"] = "begin"
+
+
+@dataclass(frozen=True, slots=True)
+class Aborted:
+    ids: tuple[int, ...]
+    kind: Literal["abort"] = "abort"
+
+
+@dataclass(frozen=True, slots=True)
+class Forgotten:
+    """The prefix cache was emptied."""
+
+    kind: Literal["forget"] = "forget"
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +174,7 @@ class Failed:
     kind: Literal["fail"] = "fail"
 
 
-Event = Added | Aborted | Forgotten | Planned | Committed | Failed
+Event = Beginning | Added | Aborted | Forgotten | Planned | Committed | Failed
 
 Raw = Sequence | Aborted | Forgotten | tuple[Plan, float] | tuple[Plan, StepResult | None, Finished]
 
@@ -147,12 +203,23 @@ class Recording:
     """Gathers what an engine does until it is full or somebody closes it. It is cheap to feed: what
     comes in is kept as it is, and only `lines` looks into it, in any thread."""
 
-    def __init__(self, header: Header, most_steps: int, on_full: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        header: Header,
+        snapshot: Snapshot,
+        in_flight: Iterable[Plan],
+        sequences: Iterable[Sequence],
+        most_steps: int,
+        on_full: Callable[[], None],
+    ) -> None:
+        """``snapshot`` is of the scheduler when ``in_flight`` was, with its live ``sequences``."""
         self._header = header
+        self._snapshot = snapshot
+        self._in_flight = tuple(in_flight)
         self._most_steps = most_steps
         self._on_full = on_full
         self._num_chunks = 0
-        self._sequences: dict[int, Sequence] = {}
+        self._sequences = {seq.id: seq for seq in sequences}
         self._events: list[Raw] = []
         self.num_steps = 0
 
@@ -182,7 +249,8 @@ class Recording:
     def lines(self, contents: bool = False) -> Iterator[bytes]:
         """The file, a line at a time. Sequences that still run are taken as far as they are."""
         yield line(replace(self._header, contents=contents))
-        numbers = KeyNumbers()
+        numbers = Numbers()
+        yield line(self._beginning(numbers, contents))
         for event in self._events:
             if isinstance(event, Sequence):
                 yield line(self._added(event, numbers, contents))
@@ -193,7 +261,46 @@ class Recording:
             else:
                 yield line(self._committed(*event))
 
-    def _added(self, seq: Sequence, numbers: KeyNumbers, contents: bool) -> Added:
+    def _beginning(self, numbers: Numbers, contents: bool) -> Beginning:
+        snapshot, queues, pool = self._snapshot, self._snapshot.queues, self._snapshot.pool
+        return Beginning(
+            counters=snapshot.counters,
+            num_committed=snapshot.num_committed,
+            held_up=snapshot.held_up,
+            sequences=tuple([self._standing(seq, numbers, contents) for seq in snapshot.sequences]),
+            waiting=queues.waiting,
+            running=queues.running,
+            full=queues.full,
+            ended=queues.ended,
+            computing=tuple([(numbers[key], seq_id) for key, seq_id in queues.computing.items()]),
+            served=tuple([(numbers[name], served) for name, served in queues.served.items()]),
+            blank=pool.blank,
+            cached=pool.cached,
+            keys=tuple(
+                [
+                    (block, numbers[key], group)
+                    for block, (key, group) in zip(
+                        pool.keys, map(without_group, pool.keys.values()), strict=True
+                    )
+                ]
+            ),
+            in_flight=tuple([planned(plan, 0.0) for plan in self._in_flight]),
+        )
+
+    def _standing(self, then: Sequence, numbers: Numbers, contents: bool) -> Standing:
+        scored = then.prompt_logprobs
+        return Standing(
+            added=self._added(self._sequences[then.id], numbers, contents),
+            num_output=then.num_output,
+            num_scored=0 if scored is None else len(scored),
+            missing=None if then.missing is None else numbers[then.missing],
+            awaits=None if then.awaits is None else numbers[then.awaits],
+            tables=tuple([tuple(table) for table in then.tables]),
+            blocks=then.added,
+            **{name: getattr(then, name) for name in AS_IT_IS},
+        )
+
+    def _added(self, seq: Sequence, numbers: Numbers, contents: bool) -> Added:
         size = self._header.block_size
         tokens, keys = tuple(seq.tokens), list(seq.keys)
         extend_keys(keys, len(tokens) // size, tokens, size, seq.salt)
@@ -204,6 +311,8 @@ class Recording:
             max_tokens=seq.max_tokens,
             keys=tuple([numbers[key] for key in keys]),
             priority=seq.priority,
+            tenant=numbers[seq.tenant],
+            weight=seq.weight,
             constrained=seq.sampling.grammar is not None,
             prompt_logprobs=seq.prompt_logprobs is not None,
             pooling=seq.pooling,
@@ -231,10 +340,10 @@ class Recording:
         )
 
 
-class KeyNumbers(dict[bytes, int]):
-    """Numbers for keys of blocks, in the order in which they are asked for."""
+class Numbers(dict[bytes | str, int]):
+    """Numbers for keys of blocks and for names, in the order in which they are asked for."""
 
-    def __missing__(self, key: bytes) -> int:
+    def __missing__(self, key: bytes | str) -> int:
         self[key] = len(self)
         return self[key]
 

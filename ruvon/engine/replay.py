@@ -7,14 +7,16 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from ruvon.engine.blocks import BlockPool
-from ruvon.engine.grouped_pool import GroupedPool
+from ruvon.engine.blocks import KEY_BYTES, BlockPool, PoolState
+from ruvon.engine.grouped_pool import GroupedPool, group_key
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queues import Limits
 from ruvon.engine.recording import (
+    AS_IT_IS,
     FORMAT,
     Aborted,
     Added,
+    Beginning,
     Committed,
     Event,
     Failed,
@@ -22,15 +24,24 @@ from ruvon.engine.recording import (
     Forgotten,
     Header,
     Planned,
+    Standing,
     finishes,
     planned,
 )
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Plan, SamplingParams, Sequence, StepResult, TokenLogprobs
+from ruvon.engine.snapshot import QueueState, Snapshot
+from ruvon.engine.types import (
+    Chunk,
+    Emission,
+    Plan,
+    SamplingParams,
+    Sequence,
+    StepResult,
+    TokenLogprobs,
+)
 from ruvon.errors import LoadError
 from ruvon.grammars import Grammar
 
-KEY_BYTES = 32
 GOES_ON, STOPS = 0, 1  # in place of tokens
 SCORE = TokenLogprobs(GOES_ON, 0.0, 0, ())
 GRAMMAR = Grammar("")  # in place of one; a scheduler asks only whether there is one
@@ -64,6 +75,9 @@ def replay(events: Iterable[Header | Event]) -> Iterator[Replayed]:
             yield replayed(scheduler, event, difference)
             if difference:
                 return
+        elif isinstance(event, Beginning):
+            scheduler.restore(snapshot(event))
+            plans = {each.step: plan(each) for each in event.in_flight}
         else:
             apply(scheduler, event)
 
@@ -81,7 +95,7 @@ def make_scheduler(header: Header) -> Scheduler:
     return Scheduler(GroupedPool(pool, header.windows, header.longest_chunk), limits)
 
 
-def apply(scheduler: Scheduler, event: Added | Aborted | Forgotten | Header) -> None:
+def apply(scheduler: Scheduler, event: Added | Aborted | Forgotten | Beginning | Header) -> None:
     """What happens between steps."""
     if isinstance(event, Added):
         scheduler.add(sequence(event))
@@ -107,29 +121,81 @@ def sequence(added: Added) -> Sequence:
         seed=0,
         stop_ids=frozenset({STOPS}),
         priority=added.priority,
-        keys=[number.to_bytes(KEY_BYTES) for number in added.keys],
+        tenant=str(added.tenant),
+        weight=added.weight,
+        keys=[key(number) for number in added.keys],
         prompt_logprobs=[None] if added.prompt_logprobs else None,
         pooling=added.pooling,
     )
 
 
+def snapshot(event: Beginning) -> Snapshot:
+    """What the recorded scheduler was like, with numbers for keys and names."""
+    return Snapshot(
+        counters=event.counters,
+        num_committed=event.num_committed,
+        held_up=event.held_up,
+        sequences=tuple([standing(each) for each in event.sequences]),
+        queues=QueueState(
+            waiting=event.waiting,
+            running=event.running,
+            full=event.full,
+            ended=event.ended,
+            computing={key(number): seq_id for number, seq_id in event.computing},
+            served={str(tenant): served for tenant, served in event.served},
+        ),
+        pool=PoolState(
+            event.blank,
+            event.cached,
+            {block: group_key(key(number), group) for block, number, group in event.keys},
+        ),
+    )
+
+
+def standing(then: Standing) -> Sequence:
+    """A sequence on its way."""
+    seq = sequence(then.added)
+    seq.tokens += [GOES_ON] * then.num_output
+    if seq.prompt_logprobs is not None:
+        seq.prompt_logprobs = [None] * then.num_scored
+    for name in AS_IT_IS:
+        setattr(seq, name, getattr(then, name))
+    seq.missing = None if then.missing is None else key(then.missing)
+    seq.awaits = None if then.awaits is None else key(then.awaits)
+    seq.tables = tuple([list(table) for table in then.tables])
+    seq.added = then.blocks
+    return seq
+
+
+def plan(then: Planned) -> Plan:
+    """A plan of which a scheduler takes in the result."""
+    chunks = [
+        Chunk(seq_id, generation, (GOES_ON,) * count, start, blocks, samples)
+        for seq_id, generation, start, count, samples, blocks in then.chunks
+    ]
+    return Plan(then.step, tuple(chunks))
+
+
+def key(number: int) -> bytes:
+    return number.to_bytes(KEY_BYTES)
+
+
 def again(scheduler: Scheduler, plans: dict[int, Plan], event: Planned | Committed | Failed) -> str:
     """Do what was done; how it came out differently, if it did."""
     if isinstance(event, Planned):
-        plan = scheduler.schedule(event.now)
-        if plan is None:
+        made = scheduler.schedule(event.now)
+        if made is None:
             return "then there was a step to plan, now there is none"
-        plans[plan.step] = plan
-        return difference(event, planned(plan, event.now))
-    plan = plans.pop(event.step)
+        plans[made.step] = made
+        return difference(event, planned(made, event.now))
     if isinstance(event, Failed):
-        emissions = scheduler.fail(plan, "")
+        emissions = scheduler.fail(plans.pop(event.step), "")
     else:
-        emissions = scheduler.commit(plan, result(plan, event))
+        emissions = scheduler.commit(plans.pop(event.step), result(event))
     return finished_difference(event.finished, emissions)
 
 
-def result(plan: Plan, event: Committed) -> StepResult:
+def result(event: Committed) -> StepResult:
     """A result that a scheduler cannot tell from the recorded one."""
     return StepResult(
         tokens=tuple(

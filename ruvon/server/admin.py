@@ -30,7 +30,6 @@ from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
 
 OLLAMA = "0.12.11"
-STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
 
 
 async def models(http: web.Request) -> web.Response:
@@ -161,10 +160,11 @@ def _time(seconds: int) -> str:
 
 async def live(http: web.Request) -> web.Response:
     """Whether the process works at all: 503 asks for a restart."""
-    service = http.app[STATE].service
+    state = http.app[STATE]
+    service, patience = state.service, state.server.watchdog_timeout
     stalled = service.generator.stalled_for if service else 0.0
     dead = service is not None and service.generator.dead is not None
-    if dead or stalled > STUCK_AFTER:
+    if dead or (patience and stalled > patience):
         return json_response({"status": "dead" if dead else "stuck"}, 503)
     return json_response({"status": "alive"})
 

@@ -32,6 +32,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.requests import read_request
 from ruvon.server.responses import Answered, DecisionAnswer
 from ruvon.server.schemas import Fields
+from ruvon.server.schemas.base import Timeout
 from ruvon.server.state import Service, service_of
 
 MOST_QUESTIONS = 256  # as completions of one request
@@ -152,6 +153,7 @@ class DecisionRequest(Fields):
         list[Annotated[Predicate | Choice | Score, Field(discriminator="type")]],
         Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS),
     ]
+    timeout: Timeout | None = None
 
     @model_validator(mode="after")
     def _check_choices(self) -> DecisionRequest:
@@ -320,7 +322,7 @@ async def decisions(http: web.Request) -> web.Response:
     request, ignored, (jobs, labels) = await read_request(
         http, DecisionRequest, prepare, always_aside=True
     )
-    emissions = await collect(service, jobs)
+    emissions = await collect(http, service, jobs)
     answers = [
         answer(question, shares(emission, of))
         for question, emission, of in zip(request.questions, emissions, labels, strict=True)
