@@ -17,7 +17,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, ollama
+from ruvon.server import admin, console, debug, ollama
 from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -86,6 +86,8 @@ ROUTES = (
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
+    web.get("/debug/trace", debug.trace),
+    web.get("/debug/recording", debug.recording),
 )
 
 

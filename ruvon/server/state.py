@@ -13,6 +13,8 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
@@ -83,6 +85,13 @@ class Generator(Protocol):
 
     def fail(self, error: Exception) -> None:
         """Fail whatever runs or waits, and take nothing more."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """The last steps."""
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
     def start(self) -> None: ...
 
