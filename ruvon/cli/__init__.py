@@ -25,6 +25,7 @@ from ruvon.cli.options import (
     read_settings,
     settings,
 )
+from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
 from ruvon.errors import ConfigError, RuvonError
 
@@ -51,6 +52,8 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(record)
+main.add_command(replay)
 
 
 REPLICAS_OWN = (

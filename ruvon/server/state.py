@@ -13,6 +13,8 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
@@ -44,6 +46,14 @@ class Generator(Protocol):
         """Seconds since the last progress; 0 without work."""
 
     @property
+    def progressed_at(self) -> float:
+        """When that was; other times differ, whatever the clock."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+
+    @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
 
@@ -64,8 +74,24 @@ class Generator(Protocol):
     def compile(self, grammars: Iterable[Grammar]) -> list[object]:
         """Compile them, in a thread that may take long; what this gives keeps them known."""
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
-        """Queue all jobs, or none and raise why not."""
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
+        """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What it is doing, for a log; may be called in any thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """The last steps."""
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
     def start(self) -> None: ...
 
