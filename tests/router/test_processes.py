@@ -120,8 +120,9 @@ async def test_no_request_is_lost_to_a_crash_or_a_restart(tmp_path):
 def test_each_replica_has_cores_or_a_gpu_of_its_own(tmp_path, monkeypatch):
     monkeypatch.setattr("ruvon.engine.resources.allowed_cpus", lambda: list(range(8)))
     on_cpu = EngineConfig(device="cpu")
+    third = 1 / 3
     assert places(on_cpu, 3, {}, tmp_path) == [
-        Place((0, 1), 2), Place((2, 3), 2), Place((4, 5), 2),
+        Place((0, 1), 2, third), Place((2, 3), 2, third), Place((4, 5), 2, third),
     ]  # fmt: skip
     with pytest.raises(ConfigError, match="a core for each"):
         places(on_cpu, 9, {}, tmp_path)
