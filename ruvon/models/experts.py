@@ -106,8 +106,7 @@ def _tensor(
     weights: Weights, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
 ) -> Tensor:
     """On the device, where it is put in order faster."""
-    values = weights.read(name, shape, bytes_only=bytes_only)
-    assert isinstance(values, Tensor), "only a GGUF file's matrices are ever stored quantized"
+    values = weights.plain(name, weights.read(name, shape, bytes_only=bytes_only))
     return values.to(weights.ops.device)
 
 
