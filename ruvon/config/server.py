@@ -35,8 +35,9 @@ class ServerConfig:
     )
     api_key_file: str | None = setting(
         None,
-        "File with more of them, on each line one, or a name and one: keys with one name are one "
-        "tenant's. It counts anew when it changes.",
+        "File with more of them, on each line one, or a name and one, or these and a weight, with "
+        "which a busy server is shared: keys with one name are one tenant's. It counts anew when "
+        "it changes.",
     )
     admin_key: tuple[str, ...] = setting(
         (),
@@ -92,6 +93,28 @@ class ServerConfig:
         "with X-Ruvon-Resume. 0: never.",
         least=0,
         most=3600,
+    )
+    request_timeout: float | None = setting(
+        None,
+        "Seconds that a request may take, its time in the queue too; a request may ask for less "
+        "with timeout or X-Request-Timeout. Default: no limit.",
+        least=0.001,
+        most=A_DAY,
+    )
+    rate_limit_requests: int | None = setting(
+        None,
+        "Requests per minute of one key, or of all together without keys. Default: no limit.",
+        least=1,
+    )
+    rate_limit_tokens: int | None = setting(
+        None, "The same in tokens, of prompts and answers together. Default: no limit.", least=1
+    )
+    watchdog_timeout: float = setting(
+        300.0,
+        "Seconds without a finished step, though there is work, after which the server writes what "
+        "it was doing to the log and exits with code 70. 0: never.",
+        least=0,
+        most=A_DAY,
     )
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY

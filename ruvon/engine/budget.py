@@ -11,8 +11,8 @@ MOST_FORCED = 32
 
 
 class Budget:
-    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, which may be
-    larger: then the streams that it has held up have the next one for themselves."""
+    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, if one can hold
+    it. A longer one takes whole steps, and after each the streams that it has held up go on."""
 
     def __init__(self, max_tokens: int, chunked: bool) -> None:
         self._max_tokens = max_tokens
@@ -38,7 +38,7 @@ class Budget:
                     break
                 # Beside nothing else, or it might never fit; then it is the others' turn.
                 self._held_up = num_single > 0
-                return [(seq, seq.num_pending)]
+                return [(seq, min(seq.num_pending, self._max_tokens))]
             if num_tokens == 0:
                 break
             shares.append((seq, num_tokens))

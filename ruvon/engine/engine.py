@@ -19,14 +19,16 @@ from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
-from ruvon.errors import EngineDeadError, QueueFullError, RequestError
+from ruvon.errors import EngineDeadError, RequestError
 from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
 
@@ -141,7 +143,7 @@ class Engine:
         """
         self.check_alive()
         max_tokens = self.validate(job)
-        self._check_queue(job.n)
+        check_room([job], self._scheduler, self.config)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
         sampling = normalize(job.sampling)
@@ -156,6 +158,8 @@ class Engine:
                 seed=next(seeds),
                 stop_ids=stop_ids,
                 priority=job.priority,
+                tenant=job.tenant,
+                weight=job.weight,
                 salt=job.cache_salt,
                 arrived_at=now,
                 keys=list(job.keys),
@@ -172,6 +176,12 @@ class Engine:
     def sequence(self, seq_id: int) -> Sequence:
         """A live sequence, to read; `KeyError` when it is over."""
         return self._scheduler.sequences[seq_id]
+
+    def place(self, seq: Sequence) -> int | None:
+        """How many sequences a waiting one is behind, about; None for one that runs."""
+        waiting = self._scheduler.waiting
+        fair = ORDERS[self.config.scheduling_policy].fair
+        return waiting.place(seq, fair) if seq in waiting else None
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
@@ -261,7 +271,7 @@ class Engine:
 
     def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
-        self._check_queue(sum(job.n for job in jobs))
+        check_room(jobs, self._scheduler, self.config)
         for job in jobs:
             self.validate(job)
 
@@ -273,8 +283,9 @@ class Engine:
         return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
 
     def _check(self, job: Job) -> None:
-        if not 1 <= job.n <= self._bound:
-            raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
+        most = most_live(self.config)
+        if not 1 <= job.n <= most:
+            raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)
         if job.pooling is not None and job.sampling.max_tokens != 0:
@@ -295,22 +306,6 @@ class Engine:
     def _check_grammar(self, grammar: Grammar | None) -> None:
         if grammar is not None and self._grammars is None:
             raise RequestError("This engine has no grammars.", grammar.param)
-
-    @property
-    def _bound(self) -> int:
-        """Most live sequences: the queue's bound counts those beyond what could run at once."""
-        return self.config.max_num_queued_reqs + self.config.largest_step.sequences
-
-    def _check_queue(self, num_new: int) -> None:
-        if num_new > self._bound:
-            raise RequestError(
-                f"A request may hold at most {self._bound} completions here, not {num_new}.", "n"
-            )
-        num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_live + num_new > self._bound:
-            raise QueueFullError(
-                f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
-            )
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         if sampling.ignore_eos:
@@ -334,6 +329,23 @@ class Engine:
         pool, num_waiting = self._scheduler.pool, len(self._scheduler.waiting)
         used = 1 - pool.num_free / pool.num_blocks
         return len(self._scheduler.sequences) - num_waiting, num_waiting, used
+
+    def describe(self) -> dict[str, object]:
+        """What there is to do, for a log: numbers, and the first sequences."""
+        scheduler = self._scheduler
+        return {
+            "steps": scheduler.counters.steps,
+            "in_flight": scheduler.num_in_flight,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "free_blocks": scheduler.pool.num_free,
+            "sequences": [
+                f"{seq.id}: prompt {seq.num_prompt}, output {seq.num_output} of {seq.max_tokens},"
+                f" computed {seq.num_computed}, pending {seq.num_pending},"
+                f" preempted {seq.num_preempted}"
+                for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
+            ],
+        }
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

@@ -51,7 +51,7 @@ def longest_that_fits(
 
 def longest_chunk(config: EngineConfig) -> int:
     """Most tokens of a sequence that a step computes."""
-    return config.largest_step.tokens if config.enable_chunked_prefill else UNBOUNDED
+    return config.largest_step.tokens
 
 
 class GroupedPool:

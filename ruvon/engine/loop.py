@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -20,16 +20,16 @@ import structlog
 from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.coalescing import Coalescer
+from ruvon.engine.drain_rate import DrainRate
 from ruvon.engine.engine import Engine, Pending, dead_error
 from ruvon.engine.stream import Stream
-from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import NotReadyError, QueueFullError, RequestError
+from ruvon.engine.types import Emission, Job
+from ruvon.errors import DeadlineError, NotReadyError, QueueFullError, RequestError
 from ruvon.grammars import Grammar
 
 log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
-LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
 class NotCompiledError(Exception):
@@ -107,7 +107,7 @@ class EngineLoop:
         self._metrics = metrics
         self._clock = clock
         self._states: dict[int, RequestState] = {}
-        self._finished_at: deque[float] = deque(maxlen=64)
+        self._drain = DrainRate()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -199,20 +199,23 @@ class EngineLoop:
         """Wait until reading a new request keeps no step waiting; then make haste."""
         await self._admission.enter()
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
         `QueueFullError` with the time to wait, `NotReadyError`, `EngineDeadError`.
 
-        An emission's index counts over all jobs' completions.
+        An emission's index counts over all jobs' completions. After ``timeout`` seconds, in the
+        queue or not, the stream ends with a `DeadlineError`.
         """
         self._check_ready()
         now = self._clock()
         try:
             self.engine.check(jobs)
         except QueueFullError as error:
-            error.retry_after = self._seconds_until_room(sum(job.n for job in jobs), now)
+            error.retry_after = self._drain.seconds_for(error, now)
             raise
         stream = Stream(self._end, next(self._numbers))
+        if timeout is not None:
+            stream.expire(timeout, lambda: self._deadline_error(stream))
         for job in jobs:
             self._admit(job, stream, now)
         if not self._work.is_set():
@@ -228,12 +231,27 @@ class EngineLoop:
         if self._task is None:
             raise NotReadyError("The engine has not started.")
 
-    def _seconds_until_room(self, num_sequences: int, now: float) -> float:
-        """How long that many sequences took to finish lately, within bounds."""
-        if not self._finished_at:
-            return LEAST_RETRY
-        each = (now - self._finished_at[0]) / len(self._finished_at)
-        return min(max(num_sequences * each, LEAST_RETRY), MOST_RETRY)
+    def _deadline_error(self, stream: Stream) -> DeadlineError:
+        """What is said of a stream whose time is up."""
+        states = [self._states[seq_id] for seq_id in stream.open]
+        num_output = sum(state.seq.num_output for state in states)
+        return DeadlineError(
+            f"The request's time is up; {num_output} tokens had been generated."
+            if num_output
+            else f"The request's time is up; it was {self.progress(stream) or 'starting'}."
+        )
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for: ``queued 3`` behind so many sequences, or the share
+        of its prompt that is computed, ``prefill 512/4096``. Nothing once it has tokens."""
+        states = [self._states[seq_id] for seq_id in sorted(stream.open)]
+        if not states or any(state.seq.num_output for state in states):
+            return ""
+        places = [self.engine.place(state.seq) for state in states]
+        if None not in places:
+            return f"queued {places[0]}"
+        seq = states[places.index(None)].seq
+        return f"prefill {min(seq.num_computed, seq.num_prompt)}/{seq.num_prompt}"
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
         for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
@@ -241,8 +259,8 @@ class EngineLoop:
             stream.open.add(seq_id)
             self._idle.clear()
 
-    def _end(self, stream: Stream, seq_ids: Iterable[int], reason: FinishReason) -> None:
-        """A reader wants no more of these unfinished sequences."""
+    def _end(self, stream: Stream, seq_ids: Iterable[int], reason: str) -> None:
+        """A reader wants no more of these unfinished sequences, or has waited long enough."""
         now = self._clock()
         for seq_id in seq_ids:
             self._record_finished(self._states[seq_id], reason, now)
@@ -333,6 +351,20 @@ class EngineLoop:
             self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
         self._note_idle()
 
+    def describe(self) -> Mapping[str, object]:
+        """What the engine is doing, for a log; may be called in any thread."""
+        under_way = [
+            f"step {step.plan.step}: {step.num_tokens} tokens of {len(step.plan.chunks)} sequences"
+            for step in list(self._pending)
+        ]
+        return {"open": len(self._states), "under_way": under_way, **self.engine.describe()}
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+        if self.dead is None:
+            self.engine.abort(self._states)
+            self._die(error)
+
     def _die(self, error: Exception) -> None:
         self.dead = error
         for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
@@ -357,8 +389,8 @@ class EngineLoop:
 
     def _record_finished(self, state: RequestState, reason: str, now: float) -> None:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
-        self._finished_at.append(now)
         seq = state.seq
+        self._drain.note(seq, now)
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
         first_token_at = now if state.first_token_at is None else state.first_token_at
         self._metrics.record_finished(

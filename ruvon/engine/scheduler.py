@@ -23,7 +23,7 @@ from collections.abc import Iterable
 from ruvon.engine.budget import Budget
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.outcome import accept, fail
-from ruvon.engine.policies import WaitingQueue
+from ruvon.engine.policies import Shares, WaitingQueue
 from ruvon.engine.queues import Counters, Limits, Queues
 from ruvon.engine.types import (
     BEING_SAMPLED,
@@ -60,6 +60,11 @@ class Scheduler:
         return self._queues.waiting
 
     @property
+    def shares(self) -> Shares | None:
+        """What tenants have been served, where that counts."""
+        return self._queues.shares
+
+    @property
     def running(self) -> dict[int, Sequence]:
         return self._queues.running
 
@@ -79,6 +84,8 @@ class Scheduler:
         assert needed <= self.pool.num_blocks
         self.sequences[seq.id] = seq
         self.num_with_grammar += seq.sampling.grammar is not None
+        if self.shares is not None:
+            self.shares.enter(seq)
         self.waiting.push(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -196,6 +203,8 @@ class Scheduler:
             del self.sequences[seq.id]
             self.num_with_grammar -= seq.sampling.grammar is not None
             self._queues.free(seq)
+            if self.shares is not None:
+                self.shares.leave(seq)
 
 
 def introduce(seq: Sequence) -> NewSequence:

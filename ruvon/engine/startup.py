@@ -47,13 +47,13 @@ from ruvon.engine.types import (
 )
 from ruvon.engine.validation import check_sampling
 from ruvon.errors import LoadError, RequestError
-from ruvon.kernels.ops import Ops
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.models import Model, load_model
 from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
+from ruvon.models.sources import weight_files
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
-from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
@@ -92,8 +92,9 @@ class LoadedEngine:
     """What the runner counts, for metrics: by name, help and value."""
 
 
-def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
-    """Load what ``config`` names and make an engine of it.
+def start_engine(config: EngineConfig, progress: Progress, mesh: Mesh = ALONE) -> LoadedEngine:
+    """Load what ``config`` names and make an engine of it. For one rank of several, ``mesh`` is how
+    it meets the others.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
@@ -107,7 +108,7 @@ def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
     stack = ExitStack()
     try:
-        backend = choose_backend(checkpoint.spec, config, device, threads)
+        backend = choose_backend(checkpoint.spec, config, device, threads, mesh)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
         loaded = assemble(checkpoint, config, backend, threads, stack, progress)
@@ -152,7 +153,7 @@ def assemble(
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
         words = beside.submit(load_words, checkpoint)
-        model = load_on(checkpoint, config, backend.ops, threads, progress)
+        model = load_on(checkpoint, config, backend, threads, progress)
     tokenizer, chat, grammars = words.result()
     stack.callback(grammars.close)
     memory = plan_memory(
@@ -161,6 +162,7 @@ def assemble(
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
         free_bytes=free_for_cache(backend.ops, config, model.spec),
+        held=model.held,
     )
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
@@ -203,16 +205,16 @@ def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
 
 
 def load_on(
-    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, threads: int, progress: Progress
+    checkpoint: Checkpoint, config: EngineConfig, backend: Backend, threads: int, progress: Progress
 ) -> Model:
-    """The model, loaded on so many threads; torch uses that many afterwards."""
-    stored = stored_bytes(checkpoint)
+    """The rank's share of the model, loaded on so many threads; torch uses that many afterwards."""
+    stored = stored_bytes(checkpoint) // (backend.mesh.size * backend.mesh.stages)
     room = BYTES_AT_ONCE * checkpoint.spec.num_layers // max(stored, 1)
-    on_cpu = ops.device.type == "cpu"
+    on_cpu = backend.ops.device.type == "cpu"
     at_once = max(min(threads, LAYERS_AT_ONCE, room), 1) if on_cpu else 1
     small = stored <= SMALL_MODEL
     torch.set_num_threads(1 if small else max(threads // at_once, 1))
-    model = load_model(checkpoint, config, ops, progress, at_once)
+    model = load_model(checkpoint, config, backend.ops, progress, at_once, backend.mesh)
     torch.set_num_threads(threads)
     return model
 
@@ -227,7 +229,7 @@ def make_runner(
 ) -> Runner | GpuRunner:
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
-    cache = allocate_cache(model.spec, memory, backend.ops.device)
+    cache = allocate_cache(model.spec, memory, backend.ops.device, model.held)
     if backend.graphs:
         return make_gpu_runner(model, config, memory, cache, limits, grammars, progress)
     step = backend.make_step(model, cache, limits, progress)
@@ -244,7 +246,8 @@ def make_runner(
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.pin_thread,
-        matchers=Matchers(grammars),
+        matchers=Matchers(grammars) if backend.mesh.is_last else None,
+        samples=backend.mesh.is_last,
     )
 
 

@@ -32,6 +32,7 @@ from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
+from ruvon.server.rate_limits import LIMITS, RateLimits
 from ruvon.server.reload import Watched, watch_files
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
@@ -40,6 +41,7 @@ from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import Certificate
+from ruvon.server.watchdog import watching
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
 
@@ -73,9 +75,9 @@ ROUTES = (
     web.get("/v1/models/{name:.+}", admin.model),
     web.post("/api/chat", ollama.answer, expect_handler=expect),
     web.post("/api/generate", ollama.answer, expect_handler=expect),
-    web.get("/api/tags", admin.tags),
-    web.post("/api/show", admin.show, expect_handler=expect),
-    web.get("/api/version", admin.ollama_version),
+    web.get("/api/tags", ollama.tags),
+    web.post("/api/show", ollama.show, expect_handler=expect),
+    web.get("/api/version", ollama.version),
     web.post("/tokenize", admin.tokenize, expect_handler=expect),
     web.post("/detokenize", admin.detokenize, expect_handler=expect),
     web.get("/tokenizer_info", admin.tokenizer_info),
@@ -101,6 +103,7 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
     app[KEYS] = keys = Keys(read_keys(server))
     app[TLS] = load_certificate(server)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
@@ -169,7 +172,10 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with (
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            watching(app[STATE], runner.get_loop()),
+        ):
             runner.run(run(app))
     finally:
         gc.unfreeze()  # for libraries that look at the end whether they left something behind

@@ -40,6 +40,14 @@ class Generator(Protocol):
         """Seconds since the last progress; 0 without work."""
 
     @property
+    def progressed_at(self) -> float:
+        """When that was; other times differ, whatever the clock."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+
+    @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
 
@@ -56,8 +64,17 @@ class Generator(Protocol):
     def compile(self, grammars: Iterable[Grammar]) -> list[object]:
         """Compile them, in a thread that may take long; what this gives keeps them known."""
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
-        """Queue all jobs, or none and raise why not."""
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
+        """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What it is doing, for a log; may be called in any thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
 
     def start(self) -> None: ...
 

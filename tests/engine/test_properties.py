@@ -175,9 +175,7 @@ class Run:
         assert self.finished.keys().isdisjoint(chunk.seq_id for chunk in plan.chunks)
         limit = self.engine.config.largest_step.tokens
         assert plan.num_tokens > 0
-        assert plan.num_tokens <= limit or (
-            not self.engine.config.enable_chunked_prefill and len(plan.chunks) == 1
-        )
+        assert plan.num_tokens <= limit
         assert len(plan.chunks) <= self.engine.config.largest_step.sequences
 
     def _take_in(self, emission: Emission) -> None:
@@ -195,9 +193,10 @@ def check(engine: Engine) -> None:
     scheduler = engine._scheduler
     pool, sequences, queues = scheduler.pool, scheduler.sequences.values(), scheduler._queues
     pool.check([table for seq in sequences for table in seq.tables])
-    assert list(scheduler.running) == [
-        seq.id for seq in sorted(queues.running.values(), key=queues._limits.order)
-    ]
+    if not queues._is_contended:  # else it changes with what is computed
+        assert list(scheduler.running) == [
+            seq.id for seq in sorted(queues.running.values(), key=queues.rank)
+        ]
     assert queues._num_holding == sum(1 for seq in queues.running.values() if seq.tables)
     assert max((seq.in_flight for seq in sequences), default=0) <= scheduler.num_in_flight
     for seq in sequences:
@@ -245,6 +244,7 @@ def verify(run: Run) -> None:
     scheduler = run.engine._scheduler
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not scheduler.sequences
+    assert scheduler.shares is None or not scheduler.shares._served
     assert not scheduler._queues.prefixes._computing
 
 
@@ -284,6 +284,8 @@ def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
             sampling,
             n=draw(st.sampled_from([1, 1, 2, 5])),
             priority=draw(st.integers(0, 2)),
+            tenant=draw(st.sampled_from(["", "a", "b"])),
+            weight=draw(st.sampled_from([1.0, 3.0])),
             cache_salt=draw(st.sampled_from(["", "", "salt"])),
         )
         at = draw(st.integers(0, 12))
@@ -301,7 +303,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         max_num_seqs=draw(st.integers(1, min(budget, 8))),
         max_num_batched_tokens=budget,
         batching=draw(st.sampled_from(["sequential", "static", "continuous"])),
-        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        scheduling_policy=draw(st.sampled_from(["fair", "fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
         enable_chunked_prefill=draw(st.booleans()),
     )
@@ -371,7 +373,13 @@ def mixed_load(
             prompt_logprobs=rng.choice([None, None, None, 0]),
             grammar=rng.choice([None, *RULES]) if constrained else None,
         )
-        job = Job(prompt, sampling, n=rng.choice([1, 1, 1, 3]), priority=rng.randrange(3))
+        job = Job(
+            prompt,
+            sampling,
+            n=rng.choice([1, 1, 1, 3]),
+            priority=rng.randrange(3),
+            tenant=rng.choice("abc"),
+        )
         at = rng.randrange(num_steps)
         aborted = at + rng.randrange(60) / 2 if rng.random() < 0.3 else None
         load.append(Arrival(job, at, aborted))
@@ -382,12 +390,12 @@ def mixed_load(
     ("policy", "constrained", "windows", "depth", "grammar_depth"),
     [
         ("fcfs", False, (0,), 1, 1),
-        ("fcfs", False, (0,), 2, 1),
+        ("fair", False, (0,), 2, 1),
         ("priority", False, (0,), 2, 2),
         ("fcfs", True, (0,), 2, 2),
         ("fcfs", True, (9,), 1, 1),
         ("priority", False, (0, 9), 1, 1),
-        ("priority", False, (0, 9), 2, 2),
+        ("fair", True, (0, 9), 2, 2),
     ],
 )
 def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
@@ -404,7 +412,7 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, wi
     run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
-    assert counters.preempted > (100 if 0 in windows else 0)
+    assert counters.preempted > (50 if 0 in windows else 0)
     assert counters.cached > 1000
 
 

@@ -128,7 +128,7 @@ def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeyp
 
 def test_layers_of_a_large_model_are_loaded_one_by_one(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[4]))
     monkeypatch.setattr(startup, "stored_bytes", lambda checkpoint: 14 << 30)
     with pytest.raises(AttributeError):  # there is no model
         start_engine(settings(folder, threads=4), silent)
@@ -167,7 +167,7 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
     asked = []
 
     def load_model(*arguments):
-        asked.append(arguments[-1])
+        asked.append(arguments[4])
         return models.load_model(*arguments)
 
     monkeypatch.setattr(startup, "load_model", load_model)
