@@ -9,14 +9,19 @@
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
+    │   ├── AdminKeyError           403 admin_key_required
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── StreamNotFoundError     404 stream_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
+    │   ├── HeadTimeoutError        408 request_timeout
     │   └── EncodingError           415 unsupported_encoding
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
+        ├── RateLimitError          429, with Retry-After
+        ├── DeadlineError           504, the request's own time is up
+        ├── TooManyConnectionsError 503, with Retry-After
         ├── NotReadyError           503, still loading or draining
         ├── GenerationError         500, this completion could not be computed
         └── EngineDeadError         500, the engine loop has failed
@@ -71,6 +76,14 @@ class AuthenticationError(RequestError):
     code = "invalid_api_key"
 
 
+class AdminKeyError(RequestError):
+    """The request asks for what only an admin's key opens."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
+
+
 class ModelNotFoundError(RequestError):
     """The request names a model that this server does not serve."""
 
@@ -109,6 +122,16 @@ class BodyTimeoutError(RequestError):
     code = "request_timeout"
 
 
+class HeadTimeoutError(RequestError):
+    """The request's headers did not come to an end."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request's headers were not there within {seconds:g} seconds.")
+
+
 class EncodingError(RequestError):
     """The request body is compressed."""
 
@@ -130,10 +153,43 @@ class UnavailableError(RuvonError):
 
 
 class QueueFullError(UnavailableError):
-    """The waiting queue is at its bound."""
+    """The waiting queue is at its bound. ``setting`` is the bound's, and ``excess`` what would have
+    to leave first: sequences or tokens."""
 
     type = "overloaded"
     code = "queue_full"
+
+    def __init__(self, message: str, setting: str, excess: int) -> None:
+        super().__init__(message, 1.0)
+        self.setting = setting
+        self.excess = excess
+
+
+class RateLimitError(UnavailableError):
+    """A key has asked for more in a minute than it may; ``setting`` is the limit's."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, setting: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.setting = setting
+
+
+class DeadlineError(UnavailableError):
+    """The time that the request had is up."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
+
+
+class TooManyConnectionsError(UnavailableError):
+    """As many connections are open as there may be, in all or from one address."""
+
+    type = "overloaded"
+    code = "too_many_connections"
 
 
 class NotReadyError(UnavailableError):

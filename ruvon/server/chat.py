@@ -22,7 +22,7 @@ from ruvon.server.conversation import (
 from ruvon.server.generation import Generation
 from ruvon.server.requests import bounded, name_request, read_request, sampling_params, text_options
 from ruvon.server.schemas import ChatRequest, TemplateFields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import Service, service_of
 from ruvon.server.tools import choice_of, tools_of
 from ruvon.server.writers.chat import ChatWriter
 
@@ -31,14 +31,14 @@ BUDGETS = ("thinking_token_budget", "thinking_budget", "reasoning_budget")
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Answer a chat."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, (job, turn) = await read_request(http, ChatRequest, prepare_chat)
     ignored = without_effect(http, ignored, turn.ignored)
     name_request(http, request.request_id)
     texts = await prompt_texts(http, [job] if request.return_prompt_text else [], service)
     writer = ChatWriter(request, job, service, next(iter(texts), None))
-    generation = Generation(service, [job], writer, turn.parser)
-    return await generation.send(http, stream=bool(request.stream), ignored=ignored)
+    generation = Generation(http, service, [job], writer, turn.parser)
+    return await generation.send(stream=bool(request.stream), ignored=ignored)
 
 
 def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> tuple[Job, Turn]:

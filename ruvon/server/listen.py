@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
+import ssl
+import stat
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from aiohttp import web
@@ -20,7 +23,9 @@ ACCEPTED = 16  # of them, in one turn of the event loop
 LACKING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})  # no such address on this machine
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]:
+async def listen(
+    runner: web.AppRunner, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> tuple[str, int]:
     """Take connections; returns the address, with the port that was chosen for port 0.
 
     uvloop accepts one connection for each listener and turn of its loop. Here a turn may hold a
@@ -38,7 +43,8 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
         with ExitStack() as stack:
             for sock in bind(dict.fromkeys((info[0], info[4]) for info in infos), stack):
                 for _ in range(ACCEPTED):
-                    await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
+                    site = web.SockSite(runner, sock.dup(), ssl_context=tls, backlog=BACKLOG)
+                    await site.start()
     except OSError as error:
         # `socket.create_server` says the address a second time in its own text.
         resolving = isinstance(error, socket.gaierror)
@@ -46,6 +52,28 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
         raise ConfigError(f"cannot listen on {host} port {port}: {reason}") from error
     shown_host, shown_port = runner.addresses[0][:2]
     return shown_host, shown_port
+
+
+async def listen_unix(runner: web.AppRunner, path: str) -> None:
+    """Take connections on a Unix socket; what lay there before is gone. Whoever may write to it may
+    connect: it is made for its owner alone.
+
+    Raises:
+        ConfigError: there can be no socket.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(BACKLOG)
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {path}: {reason}") from error
 
 
 def bind(
@@ -71,3 +99,12 @@ def bind(
     if not sockets and lacking is not None:
         raise lacking
     return sockets
+
+
+def allow_files(wanted: int) -> None:
+    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -19,12 +19,11 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
-from ruvon.server.keys import OPEN
+from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
 from ruvon.server.responses_api import answers
 from ruvon.server.responses_api import schemas as requests_of_items
-from ruvon.server.state import STATE
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -167,6 +166,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
     ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
+    ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
     ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
     ("GET", "/metrics"): Operation("state", "Prometheus metrics", str),
     ("GET", "/openapi.json"): Operation("state", "This document", dict[str, Any]),
@@ -195,7 +195,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 async def openapi(http: web.Request) -> web.Response:
     """The document."""
-    keyed = bool(http.app[STATE].server.api_key)
+    keyed = http.app[KEYS].are_needed
     body = await offload(http.app, True, lambda: render(keyed))
     return web.Response(body=body, content_type="application/json")
 
@@ -265,7 +265,7 @@ def describe(method: str, path: str, operation: Operation, found: Found) -> Sche
     return entry
 
 
-ANSWERS_503 = frozenset({"/health", "/live", "/ready"})
+ANSWERS_503 = frozenset({"/health", "/live", "/load", "/ready"})
 
 
 def parameters_of(name: str, path: str, operation: Operation, found: Found) -> list[Schema]:

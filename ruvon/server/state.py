@@ -5,19 +5,26 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Protocol
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.grammars import Grammar
-from ruvon.models.chat import Chat
-from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
+
+if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
+    from ruvon.models.chat import Chat
+    from ruvon.models.tokenizer import Tokenizer
 
 
 class Generator(Protocol):
@@ -39,8 +46,20 @@ class Generator(Protocol):
         """Seconds since the last progress; 0 without work."""
 
     @property
+    def progressed_at(self) -> float:
+        """When that was; other times differ, whatever the clock."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+
+    @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """How large it is, and what it has lost."""
 
     async def admission(self) -> None:
         """Wait until reading a new request keeps nobody waiting."""
@@ -55,8 +74,24 @@ class Generator(Protocol):
     def compile(self, grammars: Iterable[Grammar]) -> list[object]:
         """Compile them, in a thread that may take long; what this gives keeps them known."""
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
-        """Queue all jobs, or none and raise why not."""
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
+        """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What it is doing, for a log; may be called in any thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """The last steps."""
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
     def start(self) -> None: ...
 
@@ -79,11 +114,20 @@ class Service:
     architecture: str
     weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
+    tenant: str = ""  # for whom the jobs of a request are prepared
+    apart: bool = True  # whether tenants share no cached prefixes
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def max_model_len(self) -> int:
         return self.generator.max_model_len
+
+    def prepare(self, job: Job) -> Job:
+        """`Generator.prepare`, for the tenant: where they are kept ``apart``, its cached
+        prefixes are no other's. How fast an
+        answer comes would else tell what others have asked."""
+        salt = f"{self.tenant}\n{job.cache_salt}" if self.apart and self.tenant else job.cache_salt
+        return self.generator.prepare(replace(job, tenant=self.tenant, cache_salt=salt))
 
     def check_model(self, name: str | None) -> None:
         """Raise for a name that is not served; no name means the model there is."""
@@ -102,6 +146,7 @@ class State:
     phase: str = "starting"
     share: float = 0.0  # done of the phase, 0 to 1
     address: tuple[str, int] | None = None  # once it listens
+    epoch: str = field(default_factory=lambda: uuid4().hex[:12])  # another one after a restart
     service: Service | None = None
     draining: bool = False
     failure: BaseException | None = None  # why loading failed
@@ -125,3 +170,8 @@ class State:
 
 
 STATE = web.AppKey("state", State)
+
+
+def service_of(http: web.Request) -> Service:
+    """The service for a request's tenant. Raises as `State.ready`."""
+    return replace(http.app[STATE].ready(), tenant=http[TENANT])

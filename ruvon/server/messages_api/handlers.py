@@ -19,7 +19,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import MAX_IGNORED
 from ruvon.server.requests import read_request, sampling_params, text_options
 from ruvon.server.schemas import SamplingFields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 
 NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
@@ -31,13 +31,13 @@ NAMES = {
 
 async def messages(http: web.Request) -> web.StreamResponse:
     """Answer a conversation."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, (job, turn, left_out) = await read_request(http, MessagesRequest, prepare)
     ignored = without_effect(http, ignored, turn, left_out)
     writer = MessagesWriter(request, job, service, http[FACTS]["request_id"])
-    generation = Generation(service, [job], writer, turn.parser)
+    generation = Generation(http, service, [job], writer, turn.parser)
     media = EVENTS._replace(beat=writer.beat)
-    return await generation.send(http, stream=bool(request.stream), ignored=ignored, media=media)
+    return await generation.send(stream=bool(request.stream), ignored=ignored, media=media)
 
 
 def prepare(
