@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -34,16 +35,28 @@ def triton_device() -> torch.device:
     """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch_tensor = interpreter._patch_lang_tensor
+    patch_once(pytest.importorskip("triton.runtime.interpreter"))
+    return torch.device("cpu")
+
+
+def patch_once(interpreter: ModuleType) -> None:
+    """The interpreter puts its functions in place of the language's for every call, of functions in
+    kernels too, and takes them back: most of its time. Here once for each module, and for good."""
+    patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    patched: set[str] = set()
+
+    def patch_new(fn: Any) -> Any:
+        if fn.__module__ not in patched:
+            patched.add(fn.__module__)
+            patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to take back
 
     def patch_index_too(tensor: Any, scope: Any) -> None:
         """Loop bounds are arrays of one element there, which numpy 2.4 makes no ints of."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_index_too
-    return torch.device("cpu")
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_new, patch_index_too
 
 
 @pytest.fixture
