@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeRunner
+from hypothesis import HealthCheck, settings
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
@@ -21,6 +22,10 @@ if find_spec("triton") is None:  # it is not on every platform
     collect_ignore = ["engine/test_scoring.py", "engine/test_inputs.py"]
     collect_ignore_glob = ["engine/test_gpu_*.py", "kernels/test_triton_*.py"]
 
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if settings.get_current_profile_name() == "default":
+    settings.load_profile("here")  # how fast a machine is fails no test
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long is not measured in this process, which would make it half as slow again: slow
@@ -28,6 +33,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("slow") or item.path.name.startswith("test_triton_"):
             item.add_marker(pytest.mark.no_cover)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """What tests multiply is small, and another process of theirs has the next core."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
