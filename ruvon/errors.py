@@ -9,14 +9,17 @@
     ├── RequestError                the client's fault; carries OpenAI's type, param and code
     │   ├── ContextLengthError      400 context_length_exceeded
     │   ├── AuthenticationError     401 invalid_api_key, with WWW-Authenticate
+    │   ├── AdminKeyError           403 admin_key_required
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── StreamNotFoundError     404 stream_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
+    │   ├── HeadTimeoutError        408 request_timeout
     │   └── EncodingError           415 unsupported_encoding
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
+        ├── TooManyConnectionsError 503, with Retry-After
         ├── NotReadyError           503, still loading or draining
         ├── GenerationError         500, this completion could not be computed
         └── EngineDeadError         500, the engine loop has failed
@@ -71,6 +74,14 @@ class AuthenticationError(RequestError):
     code = "invalid_api_key"
 
 
+class AdminKeyError(RequestError):
+    """The request asks for what only an admin's key opens."""
+
+    status = 403
+    type = "permission_error"
+    code = "admin_key_required"
+
+
 class ModelNotFoundError(RequestError):
     """The request names a model that this server does not serve."""
 
@@ -109,6 +120,16 @@ class BodyTimeoutError(RequestError):
     code = "request_timeout"
 
 
+class HeadTimeoutError(RequestError):
+    """The request's headers did not come to an end."""
+
+    status = 408
+    code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(f"The request's headers were not there within {seconds:g} seconds.")
+
+
 class EncodingError(RequestError):
     """The request body is compressed."""
 
@@ -134,6 +155,13 @@ class QueueFullError(UnavailableError):
 
     type = "overloaded"
     code = "queue_full"
+
+
+class TooManyConnectionsError(UnavailableError):
+    """As many connections are open as there may be, in all or from one address."""
+
+    type = "overloaded"
+    code = "too_many_connections"
 
 
 class NotReadyError(UnavailableError):

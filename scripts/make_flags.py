@@ -14,7 +14,7 @@ PATH = Path(__file__).parent.parent / "docs" / "reference" / "flags.md"
 HEAD = """\
 # Settings
 
-<!-- Made by scripts/make_flags.py from ruvon/config.py. -->
+<!-- Made by scripts/make_flags.py from ruvon/config. -->
 
 Each setting is a flag of `ruvon serve`, an environment variable and a key of the TOML file given
 with `--config`. The command line wins over the environment, the environment over the file, the

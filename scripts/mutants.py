@@ -26,11 +26,19 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 TESTS: Mapping[str, str] = {
-    "ruvon/config.py": "test_config.py",
+    "ruvon/config/engine.py": "test_config.py",
+    "ruvon/config/fields.py": "test_config.py",
+    "ruvon/config/server.py": "test_config.py",
+    "ruvon/config/sizes.py": "test_config.py",
+    "ruvon/config/sources.py": "test_config.py",
     "ruvon/engine/blocks.py": "engine/test_blocks.py",
     "ruvon/engine/grouped_pool.py": "engine/test_grouped_pool.py",
     "ruvon/engine/policies.py": "engine/test_policies.py",
     "ruvon/engine/scheduler.py": "engine/test_scheduler.py",
+    "ruvon/engine/budget.py": "engine/test_scheduler.py",
+    "ruvon/engine/outcome.py": "engine/test_scheduler.py",
+    "ruvon/engine/prefixes.py": "engine/test_scheduler.py",
+    "ruvon/engine/queues.py": "engine/test_scheduler.py",
     "ruvon/models/added_tokens.py": "models/test_added_tokens.py",
     "ruvon/models/cache_groups.py": "models/test_cache_groups.py",
     "ruvon/models/defaults.py": "models/test_defaults.py",

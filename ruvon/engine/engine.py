@@ -19,7 +19,8 @@ from ruvon.engine.blocks import BlockPool, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.scheduler import Counters, Limits, Scheduler
+from ruvon.engine.queues import Counters, Limits
+from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError

@@ -89,6 +89,7 @@ class Job:
     n: int = 1
     pooling: Pooling | None = None  # the prompt's hidden states are wanted, and no token
     priority: int = 0  # lower runs first, under the policy "priority"
+    tenant: str = ""  # whose it is: an opaque id
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
     keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
     param: str = "prompt"  # the field that errors about the prompt name
@@ -143,6 +144,11 @@ class Sequence:
     @property
     def num_output(self) -> int:
         return len(self.tokens) - self.num_prompt
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether logprobs of its prompt are wanted that no step has brought yet."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt
 
 
 @dataclass(slots=True)

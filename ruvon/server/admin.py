@@ -27,7 +27,7 @@ from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.schemas.base import missing
 from ruvon.server.shape import Bounds
-from ruvon.server.state import STATE, Service, State
+from ruvon.server.state import STATE, Service, State, service_of
 
 OLLAMA = "0.12.11"
 STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
@@ -35,7 +35,7 @@ STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: al
 
 async def models(http: web.Request) -> web.Response:
     """The served names, as OpenAI or as Anthropic lists them."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     if speaks_anthropic(http):
         return json_response(_page(http, service))
     return json_response({"object": "list", "data": [_card(n, service) for n in service.names]})
@@ -43,7 +43,7 @@ async def models(http: web.Request) -> web.Response:
 
 async def model(http: web.Request) -> web.Response:
     """One served name, which may contain slashes."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     name = http.match_info["name"]
     service.check_model(name)
     if speaks_anthropic(http):
@@ -105,7 +105,7 @@ def _card(name: str, service: Service) -> ModelCard:
 
 async def tags(http: web.Request) -> web.Response:
     """The served names as Ollama lists them."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     listed = [{"name": n, "model": n, **_ollama_card(n, service)} for n in service.names]
     return json_response({"models": listed})
 
@@ -244,7 +244,7 @@ def _prompt_ids(data: dict[str, Any], service: Service) -> tuple[Sequence[int], 
 
 async def tokenizer_info(http: web.Request) -> web.Response:
     """What a tokenizer at the client needs."""
-    tokenizer = http.app[STATE].ready().tokenizer
+    tokenizer = service_of(http).tokenizer
     bos, eos = tokenizer.bos_id, next(iter(tokenizer.eos_ids), None)
     info: TokenizerInfo = {
         "bos_token": None if bos is None else tokenizer.token_text(bos),

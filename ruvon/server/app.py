@@ -6,9 +6,12 @@ import asyncio
 import gc
 import math
 import os
+import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from ipaddress import ip_address
 
 import structlog
 import uvloop
@@ -23,23 +26,27 @@ from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
+from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import listen
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
+from ruvon.server.reload import Watched, watch_files
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.state import STATE, State
+from ruvon.server.tls import Certificate
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
 
 log = structlog.get_logger(__name__)
 
 YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
+OTHER_FILES = 512  # that the process has open beside connections: weights, sockets, pipes
 SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
@@ -94,6 +101,8 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[KEYS] = keys = Keys(read_keys(server))
+    app[TLS] = load_certificate(server)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)
@@ -104,8 +113,27 @@ def create_app(
     state.http.gauge("ruvon_kept_streams", "Streams that can be resumed.", app[KEPT].__len__)
     app.on_cleanup.append(end_reader)
     app.on_cleanup.append(end_kept)
+    app.cleanup_ctx.append(watch_files(watched(server, keys, app[TLS])))
     app.cleanup_ctx.append(engine_context(start))
     return app
+
+
+TLS = web.AppKey[Certificate | None]("tls")
+
+
+def load_certificate(server: ServerConfig) -> Certificate | None:
+    """What connections are encrypted with, if they are."""
+    return None if server.tls_cert is None else Certificate(server.tls_cert, server.tls_key)
+
+
+def watched(server: ServerConfig, keys: Keys, certificate: Certificate | None) -> list[Watched]:
+    """The files that count anew when they change."""
+    key_files = [path for path in (server.api_key_file, server.admin_key_file) if path is not None]
+    found = [Watched(key_files, lambda: keys.replace(read_keys(server)))] if key_files else []
+    if certificate is not None:
+        files = [path for path in (server.tls_cert, server.tls_key) if path is not None]
+        found.append(Watched(files, certificate.reload))
+    return found
 
 
 def open_store(server: ServerConfig, state: State) -> ResponseStore:
@@ -136,6 +164,7 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
     address cannot be listened on."""
     fill_standard_streams()
+    allow_files(server.max_connections + OTHER_FILES)
     sink = configure_logging(server.log_level, server.log_format)
     app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
@@ -158,6 +187,15 @@ def fill_standard_streams() -> None:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
+def allow_files(wanted: int) -> None:
+    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+
+
 def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:
     """Start an engine that lives as long as the process. So does most of what was made on the way:
     the garbage collector, which else would stop everything to look through it every now and then
@@ -177,15 +215,24 @@ async def run(app: web.Application) -> None:
     await runner.setup()
     try:
         watch_signals(state)
-        host, port = await listen(runner, state.server.host, state.server.port)
+        certificate = app[TLS]
+        tls = None if certificate is None else certificate.context
+        host, port = await listen(runner, state.server.host, state.server.port, tls)
         state.address = (host, port)
         console.tell_address(state.server, host, port, dialects())
+        warn_of_open_door(state.server, host)
         await state.ended.wait()
         await drain(state)
     finally:
         await runner.cleanup()
     if state.failure is not None:
         raise state.failure
+
+
+def warn_of_open_door(server: ServerConfig, host: str) -> None:
+    """Say so where everybody who reaches this machine may ask."""
+    if not server.is_keyed and not ip_address(host).is_loopback:
+        log.warning("open_to_all", host=host, hint="give --api-key, or listen on 127.0.0.1")
 
 
 def watch_signals(state: State) -> None:

@@ -13,11 +13,12 @@ from aiohttp import web
 from ruvon.engine.loop import NotCompiledError
 from ruvon.errors import BodyTimeoutError, BodyTooLargeError, EncodingError
 from ruvon.server.parsing import SMALL
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 
 T = TypeVar("T")
 
-BODY_PATIENCE = 60.0  # seconds without a byte of a body that has not ended
+BODY_PATIENCE = 60.0  # seconds that a body may take, and as many more
+SLOWEST = 1024  # as it has bytes, by so many
 
 READER = web.AppKey("reader", ThreadPoolExecutor)
 """The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
@@ -32,8 +33,7 @@ async def read(
 ) -> T:
     """The request's body, understood; where that takes long, as it may ``always`` or for a large
     body, not on the event loop's thread."""
-    state = http.app[STATE]
-    service = state.ready()
+    service = service_of(http)
     await service.generator.admission()
     pieces = await receive(http)
     large = always_aside or sum(map(len, pieces)) > SMALL
@@ -46,13 +46,16 @@ async def receive(http: web.Request) -> list[bytes]:
     if encoding.lower() != "identity":
         raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
     declared, size = http.content_length or 0, 0
+    began = asyncio.get_running_loop().time()
     pieces: list[bytes] = []
     while max(declared, size) <= limit:
         try:
-            async with asyncio.timeout(BODY_PATIENCE):
+            async with asyncio.timeout_at(began + BODY_PATIENCE + size / SLOWEST):
                 piece = await http.content.readany()
         except TimeoutError:
-            raise BodyTimeoutError(f"No more of the body in {BODY_PATIENCE:g} seconds.") from None
+            raise BodyTimeoutError(
+                f"The body came more slowly than {SLOWEST} bytes a second."
+            ) from None
         if not piece:
             return pieces
         pieces.append(piece)

@@ -22,7 +22,7 @@ from ruvon.server.conversation import (
 from ruvon.server.generation import Generation
 from ruvon.server.requests import bounded, name_request, read_request, sampling_params, text_options
 from ruvon.server.schemas import ChatRequest, TemplateFields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import Service, service_of
 from ruvon.server.tools import choice_of, tools_of
 from ruvon.server.writers.chat import ChatWriter
 
@@ -31,7 +31,7 @@ BUDGETS = ("thinking_token_budget", "thinking_budget", "reasoning_budget")
 
 async def chat_completions(http: web.Request) -> web.StreamResponse:
     """Answer a chat."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, (job, turn) = await read_request(http, ChatRequest, prepare_chat)
     ignored = without_effect(http, ignored, turn.ignored)
     name_request(http, request.request_id)

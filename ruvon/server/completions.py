@@ -21,7 +21,7 @@ from ruvon.server.requests import (
     text_options,
 )
 from ruvon.server.schemas import CompletionRequest
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import Service, service_of
 from ruvon.server.writers.completions import CompletionsWriter
 
 MOST_COMPLETIONS = 256  # in one request: more would be started in one go
@@ -30,7 +30,7 @@ DEFAULT_MAX_TOKENS = 16  # OpenAI's
 
 async def completions(http: web.Request) -> web.StreamResponse:
     """Complete one or several prompts."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, jobs = await read_request(http, CompletionRequest, prepare_completion)
     name_request(http, request.request_id)
     told = jobs if request.return_prompt_text or request.echo else []
@@ -69,7 +69,7 @@ def prepare_completion(
     cut = truncation(request, max_tokens, service)
     prompts = [encode_prompt(prompt, request, service) for prompt in request.prompt]
     return [
-        service.generator.prepare(
+        service.prepare(
             Job(
                 prompt=prompt if cut is None else cut.of(prompt),
                 sampling=sampling,

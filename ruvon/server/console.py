@@ -49,7 +49,7 @@ def tell_address(
 ) -> None:
     """Say where it listens, which it does before the model is loaded, and whose APIs it speaks
     there: by name, their endpoints."""
-    url = f"http://{bracketed(host)}:{port}"
+    url = f"{server.scheme}://{bracketed(host)}:{port}"
     if is_watched(server):
         console = terminal(soft_wrap=True)
         console.print(f"Listening on [bold]{url}[/bold], as")
@@ -99,15 +99,15 @@ def announce(
     console = terminal(soft_wrap=True)
     console.print(Padding(table, (0, 0, 0, 1)))
     console.print(f"[bold]Ready[/bold] after {seconds:.1f} s. In another terminal:\n")
-    console.print(f"  {first_request(*address, keyed=bool(server.api_key))}\n", markup=False)
+    console.print(f"  {first_request(*address, server)}\n", markup=False)
     console.print("Every field is in docs/reference/api.md. Ctrl-C ends the server.\n")
 
 
-def first_request(host: str, port: int, *, keyed: bool = False) -> str:
-    """A line for a shell that asks the server something, with a key if it has to be ``keyed``."""
-    url = f"http://{ANYWHERE.get(host, bracketed(host))}:{port}/v1/chat/completions"
+def first_request(host: str, port: int, server: ServerConfig) -> str:
+    """A line for a shell that asks the server something, with a key if it needs one."""
+    url = f"{server.scheme}://{ANYWHERE.get(host, bracketed(host))}:{port}/v1/chat/completions"
     header = "-H 'Content-Type: application/json'"
-    if keyed:
+    if server.is_keyed:
         header += " -H 'Authorization: Bearer YOUR_KEY'"
     return f"curl {url} {header} -d {shlex.quote(orjson.dumps(QUESTION).decode())}"
 

@@ -167,7 +167,7 @@ def prepare_conversation(
         param=conversation.param,
     )
     try:
-        return service.generator.prepare(job), turn
+        return service.prepare(job), turn
     except RequestError as error:
         if error.param == "tools":
             check_each(conversation.tools, job, service)
@@ -183,4 +183,4 @@ def check_each(tools: Sequence[Tool], job: Job, service: Service) -> None:
     ]
     service.generator.check_compiled(grammars)
     for grammar in grammars:
-        service.generator.prepare(Job(job.prompt[:1], SamplingParams(grammar=grammar)))
+        service.prepare(Job(job.prompt[:1], SamplingParams(grammar=grammar)))

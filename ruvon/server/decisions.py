@@ -32,7 +32,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.requests import read_request
 from ruvon.server.responses import Answered, DecisionAnswer
 from ruvon.server.schemas import Fields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import Service, service_of
 
 MOST_QUESTIONS = 256  # as completions of one request
 MOST_CHOICES = 255
@@ -316,7 +316,7 @@ def prepare(request: DecisionRequest, service: Service, max_logprobs: int) -> As
 
 async def decisions(http: web.Request) -> web.Response:
     """Answer questions about an input."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, (jobs, labels) = await read_request(
         http, DecisionRequest, prepare, always_aside=True
     )

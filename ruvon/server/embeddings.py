@@ -26,7 +26,7 @@ from ruvon.server.requests import read_request
 from ruvon.server.responses import Embeddings
 from ruvon.server.schemas import Fields
 from ruvon.server.schemas.completions import as_prompts
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import Service, service_of
 
 MOST_TEXTS = 2048  # OpenAI's
 AT_ONCE = 64  # of them in the engine's queue, so that others' requests are not refused
@@ -56,7 +56,7 @@ class EmbeddingRequest(Fields):
 
 async def embeddings(http: web.Request) -> web.Response:
     """Texts as vectors."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, jobs = await read_request(http, EmbeddingRequest, prepare, always_aside=True)
     emissions: list[Emission] = []
     for first in range(0, len(jobs), AT_ONCE):
@@ -76,7 +76,7 @@ def prepare(request: EmbeddingRequest, service: Service, max_logprobs: int) -> l
         for text in request.input
     ]
     return [
-        service.generator.prepare(
+        service.prepare(
             Job(prompt, NOTHING_DRAWN, pooling=request.pooling or "mean", param="input")
         )
         for prompt in texts

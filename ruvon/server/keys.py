@@ -1,37 +1,131 @@
-"""Who may ask: the server's keys."""
+"""Who may ask, and who is asking: the server's keys.
+
+A *tenant* is who has a key, or several under one name. What a request leaves behind (cached
+prefixes, responses, streams that can be gone on with) is its tenant's and nobody else's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from hmac import compare_digest
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from secrets import token_bytes
 
 from aiohttp import web
 
-from ruvon.errors import AuthenticationError
+from ruvon.config import ServerConfig
+from ruvon.config.server import KEY
+from ruvon.errors import AdminKeyError, AuthenticationError, ConfigError
 
 OPEN = frozenset({"/live", "/ready"})
 """Paths for supervisors and load balancers, which have no key; they tell nothing of the model."""
 
+DEBUG = "/debug/"
+"""Begins the paths that show what others ask: without an admin key nobody gets there."""
 
-def check(http: web.Request, keys: Sequence[str]) -> None:
-    """Raise `AuthenticationError` unless the request has one of ``keys``, where there are any."""
-    if not allowed(http, keys):
+METRICS = "/metrics"
+"""Tells how much others ask: once there are admin keys, it needs one."""
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+TENANT = web.RequestKey("tenant", str)
+"""Who asks: an opaque id, the same for all requests with one key. "" for who needs no key."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A key, and whose it is: without a name, it stands for itself."""
+
+    text: str = field(repr=False)
+    name: str = ""
+    is_admin: bool = False
+
+
+def read_keys(server: ServerConfig) -> list[Key]:
+    """All keys of a server as they are now, in its settings and in its files. Raises ConfigError
+    for a file that cannot be read or holds none: it must not open the server to everybody."""
+    keys = [Key(text) for text in server.api_key]
+    keys += read_file(server.api_key_file, "api_key_file")
+    admin = [Key(text) for text in server.admin_key]
+    admin += read_file(server.admin_key_file, "admin_key_file")
+    return keys + [Key(key.text, key.name, is_admin=True) for key in admin]
+
+
+def read_file(path: str | None, setting: str) -> list[Key]:
+    """The keys in a file: on each line one, or a name and one. What follows # is a comment."""
+    if path is None:
+        return []
+    try:
+        keys = list(parse_lines(Path(path).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{setting}: {path}: {error}") from None
+    if not keys:
+        raise ConfigError(f"{setting}: {path} holds no key")
+    return keys
+
+
+def parse_lines(text: str) -> Iterator[Key]:
+    """Raises ValueError with the number of a line, not with what it holds."""
+    for number, line in enumerate(text.splitlines(), 1):
+        words = line.split()
+        if not words or words[0].startswith("#"):
+            continue
+        name, key = words if len(words) == 2 else ("", words[0])
+        named = not name or NAME.fullmatch(name)
+        if len(words) > 2 or not named or not re.fullmatch(KEY[0], key):
+            raise ValueError(f"line {number} is not a key, or a name and a key: {KEY[1]}")
+        yield Key(key, name)
+
+
+class Keys:
+    """The keys that open the server, as digests under a secret of this process: how long it takes
+    to look one up tells nothing of how much of it was right."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._secret = token_bytes(32)
+        self.replace(keys)
+
+    def replace(self, keys: Iterable[Key]) -> None:
+        """From now on these count. Without one that is no admin's, everybody may ask."""
+        self._keys = {self._digest(key.text): key for key in keys}
+        self.are_needed = any(not key.is_admin for key in self._keys.values())
+        self._has_admin = any(key.is_admin for key in self._keys.values())
+
+    def check(self, http: web.BaseRequest) -> str:
+        """The request's tenant. Raises `AuthenticationError` where it has no key and needs one,
+        `AdminKeyError` where it needs an admin's."""
+        digest, key = self._find(http)
+        for_admin = self._is_for_admin(http.path)
+        if key is not None and (key.is_admin or not for_admin):
+            return key.name or f"key-{digest.hex()[:12]}"
+        if http.path in OPEN or not (for_admin or self.are_needed):
+            return ""
+        if key is not None or not (self._has_admin or self.are_needed):
+            raise AdminKeyError("This path needs an admin key (--admin-key).")
         told = "wrong" if any(given_keys(http)) else "missing"
         raise AuthenticationError(
             f"The API key is {told}. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         )
 
+    def _is_for_admin(self, path: str) -> bool:
+        return path.startswith(DEBUG) or (path == METRICS and self._has_admin)
 
-def allowed(http: web.Request, keys: Sequence[str]) -> bool:
-    """Whether the request may go on. Compares with every key, byte for byte, so that the time it
-    takes does not tell how much of a key was right."""
-    if not keys or http.path in OPEN:
-        return True
-    given = [key.encode(errors="surrogateescape") for key in given_keys(http)]
-    return any([compare_digest(one, key.encode()) for one in given for key in keys])  # noqa: C419
+    def _find(self, http: web.BaseRequest) -> tuple[bytes, Key | None]:
+        """The key that a request has, under its digest; an admin's first."""
+        digests = [self._digest(key) for key in given_keys(http)]
+        found = [(digest, self._keys[digest]) for digest in digests if digest in self._keys]
+        return max(found, key=lambda pair: pair[1].is_admin, default=(b"", None))
+
+    def _digest(self, key: str) -> bytes:
+        return blake2b(key.encode(errors="surrogateescape"), key=self._secret).digest()
 
 
-def given_keys(http: web.Request) -> tuple[str, str]:
+KEYS = web.AppKey("keys", Keys)
+
+
+def given_keys(http: web.BaseRequest) -> tuple[str, str]:
     """What the request says its key is: OpenAI's clients use the first header, Anthropic's either,
     or both."""
     scheme, _, token = http.headers.get("Authorization", "").partition(" ")

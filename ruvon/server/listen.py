@@ -6,6 +6,7 @@ import asyncio
 import errno
 import os
 import socket
+import ssl
 from collections.abc import Iterable
 from contextlib import ExitStack
 from typing import Any
@@ -20,7 +21,9 @@ ACCEPTED = 16  # of them, in one turn of the event loop
 LACKING = frozenset({errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT})  # no such address on this machine
 
 
-async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]:
+async def listen(
+    runner: web.AppRunner, host: str, port: int, tls: ssl.SSLContext | None = None
+) -> tuple[str, int]:
     """Take connections; returns the address, with the port that was chosen for port 0.
 
     uvloop accepts one connection for each listener and turn of its loop. Here a turn may hold a
@@ -38,7 +41,8 @@ async def listen(runner: web.AppRunner, host: str, port: int) -> tuple[str, int]
         with ExitStack() as stack:
             for sock in bind(dict.fromkeys((info[0], info[4]) for info in infos), stack):
                 for _ in range(ACCEPTED):
-                    await web.SockSite(runner, sock.dup(), backlog=BACKLOG).start()
+                    site = web.SockSite(runner, sock.dup(), ssl_context=tls, backlog=BACKLOG)
+                    await site.start()
     except OSError as error:
         # `socket.create_server` says the address a second time in its own text.
         resolving = isinstance(error, socket.gaierror)

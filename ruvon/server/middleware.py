@@ -14,9 +14,10 @@ import structlog
 from aiohttp import web
 
 from ruvon.errors import AuthenticationError, QueueFullError, RequestError, UnavailableError
-from ruvon.server import cors, keys
+from ruvon.server import cors
 from ruvon.server.events import CLIENT_LEFT, EventResponse
 from ruvon.server.failures import error_answer, failure, openai_error, speaks_anthropic
+from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.resume import is_resumed, resume
 from ruvon.server.state import STATE, State
 
@@ -63,7 +64,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
     try:
         if server.cors_allow_origin and cors.is_preflight(http):
             return cors.preflight(http, server.cors_allow_origin)
-        keys.check(http, server.api_key)
+        http[TENANT] = http.app[KEYS].check(http)
         if is_resumed(http):
             return await resume(http, server.sse_keep_alive_interval)
         return await handler(http)

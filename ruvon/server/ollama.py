@@ -27,7 +27,7 @@ from ruvon.server.parsing import MAX_IGNORED, load, parse, refuse_ignored
 from ruvon.server.requests import bounded
 from ruvon.server.schemas import ChatRequest, CompletionRequest, SamplingFields
 from ruvon.server.shape import Bounds
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 from ruvon.server.writers.envelope import Tally
 
 Fields: TypeAlias = dict[str, Any]
@@ -44,7 +44,7 @@ SAME = {"model", "tools", "keep_alive", "suffix", "template", "images", "context
 async def answer(http: web.Request) -> web.StreamResponse:
     """``POST /api/chat`` and ``/api/generate``. Who asks nothing wants the model to be loaded."""
     server, is_chat = http.app[STATE].server, http.path == "/api/chat"
-    service = http.app[STATE].ready()
+    service = service_of(http)
 
     def understand(body: bytes, service: Service) -> Understood:
         data = load(body, Bounds.of_context(service.max_model_len))

@@ -19,12 +19,11 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
-from ruvon.server.keys import OPEN
+from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
 from ruvon.server.responses_api import answers
 from ruvon.server.responses_api import schemas as requests_of_items
-from ruvon.server.state import STATE
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -195,7 +194,7 @@ REFERENCE = "#/components/schemas/{model}"
 
 async def openapi(http: web.Request) -> web.Response:
     """The document."""
-    keyed = bool(http.app[STATE].server.api_key)
+    keyed = http.app[KEYS].are_needed
     body = await offload(http.app, True, lambda: render(keyed))
     return web.Response(body=body, content_type="application/json")
 

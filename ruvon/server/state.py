@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from aiohttp import web
@@ -17,6 +17,7 @@ from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.grammars import Grammar
 from ruvon.models.chat import Chat
 from ruvon.models.tokenizer import Tokenizer
+from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
 
@@ -79,11 +80,20 @@ class Service:
     architecture: str
     weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
+    tenant: str = ""  # for whom the jobs of a request are prepared
+    apart: bool = True  # whether tenants share no cached prefixes
     created: int = field(default_factory=lambda: int(time.time()))
 
     @property
     def max_model_len(self) -> int:
         return self.generator.max_model_len
+
+    def prepare(self, job: Job) -> Job:
+        """`Generator.prepare`, for the tenant: where they are kept ``apart``, its cached
+        prefixes are no other's. How fast an
+        answer comes would else tell what others have asked."""
+        salt = f"{self.tenant}\n{job.cache_salt}" if self.apart and self.tenant else job.cache_salt
+        return self.generator.prepare(replace(job, tenant=self.tenant, cache_salt=salt))
 
     def check_model(self, name: str | None) -> None:
         """Raise for a name that is not served; no name means the model there is."""
@@ -125,3 +135,8 @@ class State:
 
 
 STATE = web.AppKey("state", State)
+
+
+def service_of(http: web.Request) -> Service:
+    """The service for a request's tenant. Raises as `State.ready`."""
+    return replace(http.app[STATE].ready(), tenant=http[TENANT])

@@ -193,12 +193,12 @@ class Run:
 
 def check(engine: Engine) -> None:
     scheduler = engine._scheduler
-    pool, sequences = scheduler.pool, scheduler.sequences.values()
+    pool, sequences, queues = scheduler.pool, scheduler.sequences.values(), scheduler._queues
     pool.check([table for seq in sequences for table in seq.tables])
     assert list(scheduler.running) == [
-        seq.id for seq in sorted(scheduler.running.values(), key=scheduler.limits.order)
+        seq.id for seq in sorted(queues.running.values(), key=queues._limits.order)
     ]
-    assert scheduler._num_holding == sum(1 for seq in scheduler.running.values() if seq.tables)
+    assert queues._num_holding == sum(1 for seq in queues.running.values() if seq.tables)
     assert max((seq.in_flight for seq in sequences), default=0) <= scheduler.num_in_flight
     for seq in sequences:
         num_tokens = seq.num_prompt + seq.max_tokens
@@ -218,7 +218,7 @@ def check(engine: Engine) -> None:
             assert seq.num_pending > 0
         else:
             assert seq.num_pending == 0
-    for key, owner in scheduler._computing.items():
+    for key, owner in scheduler._queues.prefixes._computing.items():
         seq = scheduler.sequences[owner]
         assert key in seq.keys[seq.num_published :]
 
@@ -245,7 +245,7 @@ def verify(run: Run) -> None:
     scheduler = run.engine._scheduler
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not scheduler.sequences
-    assert not scheduler._computing
+    assert not scheduler._queues.prefixes._computing
 
 
 def replay(run: Run) -> None:

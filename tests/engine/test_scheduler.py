@@ -8,7 +8,8 @@ from fakes import fake_logprobs
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.scheduler import Limits, Scheduler
+from ruvon.engine.queues import Limits
+from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import BEING_SAMPLED, NewSequence, SamplingParams, Sequence, StepResult
 
 EOS = 2
@@ -654,7 +655,7 @@ def test_keys_of_a_long_prompt_are_computed_as_it_is():
 
 
 def test_many_completions_of_a_long_prompt_start_a_few_a_step(monkeypatch):
-    monkeypatch.setattr("ruvon.engine.scheduler.STARTED_BLOCKS", 20)
+    monkeypatch.setattr("ruvon.engine.queues.STARTED_BLOCKS", 20)
     scheduler = make(num_blocks=1000, block_size=4, max_tokens=512)
     for k in range(8):
         scheduler.add(sequence(k, range(33), max_tokens=9))

@@ -24,7 +24,7 @@ from ruvon.engine.types import SamplingParams, SamplingRow, TokenLogprobs
 from ruvon.models.chat import load_chat
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.models.vocab import Vocab, byte_vocab
-from ruvon.server.app import create_app, make_runner
+from ruvon.server.app import TLS, create_app, make_runner
 from ruvon.server.lifecycle import Start
 from ruvon.server.listen import listen
 from ruvon.server.state import STATE, Service, State
@@ -257,9 +257,11 @@ async def open_server(
     app_runner = make_runner(app)
     await app_runner.setup()
     stack.push_async_callback(app_runner.cleanup)
-    _, port = await listen(app_runner, "127.0.0.1", 0)
+    tls = app[TLS]
+    _, port = await listen(app_runner, "127.0.0.1", 0, tls.context if tls else None)
     session = await stack.enter_async_context(aiohttp.ClientSession())
-    opened = Server(app, f"http://127.0.0.1:{port}", session, runner, app_runner, stack)
+    url = f"{app[STATE].server.scheme}://127.0.0.1:{port}"
+    opened = Server(app, url, session, runner, app_runner, stack)
     if wait:
         await opened.until(lambda: opened.state.service or opened.state.failure)
     return opened

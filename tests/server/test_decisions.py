@@ -203,7 +203,7 @@ def reference_shares(config: EngineConfig, tokenizer: Tokenizer) -> list[list[fl
         tokenizer=tokenizer,
         chat=load_chat(tokenizer),
         max_model_len=8192,
-        generator=SimpleNamespace(prepare=lambda job: job),
+        prepare=lambda job: job,
     )
     jobs, labels = prepare(DecisionRequest.model_validate(REQUEST), service, 20)
     torch.set_num_threads(1)

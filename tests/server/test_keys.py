@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from serving import Reply
+from structlog.testing import capture_logs
 
 from ruvon.config import ServerConfig
+from ruvon.errors import ConfigError
 from ruvon.server.app import ROUTES
-from ruvon.server.keys import OPEN
+from ruvon.server.keys import OPEN, read_keys
+from ruvon.server.responses_api.store import RESPONSES
 
 KEYED = ServerConfig(port=0, api_key=("first-key", "second-key"))
 PAGE = "https://chat.example.com"
@@ -143,3 +148,127 @@ async def test_a_star_is_any_page_in_streams_too(serve):
     assert reply.events
     assert reply.headers["Access-Control-Allow-Origin"] == "*"
     assert "Vary" not in reply.headers
+
+
+async def test_what_was_cached_under_another_key_is_not_found(serve):
+    """The prompt's time tells nobody what others have asked (PromptPeek)."""
+    server = await serve("Hello", server=KEYED)
+    prompt = "a prompt of more than one block, which is sixteen tokens"
+
+    async def cached(key: str, **fields: object) -> int:
+        body = {"prompt": prompt, **fields}
+        reply = await server.post("/v1/completions", body, headers=bearer(key))
+        return reply.json["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    assert await cached("first-key") == 0
+    assert await cached("second-key") == 0
+    assert await cached("first-key") > 0
+    assert await cached("second-key", cache_salt="mine") == 0
+    assert await cached("second-key", cache_salt="mine") > 0
+
+
+async def test_keys_can_share_what_is_cached(serve):
+    config = replace(KEYED, share_prefix_cache=True)
+    server = await serve("Hello", server=config)
+    body = {"prompt": "a prompt of more than one block, which is sixteen tokens"}
+    await server.post("/v1/completions", body, headers=bearer("first-key"))
+    reply = await server.post("/v1/completions", body, headers=bearer("second-key"))
+    assert reply.json["usage"]["prompt_tokens_details"]["cached_tokens"] > 0
+
+
+# ------------------------------------------------------------------------------------- files
+
+
+@pytest.fixture
+def key_file(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("# ours\nfirst-key\n\nalice  second-key\nalice third-key\n")
+    return path
+
+
+async def tenant_of(server, key: str) -> str:
+    """Whose a response is that is asked for with a key."""
+    reply = await server.post("/v1/responses", {"input": "Hi"}, headers=bearer(key))
+    return server.app[RESPONSES]._entries[reply.json["id"]].owner
+
+
+async def test_keys_come_from_a_file_with_names(serve, key_file):
+    config = ServerConfig(port=0, api_key=("flag-key",), api_key_file=str(key_file))
+    server = await serve("Hello", server=config)
+    assert (await server.get("/v1/models")).status == 401
+    assert await tenant_of(server, "second-key") == "alice"
+    assert await tenant_of(server, "third-key") == "alice"
+    first, flag = await tenant_of(server, "first-key"), await tenant_of(server, "flag-key")
+    assert len({"alice", first, flag}) == 3
+    assert "flag-key" not in flag
+
+
+async def test_a_key_file_counts_anew_when_it_changes(serve, key_file, monkeypatch):
+    monkeypatch.setattr("ruvon.server.reload.EVERY", 0.001)
+    server = await serve("Hello", server=ServerConfig(port=0, api_key_file=str(key_file)))
+
+    async def status(key: str) -> int:
+        return (await server.get("/v1/models", headers=bearer(key))).status
+
+    async def comes_to(key: str, wanted: int) -> None:
+        while await status(key) != wanted:
+            pass
+
+    assert await status("new-key") == 401
+    key_file.write_text("alice new-key\n")
+    await comes_to("new-key", 200)
+    assert await status("second-key") == 401
+    with capture_logs() as logs:
+        for broken in ("", "# nothing\n", "three words here\n", "na/me key\n", "ключ\n"):
+            key_file.write_text(broken)
+            await server.until(lambda: any(line["event"] == "reload_failed" for line in logs))
+            assert await status("new-key") == 200  # what was there still counts
+            assert await status("none") == 401
+            logs.clear()
+    key_file.unlink()
+    replacement = key_file.with_name("other")
+    replacement.write_text("last-key\n")
+    replacement.rename(key_file)
+    await comes_to("last-key", 200)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [("", "holds no key"), ("a b c", "line 1"), ("ok\nb/c key", "line 2"), ("k,ey", "line 1")],
+)
+def test_a_server_does_not_start_with_a_broken_key_file(tmp_path, text, told):
+    path = tmp_path / "keys"
+    path.write_text(text)
+    for setting in ("api_key_file", "admin_key_file"):
+        with pytest.raises(ConfigError, match=f"{setting}: .*{told}"):
+            read_keys(ServerConfig(**{setting: str(path)}))
+    with pytest.raises(ConfigError, match="No such file"):
+        read_keys(ServerConfig(api_key_file=str(tmp_path / "none")))
+
+
+# ------------------------------------------------------------------------------------- admins
+
+
+async def test_what_shows_others_needs_an_admin_s_key_once_there_is_one(serve):
+    server = await serve("Hello", server=replace(KEYED, admin_key=("admin-key",)))
+    for path, missing in (("/metrics", 200), ("/debug/steps", 404)):
+        assert (await server.get(path)).status == 401
+        refused = await server.get(path, headers=bearer("first-key"))
+        assert refused.status == 403
+        assert refused.error["code"] == "admin_key_required"
+        assert (await server.get(path, headers=bearer("admin-key"))).status == missing
+    both = {"x-api-key": "admin-key", **bearer("first-key")}
+    assert (await server.get("/metrics", headers=both)).status == 200
+    assert (await server.get("/v1/models", headers=bearer("admin-key"))).status == 200
+
+
+async def test_an_admin_s_key_alone_leaves_the_rest_open(serve):
+    server = await serve("Hello", server=ServerConfig(port=0, admin_key=("admin-key",)))
+    assert (await server.get("/v1/models")).status == 200
+    assert (await server.get("/metrics")).status == 401
+
+
+async def test_nobody_looks_into_the_engine_without_an_admin_s_key(serve):
+    for config in (ServerConfig(port=0), KEYED):
+        server = await serve("Hello", server=config)
+        assert (await server.get("/debug/steps", headers=bearer("first-key"))).status == 403

@@ -27,6 +27,7 @@ from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.events import EventResponse
 from ruvon.server.listen import listen
 from ruvon.server.openapi import dialects
+from ruvon.server.state import STATE, State
 
 
 class Slow:
@@ -149,8 +150,15 @@ async def test_a_taken_port_is_named():
         await runner.cleanup()
 
 
+def bare_app() -> web.Application:
+    """What listens, and serves nothing."""
+    app = web.Application()
+    app[STATE] = State(EngineConfig(), ServerConfig(), 1)
+    return app
+
+
 async def test_an_address_of_another_machine_is_named():
-    runner = make_runner(web.Application())
+    runner = make_runner(bare_app())
     await runner.setup()
     with pytest.raises(ConfigError, match=r"192\.0\.2\.1 port 80"):
         await listen(runner, "192.0.2.1", 80)
@@ -161,7 +169,7 @@ async def test_an_address_of_another_machine_is_named():
 
 @pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="needs IPv6")
 async def test_all_of_ipv6_is_all_of_ipv4_too():
-    runner = make_runner(web.Application())
+    runner = make_runner(bare_app())
     await runner.setup()
     _, port = await listen(runner, "::", 0)
     for host in ("127.0.0.1", "::1"):
@@ -175,7 +183,7 @@ def test_many_connections_are_accepted_in_one_turn_of_the_loop():
     """uvloop alone takes one for each listener and turn, and a turn may hold a step."""
 
     async def turns_to_accept(count):
-        runner = make_runner(web.Application())
+        runner = make_runner(bare_app())
         await runner.setup()
         address = await listen(runner, "127.0.0.1", 0)
         clients = [socket.create_connection(address) for _ in range(count)]
@@ -448,9 +456,13 @@ async def test_what_the_terminal_says_to_type_is_answered(serve, capsys, monkeyp
     ("host", "asked"), [("0.0.0.0", "127.0.0.1"), ("::", "[::1]"), ("::2", "[::2]")]
 )
 def test_what_is_listened_on_and_where_one_asks(host, asked):
-    assert f"curl http://{asked}:80/v1" in console.first_request(host, 80)
-    assert "Bearer" not in console.first_request(host, 80)
-    assert "Authorization: Bearer" in console.first_request(host, 80, keyed=True)
+    told = console.first_request(host, 80, ServerConfig())
+    assert f"curl http://{asked}:80/v1" in told
+    assert "Bearer" not in told
+    keyed = ServerConfig(api_key=("k",), tls_cert="cert.pem")
+    told = console.first_request(host, 80, keyed)
+    assert f"https://{asked}" in told
+    assert "Authorization: Bearer" in told
 
 
 @pytest.mark.parametrize("watched", [True, False])

@@ -19,7 +19,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import MAX_IGNORED
 from ruvon.server.requests import read_request, sampling_params, text_options
 from ruvon.server.schemas import SamplingFields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 
 NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
@@ -31,7 +31,7 @@ NAMES = {
 
 async def messages(http: web.Request) -> web.StreamResponse:
     """Answer a conversation."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
     request, ignored, (job, turn, left_out) = await read_request(http, MessagesRequest, prepare)
     ignored = without_effect(http, ignored, turn, left_out)
     writer = MessagesWriter(request, job, service, http[FACTS]["request_id"])

@@ -15,7 +15,7 @@ from ruvon.server.body import offload, read
 from ruvon.server.conversation import take_turn, without_effect
 from ruvon.server.events import event, send_events
 from ruvon.server.generation import Generation, ignored_header
-from ruvon.server.keys import given_keys
+from ruvon.server.keys import TENANT
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import MAX_IGNORED, SMALL
 from ruvon.server.requests import read_fields
@@ -41,7 +41,7 @@ from ruvon.server.responses_api.schemas import (
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore, Stored
 from ruvon.server.responses_api.tools import toolbox
 from ruvon.server.responses_api.writer import ResponsesWriter, error_fields
-from ruvon.server.state import STATE, Service
+from ruvon.server.state import STATE, Service, service_of
 
 C = TypeVar("C", bound=ContextFields)
 T = TypeVar("T")
@@ -52,7 +52,7 @@ USUAL_PAGE, LARGEST_PAGE = 20, 100  # items of a list, as OpenAI has it
 async def create(http: web.Request) -> web.StreamResponse:
     """Answer, and keep the answer."""
     state, store = http.app[STATE], http.app[RESPONSES]
-    service, server = state.ready(), state.server
+    service, server = service_of(http), state.server
 
     def work(request: ResponsesRequest, context: Context) -> tuple[Prepared, Context]:
         kept = server.store_responses and request.store is not False
@@ -64,7 +64,7 @@ async def create(http: web.Request) -> web.StreamResponse:
     ignored = without_effect(http, ignored, ready.skipped)
     told = ready.kept and bool(request.stream or request.background)
     entry, writer = begin(store, ready, context, service, told=told)
-    entry.owner = owner_of(http)
+    entry.owner = http[TENANT]
     generation = Generation(service, [ready.job], writer, ready.turn.parser)
     if request.background:
         await start(http.app, entry, writer, generation)
@@ -107,7 +107,7 @@ async def understand(
         return *read_fields(kind, body, service, strict), len(body)
 
     request, ignored, size = await read(http, parse)
-    previous, owner = request.previous_response_id, owner_of(http)
+    previous, owner = request.previous_response_id, http[TENANT]
     named = (item.id for item in request.input or () if isinstance(item, ReferenceItem))
     context = Context(
         () if previous is None else store.previous(previous, owner), store.find(named, owner)
@@ -153,7 +153,7 @@ async def retrieve(http: web.Request) -> web.StreamResponse:
 
 async def delete(http: web.Request) -> web.Response:
     """Forget a response, and end it if it runs."""
-    entry = http.app[RESPONSES].delete(http.match_info["id"], owner_of(http))
+    entry = http.app[RESPONSES].delete(http.match_info["id"], http[TENANT])
     await stop(entry)
     return json_response({"id": entry.id, "object": "response", "deleted": True})
 
@@ -197,7 +197,7 @@ async def input_items(http: web.Request) -> web.Response:
 
 async def input_tokens(http: web.Request) -> web.Response:
     """How many tokens a request's prompt would have."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
 
     def work(request: InputTokensRequest, context: Context) -> tuple[int, list[str]]:
         transcript, box = transcribe(request, all_items(request, context)), toolbox(request)
@@ -212,7 +212,7 @@ async def input_tokens(http: web.Request) -> web.Response:
 
 async def compact(http: web.Request) -> web.StreamResponse:
     """A conversation in short: what the user said, and the model's own summary of all."""
-    service = http.app[STATE].ready()
+    service = service_of(http)
 
     def work(request: CompactRequest, context: Context) -> Any:
         return prepare_summary(request, context, service)
@@ -224,13 +224,7 @@ async def compact(http: web.Request) -> web.StreamResponse:
 
 
 def find(http: web.Request) -> Stored:
-    return http.app[RESPONSES].get(http.match_info["id"], owner_of(http))
-
-
-def owner_of(http: web.Request) -> str:
-    """Which of the server's keys a request has; where there are none, all share what is kept."""
-    given = given_keys(http)
-    return next((key for key in http.app[STATE].server.api_key if key in given), "")
+    return http.app[RESPONSES].get(http.match_info["id"], http[TENANT])
 
 
 def as_json(entry: Stored, ignored: Sequence[str] = ()) -> web.Response:

@@ -110,7 +110,7 @@ class Stored:
     history: tuple[StoredItem, ...]  # what went before the request's own items
     items: tuple[StoredItem, ...]  # the request's own
     recording: Recording | None = None
-    owner: str = ""  # the API key that it was asked for with; nobody else finds it
+    owner: str = ""  # the tenant that asked for it; nobody else finds it
     background: bool = False
     output: tuple[StoredItem, ...] = ()
     response: bytes = b""  # the object, once it has ended

@@ -1,0 +1,75 @@
+"""Files that count anew when they change: keys and certificates."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import structlog
+from aiohttp import web
+
+from ruvon.errors import ConfigError
+
+log = structlog.get_logger(__name__)
+
+EVERY = 1.0  # seconds between looks
+
+Stamp: TypeAlias = tuple[int, ...] | None
+"""What tells one state of a file from another; None if it is not there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """Files, and what to do, in a thread, when one of them has changed. It raises ConfigError for
+    what is no good, and leaves things as they were."""
+
+    paths: Sequence[str]
+    reload: Callable[[], None]
+
+
+def watch_files(watched: Sequence[Watched]) -> Callable[[web.Application], AsyncIterator[None]]:
+    """A ``cleanup_ctx`` that looks at the files every now and then."""
+
+    async def context(app: web.Application) -> AsyncIterator[None]:
+        tasks = [asyncio.create_task(watch(one)) for one in watched]
+        yield
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    return context
+
+
+async def watch(watched: Watched) -> None:
+    before = await asyncio.to_thread(stamps, watched.paths)
+    while True:
+        await asyncio.sleep(EVERY)
+        now = await asyncio.to_thread(stamps, watched.paths)
+        if now != before:
+            before = now
+            await asyncio.to_thread(reload, watched)
+
+
+def stamps(paths: Sequence[str]) -> list[Stamp]:
+    """Of each file; one behind a link that was turned to another is another."""
+    return [stamp(path) for path in paths]
+
+
+def stamp(path: str) -> Stamp:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino, found.st_dev
+
+
+def reload(watched: Watched) -> None:
+    try:
+        watched.reload()
+    except ConfigError as error:
+        log.error("reload_failed", error=str(error), hint="what was there before still counts")
+    else:
+        log.info("reloaded", files=list(watched.paths))
