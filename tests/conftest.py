@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -46,13 +47,16 @@ def triton_device() -> torch.device:
     """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    patch_once(pytest.importorskip("triton.runtime.interpreter"))
+    hasten(pytest.importorskip("triton.runtime.interpreter"))
     return torch.device("cpu")
 
 
-def patch_once(interpreter: ModuleType) -> None:
+def hasten(interpreter: ModuleType) -> None:
     """The interpreter puts its functions in place of the language's for every call, of functions in
-    kernels too, and takes them back: most of its time. Here once for each module, and for good."""
+    kernels too, and takes them back: most of its time. Here once for each module, and for good.
+    And it looks whether integers overflow at each sum, which nothing does that is compiled."""
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
     patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
     patched: set[str] = set()
 
