@@ -26,6 +26,8 @@ from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.matching import Matchers
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
+from ruvon.engine.recording import Recording, read
+from ruvon.engine.replay import replay as recorded_again
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
@@ -107,6 +109,7 @@ class Run:
         at_once: int = 1,
         failing: Mapping[int, str] = MappingProxyType({}),
         windows: tuple[int, ...] = (0,),
+        record_from: int = 0,
     ) -> None:
         self.runner = FakeRunner(
             config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once,
@@ -123,6 +126,8 @@ class Run:
             eos_token_ids=ByteTokenizer.eos_ids,
             grammars=GRAMMARS,
         )
+        self.record_from = record_from
+        self.recording: Recording | None = None
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -154,6 +159,8 @@ class Run:
                 self.engine.abort(self.ids[number])
 
     def _step(self) -> None:
+        if self.step == self.record_from:
+            self.recording = self.engine.record(100_000, lambda: None)
         while (pending := self.engine.launch(0.0)) is not None:
             self._check_plan(pending.plan)
             self.pending.append(pending)
@@ -217,7 +224,7 @@ def check(engine: Engine) -> None:
             assert seq.num_pending > 0
         else:
             assert seq.num_pending == 0
-    for key, owner in scheduler._queues.prefixes._computing.items():
+    for key, owner in scheduler._queues.prefixes.computing.items():
         seq = scheduler.sequences[owner]
         assert key in seq.keys[seq.num_published :]
 
@@ -245,7 +252,17 @@ def verify(run: Run) -> None:
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not scheduler.sequences
     assert scheduler.shares is None or not scheduler.shares._served
-    assert not scheduler._queues.prefixes._computing
+    assert not scheduler._queues.prefixes.computing
+
+
+def replay_recording(run: Run) -> None:
+    """Written to a file and read back, the schedule comes out the same without a model."""
+    if run.recording is None:  # all was over before
+        return
+    lines = list(run.recording.lines())
+    steps = list(recorded_again(read(lines)))
+    assert [step.difference for step in steps] == [""] * len(steps)
+    assert len(steps) == sum(b'"step":' in line for line in lines[2:])
 
 
 def replay(run: Run) -> None:
@@ -321,25 +338,27 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         "depth": depth,
         "grammar_depth": draw(st.integers(1, depth)),
         "eager": draw(st.booleans()),
+        "record_from": draw(st.sampled_from([0, 0, 1, 5, 9])),
     }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
     run = Run(load, **world).go()
     verify(run)
     replay(run)
+    replay_recording(run)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(arrivals(), worlds(), st.integers(2, 4))
 def test_same_tokens_however_many_a_step_brings(load, world, at_once):
     """As with accepted drafts, which only one step at a time can have."""
     verify(Run(load, **world | {"depth": 1, "grammar_depth": 1}, at_once=at_once).go())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     arrivals(),
     worlds(),
@@ -349,6 +368,7 @@ def test_a_failed_step_ends_its_sequences_and_touches_nothing_else(load, world, 
     """`verify` holds all others, and whoever finds a block in the cache, to their right tokens."""
     run = Run(load, **world, failing=failing).go()
     verify(run)
+    replay_recording(run)
     of_failed = {
         chunk.seq_id for plan in run.runner.plans if plan.step in failing for chunk in plan.chunks
     }
@@ -402,8 +422,8 @@ def mixed_load(
     ],
 )
 def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
-    """Several hundred jobs through a cache that holds two or three: preemption all the time."""
-    load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
+    """Many jobs through a cache that holds two or three: preemption all the time."""
+    load = mixed_load(random.Random(7), num_jobs=150, num_steps=55, constrained=constrained)
     config = EngineConfig(
         block_size=4,
         max_num_seqs=16,
@@ -411,12 +431,12 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, wi
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    num_blocks = most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 5
+    num_blocks = most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 2
     run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
-    assert counters.preempted > (50 if 0 in windows else 0)
-    assert counters.cached > 1000
+    assert counters.preempted > (20 if 0 in windows else 0)
+    assert counters.cached > 500
 
 
 def test_policies_differ_in_steps_only():
