@@ -82,6 +82,7 @@ def start_ranks(
         set_up(local, config, path, threads, meeting, ring)
         if listener and meeting:
             links += accept_nodes(config, listener, (meeting.host, meeting.port), progress, undo)
+            listener.close()
         shown = dict.fromkeys(range(config.num_ranks), (0, "starting ranks", 0.0))
         said = hear_all(links, Kind.LOADED, shown, progress)
         windows = tuple(group.window for group in cache_groups(spec))
