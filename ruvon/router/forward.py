@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import structlog
@@ -191,41 +192,41 @@ async def relay(
 ) -> web.StreamResponse:
     """Pass a body on as it comes. A replica that is lost on the way is told of as its API tells
     errors in mid-stream, or, where there is no telling, by ending the connection."""
+    begun = await link.collect(0)  # until there is something, another replica may still answer
+    learn(begun)
     response = Relayed(status=head.status, headers=kept_headers(head))
     if not body.chunked and not isinstance(body, Unsized):
         response.content_length = int(head.get("content-length") or 0)
     elif http.version >= (1, 1):
         response.enable_chunked_encoding()
-    await response.prepare(http)
-    await response.write(b"")  # the head goes out, and what follows goes its own way
-    sink = make_sink(http, body, learn)
-    try:
-        await link.relay(sink, http.writer.drain)
-    except LostError as error:
-        log.warning("stream_lost", replica=http[FACTS]["replica"], error=str(error))
-        await break_off(http, response, head, body)
-        response.outcome = 502
-        return response
-    await response.write_eof()
-    response.outcome = head.status
+    with suppress(ConnectionResetError):  # the client has left
+        await response.prepare(http)
+        sink = make_sink(http, body)
+        if body.chunked and body.whole:  # as it is at a stream's first token, as a rule
+            await response.write(payload(begun))  # in one piece with the head
+        else:
+            await response.write(b"")
+            sink(begun)
+        try:
+            await link.relay(sink, http.writer.drain)
+        except LostError as error:
+            log.warning("stream_lost", replica=http[FACTS]["replica"], error=str(error))
+            await break_off(http, response, head, body)
+            response.outcome = 502
+            return response
+        await response.write_eof()
+        response.outcome = head.status
     return response
 
 
-def make_sink(
-    http: web.Request, body: Body, learn: Callable[[bytes], None]
-) -> Callable[[bytes], bool]:
+def make_sink(http: web.Request, body: Body) -> Callable[[bytes], bool]:
     """What writes to the client, straight to its connection; False when enough waits for it."""
     transport = http.transport
     if transport is None:
         raise ConnectionResetError("the client has left")
     frame = framer(http, body)
-    first = True
 
     def sink(data: bytes) -> bool:
-        nonlocal first
-        if first:
-            first = False
-            learn(data)
         if transport.is_closing():
             return True
         transport.write(frame(data))
