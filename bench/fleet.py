@@ -35,6 +35,7 @@ from ruvon.telemetry import silent
 CACHE = "256MiB"
 WORDS = 40_000  # token ids of the embedded model that any text may have
 SMALL = 0.12  # share of a conversation's lengths that one core can serve
+TURNS = 3  # of a conversation, so that it is over soon
 STEPS = ((1, 0), (4, 0), (16, 0), (0, 64), (0, 256), (0, 512), (8, 128))
 """Sequences that go on, and tokens of a prompt beside them, in a measured step."""
 
@@ -144,7 +145,9 @@ def words(seed: int, size: int) -> list[int]:
 
 def check(rate: float, seconds: float, cost: Cost, num_blocks: int) -> None:
     """Two replicas of one core each: what was foretold, and what came."""
-    load = list(mix(rate, seconds, scale=SMALL))
+    load = [
+        each._replace(turns=each.turns[:TURNS]) for each in mix(rate, seconds, scale=SMALL)
+    ]  # fmt: skip
     config = EngineConfig()  # as the servers have it
     route = ROUTES["router"]
     foretold = Simulation(

@@ -19,10 +19,10 @@ from ruvon.router.link import Link, LostError
 from ruvon.router.metrics import METRICS
 from ruvon.router.prompt import Prompt, read_prompt
 from ruvon.router.replica import Replica
-from ruvon.server.body import receive
 from ruvon.server.events import DONE, error_event, event
 from ruvon.server.failures import anthropic_error, ollama_error, openai_error
 from ruvon.server.middleware import FACTS
+from ruvon.server.receive import receive
 
 log = structlog.get_logger(__name__)
 
