@@ -162,6 +162,8 @@ def refusal(answer: web.StreamResponse, prompt: Prompt) -> web.Response | None:
     """The answer, if another replica may have a better one."""
     if not isinstance(answer, web.Response) or not isinstance(answer.body, bytes):
         return None
+    if b'"rate_limit_exceeded"' in answer.body:  # a key's limit is not multiplied
+        return None
     said = {500: b'"engine_dead"', 429: b"", 503: b""}
     if prompt.held is not None:
         said |= {400: b"not_found", 404: b"not_found"}

@@ -31,11 +31,16 @@ def places(
     """As many places, which share nothing. Raises ConfigError where there are not enough."""
     devices = visible_devices(environ, root)
     if config.device == "cuda" or (config.device == "auto" and devices):
-        if len(devices) < count:
+        size = config.num_ranks
+        if len(devices) < count * size:
             raise ConfigError(
-                f"--data-parallel-size {count} needs as many GPUs, and there are {len(devices)}"
+                f"--data-parallel-size {count} needs {count * size} GPUs, and there are"
+                f" {len(devices)}"
             )
-        return [Place(devices=(device,)) for device in devices[:count]]
+        return [
+            Place(devices=tuple(devices[number * size : (number + 1) * size]))
+            for number in range(count)
+        ]
     return core_places(count, root)
 
 
