@@ -35,7 +35,8 @@ class Runner(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
+        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s; more where
+        steps go through several stages, without."""
 
     @property
     def grammar_depth(self) -> int:
@@ -98,6 +99,7 @@ class Engine:
             order=ORDERS[config.scheduling_policy],
             chunked=config.enable_chunked_prefill,
             caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
         )
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)

@@ -169,14 +169,15 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
 
 
-def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
-    """Bytes that a cache of no stated size may take, now that the weights are in place.
+def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec, sharers: int = 1) -> int:
+    """Bytes that a cache of no stated size may take, now that the weights are in place. Main memory
+    is for as many caches as there are ``sharers``, and a GPU's for one.
 
     Raises ConfigError where a stated size is more than there is, or steps alone take more than a
     GPU has left.
     """
     if ops.device.type == "cpu":
-        free = available_memory()
+        free = available_memory() // sharers
         check_stated(config, free)
         return int(CPU_SHARE * free)
     torch.cuda.empty_cache()  # what loading took for a while, quantizing above all

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -150,6 +151,23 @@ class EngineLoop:
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
         self._task = asyncio.create_task(self._run(), name="engine-loop")
+
+    def watch(self, failed: Future[None]) -> None:
+        """Fail as soon as ``failed`` says why no step can succeed any more, though none may be
+        under way. Call on the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def tell(failed: Future[None]) -> None:
+            error = failed.exception() or RuntimeError("nothing computes any more")
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._lose, error)
+
+        failed.add_done_callback(tell)
+
+    def _lose(self, error: BaseException) -> None:
+        self._die(error)
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
         """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
@@ -333,7 +351,9 @@ class EngineLoop:
             self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
         self._note_idle()
 
-    def _die(self, error: Exception) -> None:
+    def _die(self, error: BaseException) -> None:
+        if self.dead is not None:
+            return
         self.dead = error
         for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
             stream.fail(dead_error(error))

@@ -31,6 +31,7 @@ class Limits:
     order: Callable[[Sequence], Rank]
     chunked: bool = True  # off: a prompt is computed in one step, alone if the budget is too small
     caching: bool = True  # look up and publish prefixes
+    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
 
 
 @dataclass(slots=True)

@@ -42,8 +42,8 @@ NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
 
 
 class Scheduler:
-    """Owns the sequences and their blocks. Steps are committed in the order they were planned, and
-    at most two are planned and not committed."""
+    """Owns the sequences and their blocks. Steps are committed in the order they were planned.
+    At most two are planned and not committed, or one more than a step has stages."""
 
     def __init__(self, grouped: GroupedPool, limits: Limits) -> None:
         self.grouped = grouped
@@ -52,7 +52,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}  # waiting, running, and those that end with a step
         self.num_with_grammar = 0  # of ``sequences``
         self._queues = Queues(grouped, limits, self.counters)
-        self._budget = Budget(limits.max_tokens, limits.chunked)
+        self._budget = Budget(limits.max_tokens, limits.chunked, limits.stages)
         self._num_committed = 0  # steps
 
     @property

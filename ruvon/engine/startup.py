@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,8 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.runner import Ranks
+from ruvon.engine.ranks.start import start_ranks
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import (
@@ -74,7 +76,7 @@ class LoadedEngine:
     """A loaded model, ready to run, and what was decided on the way."""
 
     engine: Engine
-    runner: Runner | GpuRunner  # other engines may take turns with ``engine`` on it
+    runner: Runner | GpuRunner | Ranks  # other engines may take turns with ``engine`` on it
     eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -90,11 +92,31 @@ class LoadedEngine:
     """The model's own `SamplingParams`, which count where a request is silent."""
     counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
     """What the runner counts, for metrics: by name, help and value."""
+    ranks: int = 1  # processes that compute a step between them
+    failed: Future[None] = field(default_factory=Future)
+    """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
-def start_engine(config: EngineConfig, progress: Progress, mesh: Mesh = ALONE) -> LoadedEngine:
-    """Load what ``config`` names and make an engine of it. For one rank of several, ``mesh`` is how
-    it meets the others.
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """What one rank of several has to know of the others before it computes."""
+
+    agree: Callable[[MemoryPlan], MemoryPlan] = lambda own: own
+    """Its own plan → what all have room for."""
+    sharers: int = 1  # ranks that share this machine's main memory
+
+
+NOBODY = Partners()
+
+
+def start_engine(
+    config: EngineConfig,
+    progress: Progress,
+    mesh: Mesh = ALONE,
+    partners: Partners = NOBODY,
+) -> LoadedEngine:
+    """Load what ``config`` names and make an engine of it; of several ranks, if it asks for them.
+    For one rank of several, ``mesh`` is how it meets the others, its ``partners``.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
@@ -108,10 +130,13 @@ def start_engine(config: EngineConfig, progress: Progress, mesh: Mesh = ALONE) -
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
     stack = ExitStack()
     try:
+        if config.num_ranks > 1:
+            loaded = assemble_ranks(checkpoint, config, threads, stack, progress)
+            return dataclasses.replace(loaded, defaults=defaults)
         backend = choose_backend(checkpoint.spec, config, device, threads, mesh)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
-        loaded = assemble(checkpoint, config, backend, threads, stack, progress)
+        loaded = assemble(checkpoint, config, backend, threads, stack, progress, partners)
         return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:
         stack.close()
@@ -149,6 +174,7 @@ def assemble(
     threads: int,
     stack: ExitStack,
     progress: Progress,
+    partners: Partners,
 ) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
@@ -161,9 +187,10 @@ def assemble(
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(backend.ops, config, model.spec),
+        free_bytes=free_for_cache(backend.ops, config, model.spec, partners.sharers),
         held=model.held,
     )
+    memory = partners.agree(memory)
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)
@@ -192,6 +219,45 @@ def assemble(
         threads=threads,
         close=stack.close,
         counters={} if isinstance(runner, Runner) else runner.counters,
+    )
+
+
+def assemble_ranks(
+    checkpoint: Checkpoint, config: EngineConfig, threads: int, stack: ExitStack, progress: Progress
+) -> LoadedEngine:
+    """An engine whose steps are computed by other processes. ``stack`` learns how to end them."""
+    with ThreadPoolExecutor(1, "ruvon-words") as beside:
+        words = beside.submit(load_words, checkpoint)
+        started = start_ranks(checkpoint.spec, config, checkpoint.path, threads, progress)
+        stack.callback(started.runner.close)
+    tokenizer, chat, grammars = words.result()
+    stack.callback(grammars.close)
+    return LoadedEngine(
+        engine=Engine(
+            started.runner,
+            config,
+            max_model_len=started.memory.max_model_len,
+            num_blocks=started.memory.num_blocks,
+            windows=started.memory.windows,
+            vocab_size=checkpoint.spec.vocab_size,
+            eos_token_ids=grammars.eos_token_ids,
+            grammars=grammars,
+        ),
+        runner=started.runner,
+        eos_token_ids=grammars.eos_token_ids,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        chat=chat,
+        memory=started.memory,
+        device=started.device,
+        kernels=started.kernels,
+        batch_invariant=started.batch_invariant,
+        dtype=started.dtype,
+        threads=threads,
+        close=stack.close,
+        counters=started.runner.counters,
+        ranks=config.num_ranks,
+        failed=started.runner.failed,
     )
 
 

@@ -5,7 +5,6 @@ the same tokens; and in the end every block is free."""
 from __future__ import annotations
 
 import atexit
-import pickle
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -26,6 +25,7 @@ from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
@@ -249,14 +249,16 @@ def verify(run: Run) -> None:
 
 
 def replay(run: Run) -> None:
-    """Plans are values: written down and read back, they make another runner do the same."""
+    """Plans are values: sent to a rank as bytes, they make another runner do the same."""
     depth, grammar_depth = run.runner.depth, run.runner.grammar_depth
     runner = FakeRunner(
         run.runner.block_size, ALPHABET, depth=depth, matchers=make_matchers(grammar_depth),
         windows=run.runner.windows,
     )  # fmt: skip
     for plan, result in zip(run.runner.plans, run.results, strict=True):
-        assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
+        sent = decode_plan(encode_plan(plan))
+        assert sent == plan
+        assert decode_result(encode_result(runner.launch(sent).result())) == result
     runner.close()
 
 
@@ -308,9 +310,10 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     windows = draw(st.sampled_from([(0,), (0,), (0, 5), (7,), (0, 17, 17), (0, 0, 3, 26)]))
     fewest = most_blocks(MAX_MODEL_LEN, block_size, windows, longest_chunk(config))
     more = draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
-    depth = draw(st.sampled_from([1, 2, 2]))
+    stages = draw(st.sampled_from([1, 1, 2, 3]))
+    depth = stages + 1 if stages > 1 else draw(st.sampled_from([1, 2, 2]))
     return {
-        "config": config,
+        "config": replace(config, pipeline_parallel_size=stages),
         "num_blocks": fewest + more,
         "windows": windows,
         "depth": depth,

@@ -186,7 +186,7 @@ def test_a_vocabulary_that_cannot_be_used_is_said(folder):
 
 
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
+    monkeypatch.setattr(startup, "free_for_cache", lambda *_: 100 * 512)
     loaded = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
     loaded.close()
     assert loaded.memory.num_tokens == 80
