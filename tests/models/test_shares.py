@@ -28,7 +28,7 @@ WIDE = {"vocab_size": 150, "intermediate_size": 160, "moe_intermediate_size": 16
 """Five units of 32, which two, three and four ranks share unequally; the last of the vocabulary is
 not whole."""
 
-GRIDS = ((2, 1), (3, 1), (4, 1), (1, 2), (2, 2))
+GRIDS = ((2, 1), (3, 1), (4, 1), (2, 2))  # ranks of a stage, stages
 FAMILIES = (
     "gpt2", "gpt2-untied", "llama-tied", "llama-biased", "mistral", "qwen2-window", "qwen3",
     "gemma3", "qwen3-moe",
