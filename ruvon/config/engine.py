@@ -111,14 +111,24 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prefixes.")
     enable_chunked_prefill: bool = setting(
-        True, "Split long prompts over steps, beside decodes; off computes a prompt in one step."
+        True,
+        "Split prompts over steps, beside decodes; off computes a prompt in one step, if one can "
+        "hold it.",
     )
     batching: Literal["sequential", "static", "continuous"] = setting(
         "continuous", "When waiting requests may join the running ones."
     )
-    scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of the waiting queue.")
+    scheduling_policy: Literal["fair", "fcfs", "priority"] = setting(
+        "fair",
+        "Who goes first. fair: whose API key has been served the fewest tokens; of one key, and "
+        "without keys, first come first served, as fcfs does for all. priority: the request's "
+        "field of that name.",
+    )
     max_num_queued_reqs: int = setting(
         1024, "Waiting sequences beyond which requests get a 503.", least=1
+    )
+    max_num_queued_tokens: int | None = setting(
+        None, "Waiting tokens beyond which requests get a 503. Default: no bound.", least=1
     )
     seed: int = setting(0, "Seeds dummy weights.", least=0)
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache as cache_result
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -49,10 +48,8 @@ class StepLimits:
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
-    """A prompt that may not be chunked is one step, however long."""
-    whole_prompt = 0 if config.enable_chunked_prefill else memory.max_model_len
-    sequences, budget = config.largest_step
-    tokens = max(budget, whole_prompt)
+    """What the settings and the model's cache make of them."""
+    sequences, tokens = config.largest_step
     bounded = min(LOGITS_BYTES // (4 * spec.vocab_size), tokens)
     return StepLimits(
         tokens=tokens,
@@ -212,7 +209,7 @@ def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
     Raises ConfigError for a model or setting that they do not do.
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
-    from ruvon.kernels.cpu import CpuKernels, Graph, Limits
+    from ruvon.kernels.cpu import CpuKernels, Limits
     from ruvon.kernels.cpu.capture import check_attention
     from ruvon.kernels.cpu.formats import LANES
 
@@ -241,17 +238,10 @@ def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
         )
         graph = kernels.capture(model.forward, cache, largest, progress, draws=mesh.is_last)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
-
-        @cache_result
-        def hidden_graph() -> Graph:  # made for whoever asks first; few servers are asked
-            every_row = replace(largest, logit_rows=limits.tokens)
-            return kernels.capture(model.hidden, cache, every_row, draws=False)
-
-        return Step(
-            graph.replay,
-            CpuSampler(sampler, lambda: graph.argmax),
-            lambda batch: hidden_graph().replay(batch),
-        )
+        # Few servers are asked for hidden states, but streams would wait while it is captured.
+        every_row = replace(largest, logit_rows=limits.tokens)
+        hidden = kernels.capture(model.hidden, cache, every_row, draws=False)
+        return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax), hidden.replay)
 
     return Backend(
         kernels.ops,

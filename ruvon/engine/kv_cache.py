@@ -211,8 +211,6 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int
     Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence,
     and one weight made plain, if weights may be codes: see `ruvon.kernels.linear`."""
     sequences, tokens = config.largest_step
-    if not config.enable_chunked_prefill:
-        tokens = max(tokens, longest_sequence(spec, config))
     through = 1 if spec.experts is None else spec.experts.top_k
     hidden = 10 * spec.hidden_size + (0 if spec.experts is None else 2 * through * spec.hidden_size)
     per_token = (hidden + 4 * through * spec.intermediate_size) * dtype.itemsize

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,12 +24,8 @@ from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
 from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
-from ruvon.server.schemas.base import missing
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
-
-OLLAMA = "0.12.11"
-STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
 
 
 async def models(http: web.Request) -> web.Response:
@@ -103,70 +98,24 @@ def _card(name: str, service: Service) -> ModelCard:
     }
 
 
-async def tags(http: web.Request) -> web.Response:
-    """The served names as Ollama lists them."""
-    service = service_of(http)
-    listed = [{"name": n, "model": n, **_ollama_card(n, service)} for n in service.names]
-    return json_response({"models": listed})
-
-
-async def show(http: web.Request) -> web.Response:
-    """One of them, with what clients look for: the context's length, and what it can do."""
-    return _json(await read(http, _show))
-
-
-def _show(body: bytes, service: Service) -> bytes:
-    data = load(body, Bounds.of_context(service.max_model_len))
-    name = data.get("model") or data.get("name")
-    if not isinstance(name, str):
-        raise missing("model")
-    service.check_model(name.removesuffix(":latest"))
-    family = service.architecture
-    shown = {
-        **_ollama_card(name, service),
-        "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
-        "model_info": {
-            "general.architecture": family,
-            f"{family}.context_length": service.max_model_len,
-        },
-        "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
-    }
-    return orjson.dumps(shown)
-
-
-def _ollama_card(name: str, service: Service) -> Mapping[str, object]:
-    return {
-        "modified_at": _time(service.created),
-        "size": service.weight_bytes,
-        "digest": hashlib.sha256(f"{service.fingerprint}{name}".encode()).hexdigest(),
-        "details": {
-            "parent_model": "",
-            "format": "gguf" if service.root.endswith(".gguf") else "safetensors",
-            "family": service.architecture,
-            "families": [service.architecture],
-            "parameter_size": "",
-            "quantization_level": "",
-        },
-    }
-
-
-async def ollama_version(http: web.Request) -> web.Response:
-    """The version of Ollama whose API this is: clients ask for one that is new enough."""
-    return json_response({"version": OLLAMA})
-
-
 def _time(seconds: int) -> str:
     return datetime.fromtimestamp(seconds, UTC).isoformat().replace("+00:00", "Z")
 
 
 async def live(http: web.Request) -> web.Response:
     """Whether the process works at all: 503 asks for a restart."""
-    service = http.app[STATE].service
-    stalled = service.generator.stalled_for if service else 0.0
-    dead = service is not None and service.generator.dead is not None
-    if dead or stalled > STUCK_AFTER:
-        return json_response({"status": "dead" if dead else "stuck"}, 503)
+    state = http.app[STATE]
+    if state.service is not None and state.service.generator.dead is not None:
+        return json_response({"status": "dead"}, 503)
+    if is_stuck(state):
+        return json_response({"status": "stuck"}, 503)
     return json_response({"status": "alive"})
+
+
+def is_stuck(state: State) -> bool:
+    """Whether no step has ended for longer than the watchdog waits, though there is work."""
+    stalled = 0.0 if state.service is None else state.service.generator.stalled_for
+    return 0 < state.server.watchdog_timeout < stalled
 
 
 async def health(http: web.Request) -> web.Response:
@@ -185,6 +134,28 @@ async def ready(http: web.Request) -> web.Response:
     if status == "ready":
         return json_response(body)
     return json_response(body, 503, {"Retry-After": "1"})
+
+
+async def load_report(http: web.Request) -> web.Response:
+    """What a router asks: how it is, what it has to do, and what its prefix cache has lost. The
+    ``epoch`` is another one when all that was cached is gone."""
+    state = http.app[STATE]
+    status = _status(state)
+    body: dict[str, object] = {"status": status, "epoch": state.epoch}
+    if state.service is not None:
+        generator = state.service.generator
+        running, waiting, usage = generator.load
+        cache = generator.prefix_cache
+        body = {
+            "status": "dead" if is_stuck(state) else status,
+            "epoch": f"{state.epoch}-{cache.num_forgotten}",
+            "running": running,
+            "waiting": waiting,
+            "kv_cache_usage": round(usage, 4),
+            "cache_tokens": cache.num_tokens,
+            "evicted_tokens": cache.num_evicted,
+        }
+    return json_response(body, 200 if body["status"] == "ready" else 503)
 
 
 def _status(state: State) -> str:

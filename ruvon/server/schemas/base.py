@@ -27,6 +27,15 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def as_parts(value: object) -> object:
+    """``"x"`` → ``[{"type": "text", "text": "x"}]``; parts stay parts."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("content_type", "Input should be a string or a list of parts")
+
+
 def as_bias(value: object) -> dict[int, float]:
     """``{"50256": -100}`` → ``{50256: -100.0}``."""
     if not isinstance(value, dict):
@@ -43,6 +52,7 @@ def as_bias(value: object) -> dict[int, float]:
     return bias
 
 
+Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Bias = Annotated[dict[int, float], PlainValidator(as_bias, json_schema_input_type=dict[str, float])]
