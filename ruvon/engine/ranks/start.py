@@ -31,8 +31,9 @@ from ruvon.engine.ranks.ring import PlanRing, anonymous_memory
 from ruvon.engine.ranks.runner import Ranks
 from ruvon.engine.ranks.steps import RankError
 from ruvon.errors import ConfigError
-from ruvon.kernels.mesh import TIMEOUT
+from ruvon.kernels.mesh import TIMEOUT, Mesh
 from ruvon.models.cache_groups import cache_groups
+from ruvon.models.shares import share_of
 from ruvon.models.spec import ModelSpec
 from ruvon.telemetry import Progress
 
@@ -61,7 +62,7 @@ def start_ranks(
     ends before it is ready.
     """
     count = config.num_ranks
-    check_possible(config)
+    check_possible(spec, config)
     with ExitStack() as undo:
         ring = PlanRing(count)
         undo.callback(ring.close)
@@ -88,8 +89,9 @@ def start_ranks(
     )
 
 
-def check_possible(config: EngineConfig) -> None:
-    """Raises ConfigError where there cannot be several ranks."""
+def check_possible(spec: ModelSpec, config: EngineConfig) -> None:
+    """Raises ConfigError where there cannot be several ranks, or not so many of this model."""
+    share_of(spec, Mesh(size=config.tensor_parallel_size, stages=config.pipeline_parallel_size))
     if sys.platform != "linux":
         raise ConfigError("--tensor-parallel-size: several ranks need Linux")
     if config.device == "cuda" and not torch.distributed.is_nccl_available():
