@@ -13,6 +13,7 @@ from ruvon import models
 from ruvon.config import EngineConfig
 from ruvon.engine import backends, startup
 from ruvon.engine.backends import check_experts, choose_device
+from ruvon.engine.ranks import start as ranks_start
 from ruvon.engine.startup import distinct, start_engine, tensors_of
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
@@ -174,6 +175,14 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
     loaded.close()
     assert asked == [at_once]
     assert torch.get_num_threads() == threads
+
+
+def test_more_ranks_than_a_model_has_parts_for_are_refused_before_any_starts(folder, monkeypatch):
+    monkeypatch.setattr(ranks_start, "spawn", None)
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 4: .* for 1 to 3"):
+        start_engine(settings(folder, tensor_parallel_size=4), lambda phase, share: None)
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size 3: a model of 2 layers"):
+        start_engine(settings(folder, pipeline_parallel_size=3), lambda phase, share: None)
 
 
 def test_a_vocabulary_that_cannot_be_used_is_said(folder):
