@@ -195,9 +195,9 @@ class EngineLoop:
                 held.append(self.engine.compile(grammar))
         return held
 
-    async def admission(self) -> None:
+    async def admission(self, tenant: str = "") -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
-        await self._admission.enter()
+        await self._admission.enter(tenant)
 
     def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,

@@ -51,7 +51,7 @@ class Generator(Protocol):
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
 
-    async def admission(self) -> None:
+    async def admission(self, tenant: str) -> None:
         """Wait until reading a new request keeps nobody waiting."""
 
     def prepare(self, job: Job) -> Job:
