@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache as cache_result
 from functools import partial
 from typing import NamedTuple, TypeAlias
 
@@ -197,7 +196,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     Raises ConfigError for a model or setting that they do not do.
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
-    from ruvon.kernels.cpu import CpuKernels, Graph, Limits
+    from ruvon.kernels.cpu import CpuKernels, Limits
     from ruvon.kernels.cpu.capture import check_attention
     from ruvon.kernels.cpu.formats import LANES
 
@@ -225,17 +224,10 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         )
         graph = kernels.capture(model.forward, cache, largest, progress)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
-
-        @cache_result
-        def hidden_graph() -> Graph:  # made for whoever asks first; few servers are asked
-            every_row = replace(largest, logit_rows=limits.tokens)
-            return kernels.capture(model.hidden, cache, every_row, draws=False)
-
-        return Step(
-            graph.replay,
-            CpuSampler(sampler, lambda: graph.argmax),
-            lambda batch: hidden_graph().replay(batch),
-        )
+        # Few servers are asked for hidden states, but streams would wait while it is captured.
+        every_row = replace(largest, logit_rows=limits.tokens)
+        hidden = kernels.capture(model.hidden, cache, every_row, draws=False)
+        return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax), hidden.replay)
 
     return Backend(
         kernels.ops, kv, capture, kernels.close, kernels.settle, takes_arrays=True, quantized=True

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -25,11 +24,8 @@ from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
 from ruvon.server.responses import ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
-from ruvon.server.schemas.base import missing
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
-
-OLLAMA = "0.12.11"
 
 
 async def models(http: web.Request) -> web.Response:
@@ -100,58 +96,6 @@ def _card(name: str, service: Service) -> ModelCard:
         "max_model_len": service.max_model_len,
         "default_sampling": service.defaults,
     }
-
-
-async def tags(http: web.Request) -> web.Response:
-    """The served names as Ollama lists them."""
-    service = service_of(http)
-    listed = [{"name": n, "model": n, **_ollama_card(n, service)} for n in service.names]
-    return json_response({"models": listed})
-
-
-async def show(http: web.Request) -> web.Response:
-    """One of them, with what clients look for: the context's length, and what it can do."""
-    return _json(await read(http, _show))
-
-
-def _show(body: bytes, service: Service) -> bytes:
-    data = load(body, Bounds.of_context(service.max_model_len))
-    name = data.get("model") or data.get("name")
-    if not isinstance(name, str):
-        raise missing("model")
-    service.check_model(name.removesuffix(":latest"))
-    family = service.architecture
-    shown = {
-        **_ollama_card(name, service),
-        "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
-        "model_info": {
-            "general.architecture": family,
-            f"{family}.context_length": service.max_model_len,
-        },
-        "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
-    }
-    return orjson.dumps(shown)
-
-
-def _ollama_card(name: str, service: Service) -> Mapping[str, object]:
-    return {
-        "modified_at": _time(service.created),
-        "size": service.weight_bytes,
-        "digest": hashlib.sha256(f"{service.fingerprint}{name}".encode()).hexdigest(),
-        "details": {
-            "parent_model": "",
-            "format": "gguf" if service.root.endswith(".gguf") else "safetensors",
-            "family": service.architecture,
-            "families": [service.architecture],
-            "parameter_size": "",
-            "quantization_level": "",
-        },
-    }
-
-
-async def ollama_version(http: web.Request) -> web.Response:
-    """The version of Ollama whose API this is: clients ask for one that is new enough."""
-    return json_response({"version": OLLAMA})
 
 
 def _time(seconds: int) -> str:

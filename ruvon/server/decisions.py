@@ -15,22 +15,23 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice, product
 from string import ascii_uppercase, digits
-from typing import Annotated, Any, Literal, TypeAlias
+from typing import Annotated, Literal
 
-import orjson
 from aiohttp import web
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from ruvon.engine.types import Emission, Job, SamplingParams
 from ruvon.errors import RequestError
 from ruvon.models.formats.tools import Reasoning
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.collect import collect
-from ruvon.server.conversation import Conversation, prepare_conversation
+from ruvon.server.conversation import Conversation, prepare_conversation, without_effect
 from ruvon.server.generation import ignored_header
 from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.requests import read_request
 from ruvon.server.responses import Answered, DecisionAnswer
+from ruvon.server.responses_api.input import Contents, Items, ReferenceItem
+from ruvon.server.responses_api.items import Transcript, text_of
 from ruvon.server.schemas import Fields
 from ruvon.server.schemas.base import Timeout
 from ruvon.server.state import Service, service_of
@@ -38,76 +39,14 @@ from ruvon.server.state import Service, service_of
 MOST_QUESTIONS = 256  # as completions of one request
 MOST_CHOICES = 255
 MOST_LEVELS = len(digits)
-
-
-class Part(Fields):
-    """A part of an input's or a question's text."""
-
-    type: Literal["input_text", "output_text", "refusal", "input_json"]
-    text: str | None = None
-    refusal: str | None = None
-    data: dict[str, Any] | list[dict[str, Any]] | None = None
-
-    @property
-    def words(self) -> str:
-        if self.type == "input_json":
-            return orjson.dumps(self.data).decode()
-        return (self.refusal if self.type == "refusal" else self.text) or ""
-
-
-Content: TypeAlias = str | Annotated[list[Part], Field(fail_fast=True, max_length=1024)]
-
-
-class Item(Fields):
-    """A message of the input."""
-
-    type: Literal["message"] = "message"
-    role: Literal["user", "system", "developer", "assistant"]
-    content: Content
-
-
-class CallItem(Fields):
-    """A call of a tool in the input, of either kind."""
-
-    type: Literal["function_call", "custom_tool_call"]
-    call_id: str
-    name: str
-    arguments: str | None = None
-    input: str | None = None
-
-
-class OutputItem(Fields):
-    """What a call gave."""
-
-    type: Literal["function_call_output", "custom_tool_call_output"]
-    call_id: str
-    output: Content
-
-
-def kind_of(item: Any) -> str:
-    """Which of the three an item is; one without a type is a message."""
-    kind = item.get("type", "message") if isinstance(item, dict) else "message"
-    return {
-        "function_call_output": "output",
-        "custom_tool_call_output": "output",
-        "function_call": "call",
-        "custom_tool_call": "call",
-    }.get(str(kind), "message")
-
-
-AnyItem: TypeAlias = Annotated[
-    Annotated[Item, Tag("message")]
-    | Annotated[CallItem, Tag("call")]
-    | Annotated[OutputItem, Tag("output")],
-    Discriminator(kind_of),
-]
+NO_REASONING = Reasoning(enabled=False)
 
 
 class Question(Fields):
     """What all questions have."""
 
     name: str | None = None
-    instructions: Content
+    instructions: Contents
 
 
 class Predicate(Question):
@@ -148,7 +87,7 @@ class DecisionRequest(Fields):
     """``POST /v1/decisions``."""
 
     model: str | None = None
-    input: str | Annotated[list[AnyItem], Field(fail_fast=True, min_length=1, max_length=4096)]
+    input: Annotated[Items, Field(min_length=1)]
     questions: Annotated[
         list[Annotated[Predicate | Choice | Score, Field(discriminator="type")]],
         Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS),
@@ -228,13 +167,9 @@ def labels_of(question: Question, tokenizer: Tokenizer) -> tuple[Label, ...]:
 # ----------------------------------------------------------------------------------- prompts
 
 
-def words_of(content: Content) -> str:
-    return content if isinstance(content, str) else "\n".join(part.words for part in content)
-
-
-def ask(question: Question, labels: Sequence[Label]) -> str:
-    """The question in words."""
-    said = words_of(question.instructions)
+def ask(question: Question, labels: Sequence[Label], where: str) -> str:
+    """The question in words. ``where`` is its place in the request."""
+    said = text_of(question.instructions, f"{where}.instructions")
     if isinstance(question, Choice):
         options = [(said_value(each.value), each.description) for each in question.choices]
         rest = f"{listed(options, labels)}\n\nAnswer only with the letter of the best choice."
@@ -257,60 +192,53 @@ def said_value(value: str | bool) -> str:
     return value if isinstance(value, str) else str(value).lower()
 
 
-def messages_of(request: DecisionRequest) -> list[dict[str, Any]]:
-    """The input as messages, the last of which is a user's, for the question to follow in it:
-    many templates want turns to alternate."""
-    if isinstance(request.input, str):
-        return [{"role": "user", "content": request.input}]
-    messages = [message_of(item) for item in request.input]
-    if messages[-1]["role"] != "user":
-        messages.append({"role": "user", "content": ""})
-    return messages
+def transcribe(request: DecisionRequest) -> Transcript:
+    """The input as messages, the last of which is a user's, for the question to follow in it: many
+    templates want turns to alternate."""
+    transcript = Transcript(None)
+    for n, item in enumerate(request.input):
+        if isinstance(item, ReferenceItem):
+            raise RequestError(
+                "Stored items cannot be referred to here.", f"input[{n}]", "unsupported_value"
+            )
+        transcript.add(item, f"input[{n}]")
+    if not transcript.messages or transcript.messages[-1]["role"] != "user":
+        transcript.messages.append({"role": "user", "content": ""})
+    return transcript
 
 
-def message_of(item: Item | CallItem | OutputItem) -> dict[str, Any]:
-    """An item of the input as a chat has it."""
-    if isinstance(item, Item):
-        return {"role": item.role, "content": words_of(item.content)}
-    if isinstance(item, OutputItem):
-        content = words_of(item.output)
-        return {"role": "tool", "tool_call_id": item.call_id, "content": content}
-    call: dict[str, Any] = {"id": item.call_id, "type": "function"}
-    if item.type == "custom_tool_call":
-        call |= {"type": "custom", "custom": {"name": item.name, "input": item.input or ""}}
-    else:
-        call |= {"function": {"name": item.name, "arguments": item.arguments or "{}"}}
-    return {"role": "assistant", "content": "", "tool_calls": [call]}
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Questions, understood: a job and the labels of each, and what of the input means nothing."""
 
-
-Asked: TypeAlias = tuple[list[Job], list[tuple[Label, ...]]]
+    jobs: list[Job]
+    labels: list[tuple[Label, ...]]
+    skipped: list[str]
 
 
 def prepare(request: DecisionRequest, service: Service, max_logprobs: int) -> Asked:
-    """A job for each question, and its labels."""
-    *before, last = messages_of(request)
+    """Raises RequestError for all that can be wrong."""
+    transcript = transcribe(request)
+    *before, last = transcript.messages
     labels = [labels_of(question, service.tokenizer) for question in request.questions]
-    texts = map(ask, request.questions, labels)
-    full = [f"{last['content']}\n\n{text}".lstrip("\n") for text in texts]
-    jobs = [
-        prepare_conversation(
-            Conversation(
-                [*before, {"role": "user", "content": content}],
-                reasoning=Reasoning(enabled=False),
-                param="input",
-            ),
-            SamplingParams(
-                temperature=0,
-                max_tokens=1,
-                ignore_eos=True,
-                logprobs=0,
-                logprob_token_ids=tuple(id for label in of for id in label.ids),
-            ),
-            service,
-        )[0]
-        for content, of in zip(full, labels, strict=True)
-    ]
-    return jobs, labels
+    jobs = []
+    for n, (question, of) in enumerate(zip(request.questions, labels, strict=True)):
+        text = ask(question, of, f"questions[{n}]")
+        asked = {"role": "user", "content": f"{last['content']}\n\n{text}".lstrip("\n")}
+        conversation = Conversation([*before, asked], reasoning=NO_REASONING, param="input")
+        jobs.append(prepare_conversation(conversation, read_only(of), service)[0])
+    return Asked(jobs, labels, transcript.skipped)
+
+
+def read_only(labels: Sequence[Label]) -> SamplingParams:
+    """One token, for the sake of the labels' probabilities."""
+    return SamplingParams(
+        temperature=0,
+        max_tokens=1,
+        ignore_eos=True,
+        logprobs=0,
+        logprob_token_ids=tuple(id for label in labels for id in label.ids),
+    )
 
 
 # ----------------------------------------------------------------------------------- answers
@@ -319,26 +247,25 @@ def prepare(request: DecisionRequest, service: Service, max_logprobs: int) -> As
 async def decisions(http: web.Request) -> web.Response:
     """Answer questions about an input."""
     service = service_of(http)
-    request, ignored, (jobs, labels) = await read_request(
-        http, DecisionRequest, prepare, always_aside=True
-    )
-    emissions = await collect(http, service, jobs)
+    request, ignored, asked = await read_request(http, DecisionRequest, prepare, always_aside=True)
+    ignored = without_effect(http, ignored, asked.skipped)
+    emissions, num_output = await collect(http, service, asked.jobs), len(asked.jobs)
     answers = [
         answer(question, shares(emission, of))
-        for question, emission, of in zip(request.questions, emissions, labels, strict=True)
+        for question, emission, of in zip(request.questions, emissions, asked.labels, strict=True)
     ]
-    num_input = sum(len(job.prompt) for job in jobs)
+    num_input = sum(len(job.prompt) for job in asked.jobs)
     num_cached = sum(emission.num_cached for emission in emissions)
-    http[FACTS].update(prompt_tokens=num_input, cached_tokens=num_cached, output_tokens=len(jobs))
+    http[FACTS].update(prompt_tokens=num_input, cached_tokens=num_cached, output_tokens=num_output)
     body: Answered = {
         "model": request.model or service.names[0],
         "answers": answers,
         "usage": {
             "input_tokens": num_input,
             "input_tokens_details": {"cached_tokens": num_cached, "cache_write_tokens": 0},
-            "output_tokens": len(jobs),
+            "output_tokens": num_output,
             "output_tokens_details": {"reasoning_tokens": 0},
-            "total_tokens": num_input + len(jobs),
+            "total_tokens": num_input + num_output,
         },
     }
     return json_response(body, headers=ignored_header(ignored))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -26,13 +27,15 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import MAX_IGNORED, load, parse, refuse_ignored
 from ruvon.server.requests import bounded
 from ruvon.server.schemas import ChatRequest, CompletionRequest, SamplingFields
+from ruvon.server.schemas.base import missing
 from ruvon.server.shape import Bounds
-from ruvon.server.state import STATE, Service, service_of
+from ruvon.server.state import STATE, Service
 from ruvon.server.writers.envelope import Tally
 
 Fields: TypeAlias = dict[str, Any]
 Understood: TypeAlias = tuple[Fields, Sequence[str], Job | None, MakeParser]
 
+VERSION = "0.12.11"  # clients ask for one that is new enough
 LINES = Media("application/x-ndjson", lambda: b"")
 OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
 DRAWING = {"max_tokens", "mirostat", "repeat_last_n", "tfs_z", *SamplingFields.model_fields}
@@ -41,10 +44,51 @@ TRANSLATED = {"format", "think", "options", "stream", "prompt", "system", "raw",
 SAME = {"model", "tools", "keep_alive", "suffix", "template", "images", "context"}
 
 
+async def tags(http: web.Request) -> web.Response:
+    """The served names."""
+    service = http.app[STATE].ready()
+    listed = [{"name": n, "model": n, **_card(n, service)} for n in service.names]
+    return json_response({"models": listed})
+
+
+async def show(http: web.Request) -> web.Response:
+    """One of them, with what clients look for: the context's length, and what it can do."""
+
+    def shown(body: bytes, service: Service) -> Fields:
+        data = load(body, Bounds.of_context(service.max_model_len))
+        name, family = data.get("model") or data.get("name"), service.architecture
+        if not isinstance(name, str):
+            raise missing("model")
+        service.check_model(name.removesuffix(":latest"))
+        length = {f"{family}.context_length": service.max_model_len}
+        return _card(name, service) | {
+            "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
+            "model_info": {"general.architecture": family, **length},
+            "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
+        }
+
+    return json_response(await read(http, shown))
+
+
+def _card(name: str, service: Service) -> Fields:
+    kind, family = "gguf" if service.root.endswith(".gguf") else "safetensors", service.architecture
+    unknown = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
+    return {
+        "modified_at": _time(datetime.fromtimestamp(service.created, UTC)),
+        "size": service.weight_bytes,
+        "digest": hashlib.sha256(f"{service.fingerprint}{name}".encode()).hexdigest(),
+        "details": {"format": kind, "family": family, "families": [family], **unknown},
+    }
+
+
+async def version(http: web.Request) -> web.Response:
+    """The version of Ollama whose API this is."""
+    return json_response({"version": VERSION})
+
+
 async def answer(http: web.Request) -> web.StreamResponse:
     """``POST /api/chat`` and ``/api/generate``. Who asks nothing wants the model to be loaded."""
     server, is_chat = http.app[STATE].server, http.path == "/api/chat"
-    service = service_of(http)
 
     def understand(body: bytes, service: Service) -> Understood:
         data = load(body, Bounds.of_context(service.max_model_len))
@@ -59,6 +103,7 @@ async def answer(http: web.Request) -> web.StreamResponse:
         job, turn = prepare_chat(request, service, server.max_logprobs)
         return data, [*ignored, *turn.ignored, *lost], job, turn.parser
 
+    service = http.app[STATE].ready()
     data, ignored, job, parser = await read(http, understand)
     refuse_ignored(ignored, server.strict)
     model = str(data.get("model") or service.names[0])
@@ -75,18 +120,18 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
     options, prompt = data.get("options") or {}, data.get("prompt") or ""
     if not isinstance(options, dict) or not isinstance(prompt, str):
         raise RequestError("options should be an object, and prompt a text.", None, "invalid_type")
-    lost = [name for name in data if name not in SAME | TRANSLATED]
-    fields = {name: data[name] for name in SAME.intersection(data)}
     ours = {OPTIONS.get(name, name): options[name] for name in options if name != "num_ctx"}
-    fields |= {name: ours[name] for name in DRAWING.intersection(ours)}
+    lost = [name for name in data if name not in SAME | TRANSLATED]
     lost += [f"options.{name}"[:100] for name in ours if name not in DRAWING]
-    if isinstance(fields.get("max_tokens"), int) and fields["max_tokens"] < 0:
+    fields = {name: data[name] for name in SAME.intersection(data)}
+    fields |= {name: ours[name] for name in DRAWING.intersection(ours)}
+    if isinstance(most := fields.get("max_tokens"), int) and most < 0:
         del fields["max_tokens"]  # as many as the context holds
     if isinstance(context := options.get("num_ctx"), int):
         bounded(context, service.max_model_len, "num_ctx")
     if isinstance(name := data.get("model"), str):
-        service.check_model(name.removesuffix(":latest"))
         fields["model"] = name.removesuffix(":latest")
+        service.check_model(fields["model"])
     if form := data.get("format"):
         kind = {"type": "json_schema", "json_schema": {"name": "format", "schema": form}}
         fields["response_format"] = {"type": "json_object"} if form == "json" else kind
@@ -98,13 +143,13 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
     turns = [{"role": role, "content": said[role]} for role in said if prompt and said[role]]
     messages = data.get("messages") if is_chat else turns
     if isinstance(messages, list):
-        messages = [message_as_openai(message) for message in messages]
+        messages = [
+            message_as_openai(each) if isinstance(each, dict) else each for each in messages
+        ]
     return fields | {"enable_thinking": think, "messages": messages}, lost[:MAX_IGNORED]
 
 
-def message_as_openai(message: Any) -> Any:
-    if not isinstance(message, dict):
-        return message
+def message_as_openai(message: Fields) -> Fields:
     fields = {OF_MESSAGES.get(name, name): value for name, value in message.items()}
     if isinstance(calls := message.get("tool_calls"), list):
         fields["tool_calls"] = [call_as_openai(call, index) for index, call in enumerate(calls)]
@@ -159,27 +204,25 @@ class OllamaWriter:
         """What is gained, or the ``end``."""
         said = {"content": "", **gained}
         if self._is_chat:
-            shown: Fields = {"message": {"role": "assistant", **said}}
+            said = {"message": {"role": "assistant", **said}}
         else:
-            shown = {"response": said.pop("content"), **said}
-        now = datetime.now(UTC).isoformat().replace("+00:00", "Z")
-        done = {"done": end is not None, **(end or {})}
-        return {"model": self._model, "created_at": now, **shown, **done}
+            said["response"] = said.pop("content")
+        head = {"model": self._model, "created_at": _time(datetime.now(UTC))}
+        return {**head, **said, "done": end is not None, **(end or {})}
 
     def _fold(self, delta: Delta) -> Fields:
         """What a delta adds: text as it comes, a call once it is whole."""
+        now, call = time.monotonic_ns(), delta.tool_call
         if not self.tally.num_output:
-            self._first = time.monotonic_ns()
+            self._first = now
         self.tally.feed(delta)
-        said, call = {"content": delta.text, "thinking": delta.reasoning}, delta.tool_call
+        said = {"content": delta.text, "thinking": delta.reasoning}
         gained: Fields = {name: text for name, text in said.items() if text}
         if self._call and (delta.finish or (call and call.index != self._call[0].index)):
-            gained["tool_calls"] = [whole(self._call)]
-            self._call = []
+            gained["tool_calls"], self._call = [_whole(self._call)], []
         if call:
             self._call.append(call)
         if delta.finish:
-            now = time.monotonic_ns()
             self._end = {
                 "done_reason": "length" if delta.finish == "length" else "stop",
                 "total_duration": now - self._began,  # nanoseconds
@@ -192,7 +235,11 @@ class OllamaWriter:
         return gained
 
 
-def whole(pieces: Sequence[ToolCall]) -> Fields:
+def _whole(pieces: Sequence[ToolCall]) -> Fields:
     """A call of its pieces."""
     arguments = read_input("".join([piece.arguments for piece in pieces]))
     return {"id": pieces[0].id, "function": {"name": pieces[0].name, "arguments": arguments}}
+
+
+def _time(moment: datetime) -> str:
+    return moment.isoformat().replace("+00:00", "Z")

@@ -131,6 +131,13 @@ async def test_calls_of_tools_in_the_input(serve):
     assert places == sorted(places)
 
 
+async def test_items_that_mean_nothing_are_named(serve):
+    server = await serve(runner=Weighing())
+    items = [{"type": "mcp_call", "id": "x"}, {"role": "user", "content": "Hi"}]
+    reply = await server.post("/v1/decisions", {"input": items, "questions": [PREDICATE]})
+    assert reply.headers["X-Ruvon-Ignored"] == "input[0].mcp_call"
+
+
 async def test_the_sdk_reads_it(serve):
     server = await serve(runner=Weighing(N=0.9))
     async with openai.AsyncOpenAI(
@@ -161,6 +168,14 @@ async def test_the_sdk_reads_it(serve):
         ({"input": [{"type": "function_call", "call_id": "x"}]}, "input"),
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input"),
         ({"input": [3]}, "input"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "input_image"}]}]},
+            "input[0].content[0]",
+        ),
+        (
+            {"questions": [PREDICATE, PREDICATE | {"instructions": [{"type": "input_text"}]}]},
+            "questions[1].instructions[0].text",
+        ),
     ],
 )
 async def test_what_is_wrong_is_named(serve, change, param):
@@ -205,14 +220,14 @@ def reference_shares(config: EngineConfig, tokenizer: Tokenizer) -> list[list[fl
         max_model_len=8192,
         prepare=lambda job: job,
     )
-    jobs, labels = prepare(DecisionRequest.model_validate(REQUEST), service, 20)
+    asked = prepare(DecisionRequest.model_validate(REQUEST), service, 20)
     torch.set_num_threads(1)
     ops = make_torch_ops(torch.float32, torch.device("cpu"))
     model = load_model(open_checkpoint(config, silent), config, ops, silent)
     run = PagedSequences(model, capacity=1024, block=16)
-    prompts = {number: list(job.prompt) for number, job in enumerate(jobs)}
+    prompts = {number: list(job.prompt) for number, job in enumerate(asked.jobs)}
     found = []
-    for p_V, of in zip(run.step(prompts, every_row=False).softmax(-1), labels, strict=True):
+    for p_V, of in zip(run.step(prompts, every_row=False).softmax(-1), asked.labels, strict=True):
         shares = torch.stack([p_V[list(label.ids)].sum() for label in of])
         found.append((shares / shares.sum()).tolist())
     return found

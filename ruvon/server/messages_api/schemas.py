@@ -12,21 +12,12 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, Stops, Timeout
+from ruvon.server.schemas.base import Fields, Stops, Timeout, as_parts
 from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
 UNREADABLE = frozenset({"image", "document", "search_result", "container_upload", "compaction"})
 """Blocks with content that the model would miss."""
-
-
-def as_blocks(value: object) -> object:
-    """``"x"`` → ``[{"type": "text", "text": "x"}]``; blocks stay blocks."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if isinstance(value, list):
-        return value
-    raise PydanticCustomError("content_type", "Input should be a string or a list of blocks")
 
 
 def check_block(value: object) -> object:
@@ -90,7 +81,7 @@ ResultBlock = Annotated[
     BeforeValidator(check_block),
 ]
 ResultBlocks = Annotated[
-    list[ResultBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+    list[ResultBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_parts)
 ]
 
 
@@ -121,10 +112,10 @@ ContentBlock = Annotated[
     BeforeValidator(check_block),
 ]
 Blocks = Annotated[
-    list[ContentBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+    list[ContentBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_parts)
 ]
 SystemBlocks = Annotated[
-    list[TextBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_blocks)
+    list[TextBlock], Field(fail_fast=True, max_length=1024), BeforeValidator(as_parts)
 ]
 
 

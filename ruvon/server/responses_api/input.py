@@ -9,49 +9,48 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, TypeAlias
 
+import orjson
 from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
 
 from ruvon.server.schemas import Fields
+from ruvon.server.schemas.base import as_parts
 
 MAX_ITEMS = 4096
 MAX_PARTS = 1024
 TEXTS = frozenset({"input_text", "output_text", "text", "summary_text", "reasoning_text"})
 """Types of parts whose ``text`` is read."""
+READ = TEXTS | {"refusal", "input_json"}
+"""Types of parts that are read; what is no text is refused by whoever reads them."""
 
 
 def as_items(value: object) -> object:
     """``"x"`` → one message of the user."""
-    return [{"type": "message", "role": "user", "content": value}] if is_text(value) else value
-
-
-def as_contents(value: object) -> object:
-    """``"x"`` → ``[{"type": "text", "text": "x"}]``; parts stay parts."""
-    if is_text(value):
-        return [{"type": "text", "text": value}]
-    if isinstance(value, list):
-        return value
-    raise PydanticCustomError("content_type", "Input should be a string or a list of parts")
-
-
-def is_text(value: object) -> bool:
-    return isinstance(value, str)
+    is_text = isinstance(value, str)
+    return [{"type": "message", "role": "user", "content": value}] if is_text else value
 
 
 class Part(Fields):
-    """A piece of content. What is no text is refused by whoever reads it."""
+    """A piece of content, of any type. What each of `READ` says is in a field of its own."""
 
     type: str
     text: str | None = None
     refusal: str | None = None
+    data: Any = None
     annotations: Any = None  # what we sent ourselves comes back
     logprobs: Any = None
+
+    @property
+    def words(self) -> str | None:
+        """What it says; None if its field is missing."""
+        if self.type == "input_json":
+            return None if self.data is None else orjson.dumps(self.data).decode()
+        return self.refusal if self.type == "refusal" else self.text
 
 
 Contents = Annotated[
     list[Part],
     Field(fail_fast=True, max_length=MAX_PARTS),
-    BeforeValidator(as_contents, json_schema_input_type=str | list[Part]),
+    BeforeValidator(as_parts, json_schema_input_type=str | list[Part]),
 ]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ruvon.errors import RequestError
 from ruvon.server.responses_api.input import (
-    TEXTS,
+    READ,
     AnyItem,
     CallOutputItem,
     CompactionItem,
@@ -115,18 +115,22 @@ class Transcript:
         self.messages.append(message)
 
 
+FIELDS = {"refusal": "refusal", "input_json": "data"}
+"""Type of a part → where it says something, if not in ``text``."""
+
+
 def text_of(parts: Iterable[Part], where: str) -> str:
     """Parts as one text, on lines of their own. Raises RequestError for one that is no text."""
     texts = []
     for number, part in enumerate(parts):
-        text = part.refusal if part.type == "refusal" else part.text
-        if part.type not in TEXTS and part.type != "refusal":
+        if part.type not in READ:
             raise RequestError(
                 f"This model reads text only, not {part.type[:100]}.", f"{where}[{number}]"
             )
-        if text is None:
-            raise missing(f"{where}[{number}].text")
-        texts.append(text)
+        if part.words is None:
+            field = FIELDS.get(part.type, "text")
+            raise missing(f"{where}[{number}].{field}")
+        texts.append(part.words)
     return "\n".join(texts)
 
 
@@ -215,4 +219,4 @@ def _outputs(parts: Sequence[Part]) -> str | list[dict[str, Any]]:
 
 
 def _parts(parts: Sequence[Part] | None, kind: str) -> list[dict[str, Any]]:
-    return [{"type": kind, "text": part.text} for part in parts or ()]
+    return [{"type": kind, "text": part.words} for part in parts or ()]

@@ -27,6 +27,15 @@ def as_list(value: object) -> object:
     return [value] if isinstance(value, str) else value
 
 
+def as_parts(value: object) -> object:
+    """``"x"`` → ``[{"type": "text", "text": "x"}]``; parts stay parts."""
+    if isinstance(value, str):
+        return [{"type": "text", "text": value}]
+    if isinstance(value, list):
+        return value
+    raise PydanticCustomError("content_type", "Input should be a string or a list of parts")
+
+
 def as_bias(value: object) -> dict[int, float]:
     """``{"50256": -100}`` → ``{50256: -100.0}``."""
     if not isinstance(value, dict):

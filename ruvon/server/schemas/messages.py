@@ -5,18 +5,8 @@ from __future__ import annotations
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import BeforeValidator, Field
-from pydantic_core import PydanticCustomError
 
-from ruvon.server.schemas.base import Fields
-
-
-def as_parts(value: object) -> object:
-    """``"x"`` → ``[{"type": "text", "text": "x"}]``; parts stay parts."""
-    if isinstance(value, str):
-        return [{"type": "text", "text": value}]
-    if isinstance(value, list):
-        return value
-    raise PydanticCustomError("content_type", "Input should be a string or a list of text parts")
+from ruvon.server.schemas.base import Fields, as_parts
 
 
 class TextPart(Fields):
