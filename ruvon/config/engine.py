@@ -70,6 +70,19 @@ class EngineConfig:
         "Hold each thread of kernels 'cpu' to a core of its own. auto: where there is a thread for "
         "every core that the process may run on.",
     )
+    tensor_parallel_size: int = setting(
+        1,
+        "Ranks that compute each layer between them: processes, each with a GPU or a share of the "
+        "cores.",
+        least=1,
+        most=64,
+    )
+    pipeline_parallel_size: int = setting(
+        1,
+        "Stages, each of as many ranks, that hold the layers between them.",
+        least=1,
+        most=64,
+    )
     max_model_len: int | None = setting(
         None,
         "Longest prompt plus completion, tokens. Default: the model's own, or what fits.",
@@ -138,6 +151,11 @@ class EngineConfig:
                 f"seed {self.seed} is for dummy weights and needs load_format 'dummy'; what is "
                 "drawn is seeded by each request"
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes compute a step between them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def largest_step(self) -> StepSize:

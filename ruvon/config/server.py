@@ -22,6 +22,9 @@ class ServerConfig:
         "127.0.0.1", "Address to listen on. 0.0.0.0 is all of IPv4, :: all of IPv6 and IPv4."
     )
     port: int = setting(8000, "Port to listen on. 0 picks a free one.", least=0, most=65535)
+    uds: str | None = setting(
+        None, "Unix socket to listen on, instead of host and port: a path in a folder that exists."
+    )
     served_model_name: str | None = setting(
         None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
     )

@@ -8,19 +8,22 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
+from ruvon import __version__
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool, extend_keys
+from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
+from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
@@ -37,7 +40,8 @@ class Runner(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
+        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s; more where
+        steps go through several stages, without."""
 
     @property
     def grammar_depth(self) -> int:
@@ -63,6 +67,7 @@ class Pending:
     """A step that has been launched. ``future`` is ready when `Engine.collect` will not block."""
 
     plan: Plan
+    at: float  # when it was planned; seconds, monotonic
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
@@ -100,9 +105,12 @@ class Engine:
             order=ORDERS[config.scheduling_policy],
             chunked=config.enable_chunked_prefill,
             caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
         )
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
+        self._in_flight: deque[Plan] = deque()
+        self.recording: Recording | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
         self._ids = count()
@@ -171,6 +179,8 @@ class Engine:
         ]
         for seq in sequences:
             self._scheduler.add(seq)
+            if self.recording is not None:
+                self.recording.added(seq)
         return [seq.id for seq in sequences]
 
     def sequence(self, seq_id: int) -> Sequence:
@@ -185,6 +195,8 @@ class Engine:
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
+        if self.recording is not None:
+            self.recording.aborted(seq_ids)
         for seq_id in seq_ids:
             self._scheduler.abort(seq_id)
 
@@ -197,10 +209,13 @@ class Engine:
         plan = scheduler.schedule(now)
         if plan is None:
             return None
+        self._in_flight.append(plan)
+        if self.recording is not None:
+            self.recording.planned(plan, now)
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
-        return Pending(plan, self._num_launched, self._start(plan), counted)
+        return Pending(plan, now, self._num_launched, self._start(plan), counted)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,
@@ -240,6 +255,8 @@ class Engine:
         """
         self.check_alive()
         plan, seconds = pending.plan, 0.0
+        result: StepResult | None = None
+        self._in_flight.popleft()
         try:
             result = pending.future.result()
         except Exception as error:
@@ -247,6 +264,8 @@ class Engine:
         else:
             emissions, seconds = self._scheduler.commit(plan, result), result.seconds
             self.failure, self._num_failures = None, 0
+        if self.recording is not None:
+            self.recording.committed(plan, result, emissions)
         self.stats = self._measure(plan.step, pending.num_tokens, pending.counted, seconds)
         return emissions
 
@@ -258,6 +277,36 @@ class Engine:
         self.check_alive()
         return self._scheduler.fail(plan, f"The step that computed it failed{kind(error)}.")
 
+    def record(self, most_steps: int, on_full: Callable[[], None]) -> Recording:
+        """Record what happens from here on, until `recording` is set to None; ``on_full`` is called
+        after ``most_steps`` steps, or when it is large."""
+        config, step = self.config, self.config.largest_step
+        grouped = self._scheduler.grouped
+        header = Header(
+            format=FORMAT,
+            ruvon=__version__,
+            block_size=config.block_size,
+            num_blocks=grouped.pool.num_blocks,
+            windows=grouped.windows,
+            longest_chunk=longest_chunk(config),
+            max_seqs=step.sequences,
+            max_tokens=step.tokens,
+            batching=config.batching,
+            scheduling_policy=config.scheduling_policy,
+            chunked=config.enable_chunked_prefill,
+            caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
+        )
+        self.recording = Recording(
+            header,
+            self._scheduler.snapshot(),
+            self._in_flight,
+            self._scheduler.sequences.values(),
+            most_steps,
+            on_full,
+        )
+        return self.recording
+
     def check_alive(self) -> None:
         """Raises EngineDeadError once no step can succeed any more."""
         if self.dead is not None:
@@ -266,6 +315,8 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences keep what they hold."""
         self._scheduler.pool.forget()
+        if self.recording is not None:
+            self.recording.forgotten()
 
     # ---------------------------------------------------------------- validation
 
@@ -346,6 +397,11 @@ class Engine:
                 for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
             ],
         }
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self._scheduler.pool.prefix_cache
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

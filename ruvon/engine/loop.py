@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -19,9 +20,12 @@ import structlog
 
 from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
+from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.drain_rate import DrainRate
-from ruvon.engine.engine import Engine, Pending, dead_error
+from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import DeadlineError, NotReadyError, QueueFullError, RequestError
@@ -104,6 +108,7 @@ class EngineLoop:
         self.dead: BaseException | None = None  # what killed the loop
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
+        self.recorder = Recorder()
         self._metrics = metrics
         self._clock = clock
         self._states: dict[int, RequestState] = {}
@@ -133,6 +138,11 @@ class EngineLoop:
         return self.engine.load
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self.engine.prefix_cache
+
+    @property
     def num_open(self) -> int:
         """Sequences whose end somebody waits for."""
         return len(self._states)
@@ -150,6 +160,23 @@ class EngineLoop:
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
         self._task = asyncio.create_task(self._run(), name="engine-loop")
+
+    def watch(self, failed: Future[None]) -> None:
+        """Fail as soon as ``failed`` says why no step can succeed any more, though none may be
+        under way. Call on the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def tell(failed: Future[None]) -> None:
+            error = failed.exception() or RuntimeError("nothing computes any more")
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._lose, error)
+
+        failed.add_done_callback(tell)
+
+    def _lose(self, error: BaseException) -> None:
+        self._die(error)
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
         """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
@@ -251,7 +278,9 @@ class EngineLoop:
         return f"prefill {min(seq.num_computed, seq.num_prompt)}/{seq.num_prompt}"
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
-        for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
+        seq_ids = self.engine.add(job, now, first_index=len(stream.open))
+        self.recorder.arrived(now, seq_ids, len(job.prompt), self.engine.validate(job))
+        for seq_id in seq_ids:
             self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
             self._idle.clear()
@@ -261,10 +290,11 @@ class EngineLoop:
         now = self._clock()
         for seq_id in seq_ids:
             self._record_finished(self._states[seq_id], reason, now)
-        self._discard(stream, seq_ids)
+        self._discard(stream, seq_ids, now)
 
-    def _discard(self, stream: Stream, seq_ids: Iterable[int]) -> None:
+    def _discard(self, stream: Stream, seq_ids: Iterable[int], now: float) -> None:
         self.engine.abort(seq_ids)
+        self.recorder.aborted(now, seq_ids)
         for seq_id in seq_ids:
             del self._states[seq_id]
             stream.open.discard(seq_id)
@@ -273,6 +303,7 @@ class EngineLoop:
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
         self.engine.abort(self._states)
+        self.recorder.aborted(self._clock(), self._states)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
             for seq in (state.seq for state in self._states.values())
@@ -283,6 +314,20 @@ class EngineLoop:
     def _note_idle(self) -> None:
         if not self._states:
             self._idle.set()
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record so many steps, or those of so many seconds if they are fewer. Raises
+        `RequestError` if somebody else records."""
+        if self.engine.recording is not None:
+            raise RequestError("Another recording is being made.")
+        full = asyncio.Event()
+        recording = self.engine.record(most_steps, full.set)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(full.wait(), seconds)
+        finally:
+            self.engine.recording = None
+        return recording
 
     # ---------------------------------------------------------------- the task
 
@@ -313,7 +358,7 @@ class EngineLoop:
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
-        self._record_step()
+        self._record_step(pending, emissions, now)
         self._coalescer.begin_step(behind, len(self._states))
         self._deliver(emissions, now)
         self._coalescer.end_step()
@@ -362,7 +407,9 @@ class EngineLoop:
             self.engine.abort(self._states)
             self._die(error)
 
-    def _die(self, error: Exception) -> None:
+    def _die(self, error: BaseException) -> None:
+        if self.dead is not None:
+            return
         self.dead = error
         for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
             stream.fail(dead_error(error))
@@ -372,8 +419,10 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- metrics
 
-    def _record_step(self) -> None:
-        stats = self.engine.stats
+    def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
+        stats, failure = self.engine.stats, self.engine.failure
+        why = "" if failure is None else kind(failure).strip(" ()")
+        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

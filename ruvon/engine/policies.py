@@ -5,7 +5,7 @@ A policy is one function of three numbers. Adding one means writing it and its r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
 from types import MappingProxyType
@@ -120,6 +120,16 @@ class Shares:
         """The same of all."""
         return {tenant: self._served[tenant] for tenant in self._live}
 
+    def state(self) -> dict[str, float]:
+        """What it has of all, those included who are away."""
+        return dict(self._served)
+
+    def restore(self, served: Mapping[str, float], sequences: Iterable[Sequence]) -> None:
+        """Have served so much, when these sequences are there."""
+        for seq in sequences:
+            self.enter(seq)
+        self._served = dict(served)
+
     def live(self, tenant: str) -> int:
         """Its sequences that wait or run."""
         return self._live.get(tenant, 0)
@@ -146,6 +156,10 @@ class WaitingQueue:
 
     def __len__(self) -> int:
         return self._size
+
+    def ids(self) -> list[int]:
+        """All that wait, in no order."""
+        return [seq_id for members in self._members.values() for seq_id in members]
 
     @property
     def num_tokens(self) -> int:

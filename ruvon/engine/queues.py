@@ -10,11 +10,13 @@ for the first time, and of these there is an end.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
+from ruvon.engine.snapshot import QueueState
 from ruvon.engine.types import NO_BLOCKS, Sequence
 
 STARTED_BLOCKS = 4096
@@ -32,6 +34,7 @@ class Limits:
     order: Order
     chunked: bool = True  # off: a prompt is computed in one step, if one can hold it
     caching: bool = True  # look up and publish prefixes
+    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
 
 
 @dataclass(slots=True)
@@ -175,6 +178,29 @@ class Queues:
         """Of sequences that a plan has named, those whose blocks were freed since the last call."""
         ended, self._ended = tuple(self._ended), []
         return ended
+
+    def state(self) -> QueueState:
+        """A copy that stays as it is."""
+        return QueueState(
+            waiting=tuple(self.waiting.ids()),
+            running=tuple(self.running),
+            full=tuple([seq.id for seq in self._full if seq.finish is None]),
+            ended=tuple(self._ended),
+            computing=dict(self.prefixes.computing),
+            served={} if self.shares is None else self.shares.state(),
+        )
+
+    def restore(self, state: QueueState, sequences: Mapping[int, Sequence]) -> None:
+        """Be in a state that queues with these sequences were in."""
+        for seq_id in state.waiting:
+            self.waiting.push(sequences[seq_id])
+        self.running = {seq_id: sequences[seq_id] for seq_id in state.running}
+        self._num_holding = sum(bool(seq.tables) for seq in self.running.values())
+        self._full = [sequences[seq_id] for seq_id in state.full]
+        self._ended = list(state.ended)
+        self.prefixes.computing = dict(state.computing)
+        if self.shares is not None:
+            self.shares.restore(state.served, sequences.values())
 
     def _num_missing(self) -> int:
         """Blocks that running sequences need for their next steps."""

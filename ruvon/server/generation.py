@@ -63,11 +63,14 @@ class Generation:
                 if stream:
                     media = self._telling(media, source)
                     first = self._push(await first_news(source, interval), source)
+                    headers |= self._cache_headers(first)
                     async with aclosing(self._events(http.app, first, source, media)) as events:
                         return await send_events(
                             http, events, self._writer, headers, interval, media
                         )
                 body = await self._fold(http.app, source)
+                tally = self._writer.tally
+                headers |= cache_headers(tally.num_prompt, tally.num_cached)
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
                 http[FACTS].update(self._facts(stream))
@@ -139,6 +142,13 @@ class Generation:
             check_end(delta.finish, delta.error)
         return deltas
 
+    def _cache_headers(self, first: Sequence[Delta]) -> dict[str, str]:
+        """Before the writer is fed: of one prompt whose first token is there, else nothing."""
+        num_cached = next((delta.num_cached for delta in first if delta.tokens), None)
+        if num_cached is None or len(self._jobs) > 1:
+            return {}
+        return cache_headers(len(self._jobs[0].prompt), num_cached)
+
     def _facts(self, stream: bool) -> dict[str, object]:
         """What the request's log line says of it."""
         tally = self._writer.tally
@@ -158,6 +168,11 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
     """What tells a client which of its fields have no effect."""
     joined = ",".join(quote(name, safe="[]") for name in names)
     return {"X-Ruvon-Ignored": joined} if joined else {}
+
+
+def cache_headers(num_prompt: int, num_cached: int) -> dict[str, str]:
+    """What tells a router how much of a prompt was cached, whichever API and stream or not."""
+    return {"X-Ruvon-Prompt-Tokens": str(num_prompt), "X-Ruvon-Cached-Tokens": str(num_cached)}
 
 
 def check_end(finish: FinishReason | None, error: str | None) -> None:

@@ -25,6 +25,9 @@ OPEN = frozenset({"/live", "/ready"})
 DEBUG = "/debug/"
 """Begins the paths that show what others ask: without an admin key nobody gets there."""
 
+ROUTER = "/router/"
+"""Begins the paths that show and change what a router has behind it."""
+
 METRICS = "/metrics"
 """Tells how much others ask: once there are admin keys, it needs one."""
 
@@ -122,7 +125,7 @@ class Keys:
         return self._weights.get(tenant, 1.0)
 
     def _is_for_admin(self, path: str) -> bool:
-        return path.startswith(DEBUG) or (path == METRICS and self._has_admin)
+        return path.startswith((DEBUG, ROUTER)) or (path == METRICS and self._has_admin)
 
     def _find(self, http: web.BaseRequest) -> tuple[bytes, Key | None]:
         """The key that a request has, under its digest; an admin's first."""

@@ -36,7 +36,7 @@ FACTS = web.RequestKey("facts", dict[str, Any])
 """What a request's log line says of it, added to by its handler."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-QUIET = frozenset({"/health", "/live", "/ready", "/metrics"})  # asked for all the time
+QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics"})  # asked for all the time
 
 
 @web.middleware
@@ -80,7 +80,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
             return await resume(http, server.sse_keep_alive_interval)
         return await handler(http)
     except Exception as error:
-        error = _as_ours(error, http)
+        error = as_ours(error, http)
         if isinstance(error, QueueFullError | RateLimitError):
             _count_rejection(http.app[STATE], error.setting)
         if not isinstance(error, RequestError | UnavailableError):
@@ -88,7 +88,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         return error_response(error, error_answer(error, http, http[FACTS]["request_id"]))
 
 
-def _as_ours(error: Exception, http: web.Request) -> Exception:
+def as_ours(error: Exception, http: web.Request) -> Exception:
     """aiohttp's errors as ours; others as they are."""
     if isinstance(error, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         return UrlError(error, f"{http.method} {http.path[:100]}")

@@ -65,6 +65,25 @@ def run_out(scheduler, most=200):
 # -------------------------------------------------------------------- the budget
 
 
+def test_stages_have_a_step_each_and_no_token_is_waited_for_in_one():
+    """A prompt's chunks follow each other; streams take turns, half of them in each step."""
+    scheduler = make(max_tokens=10, stages=2)
+    for id in range(4):
+        scheduler.add(sequence(id, range(10 * id + 10, 10 * id + 16)))
+    plans = [scheduler.schedule(0.0) for _ in range(3)]
+    shares = [[(chunk.seq_id, len(chunk.tokens)) for chunk in plan.chunks] for plan in plans]
+    assert shares == [[(0, 6), (1, 4)], [(1, 2), (2, 6), (3, 2)], [(3, 4)]]
+    assert scheduler.schedule(0.0) is None
+    for plan in plans:
+        scheduler.commit(plan, result(plan))
+    for _ in range(3):
+        plans = [scheduler.schedule(0.0) for _ in range(3)]
+        assert [plan and plan.rows for plan in plans] == [(0, 1), (2, 3), None]
+        assert all(chunk.tokens == (9,) for plan in plans[:2] for chunk in plan.chunks)
+        for plan in plans[:2]:
+            scheduler.commit(plan, result(plan))
+
+
 def test_a_prompt_then_one_token_a_step():
     scheduler = make()
     scheduler.add(sequence(0, range(10, 20), max_tokens=2))
