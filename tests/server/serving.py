@@ -141,6 +141,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             threads=1,
             counters={},
             failed=Future(),
+            ranks=1,
             defaults=numbers.get("defaults", {}),
             close=runner.close,
         )
