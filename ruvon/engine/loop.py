@@ -217,9 +217,9 @@ class EngineLoop:
                 held.append(self.engine.compile(grammar))
         return held
 
-    async def admission(self) -> None:
+    async def admission(self, tenant: str = "") -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
-        await self._admission.enter()
+        await self._admission.enter(tenant)
 
     def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
@@ -257,11 +257,8 @@ class EngineLoop:
         """What is said of a stream whose time is up."""
         states = [self._states[seq_id] for seq_id in stream.open]
         num_output = sum(state.seq.num_output for state in states)
-        return DeadlineError(
-            f"The request's time is up; {num_output} tokens had been generated."
-            if num_output
-            else f"The request's time is up; it was {self.progress(stream) or 'starting'}."
-        )
+        done = f"{num_output} tokens generated" if num_output else self.progress(stream)
+        return DeadlineError(f"The request's time is up ({done}).")
 
     def progress(self, stream: Stream) -> str:
         """What a stream without news waits for: ``queued 3`` behind so many sequences, or the share
