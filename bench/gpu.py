@@ -42,8 +42,10 @@ from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
 from ruvon.models.cache_groups import cache_groups
 from ruvon.models.quantize import SCHEMES
+from ruvon.models.shares import share_of
+from ruvon.models.sources import RandomTensors
 from ruvon.models.spec import spec_from_config
-from ruvon.models.weights import RandomTensors, Weights
+from ruvon.models.weights import Weights
 from ruvon.telemetry import silent
 
 DEVICE = torch.device("cuda")
@@ -194,7 +196,7 @@ def build(name: str, quantization: str = "none") -> Model:
         Path(name), 0, torch.bfloat16, mxfp4="quantization_config" in CONFIGS[name], device=DEVICE
     )
     scheme = SCHEMES["auto" if quantization == "none" else quantization]
-    weights = Weights(source, family.rules, scheme, ops, spec.num_layers)
+    weights = Weights(source, family.rules, scheme, ops, share_of(spec))
     return family.build(spec, weights, ops)
 
 

@@ -66,6 +66,7 @@ class AsyncLLM:
         self.loaded = await asyncio.to_thread(self._start)
         engine = self.loaded.engine
         self._loop = EngineLoop(engine, Metrics("model", engine.max_model_len))
+        self._loop.watch(self.loaded.failed)
         self._loop.start()
         return self
 

@@ -19,6 +19,8 @@
     │   └── EncodingError           415 unsupported_encoding
     └── UnavailableError            not the client's fault; may be tried again
         ├── QueueFullError          503, with Retry-After
+        ├── RateLimitError          429, with Retry-After
+        ├── DeadlineError           504, the request's own time is up
         ├── TooManyConnectionsError 503, with Retry-After
         ├── NotReadyError           503, still loading or draining
         ├── GenerationError         500, this completion could not be computed
@@ -151,10 +153,36 @@ class UnavailableError(RuvonError):
 
 
 class QueueFullError(UnavailableError):
-    """The waiting queue is at its bound."""
+    """The waiting queue is at its bound. ``setting`` is the bound's, and ``excess`` what would have
+    to leave first: sequences or tokens."""
 
     type = "overloaded"
     code = "queue_full"
+
+    def __init__(self, message: str, setting: str, excess: int) -> None:
+        super().__init__(message, 1.0)
+        self.setting = setting
+        self.excess = excess
+
+
+class RateLimitError(UnavailableError):
+    """A key has asked for more in a minute than it may; ``setting`` is the limit's."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, setting: str, retry_after: float) -> None:
+        super().__init__(message, retry_after)
+        self.setting = setting
+
+
+class DeadlineError(UnavailableError):
+    """The time that the request had is up."""
+
+    status = 504
+    type = "timeout_error"
+    code = "deadline_exceeded"
 
 
 class TooManyConnectionsError(UnavailableError):

@@ -31,7 +31,7 @@ kv_cache_memory = "2GiB"
 enable_prefix_caching = false
 ```
 """
-TITLES = ("Engine", "Server")
+TITLES = ("Engine", "Server", "Router")
 
 
 def render() -> str:

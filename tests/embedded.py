@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from queue import Queue
@@ -24,8 +24,8 @@ needs_model = pytest.mark.skipif(
 class Process:
     """A server process; its log lines arrive as JSON."""
 
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "ruvon", "serve", "--port", "0", "--log-format", "json"]
+    def __init__(self, *options: str, program: Sequence[str] = ("-m", "ruvon", "serve")) -> None:
+        command = [sys.executable, *program, "--port", "0", "--log-format", "json"]
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RUVON_")}
         self.popen = subprocess.Popen(
             [*command, *options], stderr=subprocess.PIPE, text=True, env=environment
@@ -70,8 +70,8 @@ class Process:
 
 
 @contextmanager
-def running(*options: str) -> Iterator[Process]:
-    process = Process(*options)
+def running(*options: str, program: Sequence[str] = ("-m", "ruvon", "serve")) -> Iterator[Process]:
+    process = Process(*options, program=program)
     try:
         yield process
     finally:

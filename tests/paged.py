@@ -21,8 +21,7 @@ class PagedSequences:
         self.model, self.block = model, block
         shape = (capacity // block, spec.num_kv_heads, block, spec.head_dim)
         self.cache = [
-            (torch.full(shape, torch.nan), torch.full(shape, torch.nan))
-            for _ in range(spec.num_layers)
+            (torch.full(shape, torch.nan), torch.full(shape, torch.nan)) for _ in model.held
         ]
         self.free = list(range(shape[0]))
         random.Random(0).shuffle(self.free)

@@ -14,7 +14,13 @@ import ruvon
 
 ROOT = Path(ruvon.__file__).parent
 LEAVES = {"config", "deltas", "errors", "grammars", "locate", "telemetry"}
-LAYERS = ("kernels", "models", "engine", "server")  # each may use itself, those before, and leaves
+LAYERS = (
+    "kernels",
+    "models",
+    "engine",
+    "server",
+    "router",
+)  # each may use itself, those before, and leaves
 FRONT = {
     "", "__main__", "async_llm", "bench", "cli", "completion", "doctor", "llm", "verify"
 }  # fmt: skip  # may use everything
@@ -30,6 +36,7 @@ DEFERRED = {
     "cli": "a command imports what it runs: `ruvon --help` does not wait for torch",
     "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
     "kernels/cpu/compiled": "kernels that are on disk already need no numba",
+    "router/worker": "a replica's cores are set before torch counts them",
     "engine/startup": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""

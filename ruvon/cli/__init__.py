@@ -25,7 +25,8 @@ from ruvon.cli.options import (
     read_settings,
     settings,
 )
-from ruvon.config import EngineConfig, ServerConfig, flag, load
+from ruvon.cli.recordings import record, replay
+from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
 from ruvon.errors import ConfigError, RuvonError
 
 if TYPE_CHECKING:
@@ -51,24 +52,56 @@ def main() -> None:
 
 
 main.add_command(bench)
+main.add_command(record)
+main.add_command(replay)
+
+
+REPLICAS_OWN = (
+    "served_model_name", "chat_template", "cors_allow_origin", "max_logprobs",
+    "sse_keep_alive_interval", "resume_grace", "store_responses", "response_store_size",
+    "response_store_ttl", "strict", "data_parallel_size",
+)  # fmt: skip
+"""Settings of a server that a router over given servers has no use for."""
 
 
 @main.command(cls=SettingsCommand)
 @click.argument("name", metavar="[MODEL]", required=False)
-@settings(EngineConfig, ServerConfig)
+@settings(EngineConfig, ServerConfig, RouterConfig)
 def serve(name: str | None, config: Path | None, **given: Any) -> None:
     """Serve MODEL (a folder, GGUF file or hub id) over HTTP, as OpenAI's API.
 
     Without MODEL it is the embedded SmolLM2-135M-Instruct.
     """
     given["model"] = one_model(name, given["model"])
-    engine, server = build_both(given, config)
+    engine, server, router = build_all(given, config)
     from ruvon.server.console import greet
 
     greet(server)
+    if router.data_parallel_size > 1:
+        from ruvon.router.run import serve_replicas
+
+        serve_replicas(engine, server, router)
+        return
+    refuse_unused(router)
     with importing():
         from ruvon.server.app import serve as serve_forever
     serve_forever(engine, server)
+
+
+@main.command("route", cls=SettingsCommand)
+@click.argument("urls", metavar="URL...", nargs=-1, required=True)
+@settings(ServerConfig, RouterConfig, without=REPLICAS_OWN)
+def route_command(urls: tuple[str, ...], config: Path | None, **given: Any) -> None:
+    """Share requests out among the servers at URL..., such as http://10.0.0.5:8000 or unix:/path.
+
+    Each request goes to the replica whose cache holds the most of its prompt, unless that one has
+    much more to do than others.
+    """
+    toml = read_settings(config)
+    server, router = load(ServerConfig, given, toml=toml), load(RouterConfig, given, toml=toml)
+    from ruvon.router.run import route
+
+    route(urls, server, router)
 
 
 def source_options(function: Function) -> Function:
@@ -230,10 +263,21 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def build_both(given: Mapping[str, Any], config: Path | None) -> tuple[EngineConfig, ServerConfig]:
-    """Both configs of a server."""
+def build_all(
+    given: Mapping[str, Any], config: Path | None
+) -> tuple[EngineConfig, ServerConfig, RouterConfig]:
+    """All configs of a server."""
     toml = read_settings(config)
-    return load_engine(given, toml), load(ServerConfig, given, toml=toml)
+    server, router = load(ServerConfig, given, toml=toml), load(RouterConfig, given, toml=toml)
+    return load_engine(given, toml), server, router
+
+
+def refuse_unused(router: RouterConfig) -> None:
+    """Raises ConfigError for a router's setting where there is no router."""
+    usual = RouterConfig()
+    for name in kinds(RouterConfig):
+        if getattr(router, name) != getattr(usual, name):
+            raise ConfigError(f"{flag(name)} needs --data-parallel-size 2 or more")
 
 
 def take_options(given: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,16 @@ class Client:
         Raises:
             PeerError: the server cannot be reached or answers with an error.
         """
+        raw = self.read(path)
+        try:
+            return json.loads(raw)
+        except json.JSONDecodeError as error:
+            raise PeerError(f"{self.url}: {error}") from error
+
+    def read(self, path: str) -> bytes:
+        """The answer to ``GET path`` as it comes; raises as `get`."""
         with self._exchange("GET", path, None) as response:
-            return json.loads(response.read())
+            return response.read()
 
     def stream(self, path: str, payload: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The events of a streamed answer to ``POST path``, up to ``[DONE]``. Closing the iterator

@@ -82,7 +82,7 @@ def in_repository(repo: CachedRepoInfo) -> Iterator[Found]:
 def runs(found: Found) -> bool:
     """Whether the files are whole, as far as their beginnings tell, and the model is supported."""
     from ruvon.models.checkpoint import open_checkpoint  # imports torch, only for what is cached
-    from ruvon.models.weights import SafetensorsFolder
+    from ruvon.models.sources import SafetensorsFolder
     from ruvon.telemetry import silent
 
     try:

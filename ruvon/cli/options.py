@@ -59,7 +59,9 @@ class SettingsCommand(click.Command):
                 formatter.write_dl(records)
 
 
-SECTIONS = dict(zip(CONFIGS, ("Engine settings", "Server settings"), strict=True))
+SECTIONS = dict(
+    zip(CONFIGS, ("Engine settings", "Server settings", "Router settings"), strict=True)
+)
 
 
 def settings(*classes: type, without: Sequence[str] = ()) -> Callable[[Function], Function]:

@@ -11,6 +11,7 @@ come from.
 
 from ruvon.config.engine import CPU_STEP, GPU_STEP, EngineConfig, StepSize
 from ruvon.config.fields import Kind, kinds
+from ruvon.config.router import RouterConfig
 from ruvon.config.server import ServerConfig
 from ruvon.config.sizes import parse_size
 from ruvon.config.sources import (
@@ -31,6 +32,7 @@ __all__ = [
     "VARIABLES",
     "EngineConfig",
     "Kind",
+    "RouterConfig",
     "ServerConfig",
     "StepSize",
     "cache_root",

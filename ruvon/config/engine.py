@@ -70,6 +70,19 @@ class EngineConfig:
         "Hold each thread of kernels 'cpu' to a core of its own. auto: where there is a thread for "
         "every core that the process may run on.",
     )
+    tensor_parallel_size: int = setting(
+        1,
+        "Ranks that compute each layer between them: processes, each with a GPU or a share of the "
+        "cores.",
+        least=1,
+        most=64,
+    )
+    pipeline_parallel_size: int = setting(
+        1,
+        "Stages, each of as many ranks, that hold the layers between them.",
+        least=1,
+        most=64,
+    )
     max_model_len: int | None = setting(
         None,
         "Longest prompt plus completion, tokens. Default: the model's own, or what fits.",
@@ -98,14 +111,24 @@ class EngineConfig:
     )
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prefixes.")
     enable_chunked_prefill: bool = setting(
-        True, "Split long prompts over steps, beside decodes; off computes a prompt in one step."
+        True,
+        "Split prompts over steps, beside decodes; off computes a prompt in one step, if one can "
+        "hold it.",
     )
     batching: Literal["sequential", "static", "continuous"] = setting(
         "continuous", "When waiting requests may join the running ones."
     )
-    scheduling_policy: Literal["fcfs", "priority"] = setting("fcfs", "Order of the waiting queue.")
+    scheduling_policy: Literal["fair", "fcfs", "priority"] = setting(
+        "fair",
+        "Who goes first. fair: whose API key has been served the fewest tokens; of one key, and "
+        "without keys, first come first served, as fcfs does for all. priority: the request's "
+        "field of that name.",
+    )
     max_num_queued_reqs: int = setting(
         1024, "Waiting sequences beyond which requests get a 503.", least=1
+    )
+    max_num_queued_tokens: int | None = setting(
+        None, "Waiting tokens beyond which requests get a 503. Default: no bound.", least=1
     )
     seed: int = setting(0, "Seeds dummy weights.", least=0)
 
@@ -128,6 +151,11 @@ class EngineConfig:
                 f"seed {self.seed} is for dummy weights and needs load_format 'dummy'; what is "
                 "drawn is seeded by each request"
             )
+
+    @property
+    def num_ranks(self) -> int:
+        """How many processes compute a step between them."""
+        return self.tensor_parallel_size * self.pipeline_parallel_size
 
     @property
     def largest_step(self) -> StepSize:

@@ -22,6 +22,9 @@ class ServerConfig:
         "127.0.0.1", "Address to listen on. 0.0.0.0 is all of IPv4, :: all of IPv6 and IPv4."
     )
     port: int = setting(8000, "Port to listen on. 0 picks a free one.", least=0, most=65535)
+    uds: str | None = setting(
+        None, "Unix socket to listen on, instead of host and port: a path in a folder that exists."
+    )
     served_model_name: str | None = setting(
         None, "Name in the API. Default: the model's own. Several, comma-separated, are aliases."
     )
@@ -35,8 +38,9 @@ class ServerConfig:
     )
     api_key_file: str | None = setting(
         None,
-        "File with more of them, on each line one, or a name and one: keys with one name are one "
-        "tenant's. It counts anew when it changes.",
+        "File with more of them, on each line one, or a name and one, or these and a weight, with "
+        "which a busy server is shared: keys with one name are one tenant's. It counts anew when "
+        "it changes.",
     )
     admin_key: tuple[str, ...] = setting(
         (),
@@ -92,6 +96,28 @@ class ServerConfig:
         "with X-Ruvon-Resume. 0: never.",
         least=0,
         most=3600,
+    )
+    request_timeout: float | None = setting(
+        None,
+        "Seconds that a request may take, its time in the queue too; a request may ask for less "
+        "with timeout or X-Request-Timeout. Default: no limit.",
+        least=0.001,
+        most=A_DAY,
+    )
+    rate_limit_requests: int | None = setting(
+        None,
+        "Requests per minute of one key, or of all together without keys. Default: no limit.",
+        least=1,
+    )
+    rate_limit_tokens: int | None = setting(
+        None, "The same in tokens, of prompts and answers together. Default: no limit.", least=1
+    )
+    watchdog_timeout: float = setting(
+        300.0,
+        "Seconds without a finished step, though there is work, after which the server writes what "
+        "it was doing to the log and exits with code 70. 0: never.",
+        least=0,
+        most=A_DAY,
     )
     shutdown_timeout: float = setting(
         30.0, "Seconds that running requests get after SIGTERM.", least=0, most=A_DAY

@@ -12,11 +12,14 @@ from typing import Any, TypeVar
 
 from ruvon.config.engine import EngineConfig
 from ruvon.config.fields import Kind, kinds, typed
+from ruvon.config.router import RouterConfig
 from ruvon.config.server import ServerConfig
 from ruvon.errors import ConfigError
 
-CONFIGS: tuple[type[EngineConfig] | type[ServerConfig], ...] = (EngineConfig, ServerConfig)
-Config = TypeVar("Config", EngineConfig, ServerConfig)
+CONFIGS: tuple[type[EngineConfig] | type[ServerConfig] | type[RouterConfig], ...] = (
+    EngineConfig, ServerConfig, RouterConfig,
+)  # fmt: skip
+Config = TypeVar("Config", EngineConfig, ServerConfig, RouterConfig)
 
 ENV_PREFIX = "RUVON_"
 VARIABLES = {

@@ -19,10 +19,12 @@ from ruvon.engine.runner import Forward, Hidden
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingRow, StepResult
 from ruvon.errors import ConfigError
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import Ops
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.models import Model
 from ruvon.models.layers import attention_spec
+from ruvon.models.shares import Share, share_of
 from ruvon.models.spec import ModelSpec
 from ruvon.telemetry import Progress
 
@@ -46,10 +48,8 @@ class StepLimits:
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
-    """A prompt that may not be chunked is one step, however long."""
-    whole_prompt = 0 if config.enable_chunked_prefill else memory.max_model_len
-    sequences, budget = config.largest_step
-    tokens = max(budget, whole_prompt)
+    """What the settings and the model's cache make of them."""
+    sequences, tokens = config.largest_step
     bounded = min(LOGITS_BYTES // (4 * spec.vocab_size), tokens)
     return StepLimits(
         tokens=tokens,
@@ -84,6 +84,7 @@ class Backend:
     takes_arrays: bool = False  # whether batches are to be numpy arrays, not tensors
     quantized: bool = False  # whether it computes with weights of 4 and 8 bits, or makes them plain
     graphs: bool = False  # whether whole steps are captured and replayed (`GpuRunner`)
+    mesh: Mesh = ALONE  # for models; its functions may be captured like those of ``ops``
 
 
 def choose_device(config: EngineConfig) -> torch.device:
@@ -99,13 +100,18 @@ def choose_device(config: EngineConfig) -> torch.device:
 
 
 def choose_backend(
-    spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
+    spec: ModelSpec,
+    config: EngineConfig,
+    device: torch.device,
+    threads: int,
+    mesh: Mesh = ALONE,
 ) -> Backend:
-    """What ``--kernels`` names, or the fastest for the device that can run the model.
+    """What ``--kernels`` names, or the fastest for the device that can run a rank's share of the
+    model.
 
     Raises ConfigError if they cannot run it, or cannot promise what ``--deterministic`` asks.
     """
-    backend = find_backend(spec, config, device, threads)
+    backend = find_backend(share_of(spec, mesh), config, device, threads)
     if config.deterministic and not backend.ops.batch_invariant:
         backend.close()
         raise ConfigError(f"--deterministic: the kernels '{backend.ops.name}' do not promise that")
@@ -136,25 +142,23 @@ def refuse_idle(spec: ModelSpec, config: EngineConfig, backend: Backend) -> None
         )
 
 
-def find_backend(
-    spec: ModelSpec, config: EngineConfig, device: torch.device, threads: int
-) -> Backend:
+def find_backend(share: Share, config: EngineConfig, device: torch.device, threads: int) -> Backend:
     default_dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
-            return eager(make_torch_ops(dtype, device))
+            return eager(make_torch_ops(dtype, device), share.mesh)
         case "triton":
-            return triton_backend(spec, dtype, device, config)
+            return triton_backend(share, dtype, device, config)
         case "cpu":
-            return cpu_backend(spec, config, threads)
+            return cpu_backend(share, config, threads)
     try:
         if device.type == "cuda":
-            return triton_backend(spec, dtype, device, config)
-        return cpu_backend(spec, config, threads)
+            return triton_backend(share, dtype, device, config)
+        return cpu_backend(share, config, threads)
     except ConfigError as error:  # slower, but right
         log.warning("slow_kernels", kernels="torch", reason=str(error))
-        return eager(make_torch_ops(dtype, device))
+        return eager(make_torch_ops(dtype, device), share.mesh)
 
 
 def check_experts(spec: ModelSpec, ops: Ops) -> None:
@@ -163,7 +167,7 @@ def check_experts(spec: ModelSpec, ops: Ops) -> None:
         raise ConfigError(f"the kernels '{ops.name}' do not compute mixtures of experts")
 
 
-def eager(ops: Ops) -> Backend:
+def eager(ops: Ops, mesh: Mesh = ALONE) -> Backend:
     """The model's own Python, step by step."""
     return Backend(
         ops=ops,
@@ -172,14 +176,21 @@ def eager(ops: Ops) -> Backend:
             partial(model.forward, cache=cache), sample, partial(model.hidden, cache=cache)
         ),
         close=lambda: None,
+        mesh=mesh,
     )
 
 
 def triton_backend(
-    spec: ModelSpec, dtype: torch.dtype, device: torch.device, config: EngineConfig
+    share: Share, dtype: torch.dtype, device: torch.device, config: EngineConfig
 ) -> Backend:
+    """Raises ConfigError for a model or a mesh that these kernels do not compute."""
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
+    if share.mesh.stages > 1:
+        raise ConfigError(
+            f"--pipeline-parallel-size {share.mesh.stages}: the kernels 'triton' capture "
+            "steps that begin and end on one device; use --kernels torch"
+        )
     asked = config.quantization in ("int8", "int4")
     ops = make_triton_ops(
         dtype,
@@ -187,11 +198,11 @@ def triton_backend(
         batch_invariant=config.deterministic,
         fewest_codes=0 if asked else FEWEST_CODES,
     )
-    check_experts(spec, ops)
-    return replace(eager(ops), graphs=True, quantized=True)
+    check_experts(share.spec, ops)
+    return replace(eager(ops, share.mesh), graphs=True, quantized=True)
 
 
-def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
+def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
     """The compiled kernels, as a graph. Whatever ``--dtype`` keeps weights and cache in, they
     compute in float32; unasked, the cache is float16 and weights are as the checkpoint has them.
 
@@ -202,6 +213,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
     from ruvon.kernels.cpu.capture import check_attention
     from ruvon.kernels.cpu.formats import LANES
 
+    spec, mesh = share.local, share.mesh
     asked = None if config.dtype == "auto" else getattr(torch, config.dtype)
     kv = KVFormat(asked or torch.float16, multiple=LANES)
     shape = (0, spec.num_kv_heads, config.block_size, kv.head_dim(spec))
@@ -209,7 +221,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         check_attention(attention_spec(spec, layer), torch.empty(shape, device="meta"))
     isa = None if config.cpu_isa == "auto" else config.cpu_isa
     cores = cores_to_pin(threads, config.pin_threads)
-    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores)
+    kernels = CpuKernels(threads, dense_dtype=asked, isa=isa, cores=cores, mesh=mesh)
     try:
         check_experts(spec, kernels.ops)
     except ConfigError:
@@ -224,7 +236,7 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
             blocks_per_sequence=limits.blocks_per_sequence,
             cache_groups=limits.cache_groups,
         )
-        graph = kernels.capture(model.forward, cache, largest, progress)
+        graph = kernels.capture(model.forward, cache, largest, progress, draws=mesh.is_last)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
         # Few servers are asked for hidden states, but streams would wait while it is captured.
         every_row = replace(largest, logit_rows=limits.tokens)
@@ -232,5 +244,12 @@ def cpu_backend(spec: ModelSpec, config: EngineConfig, threads: int) -> Backend:
         return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax), hidden.replay)
 
     return Backend(
-        kernels.ops, kv, capture, kernels.close, kernels.settle, takes_arrays=True, quantized=True
+        kernels.ops,
+        kv,
+        capture,
+        kernels.close,
+        kernels.settle,
+        takes_arrays=True,
+        quantized=True,
+        mesh=kernels.mesh,
     )

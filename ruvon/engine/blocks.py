@@ -18,15 +18,18 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter, OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
+from typing import NamedTuple
 
 NULL = 0
+KEY_BYTES = 32
 
 
 def root_key(salt: str) -> bytes:
     """The key "before" the first block: prefixes are shared only under one salt."""
-    return blake2b(salt.encode(), digest_size=32).digest()
+    return blake2b(salt.encode(), digest_size=KEY_BYTES).digest()
 
 
 def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
@@ -35,7 +38,7 @@ def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
     A cryptographic digest, because equal keys are taken for equal tokens: nobody can craft a
     prompt that finds another's blocks.
     """
-    return blake2b(parent + array("i", tokens).tobytes(), digest_size=32).digest()
+    return blake2b(parent + array("i", tokens).tobytes(), digest_size=KEY_BYTES).digest()
 
 
 def extend_keys(
@@ -54,6 +57,23 @@ def first_block(start: int, window: int, block_size: int) -> int:
     return max(start - window + 1, 0) // block_size if window else 0
 
 
+class PrefixCache(NamedTuple):
+    """What a router wants to know of a cache."""
+
+    num_tokens: int  # that it holds
+    num_evicted: int  # tokens that could be found and gave way to others, since the start
+    num_forgotten: int  # times that it was emptied
+
+
+@dataclass(frozen=True, slots=True)
+class PoolState:
+    """What a pool knows besides who holds which block."""
+
+    blank: tuple[int, ...]  # the last is handed out first
+    cached: tuple[int, ...]  # least recently used first
+    keys: Mapping[int, bytes]  # of published blocks
+
+
 class BlockPool:
     """All blocks of one cache but `NULL`. Every verb costs O(1) for each block it touches."""
 
@@ -65,11 +85,19 @@ class BlockPool:
         self._published: dict[bytes, int] = {}
         self._blank = list(range(num_blocks, 0, -1))
         self._cached: OrderedDict[int, None] = OrderedDict()  # least recently used first
+        self.num_evicted = 0  # published blocks that were given to others, since the start
+        self.num_forgotten = 0  # times that all of them were
 
     @property
     def num_free(self) -> int:
         """Blocks that `grow` can hand out: blank or evictable."""
         return len(self._blank) + len(self._cached)
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """How large it is, and what it has lost."""
+        size = self.block_size
+        return PrefixCache(self.num_blocks * size, self.num_evicted * size, self.num_forgotten)
 
     def blocks_for(self, num_tokens: int) -> int:
         """How many blocks hold that many tokens."""
@@ -120,10 +148,25 @@ class BlockPool:
 
     def forget(self) -> None:
         """Empty the prefix cache: what is held stays held, and can no longer be found."""
+        self.num_forgotten += 1
         self._blank.extend(self._cached)
         self._cached.clear()
         self._published.clear()
         self._keys = [None] * (self.num_blocks + 1)
+
+    def state(self) -> PoolState:
+        """A copy that stays as it is."""
+        keys = {block: key for key, block in self._published.items()}
+        return PoolState(tuple(self._blank), tuple(self._cached), keys)
+
+    def restore(self, state: PoolState, tables: Iterable[Iterable[int]]) -> None:
+        """Be in a state that a pool of this size was in when these were its block tables."""
+        self._blank = list(state.blank)
+        self._cached = OrderedDict.fromkeys(state.cached)
+        self._published = {key: block for block, key in state.keys.items()}
+        self._keys = [state.keys.get(block) for block in range(self.num_blocks + 1)]
+        held = Counter(block for table in tables for block in table)
+        self._references = [0, *(held[block] for block in range(1, self.num_blocks + 1))]
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
         """Assert that the books agree with the block tables that exist; for tests."""
@@ -148,6 +191,7 @@ class BlockPool:
             block = self._blank.pop()
         else:
             block, _ = self._cached.popitem(last=False)
+            self.num_evicted += 1
             key = self._keys[block]
             assert key is not None
             del self._published[key]

@@ -11,23 +11,34 @@ MOST_FORCED = 32
 
 
 class Budget:
-    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, which may be
-    larger: then the streams that it has held up have the next one for themselves."""
+    """``max_tokens`` a step. If not ``chunked``, a prompt is computed in one step, if one can hold
+    it. A longer one takes whole steps, and after each the streams that it has held up go on.
 
-    def __init__(self, max_tokens: int, chunked: bool) -> None:
+    Where a step goes through several ``stages``, whose first has to know its tokens, whoever awaits
+    one is left out, and streams are divided into as many steps: no stage is idle then, if there are
+    enough of them.
+    """
+
+    def __init__(self, max_tokens: int, chunked: bool, stages: int = 1) -> None:
         self._max_tokens = max_tokens
+        self._stages = stages
         self._chunked = chunked
-        self._held_up = False  # whether the last step left running streams out for a long prompt
+        self.held_up = False  # whether the last step left running streams out for a long prompt
 
     def share(self, running: Collection[Sequence], forced: bool) -> list[tuple[Sequence, int]]:
         """Who computes how many tokens: single tokens first, so that running streams go on
         smoothly, then prompts with what is left. ``forced``: streams may have several tokens, as
         grammars force them, and come first too."""
+        most = self._max_tokens
+        if self._stages > 1:
+            num_streams = sum(1 for seq in running if seq.num_pending == 1)
+            most = min(most, -(-num_streams // self._stages))
+            running = [seq for seq in running if seq.num_computed < len(seq.tokens)]
         shares = [(seq, 1) for seq in running if seq.num_pending == 1]
-        del shares[self._max_tokens :]
+        del shares[most:]
         num_single = len(shares)
         budget = self._max_tokens - num_single
-        held_up, self._held_up = self._held_up, False
+        held_up, self.held_up = self.held_up, False
         several = [seq for seq in running if seq.num_pending > 1]
         if forced:
             several.sort(key=lambda seq: seq.num_pending > MOST_FORCED)
@@ -37,8 +48,8 @@ class Budget:
                 if len(shares) > num_single or held_up:
                     break
                 # Beside nothing else, or it might never fit; then it is the others' turn.
-                self._held_up = num_single > 0
-                return [(seq, seq.num_pending)]
+                self.held_up = num_single > 0
+                return [(seq, min(seq.num_pending, self._max_tokens))]
             if num_tokens == 0:
                 break
             shares.append((seq, num_tokens))

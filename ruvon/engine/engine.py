@@ -8,25 +8,30 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
-from collections.abc import Collection, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import count
 from typing import Protocol
 
+from ruvon import __version__
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool, extend_keys
+from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
+from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
 from ruvon.engine.validation import check_length, check_sampling, normalize
-from ruvon.errors import EngineDeadError, QueueFullError, RequestError
+from ruvon.errors import EngineDeadError, RequestError
 from ruvon.grammars import Grammar
 
 SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
+MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
 
@@ -35,7 +40,8 @@ class Runner(Protocol):
 
     @property
     def depth(self) -> int:
-        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s."""
+        """How many steps may be launched and not collected: 1, or 2 with `PLACEHOLDER`s; more where
+        steps go through several stages, without."""
 
     @property
     def grammar_depth(self) -> int:
@@ -61,6 +67,7 @@ class Pending:
     """A step that has been launched. ``future`` is ready when `Engine.collect` will not block."""
 
     plan: Plan
+    at: float  # when it was planned; seconds, monotonic
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
@@ -98,9 +105,12 @@ class Engine:
             order=ORDERS[config.scheduling_policy],
             chunked=config.enable_chunked_prefill,
             caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
         )
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
+        self._in_flight: deque[Plan] = deque()
+        self.recording: Recording | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
         self._ids = count()
@@ -141,7 +151,7 @@ class Engine:
         """
         self.check_alive()
         max_tokens = self.validate(job)
-        self._check_queue(job.n)
+        check_room([job], self._scheduler, self.config)
         seeds = self._seeds(job)
         stop_ids = self._stop_ids(job.sampling)
         sampling = normalize(job.sampling)
@@ -156,6 +166,8 @@ class Engine:
                 seed=next(seeds),
                 stop_ids=stop_ids,
                 priority=job.priority,
+                tenant=job.tenant,
+                weight=job.weight,
                 salt=job.cache_salt,
                 arrived_at=now,
                 keys=list(job.keys),
@@ -167,14 +179,24 @@ class Engine:
         ]
         for seq in sequences:
             self._scheduler.add(seq)
+            if self.recording is not None:
+                self.recording.added(seq)
         return [seq.id for seq in sequences]
 
     def sequence(self, seq_id: int) -> Sequence:
         """A live sequence, to read; `KeyError` when it is over."""
         return self._scheduler.sequences[seq_id]
 
+    def place(self, seq: Sequence) -> int | None:
+        """How many sequences a waiting one is behind, about; None for one that runs."""
+        waiting = self._scheduler.waiting
+        fair = ORDERS[self.config.scheduling_policy].fair
+        return waiting.place(seq, fair) if seq in waiting else None
+
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
+        if self.recording is not None:
+            self.recording.aborted(seq_ids)
         for seq_id in seq_ids:
             self._scheduler.abort(seq_id)
 
@@ -187,10 +209,13 @@ class Engine:
         plan = scheduler.schedule(now)
         if plan is None:
             return None
+        self._in_flight.append(plan)
+        if self.recording is not None:
+            self.recording.planned(plan, now)
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
-        return Pending(plan, self._num_launched, self._start(plan), counted)
+        return Pending(plan, now, self._num_launched, self._start(plan), counted)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,
@@ -230,6 +255,8 @@ class Engine:
         """
         self.check_alive()
         plan, seconds = pending.plan, 0.0
+        result: StepResult | None = None
+        self._in_flight.popleft()
         try:
             result = pending.future.result()
         except Exception as error:
@@ -237,6 +264,8 @@ class Engine:
         else:
             emissions, seconds = self._scheduler.commit(plan, result), result.seconds
             self.failure, self._num_failures = None, 0
+        if self.recording is not None:
+            self.recording.committed(plan, result, emissions)
         self.stats = self._measure(plan.step, pending.num_tokens, pending.counted, seconds)
         return emissions
 
@@ -248,6 +277,36 @@ class Engine:
         self.check_alive()
         return self._scheduler.fail(plan, f"The step that computed it failed{kind(error)}.")
 
+    def record(self, most_steps: int, on_full: Callable[[], None]) -> Recording:
+        """Record what happens from here on, until `recording` is set to None; ``on_full`` is called
+        after ``most_steps`` steps, or when it is large."""
+        config, step = self.config, self.config.largest_step
+        grouped = self._scheduler.grouped
+        header = Header(
+            format=FORMAT,
+            ruvon=__version__,
+            block_size=config.block_size,
+            num_blocks=grouped.pool.num_blocks,
+            windows=grouped.windows,
+            longest_chunk=longest_chunk(config),
+            max_seqs=step.sequences,
+            max_tokens=step.tokens,
+            batching=config.batching,
+            scheduling_policy=config.scheduling_policy,
+            chunked=config.enable_chunked_prefill,
+            caching=config.enable_prefix_caching,
+            stages=config.pipeline_parallel_size,
+        )
+        self.recording = Recording(
+            header,
+            self._scheduler.snapshot(),
+            self._in_flight,
+            self._scheduler.sequences.values(),
+            most_steps,
+            on_full,
+        )
+        return self.recording
+
     def check_alive(self) -> None:
         """Raises EngineDeadError once no step can succeed any more."""
         if self.dead is not None:
@@ -256,12 +315,14 @@ class Engine:
     def reset_prefix_cache(self) -> None:
         """Forget all cached prefixes; running sequences keep what they hold."""
         self._scheduler.pool.forget()
+        if self.recording is not None:
+            self.recording.forgotten()
 
     # ---------------------------------------------------------------- validation
 
     def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
-        self._check_queue(sum(job.n for job in jobs))
+        check_room(jobs, self._scheduler, self.config)
         for job in jobs:
             self.validate(job)
 
@@ -273,8 +334,9 @@ class Engine:
         return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
 
     def _check(self, job: Job) -> None:
-        if not 1 <= job.n <= self._bound:
-            raise RequestError(f"n must be from 1 to {self._bound} here, not {job.n}.", "n")
+        most = most_live(self.config)
+        if not 1 <= job.n <= most:
+            raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
         if not job.prompt:
             raise RequestError("The prompt is empty.", job.param)
         if job.pooling is not None and job.sampling.max_tokens != 0:
@@ -295,22 +357,6 @@ class Engine:
     def _check_grammar(self, grammar: Grammar | None) -> None:
         if grammar is not None and self._grammars is None:
             raise RequestError("This engine has no grammars.", grammar.param)
-
-    @property
-    def _bound(self) -> int:
-        """Most live sequences: the queue's bound counts those beyond what could run at once."""
-        return self.config.max_num_queued_reqs + self.config.largest_step.sequences
-
-    def _check_queue(self, num_new: int) -> None:
-        if num_new > self._bound:
-            raise RequestError(
-                f"A request may hold at most {self._bound} completions here, not {num_new}.", "n"
-            )
-        num_live = len(self._scheduler.running) + len(self._scheduler.waiting)
-        if num_live + num_new > self._bound:
-            raise QueueFullError(
-                f"The queue is full: {len(self._scheduler.waiting)} sequences are waiting.", 1.0
-            )
 
     def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
         if sampling.ignore_eos:
@@ -334,6 +380,28 @@ class Engine:
         pool, num_waiting = self._scheduler.pool, len(self._scheduler.waiting)
         used = 1 - pool.num_free / pool.num_blocks
         return len(self._scheduler.sequences) - num_waiting, num_waiting, used
+
+    def describe(self) -> dict[str, object]:
+        """What there is to do, for a log: numbers, and the first sequences."""
+        scheduler = self._scheduler
+        return {
+            "steps": scheduler.counters.steps,
+            "in_flight": scheduler.num_in_flight,
+            "running": len(scheduler.running),
+            "waiting": len(scheduler.waiting),
+            "free_blocks": scheduler.pool.num_free,
+            "sequences": [
+                f"{seq.id}: prompt {seq.num_prompt}, output {seq.num_output} of {seq.max_tokens},"
+                f" computed {seq.num_computed}, pending {seq.num_pending},"
+                f" preempted {seq.num_preempted}"
+                for seq in list(scheduler.sequences.values())[:MOST_DESCRIBED]
+            ],
+        }
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self._scheduler.pool.prefix_cache
 
     def _measure(self, step: int, num_tokens: int, counted: Counters, seconds: float) -> StepStats:
         scheduler = self._scheduler

@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import NULL, BlockPool, first_block
+from ruvon.engine.blocks import KEY_BYTES, NULL, BlockPool, first_block
 from ruvon.engine.types import Blocks, Tables
 
 UNBOUNDED = 1 << 40  # tokens; more than any sequence has
@@ -24,6 +24,11 @@ UNBOUNDED = 1 << 40  # tokens; more than any sequence has
 def group_key(key: bytes, group: int) -> bytes:
     """A block's key in a cache group. Keys are of one length, so that what follows tells."""
     return key + bytes((group,)) if group else key
+
+
+def without_group(key: bytes) -> tuple[bytes, int]:
+    """The two that `group_key` put together."""
+    return key[:KEY_BYTES], int.from_bytes(key[KEY_BYTES:])
 
 
 def most_blocks(num_tokens: int, block_size: int, windows: Sequence[int], chunk: int) -> int:
@@ -51,7 +56,7 @@ def longest_that_fits(
 
 def longest_chunk(config: EngineConfig) -> int:
     """Most tokens of a sequence that a step computes."""
-    return config.largest_step.tokens if config.enable_chunked_prefill else UNBOUNDED
+    return config.largest_step.tokens
 
 
 class GroupedPool:
@@ -64,20 +69,20 @@ class GroupedPool:
         self.pool = pool
         self.slides = any(windows)  # whether any group gives blocks back before a sequence is over
         self.num_growing = max(windows.count(0), 1)  # groups that need more with every token
-        self._windows = tuple(windows)
+        self.windows = tuple(windows)
         self._longest_chunk = longest_chunk
         self._sliding = [(group, window) for group, window in enumerate(windows) if window]
 
     def most_blocks(self, num_tokens: int) -> int:
         """How many blocks a sequence of so many tokens ever holds at once."""
-        return most_blocks(num_tokens, self.pool.block_size, self._windows, self._longest_chunk)
+        return most_blocks(num_tokens, self.pool.block_size, self.windows, self._longest_chunk)
 
     def has(self, key: bytes | None) -> bool:
         """Whether all groups have a block with this key."""
         if not self.slides:
             return self.pool.has(key)
         return key is not None and all(
-            self.pool.has(group_key(key, group)) for group in range(len(self._windows))
+            self.pool.has(group_key(key, group)) for group in range(len(self.windows))
         )
 
     def match(self, keys: Iterable[bytes]) -> tuple[Tables, int]:
@@ -89,7 +94,7 @@ class GroupedPool:
             return (found,), len(found)
         known = self._known(keys)
         length = self._longest_seen(known)
-        tables = tuple([self._hold(known, length, *group) for group in enumerate(self._windows)])
+        tables = tuple([self._hold(known, length, *group) for group in enumerate(self.windows)])
         return tables, length
 
     def num_missing(self, tables: Tables, num_computed: int, num_tokens: int) -> int:
@@ -143,11 +148,11 @@ class GroupedPool:
     def _wanted(self, num_computed: int, num_tokens: int) -> list[int]:
         """For how many tokens each group needs blocks."""
         soon = min(num_computed + self._longest_chunk, num_tokens)
-        return [soon if window else num_tokens for window in self._windows]
+        return [soon if window else num_tokens for window in self.windows]
 
     def _known(self, keys: Iterable[bytes]) -> list[bytes]:
         """The keys up to the first that is missing in a group which sees everything."""
-        whole = [group for group, window in enumerate(self._windows) if not window]
+        whole = [group for group, window in enumerate(self.windows) if not window]
         known = []
         for key in keys:
             if not all(self.pool.has(group_key(key, group)) for group in whole):

@@ -15,7 +15,7 @@ from ruvon.engine.grouped_pool import longest_chunk, longest_that_fits, most_blo
 from ruvon.engine.resources import available_memory
 from ruvon.errors import ConfigError
 from ruvon.kernels.ops import Ops
-from ruvon.models.cache_groups import cache_groups, layers_a_block, place_of
+from ruvon.models.cache_groups import cache_groups, layers_a_block, of_stage, place_of
 from ruvon.models.spec import ModelSpec
 
 CPU_SHARE = 0.25
@@ -79,9 +79,11 @@ def plan_memory(
     *,
     weight_bytes: int,
     free_bytes: int,
+    held: range | None = None,
 ) -> MemoryPlan:
     """Fit blocks into ``--kv-cache-memory``, or into ``free_bytes`` where that is not given, and
-    the longest sequence into the blocks.
+    the longest sequence into the blocks. ``spec`` has the heads of this rank, ``held`` are the
+    layers of its stage, None all: there is no cache for others.
 
     Raises:
         ConfigError: the model has no such positions, or one sequence of ``--max-model-len`` tokens
@@ -91,7 +93,8 @@ def plan_memory(
     windows = tuple(group.window for group in groups)
     layout = config.block_size, windows, longest_chunk(config)
     longest = longest_sequence(spec, config)
-    numbers = 2 * layers_a_block(groups) * spec.num_kv_heads * kv.head_dim(spec)
+    layers = layers_a_block(groups if held is None else of_stage(groups, held))
+    numbers = 2 * layers * spec.num_kv_heads * kv.head_dim(spec)
     block_bytes = config.block_size * numbers * kv.dtype.itemsize
     if config.kv_cache_memory is None:
         # Nothing could use more than every sequence at its longest.
@@ -131,15 +134,18 @@ def longest_sequence(spec: ModelSpec, config: EngineConfig) -> int:
     return config.max_model_len
 
 
-def allocate_cache(spec: ModelSpec, plan: MemoryPlan, device: torch.device) -> Cache:
-    """Zeroed tensors for every layer; layers of different groups share theirs, see `cache_groups`.
-    Zeros matter: a kernel may read past the end of a context and weigh it with nothing, and nothing
-    times NaN is NaN.
+def allocate_cache(
+    spec: ModelSpec, plan: MemoryPlan, device: torch.device, held: range | None = None
+) -> Cache:
+    """Zeroed tensors for every layer, or for those ``held`` by this stage; layers of different
+    groups share theirs, see `cache_groups`. Zeros matter: a kernel may read past the end of a
+    context and weigh it with nothing, and nothing times NaN is NaN.
 
     Raises ConfigError if the system does not give that much memory.
     """
-    groups = cache_groups(spec)
-    places = [place_of(groups, layer)[1] for layer in range(spec.num_layers)]
+    held = range(spec.num_layers) if held is None else held
+    groups = of_stage(cache_groups(spec), held)
+    places = [place_of(groups, layer)[1] for layer in held]
     shape = (plan.num_blocks + 1, spec.num_kv_heads, plan.block_size, plan.kv.head_dim(spec))
     dtype, layers = plan.kv.dtype, layers_a_block(groups)
     try:
@@ -163,14 +169,15 @@ def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(memory[offset : offset + size]).view(dtype).view(shape)
 
 
-def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec) -> int:
-    """Bytes that a cache of no stated size may take, now that the weights are in place.
+def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec, sharers: int = 1) -> int:
+    """Bytes that a cache of no stated size may take, now that the weights are in place. Main memory
+    is for as many caches as there are ``sharers``, and a GPU's for one.
 
     Raises ConfigError where a stated size is more than there is, or steps alone take more than a
     GPU has left.
     """
     if ops.device.type == "cpu":
-        free = available_memory()
+        free = available_memory() // sharers
         check_stated(config, free)
         return int(CPU_SHARE * free)
     torch.cuda.empty_cache()  # what loading took for a while, quantizing above all
@@ -204,8 +211,6 @@ def step_bytes(spec: ModelSpec, config: EngineConfig, dtype: torch.dtype) -> int
     Beside them is what the sampler keeps about each token of the vocabulary, 4 bytes a sequence,
     and one weight made plain, if weights may be codes: see `ruvon.kernels.linear`."""
     sequences, tokens = config.largest_step
-    if not config.enable_chunked_prefill:
-        tokens = max(tokens, longest_sequence(spec, config))
     through = 1 if spec.experts is None else spec.experts.top_k
     hidden = 10 * spec.hidden_size + (0 if spec.experts is None else 2 * through * spec.hidden_size)
     per_token = (hidden + 4 * through * spec.intermediate_size) * dtype.itemsize

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
@@ -19,17 +20,20 @@ import structlog
 
 from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
+from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
-from ruvon.engine.engine import Engine, Pending, dead_error
+from ruvon.engine.drain_rate import DrainRate
+from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
-from ruvon.engine.types import Emission, FinishReason, Job
-from ruvon.errors import NotReadyError, QueueFullError, RequestError
+from ruvon.engine.types import Emission, Job
+from ruvon.errors import DeadlineError, NotReadyError, QueueFullError, RequestError
 from ruvon.grammars import Grammar
 
 log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
-LEAST_RETRY, MOST_RETRY = 1.0, 60.0  # seconds after which a refused client may come again
 
 
 class NotCompiledError(Exception):
@@ -104,10 +108,11 @@ class EngineLoop:
         self.dead: BaseException | None = None  # what killed the loop
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
+        self.recorder = Recorder()
         self._metrics = metrics
         self._clock = clock
         self._states: dict[int, RequestState] = {}
-        self._finished_at: deque[float] = deque(maxlen=64)
+        self._drain = DrainRate()
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -133,6 +138,11 @@ class EngineLoop:
         return self.engine.load
 
     @property
+    def prefix_cache(self) -> PrefixCache:
+        """At this moment: how large it is, and what it has lost."""
+        return self.engine.prefix_cache
+
+    @property
     def num_open(self) -> int:
         """Sequences whose end somebody waits for."""
         return len(self._states)
@@ -150,6 +160,23 @@ class EngineLoop:
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
         self._task = asyncio.create_task(self._run(), name="engine-loop")
+
+    def watch(self, failed: Future[None]) -> None:
+        """Fail as soon as ``failed`` says why no step can succeed any more, though none may be
+        under way. Call on the event loop."""
+        loop = asyncio.get_running_loop()
+
+        def tell(failed: Future[None]) -> None:
+            error = failed.exception() or RuntimeError("nothing computes any more")
+            with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
+                loop.call_soon_threadsafe(self._lose, error)
+
+        failed.add_done_callback(tell)
+
+    def _lose(self, error: BaseException) -> None:
+        self._die(error)
+        if self._task is not None:
+            self._task.cancel()
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
         """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
@@ -199,20 +226,23 @@ class EngineLoop:
         """Wait until reading a new request keeps no step waiting; then make haste."""
         await self._admission.enter()
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
         `QueueFullError` with the time to wait, `NotReadyError`, `EngineDeadError`.
 
-        An emission's index counts over all jobs' completions.
+        An emission's index counts over all jobs' completions. After ``timeout`` seconds, in the
+        queue or not, the stream ends with a `DeadlineError`.
         """
         self._check_ready()
         now = self._clock()
         try:
             self.engine.check(jobs)
         except QueueFullError as error:
-            error.retry_after = self._seconds_until_room(sum(job.n for job in jobs), now)
+            error.retry_after = self._drain.seconds_for(error, now)
             raise
         stream = Stream(self._end, next(self._numbers))
+        if timeout is not None:
+            stream.expire(timeout, lambda: self._deadline_error(stream))
         for job in jobs:
             self._admit(job, stream, now)
         if not self._work.is_set():
@@ -228,28 +258,46 @@ class EngineLoop:
         if self._task is None:
             raise NotReadyError("The engine has not started.")
 
-    def _seconds_until_room(self, num_sequences: int, now: float) -> float:
-        """How long that many sequences took to finish lately, within bounds."""
-        if not self._finished_at:
-            return LEAST_RETRY
-        each = (now - self._finished_at[0]) / len(self._finished_at)
-        return min(max(num_sequences * each, LEAST_RETRY), MOST_RETRY)
+    def _deadline_error(self, stream: Stream) -> DeadlineError:
+        """What is said of a stream whose time is up."""
+        states = [self._states[seq_id] for seq_id in stream.open]
+        num_output = sum(state.seq.num_output for state in states)
+        return DeadlineError(
+            f"The request's time is up; {num_output} tokens had been generated."
+            if num_output
+            else f"The request's time is up; it was {self.progress(stream) or 'starting'}."
+        )
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for: ``queued 3`` behind so many sequences, or the share
+        of its prompt that is computed, ``prefill 512/4096``. Nothing once it has tokens."""
+        states = [self._states[seq_id] for seq_id in sorted(stream.open)]
+        if not states or any(state.seq.num_output for state in states):
+            return ""
+        places = [self.engine.place(state.seq) for state in states]
+        if None not in places:
+            return f"queued {places[0]}"
+        seq = states[places.index(None)].seq
+        return f"prefill {min(seq.num_computed, seq.num_prompt)}/{seq.num_prompt}"
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
-        for seq_id in self.engine.add(job, now, first_index=len(stream.open)):
+        seq_ids = self.engine.add(job, now, first_index=len(stream.open))
+        self.recorder.arrived(now, seq_ids, len(job.prompt), self.engine.validate(job))
+        for seq_id in seq_ids:
             self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
             self._idle.clear()
 
-    def _end(self, stream: Stream, seq_ids: Iterable[int], reason: FinishReason) -> None:
-        """A reader wants no more of these unfinished sequences."""
+    def _end(self, stream: Stream, seq_ids: Iterable[int], reason: str) -> None:
+        """A reader wants no more of these unfinished sequences, or has waited long enough."""
         now = self._clock()
         for seq_id in seq_ids:
             self._record_finished(self._states[seq_id], reason, now)
-        self._discard(stream, seq_ids)
+        self._discard(stream, seq_ids, now)
 
-    def _discard(self, stream: Stream, seq_ids: Iterable[int]) -> None:
+    def _discard(self, stream: Stream, seq_ids: Iterable[int], now: float) -> None:
         self.engine.abort(seq_ids)
+        self.recorder.aborted(now, seq_ids)
         for seq_id in seq_ids:
             del self._states[seq_id]
             stream.open.discard(seq_id)
@@ -258,6 +306,7 @@ class EngineLoop:
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
         self.engine.abort(self._states)
+        self.recorder.aborted(self._clock(), self._states)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
             for seq in (state.seq for state in self._states.values())
@@ -268,6 +317,20 @@ class EngineLoop:
     def _note_idle(self) -> None:
         if not self._states:
             self._idle.set()
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record so many steps, or those of so many seconds if they are fewer. Raises
+        `RequestError` if somebody else records."""
+        if self.engine.recording is not None:
+            raise RequestError("Another recording is being made.")
+        full = asyncio.Event()
+        recording = self.engine.record(most_steps, full.set)
+        try:
+            with suppress(TimeoutError):
+                await asyncio.wait_for(full.wait(), seconds)
+        finally:
+            self.engine.recording = None
+        return recording
 
     # ---------------------------------------------------------------- the task
 
@@ -298,7 +361,7 @@ class EngineLoop:
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         self.progressed_at = now = self._clock()
-        self._record_step()
+        self._record_step(pending, emissions, now)
         self._coalescer.begin_step(behind, len(self._states))
         self._deliver(emissions, now)
         self._coalescer.end_step()
@@ -333,7 +396,23 @@ class EngineLoop:
             self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
         self._note_idle()
 
-    def _die(self, error: Exception) -> None:
+    def describe(self) -> Mapping[str, object]:
+        """What the engine is doing, for a log; may be called in any thread."""
+        under_way = [
+            f"step {step.plan.step}: {step.num_tokens} tokens of {len(step.plan.chunks)} sequences"
+            for step in list(self._pending)
+        ]
+        return {"open": len(self._states), "under_way": under_way, **self.engine.describe()}
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+        if self.dead is None:
+            self.engine.abort(self._states)
+            self._die(error)
+
+    def _die(self, error: BaseException) -> None:
+        if self.dead is not None:
+            return
         self.dead = error
         for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
             stream.fail(dead_error(error))
@@ -343,8 +422,10 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- metrics
 
-    def _record_step(self) -> None:
-        stats = self.engine.stats
+    def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
+        stats, failure = self.engine.stats, self.engine.failure
+        why = "" if failure is None else kind(failure).strip(" ()")
+        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,
@@ -357,8 +438,8 @@ class EngineLoop:
 
     def _record_finished(self, state: RequestState, reason: str, now: float) -> None:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
-        self._finished_at.append(now)
         seq = state.seq
+        self._drain.note(seq, now)
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
         first_token_at = now if state.first_token_at is None else state.first_token_at
         self._metrics.record_finished(

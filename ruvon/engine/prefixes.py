@@ -20,7 +20,7 @@ class Prefixes:
         self._grouped = grouped
         self._caching = caching
         self._size = grouped.pool.block_size
-        self._computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
+        self.computing: dict[bytes, int] = {}  # key of a block in the making → sequence id
 
     def looks_up(self, seq: Sequence) -> bool:
         """Whether it may find blocks: not if it wants the logits or the hidden states of its whole
@@ -29,7 +29,7 @@ class Prefixes:
 
     def is_computed(self, seq: Sequence) -> bool:
         """Whether another computes the block that a sequence awaits right now."""
-        return seq.awaits in self._computing
+        return seq.awaits in self.computing
 
     def find(self, seq: Sequence) -> tuple[Tables, int]:
         """Take hold of the published blocks its tokens start with, and see who makes the next: the
@@ -37,7 +37,7 @@ class Prefixes:
         num_shared = self._num_shared(seq)
         tables, num_found = self._grouped.match(self._keys_of(seq, num_shared))
         seq.missing = seq.keys[num_found] if num_found < num_shared else None
-        seq.awaits = seq.missing if seq.missing in self._computing else None
+        seq.awaits = seq.missing if seq.missing in self.computing else None
         return tables, num_found
 
     def claim(self, seq: Sequence, num_planned: int) -> None:
@@ -46,7 +46,7 @@ class Prefixes:
         num_claimed = min(num_planned + 1, self._num_shared(seq))
         self._extend_keys(seq, num_claimed)
         for i in range(max(seq.num_claimed, seq.num_published), num_claimed):
-            self._computing.setdefault(seq.keys[i], seq.id)
+            self.computing.setdefault(seq.keys[i], seq.id)
         seq.num_claimed = max(num_claimed, seq.num_claimed)
 
     def publish(self, seq: Sequence, end: int) -> None:
@@ -57,14 +57,14 @@ class Prefixes:
         self._extend_keys(seq, num_full)
         for i in range(seq.num_published, num_full):
             self._grouped.publish(seq.tables, i, seq.keys[i])
-            self._computing.pop(seq.keys[i], None)
+            self.computing.pop(seq.keys[i], None)
         seq.num_published = num_full
 
     def disclaim(self, seq: Sequence) -> None:
         """What a sequence has not computed so far, it will not."""
         for key in seq.keys[seq.num_published :]:
-            if self._computing.get(key) == seq.id:
-                del self._computing[key]
+            if self.computing.get(key) == seq.id:
+                del self.computing[key]
 
     def _num_shared(self, seq: Sequence) -> int:
         """How many blocks it could share: full ones, and never the one with the last token, whose

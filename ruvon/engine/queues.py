@@ -3,17 +3,19 @@
 Why it never stalls: sequences have a total order (`ORDERS`), the running ones are kept in it, and
 when blocks run out the last one goes back to wait. So the first always gets its blocks, because
 the engine refuses a sequence that could not fit into an empty cache; it finishes, and then the
-next one is first.
+next one is first. An order that is fair to tenants changes, but only with tokens that are computed
+for the first time, and of these there is an end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ruvon.engine.grouped_pool import GroupedPool
-from ruvon.engine.policies import Policy, Rank, WaitingQueue
+from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
+from ruvon.engine.snapshot import QueueState
 from ruvon.engine.types import NO_BLOCKS, Sequence
 
 STARTED_BLOCKS = 4096
@@ -28,9 +30,10 @@ class Limits:
     max_seqs: int
     max_tokens: int
     policy: Policy
-    order: Callable[[Sequence], Rank]
-    chunked: bool = True  # off: a prompt is computed in one step, alone if the budget is too small
+    order: Order
+    chunked: bool = True  # off: a prompt is computed in one step, if one can hold it
     caching: bool = True  # look up and publish prefixes
+    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
 
 
 @dataclass(slots=True)
@@ -55,8 +58,9 @@ class Queues:
     """The waiting and the running. ``counters`` are told what is found and who is preempted."""
 
     def __init__(self, grouped: GroupedPool, limits: Limits, counters: Counters) -> None:
-        self.waiting = WaitingQueue(limits.order)
-        self.running: dict[int, Sequence] = {}  # by id, in the order of ``limits.order``
+        self.waiting = WaitingQueue(limits.order.rank)
+        self.running: dict[int, Sequence] = {}  # by id, in the order of `rank`
+        self.shares = Shares() if limits.order.fair else None
         self.prefixes = Prefixes(grouped, limits.caching)
         self._grouped = grouped
         self._pool = grouped.pool
@@ -71,6 +75,8 @@ class Queues:
         """Let the running hold blocks for their next step, and others join them. False, and all is
         as it was, if there are too few blocks as long as steps are ``in_flight``."""
         self._startable = STARTED_BLOCKS
+        if self._is_contended:
+            self._sort()
         self._full = [seq for seq in self._full if seq.finish is None]
         if in_flight and self._num_missing() > self._pool.num_free:
             return False
@@ -78,10 +84,26 @@ class Queues:
             self._join()
         return True
 
+    @property
+    def _is_contended(self) -> bool:
+        """Whether tenants have to share."""
+        return self.shares is not None and self.shares.contended
+
+    def rank(self, seq: Sequence) -> tuple[float, Rank]:
+        """What sorts the running sequences."""
+        served = 0.0 if self.shares is None else self.shares.served(seq.tenant)
+        return served, self._limits.order.rank(seq)
+
+    def _sort(self) -> None:
+        by_rank = sorted(self.running.values(), key=self.rank)
+        self.running = {seq.id: seq for seq in by_rank}
+
     def advance(self, seq: Sequence, num_tokens: int) -> None:
         """Count a planned chunk as computed, and say what is pending then."""
         seq.in_flight += 1
         seq.num_computed += num_tokens
+        if self.shares is not None and self.shares.contended:
+            self.shares.charge(seq, num_tokens)
         seq.num_pending -= num_tokens
         if seq.num_pending:
             if self._grouped.slides:
@@ -130,6 +152,29 @@ class Queues:
         ended, self._ended = tuple(self._ended), []
         return ended
 
+    def state(self) -> QueueState:
+        """A copy that stays as it is."""
+        return QueueState(
+            waiting=tuple(self.waiting.ids()),
+            running=tuple(self.running),
+            full=tuple([seq.id for seq in self._full if seq.finish is None]),
+            ended=tuple(self._ended),
+            computing=dict(self.prefixes.computing),
+            served={} if self.shares is None else self.shares.state(),
+        )
+
+    def restore(self, state: QueueState, sequences: Mapping[int, Sequence]) -> None:
+        """Be in a state that queues with these sequences were in."""
+        for seq_id in state.waiting:
+            self.waiting.push(sequences[seq_id])
+        self.running = {seq_id: sequences[seq_id] for seq_id in state.running}
+        self._num_holding = sum(bool(seq.tables) for seq in self.running.values())
+        self._full = [sequences[seq_id] for seq_id in state.full]
+        self._ended = list(state.ended)
+        self.prefixes.computing = dict(state.computing)
+        if self.shares is not None:
+            self.shares.restore(state.served, sequences.values())
+
     def _num_missing(self) -> int:
         """Blocks that running sequences need for their next steps."""
         if not self._grouped.slides:
@@ -174,6 +219,7 @@ class Queues:
         self.leave(seq)
         self.waiting.push(seq)
         if seq.tables:
+            seq.num_served = max(seq.num_served, seq.num_computed)
             seq.num_preempted += 1
             self._counters.preempted += 1
         self.free(seq)
@@ -193,17 +239,28 @@ class Queues:
         """Let waiting sequences run, as many as the policy says and as there are blocks for."""
         limits = self._limits
         num_joining = limits.policy(len(self.waiting), len(self.running), limits.max_seqs)
+        served = self._served_soon() if self._is_contended else {}
         num_joined = 0
         while num_joined < num_joining:
-            seq = self.waiting.first()
+            seq = self.waiting.first(served)
             if not self._start(seq) and not self.prefixes.is_computed(seq):
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
             num_joined += 1
+            if served:
+                served[seq.tenant] += (len(seq.tokens) - seq.num_computed) / seq.weight
         if num_joined:
-            by_rank = sorted(self.running.values(), key=limits.order)
-            self.running = {seq.id: seq for seq in by_rank}
+            self._sort()
+
+    def _served_soon(self) -> dict[str, float]:
+        """What each tenant will have been served once the prompts that run are computed: who joins
+        first has no claim to all the places there are."""
+        assert self.shares is not None
+        served = self.shares.snapshot()
+        for seq in self.running.values():
+            served[seq.tenant] += seq.num_pending / seq.weight
+        return served
 
     def _start(self, seq: Sequence) -> bool:
         """Give a sequence its blocks: those the prefix cache has, and new ones for the rest.

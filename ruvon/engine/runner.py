@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
@@ -40,7 +41,8 @@ class Runner:
     the logits in memory at once, and is at least the most sequences of a step. ``hidden`` may be
     missing where no plan has ``pooled_rows``. ``at_start`` is called first in that thread.
     ``device`` is where batches go; None for what takes numpy arrays. ``matchers`` see to rows with
-    a grammar, ``windows`` are those of the model's cache groups.
+    a grammar, ``windows`` are those of the model's cache groups. Where it ``samples`` not, it is a
+    stage before the last: ``forward`` and ``hidden`` send on what they make, and no row has tokens.
     """
 
     grammar_depth = (
@@ -61,6 +63,7 @@ class Runner:
         depth: int = 2,
         at_start: Callable[[], None] = lambda: None,
         matchers: Matchers | None = None,
+        samples: bool = True,
     ) -> None:
         self.depth = depth
         self._forward = forward
@@ -72,6 +75,7 @@ class Runner:
         self._max_logit_rows = max_logit_rows
         self._at_start = at_start
         self._matchers = matchers
+        self._samples = samples
         self._tables = BlockTables()
         self._launched: SimpleQueue[Launched | None] = SimpleQueue()
         self._closed = False
@@ -140,13 +144,26 @@ class Runner:
     def _run(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
         began = time.perf_counter()
         with torch.inference_mode():
-            if len(plan.pooled_rows) == len(plan.chunks):
+            if not self._samples:
+                result = self._send_on(plan, layout, state)
+            elif len(plan.pooled_rows) == len(plan.chunks):
                 result = NOTHING  # all that is wanted are hidden states
             else:
                 result = self._sample(plan, layout.to_batch(self._device, state.sampled), state)
-            if plan.pooled_rows:
+            if plan.pooled_rows and self._samples:
                 result = self._pool(plan, layout, state, result)
         return replace(result, seconds=time.perf_counter() - began)
+
+    def _send_on(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
+        """What the next stages will ask for, as often as they will."""
+        batch = layout.to_batch(self._device, state.sampled)
+        if len(plan.pooled_rows) < len(plan.chunks):
+            deque(self._logits(batch), 0)
+        if plan.pooled_rows:
+            rows = places(plan.pooled_rows, layout.query_starts)
+            assert self._hidden is not None
+            self._hidden(replace(layout, logit_rows=rows).to_batch(self._device, state.sampled))
+        return StepResult(((),) * len(plan.rows), (None,) * len(plan.rows))
 
     def _sample(self, plan: Plan, batch: ForwardBatch, state: SamplingRows) -> StepResult:
         pieces = self._logits(batch)

@@ -23,8 +23,9 @@ from collections.abc import Iterable
 from ruvon.engine.budget import Budget
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.outcome import accept, fail
-from ruvon.engine.policies import WaitingQueue
+from ruvon.engine.policies import Shares, WaitingQueue
 from ruvon.engine.queues import Counters, Limits, Queues
+from ruvon.engine.snapshot import Snapshot, copied
 from ruvon.engine.types import (
     BEING_SAMPLED,
     NO_BLOCKS,
@@ -42,8 +43,8 @@ NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
 
 
 class Scheduler:
-    """Owns the sequences and their blocks. Steps are committed in the order they were planned, and
-    at most two are planned and not committed."""
+    """Owns the sequences and their blocks. Steps are committed in the order they were planned.
+    At most two are planned and not committed, or one more than a step has stages."""
 
     def __init__(self, grouped: GroupedPool, limits: Limits) -> None:
         self.grouped = grouped
@@ -52,12 +53,17 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}  # waiting, running, and those that end with a step
         self.num_with_grammar = 0  # of ``sequences``
         self._queues = Queues(grouped, limits, self.counters)
-        self._budget = Budget(limits.max_tokens, limits.chunked)
+        self._budget = Budget(limits.max_tokens, limits.chunked, limits.stages)
         self._num_committed = 0  # steps
 
     @property
     def waiting(self) -> WaitingQueue:
         return self._queues.waiting
+
+    @property
+    def shares(self) -> Shares | None:
+        """What tenants have been served, where that counts."""
+        return self._queues.shares
 
     @property
     def running(self) -> dict[int, Sequence]:
@@ -79,6 +85,8 @@ class Scheduler:
         assert needed <= self.pool.num_blocks
         self.sequences[seq.id] = seq
         self.num_with_grammar += seq.sampling.grammar is not None
+        if self.shares is not None:
+            self.shares.enter(seq)
         self.waiting.push(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -101,6 +109,32 @@ class Scheduler:
             return None
         shares = self._budget.share(self.running.values(), forced=self.num_with_grammar > 0)
         return self._plan(shares, now) if shares else None
+
+    def snapshot(self) -> Snapshot:
+        """All that comes next depends on, between two steps; takes milliseconds where there are
+        many blocks."""
+        counters = self.counters
+        return Snapshot(
+            (counters.steps, counters.cached, counters.queried, counters.preempted),
+            self._num_committed,
+            self._budget.held_up,
+            tuple([copied(seq) for seq in self.sequences.values()]),
+            self._queues.state(),
+            self.pool.state(),
+        )
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Go on, as new as this is, from where a scheduler made like this one was; the snapshot's
+        sequences are this one's from here on."""
+        counters = self.counters
+        counters.steps, counters.cached, counters.queried, counters.preempted = snapshot.counters
+        self._num_committed = snapshot.num_committed
+        self._budget.held_up = snapshot.held_up
+        self.sequences = {seq.id: seq for seq in snapshot.sequences}
+        self.num_with_grammar = sum(s.sampling.grammar is not None for s in snapshot.sequences)
+        self._queues.restore(snapshot.queues, self.sequences)
+        tables = [table for seq in snapshot.sequences for table in seq.tables]
+        self.pool.restore(snapshot.pool, tables)
 
     def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
         """Take in what a step sampled: append tokens, publish blocks, finish sequences."""
@@ -196,6 +230,8 @@ class Scheduler:
             del self.sequences[seq.id]
             self.num_with_grammar -= seq.sampling.grammar is not None
             self._queues.free(seq)
+            if self.shares is not None:
+                self.shares.leave(seq)
 
 
 def introduce(seq: Sequence) -> NewSequence:

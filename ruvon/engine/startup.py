@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +33,8 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.runner import Ranks
+from ruvon.engine.ranks.start import start_ranks
 from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import (
@@ -47,13 +49,13 @@ from ruvon.engine.types import (
 )
 from ruvon.engine.validation import check_sampling
 from ruvon.errors import LoadError, RequestError
-from ruvon.kernels.ops import Ops
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.models import Model, load_model
 from ruvon.models.chat import Chat, load_chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
+from ruvon.models.sources import weight_files
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
-from ruvon.models.weights import weight_files
 from ruvon.telemetry import Progress
 
 if TYPE_CHECKING:
@@ -74,7 +76,7 @@ class LoadedEngine:
     """A loaded model, ready to run, and what was decided on the way."""
 
     engine: Engine
-    runner: Runner | GpuRunner  # other engines may take turns with ``engine`` on it
+    runner: Runner | GpuRunner | Ranks  # other engines may take turns with ``engine`` on it
     eos_token_ids: tuple[int, ...]
     checkpoint: Checkpoint
     tokenizer: Tokenizer
@@ -90,10 +92,31 @@ class LoadedEngine:
     """The model's own `SamplingParams`, which count where a request is silent."""
     counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
     """What the runner counts, for metrics: by name, help and value."""
+    ranks: int = 1  # processes that compute a step between them
+    failed: Future[None] = field(default_factory=Future)
+    """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
-def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
-    """Load what ``config`` names and make an engine of it.
+@dataclass(frozen=True, slots=True)
+class Partners:
+    """What one rank of several has to know of the others before it computes."""
+
+    agree: Callable[[MemoryPlan], MemoryPlan] = lambda own: own
+    """Its own plan → what all have room for."""
+    sharers: int = 1  # ranks that share this machine's main memory
+
+
+NOBODY = Partners()
+
+
+def start_engine(
+    config: EngineConfig,
+    progress: Progress,
+    mesh: Mesh = ALONE,
+    partners: Partners = NOBODY,
+) -> LoadedEngine:
+    """Load what ``config`` names and make an engine of it; of several ranks, if it asks for them.
+    For one rank of several, ``mesh`` is how it meets the others, its ``partners``.
 
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
@@ -107,10 +130,13 @@ def start_engine(config: EngineConfig, progress: Progress) -> LoadedEngine:
     defaults = model_defaults(checkpoint, config)  # and what makes no sense
     stack = ExitStack()
     try:
-        backend = choose_backend(checkpoint.spec, config, device, threads)
+        if config.num_ranks > 1:
+            loaded = assemble_ranks(checkpoint, config, threads, stack, progress)
+            return dataclasses.replace(loaded, defaults=defaults)
+        backend = choose_backend(checkpoint.spec, config, device, threads, mesh)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
-        loaded = assemble(checkpoint, config, backend, threads, stack, progress)
+        loaded = assemble(checkpoint, config, backend, threads, stack, progress, partners)
         return dataclasses.replace(loaded, defaults=defaults)
     except BaseException as error:
         stack.close()
@@ -148,11 +174,12 @@ def assemble(
     threads: int,
     stack: ExitStack,
     progress: Progress,
+    partners: Partners,
 ) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
         words = beside.submit(load_words, checkpoint)
-        model = load_on(checkpoint, config, backend.ops, threads, progress)
+        model = load_on(checkpoint, config, backend, threads, progress)
     tokenizer, chat, grammars = words.result()
     stack.callback(grammars.close)
     memory = plan_memory(
@@ -160,8 +187,10 @@ def assemble(
         config,
         backend.kv,
         weight_bytes=sum(tensor.nbytes for tensor in distinct(tensors_of(model))),
-        free_bytes=free_for_cache(backend.ops, config, model.spec),
+        free_bytes=free_for_cache(backend.ops, config, model.spec, partners.sharers),
+        held=model.held,
     )
+    memory = partners.agree(memory)
     runner = make_runner(model, config, memory, backend, grammars, progress)
     stack.callback(runner.close)
     progress("warming up", 0.0)
@@ -193,6 +222,45 @@ def assemble(
     )
 
 
+def assemble_ranks(
+    checkpoint: Checkpoint, config: EngineConfig, threads: int, stack: ExitStack, progress: Progress
+) -> LoadedEngine:
+    """An engine whose steps are computed by other processes. ``stack`` learns how to end them."""
+    with ThreadPoolExecutor(1, "ruvon-words") as beside:
+        words = beside.submit(load_words, checkpoint)
+        started = start_ranks(checkpoint.spec, config, checkpoint.path, threads, progress)
+        stack.callback(started.runner.close)
+    tokenizer, chat, grammars = words.result()
+    stack.callback(grammars.close)
+    return LoadedEngine(
+        engine=Engine(
+            started.runner,
+            config,
+            max_model_len=started.memory.max_model_len,
+            num_blocks=started.memory.num_blocks,
+            windows=started.memory.windows,
+            vocab_size=checkpoint.spec.vocab_size,
+            eos_token_ids=grammars.eos_token_ids,
+            grammars=grammars,
+        ),
+        runner=started.runner,
+        eos_token_ids=grammars.eos_token_ids,
+        checkpoint=checkpoint,
+        tokenizer=tokenizer,
+        chat=chat,
+        memory=started.memory,
+        device=started.device,
+        kernels=started.kernels,
+        batch_invariant=started.batch_invariant,
+        dtype=started.dtype,
+        threads=threads,
+        close=stack.close,
+        counters=started.runner.counters,
+        ranks=config.num_ranks,
+        failed=started.runner.failed,
+    )
+
+
 def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
     """All that is needed to read and to write text, and to write it by rules."""
     tokenizer, spec = load_tokenizer(checkpoint), checkpoint.spec
@@ -203,16 +271,16 @@ def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
 
 
 def load_on(
-    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, threads: int, progress: Progress
+    checkpoint: Checkpoint, config: EngineConfig, backend: Backend, threads: int, progress: Progress
 ) -> Model:
-    """The model, loaded on so many threads; torch uses that many afterwards."""
-    stored = stored_bytes(checkpoint)
+    """The rank's share of the model, loaded on so many threads; torch uses that many afterwards."""
+    stored = stored_bytes(checkpoint) // (backend.mesh.size * backend.mesh.stages)
     room = BYTES_AT_ONCE * checkpoint.spec.num_layers // max(stored, 1)
-    on_cpu = ops.device.type == "cpu"
+    on_cpu = backend.ops.device.type == "cpu"
     at_once = max(min(threads, LAYERS_AT_ONCE, room), 1) if on_cpu else 1
     small = stored <= SMALL_MODEL
     torch.set_num_threads(1 if small else max(threads // at_once, 1))
-    model = load_model(checkpoint, config, ops, progress, at_once)
+    model = load_model(checkpoint, config, backend.ops, progress, at_once, backend.mesh)
     torch.set_num_threads(threads)
     return model
 
@@ -227,7 +295,7 @@ def make_runner(
 ) -> Runner | GpuRunner:
     """The model over its cache, one step at a time."""
     limits = step_limits(model.spec, config, memory)
-    cache = allocate_cache(model.spec, memory, backend.ops.device)
+    cache = allocate_cache(model.spec, memory, backend.ops.device, model.held)
     if backend.graphs:
         return make_gpu_runner(model, config, memory, cache, limits, grammars, progress)
     step = backend.make_step(model, cache, limits, progress)
@@ -244,7 +312,8 @@ def make_runner(
         device=None if backend.takes_arrays else backend.ops.device,
         max_logit_rows=limits.logit_rows,
         at_start=backend.pin_thread,
-        matchers=Matchers(grammars),
+        matchers=Matchers(grammars) if backend.mesh.is_last else None,
+        samples=backend.mesh.is_last,
     )
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable
 
-from ruvon.engine.types import Emission, FinishReason
+from ruvon.engine.types import Emission
 from ruvon.errors import UnavailableError
 
 
@@ -20,9 +20,7 @@ class Stream:
     ``contextlib.aclosing``): that aborts what is unfinished. One reader at a time.
     """
 
-    def __init__(
-        self, end: Callable[[Stream, Iterable[int], FinishReason], None], number: int = 0
-    ) -> None:
+    def __init__(self, end: Callable[[Stream, Iterable[int], str], None], number: int = 0) -> None:
         """``number`` spreads streams over the steps at which they wake."""
         self.number = number
         self.open: set[int] = set()  # ids of the unfinished sequences
@@ -31,6 +29,7 @@ class Stream:
         self._news: list[Emission] = []
         self._error: UnavailableError | None = None
         self._reader: asyncio.Future[None] | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     def __aiter__(self) -> Stream:
         return self
@@ -59,7 +58,19 @@ class Stream:
         """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
         self._end(self, list(self.open), "abort")
         self._news.clear()
+        if self._timer is not None:
+            self._timer.cancel()
         self.wake()
+
+    def expire(self, seconds: float, error: Callable[[], UnavailableError]) -> None:
+        """End with an error what is not over in so many seconds."""
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._expire, error)
+
+    def _expire(self, error: Callable[[], UnavailableError]) -> None:
+        if self.open:
+            told = error()
+            self._end(self, list(self.open), "deadline")
+            self.fail(told)
 
     def put(self, emission: Emission) -> None:
         """Take news in; the reader hears of it when somebody calls `wake`."""

@@ -90,6 +90,7 @@ class Job:
     pooling: Pooling | None = None  # the prompt's hidden states are wanted, and no token
     priority: int = 0  # lower runs first, under the policy "priority"
     tenant: str = ""  # whose it is: an opaque id
+    weight: float = 1.0  # of the tenant, under the policy "fair"
     cache_salt: str = ""  # jobs share cached prefixes only within one salt
     keys: tuple[bytes, ...] = ()  # of the prompt's full blocks, once `Engine.prepare` has been here
     param: str = "prompt"  # the field that errors about the prompt name
@@ -117,11 +118,14 @@ class Sequence:
     seed: int
     stop_ids: frozenset[int] = frozenset()  # tokens that end it
     priority: int = 0
+    tenant: str = ""
+    weight: float = 1.0
     salt: str = ""
     num_computed: int = 0
     num_pending: int = 0  # 0 as long as it has no blocks, and once its last token is being sampled
     num_cached: int = 0  # prompt tokens found in the prefix cache at first scheduling
     num_preempted: int = 0  # its generation
+    num_served: int = 0  # tokens that were computed before it was preempted
     headroom: int = -1  # blocks that were to be had when it last found too few of them
     missing: bytes | None = None  # key of the first block it then did not find
     in_flight: int = 0  # steps launched with a chunk of it and not committed yet

@@ -190,9 +190,12 @@ def _take_rows_kernel(
     num_columns,
     codes_stride,
     table_stride,
+    first,
+    num_rows,
     BITS: tl.constexpr,
     GROUP: tl.constexpr,
     HAS_ROWS: tl.constexpr,
+    CUT: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     BLOCK: tl.constexpr,
     PDL: tl.constexpr,
@@ -203,6 +206,10 @@ def _take_rows_kernel(
     wait(PDL)
     release(PDL)  # not before: see ruvon.kernels.pdl
     row = tl.load(rows_ptr + place).to(tl.int64) if HAS_ROWS else place
+    if CUT:
+        row -= first
+        there = (row >= 0) & (row < num_rows)
+        row = tl.where(there, row, 0)
     codes_ptr += row * codes_stride
     if BITS == 8:
         codes = tl.load(codes_ptr + columns, mask=inside, other=0)
@@ -213,14 +220,21 @@ def _take_rows_kernel(
     values = codes.to(tl.float32) * tl.load(scales_ptr + table_at, mask=inside).to(tl.float32)
     if HAS_OFFSETS:
         values += tl.load(offsets_ptr + table_at, mask=inside).to(tl.float32)
+    if CUT:
+        values = tl.where(there, values, 0.0)
     out_at = out_ptr + place * num_columns + columns
     tl.store(out_at, values.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def take_rows(
-    weight: Packed, rows_L: Tensor | None, dtype: torch.dtype, pdl: bool = False
+    weight: Packed,
+    rows_L: Tensor | None,
+    dtype: torch.dtype,
+    pdl: bool = False,
+    first: int | None = None,
 ) -> Tensor:
-    """The values ``[L, K]`` of some rows, or of all."""
+    """The values ``[L, K]`` of some rows, or of all. With a ``first``, the number of the weight's
+    first row, rows that it does not have are zeros."""
     n, k = weight.shape
     codes, scales, offsets = codes_of(weight)
     out_LK = torch.empty(n if rows_L is None else len(rows_L), k, dtype=dtype, device=codes.device)
@@ -234,9 +248,12 @@ def take_rows(
         k,
         codes.stride(0),
         scales.stride(0),
+        first or 0,
+        n,
         BITS=8 if weight.kind == "int8" else 4,
         GROUP=codes_of(weight).group(k),
         HAS_ROWS=rows_L is not None,
+        CUT=first is not None,
         HAS_OFFSETS=offsets is not None,
         BLOCK=block,
         PDL=pdl,

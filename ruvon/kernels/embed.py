@@ -14,7 +14,15 @@ from ruvon.kernels.pdl import release, wait
 
 @triton.jit(do_not_specialize_on_alignment=["rows_ptr"])  # they may begin anywhere
 def _gather_rows_kernel(
-    table_ptr, rows_ptr, out_ptr, num_columns, BLOCK: tl.constexpr, PDL: tl.constexpr
+    table_ptr,
+    rows_ptr,
+    out_ptr,
+    num_columns,
+    first,
+    num_rows,
+    BLOCK: tl.constexpr,
+    CUT: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     out_row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -22,7 +30,13 @@ def _gather_rows_kernel(
     wait(PDL)
     release(PDL)  # not before: see ruvon.kernels.pdl
     row = tl.load(rows_ptr + out_row).to(tl.int64)
+    if CUT:
+        row -= first
+        there = (row >= 0) & (row < num_rows)
+        row = tl.where(there, row, 0)
     values = tl.load(table_ptr + row * num_columns + columns, mask=inside)
+    if CUT:
+        values = tl.where(there, values, 0.0)
     tl.store(out_ptr + out_row * num_columns + columns, values, mask=inside)
 
 
@@ -37,8 +51,11 @@ def _add_kernel(x_ptr, y_ptr, out_ptr, size, BLOCK: tl.constexpr, PDL: tl.conste
     tl.store(out_ptr + at, x + y, mask=inside)
 
 
-def gather_rows(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
-    """``x[rows]``. A row index out of range is the caller's mistake and is not caught."""
+def gather_rows(
+    x_TC: Tensor, rows_L: Tensor, pdl: bool = False, first: int | None = None
+) -> Tensor:
+    """``x[rows]``. A row index out of range is the caller's mistake and is not caught; unless there
+    is a ``first``, which is the index of x's first row: then others give zeros."""
     columns = x_TC.shape[1]
     out_LC = x_TC.new_empty(rows_L.shape[0], columns)
     _gather_rows_kernel[(rows_L.shape[0],)](
@@ -46,17 +63,27 @@ def gather_rows(x_TC: Tensor, rows_L: Tensor, pdl: bool = False) -> Tensor:
         rows_L,
         out_LC,
         columns,
+        first or 0,
+        x_TC.shape[0],
         BLOCK=triton.next_power_of_2(columns),
+        CUT=first is not None,
         PDL=pdl,
         launch_pdl=pdl,
     )
     return out_LC
 
 
-def embed(ids_T: Tensor, table: Packed, dtype: torch.dtype, pdl: bool = False) -> Tensor:
+def embed(
+    ids_T: Tensor,
+    table: Packed,
+    first: int | None = None,
+    *,
+    dtype: torch.dtype,
+    pdl: bool = False,
+) -> Tensor:
     if table.kind != "dense":
-        return take_rows(table, ids_T, dtype, pdl)
-    return gather_rows(table.tensors[0], ids_T, pdl)
+        return take_rows(table, ids_T, dtype, pdl, first)
+    return gather_rows(table.tensors[0], ids_T, pdl, first)
 
 
 def add(x_TC: Tensor, y_TC: Tensor, pdl: bool = False) -> Tensor:

@@ -128,6 +128,13 @@ def process_group_mesh(
         )
     )
     ranks, chain = _Ranks(beside, size, in_order or device.type == "cpu"), _Chain(along, stage)
+
+    def close() -> None:
+        for peers in (ranks, chain):
+            if peers.group is not None:
+                peers.group.shutdown()
+            peers.group = None  # the last reference holds the connections
+
     return Mesh(
         rank=rank,
         size=size,
@@ -137,7 +144,7 @@ def process_group_mesh(
         gather=_only_part if beside is None else ranks.gather,
         send=_same if stage == stages - 1 else chain.send,
         receive=_no_stage if stage == 0 else chain.receive,
-        close=lambda: _close(beside, along),
+        close=close,
     )
 
 
@@ -161,24 +168,18 @@ def _group(
     return dist.ProcessGroupGloo(store, rank, size, gloo)
 
 
-def _close(*groups: Group | None) -> None:
-    for group in groups:
-        if group is not None:
-            group.shutdown()
-
-
 class _Ranks:
     """The ranks of one stage."""
 
     def __init__(self, group: Group | None, size: int, in_order: bool) -> None:
-        self._group = group
+        self.group = group
         self._size = size
         self._in_order = in_order
 
     def reduce(self, x: Tensor) -> Tensor:
-        assert self._group is not None
+        assert self.group is not None
         if not self._in_order:
-            self._group.allreduce([x]).wait()
+            self.group.allreduce([x]).wait()
             return x
         parts = self._all(x.contiguous())
         total = parts[0].float()
@@ -194,9 +195,9 @@ class _Ranks:
 
     def _all(self, x: Tensor) -> list[Tensor]:
         """Every rank's x."""
-        assert self._group is not None
+        assert self.group is not None
         parts = [torch.empty_like(x) for _ in range(self._size)]
-        self._group.allgather([_bytes(part) for part in parts], _bytes(x)).wait()
+        self.group.allgather([_bytes(part) for part in parts], _bytes(x)).wait()
         return parts
 
 
@@ -204,22 +205,22 @@ class _Chain:
     """The same rank of all stages."""
 
     def __init__(self, group: Group | None, stage: int) -> None:
-        self._group = group
+        self.group = group
         self._stage = stage
         self._on_its_way: tuple[Any, Tensor] | None = None
 
     def send(self, x_TC: Tensor) -> Tensor:
-        assert self._group is not None
+        assert self.group is not None
         if self._on_its_way is not None:  # one at a time: whoever sends faster waits here
             self._on_its_way[0].wait()
         kept = x_TC.contiguous().clone()
-        self._on_its_way = self._group.send([_bytes(kept)], self._stage + 1, 0), kept
+        self._on_its_way = self.group.send([_bytes(kept)], self._stage + 1, 0), kept
         return x_TC
 
     def receive(self, ids_T: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        assert self._group is not None
+        assert self.group is not None
         x_TC = torch.empty(ids_T.shape[0], width, dtype=dtype, device=ids_T.device)
-        self._group.recv([_bytes(x_TC)], self._stage - 1, 0).wait()
+        self.group.recv([_bytes(x_TC)], self._stage - 1, 0).wait()
         return x_TC
 
 

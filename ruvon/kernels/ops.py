@@ -240,8 +240,9 @@ class Ops:
     pack: Callable[[Weight], Packed]
     """Lay a weight out for `linear` and `embed`."""
 
-    embed: Callable[[Tensor, Packed], Tensor]
-    """(ids [T], table V×C) → x_TC in the compute dtype."""
+    embed: Callable[..., Tensor]
+    """(ids [T], table V×C, first id or None) → x_TC in the compute dtype. With a first id, the
+    table has the rows of V ids from there on, and others give zeros."""
 
     add: Callable[[Tensor, Tensor], Tensor]
     """(x_TC, y_TC) → x + y."""

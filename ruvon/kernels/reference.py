@@ -62,8 +62,13 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
     )
 
 
-def embed(ids_T: Tensor, table: Packed) -> Tensor:
-    return F.embedding(ids_T, table.tensors[0])
+def embed(ids_T: Tensor, table: Packed, first: int | None = None) -> Tensor:
+    if first is None:
+        return F.embedding(ids_T, table.tensors[0])
+    rows_T = ids_T - first
+    inside_T = (rows_T >= 0) & (rows_T < table.shape[0])
+    x_TC = F.embedding(rows_T.where(inside_T, 0), table.tensors[0])
+    return x_TC * inside_T.unsqueeze(-1)
 
 
 def gather_rows(x_TC: Tensor, rows_L: Tensor) -> Tensor:

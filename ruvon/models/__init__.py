@@ -11,13 +11,16 @@ from torch import Tensor
 
 from ruvon.config import EngineConfig
 from ruvon.errors import LoadError
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import ForwardBatch, Ops
 from ruvon.models import gemma3, gpt2, gpt_oss, llama
 from ruvon.models.checkpoint import Checkpoint
 from ruvon.models.mixtures import is_original
 from ruvon.models.quantize import SCHEMES
+from ruvon.models.shares import share_of
+from ruvon.models.sources import RandomTensors, SafetensorsFolder, TensorSource
 from ruvon.models.spec import ModelSpec
-from ruvon.models.weights import RandomTensors, Rule, SafetensorsFolder, TensorSource, Weights
+from ruvon.models.weights import Rule, Weights
 from ruvon.telemetry import Progress
 
 
@@ -28,11 +31,15 @@ class Model(Protocol):
     def spec(self) -> ModelSpec: ...
 
     @property
+    def held(self) -> range:
+        """The layers of this stage."""
+
+    @property
     def ops(self) -> Ops: ...
 
     def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ float32 logits [L, V]; writes the batch's keys and values to ``cache``, one
-        (keys, values) of [B, G, P, D] a layer. In two parts:"""
+        """→ float32 logits [L, V]; on a stage before the last, what it sends on. Writes the batch's
+        keys and values to ``cache``, one (keys, values) of [B, G, P, D] a layer. In two parts:"""
 
     def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
         """→ [L, C]: the final hidden states of the batch's ``logit_rows``."""
@@ -69,11 +76,18 @@ MODELS: Mapping[str, Family] = {
 
 
 def load_model(
-    checkpoint: Checkpoint, config: EngineConfig, ops: Ops, progress: Progress, at_once: int = 1
+    checkpoint: Checkpoint,
+    config: EngineConfig,
+    ops: Ops,
+    progress: Progress,
+    at_once: int = 1,
+    mesh: Mesh = ALONE,
 ) -> Model:
-    """The model with its weights, packed for ``ops``, so many layers ``at_once``.
+    """The model with its weights, packed for ``ops``, so many layers ``at_once``; of several ranks,
+    this one's part of it.
 
-    Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over.
+    Raises LoadError, naming file and tensor, for what is missing, mis-shaped, cut off or left over,
+    and ConfigError for a model that so many ranks cannot share.
     """
     progress("loading weights", 0.0)
     spec, family = checkpoint.spec, MODELS[checkpoint.spec.architecture]
@@ -82,7 +96,7 @@ def load_model(
         rules=gpt_oss.ORIGINAL_RULES if is_original(checkpoint.config) else family.rules,
         scheme=SCHEMES[config.quantization],
         ops=ops,
-        num_layers=spec.num_layers,
+        share=share_of(spec, mesh),
         ignored=family.ignored,
         progress=progress,
         is_gguf=checkpoint.format == "gguf",

@@ -70,6 +70,15 @@ def layers_a_block(groups: Iterable[CacheGroup]) -> int:
     return max(len(group.layers) for group in groups)
 
 
+def of_stage(groups: Iterable[CacheGroup], held: range) -> tuple[CacheGroup, ...]:
+    """The same groups, without the layers that other stages hold: their blocks are this stage's
+    too, by the same numbers."""
+    return tuple(
+        CacheGroup(group.window, tuple(layer for layer in group.layers if layer in held))
+        for group in groups
+    )
+
+
 def place_of(groups: Iterable[CacheGroup], layer: int) -> tuple[int, int]:
     """A layer's group, and which of the cache's tensors is its."""
     return next(

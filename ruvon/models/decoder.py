@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ruvon.kernels.ops import ForwardBatch, Ops, Packed
 from ruvon.models.layers import Attention, LayerNorm, Linear, RMSNorm, norm_linear
+from ruvon.models.shares import Share
 from ruvon.models.spec import ModelSpec
 
 
@@ -36,34 +37,62 @@ class Layer(Protocol):
 class Decoder:
     """Token ids in, logits out; the past is in the cache."""
 
-    spec: ModelSpec
+    share: Share
     ops: Ops
-    embed: Packed
-    layers: Sequence[Layer]
+    embed: Packed | None  # on the first stage
+    layers: Sequence[Layer]  # of this stage
     norm: RMSNorm | LayerNorm
-    head: Packed
+    head: Packed | None  # on the last stage
     positions: Packed | None = None  # a table of learned ones
 
+    @property
+    def spec(self) -> ModelSpec:
+        """Of what is here: as many heads and columns; but all layers."""
+        return self.share.local
+
+    @property
+    def held(self) -> range:
+        """Which layers are here."""
+        return self.share.layers
+
     def forward(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each."""
+        """→ float32 logits [L, V]. ``cache``: a layer's (keys, values), [B, G, P, D] each.
+        On a stage before the last, what `hidden` returns there."""
         return self.logits(self.hidden(batch, cache))
 
     def logits(self, x_LC: Tensor) -> Tensor:
         """→ float32 [L, V], of final hidden states."""
-        return self.ops.logits(x_LC, self.head)
+        if self.head is None:
+            return x_LC
+        logits_LV = self.ops.logits(x_LC, self.head)
+        return self.share.mesh.gather(logits_LV, self.share.vocabulary_widths)
 
     def hidden(self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
-        """→ the final hidden states of the batch's ``logit_rows``, [L, C]."""
-        x_TC: Tensor = self.ops.embed(batch.token_ids, self.embed)
-        residual_TC: Tensor | None = None
-        if self.positions is not None:
-            residual_TC = self.ops.embed(batch.positions, self.positions)
+        """→ the final hidden states of the batch's ``logit_rows``, [L, C]. On a stage before the
+        last, the stream [T, C] that has been sent on."""
+        mesh = self.share.mesh
+        x_TC, residual_TC = self._entering(batch)
         for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
             qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
             x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
-            if layer is self.layers[-1]:  # all keys are stored: on with the rows that are wanted
+            # Once all keys are stored, on with the rows that are wanted.
+            if mesh.is_last and layer is self.layers[-1]:
                 x_TC = self.ops.gather_rows(x_TC, batch.logit_rows)
                 residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
             x_TC, residual_TC = layer.finish(x_TC, residual_TC)
+        if not mesh.is_last:
+            return mesh.send(x_TC if residual_TC is None else self.ops.add(x_TC, residual_TC))
         x_LC, _ = self.norm(x_TC, residual_TC)
         return x_LC
+
+    def _entering(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
+        """What the first layer here is given, and the stream before that is added to it."""
+        mesh = self.share.mesh
+        if self.embed is None:
+            width = self.share.spec.hidden_size
+            return mesh.receive(batch.token_ids, width, self.ops.dtype), None
+        first = None if mesh.size == 1 else self.share.vocabulary.start
+        x_TC = mesh.reduce(self.ops.embed(batch.token_ids, self.embed, first))
+        if self.positions is None:
+            return x_TC, None
+        return x_TC, self.ops.embed(batch.positions, self.positions, None)

@@ -80,7 +80,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     layers = weights.layers(
         lambda i: _layer(spec, weights, norms, near if spec.windows[i] else far, i)
     )
-    return Decoder(spec, ops, embed, layers, norms.before("norm"), head)
+    return Decoder(weights.share, ops, embed, layers, norms.before("norm"), head)
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +119,7 @@ def _layer(spec: ModelSpec, weights: Weights, norms: Norms, rope: Rope, i: int) 
         qkv=load_linear(weights, "qkv", rows, hidden, i, bias=spec.qkv_bias),
         attention=Attention(
             ops=weights.ops,
-            spec=attention_spec(spec, i),
+            spec=attention_spec(weights.share.local, i),
             rope=rope,
             q_norm_D=norms.weight("q_norm", spec.head_dim, i),
             k_norm_D=norms.weight("k_norm", spec.head_dim, i),

@@ -25,7 +25,8 @@ from torch import Tensor
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.locate import PART
-from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES
+from ruvon.models.cuts import WHOLE, Cut, take, take_columns
+from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES, BlockFormat
 from ruvon.models.quantize import take_rows
 
 MAGIC = b"GGUF"
@@ -128,9 +129,10 @@ class GgufFile:
         return frozenset(self.tensors)
 
     def read(
-        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
+        self, name: str, shape: tuple[int, ...], cut: Cut = WHOLE, *, bytes_only: bool = False
     ) -> Tensor | Quantized | Mxfp4:
-        """A tensor that must have this shape. F32, F16 and BF16 share the file's memory.
+        """The part ``cut`` of a tensor that must have this shape. F32, F16 and BF16 share the
+        file's memory.
 
         GGUF keeps the query and key rows of the ``llama`` architecture in the order of pairs
         ``(2 i, 2 i + 1)``; here they are put back to rotate-half, ``(i, i + D / 2)``.
@@ -139,11 +141,12 @@ class GgufFile:
         part, entry = self.tensors[name]
         if entry.shape != shape:
             raise LoadError(f"{part.path}: {name} has shape {entry.shape}, expected {shape}")
-        values = _values(part, name, entry)
+        values = _values(part, name, entry, cut)
         heads = self._interleaved_heads(name)
         if heads is None or isinstance(values, Mxfp4):
             return values
-        rows = rotate_half_rows(shape[0], heads)
+        count = len(values if isinstance(values, Tensor) else values.codes_NK)
+        rows = rotate_half_rows(count, heads * count // shape[0])
         return values[rows] if isinstance(values, Tensor) else take_rows(values, rows)
 
     def rope_divisors(self) -> tuple[float, ...] | None:
@@ -197,13 +200,13 @@ def _other_parts(first: Part) -> list[Path]:
     ]
 
 
-def _values(part: Part, name: str, entry: TensorEntry) -> Tensor | Quantized | Mxfp4:
+def _values(part: Part, name: str, entry: TensorEntry, cut: Cut) -> Tensor | Quantized | Mxfp4:
     count = prod(entry.shape)
     if entry.kind in DENSE:
         dtype = DENSE[entry.kind]
         _require(part, name, entry.offset, count * dtype.itemsize)
         flat = torch.frombuffer(part.data, dtype=dtype, count=count, offset=entry.offset)
-        return flat.view(entry.shape)
+        return take(flat.view(entry.shape), cut)
     if entry.kind not in QUANTIZED:
         kind = TYPE_NAMES.get(entry.kind, f"number {entry.kind}")
         raise LoadError(f"{part.path}: {name} has the type {kind}, which is not supported")
@@ -212,11 +215,27 @@ def _values(part: Part, name: str, entry: TensorEntry) -> Tensor | Quantized | M
         raise LoadError(f"{part.path}: {name} of shape {entry.shape} cannot be {layout.name}")
     size = count // layout.values * layout.bytes
     _require(part, name, entry.offset, size)
-    raw = np.frombuffer(part.data, np.uint8, size, entry.offset)
-    rows = prod(entry.shape[:-1])  # those of all experts of a layer, one above the other
-    values = layout.unpack(raw.reshape(rows, -1, layout.bytes))
+    raw = torch.frombuffer(part.data, dtype=torch.uint8, count=size, offset=entry.offset)
+    values = _unpacked(raw, entry.shape, layout, cut)
     _let_go(part.data, entry.offset, size)
     return values
+
+
+def _unpacked(
+    raw: Tensor, shape: tuple[int, ...], layout: BlockFormat, cut: Cut
+) -> Tensor | Quantized | Mxfp4:
+    """Of the bytes of a whole tensor, the part ``cut``. Blocks that it cuts through are unpacked,
+    and cut then."""
+    rows, across = cut[: len(shape) - 1], cut[len(shape) - 1 :]
+    columns = across[0][0] if across and across[0] else range(shape[-1])
+    ends = columns.start // layout.values, -(-columns.stop // layout.values)
+    every = [None] * (len(shape) - 1 - len(rows))
+    blocks = take(raw.view(*shape[:-1], -1, layout.bytes), [*rows, *every, (range(*ends),)])
+    values = layout.unpack(blocks.flatten(0, -3).numpy())  # all experts' rows, one above the other
+    first = ends[0] * layout.values
+    inside = range(columns.start - first, columns.stop - first)
+    whole = len(inside) == (ends[1] - ends[0]) * layout.values
+    return values if whole else take_columns(values, inside)
 
 
 def _let_go(data: mmap.mmap, offset: int, size: int) -> None:

@@ -30,16 +30,25 @@ from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Rule, Weights
 
 RULES: Mapping[str, Rule] = {
-    "embed": Rule(("transformer.wte",), ("token_embd",)),
+    "embed": Rule(("transformer.wte",), ("token_embd",), rows="vocabulary"),
     "positions": Rule(("transformer.wpe",), ("position_embd",)),
     "attn_norm": Rule(("transformer.h.{i}.ln_1",), ("blk.{i}.attn_norm",)),
-    "qkv": Rule(("transformer.h.{i}.attn.c_attn",), ("blk.{i}.attn_qkv",), transposed=True),
-    "attn_out": Rule(("transformer.h.{i}.attn.c_proj",), ("blk.{i}.attn_output",), transposed=True),
+    "qkv": Rule(
+        ("transformer.h.{i}.attn.c_attn",), ("blk.{i}.attn_qkv",), transposed=True, rows="heads"
+    ),
+    "attn_out": Rule(
+        ("transformer.h.{i}.attn.c_proj",),
+        ("blk.{i}.attn_output",),
+        transposed=True,
+        columns="heads",
+    ),
     "mlp_norm": Rule(("transformer.h.{i}.ln_2",), ("blk.{i}.ffn_norm",)),
-    "up": Rule(("transformer.h.{i}.mlp.c_fc",), ("blk.{i}.ffn_up",), transposed=True),
-    "down": Rule(("transformer.h.{i}.mlp.c_proj",), ("blk.{i}.ffn_down",), transposed=True),
+    "up": Rule(("transformer.h.{i}.mlp.c_fc",), ("blk.{i}.ffn_up",), transposed=True, rows="width"),
+    "down": Rule(
+        ("transformer.h.{i}.mlp.c_proj",), ("blk.{i}.ffn_down",), transposed=True, columns="width"
+    ),
     "norm": Rule(("transformer.ln_f",), ("output_norm",)),
-    "head": Rule(("lm_head",), ("output",)),
+    "head": Rule(("lm_head",), ("output",), rows="vocabulary"),
 }
 IGNORED = (".attn.bias", ".attn.masked_bias")  # causal masks of old checkpoints
 
@@ -63,10 +72,12 @@ class Layer:
 def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     """Reads the weights."""
     embed, head = load_tables(weights, spec)
-    places = weights.table("positions", spec.max_positions, spec.hidden_size, quantize=False)
+    shape = (spec.max_positions, spec.hidden_size)
+    first = weights.share.mesh.is_first
+    places = weights.table("positions", *shape, quantize=False) if first else None
     layers = weights.layers(lambda i: _layer(spec, weights, i))
     norm = load_layer_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    return Decoder(spec, ops, embed, layers, norm, head, places)
+    return Decoder(weights.share, ops, embed, layers, norm, head, places)
 
 
 def _layer(spec: ModelSpec, weights: Weights, i: int) -> Layer:
@@ -74,7 +85,7 @@ def _layer(spec: ModelSpec, weights: Weights, i: int) -> Layer:
     return Layer(
         attn_norm=load_layer_norm(weights, "attn_norm", hidden, eps, i),
         qkv=load_linear(weights, "qkv", (hidden,) * 3, hidden, i, bias=spec.qkv_bias),
-        attention=Attention(weights.ops, attention_spec(spec, i)),
+        attention=Attention(weights.ops, attention_spec(weights.share.local, i)),
         attn_out=load_linear(weights, "attn_out", (hidden,), hidden, i, bias=spec.output_bias),
         mlp_norm=load_layer_norm(weights, "mlp_norm", hidden, eps, i),
         up=load_linear(

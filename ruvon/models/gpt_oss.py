@@ -46,9 +46,14 @@ QWEN3_MOE_RULES: Mapping[str, Rule] = {
         GGUF_UP,
         endings=ENDINGS,
         each=(EXPERTS + "{e}.gate_proj", EXPERTS + "{e}.up_proj"),
+        rows="width",
     ),
     "experts_down": Rule(
-        (EXPERTS + "down_proj",), GGUF_DOWN, endings=ENDINGS, each=(EXPERTS + "{e}.down_proj",)
+        (EXPERTS + "down_proj",),
+        GGUF_DOWN,
+        endings=ENDINGS,
+        each=(EXPERTS + "{e}.down_proj",),
+        columns="width",
     ),
 }
 
@@ -58,30 +63,40 @@ RULES: Mapping[str, Rule] = {
         ("model.layers.{i}.post_attention_layernorm",), ("blk.{i}.post_attention_norm",)
     ),
     "sinks": Rule(
-        ("model.layers.{i}.self_attn.sinks",), ("blk.{i}.attn_sinks",), endings={"weight": ""}
+        ("model.layers.{i}.self_attn.sinks",),
+        ("blk.{i}.attn_sinks",),
+        endings={"weight": ""},
+        rows="heads",
     ),
     "router": Rule(("model.layers.{i}.mlp.router",), ("blk.{i}.ffn_gate_inp",)),
     "experts_up": Rule(
-        (EXPERTS + "gate_up_proj",), GGUF_UP, transposed=True, endings=ENDINGS, interleaved=True
+        (EXPERTS + "gate_up_proj",),
+        GGUF_UP,
+        transposed=True,
+        endings=ENDINGS,
+        interleaved=True,
+        rows="width",
     ),
-    "experts_down": Rule((EXPERTS + "down_proj",), GGUF_DOWN, transposed=True, endings=ENDINGS),
+    "experts_down": Rule(
+        (EXPERTS + "down_proj",), GGUF_DOWN, transposed=True, endings=ENDINGS, columns="width"
+    ),
 }
 
 SCALE = {"weight": ".scale"}
 PARTS = {"bias": "_bias", "blocks": "_weight.blocks", "scales": "_weight.scales"}
 
 ORIGINAL_RULES: Mapping[str, Rule] = {
-    "embed": Rule(("embedding",), ()),
+    "embed": Rule(("embedding",), (), rows="vocabulary"),
     "attn_norm": Rule(("block.{i}.attn.norm",), (), endings=SCALE),
-    "qkv": Rule(("block.{i}.attn.qkv",), ()),
-    "sinks": Rule(("block.{i}.attn.sinks",), (), endings={"weight": ""}),
-    "attn_out": Rule(("block.{i}.attn.out",), ()),
+    "qkv": Rule(("block.{i}.attn.qkv",), (), rows="heads"),
+    "sinks": Rule(("block.{i}.attn.sinks",), (), endings={"weight": ""}, rows="heads"),
+    "attn_out": Rule(("block.{i}.attn.out",), (), columns="heads"),
     "mlp_norm": Rule(("block.{i}.mlp.norm",), (), endings=SCALE),
     "router": Rule(("block.{i}.mlp.gate",), ()),
-    "experts_up": Rule(("block.{i}.mlp.mlp1",), (), endings=PARTS, interleaved=True),
-    "experts_down": Rule(("block.{i}.mlp.mlp2",), (), endings=PARTS),
+    "experts_up": Rule(("block.{i}.mlp.mlp1",), (), endings=PARTS, interleaved=True, rows="width"),
+    "experts_down": Rule(("block.{i}.mlp.mlp2",), (), endings=PARTS, columns="width"),
     "norm": Rule(("norm",), (), endings=SCALE),
-    "head": Rule(("unembedding",), ()),
+    "head": Rule(("unembedding",), (), rows="vocabulary"),
 }
 """OpenAI's own layout."""
 
@@ -107,7 +122,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     embed, head = load_tables(weights, spec)
     layers = weights.layers(lambda i: _layer(spec, weights, rope, i))
     norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    return Decoder(spec, ops, embed, layers, norm, head)
+    return Decoder(weights.share, ops, embed, layers, norm, head)
 
 
 def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Layer:
@@ -134,4 +149,5 @@ def _mixture(spec: ModelSpec, weights: Weights, i: int) -> Mixture:
         router=weights.matrix("router", (count,), spec.hidden_size, i, quantize=False),
         router_bias_E=weights.bias("router", (count,), i) if biased else None,
         experts=load_experts(weights, spec.experts, spec.hidden_size, i, bias=biased),
+        reduce=weights.reduce("experts_down"),
     )

@@ -6,12 +6,13 @@ comes in as an argument, and is written by `Attention`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
 from torch import Tensor
 
+from ruvon.kernels.mesh import ALONE
 from ruvon.kernels.ops import (
     Activation,
     AttentionSpec,
@@ -30,15 +31,16 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """act(x Wᵀ + b)."""
+    """act(x Wᵀ + b). Where ranks share the columns, the sum of what each makes of its own."""
 
     ops: Ops
     weight: Packed
     bias_N: Tensor | None = None
     activation: Activation = "none"
+    reduce: Callable[[Tensor], Tensor] = ALONE.reduce
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return self.ops.linear(x_TK, self.weight, self.bias_N, self.activation)
+        return self.reduce(self.ops.linear(x_TK, self.weight, self.bias_N, self.activation))
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +73,8 @@ class LayerNorm:
 def norm_linear(
     norm: RMSNorm | LayerNorm, linear: Linear, x_TC: Tensor, residual_TC: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """→ (linear(norm(x + residual)), x + residual), in one operation where there is one."""
+    """→ (linear(norm(x + residual)), x + residual), in one operation where there is one. Ranks may
+    share the rows of the product, not its columns."""
     fused = linear.ops.norm_linear
     if fused is None:
         x_TC, residual_TC = norm(x_TC, residual_TC)
@@ -130,11 +133,14 @@ class Mixture:
     router: Packed
     router_bias_E: Tensor | None
     experts: PackedExperts
+    reduce: Callable[[Tensor], Tensor] = ALONE.reduce
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        """→ the weighted sum of what the chosen experts make of it."""
+        """→ the weighted sum of what the chosen experts make of it. Each rank has a part of every
+        expert."""
         assert self.ops.experts is not None, "a backend without experts was refused before"
-        return self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
+        made_TC = self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
+        return self.reduce(made_TC)
 
 
 def norm_mixture(
@@ -146,11 +152,12 @@ def norm_mixture(
         x_TC, residual_TC = norm(x_TC, residual_TC)
         return mixture(x_TC), residual_TC
     router = (mixture.router, mixture.router_bias_E)
-    return fused(x_TC, residual_TC, norm.weight_C, norm.eps, *router, mixture.experts)
+    made = fused(x_TC, residual_TC, norm.weight_C, norm.eps, *router, mixture.experts)
+    return mixture.reduce(made[0]), made[1]
 
 
 def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
-    """One layer's attention in numbers."""
+    """One layer's attention in numbers, with the heads that ``spec`` has."""
     return AttentionSpec(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
@@ -161,21 +168,32 @@ def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
     )
 
 
-def load_tables(weights: Weights, spec: ModelSpec) -> tuple[Packed, Packed]:
-    """The embedding table and the head: one and the same where the config ties them, unless the
-    checkpoint has both and they differ. What is there counts more than what is said of it, as in
+def load_tables(weights: Weights, spec: ModelSpec) -> tuple[Packed | None, Packed | None]:
+    """The embedding table, on the first stage, and the head, on the last: one and the same if both
+    are here and it is."""
+    shape, mesh = (spec.vocab_size, spec.hidden_size), weights.share.mesh
+    embed_key, head_key = _table_keys(weights, spec)
+    embed = weights.table(embed_key, *shape) if mesh.is_first else None
+    if not mesh.is_last:
+        return embed, None
+    same = embed is not None and head_key == embed_key
+    return embed, embed if same else weights.table(head_key, *shape)
+
+
+def _table_keys(weights: Weights, spec: ModelSpec) -> tuple[str, str]:
+    """Which matrices embedding and head are: one where the config ties them, unless the checkpoint
+    has both and they differ. What is there counts more than what is said of it, as in
     transformers."""
-    shape = (spec.vocab_size, spec.hidden_size)
-    tied = spec.tie_embeddings
-    if tied and weights.holds("head"):
-        if not weights.holds("embed"):
-            head = weights.table("head", *shape)
-            return head, head
-        tied = weights.equal("embed", "head", *shape)
-        if not tied:
-            log.warning("untied_head", reason="it differs from the embedding the config ties it to")
-    embed = weights.table("embed", *shape)
-    return embed, embed if tied else weights.table("head", *shape)
+    if not spec.tie_embeddings:
+        return "embed", "head"
+    if not weights.holds("head"):
+        return "embed", "embed"
+    if not weights.holds("embed"):
+        return "head", "head"
+    if weights.equal("embed", "head", spec.vocab_size, spec.hidden_size):
+        return "embed", "embed"
+    log.warning("untied_head", reason="it differs from the embedding the config ties it to")
+    return "embed", "head"
 
 
 def load_linear(
@@ -190,7 +208,8 @@ def load_linear(
 ) -> Linear:
     """The projection ``key`` of a layer; ``rows`` are those of its parts."""
     bias_N = weights.bias(key, rows, layer) if bias else None
-    return Linear(weights.ops, weights.matrix(key, rows, columns, layer), bias_N, activation)
+    weight = weights.matrix(key, rows, columns, layer)
+    return Linear(weights.ops, weight, bias_N, activation, weights.reduce(key))
 
 
 def load_rms_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> RMSNorm:

@@ -32,7 +32,7 @@ from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Rule, Weights
 
 RULES: Mapping[str, Rule] = {
-    "embed": Rule(("model.embed_tokens",), ("token_embd",)),
+    "embed": Rule(("model.embed_tokens",), ("token_embd",), rows="vocabulary"),
     "attn_norm": Rule(("model.layers.{i}.input_layernorm",), ("blk.{i}.attn_norm",)),
     "qkv": Rule(
         (
@@ -41,18 +41,22 @@ RULES: Mapping[str, Rule] = {
             "model.layers.{i}.self_attn.v_proj",
         ),
         ("blk.{i}.attn_q", "blk.{i}.attn_k", "blk.{i}.attn_v"),
+        rows="heads",
     ),
     "q_norm": Rule(("model.layers.{i}.self_attn.q_norm",), ("blk.{i}.attn_q_norm",)),
     "k_norm": Rule(("model.layers.{i}.self_attn.k_norm",), ("blk.{i}.attn_k_norm",)),
-    "attn_out": Rule(("model.layers.{i}.self_attn.o_proj",), ("blk.{i}.attn_output",)),
+    "attn_out": Rule(
+        ("model.layers.{i}.self_attn.o_proj",), ("blk.{i}.attn_output",), columns="heads"
+    ),
     "mlp_norm": Rule(("model.layers.{i}.post_attention_layernorm",), ("blk.{i}.ffn_norm",)),
     "gate_up": Rule(
         ("model.layers.{i}.mlp.gate_proj", "model.layers.{i}.mlp.up_proj"),
         ("blk.{i}.ffn_gate", "blk.{i}.ffn_up"),
+        rows="width",
     ),
-    "down": Rule(("model.layers.{i}.mlp.down_proj",), ("blk.{i}.ffn_down",)),
+    "down": Rule(("model.layers.{i}.mlp.down_proj",), ("blk.{i}.ffn_down",), columns="width"),
     "norm": Rule(("model.norm",), ("output_norm",)),
-    "head": Rule(("lm_head",), ("output",)),
+    "head": Rule(("lm_head",), ("output",), rows="vocabulary"),
 }
 IGNORED = (".rotary_emb.inv_freq", "rope_freqs.weight")  # tables, already in the spec
 
@@ -79,7 +83,7 @@ def build(spec: ModelSpec, weights: Weights, ops: Ops) -> Decoder:
     embed, head = load_tables(weights, spec)
     layers = weights.layers(lambda i: _layer(spec, weights, rope, i))
     norm = load_rms_norm(weights, "norm", spec.hidden_size, spec.norm_eps)
-    return Decoder(spec, ops, embed, layers, norm, head)
+    return Decoder(weights.share, ops, embed, layers, norm, head)
 
 
 def _layer(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int) -> Layer:
@@ -104,7 +108,7 @@ def load_attention(spec: ModelSpec, weights: Weights, rope: Rope | None, i: int)
     normed = spec.qk_norm
     return Attention(
         ops=weights.ops,
-        spec=attention_spec(spec, i),
+        spec=attention_spec(weights.share.local, i),
         rope=rope,
         q_norm_D=weights.norm("q_norm", spec.head_dim, i) if normed else None,
         k_norm_D=weights.norm("k_norm", spec.head_dim, i) if normed else None,

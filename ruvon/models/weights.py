@@ -1,30 +1,30 @@
-"""A checkpoint's tensors on their way into a model: find, check, fuse, quantize, pack, place.
+"""A checkpoint's tensors on their way into a model: find, check, cut, fuse, quantize, pack, place.
 
-A model asks for its weights by its own names (``weights.matrix("qkv", ...)``) and its `Rule` table
-says what they are called in a checkpoint. Files are memory-mapped and a tensor is read when it is
-asked for, so a load needs about one weight's memory beyond the packed model, or that of as many
-weights as are loaded at once.
+A model asks for its weights by its own names and in their whole sizes (``weights.matrix("qkv",
+...)``). Its `Rule` table says what they are called in a checkpoint, and along which of their axes
+the ranks of a mesh share them; what is returned is this rank's part, and no more is read. A tensor
+is read when it is asked for, so a load needs about one weight's memory beyond the packed model, or
+that of as many weights as are loaded at once.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import zlib
+import re
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.ops import CPU, Dense, Mxfp4, Ops, Packed, Quantized, Weight
+from ruvon.kernels.mesh import ALONE
+from ruvon.kernels.ops import Dense, Mxfp4, Ops, Packed, Quantized, Weight
+from ruvon.models.cuts import WHOLE, Cut, as_dense
 from ruvon.models.quantize import Scheme, keep, stack
+from ruvon.models.shares import Axis, Share
+from ruvon.models.sources import RandomTensors, TensorSource
 from ruvon.telemetry import Progress, silent
 
 T = TypeVar("T")
@@ -42,127 +42,10 @@ class Rule:
     gguf: tuple[str, ...]
     transposed: bool = False  # Hugging Face keeps it K×N (GPT-2's Conv1D); GGUF never does
     endings: Mapping[str, str] = field(default_factory=dict)  # by kind, where they are others
+    rows: Axis | None = None  # what ranks share its rows along, and with it a bias
+    columns: Axis | None = None  # or its columns: then its products are sums over the ranks
     interleaved: bool = False  # experts' gates take turns with what they gate; never in GGUF
     each: tuple[str, ...] = ()  # what the parts of expert ``{e}`` are called, if each is a tensor
-
-
-class TensorSource(Protocol):
-    """Where tensors come from, under the checkpoint's names."""
-
-    @property
-    def path(self) -> Path: ...
-
-    def names(self) -> frozenset[str]: ...
-
-    def read(
-        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
-    ) -> Tensor | Quantized | Mxfp4:
-        """Floating point numbers, or bytes if that is what is asked for; quantized ones [N, K],
-        whatever stands before N in ``shape`` multiplied in.
-
-        Raises LoadError, naming file and tensor, if it is of another shape or type or cannot be
-        read."""
-
-
-class SafetensorsFolder:
-    """The safetensors files that are a folder's model."""
-
-    def __init__(self, folder: Path) -> None:
-        """Reads the headers only. Raises LoadError naming a missing or damaged file."""
-        self.path = folder
-        self.files = {path: _open(path) for path in weight_files(folder)}
-        self.homes = {name: path for path, file in self.files.items() for name in _keys(file)}
-
-    def names(self) -> frozenset[str]:
-        return frozenset(self.homes)
-
-    def read(self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False) -> Tensor:
-        path = self.homes[name]
-        try:
-            tensor: Tensor = self.files[path].get_tensor(name)  # type: ignore[no-untyped-call]
-        except (SafetensorError, OSError, RuntimeError) as error:
-            raise LoadError(f"{path}: cannot read {name} ({error})") from None
-        if tuple(tensor.shape) != shape:
-            found = tuple(tensor.shape)
-            raise LoadError(f"{path}: {name} has shape {found}, expected {shape}")
-        is_number = tensor.is_floating_point() and tensor.itemsize > 1
-        if tensor.dtype != torch.uint8 if bytes_only else not is_number:
-            raise LoadError(f"{path}: {name} has the type {tensor.dtype}, which is not supported")
-        return tensor
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """``model.safetensors``, or else the shards that its index names, as transformers has it. What
-    lies beside them is not the model: the same weights in another form, adapters, leftovers.
-
-    Raises LoadError naming what is missing.
-    """
-    whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
-        return [whole]
-    if not index.exists() and (shards := sorted(folder.glob("model--*-of-*.safetensors"))):
-        return shards  # OpenAI's layout of gpt-oss-120b
-    if not index.exists():
-        found = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
-        but = f"only {found}" if found else "other formats, pickle above all, are not read"
-        raise LoadError(f"{folder}: no {whole.name} and no {index.name} ({but})")
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        return [folder / Path(name).name for name in names]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise LoadError(f"{index}: not a readable index ({error})") from None
-
-
-def _keys(file: safe_open) -> list[str]:
-    return list(file.keys())  # type: ignore[no-untyped-call]
-
-
-def _open(path: Path) -> safe_open:
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path}: not a readable safetensors file ({error})") from None
-
-
-@dataclass(frozen=True, slots=True)
-class RandomTensors:
-    """Random weights of any shape, the same ones for the same name and seed on one device, where
-    they are made: a model of 14 GB takes seconds."""
-
-    path: Path  # of the config they stand in for
-    seed: int
-    dtype: torch.dtype
-    mxfp4: bool = False  # whether experts come in it
-    device: torch.device = CPU
-
-    def names(self) -> frozenset[str]:
-        return frozenset()
-
-    def has(self, name: str) -> bool:
-        """Whether a checkpoint like this one would hold it."""
-        return self.mxfp4 or not name.endswith("blocks")
-
-    def read(self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(zlib.crc32(name.encode(), self.seed))
-        if bytes_only:
-            return self._bytes(shape, generator, name.endswith("scales"))
-        if len(shape) == 1:  # norms and biases leave things as they are
-            fill = 1.0 if name.endswith((".weight", ".scale")) else 0.0
-            return torch.full(shape, fill, dtype=self.dtype, device=self.device)
-        values = torch.empty(shape, dtype=self.dtype, device=self.device)
-        return values.normal_(std=0.02, generator=generator)
-
-    def _bytes(self, shape: tuple[int, ...], generator: torch.Generator, scales: bool) -> Tensor:
-        """Codes, whatever bits; or scales with which they are as large as other weights."""
-        if scales:
-            return torch.full(shape, 127 - 7, dtype=torch.uint8, device=self.device)
-        count = math.prod(shape) // 8
-        if self.device.type == "cpu":  # twice as fast as torch's
-            words = torch.from_numpy(np.random.SFC64(generator.initial_seed()).random_raw(count))
-        else:
-            words = torch.empty(count, dtype=torch.int64, device=self.device)
-            words.random_(-(2**63), None, generator=generator)
-        return words.view(torch.uint8).view(shape)
 
 
 @dataclass(slots=True)
@@ -174,7 +57,7 @@ class Weights:
     rules: Mapping[str, Rule]
     scheme: Scheme
     ops: Ops
-    num_layers: int
+    share: Share
     ignored: tuple[str, ...] = ()  # endings of names that hold no weight of the model
     progress: Progress = silent
     is_gguf: bool = False
@@ -186,12 +69,12 @@ class Weights:
         self.names = self.source.names()
 
     def layers(self, build: Callable[[int], T]) -> tuple[T, ...]:
-        """Every layer, in order: ``build(i)`` asks for the weights of layer ``i``."""
+        """Every layer of this stage, in order: ``build(i)`` asks for the weights of layer ``i``."""
         built = []
         with ThreadPoolExecutor(self.at_once, "ruvon-weights") as threads:
-            for layer in threads.map(build, range(self.num_layers)):
+            for layer in threads.map(build, self.share.layers):
                 built.append(layer)
-                self.progress("loading weights", len(built) / (self.num_layers + 1))
+                self.progress("loading weights", len(built) / (len(self.share.layers) + 1))
         return tuple(built)
 
     def matrix(
@@ -203,7 +86,8 @@ class Weights:
         *,
         quantize: bool = True,
     ) -> Packed:
-        """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order."""
+        """A projection [sum(rows), columns]; ``rows`` are those of its parts, in order. As in all
+        that follows, sizes are the whole's, and what is returned is this rank's share."""
         change = self.scheme.projection if quantize else keep
         return self._packed(key, change, self._stacked(key, rows, columns, layer), layer)
 
@@ -230,32 +114,65 @@ class Weights:
         return not self.names.isdisjoint(self._spellings(name))
 
     def read(
-        self, name: str, shape: tuple[int, ...], *, bytes_only: bool = False
+        self, name: str, shape: tuple[int, ...], cut: Cut = WHOLE, *, bytes_only: bool = False
     ) -> Tensor | Quantized | Mxfp4:
-        """The tensor of this full name, as the source has it."""
-        return self.source.read(self._find(name), shape, bytes_only=bytes_only)
+        """Of the tensor of this full name, as the source has it, the part ``cut``."""
+        return self.source.read(self._find(name), shape, cut, bytes_only=bytes_only)
 
     def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
         """A norm's weight or bias, or another vector that wants precision: float32 [size]."""
         (vector,) = self._parts(key, (size,), (), layer, kind)
         return _plain(vector).to(self.ops.device, torch.float32)
 
-    def bias(self, key: str, rows: Sequence[int], layer: int = 0) -> Tensor:
-        """A projection's bias in the compute dtype, [sum(rows)]."""
+    def bias(self, key: str, rows: Sequence[int], layer: int = 0) -> Tensor | None:
+        """A projection's bias in the compute dtype, [sum(rows)]. None where another rank adds it:
+        to a sum over all of them it is added once."""
         parts = [_plain(part) for part in self._parts(key, rows, (), layer, "bias")]
+        if not self.adds_bias(key):
+            return None
         return torch.cat(parts).to(self.ops.device, self.ops.dtype)
 
     def finish(self) -> None:
         """Raises LoadError if the checkpoint holds tensors that nobody asked for."""
-        left = self.names - self.used
-        if strangers := sorted(name for name in left if not name.endswith(self.ignored)):
+        left = {name for name in self.names - self.used if not name.endswith(self.ignored)}
+        if self.share.mesh.stages > 1:
+            left -= self._elsewhere(left)
+        if strangers := sorted(left):
             more = f" and {len(strangers) - 3} more" if len(strangers) > 3 else ""
             some = ", ".join(strangers[:3]) + more
             raise LoadError(f"{self.source.path}: the model has no use for {some}")
 
+    def _elsewhere(self, names: set[str]) -> set[str]:
+        """Those that another stage asks for: tables, and what is in layers that are not here."""
+        templates = [
+            re.escape(template).replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{e\}", r"\d+")
+            for key, rule in self.rules.items()
+            for template in (*self._stored(key), *rule.each)
+        ]
+        found = set()
+        for template in templates:
+            bare = template.partition(r"\.")[2]
+            pattern = re.compile(
+                rf"(?:{template}|{bare.replace('?P<i>', '?P<j>')})(?:[._][a-z_.]+)?"
+            )
+            for match in filter(None, map(pattern.fullmatch, names)):
+                layer = next(filter(None, match.groups()), None)
+                if layer is None or int(layer) not in self.share.layers:
+                    found.add(match.string)
+        return found
+
+    def reduce(self, key: str) -> Callable[[Tensor], Tensor]:
+        """What is done to a product with this matrix: a sum over the ranks that share its columns,
+        or nothing."""
+        return (ALONE if self.rules[key].columns is None else self.share.mesh).reduce
+
+    def adds_bias(self, key: str) -> bool:
+        """Whether a bias of this matrix is added on this rank."""
+        return self.rules[key].columns is None or self.share.mesh.rank == 0
+
     def _stacked(self, key: str, rows: Sequence[int], columns: int, layer: int) -> Weight:
         parts = self._parts(key, rows, (columns,), layer, "weight")
-        return stack([Dense(part) if isinstance(part, Tensor) else part for part in parts])
+        return stack([as_dense(part) for part in parts])
 
     def _packed(
         self, key: str, change: Callable[[Weight], Weight], weight: Weight, layer: int
@@ -275,13 +192,22 @@ class Weights:
         self, key: str, rows: Sequence[int], columns: tuple[int, ...], layer: int, kind: str
     ) -> list[Tensor | Quantized | Mxfp4]:
         rule, names = self.rules[key], self._stored(key)
-        counts = rows if len(names) == len(rows) else (sum(rows),)
+        mine = [self.share.part(rule.rows, size, place) for place, size in enumerate(rows)]
+        kept = [[part] for part in mine]
+        if len(names) != len(rows):  # all in one, one behind the other
+            firsts = [sum(rows[:place]) for place in range(len(rows))]
+            pairs = zip(mine, firsts, strict=True)
+            kept = [[range(p.start + first, p.stop + first) for p, first in pairs]]
+            rows = (sum(rows),)
+        across = [(self.share.part(rule.columns, size),) for size in columns]
         turned = rule.transposed and not self.is_gguf and bool(columns)
         parts = []
-        for name, count in zip(names, counts, strict=True):
-            shape = (count, *columns)
+        for name, count, ranges in zip(names, rows, kept, strict=True):
+            shape, cut = (count, *columns), (ranges, *across)
             found = name.format(i=layer) + self.ending(key, kind)
-            values = self.read(found, shape[::-1] if turned else shape)
+            if turned:
+                shape, cut = shape[::-1], cut[::-1]
+            values = self.read(found, shape, cut)
             parts.append(values.T if turned and isinstance(values, Tensor) else values)
         return parts
 

@@ -27,8 +27,6 @@ from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, Tokeniz
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
 
-STUCK_AFTER = 300.0  # seconds without a finished step, though there is work: alive no more
-
 
 async def models(http: web.Request) -> web.Response:
     """The served names, as OpenAI or as Anthropic lists them."""
@@ -106,12 +104,18 @@ def _time(seconds: int) -> str:
 
 async def live(http: web.Request) -> web.Response:
     """Whether the process works at all: 503 asks for a restart."""
-    service = http.app[STATE].service
-    stalled = service.generator.stalled_for if service else 0.0
-    dead = service is not None and service.generator.dead is not None
-    if dead or stalled > STUCK_AFTER:
-        return json_response({"status": "dead" if dead else "stuck"}, 503)
+    state = http.app[STATE]
+    if state.service is not None and state.service.generator.dead is not None:
+        return json_response({"status": "dead"}, 503)
+    if is_stuck(state):
+        return json_response({"status": "stuck"}, 503)
     return json_response({"status": "alive"})
+
+
+def is_stuck(state: State) -> bool:
+    """Whether no step has ended for longer than the watchdog waits, though there is work."""
+    stalled = 0.0 if state.service is None else state.service.generator.stalled_for
+    return 0 < state.server.watchdog_timeout < stalled
 
 
 async def health(http: web.Request) -> web.Response:
@@ -130,6 +134,28 @@ async def ready(http: web.Request) -> web.Response:
     if status == "ready":
         return json_response(body)
     return json_response(body, 503, {"Retry-After": "1"})
+
+
+async def load_report(http: web.Request) -> web.Response:
+    """What a router asks: how it is, what it has to do, and what its prefix cache has lost. The
+    ``epoch`` is another one when all that was cached is gone."""
+    state = http.app[STATE]
+    status = _status(state)
+    body: dict[str, object] = {"status": status, "epoch": state.epoch}
+    if state.service is not None:
+        generator = state.service.generator
+        running, waiting, usage = generator.load
+        cache = generator.prefix_cache
+        body = {
+            "status": "dead" if is_stuck(state) else status,
+            "epoch": f"{state.epoch}-{cache.num_forgotten}",
+            "running": running,
+            "waiting": waiting,
+            "kv_cache_usage": round(usage, 4),
+            "cache_tokens": cache.num_tokens,
+            "evicted_tokens": cache.num_evicted,
+        }
+    return json_response(body, 200 if body["status"] == "ready" else 503)
 
 
 def _status(state: State) -> str:

@@ -6,11 +6,9 @@ import asyncio
 import gc
 import math
 import os
-import resource
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from ipaddress import ip_address
 
 import structlog
@@ -19,27 +17,29 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, ollama
+from ruvon.server import admin, console, debug, ollama
 from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
-from ruvon.server.connection import Runner, expect
+from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
 from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.lifecycle import Start, engine_context, still_loading
-from ruvon.server.listen import listen
+from ruvon.server.listen import allow_files, listen, listen_unix
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
-from ruvon.server.reload import Watched, watch_files
+from ruvon.server.rate_limits import LIMITS, RateLimits
+from ruvon.server.reload import watch_files, watched
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.state import STATE, State
-from ruvon.server.tls import Certificate
+from ruvon.server.tls import TLS, Certificate, load_certificate
+from ruvon.server.watchdog import watching
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
 
@@ -82,9 +82,12 @@ ROUTES = (
     web.get("/health", admin.health),
     web.get("/live", admin.live),
     web.get("/ready", admin.ready),
+    web.get("/load", admin.load_report),
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
+    web.get("/debug/trace", debug.trace),
+    web.get("/debug/recording", debug.recording),
 )
 
 
@@ -101,6 +104,7 @@ def create_app(
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
+    app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
     app[KEYS] = keys = Keys(read_keys(server))
     app[TLS] = load_certificate(server)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
@@ -116,24 +120,6 @@ def create_app(
     app.cleanup_ctx.append(watch_files(watched(server, keys, app[TLS])))
     app.cleanup_ctx.append(engine_context(start))
     return app
-
-
-TLS = web.AppKey[Certificate | None]("tls")
-
-
-def load_certificate(server: ServerConfig) -> Certificate | None:
-    """What connections are encrypted with, if they are."""
-    return None if server.tls_cert is None else Certificate(server.tls_cert, server.tls_key)
-
-
-def watched(server: ServerConfig, keys: Keys, certificate: Certificate | None) -> list[Watched]:
-    """The files that count anew when they change."""
-    key_files = [path for path in (server.api_key_file, server.admin_key_file) if path is not None]
-    found = [Watched(key_files, lambda: keys.replace(read_keys(server)))] if key_files else []
-    if certificate is not None:
-        files = [path for path in (server.tls_cert, server.tls_key) if path is not None]
-        found.append(Watched(files, certificate.reload))
-    return found
 
 
 def open_store(server: ServerConfig, state: State) -> ResponseStore:
@@ -157,7 +143,14 @@ async def end_kept(app: web.Application) -> None:
 
 def make_runner(app: web.Application) -> web.AppRunner:
     """What runs the application: a client that leaves cancels its handler."""
-    return Runner(app, shutdown_timeout=GOODBYE)
+    state = app[STATE]
+
+    def count(made: Server) -> None:
+        state.http.gauge("ruvon_connections", "Connections open.", made.__len__)
+        refused = "Connections beyond those that may be open."
+        state.http.watch("ruvon_connections_refused", refused, lambda: made.num_refused)
+
+    return Runner(app, state.server, count, shutdown_timeout=GOODBYE)
 
 
 def serve(config: EngineConfig, server: ServerConfig) -> None:
@@ -169,7 +162,10 @@ def serve(config: EngineConfig, server: ServerConfig) -> None:
     app = create_app(config, server, start_for_good, lambda: sink.dropped)
     gc.freeze()  # what was imported stays, as in `start_for_good`
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with (
+            asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+            watching(app[STATE], runner.get_loop()),
+        ):
             runner.run(run(app))
     finally:
         gc.unfreeze()  # for libraries that look at the end whether they left something behind
@@ -185,15 +181,6 @@ def fill_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
-
-
-def allow_files(wanted: int) -> None:
-    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
-            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:
@@ -215,18 +202,26 @@ async def run(app: web.Application) -> None:
     await runner.setup()
     try:
         watch_signals(state)
-        certificate = app[TLS]
-        tls = None if certificate is None else certificate.context
-        host, port = await listen(runner, state.server.host, state.server.port, tls)
-        state.address = (host, port)
-        console.tell_address(state.server, host, port, dialects())
-        warn_of_open_door(state.server, host)
+        state.address = await listen_as_told(runner, state.server, app[TLS])
+        console.tell_address(state.server, *state.address, dialects())
+        warn_of_open_door(state.server, state.address[0])
         await state.ended.wait()
         await drain(state)
     finally:
         await runner.cleanup()
     if state.failure is not None:
         raise state.failure
+
+
+async def listen_as_told(
+    runner: web.AppRunner, server: ServerConfig, certificate: Certificate | None
+) -> tuple[str, int]:
+    """Take connections where the settings say; returns the address. Raises ConfigError."""
+    if server.uds is not None:
+        await listen_unix(runner, server.uds)
+        return "127.0.0.1", server.port
+    tls = None if certificate is None else certificate.context
+    return await listen(runner, server.host, server.port, tls)
 
 
 def warn_of_open_door(server: ServerConfig, host: str) -> None:

@@ -37,8 +37,8 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
     name_request(http, request.request_id)
     texts = await prompt_texts(http, [job] if request.return_prompt_text else [], service)
     writer = ChatWriter(request, job, service, next(iter(texts), None))
-    generation = Generation(service, [job], writer, turn.parser)
-    return await generation.send(http, stream=bool(request.stream), ignored=ignored)
+    generation = Generation(http, service, [job], writer, turn.parser)
+    return await generation.send(stream=bool(request.stream), ignored=ignored)
 
 
 def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> tuple[Job, Turn]:

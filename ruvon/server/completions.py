@@ -35,8 +35,8 @@ async def completions(http: web.Request) -> web.StreamResponse:
     name_request(http, request.request_id)
     told = jobs if request.return_prompt_text or request.echo else []
     writer = CompletionsWriter(request, jobs, service, await prompt_texts(http, told, service))
-    generation = Generation(service, jobs, writer, PlainParser)
-    return await generation.send(http, stream=bool(request.stream), ignored=ignored)
+    generation = Generation(http, service, jobs, writer, PlainParser)
+    return await generation.send(stream=bool(request.stream), ignored=ignored)
 
 
 def prepare_completion(

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import IPv6Address, ip_address
@@ -19,7 +20,6 @@ from ruvon.errors import HeadTimeoutError, RequestError, TooManyConnectionsError
 from ruvon.server.failures import failure, openai_error
 from ruvon.server.keys import KEYS
 from ruvon.server.middleware import error_response
-from ruvon.server.state import STATE
 
 log = structlog.get_logger(__name__)
 
@@ -220,17 +220,22 @@ def turn_away(transport: asyncio.Transport, error: Exception, linger: float) -> 
 
 
 class Runner(web.AppRunner):
-    """Runs an application behind such a server."""
+    """Runs an application behind such a server, which ``made`` is told of."""
+
+    def __init__(
+        self,
+        app: web.Application,
+        config: ServerConfig,
+        made: Callable[[Server], None],
+        **options: Any,
+    ) -> None:
+        super().__init__(app, **options)
+        self._config = config
+        self._made = made
 
     async def _make_server(self) -> Server:
-        state = self.app[STATE]
-        server = Server(await super()._make_server(), state.server)
-        state.http.gauge("ruvon_connections", "Connections open.", server.__len__)
-        state.http.watch(
-            "ruvon_connections_refused",
-            "Connections beyond those that may be open.",
-            lambda: server.num_refused,
-        )
+        server = Server(await super()._make_server(), self._config)
+        self._made(server)
         self._watch = asyncio.create_task(server.watch())
         return server
 

@@ -50,6 +50,7 @@ def tell_address(
     """Say where it listens, which it does before the model is loaded, and whose APIs it speaks
     there: by name, their endpoints."""
     url = f"{server.scheme}://{bracketed(host)}:{port}"
+    url = f"unix:{server.uds}" if server.uds else url
     if is_watched(server):
         console = terminal(soft_wrap=True)
         console.print(f"Listening on [bold]{url}[/bold], as")
@@ -109,6 +110,8 @@ def first_request(host: str, port: int, server: ServerConfig) -> str:
     header = "-H 'Content-Type: application/json'"
     if server.is_keyed:
         header += " -H 'Authorization: Bearer YOUR_KEY'"
+    if server.uds is not None:
+        url = f"--unix-socket {shlex.quote(server.uds)} http://localhost/v1/chat/completions"
     return f"curl {url} {header} -d {shlex.quote(orjson.dumps(QUESTION).decode())}"
 
 

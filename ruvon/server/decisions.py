@@ -33,6 +33,7 @@ from ruvon.server.responses import Answered, DecisionAnswer
 from ruvon.server.responses_api.input import Contents, Items, ReferenceItem
 from ruvon.server.responses_api.items import Transcript, text_of
 from ruvon.server.schemas import Fields
+from ruvon.server.schemas.base import Timeout
 from ruvon.server.state import Service, service_of
 
 MOST_QUESTIONS = 256  # as completions of one request
@@ -91,6 +92,7 @@ class DecisionRequest(Fields):
         list[Annotated[Predicate | Choice | Score, Field(discriminator="type")]],
         Field(fail_fast=True, min_length=1, max_length=MOST_QUESTIONS),
     ]
+    timeout: Timeout | None = None
 
     @model_validator(mode="after")
     def _check_choices(self) -> DecisionRequest:
@@ -247,7 +249,7 @@ async def decisions(http: web.Request) -> web.Response:
     service = service_of(http)
     request, ignored, asked = await read_request(http, DecisionRequest, prepare, always_aside=True)
     ignored = without_effect(http, ignored, asked.skipped)
-    emissions, num_output = await collect(service, asked.jobs), len(asked.jobs)
+    emissions, num_output = await collect(http, service, asked.jobs), len(asked.jobs)
     answers = [
         answer(question, shares(emission, of))
         for question, emission, of in zip(request.questions, emissions, asked.labels, strict=True)

@@ -25,6 +25,7 @@ from ruvon.server.middleware import FACTS
 from ruvon.server.requests import read_request
 from ruvon.server.responses import Embeddings
 from ruvon.server.schemas import Fields
+from ruvon.server.schemas.base import Timeout
 from ruvon.server.schemas.completions import as_prompts
 from ruvon.server.state import Service, service_of
 
@@ -52,6 +53,7 @@ class EmbeddingRequest(Fields):
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Literal["mean", "last"] | None = None
+    timeout: Timeout | None = None
 
 
 async def embeddings(http: web.Request) -> web.Response:
@@ -60,7 +62,7 @@ async def embeddings(http: web.Request) -> web.Response:
     request, ignored, jobs = await read_request(http, EmbeddingRequest, prepare, always_aside=True)
     emissions: list[Emission] = []
     for first in range(0, len(jobs), AT_ONCE):
-        emissions += await collect(service, jobs[first : first + AT_ONCE])
+        emissions += await collect(http, service, jobs[first : first + AT_ONCE])
     num_prompt = sum(len(job.prompt) for job in jobs)
     http[FACTS].update(
         prompt_tokens=num_prompt, cached_tokens=sum(each.num_cached for each in emissions)

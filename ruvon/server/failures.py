@@ -87,6 +87,7 @@ ANTHROPIC_TYPES: Mapping[int, str] = {
     415: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 Shape: TypeAlias = Callable[[Exception, str | None], Mapping[str, object]]

@@ -18,8 +18,9 @@ from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import GenerationError, NotReadyError
 from ruvon.server.body import offload
-from ruvon.server.events import EVENTS, Media, send_events
+from ruvon.server.events import EVENTS, KEEP_ALIVE, Media, send_events
 from ruvon.server.middleware import FACTS
+from ruvon.server.queueing import queue, spender
 from ruvon.server.resume import KEPT, send_kept
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers import Writer
@@ -29,9 +30,16 @@ class Generation:
     """One request being answered: the engine's emissions become deltas, a writer folds them."""
 
     def __init__(
-        self, service: Service, jobs: Sequence[Job], writer: Writer, parser: MakeParser
+        self,
+        http: web.Request,
+        service: Service,
+        jobs: Sequence[Job],
+        writer: Writer,
+        parser: MakeParser,
     ) -> None:
+        self._http = http
         self._service = service
+        self._spend = spender(http)
         self._jobs = jobs
         self._writer = writer
         self._detokenizer = Detokenizer(jobs, service.tokenizer, parser)
@@ -41,47 +49,54 @@ class Generation:
         self._first_at: float | None = None
 
     async def send(
-        self,
-        http: web.Request,
-        *,
-        stream: bool,
-        ignored: Sequence[str] = (),
-        media: Media = EVENTS,
+        self, *, stream: bool, ignored: Sequence[str] = (), media: Media = EVENTS
     ) -> web.StreamResponse:
         """Run the jobs and send what they give, as a ``stream`` or as a whole; ``ignored`` are
         fields of the request that have no effect. Whichever way this is left, it frees what the
         jobs held."""
-        headers = ignored_header(ignored)
+        http, headers = self._http, ignored_header(ignored)
         interval = http.app[STATE].server.sse_keep_alive_interval
         if stream and http.app[KEPT].wants(http):
-            return await self._send_kept(http, headers, interval)
-        async with aclosing(self._service.generator.generate(self._jobs)) as source:
+            return await self._send_kept(headers, interval)
+        async with aclosing(queue(http, self._service, self._jobs)) as source:
             try:
                 if stream:
+                    media = self._telling(media, source)
                     first = self._push(await first_news(source, interval), source)
+                    headers |= self._cache_headers(first)
                     async with aclosing(self._events(http.app, first, source, media)) as events:
                         return await send_events(
                             http, events, self._writer, headers, interval, media
                         )
                 body = await self._fold(http.app, source)
+                tally = self._writer.tally
+                headers |= cache_headers(tally.num_prompt, tally.num_cached)
                 return web.Response(body=body, content_type="application/json", headers=headers)
             finally:
                 http[FACTS].update(self._facts(stream))
 
-    async def _send_kept(
-        self, http: web.Request, headers: Mapping[str, str], interval: float
-    ) -> web.StreamResponse:
+    async def _send_kept(self, headers: Mapping[str, str], interval: float) -> web.StreamResponse:
         """As a stream that outlives its connection."""
-        writer = self._writer
-        kept = http.app[KEPT].keep(writer.id, http, self.run(http.app), writer)
+        http, writer = self._http, self._writer
+        kept = http.app[KEPT].keep(writer.id, http, self.run(), writer)
         try:
             return await send_kept(http, kept, 0, headers, interval)
         finally:
             http[FACTS].update(self._facts(True))
 
-    def run(self, app: web.Application) -> AsyncGenerator[bytes, None]:
+    def run(self) -> AsyncGenerator[bytes, None]:
         """Queue the jobs, or raise why not; what they give comes as events, whoever reads them."""
-        return self._detached(app, self._service.generator.generate(self._jobs))
+        return self._detached(self._http.app, queue(self._http, self._service, self._jobs))
+
+    def _telling(self, media: Media, source: Stream) -> Media:
+        """The same, whose comments say what the stream waits for."""
+
+        def beat() -> bytes:
+            said = media.beat()
+            progress = self._service.generator.progress(source) if said == KEEP_ALIVE else ""
+            return b": %s\n\n" % progress.encode() if progress else said
+
+        return media._replace(beat=beat)
 
     async def _detached(self, app: web.Application, source: Stream) -> AsyncGenerator[bytes, None]:
         async with aclosing(source), aclosing(self._events(app, [], source, EVENTS)) as events:
@@ -121,10 +136,18 @@ class Generation:
         """Raises `UnavailableError` when the engine gave a sequence up."""
         if self._first_at is None and emissions:
             self._first_at = time.monotonic()
+        self._spend(emissions)
         deltas = self._detokenizer.push(emissions, source.stop)
         for delta in deltas:
             check_end(delta.finish, delta.error)
         return deltas
+
+    def _cache_headers(self, first: Sequence[Delta]) -> dict[str, str]:
+        """Before the writer is fed: of one prompt whose first token is there, else nothing."""
+        num_cached = next((delta.num_cached for delta in first if delta.tokens), None)
+        if num_cached is None or len(self._jobs) > 1:
+            return {}
+        return cache_headers(len(self._jobs[0].prompt), num_cached)
 
     def _facts(self, stream: bool) -> dict[str, object]:
         """What the request's log line says of it."""
@@ -145,6 +168,11 @@ def ignored_header(names: Sequence[str]) -> dict[str, str]:
     """What tells a client which of its fields have no effect."""
     joined = ",".join(quote(name, safe="[]") for name in names)
     return {"X-Ruvon-Ignored": joined} if joined else {}
+
+
+def cache_headers(num_prompt: int, num_cached: int) -> dict[str, str]:
+    """What tells a router how much of a prompt was cached, whichever API and stream or not."""
+    return {"X-Ruvon-Prompt-Tokens": str(num_prompt), "X-Ruvon-Cached-Tokens": str(num_cached)}
 
 
 def check_end(finish: FinishReason | None, error: str | None) -> None:

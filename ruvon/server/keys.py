@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import blake2b
 from pathlib import Path
 from secrets import token_bytes
@@ -25,8 +25,13 @@ OPEN = frozenset({"/live", "/ready"})
 DEBUG = "/debug/"
 """Begins the paths that show what others ask: without an admin key nobody gets there."""
 
+ROUTER = "/router/"
+"""Begins the paths that show and change what a router has behind it."""
+
 METRICS = "/metrics"
 """Tells how much others ask: once there are admin keys, it needs one."""
+
+WEIGHT = r"\d{1,6}(\.\d{1,6})?"
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -41,6 +46,7 @@ class Key:
     text: str = field(repr=False)
     name: str = ""
     is_admin: bool = False
+    weight: float = 1.0  # of its share of a busy server
 
 
 def read_keys(server: ServerConfig) -> list[Key]:
@@ -50,11 +56,12 @@ def read_keys(server: ServerConfig) -> list[Key]:
     keys += read_file(server.api_key_file, "api_key_file")
     admin = [Key(text) for text in server.admin_key]
     admin += read_file(server.admin_key_file, "admin_key_file")
-    return keys + [Key(key.text, key.name, is_admin=True) for key in admin]
+    return keys + [replace(key, is_admin=True) for key in admin]
 
 
 def read_file(path: str | None, setting: str) -> list[Key]:
-    """The keys in a file: on each line one, or a name and one. What follows # is a comment."""
+    """The keys in a file: on each line one, or a name and one, or these and a weight. What follows
+    # is a comment."""
     if path is None:
         return []
     try:
@@ -72,11 +79,13 @@ def parse_lines(text: str) -> Iterator[Key]:
         words = line.split()
         if not words or words[0].startswith("#"):
             continue
-        name, key = words if len(words) == 2 else ("", words[0])
+        name, key, weight = [*words, "1"][:3] if len(words) > 1 else ("", words[0], "1")
         named = not name or NAME.fullmatch(name)
-        if len(words) > 2 or not named or not re.fullmatch(KEY[0], key):
+        if len(words) > 3 or not named or not re.fullmatch(KEY[0], key):
             raise ValueError(f"line {number} is not a key, or a name and a key: {KEY[1]}")
-        yield Key(key, name)
+        if not re.fullmatch(WEIGHT, weight) or not float(weight):
+            raise ValueError(f"line {number} ends in a weight that is no number above 0")
+        yield Key(key, name, weight=float(weight))
 
 
 class Keys:
@@ -90,6 +99,7 @@ class Keys:
     def replace(self, keys: Iterable[Key]) -> None:
         """From now on these count. Without one that is no admin's, everybody may ask."""
         self._keys = {self._digest(key.text): key for key in keys}
+        self._weights = {tenant_of(digest, key): key.weight for digest, key in self._keys.items()}
         self.are_needed = any(not key.is_admin for key in self._keys.values())
         self._has_admin = any(key.is_admin for key in self._keys.values())
 
@@ -99,7 +109,7 @@ class Keys:
         digest, key = self._find(http)
         for_admin = self._is_for_admin(http.path)
         if key is not None and (key.is_admin or not for_admin):
-            return key.name or f"key-{digest.hex()[:12]}"
+            return tenant_of(digest, key)
         if http.path in OPEN or not (for_admin or self.are_needed):
             return ""
         if key is not None or not (self._has_admin or self.are_needed):
@@ -109,8 +119,13 @@ class Keys:
             f"The API key is {told}. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         )
 
+    def weight(self, tenant: str) -> float:
+        """How much more than others a tenant gets of a busy server. Of several keys under one name
+        the last one counts."""
+        return self._weights.get(tenant, 1.0)
+
     def _is_for_admin(self, path: str) -> bool:
-        return path.startswith(DEBUG) or (path == METRICS and self._has_admin)
+        return path.startswith((DEBUG, ROUTER)) or (path == METRICS and self._has_admin)
 
     def _find(self, http: web.BaseRequest) -> tuple[bytes, Key | None]:
         """The key that a request has, under its digest; an admin's first."""
@@ -120,6 +135,11 @@ class Keys:
 
     def _digest(self, key: str) -> bytes:
         return blake2b(key.encode(errors="surrogateescape"), key=self._secret).digest()
+
+
+def tenant_of(digest: bytes, key: Key) -> str:
+    """Whose requests with a key are."""
+    return key.name or f"key-{digest.hex()[:12]}"
 
 
 KEYS = web.AppKey("keys", Keys)

@@ -102,10 +102,12 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
     )
     for name, (help, read) in loaded.counters.items():
         metrics.watch(name, help, read)
+    generator = EngineLoop(engine, metrics)
+    generator.watch(loaded.failed)
     return Service(
         names=names,
         root=str(checkpoint.name),
-        generator=EngineLoop(engine, metrics),
+        generator=generator,
         tokenizer=loaded.tokenizer,
         chat=chat,
         metrics=metrics,
@@ -187,7 +189,7 @@ def summary(loaded: LoadedEngine, service: Service) -> dict[str, str]:
         "weights": f"{memory.weight_bytes / 1e6:,.1f} MB, {spec.architecture},"
         f" {spec.num_layers} layers",
         "computes_in": f"{loaded.dtype} on {loaded.device}, {loaded.threads} threads,"
-        f" kernels {loaded.kernels}",
+        f" kernels {loaded.kernels}{in_ranks(loaded)}",
         "kv_cache": f"{size(memory.cache_bytes)} of {memory.dtype}: {memory.num_blocks} blocks of"
         f" {memory.block_size} tokens{in_groups(memory)}",
         "context": f"{service.max_model_len} tokens; {memory.max_concurrency:.1f} such sequences"
@@ -195,6 +197,14 @@ def summary(loaded: LoadedEngine, service: Service) -> dict[str, str]:
         "steps": f"of at most {step.sequences} sequences and {step.tokens} tokens",
         "sampling": f"{drawn or 'temperature 1'} by default",
     }
+
+
+def in_ranks(loaded: LoadedEngine) -> str:
+    """``", 4 ranks in 2 stages"``; nothing where this process computes."""
+    stages = loaded.engine.config.pipeline_parallel_size
+    if loaded.ranks == 1:
+        return ""
+    return f", {loaded.ranks} ranks" + (f" in {stages} stages" if stages > 1 else "")
 
 
 def in_groups(memory: MemoryPlan) -> str:

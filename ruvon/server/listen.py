@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import resource
 import socket
 import ssl
+import stat
 from collections.abc import Iterable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from aiohttp import web
@@ -52,6 +54,28 @@ async def listen(
     return shown_host, shown_port
 
 
+async def listen_unix(runner: web.AppRunner, path: str) -> None:
+    """Take connections on a Unix socket; what lay there before is gone. Whoever may write to it may
+    connect: it is made for its owner alone.
+
+    Raises:
+        ConfigError: there can be no socket.
+    """
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        with suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode):
+                os.unlink(path)
+        sock.bind(path)
+        os.chmod(path, 0o600)
+        sock.listen(BACKLOG)
+        await web.SockSite(runner, sock, backlog=BACKLOG).start()
+    except OSError as error:
+        sock.close()
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise ConfigError(f"cannot listen on {path}: {reason}") from error
+
+
 def bind(
     addresses: Iterable[tuple[socket.AddressFamily, Any]], stack: ExitStack
 ) -> list[socket.socket]:
@@ -75,3 +99,12 @@ def bind(
     if not sockets and lacking is not None:
         raise lacking
     return sockets
+
+
+def allow_files(wanted: int) -> None:
+    """Let the process have so many files open, as far as it may: many systems begin with 1024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        with suppress(OSError, ValueError):  # macOS has a bound that it does not tell
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))

@@ -13,8 +13,15 @@ import orjson
 import structlog
 from aiohttp import web
 
-from ruvon.errors import AuthenticationError, QueueFullError, RequestError, UnavailableError
-from ruvon.server import cors
+from ruvon.errors import (
+    AuthenticationError,
+    DeadlineError,
+    QueueFullError,
+    RateLimitError,
+    RequestError,
+    UnavailableError,
+)
+from ruvon.server import cors, deadlines, rate_limits
 from ruvon.server.events import CLIENT_LEFT, EventResponse
 from ruvon.server.failures import error_answer, failure, openai_error, speaks_anthropic
 from ruvon.server.keys import KEYS, TENANT
@@ -29,7 +36,7 @@ FACTS = web.RequestKey("facts", dict[str, Any])
 """What a request's log line says of it, added to by its handler."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-QUIET = frozenset({"/health", "/live", "/ready", "/metrics"})  # asked for all the time
+QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics"})  # asked for all the time
 
 
 @web.middleware
@@ -53,6 +60,8 @@ async def add_request_id(http: web.Request, response: web.StreamResponse) -> Non
     """Signal before a response's headers go out."""
     response.headers["Server"] = "ruvon"
     cors.add_headers(http, response, http.app[STATE].server.cors_allow_origin)
+    if rate_limits.is_limited(http):
+        response.headers.update(http.app[rate_limits.LIMITS].headers(http[TENANT]))
     if FACTS in http:
         response.headers["X-Request-Id"] = http[FACTS]["request_id"]
         if speaks_anthropic(http):
@@ -65,19 +74,21 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         if server.cors_allow_origin and cors.is_preflight(http):
             return cors.preflight(http, server.cors_allow_origin)
         http[TENANT] = http.app[KEYS].check(http)
+        deadlines.begin(http)
+        rate_limits.enter(http)
         if is_resumed(http):
             return await resume(http, server.sse_keep_alive_interval)
         return await handler(http)
     except Exception as error:
-        error = _as_ours(error, http)
-        if isinstance(error, QueueFullError):
-            _count_rejection(http.app[STATE])
+        error = as_ours(error, http)
+        if isinstance(error, QueueFullError | RateLimitError):
+            _count_rejection(http.app[STATE], error.setting)
         if not isinstance(error, RequestError | UnavailableError):
             log.error("request_failed", exc_info=error)
         return error_response(error, error_answer(error, http, http[FACTS]["request_id"]))
 
 
-def _as_ours(error: Exception, http: web.Request) -> Exception:
+def as_ours(error: Exception, http: web.Request) -> Exception:
     """aiohttp's errors as ours; others as they are."""
     if isinstance(error, web.HTTPNotFound | web.HTTPMethodNotAllowed):
         return UrlError(error, f"{http.method} {http.path[:100]}")
@@ -110,7 +121,7 @@ def error_response(error: Exception, answer: Mapping[str, object] | None = None)
     if isinstance(error, UnavailableError) and error.retry_after is not None:
         headers["Retry-After"] = str(math.ceil(error.retry_after))
         headers["Retry-After-Ms"] = str(math.ceil(1000 * error.retry_after))
-    if status == 500:
+    if status == 500 or isinstance(error, DeadlineError):
         headers["X-Should-Retry"] = "false"  # the OpenAI SDK would try twice more
     return json_response(answer or openai_error(error), status, headers)
 
@@ -124,9 +135,9 @@ def json_response(
     )
 
 
-def _count_rejection(state: State) -> None:
+def _count_rejection(state: State, setting: str) -> None:
     if state.service is not None:
-        state.service.metrics.record_rejection("max_num_queued_reqs")
+        state.service.metrics.record_rejection(setting)
 
 
 def _report(http: web.Request, status: int, seconds: float) -> None:

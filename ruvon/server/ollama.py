@@ -110,9 +110,9 @@ async def answer(http: web.Request) -> web.StreamResponse:
     writer = OllamaWriter(http[FACTS]["request_id"], model, job, is_chat=is_chat)
     if job is None:
         return json_response(writer.line({}, {"done_reason": "load"}))
-    generation = Generation(service, [job], writer, parser)
+    generation = Generation(http, service, [job], writer, parser)
     stream = data.get("stream") is not False
-    return await generation.send(http, stream=stream, ignored=ignored, media=LINES)
+    return await generation.send(stream=stream, ignored=ignored, media=LINES)
 
 
 def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, list[str]]:

@@ -166,6 +166,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
     ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
+    ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
     ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
     ("GET", "/metrics"): Operation("state", "Prometheus metrics", str),
     ("GET", "/openapi.json"): Operation("state", "This document", dict[str, Any]),
@@ -264,7 +265,7 @@ def describe(method: str, path: str, operation: Operation, found: Found) -> Sche
     return entry
 
 
-ANSWERS_503 = frozenset({"/health", "/live", "/ready"})
+ANSWERS_503 = frozenset({"/health", "/live", "/load", "/ready"})
 
 
 def parameters_of(name: str, path: str, operation: Operation, found: Found) -> list[Schema]:

@@ -11,7 +11,10 @@ from typing import TypeAlias
 import structlog
 from aiohttp import web
 
+from ruvon.config import ServerConfig
 from ruvon.errors import ConfigError
+from ruvon.server.keys import Keys, read_keys
+from ruvon.server.tls import Certificate
 
 log = structlog.get_logger(__name__)
 
@@ -73,3 +76,13 @@ def reload(watched: Watched) -> None:
         log.error("reload_failed", error=str(error), hint="what was there before still counts")
     else:
         log.info("reloaded", files=list(watched.paths))
+
+
+def watched(server: ServerConfig, keys: Keys, certificate: Certificate | None) -> list[Watched]:
+    """The files that count anew when they change."""
+    key_files = [path for path in (server.api_key_file, server.admin_key_file) if path is not None]
+    found = [Watched(key_files, lambda: keys.replace(read_keys(server)))] if key_files else []
+    if certificate is not None:
+        files = [path for path in (server.tls_cert, server.tls_key) if path is not None]
+        found.append(Watched(files, certificate.reload))
+    return found

@@ -16,6 +16,7 @@ from aiohttp import web
 from ruvon.engine.types import SamplingParams, TextOptions
 from ruvon.errors import ContextLengthError, RequestError
 from ruvon.server.body import read
+from ruvon.server.deadlines import limit_time
 from ruvon.server.middleware import FACTS
 from ruvon.server.parsing import load, parse
 from ruvon.server.schemas import Fields, SamplingFields
@@ -48,7 +49,9 @@ async def read_request(
         request, ignored = read_fields(kind, body, service, server.strict)
         return request, ignored, prepare(request, service, server.max_logprobs)
 
-    return await read(http, understand, always_aside=always_aside)
+    request, ignored, prepared = await read(http, understand, always_aside=always_aside)
+    limit_time(http, getattr(request, "timeout", None))
+    return request, ignored, prepared
 
 
 def name_request(http: web.Request, request_id: str | None) -> None:

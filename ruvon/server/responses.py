@@ -355,5 +355,15 @@ class Readiness(TypedDict):
     percent: int
 
 
+class Load(TypedDict):
+    status: str
+    epoch: str
+    running: NotRequired[int]
+    waiting: NotRequired[int]
+    kv_cache_usage: NotRequired[float]
+    cache_tokens: NotRequired[int]
+    evicted_tokens: NotRequired[int]
+
+
 class Version(TypedDict):
     version: str

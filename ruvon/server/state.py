@@ -6,19 +6,25 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
+from uuid import uuid4
 
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.recorder import Recorder
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
 from ruvon.grammars import Grammar
-from ruvon.models.chat import Chat
-from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
+
+if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
+    from ruvon.models.chat import Chat
+    from ruvon.models.tokenizer import Tokenizer
 
 
 class Generator(Protocol):
@@ -40,8 +46,20 @@ class Generator(Protocol):
         """Seconds since the last progress; 0 without work."""
 
     @property
+    def progressed_at(self) -> float:
+        """When that was; other times differ, whatever the clock."""
+
+    @property
+    def num_open(self) -> int:
+        """Sequences whose end somebody waits for."""
+
+    @property
     def load(self) -> tuple[int, int, float]:
         """Sequences running, sequences waiting, share of the cache in use."""
+
+    @property
+    def prefix_cache(self) -> PrefixCache:
+        """How large it is, and what it has lost."""
 
     async def admission(self) -> None:
         """Wait until reading a new request keeps nobody waiting."""
@@ -56,8 +74,24 @@ class Generator(Protocol):
     def compile(self, grammars: Iterable[Grammar]) -> list[object]:
         """Compile them, in a thread that may take long; what this gives keeps them known."""
 
-    def generate(self, jobs: Sequence[Job]) -> Stream:
-        """Queue all jobs, or none and raise why not."""
+    def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
+        """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
+
+    def progress(self, stream: Stream) -> str:
+        """What a stream without news waits for, as ``queued 3``; nothing once it has some."""
+
+    def describe(self) -> Mapping[str, object]:
+        """What it is doing, for a log; may be called in any thread."""
+
+    def fail(self, error: Exception) -> None:
+        """Fail whatever runs or waits, and take nothing more."""
+
+    @property
+    def recorder(self) -> Recorder:
+        """The last steps."""
+
+    async def record(self, most_steps: int, seconds: float) -> Recording:
+        """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
     def start(self) -> None: ...
 
@@ -112,6 +146,7 @@ class State:
     phase: str = "starting"
     share: float = 0.0  # done of the phase, 0 to 1
     address: tuple[str, int] | None = None  # once it listens
+    epoch: str = field(default_factory=lambda: uuid4().hex[:12])  # another one after a restart
     service: Service | None = None
     draining: bool = False
     failure: BaseException | None = None  # why loading failed

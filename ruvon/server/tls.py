@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import ssl
 
+from aiohttp import web
+
+from ruvon.config import ServerConfig
 from ruvon.errors import ConfigError
 
 
@@ -43,3 +46,11 @@ class Certificate:
 def _no_password() -> str:
     """OpenSSL would ask at the terminal, with everything waiting."""
     raise ValueError("the key is encrypted; ruvon reads only one that is not")
+
+
+TLS = web.AppKey[Certificate | None]("tls")
+
+
+def load_certificate(server: ServerConfig) -> Certificate | None:
+    """What connections are encrypted with, if they are."""
+    return None if server.tls_cert is None else Certificate(server.tls_cert, server.tls_key)

@@ -73,7 +73,7 @@ class Metrics:
             ["model_name", "reason"],
             registry=self.registry,
         )
-        for reason in ("stop", "length", "abort", "error"):
+        for reason in ("stop", "length", "abort", "error", "deadline"):
             self._finished.labels(**self._labels, finished_reason=reason)
 
     def _make_request_histograms(self, lengths: tuple[int, ...]) -> None:

@@ -15,8 +15,10 @@ from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
 from ruvon.models.quantize import SCHEMES
+from ruvon.models.shares import share_of
+from ruvon.models.sources import RandomTensors
 from ruvon.models.spec import spec_from_config
-from ruvon.models.weights import RandomTensors, Weights
+from ruvon.models.weights import Weights
 
 pytestmark = [
     pytest.mark.usefixtures("triton_device"),
@@ -103,8 +105,8 @@ def config_of(architecture, head_dim):
 class Weighty(RandomTensors):
     """Weights large enough for logits to depend on what came before."""
 
-    def read(self, name, shape, *, bytes_only=False):
-        values = super().read(name, shape, bytes_only=bytes_only)
+    def read(self, name, shape, cut=(), *, bytes_only=False):
+        values = super().read(name, shape, cut, bytes_only=bytes_only)
         return values * 5 if len(shape) > 1 and not bytes_only else values
 
 
@@ -112,7 +114,7 @@ def build(architecture, head_dim, ops, scheme="none"):
     spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
     source = Weighty(Path("tiny"), 0, torch.float32, mxfp4=architecture == "GptOssForCausalLM")
     weights = Weights(
-        source=source, rules=family.rules, scheme=SCHEMES[scheme], ops=ops, num_layers=2
+        source=source, rules=family.rules, scheme=SCHEMES[scheme], ops=ops, share=share_of(spec)
     )
     return family.build(spec, weights, ops)
 

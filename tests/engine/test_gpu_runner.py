@@ -40,8 +40,10 @@ from ruvon.kernels.sample import BIAS, HISTORY, make_state
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
 from ruvon.models.quantize import SCHEMES
+from ruvon.models.shares import share_of
+from ruvon.models.sources import RandomTensors
 from ruvon.models.spec import spec_from_config
-from ruvon.models.weights import RandomTensors, Weights
+from ruvon.models.weights import Weights
 from ruvon.telemetry import silent
 
 # Rows of padding hold whatever was in memory, and the interpreter computes with numpy.
@@ -78,8 +80,8 @@ LLAMA = {
 class Weighty(RandomTensors):
     """Weights large enough for tokens to depend on what came before."""
 
-    def read(self, name, shape, *, bytes_only=False):
-        values = super().read(name, shape, bytes_only=bytes_only)
+    def read(self, name, shape, cut=(), *, bytes_only=False):
+        values = super().read(name, shape, cut, bytes_only=bytes_only)
         return values * 10 if len(shape) > 1 else values
 
 
@@ -87,7 +89,7 @@ def build_model(ops):
     spec, family = spec_from_config(LLAMA), MODELS["LlamaForCausalLM"]
     source = Weighty(Path("tiny"), 0, torch.float32)
     weights = Weights(
-        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, num_layers=2
+        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, share=share_of(spec)
     )
     return family.build(spec, weights, ops)
 

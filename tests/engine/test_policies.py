@@ -9,6 +9,7 @@ import pytest
 from ruvon.engine.policies import (
     ORDERS,
     POLICIES,
+    Shares,
     WaitingQueue,
     by_arrival,
     by_priority,
@@ -19,16 +20,18 @@ from ruvon.engine.policies import (
 from ruvon.engine.types import SamplingParams, Sequence
 
 
-def sequence(id, priority=0):
+def sequence(id, priority=0, tenant="", weight=1.0, num_tokens=1):
     return Sequence(
         id=id,
         index=0,
         sampling=SamplingParams(),
-        tokens=[1],
+        tokens=[1] * num_tokens,
         num_prompt=1,
         max_tokens=1,
         seed=0,
         priority=priority,
+        tenant=tenant,
+        weight=weight,
     )
 
 
@@ -52,7 +55,7 @@ def test_how_many_join(policy, waiting, running, joining):
 
 def test_every_setting_has_its_function():
     assert set(POLICIES) == {"sequential", "static", "continuous"}
-    assert set(ORDERS) == {"fcfs", "priority"}
+    assert set(ORDERS) == {"fair", "fcfs", "priority"}
 
 
 def drain(queue):
@@ -93,7 +96,7 @@ def test_removing_from_the_middle_leaves_no_trace_behind():
         queue.push(seq)
         queue.remove(seq)
     assert len(queue) == 1
-    assert len(queue._heap) < 100
+    assert len(queue._lines[""]) < 100
 
 
 def test_random_use_agrees_with_sorting():
@@ -110,3 +113,79 @@ def test_random_use_agrees_with_sorting():
         if members:
             assert queue.first() is min(members.values(), key=by_priority)
     assert drain(queue) == [s.id for s in sorted(members.values(), key=by_priority)]
+
+
+# -------------------------------------------------------------------- tenants
+
+
+def test_of_several_lines_the_one_goes_first_whose_tenant_was_served_least():
+    queue = WaitingQueue(by_arrival)
+    for id, tenant in enumerate("aaabbc"):
+        queue.push(sequence(id, tenant=tenant))
+    order, served = [], {"a": 0.0, "b": 0.0, "c": 1.5}
+    while queue:
+        seq = queue.first(served)
+        served[seq.tenant] += 1
+        order.append(seq.id)
+        queue.remove(seq)
+    assert order == [0, 3, 1, 4, 5, 2]
+
+
+def test_tokens_that_wait_are_counted_by_tenant():
+    queue = WaitingQueue(by_arrival)
+    first, second = sequence(0, tenant="a", num_tokens=5), sequence(1, tenant="b", num_tokens=7)
+    queue.push(first)
+    queue.push(second)
+    assert (queue.num_tokens, queue.tokens_of("a"), queue.tokens_of("b")) == (12, 5, 7)
+    queue.remove(first)
+    assert (queue.num_tokens, queue.tokens_of("a")) == (7, 0)
+
+
+def test_a_place_counts_who_goes_before():
+    queue = WaitingQueue(by_arrival)
+    members = [sequence(id, tenant=tenant) for id, tenant in enumerate("aaaaabb")]
+    for seq in members:
+        queue.push(seq)
+    assert [queue.place(seq, fair=False) for seq in members] == [0, 1, 2, 3, 4, 5, 6]
+    assert [queue.place(seq, fair=True) for seq in members] == [1, 3, 4, 5, 6, 1, 3]
+
+
+def test_who_comes_back_has_no_more_claim_than_those_who_stayed():
+    shares, a, b = Shares(), sequence(0, tenant="a"), sequence(1, tenant="b", weight=2.0)
+    shares.enter(a)
+    assert not shares.contended
+    shares.enter(b)
+    a.num_computed = b.num_computed = 10
+    shares.charge(a, 10)
+    shares.charge(b, 10)
+    assert shares.snapshot() == {"a": 10.0, "b": 5.0}
+    shares.leave(a)
+    shares.enter(a)
+    assert shares.served("a") == 10  # what it owes stays
+    shares.leave(b)
+    a.num_computed = 30
+    shares.charge(a, 20)
+    shares.enter(b)
+    assert shares.served("b") == 30  # nothing was saved up
+    shares.leave(a)
+    shares.leave(b)
+    shares.enter(a)
+    assert shares.served("a") == 0
+
+
+def test_what_is_computed_again_is_not_charged_again():
+    shares, seq = Shares(), sequence(0, tenant="a")
+    shares.enter(seq)
+    seq.num_served = 10
+    for seq.num_computed, charged in ((8, 0), (16, 6), (17, 7)):
+        shares.charge(seq, 8 if seq.num_computed < 17 else 1)
+        assert shares.served("a") == charged
+
+
+def test_a_share_is_by_weight_among_those_who_are_there():
+    shares = Shares()
+    shares.enter(sequence(0, tenant="a"))
+    assert shares.of(100, "a", 1.0) == 100
+    assert shares.of(100, "b", 3.0) == 75
+    shares.enter(sequence(1, tenant="b", weight=3.0))
+    assert (shares.of(100, "a", 1.0), shares.live("b")) == (25, 1)

@@ -5,7 +5,6 @@ the same tokens; and in the end every block is free."""
 from __future__ import annotations
 
 import atexit
-import pickle
 import random
 from collections import deque
 from collections.abc import Mapping
@@ -26,6 +25,9 @@ from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
+from ruvon.engine.recording import Recording, read
+from ruvon.engine.replay import replay as recorded_again
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves
@@ -107,6 +109,7 @@ class Run:
         at_once: int = 1,
         failing: Mapping[int, str] = MappingProxyType({}),
         windows: tuple[int, ...] = (0,),
+        record_from: int = 0,
     ) -> None:
         self.runner = FakeRunner(
             config.block_size, ALPHABET, by_hand=not eager, depth=depth, at_once=at_once,
@@ -123,6 +126,8 @@ class Run:
             eos_token_ids=ByteTokenizer.eos_ids,
             grammars=GRAMMARS,
         )
+        self.record_from = record_from
+        self.recording: Recording | None = None
         self.arrivals = arrivals
         self.ids: dict[int, list[int]] = {}
         self.outputs: dict[int, list[int]] = {}
@@ -154,6 +159,8 @@ class Run:
                 self.engine.abort(self.ids[number])
 
     def _step(self) -> None:
+        if self.step == self.record_from:
+            self.recording = self.engine.record(100_000, lambda: None)
         while (pending := self.engine.launch(0.0)) is not None:
             self._check_plan(pending.plan)
             self.pending.append(pending)
@@ -175,9 +182,7 @@ class Run:
         assert self.finished.keys().isdisjoint(chunk.seq_id for chunk in plan.chunks)
         limit = self.engine.config.largest_step.tokens
         assert plan.num_tokens > 0
-        assert plan.num_tokens <= limit or (
-            not self.engine.config.enable_chunked_prefill and len(plan.chunks) == 1
-        )
+        assert plan.num_tokens <= limit
         assert len(plan.chunks) <= self.engine.config.largest_step.sequences
 
     def _take_in(self, emission: Emission) -> None:
@@ -195,9 +200,10 @@ def check(engine: Engine) -> None:
     scheduler = engine._scheduler
     pool, sequences, queues = scheduler.pool, scheduler.sequences.values(), scheduler._queues
     pool.check([table for seq in sequences for table in seq.tables])
-    assert list(scheduler.running) == [
-        seq.id for seq in sorted(queues.running.values(), key=queues._limits.order)
-    ]
+    if not queues._is_contended:  # else it changes with what is computed
+        assert list(scheduler.running) == [
+            seq.id for seq in sorted(queues.running.values(), key=queues.rank)
+        ]
     assert queues._num_holding == sum(1 for seq in queues.running.values() if seq.tables)
     assert max((seq.in_flight for seq in sequences), default=0) <= scheduler.num_in_flight
     for seq in sequences:
@@ -218,7 +224,7 @@ def check(engine: Engine) -> None:
             assert seq.num_pending > 0
         else:
             assert seq.num_pending == 0
-    for key, owner in scheduler._queues.prefixes._computing.items():
+    for key, owner in scheduler._queues.prefixes.computing.items():
         seq = scheduler.sequences[owner]
         assert key in seq.keys[seq.num_published :]
 
@@ -245,18 +251,31 @@ def verify(run: Run) -> None:
     scheduler = run.engine._scheduler
     assert scheduler.pool.num_free == scheduler.pool.num_blocks
     assert not scheduler.sequences
-    assert not scheduler._queues.prefixes._computing
+    assert scheduler.shares is None or not scheduler.shares._served
+    assert not scheduler._queues.prefixes.computing
+
+
+def replay_recording(run: Run) -> None:
+    """Written to a file and read back, the schedule comes out the same without a model."""
+    if run.recording is None:  # all was over before
+        return
+    lines = list(run.recording.lines())
+    steps = list(recorded_again(read(lines)))
+    assert [step.difference for step in steps] == [""] * len(steps)
+    assert len(steps) == sum(b'"step":' in line for line in lines[2:])
 
 
 def replay(run: Run) -> None:
-    """Plans are values: written down and read back, they make another runner do the same."""
+    """Plans are values: sent to a rank as bytes, they make another runner do the same."""
     depth, grammar_depth = run.runner.depth, run.runner.grammar_depth
     runner = FakeRunner(
         run.runner.block_size, ALPHABET, depth=depth, matchers=make_matchers(grammar_depth),
         windows=run.runner.windows,
     )  # fmt: skip
     for plan, result in zip(run.runner.plans, run.results, strict=True):
-        assert runner.launch(pickle.loads(pickle.dumps(plan))).result() == result
+        sent = decode_plan(encode_plan(plan))
+        assert sent == plan
+        assert decode_result(encode_result(runner.launch(sent).result())) == result
     runner.close()
 
 
@@ -284,6 +303,8 @@ def arrivals(draw: st.DrawFn, most: int = 8) -> list[Arrival]:
             sampling,
             n=draw(st.sampled_from([1, 1, 2, 5])),
             priority=draw(st.integers(0, 2)),
+            tenant=draw(st.sampled_from(["", "a", "b"])),
+            weight=draw(st.sampled_from([1.0, 3.0])),
             cache_salt=draw(st.sampled_from(["", "", "salt"])),
         )
         at = draw(st.integers(0, 12))
@@ -301,21 +322,23 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
         max_num_seqs=draw(st.integers(1, min(budget, 8))),
         max_num_batched_tokens=budget,
         batching=draw(st.sampled_from(["sequential", "static", "continuous"])),
-        scheduling_policy=draw(st.sampled_from(["fcfs", "priority"])),
+        scheduling_policy=draw(st.sampled_from(["fair", "fcfs", "priority"])),
         enable_prefix_caching=draw(st.booleans()),
         enable_chunked_prefill=draw(st.booleans()),
     )
     windows = draw(st.sampled_from([(0,), (0,), (0, 5), (7,), (0, 17, 17), (0, 0, 3, 26)]))
     fewest = most_blocks(MAX_MODEL_LEN, block_size, windows, longest_chunk(config))
     more = draw(st.sampled_from([0, 1, fewest // 2, 4 * fewest, 40 * fewest]))
-    depth = draw(st.sampled_from([1, 2, 2]))
+    stages = draw(st.sampled_from([1, 1, 2, 3]))
+    depth = stages + 1 if stages > 1 else draw(st.sampled_from([1, 2, 2]))
     return {
-        "config": config,
+        "config": replace(config, pipeline_parallel_size=stages),
         "num_blocks": fewest + more,
         "windows": windows,
         "depth": depth,
         "grammar_depth": draw(st.integers(1, depth)),
         "eager": draw(st.booleans()),
+        "record_from": draw(st.sampled_from([0, 0, 1, 5, 9])),
     }
 
 
@@ -325,6 +348,7 @@ def test_same_tokens_whatever_the_schedule(load, world):
     run = Run(load, **world).go()
     verify(run)
     replay(run)
+    replay_recording(run)
 
 
 @settings(max_examples=60, deadline=None)
@@ -344,6 +368,7 @@ def test_a_failed_step_ends_its_sequences_and_touches_nothing_else(load, world, 
     """`verify` holds all others, and whoever finds a block in the cache, to their right tokens."""
     run = Run(load, **world, failing=failing).go()
     verify(run)
+    replay_recording(run)
     of_failed = {
         chunk.seq_id for plan in run.runner.plans if plan.step in failing for chunk in plan.chunks
     }
@@ -371,7 +396,13 @@ def mixed_load(
             prompt_logprobs=rng.choice([None, None, None, 0]),
             grammar=rng.choice([None, *RULES]) if constrained else None,
         )
-        job = Job(prompt, sampling, n=rng.choice([1, 1, 1, 3]), priority=rng.randrange(3))
+        job = Job(
+            prompt,
+            sampling,
+            n=rng.choice([1, 1, 1, 3]),
+            priority=rng.randrange(3),
+            tenant=rng.choice("abc"),
+        )
         at = rng.randrange(num_steps)
         aborted = at + rng.randrange(60) / 2 if rng.random() < 0.3 else None
         load.append(Arrival(job, at, aborted))
@@ -382,12 +413,12 @@ def mixed_load(
     ("policy", "constrained", "windows", "depth", "grammar_depth"),
     [
         ("fcfs", False, (0,), 1, 1),
-        ("fcfs", False, (0,), 2, 1),
+        ("fair", False, (0,), 2, 1),
         ("priority", False, (0,), 2, 2),
         ("fcfs", True, (0,), 2, 2),
         ("fcfs", True, (9,), 1, 1),
         ("priority", False, (0, 9), 1, 1),
-        ("priority", False, (0, 9), 2, 2),
+        ("fair", True, (0, 9), 2, 2),
     ],
 )
 def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
@@ -404,7 +435,7 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, wi
     run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
-    assert counters.preempted > (100 if 0 in windows else 0)
+    assert counters.preempted > (50 if 0 in windows else 0)
     assert counters.cached > 1000
 
 

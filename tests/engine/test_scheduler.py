@@ -23,7 +23,7 @@ def make(num_blocks=64, block_size=4, *, order="fcfs", policy="continuous", **li
     )
 
 
-def sequence(id, tokens, max_tokens=8, *, stop_ids=(EOS,), priority=0, **sampling):
+def sequence(id, tokens, max_tokens=8, *, stop_ids=(EOS,), priority=0, tenant="", **sampling):
     wants = sampling.get("prompt_logprobs") is not None
     return Sequence(
         id=id,
@@ -35,6 +35,7 @@ def sequence(id, tokens, max_tokens=8, *, stop_ids=(EOS,), priority=0, **samplin
         seed=0,
         stop_ids=frozenset(stop_ids),
         priority=priority,
+        tenant=tenant,
         prompt_logprobs=[None] if wants else None,
     )
 
@@ -62,6 +63,25 @@ def run_out(scheduler, most=200):
 
 
 # -------------------------------------------------------------------- the budget
+
+
+def test_stages_have_a_step_each_and_no_token_is_waited_for_in_one():
+    """A prompt's chunks follow each other; streams take turns, half of them in each step."""
+    scheduler = make(max_tokens=10, stages=2)
+    for id in range(4):
+        scheduler.add(sequence(id, range(10 * id + 10, 10 * id + 16)))
+    plans = [scheduler.schedule(0.0) for _ in range(3)]
+    shares = [[(chunk.seq_id, len(chunk.tokens)) for chunk in plan.chunks] for plan in plans]
+    assert shares == [[(0, 6), (1, 4)], [(1, 2), (2, 6), (3, 2)], [(3, 4)]]
+    assert scheduler.schedule(0.0) is None
+    for plan in plans:
+        scheduler.commit(plan, result(plan))
+    for _ in range(3):
+        plans = [scheduler.schedule(0.0) for _ in range(3)]
+        assert [plan and plan.rows for plan in plans] == [(0, 1), (2, 3), None]
+        assert all(chunk.tokens == (9,) for plan in plans[:2] for chunk in plan.chunks)
+        for plan in plans[:2]:
+            scheduler.commit(plan, result(plan))
 
 
 def test_a_prompt_then_one_token_a_step():
@@ -120,14 +140,16 @@ def test_without_chunking_a_prompt_waits_for_a_step_that_holds_it():
     assert step(scheduler)[0] == {0: 1, 1: 6}
 
 
-def test_without_chunking_a_prompt_over_the_budget_gets_a_step_alone():
+def test_without_chunking_a_prompt_over_the_budget_gets_steps_alone():
     scheduler = make(max_tokens=8, chunked=False)
     scheduler.add(sequence(0, [5]))
     step(scheduler)
     scheduler.add(sequence(1, range(20, 40)))
     scheduler.add(sequence(2, range(40, 48)))  # fits the budget, but not beside the others
-    assert step(scheduler)[0] == {1: 20}
-    assert step(scheduler)[0] == {0: 1, 1: 1}
+    assert step(scheduler)[0] == {1: 8}
+    assert step(scheduler)[0] == {0: 1}
+    assert step(scheduler)[0] == {1: 8}
+    assert step(scheduler)[0] == {0: 1, 1: 4}
     assert step(scheduler)[0] == {2: 8}
     assert step(scheduler)[0] == {0: 1, 1: 1, 2: 1}
 
@@ -681,12 +703,18 @@ def test_who_is_blocked_is_looked_up_again_only_when_something_has_changed(monke
     assert len(looked_up) <= 3
 
 
-def test_without_chunking_streams_go_on_however_many_long_prompts_come():
-    scheduler = make(max_tokens=8, chunked=False, num_blocks=600)
+@pytest.mark.parametrize("chunked", [True, False])
+@pytest.mark.parametrize("order", ["fair", "fcfs", "priority"])
+def test_no_stream_waits_longer_than_one_chunk_however_many_long_prompts_come(chunked, order):
+    scheduler = make(max_tokens=8, chunked=chunked, order=order, num_blocks=600)
     scheduler.add(sequence(0, [5], max_tokens=40))
     step(scheduler)
+    gap = num_computed = 0
     for id in range(1, 30):
-        scheduler.add(sequence(id, [id] * 20, max_tokens=1))
-        step(scheduler)
-    assert scheduler.sequences[0].num_output >= 14
-    assert 12 not in scheduler.sequences
+        scheduler.add(sequence(id, [id] * 60, max_tokens=1, tenant=str(id % 3)))
+        shares, _ = step(scheduler)
+        assert sum(shares.values()) <= 8
+        gap = 0 if 0 in shares else gap + 1
+        assert gap <= 1
+        num_computed += sum(shares.values())
+    assert num_computed > 4 * 29  # and prompts get on

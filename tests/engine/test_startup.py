@@ -128,7 +128,7 @@ def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeyp
 
 def test_layers_of_a_large_model_are_loaded_one_by_one(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[-1]))
+    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[4]))
     monkeypatch.setattr(startup, "stored_bytes", lambda checkpoint: 14 << 30)
     with pytest.raises(AttributeError):  # there is no model
         start_engine(settings(folder, threads=4), silent)
@@ -167,7 +167,7 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
     asked = []
 
     def load_model(*arguments):
-        asked.append(arguments[-1])
+        asked.append(arguments[4])
         return models.load_model(*arguments)
 
     monkeypatch.setattr(startup, "load_model", load_model)
@@ -186,7 +186,7 @@ def test_a_vocabulary_that_cannot_be_used_is_said(folder):
 
 
 def test_memory_is_planned_from_what_is_free(folder, monkeypatch):
-    monkeypatch.setattr(startup, "free_for_cache", lambda ops, config, spec: 100 * 512)
+    monkeypatch.setattr(startup, "free_for_cache", lambda *_: 100 * 512)
     loaded = start_engine(settings(folder, kv_cache_memory=None), lambda phase, share: None)
     loaded.close()
     assert loaded.memory.num_tokens == 80

@@ -147,6 +147,9 @@ def test_embed_reads_back_what_was_packed(cpu, name):
     ids = ints([0, 69, 17, 17, 33])
     got = cpu.ops.embed(ids, cpu.ops.pack(weight))
     assert_close(got, weight.dequantize()[ids], 1e-6)
+    of_a_rank = cpu.ops.embed(ints([39, 108, 109, 0]), cpu.ops.pack(weight), 39)
+    assert torch.equal(of_a_rank[:2], got[:2])
+    assert not of_a_rank[2:].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

@@ -2,31 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-
 import pytest
 import torch
-import torch.distributed as dist
+from meshes import on_ranks
 from torch import Tensor
 
-from ruvon.kernels.mesh import ALONE, Mesh, process_group_mesh
-
-
-def on_ranks(size: int, stages: int, work: Callable[[Mesh], Tensor]) -> list[Tensor]:
-    """What ``work`` returns on every rank of a grid."""
-    store = dist.HashStore()
-
-    def one(number: int) -> Tensor:
-        stage, rank = divmod(number, size)
-        mesh = process_group_mesh(store, rank=rank, size=size, stage=stage, stages=stages)
-        try:
-            return work(mesh)
-        finally:
-            mesh.close()
-
-    with ThreadPoolExecutor(size * stages) as threads:
-        return [*threads.map(one, range(size * stages))]
+from ruvon.kernels.mesh import ALONE, Mesh
 
 
 def numbers(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -86,6 +67,7 @@ def test_who_waits_for_a_rank_that_has_left_is_told() -> None:
     def work(mesh: Mesh) -> Tensor:
         x = mesh.reduce(numbers(0))
         if mesh.rank == 1:
+            mesh.close()
             return x
         with pytest.raises(RuntimeError):
             mesh.reduce(x)

@@ -78,7 +78,11 @@ def test_rows_of_codes(ops, dtype, kind):
     weight = CODES[kind](70, 160)
     ids = torch.tensor([0, 69, 5, 5], dtype=torch.int32, device=DEVICE)
     expected = weight.dequantize().to(DEVICE)[ids.long()]
-    assert_near(ops.embed(ids, ops.pack(weight)), expected, dtype)
+    packed = ops.pack(weight)
+    assert_near(ops.embed(ids, packed), expected, dtype)
+    absent = torch.tensor([-1, 70], dtype=torch.int32, device=DEVICE)  # another rank has them
+    assert not ops.embed(absent + 9, packed, 9).any()
+    assert_near(ops.embed(ids + 9, packed, 9), expected, dtype)
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])

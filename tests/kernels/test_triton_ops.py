@@ -58,6 +58,8 @@ def test_small_moves(ops, dtype):
     ids = torch.tensor([0, 36, 5, 5], dtype=torch.int32, device=DEVICE)
     x = ops.embed(ids, table)
     assert torch.equal(x, reference.embed(ids, table))
+    assert torch.equal(ops.embed(ids + 3, table, 3), x)
+    assert torch.equal(ops.embed(ids, table, 5), reference.embed(ids, table, 5))
     assert torch.equal(ops.gather_rows(x, ids[2:] - 3), x[ids[2:].long() - 3])
     assert torch.equal(ops.add(x, x), x + x)
 

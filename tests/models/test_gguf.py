@@ -45,6 +45,12 @@ def test_quantized_types_hold_the_same_numbers(tmp_path, name):
     assert isinstance(got, Quantized)
     assert got.bits == int(name[1])
     np.testing.assert_array_equal(got.dequantize().numpy(), want)
+    for columns in (range(256, 512), range(32, 480), range(8, 24)):  # of blocks, groups, neither
+        part = GgufFile(tmp_path / "x.gguf").read("w", want.shape, ([range(1, 3)], [columns]))
+        assert isinstance(part, Quantized) == (columns != range(8, 24))
+        values = part.dequantize() if isinstance(part, Quantized) else part
+        expected = want[1:3, columns.start : columns.stop]
+        np.testing.assert_array_equal(values.numpy(), expected)
 
 
 def test_mxfp4_holds_the_same_numbers(tmp_path):
@@ -69,6 +75,9 @@ def test_mxfp4_blocks_are_those_of_hugging_face(tmp_path):
     got = GgufFile(tmp_path / "x.gguf").read("w", (2, 3, 128))
     np.testing.assert_array_equal(got.codes_NKB.numpy(), codes.reshape(6, 4, 16))
     np.testing.assert_array_equal(got.scales_NK.numpy(), scales.reshape(6, 4))
+    cut = (None, [range(2, 3)], [range(32, 96)])
+    part = GgufFile(tmp_path / "x.gguf").read("w", (2, 3, 128), cut)
+    np.testing.assert_array_equal(part.codes_NKB.numpy(), codes[:, 2, 1:3])
 
 
 @pytest.mark.parametrize(

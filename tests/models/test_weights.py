@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Dense
 from ruvon.models.quantize import SCHEMES
-from ruvon.models.weights import SafetensorsFolder
+from ruvon.models.sources import SafetensorsFolder
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from transformers import (
 )
 
 from ruvon.config import EngineConfig
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.models import Model, load_model
 from ruvon.models.checkpoint import open_checkpoint
@@ -117,17 +119,28 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 }
 
 
-def make_reference(name: str) -> PreTrainedModel:
-    """transformers' model of a config above, all of it random: biases and norms too."""
+def make_reference(name: str, **changes: int) -> PreTrainedModel:
+    """transformers' model of a config above, with ``changes`` to it; all of it random, biases and
+    norms too."""
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name], attn_implementation="eager")
+    config = copy.deepcopy(CONFIGS[name])
+    for field, value in changes.items():
+        setattr(config, field, value)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
     for parameter in model.parameters():
         parameter.data = parameter.data + torch.randn_like(parameter) * 0.1
     return model.eval()
 
 
-def load(path: Path, *, progress: Progress = silent, at_once: int = 1, **settings: object) -> Model:
-    """Our model of a checkpoint, on the plain kernels in float32."""
+def load(
+    path: Path,
+    *,
+    progress: Progress = silent,
+    at_once: int = 1,
+    mesh: Mesh = ALONE,
+    **settings: object,
+) -> Model:
+    """Our model of a checkpoint, or a rank's share of it, on the plain kernels in float32."""
     config = EngineConfig(model=str(path), **settings)
     ops = make_torch_ops(torch.float32, torch.device("cpu"))
-    return load_model(open_checkpoint(config, silent), config, ops, progress, at_once)
+    return load_model(open_checkpoint(config, silent), config, ops, progress, at_once, mesh)

@@ -11,7 +11,7 @@ from structlog.testing import capture_logs
 from ruvon.config import ServerConfig
 from ruvon.errors import ConfigError
 from ruvon.server.app import ROUTES
-from ruvon.server.keys import OPEN, read_keys
+from ruvon.server.keys import OPEN, Keys, parse_lines, read_keys
 from ruvon.server.responses_api.store import RESPONSES
 
 KEYED = ServerConfig(port=0, api_key=("first-key", "second-key"))
@@ -272,3 +272,31 @@ async def test_nobody_looks_into_the_engine_without_an_admin_s_key(serve):
     for config in (ServerConfig(port=0), KEYED):
         server = await serve("Hello", server=config)
         assert (await server.get("/debug/steps", headers=bearer("first-key"))).status == 403
+
+
+# ------------------------------------------------------------------------------ weights
+
+
+def test_a_key_in_a_file_may_have_a_weight():
+    keys = list(parse_lines("sk-a\nbatch sk-b 0.5\n# a comment\nchat sk-c 3\n"))
+    assert [(key.name, key.weight) for key in keys] == [("", 1.0), ("batch", 0.5), ("chat", 3.0)]
+    made = Keys(keys)
+    assert (made.weight("batch"), made.weight("chat"), made.weight("")) == (0.5, 3.0, 1.0)
+
+
+@pytest.mark.parametrize("weight", ["0", "-1", "nan", "inf", "1e9", "x", "0.0"])
+def test_a_weight_is_a_number_above_zero(weight):
+    with pytest.raises(ValueError, match="line 1 ends in a weight that is no number above 0"):
+        list(parse_lines(f"batch sk-b {weight}"))
+
+
+async def test_a_keys_weight_goes_with_its_jobs(serve, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("chat sk-c 3\n")
+    server = await serve("Hello", server=ServerConfig(port=0, api_key_file=str(path)))
+    seen, generate = [], server.service.generator.generate
+    server.service.generator.generate = lambda jobs, *args: (
+        seen.extend(jobs) or generate(jobs, *args)
+    )
+    await server.post("/v1/completions", {"prompt": "a"}, headers={"Authorization": "Bearer sk-c"})
+    assert [(job.tenant, job.weight) for job in seen] == [("chat", 3.0)]

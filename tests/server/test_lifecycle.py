@@ -332,7 +332,7 @@ async def test_chunks_grow_while_the_reader_is_busy(serve, monkeypatch):
     monkeypatch.setattr(
         server.service.generator,
         "generate",
-        lambda jobs: streams.append(generate(jobs)) or streams[-1],
+        lambda *args: streams.append(generate(*args)) or streams[-1],
     )
     task = asyncio.create_task(server.chat(stream=True))
     await server.until(lambda: server.fake.num_held)
@@ -357,7 +357,11 @@ async def test_silence_is_filled_with_comments(serve):
         first = await response.content.readuntil(b"\n\n")
         assert b'"role":"assistant"' in first
         for _ in range(3):
-            assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+            assert await response.content.readuntil(b"\n\n") == b": prefill 21/21\n\n"
+        server.fake.finish_step()
+        await server.until(lambda: server.fake.num_held)
+        assert b'"content":"o"' in await response.content.readuntil(b"\n\n")
+        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
         rest = asyncio.create_task(response.read())
         await server.finish(rest)
         assert rest.result().endswith(b"data: [DONE]\n\n")

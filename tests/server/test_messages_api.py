@@ -179,10 +179,10 @@ async def test_a_quiet_stream_sends_pings_after_its_first_event(serve):
     body = {"max_tokens": 9, "messages": [USER], "stream": True}
     async with server.session.post(server.url + PATH, json=body) as response:
         assert response.status == 200  # though there is no token yet
-        assert await response.content.readuntil(b"\n\n") == b": keep-alive\n\n"
+        assert await response.content.readuntil(b"\n\n") == b": prefill 21/21\n\n"
         runner.finish_step()
         stream = await response.content.readuntil(b'event: ping\ndata: {"type":"ping"}\n\n')
-        assert stream.removeprefix(b": keep-alive\n\n").startswith(b"event: message_start\n")
+        assert stream.removeprefix(b": prefill 21/21\n\n").startswith(b"event: message_start\n")
         rest = asyncio.create_task(response.read())
         await server.finish(rest)
         assert rest.result().endswith(b'event: message_stop\ndata: {"type":"message_stop"}\n\n')

@@ -230,7 +230,8 @@ class Parrot:
     max_model_len = 64
     vocab_size = 260
     dead = None
-    stalled_for = 0.0
+    stalled_for = progressed_at = 0.0
+    num_open = 0
     load = (1, 2, 0.5)
 
     def start(self) -> None: ...
@@ -242,7 +243,20 @@ class Parrot:
     def prepare(self, job: Job) -> Job:
         return job
 
-    def generate(self, jobs: list[Job]) -> Stream:
+    def check_compiled(self, grammars: object) -> None: ...
+
+    def compile(self, grammars: object) -> list[object]:
+        return []
+
+    def progress(self, stream: Stream) -> str:
+        return ""
+
+    def describe(self) -> dict[str, object]:
+        return {}
+
+    def fail(self, error: Exception) -> None: ...
+
+    def generate(self, jobs: list[Job], timeout: float | None = None) -> Stream:
         stream = Stream(lambda stream, ids, reason: stream.open.difference_update(ids))
         for index, job in enumerate(jobs):
             stream.open.add(index)

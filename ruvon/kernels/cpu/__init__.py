@@ -36,9 +36,11 @@ from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.graph import Forward, Graph, Limits, Program, Progress, sizes_of
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
+from ruvon.kernels.cpu.meeting import KEY, traced
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.cpu.sampling import Sampler
 from ruvon.kernels.cpu.thread_pool import ThreadPool
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import Experts, ExpertsSpec, ForwardBatch, Ops, Packed, PackedExperts, Weight
 
 __all__ = ["CpuKernels", "Graph", "Limits", "Sampler", "allocate_cache"]
@@ -54,6 +56,7 @@ class CpuKernels:
         dense_dtype: torch.dtype | None = None,
         isa: str | None = None,
         cores: Sequence[int] | None = None,
+        mesh: Mesh = ALONE,
     ) -> None:
         """
         Args:
@@ -64,6 +67,7 @@ class CpuKernels:
             isa: the name of an instruction set, see `isa`; None takes the CPU's best. All give the
                 same results, but for weights in bfloat16.
             cores: one for each thread to be held to; None leaves that to the operating system.
+            mesh: the ranks that share the models; what is captured meets them over ``self.mesh``.
 
         Raises ConfigError if the CPU does not have that instruction set.
         """
@@ -77,6 +81,7 @@ class CpuKernels:
             cores,
         )
         self._capturing: Capture | None = None
+        self.mesh = traced(mesh, lambda: self._capturing)
         self.ops = Ops(
             name=f"cpu, {self.isa.name}",
             pack=self._pack,
@@ -158,7 +163,8 @@ class CpuKernels:
     def _finish(
         self, progress: Progress | None, capture: Capture, results: Iterable[Tensor]
     ) -> Program:
-        kernels = list(dict.fromkeys(line.kernel for line in capture.instructions))
+        kernels = [*dict.fromkeys(line.kernel for line in capture.instructions)]
+        kernels = [kernel for kernel in kernels if kernel != KEY]
         kernels.sort(key=USUAL.__contains__)  # those may be made elsewhere in the meantime
         for done, kernel in enumerate(kernels):
             if progress is not None:

@@ -87,6 +87,8 @@ class Pack(NamedTuple):
 class Embed(NamedTuple):
     ids: Address
     table: Tiles
+    first: int  # id of the table's first row; ids that it does not have give zeros
+    rows: int
     width: int
     out: Address
     stride: int

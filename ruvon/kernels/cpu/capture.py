@@ -176,12 +176,14 @@ class Capture:
 
     # Operations; what they mean is in `Ops`
 
-    def embed(self, ids_T: Tensor, table: Packed) -> Tensor:
+    def embed(self, ids_T: Tensor, table: Packed, first: int | None = None) -> Tensor:
         out = self.new(Param.TOKENS, table.shape[1])
         ((kind, tiles),) = parts_of(table)
         arguments = Embed(
             ids=ints(ids_T),
             table=tiles_of(kind, tiles, out.width),
+            first=first or 0,
+            rows=table.shape[0],
             width=out.width,
             out=out.read(),
             stride=out.stride,

@@ -20,6 +20,7 @@ from ruvon.kernels.cpu.capture import Capture, Instruction, Value
 from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.formats import GROUP, Form
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
+from ruvon.kernels.cpu.meeting import KEY
 from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
 from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
@@ -54,23 +55,44 @@ class Program:
         links = prefetch_links(self.instructions)
         self._memory = new_instructions(len(self.instructions))
         for line, each, link in zip(self._memory, self.instructions, links, strict=True):
+            if each.kernel == KEY:
+                continue
             address = compiled.address(each.kernel)
             header = Header(address, each.counted, each.units, each.dynamic, *link)
             numbers = words((header, each.arguments))
             line[: len(numbers)] = torch.tensor(numbers)
+        self._stretches = [*stretches(self.instructions, self._memory)]
 
     def run(self, sizes: Sequence[int], lines: Tensor | None = None) -> None:
         """One step of these sizes; returns when all threads are done.
 
         ``lines`` runs some instructions only, as `pick` makes them: to find out what takes long.
         """
-        self._pool.run(self._memory if lines is None else lines, sizes)
+        if lines is not None:
+            self._pool.run(lines, sizes)
+            return
+        for stretch, meet in self._stretches:
+            if len(stretch):
+                self._pool.run(stretch, sizes)
+            meet(sizes)
 
     def pick(self, numbers: Sequence[int]) -> Tensor:
         """A copy of the instructions of these numbers."""
         lines = new_instructions(len(numbers))
         lines.copy_(self._memory[list(numbers)])
         return lines
+
+
+def stretches(
+    instructions: Sequence[Instruction], memory: Tensor
+) -> Iterator[tuple[Tensor, Callable[[Sequence[int]], object]]]:
+    """The instructions from one meeting of ranks to the next, and what is called behind them."""
+    first = 0
+    for number, line in enumerate(instructions):
+        if line.kernel == KEY:
+            yield memory[first:number], line.arguments.call
+            first = number + 1
+    yield memory[first:], lambda sizes: None
 
 
 def new_instructions(count: int) -> Tensor:

@@ -35,9 +35,9 @@ async def messages(http: web.Request) -> web.StreamResponse:
     request, ignored, (job, turn, left_out) = await read_request(http, MessagesRequest, prepare)
     ignored = without_effect(http, ignored, turn, left_out)
     writer = MessagesWriter(request, job, service, http[FACTS]["request_id"])
-    generation = Generation(service, [job], writer, turn.parser)
+    generation = Generation(http, service, [job], writer, turn.parser)
     media = EVENTS._replace(beat=writer.beat)
-    return await generation.send(http, stream=bool(request.stream), ignored=ignored, media=media)
+    return await generation.send(stream=bool(request.stream), ignored=ignored, media=media)
 
 
 def prepare(

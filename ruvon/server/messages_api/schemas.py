@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, Stops, as_parts
+from ruvon.server.schemas.base import Fields, Stops, Timeout, as_parts
 from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
@@ -232,6 +232,7 @@ class MessagesRequest(PromptFields):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     stop_sequences: Stops | None = None
+    timeout: Timeout | None = None  # ours
 
     @model_validator(mode="after")
     def _check_lengths(self) -> MessagesRequest:

@@ -25,7 +25,7 @@ async def start(
     store = app[RESPONSES]
     store.put(entry)
     try:
-        events = generation.run(app)
+        events = generation.run()
     except BaseException:
         store.delete(entry.id, entry.owner)
         raise

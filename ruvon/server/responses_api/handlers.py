@@ -13,6 +13,7 @@ from aiohttp import web
 from ruvon.errors import RequestError
 from ruvon.server.body import offload, read
 from ruvon.server.conversation import take_turn, without_effect
+from ruvon.server.deadlines import limit_time
 from ruvon.server.events import event, send_events
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.keys import TENANT
@@ -65,14 +66,14 @@ async def create(http: web.Request) -> web.StreamResponse:
     told = ready.kept and bool(request.stream or request.background)
     entry, writer = begin(store, ready, context, service, told=told)
     entry.owner = http[TENANT]
-    generation = Generation(service, [ready.job], writer, ready.turn.parser)
+    generation = Generation(http, service, [ready.job], writer, ready.turn.parser)
     if request.background:
         await start(http.app, entry, writer, generation)
         if request.stream:
             return await follow(http, entry, 0, ignored)
         return json_response(writer.snapshot(), headers=ignored_header(ignored))
     try:
-        return await generation.send(http, stream=bool(request.stream), ignored=ignored)
+        return await generation.send(stream=bool(request.stream), ignored=ignored)
     finally:
         if entry.recording is not None and entry.id not in store:
             entry.recording.drop()
@@ -107,6 +108,7 @@ async def understand(
         return *read_fields(kind, body, service, strict), len(body)
 
     request, ignored, size = await read(http, parse)
+    limit_time(http, getattr(request, "timeout", None))
     previous, owner = request.previous_response_id, http[TENANT]
     named = (item.id for item in request.input or () if isinstance(item, ReferenceItem))
     context = Context(
@@ -219,8 +221,8 @@ async def compact(http: web.Request) -> web.StreamResponse:
 
     _, ignored, (job, turn, items, found) = await understand(http, CompactRequest, work)
     ignored = without_effect(http, ignored, found)
-    generation = Generation(service, [job], CompactWriter(job, items), turn.parser)
-    return await generation.send(http, stream=False, ignored=ignored)
+    generation = Generation(http, service, [job], CompactWriter(job, items), turn.parser)
+    return await generation.send(stream=False, ignored=ignored)
 
 
 def find(http: web.Request) -> Stored:

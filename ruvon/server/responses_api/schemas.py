@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 from ruvon.errors import RequestError
 from ruvon.server.responses_api.input import Items
 from ruvon.server.schemas import ConstraintFields, Fields, SamplingFields
-from ruvon.server.schemas.base import missing
+from ruvon.server.schemas.base import Timeout, missing
 from ruvon.server.schemas.chat import Effort, Metadata
 
 MAX_TOOLS = 1024
@@ -216,6 +216,7 @@ class ResponsesRequest(TurnFields, SamplingFields, ConstraintFields):
     prompt_cache_key: Label | None = None
     safety_identifier: Label | None = None
     user: Label | None = None
+    timeout: Timeout | None = None  # ours
 
     @model_validator(mode="after")
     def _check_background(self) -> ResponsesRequest:

@@ -52,6 +52,7 @@ def as_bias(value: object) -> dict[int, float]:
     return bias
 
 
+Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
 Bias = Annotated[dict[int, float], PlainValidator(as_bias, json_schema_input_type=dict[str, float])]

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, SamplingFields, TokenIds
+from ruvon.server.schemas.base import Fields, SamplingFields, Timeout, TokenIds
 from ruvon.server.schemas.constraints import ConstraintFields
 
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
@@ -36,6 +36,7 @@ class GenerationFields(SamplingFields, ConstraintFields):
     truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None
+    timeout: Timeout | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> GenerationFields:

@@ -322,9 +322,13 @@ def make_embed(kind, isa):
     def embed(address, params, start, stop, scratch):
         a = arguments(Embed, address)
         for row in range(start, stop):
-            token = read_i32(a.ids + 4 * row)
-            tile, lane = a.table.tiles + token // 16 * a.table.tile_bytes, token % 16
+            token = read_i32(a.ids + 4 * row) - a.first
             out = a.out + row * a.stride
+            if token < 0 or token >= a.rows:
+                for k in range(a.width):
+                    write_f32(out + 4 * k, 0.0)
+                continue
+            tile, lane = a.table.tiles + token // 16 * a.table.tile_bytes, token % 16
             for k in range(a.width):
                 if quantized:
                     value = coded_value(tile, lane, a.table.steps, k)

@@ -1,0 +1,154 @@
+"""A router's life: over replicas that are there, or over those that it starts itself."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import signal
+import tempfile
+from collections.abc import Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from ruvon.config import EngineConfig, RouterConfig, ServerConfig
+from ruvon.errors import RuvonError
+from ruvon.router.app import ROUTING, Routing, create_router
+from ruvon.router.fleet import FLEET, Fleet
+from ruvon.router.metrics import METRICS
+from ruvon.router.places import places
+from ruvon.router.processes import Processes, settings_of
+from ruvon.router.replica import parse_url
+from ruvon.server import console
+from ruvon.server.connection import Runner
+from ruvon.server.listen import allow_files, listen, listen_unix
+from ruvon.server.tls import TLS, Certificate
+from ruvon.telemetry.logs import configure_logging
+
+log = structlog.get_logger(__name__)
+
+GOODBYE = 5.0  # seconds for last bytes to reach slow readers
+SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
+SETTLED = 0.02  # seconds between two looks at whether all is answered
+FILES = 64  # beside connections, of which each client's may have another one to a replica
+
+
+def route(urls: Iterable[str], server: ServerConfig, config: RouterConfig) -> None:
+    """Share requests out among the replicas at ``urls``, until a signal. Raises ConfigError."""
+    known = list(dict.fromkeys(urls))
+    for url in known:
+        parse_url(url)
+    fleet = Fleet(config, known)
+    start(create_router(fleet, Routing(server)), None)
+
+
+def serve_replicas(engine: EngineConfig, server: ServerConfig, config: RouterConfig) -> None:
+    """Start replicas on this machine, and share requests out among them until a signal. Raises
+    ConfigError, and LoadError when they cannot start."""
+    where = places(engine, config.data_parallel_size)
+    with tempfile.TemporaryDirectory(prefix="ruvon-") as folder:  # 0700
+        fleet, routing = Fleet(config), Routing(server)
+        app = create_router(fleet, routing)
+        processes = Processes(fleet, app[METRICS].record_restart, server.shutdown_timeout)
+        shown = console.is_watched(server)
+        for number, place in enumerate(where):
+            path = Path(folder) / f"{number}.sock"
+            told = settings_of(engine, server, place, path, shown)
+            env = {"CUDA_VISIBLE_DEVICES": ",".join(place.devices)} if place.devices else {}
+            processes.add(fleet.add(f"unix:{path}"), told, env)
+        routing.restart, routing.changed = processes.restart, processes.note
+        start(app, processes)
+
+
+def start(app: web.Application, processes: Processes | None) -> None:
+    """Run until the end. Raises what ended it."""
+    server = app[ROUTING].server
+    configure_logging(server.log_level, server.log_format)
+    allow_files(2 * server.max_connections + FILES)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(run(app, processes))
+
+
+async def run(app: web.Application, processes: Processes | None) -> None:
+    """Listen, wait for the end, leave in order."""
+    routing, fleet = app[ROUTING], app[FLEET]
+    counted = app[METRICS].count_connections
+    runner = Runner(app, routing.server, counted, shutdown_timeout=GOODBYE)
+    await runner.setup()
+    keeping = None if processes is None else asyncio.create_task(keep(processes, routing))
+    try:
+        watch_signals(routing, fleet)
+        await tell_address(runner, routing.server, app[TLS], len(fleet.replicas))
+        await routing.ended.wait()
+        await drain(fleet, routing.server.shutdown_timeout)
+        if processes is not None:
+            await processes.stop()
+    finally:
+        if keeping is not None:
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+        await runner.cleanup()
+    if routing.failure is not None:
+        raise routing.failure
+
+
+async def keep(processes: Processes, routing: Routing) -> None:
+    """Keep the replicas running; where that is in vain, it is the end."""
+    try:
+        await processes.run()
+    except* RuvonError as errors:
+        routing.failure = errors.exceptions[0]
+        routing.ended.set()
+
+
+async def tell_address(
+    runner: web.AppRunner, server: ServerConfig, certificate: Certificate | None, count: int
+) -> None:
+    """Listen, and say where."""
+    if server.uds is not None:
+        await listen_unix(runner, server.uds)
+        log.info("listening", url=f"unix:{server.uds}", replicas=count)
+        return
+    tls = None if certificate is None else certificate.context
+    host, port = await listen(runner, server.host, server.port, tls)
+    url = f"{server.scheme}://{console.bracketed(host)}:{port}"
+    log.info("listening", url=url, port=port, replicas=count)
+
+
+async def drain(fleet: Fleet, patience: float) -> None:
+    """Let requests be answered, and refuse new ones in words until then."""
+    fleet.draining = True
+    with suppress(TimeoutError):
+        async with asyncio.timeout(patience):
+            while fleet.in_flight:  # noqa: ASYNC110 - at the end, once
+                await asyncio.sleep(SETTLED)
+    log.info("drained", unfinished=fleet.in_flight)
+
+
+def watch_signals(routing: Routing, fleet: Fleet) -> None:
+    """SIGHUP restarts the replicas in turn. The first SIGTERM or SIGINT drains; the second, which
+    does not come at the same time as `timeout` sends it, ends the process at once."""
+    loop = asyncio.get_running_loop()
+    came_at = math.inf
+
+    def on_end(number: signal.Signals) -> None:
+        nonlocal came_at
+        if not routing.ended.is_set():
+            came_at = loop.time()
+            fleet.draining = True
+            routing.ended.set()
+            log.info("draining", signal=number.name, unfinished=fleet.in_flight)
+        elif loop.time() - came_at > SAME_SIGNAL:
+            os._exit(128 + number)
+
+    def on_restart() -> None:
+        if routing.restart is None or not routing.restart():
+            log.warning("no_restart", why="none of ours, or one is under way")
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, on_end, number)
+    loop.add_signal_handler(signal.SIGHUP, on_restart)

@@ -1,0 +1,155 @@
+"""Ranks that are processes: a server of them, and what is left when one of them or it ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import urllib.error
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from embedded import running
+from fakes import TINY_LLAMA
+
+from ruvon.config import EngineConfig
+from ruvon.engine.engine import Pending
+from ruvon.engine.startup import start_engine
+from ruvon.engine.types import Job, SamplingParams
+from ruvon.grammars import regex
+from ruvon.telemetry import silent
+
+SETTINGS = {"load_format": "dummy", "device": "cpu", "kernels": "torch", "kv_cache_memory": "1MiB"}
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return tmp_path
+
+
+def answers(loaded) -> dict[int, list[int]]:
+    """Tokens of a few jobs, of different lengths and settings, that run beside each other."""
+    engine = loaded.engine
+    for i, grammar in enumerate((None, regex("[a-f]{9}x+"), None)):
+        sampling = SamplingParams(
+            temperature=float(i == 2), seed=5, max_tokens=12, logprobs=2, grammar=grammar
+        )
+        job = engine.prepare(Job(tuple(range(3, 10 + 20 * i)), sampling))
+        engine.add(job, 0.0)
+    tokens: dict[int, list[int]] = {}
+    pending: list[Pending] = []
+    while engine.has_work:
+        while (step := engine.launch(0.0)) is not None:
+            pending.append(step)
+        for emission in engine.collect(pending.pop(0)):
+            assert emission.error is None
+            tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
+    return tokens
+
+
+def gone(pid: int) -> bool:
+    """Whether a process is no more, but for what its parent has not asked yet."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def until(true, *, seconds: float = 30) -> None:
+    deadline = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_two_processes_give_the_tokens_of_one(folder, axis):
+    config = EngineConfig(model=str(folder), threads=2, **SETTINGS)
+    alone = start_engine(config, silent)
+    expected = answers(alone)
+    alone.close()
+    shown: list[tuple[str, float]] = []
+    loaded = start_engine(
+        replace(config, **{axis: 2}), lambda phase, share: shown.append((phase, share))
+    )
+    pids = loaded.runner.pids
+    assert answers(loaded) == expected
+    assert {phase for phase, _ in shown} >= {"opening model", "loading weights", "warming up"}
+    assert loaded.ranks == 2
+    os.kill(pids[1], signal.SIGKILL)  # while nothing runs
+    assert str(loaded.failed.exception(30)) == "rank 1 was killed by SIGKILL"
+    loaded.close()
+    assert all(map(gone, pids))
+
+
+def ranks_of(server: int) -> list[int]:
+    """The pids of a server's ranks, in order."""
+    children = [
+        int(pid)
+        for task in Path(f"/proc/{server}/task").iterdir()
+        for pid in (task / "children").read_text().split()
+    ]
+    program = b"ruvon.engine.ranks.rank"
+    return sorted(pid for pid in children if program in Path(f"/proc/{pid}/cmdline").read_bytes())
+
+
+def serve(folder: Path):
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+    return running("--model", str(folder), "--tensor-parallel-size", "2", *settings)
+
+
+def ask(url: str, **body: object):
+    data = json.dumps({"model": "m", "prompt": "abc", **body}).encode() if body else None
+    headers = {"Content-Type": "application/json"}
+    return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_under_load_ends_its_requests_and_live_says_so(folder):
+    with serve(folder) as process:
+        url = process.wait_for("listening")["url"]
+        ready = process.wait_for("ready")
+        assert "2 ranks" in ready["computes_in"]
+        ranks = ranks_of(process.popen.pid)
+        for pid in ranks:  # as Ctrl-C reaches them
+            os.kill(pid, signal.SIGINT)
+        body = {"model": folder.name, "max_tokens": 100, "ignore_eos": True, "stream": True}
+        lines: list[bytes] = []
+        stopped = threading.Event()
+
+        def read() -> None:
+            with ask(f"{url}/v1/completions", **body) as answer:
+                for line in answer:
+                    lines.append(line)
+                    if len(lines) == 5:
+                        os.kill(ranks[1], signal.SIGSTOP)  # so that its request does not end first
+                        stopped.set()
+
+        reader = threading.Thread(target=read)
+        reader.start()
+        assert stopped.wait(60)
+        os.kill(ranks[1], signal.SIGKILL)
+        reader.join(30)
+        assert "The engine has failed (RankError)" in b"".join(lines).decode()
+        assert "rank 1 was killed by SIGKILL" in str(process.wait_for("engine_dead"))
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            ask(f"{url}/live")
+        assert (refused.value.code, json.load(refused.value)) == (503, {"status": "dead"})
+        until(lambda: all(map(gone, ranks)))
+
+
+@pytest.mark.slow
+def test_ranks_end_with_a_server_that_is_killed(folder):
+    with serve(folder) as process:
+        process.wait_for("ready")
+        ranks = ranks_of(process.popen.pid)
+        assert len(ranks) == 2
+        os.kill(ranks[0], signal.SIGSTOP)  # whatever it is doing
+        process.popen.kill()
+        until(lambda: all(map(gone, ranks)))

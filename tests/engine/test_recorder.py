@@ -1,0 +1,85 @@
+"""What a recorder keeps of steps, and the trace made of it."""
+
+from __future__ import annotations
+
+from ruvon.engine.recorder import Abort, Arrival, Recorder, Step
+from ruvon.engine.trace import chrome_trace
+from ruvon.engine.types import (
+    BEING_SAMPLED,
+    Chunk,
+    Emission,
+    NewSequence,
+    Plan,
+    SamplingParams,
+    StepStats,
+)
+
+STATS = StepStats(1, 4, 2, 1, 90, 100, 0, 0, 0, 0.004)
+
+
+def prompt_step(step: int = 1, seq_id: int = 7) -> Plan:
+    new = NewSequence(seq_id, SamplingParams(), 3, 0, (1, 2))
+    return Plan(step, (Chunk(seq_id, 0, (5, 6, 7), 2, ((1,),), True),), (new,))
+
+
+def single_step(step: int, *seq_ids: int, ended: tuple[int, ...] = ()) -> Plan:
+    chunks = tuple([Chunk(seq_id, 0, BEING_SAMPLED, 9, (), True) for seq_id in seq_ids])
+    return Plan(step, chunks, ended=ended)
+
+
+def story() -> Recorder:
+    """A sequence that waits, has its prompt computed, is preempted once and finishes; another
+    that is aborted."""
+    recorder = Recorder()
+    recorder.arrived(1.0, [7, 8], 5, 20)
+    recorder.stepped(prompt_step(1), 2.0, 3.0, [Emission(7, 0, (4,))], STATS)
+    recorder.aborted(3.5, [8])
+    recorder.stepped(single_step(2, 7), 4.0, 5.0, [Emission(7, 0, (4,))], STATS)
+    recorder.stepped(single_step(3, 9, ended=(7,)), 6.0, 6.5, [], STATS)
+    recorder.stepped(prompt_step(4), 7.0, 8.0, [Emission(7, 0, (4,), finish="stop")], STATS)
+    return recorder
+
+
+def test_single_tokens_are_kept_as_ids_and_the_rest_whole():
+    first, second = [event for event in story().since(0) if isinstance(event, Step)][:2]
+    assert first.work == ((7, 0, 2, 3, True, ((1,),)),)
+    assert first.new == ((7, 2),)
+    assert second.work == ()
+    assert second.rows == (7,)
+
+
+def test_events_are_numbered_and_the_oldest_go_first():
+    recorder = Recorder(max_bytes=3000)
+    for step in range(100):
+        recorder.stepped(single_step(step, 1), 0.0, 1.0, [], STATS)
+    assert recorder.end == 100
+    kept = recorder.since(0)
+    assert 0 < len(kept) < 10
+    assert [event.number for event in recorder.since(98)] == [98, 99]
+    assert recorder.since(100) == []
+
+
+def test_arrivals_of_one_request_share_its_number():
+    events = story().since(0)
+    assert [event.request for event in events if isinstance(event, Arrival)] == [0, 0]
+    assert [event.seq_ids for event in events if isinstance(event, Abort)] == [(8,)]
+
+
+def test_a_trace_shows_each_sequence_from_its_queue_to_its_end():
+    entries = chrome_trace(story().since(0))["traceEvents"]
+    rows = [(e["name"], e["ts"], e["dur"]) for e in entries if e.get("tid") == 7]
+    assert rows == [
+        ("queued", 1e6, 1e6),
+        ("prefill, 2 cached", 2e6, 1e6),
+        ("decode", 3e6, 3e6),
+        ("queued", 6e6, 1e6),
+        ("prefill, 2 cached", 7e6, 1e6),
+        ("decode", 8e6, 0),
+        ("sequence 7", 1e6, 7e6),
+    ]
+    whole = next(e["args"] for e in entries if e["name"] == "sequence 7")
+    assert whole["finish"] == "stop"
+    assert whole["preempted"] == 1
+    assert [e["name"] for e in entries if e.get("tid") == 8] == ["queued", "sequence 8"]
+    steps = [(e["name"], e["ts"], e["dur"]) for e in entries if e["name"].startswith("step")]
+    assert steps[0] == ("step 1", 2e6, 1e6)
