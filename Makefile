@@ -24,6 +24,9 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 
+# Each process of tests, and the servers it starts, may take 2 GB.
+PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: help setup run-api run-cli test-all clients coverage fmt lint mutants docs tour bench bench-peers bench-quality clean
 
 help: ## List the targets.
@@ -38,15 +41,15 @@ run-api: $(RUN_STAMP) ## Serve over HTTP; PORT=, HOST=, MODEL=, ARGS=.
 run-cli: $(RUN_STAMP) ## Chat in the terminal; MODEL=, ARGS=.
 	exec $(BIN)/ruvon chat $(if $(MODEL),'$(MODEL)') $(ARGS)
 
-test-all: $(DEV_STAMP) ## Run all tests; ARGS= goes to pytest.
-	$(BIN)/python -m pytest $(ARGS)
+test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to pytest.
+	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 clients: $(DEV_STAMP) ## Drive clients and agents, each installed by itself; ARGS= names them.
 	PYTHONPATH=tests:tests/server $(BIN)/python tests/clients/run.py $(ARGS)
 
 coverage: $(DEV_STAMP) ## The same, and fail where too few of the branches of ruvon/ are taken.
 	@# Counted, a test takes three to five times as long, so its time limit grows as well.
-	$(BIN)/python -m pytest --timeout 900 --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
+	$(BIN)/python -m pytest $(PARALLEL) --timeout 900 --cov --cov-report=term --cov-report=json:build/coverage.json $(ARGS)
 	$(BIN)/python scripts/branches.py build/coverage.json 92
 
 fmt: $(DEV_STAMP) ## Format and fix what can be fixed.

@@ -27,15 +27,16 @@ class Params(ctypes.Structure):
 
 
 class Batch(ctypes.Structure):
-    """``llama_batch``: tokens of one sequence, and for each whether its logits are wanted."""
+    """``llama_batch``: tokens, of the first sequence where nothing else is said, and for each
+    whether its logits are wanted."""
 
     _fields_ = (
         ("n_tokens", c_int32),
         ("token", POINTER(c_int32)),
         ("embd", c_void_p),
         ("pos", c_void_p),
-        ("n_seq_id", c_void_p),
-        ("seq_id", c_void_p),
+        ("n_seq_id", POINTER(c_int32)),
+        ("seq_id", POINTER(POINTER(c_int32))),
         ("logits", POINTER(c_int8)),
     )
 

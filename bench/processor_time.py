@@ -1,10 +1,12 @@
 """ruvon and llama.cpp by processor time: for a machine that others keep busy.
 
     python bench/processor_time.py MODEL.gguf [--prompt 448] [--tokens 24] [--turns 3]
+                                   [--streams 16 32] [--theirs OTHER.gguf]
 
-One thread each, one after the other, no HTTP. Prints the seconds of a prompt and milliseconds of
-each token after it, least to most of the turns. Other programs change processor time much less than
-what a clock says, but not nothing: caches and memory are shared.
+One thread each, one after the other, no HTTP. Prints the seconds of a prompt, the milliseconds of
+each token after it and of a step of so many streams, least to most of the turns. Other programs
+change processor time much less than what a clock says, but not nothing: caches and memory are
+shared.
 """
 
 from __future__ import annotations
@@ -29,47 +31,51 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=448)
     parser.add_argument("--tokens", type=int, default=24)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--streams", type=int, nargs="+", default=[], help="Numbers of streams.")
+    parser.add_argument("--theirs", type=Path, help="llama.cpp's file; default: the same.")
     args = parser.parse_args()
-    show("ruvon", ours(args))
-    show("llama.cpp", theirs(args))
+    show("ruvon", args.streams, ours(args))
+    show("llama.cpp", args.streams, theirs(args))
 
 
-def ours(args: argparse.Namespace) -> list[tuple[float, float]]:
+def ours(args: argparse.Namespace) -> list[list[float]]:
     rng = random.Random(0)
     with LLM(str(args.model), threads=1, device="cpu", max_model_len=1024) as llm:
 
-        def seconds(prompt: int, tokens: int) -> float:
-            ids = [rng.randrange(1000, 40000) for _ in range(prompt)]
+        def seconds(prompt: int, tokens: int, streams: int = 1) -> float:
+            ids = [[rng.randrange(1000, 40000) for _ in range(prompt)] for _ in range(streams)]
             sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
             began = time.process_time()
-            llm.generate([ids], sampling, use_tqdm=False)
+            llm.generate(ids, sampling, use_tqdm=False)
             return time.process_time() - began
+
+        def step(streams: int) -> float:
+            more = seconds(SHORT, args.tokens + 1, streams)
+            return (more - seconds(SHORT, 1, streams)) / args.tokens
 
         seconds(SHORT, 2)
         return [
-            (
-                seconds(args.prompt, 1),
-                (seconds(SHORT, args.tokens + 1) - seconds(SHORT, 1)) / args.tokens,
-            )
-            for _ in range(args.turns)
+            [seconds(args.prompt, 1), *map(step, [1, *args.streams])] for _ in range(args.turns)
         ]
 
 
-def theirs(args: argparse.Namespace) -> list[tuple[float, float]]:
+def theirs(args: argparse.Namespace) -> list[list[float]]:
     (peer,) = (peer for peer in PEERS if peer.name == "llama.cpp")
     install(peer)
-    numbers = map(str, (args.prompt, args.tokens, args.turns))
-    command = [str(peer.python), str(HERE / "llamacpp_time.py"), str(args.model), *numbers]
+    numbers = map(str, (args.prompt, args.tokens, args.turns, *args.streams))
+    path = str(args.theirs or args.model)
+    command = [str(peer.python), str(HERE / "llamacpp_time.py"), path, *numbers]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [(float(a), float(b)) for a, b in map(str.split, told.splitlines())]
+    return [[*map(float, line.split())] for line in told.splitlines()]
 
 
-def show(name: str, turns: Sequence[tuple[float, float]]) -> None:
-    prompts, tokens = ([turn[which] for turn in turns] for which in (0, 1))
-    print(
-        f"{name}: prompt {min(prompts):.2f} to {max(prompts):.2f} s, "
-        f"token {1e3 * min(tokens):.1f} to {1e3 * max(tokens):.1f} ms"
-    )
+def show(name: str, streams: Sequence[int], turns: Sequence[Sequence[float]]) -> None:
+    prompts, *steps = zip(*turns, strict=True)
+    parts = [f"prompt {min(prompts):.2f} to {max(prompts):.2f} s"]
+    for count, seconds in zip([1, *streams], steps, strict=True):
+        what = "token" if count == 1 else f"step of {count}"
+        parts.append(f"{what} {1e3 * min(seconds):.1f} to {1e3 * max(seconds):.1f} ms")
+    print(f"{name}: {', '.join(parts)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ import math
 import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any, Literal, TypeAlias
@@ -155,7 +156,7 @@ async def send(session: aiohttp.ClientSession, url: str, payload: Mapping[str, A
     """Send one request and read its stream to the end. Failures are in ``Sample.error``."""
     sample = Sample(started=time.perf_counter())
     try:
-        async with await _post(session, url, orjson.dumps(payload)) as response:
+        async with _posted(session, url, orjson.dumps(payload)) as response:
             if response.status != 200:
                 sample.error = f"{response.status}: {(await response.text())[:500]}"
                 return sample
@@ -170,13 +171,22 @@ async def send(session: aiohttp.ClientSession, url: str, payload: Mapping[str, A
     return sample
 
 
-async def _post(session: aiohttp.ClientSession, url: str, data: bytes) -> aiohttp.ClientResponse:
-    """Once more where the connection ended instead of an answer, as SDKs do: some servers close a
-    kept one just when it is used again. Both tries count in the request's time."""
+@asynccontextmanager
+async def _posted(
+    session: aiohttp.ClientSession, url: str, data: bytes
+) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Once more where the connection ended instead of an answer, as SDKs do, and over a new one:
+    llama.cpp promises to keep connections and closes them behind every stream, so others that are
+    kept may be as dead. Both tries count in the request's time."""
+    headers = {**session.headers, **JSON}
     try:
-        return await session.post(url, data=data, headers=JSON)
+        response = await session.post(url, data=data, headers=headers)
     except (aiohttp.ServerDisconnectedError, aiohttp.ClientOSError):
-        return await session.post(url, data=data, headers=JSON)
+        async with open_session() as fresh, fresh.post(url, data=data, headers=headers) as response:
+            yield response
+        return
+    async with response:
+        yield response
 
 
 JSON = {"Content-Type": "application/json"}

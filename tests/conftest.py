@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.util import find_spec
+from types import ModuleType
 from typing import Any
 
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeRunner
+from hypothesis import HealthCheck, settings
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Engine
@@ -20,6 +23,10 @@ if find_spec("triton") is None:  # it is not on every platform
     collect_ignore = ["engine/test_scoring.py", "engine/test_inputs.py"]
     collect_ignore_glob = ["engine/test_gpu_*.py", "kernels/test_triton_*.py"]
 
+settings.register_profile("here", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+if settings.get_current_profile_name() == "default":
+    settings.load_profile("here")  # how fast a machine is fails no test
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long is not measured in this process, which would make it half as slow again: slow
@@ -29,21 +36,42 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.no_cover)
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """What tests multiply is small, and another process of theirs has the next core."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
     """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""
     if torch.cuda.is_available():
         return torch.device("cuda")
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    patch_tensor = interpreter._patch_lang_tensor
+    hasten(pytest.importorskip("triton.runtime.interpreter"))
+    return torch.device("cpu")
+
+
+def hasten(interpreter: ModuleType) -> None:
+    """The interpreter puts its functions in place of the language's for every call, of functions in
+    kernels too, and takes them back: most of its time. Here once for each module, and for good.
+    And it looks whether integers overflow at each sum, which nothing does that is compiled."""
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=False)
+    patch_lang, patch_tensor = interpreter._patch_lang, interpreter._patch_lang_tensor
+    patched: set[str] = set()
+
+    def patch_new(fn: Any) -> Any:
+        if fn.__module__ not in patched:
+            patched.add(fn.__module__)
+            patch_lang(fn)
+        return interpreter._LangPatchScope()  # nothing to take back
 
     def patch_index_too(tensor: Any, scope: Any) -> None:
         """Loop bounds are arrays of one element there, which numpy 2.4 makes no ints of."""
         patch_tensor(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
-    interpreter._patch_lang_tensor = patch_index_too
-    return torch.device("cpu")
+    interpreter._patch_lang, interpreter._patch_lang_tensor = patch_new, patch_index_too
 
 
 @pytest.fixture

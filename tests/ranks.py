@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from queue import Queue
 from threading import Thread
 from types import SimpleNamespace
 
@@ -15,6 +16,7 @@ from ruvon.engine.ranks.meeting import MeetingCounter
 from ruvon.engine.ranks.rank import Rank
 from ruvon.engine.ranks.ring import PlanRing, RingReader
 from ruvon.engine.ranks.runner import Ranks
+from ruvon.grammars import Grammar
 
 
 class ThreadRank:
@@ -25,10 +27,13 @@ class ThreadRank:
         ours, theirs = socket.socketpair()
         self.channel, self.other_end = Channel(ours), Channel(theirs)
         self.process = SimpleNamespace(pid=0, kill=self.kill)
-        self.counter = MeetingCounter()
         self._socket, self._other_socket = ours, theirs
         reader = RingReader(ring.fd, rank)
-        self._serves = Rank(self.other_end, reader, runner, self.counter, answers=answers)
+        self.compiled: Queue[Grammar] = Queue()
+        compile = self.compiled.put
+        self._serves = Rank(
+            self.other_end, reader, runner, MeetingCounter(), answers=answers, compile=compile
+        )
         self._thread = Thread(target=self._serve, daemon=True)
         self._thread.start()
 

@@ -84,12 +84,17 @@ class Fake:
     def __init__(self):
         self.payloads = []
         self.running = self.peak = self.hang_ups = 0
+        self.answered = None  # connections, where each has one answer only
 
     async def complete(self, request):
         payload = await request.json()
         self.payloads.append(payload)
         if len(self.payloads) <= self.hang_ups:
             hang_up(request.transport, reset=payload["prompt"] == "reset")
+        if self.answered is not None:
+            if request.transport in self.answered:
+                hang_up(request.transport, reset=True)
+            self.answered.append(request.transport)
         self.running += 1
         self.peak = max(self.peak, self.running)
         if payload["prompt"] == "refuse":
@@ -156,6 +161,16 @@ async def test_a_connection_that_ends_instead_of_an_answer_is_tried_again_once(f
         assert sample.error.startswith(outcome)
         assert bool(sample.error) == bool(outcome)
         assert len(fake.payloads) == 2
+
+
+async def test_it_is_tried_again_over_a_new_connection(fake):
+    """llama.cpp says that it keeps connections, and closes them behind every stream."""
+    fake.answered = []
+    async with open_session() as session:
+        for count in (3, 1):  # three connections are kept, all of them of no use
+            samples, _ = await run_load(session, fake.url, Load("m", [("x", 2)] * count))
+            assert [sample.error for sample in samples] == [""] * count
+    assert len(fake.payloads) == 5
 
 
 async def test_a_rate_spreads_arrivals(fake):

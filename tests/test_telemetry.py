@@ -25,13 +25,14 @@ from ruvon.telemetry.metrics import HttpMetrics, Metrics
 from ruvon.telemetry.totals import Totals, stats_line
 
 REFERENCE = Path(ruvon.__file__).parent.parent / "docs" / "reference" / "metrics.md"
-ON_GPU = ("graph_misses", "kernel_compilations")  # counted by a GPU's runner
+BY_RUNNERS = ("graph_misses", "kernel_compilations", "rank_step_failures")
 
 
 @pytest.fixture
 def metrics():
     made = Metrics("m", max_model_len=1000)
     made.describe_cache(block_size=16, num_gpu_blocks=8)
+    made.describe_ranks(2)
     return made
 
 
@@ -60,7 +61,7 @@ def types(text):
 
 
 def test_the_reference_lists_what_is_served(metrics):
-    for name in ON_GPU:
+    for name in BY_RUNNERS:
         metrics.watch(name, "Counted elsewhere.", lambda: 0)
     http = HttpMetrics()
     http.watch("ruvon_log_lines_dropped", "Lines.", lambda: 0)

@@ -175,7 +175,7 @@ def models(url: str | None, api_key: str | None) -> None:
 
 VARIED = (
     "max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued_reqs",
-    "kv_cache_memory", "gpu_memory_utilization", "enable_prefix_caching",
+    "kv_cache_memory", "gpu_memory_utilization", "cpu_memory_utilization", "enable_prefix_caching",
     "enable_chunked_prefill", "batching", "scheduling_policy", "generation_config",
 )  # fmt: skip
 """What `verify` chooses itself."""

@@ -109,6 +109,12 @@ class EngineConfig:
     gpu_memory_utilization: float = setting(
         0.9, "Share of GPU memory ruvon may plan with.", least=0.01, most=1.0
     )
+    cpu_memory_utilization: float = setting(
+        0.25,
+        "Share of the free main memory that the KV cache may take on a CPU; all replicas together.",
+        least=0.001,
+        most=1.0,
+    )
     enable_prefix_caching: bool = setting(True, "Reuse cached blocks of equal prefixes.")
     enable_chunked_prefill: bool = setting(
         True,

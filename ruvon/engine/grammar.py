@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
@@ -110,8 +110,16 @@ class Grammars:
     """Compiles grammars, in any thread. What is compiled is kept, up to `CACHE_BYTES`, and what
     requests `hold` as long as they do."""
 
-    def __init__(self, tokenizer: Tokens, vocab_size: int, eos_token_ids: Sequence[int]) -> None:
-        """Takes a second for a large vocabulary, and the interpreter's lock with it."""
+    def __init__(
+        self,
+        tokenizer: Tokens,
+        vocab_size: int,
+        eos_token_ids: Sequence[int],
+        *,
+        tried: bool = False,
+    ) -> None:
+        """Takes a second for a large vocabulary, and the interpreter's lock with it. ``tried``:
+        another process has compiled whatever is asked for here, so that it is safe."""
         from llguidance import LLParserLimits, LLTokenizer  # takes long to load
 
         vocabulary = Vocabulary(tokenizer, vocab_size, eos_token_ids)
@@ -120,6 +128,8 @@ class Grammars:
         self._tokenizer = LLTokenizer(vocabulary, eos_token=vocabulary.eos_token_ids, slices=SLICES)
         self._limits = LLParserLimits(**LIMITS)
         self._trial = Trial(vocab_size)
+        self._tried = tried
+        self._listener: Callable[[Grammar], None] = lambda grammar: None
         self._compiling = Lock()  # one at a time: they take turns at the processor anyway
         self._lock = Lock()
         self._alive: WeakValueDictionary[str, Compiled] = WeakValueDictionary()
@@ -127,6 +137,10 @@ class Grammars:
         self._num_bytes = 0
         self._multiplying = ThreadPoolExecutor(1, "ruvon-grammars")
         self._refused: OrderedDict[Grammar, RequestError] = OrderedDict()
+
+    def tell(self, listener: Callable[[Grammar], None]) -> None:
+        """Call it with every grammar that is compiled from now on, in whatever thread that is."""
+        self._listener = listener
 
     def close(self) -> None:
         """End the process that grammars are tried in, and the thread that makes more of them."""
@@ -217,7 +231,7 @@ class Grammars:
         return made
 
     def _compile(self, grammar: Grammar, text: str) -> Compiled:
-        error = self._trial.error_of(text)
+        error = "" if self._tried else self._trial.error_of(text)
         if not error:
             matcher = self._make(text)
             error = matcher.get_error()
@@ -234,6 +248,7 @@ class Grammars:
         found = Compiled(matcher, size_of(text))
         with self._lock:
             self._keep(text, found)
+        self._listener(grammar)
         return found
 
 

@@ -18,10 +18,6 @@ from ruvon.kernels.ops import Ops
 from ruvon.models.cache_groups import cache_groups, layers_a_block, of_stage, place_of
 from ruvon.models.spec import ModelSpec
 
-CPU_SHARE = 0.25
-"""Of the main memory available at start, what a cache of no stated size may take. Pages that were
-never written cost nothing, but a cache that filled up must leave room for everybody else."""
-
 ALIGNMENT = 64  # bytes: a cache line, and the widest vector register
 
 Cache: TypeAlias = list[tuple[Tensor, Tensor]]
@@ -179,7 +175,8 @@ def free_for_cache(ops: Ops, config: EngineConfig, spec: ModelSpec, sharers: int
     if ops.device.type == "cpu":
         free = available_memory() // sharers
         check_stated(config, free)
-        return int(CPU_SHARE * free)
+        # Pages that were never written cost nothing, but a full cache must leave room for others.
+        return int(config.cpu_memory_utilization * free)
     torch.cuda.empty_cache()  # what loading took for a while, quantizing above all
     free, total = torch.cuda.mem_get_info(ops.device)
     check_stated(config, free)

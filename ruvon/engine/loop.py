@@ -169,14 +169,9 @@ class EngineLoop:
         def tell(failed: Future[None]) -> None:
             error = failed.exception() or RuntimeError("nothing computes any more")
             with suppress(RuntimeError):  # the loop is closed: nobody is left to tell
-                loop.call_soon_threadsafe(self._lose, error)
+                loop.call_soon_threadsafe(self.fail, error)
 
         failed.add_done_callback(tell)
-
-    def _lose(self, error: BaseException) -> None:
-        self._die(error)
-        if self._task is not None:
-            self._task.cancel()
 
     async def stop(self, timeout: float, patience: float = LAST_STEPS) -> None:
         """Refuse new requests, give the running ones ``timeout`` seconds, abort the rest, end.
@@ -404,7 +399,7 @@ class EngineLoop:
         ]
         return {"open": len(self._states), "under_way": under_way, **self.engine.describe()}
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """Fail whatever runs or waits, and take nothing more."""
         if self.dead is None:
             self.engine.abort(self._states)

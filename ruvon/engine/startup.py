@@ -81,6 +81,7 @@ class LoadedEngine:
     checkpoint: Checkpoint
     tokenizer: Tokenizer
     chat: Chat
+    grammars: Grammars
     memory: MemoryPlan
     device: str
     kernels: str  # the table's name
@@ -178,7 +179,8 @@ def assemble(
 ) -> LoadedEngine:
     """Everything that a backend and a checkpoint make. ``stack`` learns how to close it."""
     with ThreadPoolExecutor(1, "ruvon-words") as beside:
-        words = beside.submit(load_words, checkpoint)
+        alone = backend.mesh.size * backend.mesh.stages == 1
+        words = beside.submit(load_words, checkpoint, tried=not alone)
         model = load_on(checkpoint, config, backend, threads, progress)
     tokenizer, chat, grammars = words.result()
     stack.callback(grammars.close)
@@ -219,6 +221,7 @@ def assemble(
         threads=threads,
         close=stack.close,
         counters={} if isinstance(runner, Runner) else runner.counters,
+        grammars=grammars,
     )
 
 
@@ -232,6 +235,7 @@ def assemble_ranks(
         stack.callback(started.runner.close)
     tokenizer, chat, grammars = words.result()
     stack.callback(grammars.close)
+    grammars.tell(started.runner.announce)
     return LoadedEngine(
         engine=Engine(
             started.runner,
@@ -256,18 +260,20 @@ def assemble_ranks(
         threads=threads,
         close=stack.close,
         counters=started.runner.counters,
+        grammars=grammars,
         ranks=config.num_ranks,
         failed=started.runner.failed,
     )
 
 
-def load_words(checkpoint: Checkpoint) -> tuple[Tokenizer, Chat, Grammars]:
-    """All that is needed to read and to write text, and to write it by rules."""
+def load_words(checkpoint: Checkpoint, *, tried: bool = False) -> tuple[Tokenizer, Chat, Grammars]:
+    """All that is needed to read and to write text, and to write it by rules; ``tried`` as
+    `Grammars` has it."""
     tokenizer, spec = load_tokenizer(checkpoint), checkpoint.spec
     chat = load_chat(tokenizer)
     ends = dict.fromkeys(chat.stop_ids((*spec.eos_token_ids, *tokenizer.eos_ids)))
     eos_token_ids = tuple(id for id in ends if 0 <= id < spec.vocab_size)
-    return tokenizer, chat, Grammars(tokenizer, spec.vocab_size, eos_token_ids)
+    return tokenizer, chat, Grammars(tokenizer, spec.vocab_size, eos_token_ids, tried=tried)
 
 
 def load_on(

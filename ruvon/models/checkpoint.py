@@ -99,7 +99,7 @@ def read_json(path: Path) -> dict[str, Any]:
         value = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
         raise LoadError(f"{path}: no such file") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path}: not readable JSON ({error})") from None
     if not isinstance(value, dict):
         raise LoadError(f"{path}: not a JSON object")

@@ -163,8 +163,7 @@ def _tensor(
     weights: Weights, name: str, shape: tuple[int, ...], cut: Cut, *, bytes_only: bool = False
 ) -> Tensor:
     """On the device, where it is put in order faster."""
-    values = weights.read(name, shape, cut, bytes_only=bytes_only)
-    assert isinstance(values, Tensor), "only a GGUF file's matrices are ever stored quantized"
+    values = weights.plain(name, weights.read(name, shape, cut, bytes_only=bytes_only))
     return values.to(weights.ops.device)
 
 

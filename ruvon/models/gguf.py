@@ -34,6 +34,7 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
            10: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
 MAX_DIMENSIONS = 4
+MOST_ITEMS = 1 << 23  # of an array; vocabularies have some 300,000
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +86,8 @@ class Cursor:
 
     def array(self) -> list[Any]:
         kind, count = self.scalar("<I"), self.scalar("<Q")
+        if count > MOST_ITEMS:
+            raise ValueError(f"an array of {count} values")
         if kind == STRING:
             return self.strings(count)
         if kind not in SCALARS:
@@ -154,7 +157,8 @@ class GgufFile:
         if "rope_freqs.weight" not in self.tensors:
             return None
         values = self.read("rope_freqs.weight", self.tensors["rope_freqs.weight"][1].shape)
-        assert isinstance(values, Tensor)
+        if not isinstance(values, Tensor):
+            raise LoadError(f"{self.path}: rope_freqs.weight is quantized, which only matrices are")
         return tuple(values.tolist())
 
     def _interleaved_heads(self, name: str) -> int | None:

@@ -285,7 +285,9 @@ MODEL_TYPES: Mapping[str, str] = {
 }
 
 MOST_LAYERS = 2**12
-MOST_POSITIONS = 2**24  # more than any model has; rotary tables are made for all of them
+MOST_POSITIONS = 2**24  # more than any model has
+MOST_HEAD_DIM = 2**12
+MOST_ROTATED = 2**31  # positions times a head's size: rotary tables are made for all of them
 SIZES = (
     "vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
     "intermediate_size", "max_positions",
@@ -311,7 +313,10 @@ def checked(spec: ModelSpec, where: str) -> ModelSpec:
         )
     if spec.rope is not None and spec.head_dim % 2:
         raise LoadError(f"{where}: heads of {spec.head_dim} cannot be rotated in pairs")
-    if not 0 < spec.max_positions <= MOST_POSITIONS:
+    if spec.head_dim > MOST_HEAD_DIM:
+        raise LoadError(f"{where}: heads of {spec.head_dim} make no sense")
+    most = min(MOST_POSITIONS, MOST_ROTATED // spec.head_dim)
+    if spec.max_positions > most:
         raise LoadError(f"{where}: a context of {spec.max_positions} tokens makes no sense")
     if spec.num_heads % spec.num_kv_heads:
         raise LoadError(

@@ -18,13 +18,14 @@ import structlog
 from jinja2 import meta, nodes
 from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from ruvon.errors import RequestError
+from ruvon.models.template_cost import METER, Meter, MeteredEnvironment, SlowTemplateError
 
 log = structlog.get_logger(__name__)
 
-MAX_RENDERED = 1 << 25  # characters; beyond any context window
+MOST_SAID = 1000  # characters of what a template says against a conversation
+MOST_SOURCE = 1 << 20  # characters of a template
 
 
 class GenerationBlocks(Extension):
@@ -48,22 +49,28 @@ class CompiledTemplate:
 
 def compile_template(source: str) -> CompiledTemplate:
     """Raises jinja2.TemplateSyntaxError, which knows the line."""
-    environment = _environment()
-    environment.filters["tojson"] = _tojson
+    if len(source) > MOST_SOURCE:
+        raise jinja2.TemplateSyntaxError(f"it has more than {MOST_SOURCE} characters", 1)
+    try:
+        return _compile(source)
+    except (RecursionError, MemoryError, SyntaxError, ValueError, OverflowError) as error:
+        reason = f"it cannot be compiled ({type(error).__name__})"
+        raise jinja2.TemplateSyntaxError(reason, 1) from None
+
+
+def _compile(source: str) -> CompiledTemplate:
+    environment = MeteredEnvironment(
+        {"tojson": _tojson},
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[LoopControlExtension, GenerationBlocks],
+    )
     environment.globals["raise_exception"] = _raise
     environment.globals["strftime_now"] = _strftime_now
     del environment.globals["lipsum"]  # writes as much as it is asked to
     parsed = environment.parse(source)
     variables = frozenset(meta.find_undeclared_variables(parsed))
     return CompiledTemplate(environment.from_string(parsed), variables)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    return ImmutableSandboxedEnvironment(
-        trim_blocks=True,
-        lstrip_blocks=True,
-        extensions=[LoopControlExtension, GenerationBlocks],
-    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +96,7 @@ def compile_own(name: str, source: str) -> Template:
 
 def render_template(template: Template, variables: Mapping[str, Any]) -> str:
     """Raises RequestError with what the template says against the conversation, or what is wrong
-    with itself."""
+    with itself; `SlowTemplateError` where it takes longer than `PATIENCE` has it."""
     if isinstance(template, BrokenTemplate):
         raise RequestError(
             f"The chat template of this model is broken, {template.reason}. Give another with"
@@ -97,16 +104,19 @@ def render_template(template: Template, variables: Mapping[str, Any]) -> str:
             param="messages",
             code="unsupported_value",
         )
-    pieces, size = [], 0
+    pieces, size, meter = [], 0, Meter()
     try:
-        for piece in template.template.generate(variables):
+        for piece in template.template.generate({**variables, METER: meter}):
             pieces.append(piece)
             size += len(piece)
-            if size > MAX_RENDERED:
-                raise jinja2.TemplateError(f"it wrote more than {MAX_RENDERED} characters")
+            meter.check_written(size)
+        return "".join(pieces)
+    except SlowTemplateError:
+        raise
     except Exception as error:  # a template can raise whatever its expressions raise
-        raise RequestError(f"The chat template failed: {error}", param="messages") from error
-    return "".join(pieces)
+        raise RequestError(
+            f"The chat template failed: {str(error)[:MOST_SAID]}", param="messages"
+        ) from error
 
 
 def _tojson(

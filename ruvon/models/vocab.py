@@ -106,7 +106,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise LoadError(f"{path}: {error}") from None
     if not isinstance(content, dict):
         raise LoadError(f"{path}: not a JSON object")

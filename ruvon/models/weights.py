@@ -104,7 +104,7 @@ class Weights:
     def equal(self, key: str, other: str, rows: int, columns: int) -> bool:
         """Whether two matrices [rows, columns] of a folder hold the same numbers."""
         shape = (rows,), (columns,), 0, "weight"
-        left, right = (_plain(*self._parts(one, *shape)) for one in (key, other))
+        left, right = (self.plain(one, *self._parts(one, *shape)) for one in (key, other))
         return left.dtype == right.dtype and torch.equal(left, right)
 
     def has(self, name: str) -> bool:
@@ -122,12 +122,12 @@ class Weights:
     def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
         """A norm's weight or bias, or another vector that wants precision: float32 [size]."""
         (vector,) = self._parts(key, (size,), (), layer, kind)
-        return _plain(vector).to(self.ops.device, torch.float32)
+        return self.plain(key, vector).to(self.ops.device, torch.float32)
 
     def bias(self, key: str, rows: Sequence[int], layer: int = 0) -> Tensor | None:
         """A projection's bias in the compute dtype, [sum(rows)]. None where another rank adds it:
         to a sum over all of them it is added once."""
-        parts = [_plain(part) for part in self._parts(key, rows, (), layer, "bias")]
+        parts = [self.plain(key, part) for part in self._parts(key, rows, (), layer, "bias")]
         if not self.adds_bias(key):
             return None
         return torch.cat(parts).to(self.ops.device, self.ops.dtype)
@@ -211,6 +211,12 @@ class Weights:
             parts.append(values.T if turned and isinstance(values, Tensor) else values)
         return parts
 
+    def plain(self, key: str, values: Tensor | Quantized | Mxfp4) -> Tensor:
+        """What is no matrix of a GGUF file, of which alone there are quantized ones."""
+        if not isinstance(values, Tensor):
+            raise LoadError(f"{self.source.path}: {key} is quantized, which only matrices are")
+        return values
+
     def _stored(self, key: str) -> tuple[str, ...]:
         """What the parts of ``key`` are called in this kind of checkpoint."""
         return self.rules[key].gguf if self.is_gguf else self.rules[key].hugging_face
@@ -230,9 +236,3 @@ class Weights:
             raise LoadError(f"{self.source.path}: no tensor {name}")
         self.used.add(found)
         return found
-
-
-def _plain(vector: Tensor | Quantized | Mxfp4) -> Tensor:
-    """Only a GGUF file's matrices are ever stored quantized."""
-    assert isinstance(vector, Tensor)
-    return vector

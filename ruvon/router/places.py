@@ -18,6 +18,7 @@ class Place:
 
     cpus: tuple[int, ...] = ()
     threads: int = 0
+    share: float = 1.0  # of the memory
     devices: tuple[str, ...] = ()  # as CUDA_VISIBLE_DEVICES names them
 
 
@@ -57,4 +58,4 @@ def core_places(count: int, root: Path) -> list[Place]:
     size = len(own) // count
     threads = max(min(size, available_cores(root) // count), 1)
     shares = (own[number * size : (number + 1) * size] for number in range(count))
-    return [Place(cpus=tuple(share), threads=threads) for share in shares]
+    return [Place(tuple(share), threads, 1 / count) for share in shares]

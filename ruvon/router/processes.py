@@ -217,11 +217,15 @@ def settings_of(
     engine: EngineConfig, server: ServerConfig, place: Place, uds: Path, console: bool
 ) -> bytes:
     """What a replica is told: the same as this server, but for where it listens and runs."""
-    threads = engine.threads or place.threads
+    engine = dataclasses.replace(
+        engine,
+        threads=engine.threads or place.threads,
+        cpu_memory_utilization=engine.cpu_memory_utilization * place.share,
+    )
     log_format = "console" if console else server.log_format
     told: dict[str, Any] = {
         "cpus": place.cpus,
-        "engine": dataclasses.asdict(dataclasses.replace(engine, threads=threads)),
+        "engine": dataclasses.asdict(engine),
         "server": dataclasses.asdict(
             dataclasses.replace(
                 server, uds=str(uds), log_format=log_format, tls_cert=None, tls_key=None

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from ruvon.engine.loop import NotCompiledError
 from ruvon.errors import BodyTimeoutError, BodyTooLargeError, EncodingError
+from ruvon.models.template_cost import PATIENCE, SlowTemplateError
 from ruvon.server.parsing import SMALL
 from ruvon.server.state import STATE, Service, service_of
 
@@ -19,6 +20,8 @@ T = TypeVar("T")
 
 BODY_PATIENCE = 60.0  # seconds that a body may take, and as many more
 SLOWEST = 1024  # as it has bytes, by so many
+
+HURRY = 0.02  # seconds that the event loop's thread can spare for one template
 
 READER = web.AppKey("reader", ThreadPoolExecutor)
 """The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
@@ -64,13 +67,25 @@ async def receive(http: web.Request) -> list[bytes]:
 
 
 async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T:
-    """Do ``work``, in the reader's thread if it is ``large``. If it needs grammars that are new
-    here, it is done again when they are compiled."""
+    """Do ``work``, in the reader's thread if it is ``large``, or turns out to be. If it needs
+    grammars that are new here, it is done again when they are compiled."""
     run = asyncio.get_running_loop().run_in_executor
     held: list[object] = []  # not to be forgotten until they are used
     while True:
         try:
-            return await run(app[READER], work) if large else work()
+            return await run(app[READER], work) if large else in_a_hurry(work)
+        except SlowTemplateError:
+            large = True
+            continue
         except NotCompiledError as error:
             compile = partial(app[STATE].ready().generator.compile, error.grammars)
         held += await run(app[COMPILER], compile)
+
+
+def in_a_hurry(work: Callable[[], T]) -> T:
+    """Do ``work`` on the event loop's thread. Raises `SlowTemplateError` if that takes too long."""
+    token = PATIENCE.set(HURRY)
+    try:
+        return work()
+    finally:
+        PATIENCE.reset(token)

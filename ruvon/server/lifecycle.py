@@ -100,6 +100,7 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
         enable_prefix_caching=engine.config.enable_prefix_caching,
         gpu_memory_utilization=engine.config.gpu_memory_utilization,
     )
+    metrics.describe_ranks(loaded.ranks)
     for name, (help, read) in loaded.counters.items():
         metrics.watch(name, help, read)
     generator = EngineLoop(engine, metrics)

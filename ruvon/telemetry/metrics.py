@@ -134,6 +134,10 @@ class Metrics:
             registry=self.registry,
         ).labels(**labels).set(1)  # fmt: skip
 
+    def describe_ranks(self, count: int) -> None:
+        """Publish ``vllm:ranks``, once."""
+        self._gauge("ranks", "Processes that compute a step between them.").set(count)
+
     def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
         """Publish ``vllm:{name}_total``, counted elsewhere. ``read`` is called on any thread."""
         self.registry.register(Watched(f"vllm:{name}", help, read, self._labels))

@@ -123,7 +123,8 @@ def letters():
 
 @pytest.fixture(scope="module")
 def gpu_runner(triton_device, letters):
-    model = build_model(make_triton_ops(torch.float32, DEVICE))
+    ops = make_triton_ops if GPU else make_torch_ops  # what the runner itself does is Triton's
+    model = build_model(ops(torch.float32, DEVICE))
     cache = make_cache(model)
     scorer = Scorer(
         partial(model.hidden, cache=cache),

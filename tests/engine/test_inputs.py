@@ -95,7 +95,7 @@ class Running:
 
 def plans(rng, num_groups):
     """Sequences come, sample and go, as many at a time as there are slots."""
-    coming, running, step = (Running(i, rng, num_groups) for i in range(20)), [], 0
+    coming, running, step = (Running(i, rng, num_groups) for i in range(12)), [], 0
     while True:
         newcomers = []
         if step % 7 == 0:

@@ -342,7 +342,7 @@ def worlds(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(arrivals(), worlds())
 def test_same_tokens_whatever_the_schedule(load, world):
     run = Run(load, **world).go()
@@ -351,14 +351,14 @@ def test_same_tokens_whatever_the_schedule(load, world):
     replay_recording(run)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(arrivals(), worlds(), st.integers(2, 4))
 def test_same_tokens_however_many_a_step_brings(load, world, at_once):
     """As with accepted drafts, which only one step at a time can have."""
     verify(Run(load, **world | {"depth": 1, "grammar_depth": 1}, at_once=at_once).go())
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
     arrivals(),
     worlds(),
@@ -422,8 +422,8 @@ def mixed_load(
     ],
 )
 def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, windows):
-    """Several hundred jobs through a cache that holds two or three: preemption all the time."""
-    load = mixed_load(random.Random(7), num_jobs=400, num_steps=150, constrained=constrained)
+    """Many jobs through a cache that holds two or three: preemption all the time."""
+    load = mixed_load(random.Random(7), num_jobs=150, num_steps=55, constrained=constrained)
     config = EngineConfig(
         block_size=4,
         max_num_seqs=16,
@@ -431,12 +431,12 @@ def test_a_long_run_under_pressure(policy, constrained, depth, grammar_depth, wi
         scheduling_policy=policy,
         max_num_queued_reqs=10_000,
     )
-    num_blocks = most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 5
+    num_blocks = most_blocks(MAX_MODEL_LEN, 4, windows, 24) + 2
     run = Run(load, num_blocks, config, depth, grammar_depth, windows=windows).go()
     verify(run)
     counters = run.engine._scheduler.counters
-    assert counters.preempted > (50 if 0 in windows else 0)
-    assert counters.cached > 1000
+    assert counters.preempted > (20 if 0 in windows else 0)
+    assert counters.cached > 500
 
 
 def test_policies_differ_in_steps_only():

@@ -101,7 +101,8 @@ def ranks_of(server: int) -> list[int]:
 
 def serve(folder: Path):
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-    return running("--model", str(folder), "--tensor-parallel-size", "2", *settings)
+    settings += ["--tensor-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
+    return running("--model", str(folder), *settings)
 
 
 def ask(url: str, **body: object):

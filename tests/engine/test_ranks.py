@@ -5,13 +5,15 @@ from __future__ import annotations
 import random
 import threading
 from concurrent.futures import Future
+from contextlib import closing
 
 import pytest
-from fakes import FakeRunner
+from fakes import ByteTokenizer, FakeRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import thread_ranks
 
+from ruvon.engine.grammar import Grammars
 from ruvon.engine.ranks import runner as ranks_runner
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
 from ruvon.engine.ranks.ring import PLACE, PlanRing, RingReader
@@ -167,6 +169,16 @@ def test_a_plan_that_finds_no_room_in_the_ring_takes_memory_of_its_own(make_engi
     for job in jobs():
         alone.add(job, 0.0)
     assert tokens == run(alone)
+
+
+def test_ranks_compile_what_has_been_compiled_before_a_plan_asks_for_it():
+    grammars = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, ByteTokenizer.eos_ids)
+    with thread_ranks(make_runner) as (ranks, threads), closing(grammars):
+        grammars.tell(ranks.announce)
+        for _ in range(2):
+            grammars.hold(regex("[a-f]é+"))
+        assert [each.compiled.get(timeout=30) for each in threads] == [regex("[a-f]é+")] * 2
+        assert all(each.compiled.empty() for each in threads)
 
 
 def fine(*meetings: int) -> Report:

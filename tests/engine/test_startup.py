@@ -133,7 +133,6 @@ def test_layers_of_a_large_model_are_loaded_one_by_one(folder, monkeypatch):
     with pytest.raises(AttributeError):  # there is no model
         start_engine(settings(folder, threads=4), silent)
     assert asked == [1]
-    torch.set_num_threads(1)
 
 
 def test_ends_that_are_no_tokens_end_nothing(folder):

@@ -187,7 +187,6 @@ INSTRUCTIONS = [
     ("avx-vnni", *X86, "+avx2,+fma,+f16c,+avxvnni", 0, "vpdpbusd", "zmm"),
     ("avx512", *X86, "+avx512f,+avx512bw", 0, "vpmaddubsw", "vpdpbusd"),
     ("avx512-vnni", *X86, "+avx512f,+avx512bw,+avx512vnni", 4, "vpdpbusd", "vpmadd"),
-    ("dotprod", *ARM, "+dotprod", 0, "sdot", "usdot"),
     ("dotprod", *ARM, "+dotprod", 4, "sdot", "usdot"),
     ("i8mm", *ARM, "+dotprod,+i8mm", 4, "\tusdot", "\tsdot"),
 ]

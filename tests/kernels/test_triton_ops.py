@@ -172,20 +172,23 @@ SHAPES = [  # heads, groups, head size, page
     (5, 1, 128, 64),
     (2, 2, 256, 16),
 ]
-if not GPU:
-    SHAPES = [SHAPES[i] for i in (1, 2, 4)]  # the interpreter is slow
+MANY = 130  # queries of one sequence: more than two tiles of them
+MASKS = [(window, sinks) for window in (0, 20) for sinks in (False, True)]
+if not GPU:  # the interpreter is slow
+    SHAPES = [SHAPES[i] for i in (0, 2, 4)]
+    MANY = 70
+    MASKS = [(0, False), (20, True)]
 CASES = [  # queries and contexts of each sequence
     ((1, 1, 1), (1, 17, 300)),
     ((1,), (700,)),
-    ((5, 1, 130, 1), (5, 40, 150, 1)),
+    ((5, 1, MANY, 1), (5, 40, MANY + 20, 1)),
     ((33, 1), (200, 3)),
 ]
 
 
 @pytest.mark.parametrize(("heads", "groups", "dim", "page"), SHAPES)
 @pytest.mark.parametrize(("queries", "contexts"), CASES)
-@pytest.mark.parametrize("window", [0, 20])
-@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("window", "sinks"), MASKS)
 def test_attention(ops, dtype, heads, groups, dim, page, queries, contexts, window, sinks):
     batch = make_batch(queries, contexts, page)
     k_cache, v_cache = make_cache(batch, page, groups, dim, dtype)
@@ -200,7 +203,7 @@ def test_attention(ops, dtype, heads, groups, dim, page, queries, contexts, wind
 BLIND = [  # queries and contexts with windows that have left whole blocks behind
     ((1, 1), (300, 90)),
     ((1,), (700,)),
-    ((5, 1, 130), (70, 40, 250)),
+    ((5, 1, MANY), (70, 40, MANY + 120)),
 ]
 
 
@@ -319,10 +322,10 @@ def test_rows_do_not_depend_on_other_rows(dtype, activation):
         assert torch.equal(ops.logits(x[rows], head), many_logits[rows])
 
 
-HEADS = ((6, 2, 64), (3, 3, 64), (4, 1, 80), (6, 6, 96), (4, 2, 128), (2, 1, 256)) if GPU else (
-    (6, 2, 64), (2, 2, 80)
-)  # fmt: skip
-"""Query heads, key heads and their size; some in the interpreter, for it is slow."""
+HEADS = ((6, 2, 64), (3, 3, 64), (4, 1, 80), (6, 6, 96), (4, 2, 128), (2, 1, 256))
+CUTS = ((0, 129, 130), (0, 1, 63, 64, 130), (0, 50, 100, 130))
+if not GPU:  # the interpreter is slow
+    HEADS, CUTS = HEADS[2:3], CUTS[1:2]
 
 PRODUCTS = (  # outputs and columns of GPT-2's products, 124M and XL, and of heads of many sizes
     (2304, 768), (768, 768), (3072, 768), (768, 3072), (50257, 768), (4800, 1600), (1600, 6400),
@@ -356,7 +359,7 @@ def test_no_norm_depends_on_its_number_of_rows(norm, columns):
     assert all(torch.equal(a, b[9:12]) for a, b in zip(few, many, strict=True))
 
 
-@pytest.mark.parametrize(("heads", "groups", "size"), HEADS)
+@pytest.mark.parametrize(("heads", "groups", "size"), HEADS)  # of queries, of keys
 @pytest.mark.parametrize("window", [0, 20])
 def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(
     dtype, window, heads, groups, size
@@ -370,7 +373,7 @@ def test_attention_does_not_depend_on_other_sequences_nor_on_chunks(
     together = ops.attention(q, k_cache, v_cache, batch, spec, None)
     assert_close(together, reference.attention(q, k_cache, v_cache, batch, spec, None), dtype)
     whole = together[1:131]  # of 130 queries at the end of 150 tokens, cut anywhere:
-    for cuts in ((0, 129, 130), (0, 1, 63, 64, 130), (0, 50, 100, 130)):
+    for cuts in CUTS:
         for first, end in pairwise(cuts):
             chunk = replace(
                 batch,

@@ -17,7 +17,6 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
 from ruvon.errors import ConfigError, RequestError
-from ruvon.models import template
 from ruvon.models.chat import ChatFormat, PlainParser, load_chat, read_template
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.messages import plain
@@ -424,13 +423,6 @@ def test_the_templates_own_words_reach_the_client():
 )
 def test_templates_cannot_break_out_or_run_away(source):
     with pytest.raises(RequestError, match="chat template failed"):
-        load_chat(tokenizer(), source).render([user("a")])
-
-
-def test_endless_writing_is_cut_off(monkeypatch):
-    monkeypatch.setattr(template, "MAX_RENDERED", 1000)
-    source = "{% for i in range(99999) %}{{ messages[0].content }}{% endfor %}"
-    with pytest.raises(RequestError, match="more than 1000 characters"):
         load_chat(tokenizer(), source).render([user("a")])
 
 

@@ -43,12 +43,13 @@ PROMPTS = [
     "<|im_start|>user\nWrite a haiku about rain.<|im_end|>\n<|im_start|>assistant\n",
     "<|im_start|>user\nName three primes.<|im_end|>\n<|im_start|>assistant\n",
 ]
-NEW_TOKENS = 64
+NEW_TOKENS = 16
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600), needs_model]
 
 
-def make_reference() -> LlamaForCausalLM:
+@pytest.fixture(scope="module")
+def reference() -> LlamaForCausalLM:
     """transformers' model with the file's numbers, as the `gguf` package reads them."""
     config = LlamaConfig(
         vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
@@ -96,13 +97,11 @@ def generate(prompts: list[list[int]]) -> list[list[int]]:
     return drawn
 
 
-def test_greedy_tokens_equal_transformers():
+def test_greedy_tokens_equal_transformers(reference):
     """That each of our tokens is the reference's best after all before it is, by induction, that
     the reference would have generated the same."""
-    torch.set_num_threads(1)  # two on busy cores are far slower than one
     tokenizer = load_tokenizer(open_checkpoint(EngineConfig(), silent))
     prompts = [tokenizer.encode(text, parse_special=True) for text in PROMPTS]
-    reference = make_reference()
     for prompt, drawn in zip(prompts, generate(prompts), strict=True):
         with torch.inference_mode():
             logits = reference(torch.tensor([prompt + drawn[:-1]])).logits[0, len(prompt) - 1 :]
@@ -116,9 +115,8 @@ TEXTS = [
 ]
 
 
-def test_pooled_hidden_states_are_nearly_those_of_transformers():
+def test_pooled_hidden_states_are_nearly_those_of_transformers(reference):
     """Nearly, for the CPU's kernels round activations to 8 bits. And they tell topics apart."""
-    torch.set_num_threads(1)
     loaded = start_engine(EngineConfig(device="cpu", kv_cache_memory="64MiB"), silent)
     try:
         prompts = [tuple(loaded.tokenizer.encode(text)) for text in TEXTS]
@@ -131,9 +129,9 @@ def test_pooled_hidden_states_are_nearly_those_of_transformers():
     finally:
         loaded.close()
     ours = [pooled[n] / np.linalg.norm(pooled[n]) for n in range(len(TEXTS))]
-    reference = make_reference().model
     for vector, prompt in zip(ours, prompts, strict=True):
         with torch.inference_mode():
-            theirs = reference(torch.tensor([prompt])).last_hidden_state[0].mean(0).numpy()
+            hidden_TC = reference.model(torch.tensor([prompt])).last_hidden_state[0]
+        theirs = hidden_TC.mean(0).numpy()
         assert vector @ theirs / np.linalg.norm(theirs) > 0.99
     assert ours[0] @ ours[1] > ours[0] @ ours[2] + 0.05

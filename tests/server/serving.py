@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from functools import cache
@@ -139,6 +140,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             dtype="float32",
             threads=1,
             counters={},
+            failed=Future(),
             defaults=numbers.get("defaults", {}),
             close=runner.close,
         )

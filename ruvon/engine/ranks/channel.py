@@ -30,7 +30,8 @@ class Kind(IntEnum):
     LARGE_PLAN = 4  # its number; it lies in memory of its own, which comes along
     RESUME = 5  # after a failed step: all have agreed that it failed
     PING = 6
-    END = 7
+    GRAMMAR = 7  # JSON: one that plans will ask for
+    END = 8
     PROGRESS = 33  # JSON: phase, share
     LOADED = 34  # JSON: what its share of the model takes, and what is left for the cache
     READY = 35  # JSON: how it computes

@@ -11,8 +11,8 @@ import signal
 import socket
 import sys
 from collections import deque
-from collections.abc import Mapping, MutableMapping
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, MutableMapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
@@ -42,6 +42,7 @@ from ruvon.engine.ranks.ring import NUMBER, RingReader, read_whole
 from ruvon.engine.ranks.steps import Meetings, Report
 from ruvon.engine.startup import Partners, start_engine
 from ruvon.engine.types import StepResult
+from ruvon.grammars import Grammar
 from ruvon.kernels.mesh import Mesh, process_group_mesh
 
 
@@ -57,13 +58,17 @@ class Rank:
         counter: MeetingCounter,
         *,
         answers: bool,
+        compile: Callable[[Grammar], object] = lambda grammar: None,
     ) -> None:
-        """``answers``: whether results are to be sent, as one rank of all does."""
+        """``answers``: whether results are to be sent, as one rank of all does. ``compile`` is for
+        grammars that plans will ask for."""
         self._channel = channel
         self._ring = ring
         self._runner = runner
         self._counter = counter
         self._answers = answers
+        self._compile = compile
+        self._beside = ThreadPoolExecutor(1, "ruvon-grammars")
         self._failed: dict[int, Event] = {}  # steps behind which a runner's thread waits
         self._held_by: int | None = None  # the failed step behind which none is launched
         self._backlog: deque[Frame] = deque()  # behind it
@@ -78,6 +83,8 @@ class Rank:
                     self._backlog.append(frame)
                 case Kind.RESUME:
                     self._resume(NUMBER.unpack(frame.payload)[0])
+                case Kind.GRAMMAR:
+                    self._beside.submit(self._compile, Grammar(**frame.json))
                 case Kind.PING:
                     self._channel.send(Kind.PONG)
             while self._backlog and self._held_by is None:
@@ -164,7 +171,8 @@ def run(channel: Channel, setup: Mapping[str, Any], ring: RingReader) -> None:
     }
     channel.send_json(Kind.READY, ready)
     answers = mesh.is_last and mesh.rank == 0
-    Rank(channel, ring, runner, counter, answers=answers).serve()
+    compile = loaded.grammars.hold
+    Rank(channel, ring, runner, counter, answers=answers, compile=compile).serve()
     loaded.close()
     mesh.close()
 

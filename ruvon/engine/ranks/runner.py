@@ -22,12 +22,13 @@ from contextlib import suppress
 from threading import Lock, Thread
 
 from ruvon.engine.ranks.channel import Frame, Kind
-from ruvon.engine.ranks.codec import decode_result, encode_plan
+from ruvon.engine.ranks.codec import decode_result, encode_plan, grammar_fields
 from ruvon.engine.ranks.messages import REPORT, forward_log, read_failure, read_report, start_error
 from ruvon.engine.ranks.process import RankProcess
 from ruvon.engine.ranks.ring import NUMBER, PlanRing, own_memory
 from ruvon.engine.ranks.steps import RankError, Report, Step, why_parted
 from ruvon.engine.types import Plan, StepResult
+from ruvon.grammars import Grammar
 
 PATIENCE = 10.0  # seconds for the steps under way when this closes
 GRACE = 10.0  # seconds in which a step that failed on one rank must be over on all
@@ -102,6 +103,13 @@ class Ranks:
             with suppress(OSError):  # a rank is gone; the reader finds out how
                 self._send_plan(self._number, data)
         return future
+
+    def announce(self, grammar: Grammar) -> None:
+        """Let ranks that sample compile a grammar before a plan asks for it."""
+        fields = grammar_fields(grammar)
+        for each in self._processes[-self._size :]:
+            with suppress(OSError):
+                each.channel.send_json(Kind.GRAMMAR, fields)
 
     def _send_plan(self, number: int, data: bytes) -> None:
         place = self._ring.write(number, data)

@@ -32,6 +32,7 @@ from ruvon.kernels.cpu.jit.simd import (
     I32,
     broadcast,
     call,
+    fused,
     load_as,
     offset,
     splat,
@@ -100,18 +101,30 @@ class Group:
 
 
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
-    """For each row, at ``blocks``, int32 sums [16] of (code - zero) * activation over one part of
-    the group: all of it, or a half where each half has a scale."""
-    per_part = VECTORS // group.kind.scales_per_group
+    """For each row, at ``blocks``, sums [16] of (code - zero) * activation over one part of the
+    group: all of it, or a half where each half has a scale. Integers, as exact in float32."""
+    b, per_part = group.b, VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
+    if group.isa.dot == "maddubs" and group.kind.bits < 8:
+        sums = [b.sitofp(each, F32V) for each in madd_bytes(group, blocks, which)]
+        return less_zero(group, blocks, part, sums)
     start = [bias_of_zero(group, block, part) for block in blocks]
-    if group.isa.dot == "maddubs":
-        if group.kind.bits == 8:
-            return madd_words(group, blocks, which, start)
-        return madd_bytes(group, blocks, which, start)
-    if group.isa.dot == "plain":
-        return plain(group, blocks, which, start)
-    return dot_bytes(group, blocks, which, start)
+    by = {"maddubs": madd_words, "plain": plain}.get(group.isa.dot, dot_bytes)
+    return [b.sitofp(each, F32V) for each in by(group, blocks, which, start)]
+
+
+def less_zero(
+    group: Group, blocks: list[ir.Value], part: int, sums: list[ir.Value]
+) -> list[ir.Value]:
+    """Take zero times the activation codes off sums that did not start there. As a float, since it
+    is one instruction then."""
+    if not group.kind.zero:
+        return sums
+    zero = ir.Constant(F32V, [-group.kind.zero] * LANES)
+    return [
+        fused(group.b, float_sum(group, block, part), zero, each)
+        for block, each in zip(blocks, sums, strict=True)
+    ]
 
 
 def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
@@ -228,24 +241,24 @@ def most_in_words(bits: int) -> int:
     return int((2**15 - 1) // (2 * 127 * (2**bits - 1)))
 
 
-def madd_bytes(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
     ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
-    totals = [cut(b, value, I32, width) if group.kind.zero else None for value in start]
+    totals: list[list[ir.Value] | None] = [None] * len(blocks)
     most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
-        sums: list[list[ir.Value] | None] = [None] * len(blocks)
+        sums: list[list[ir.Value]] = []
         for q in range(first, min(first + most, which.stop)):
             codes = cut(b, group.codes(q), I8, width)
-            for row, block in enumerate(blocks):
-                x = splat_bytes(b, offset(b, block, 4 * q), width)
-                sums[row] = add_all(b, sums[row], [madd(b, MADD_BYTES, c, x) for c in codes])
-        for row in range(len(blocks)):
-            wide = [madd(b, MADD_WORDS, part, ones) for part in sums[row] or []]
-            totals[row] = add_all(b, totals[row], wide)
+            xs = [splat_bytes(b, offset(b, block, 4 * q), width) for block in blocks]
+            products = [[madd(b, MADD_BYTES, code, x) for code in codes] for x in xs]
+            if sums:
+                products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
+            # With few registers not all codes of a group can be at hand.
+            sums = fence(b, products) if group.isa.registers == 16 else products
+        wide = [[madd(b, MADD_WORDS, part, ones) for part in parts] for parts in sums]
+        totals = [add_all(b, *args) for args in zip(totals, wide, strict=True)]
     return [join(b, total or []) for total in totals]
 
 
@@ -286,8 +299,7 @@ def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     """The same sums, all of which are there before anything that comes after is loaded.
 
     Left alone, LLVM takes one row after the other through the whole group, and keeps the codes on
-    the stack meanwhile, for which there are not enough registers: too many, where codes of 8 bits
-    have become words.
+    the stack meanwhile, for which there are not enough registers.
     """
     flat = [part for row in rows for part in row]
     outs = ir.LiteralStructType([part.type for part in flat]) if len(flat) > 1 else flat[0].type

@@ -14,6 +14,7 @@ sums. See `layout` for how all of them lie in memory.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 from llvmlite import ir
@@ -46,6 +47,7 @@ from ruvon.kernels.cpu.jit.simd import (
     widen,
 )
 
+Scales = Callable[[], list[ir.Value]]  # loads them when it is called first
 F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
@@ -102,32 +104,33 @@ def power_of_two(b: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
 
 
 def quantized_step(
-    group: Group, scales: list[ir.Value], x: ir.Value, outs: list[ir.Value]
+    group: Group, scales: Scales, x: ir.Value, outs: list[ir.Value]
 ) -> list[ir.Value]:
-    """One group of k for all rows. Rows' groups lie behind each other from x on."""
+    """One group of k for all rows. Rows' groups lie behind each other from x on. What the sums are
+    multiplied by is loaded behind them, or it would have to wait on the stack."""
     b, form = group.b, group.isa.form(group.kind)
     following = []
     for rows in group.isa.in_turn(range(len(outs))):
         blocks = [offset(b, x, row * form.group_bytes) for row in rows]
-        by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
         sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
+            by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
             sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
         following += sums
     return following
 
 
 def group_products(
-    group: Group, blocks: list[ir.Value], scales: list[ir.Value], part: int
+    group: Group, blocks: list[ir.Value], scales: Scales, part: int
 ) -> list[ir.Value]:
     """Each row's share of one group (or half a group), before the activation's scale."""
     b, kind = group.b, group.kind
     sums = group_sums(group, blocks, part)
-    products = [b.fmul(b.sitofp(each, F32V), scales[part]) for each in sums]
+    products = [b.fmul(each, scales()[part]) for each in sums]
     if not kind.offsets:
         return products
-    shift = scales[kind.scales_per_group + part]
+    shift = scales()[kind.scales_per_group + part]
     return [
         fused(b, shift, float_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
@@ -216,7 +219,7 @@ def emit_product(
         emit_fetch(b, fetch, kind, rows)
         if kind.quantized:
             by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
-            scales = load_scales(b, kind, s, by)
+            scales = functools.cache(lambda: load_scales(b, kind, s, by))
             outs = quantized_step(Group(b, isa, kind, w), scales, x, outs)
         elif kind.pairs:
             outs = pairs_step(b, w, x, outs)

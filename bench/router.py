@@ -1,0 +1,254 @@
+"""What a router adds: to the first token, and in processor time for each token that it passes on.
+
+    python bench/router.py [--streams 400] [--rate 100] [--seconds 8] [--replicas 4]
+
+The replicas are scripted: one process of raw sockets that answers at once and then sends an event
+to every stream each ``1 / rate`` seconds, as a model's steps do. The clients are raw sockets too,
+in this process. All three share the machine's cores, so what the router can carry is also told as
+what it would with a core of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import uvloop
+from measure import machine, write
+from process import TICKS, free_port, running, stat_fields
+
+EVENT = (
+    b'data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk",'
+    b'"created":1764200000,"model":"fake","system_fingerprint":"fp_0","choices":[{"index":0,'
+    b'"delta":{"content":" word"},"logprobs":null,"finish_reason":null}]}\n\n'
+)
+CHUNK = b"%x\r\n%s\r\n" % (len(EVENT), EVENT)
+LAST = b"e\r\ndata: [DONE]\n\n\r\n0\r\n\r\n"
+HEAD = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n"
+    b"X-Ruvon-Prompt-Tokens: 100\r\nX-Ruvon-Cached-Tokens: 0\r\n\r\n"
+)
+LOAD = b'{"status":"ready","epoch":"0","running":0,"waiting":0}'
+BODY = json.dumps(
+    {"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "max_tokens": 64}
+).encode()
+
+
+class Replica(asyncio.Protocol):
+    """A scripted replica's connection. How many tokens are wanted comes as ``X-Tokens``."""
+
+    def __init__(self, streams: dict[Replica, int]) -> None:
+        self.streams = streams
+        self.data = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.streams.pop(self, None)
+
+    def data_received(self, data: bytes) -> None:
+        self.data += data
+        head, found, body = self.data.partition(b"\r\n\r\n")
+        length = int(header(head, b"content-length") or 0)
+        if not found or len(body) < length:
+            return
+        self.data = b""
+        if head.startswith(b"GET"):
+            start = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: "
+            self.transport.write(start + b"%d\r\n\r\n" % len(LOAD) + LOAD)
+            return
+        tokens = int(header(head, b"x-tokens") or 1)
+        if tokens == 1:
+            self.transport.write(HEAD + CHUNK + LAST)
+        else:
+            self.transport.write(HEAD + CHUNK)
+            self.streams[self] = tokens - 1
+
+
+def header(head: bytes, name: bytes) -> bytes:
+    return head.lower().partition(b"\r\n" + name + b": ")[2].partition(b"\r\n")[0]
+
+
+async def replicate(paths: list[str], rate: float) -> None:
+    """Listen on each path, and step: a token for every stream."""
+    loop = asyncio.get_running_loop()
+    streams: dict[Replica, int] = {}
+    for path in paths:
+        await loop.create_unix_server(lambda: Replica(streams), path, backlog=1024)
+    at = loop.time()
+    while True:
+        at = max(at + 1 / rate, loop.time())
+        await asyncio.sleep(at - loop.time())
+        for replica, left in list(streams.items()):
+            replica.transport.write(CHUNK if left > 1 else CHUNK + LAST)
+            if left > 1:
+                streams[replica] = left - 1
+            else:
+                del streams[replica]
+
+
+def run_replicas(paths: list[str], rate: float) -> None:
+    uvloop.run(replicate(paths, rate))
+
+
+class Client(asyncio.Protocol):
+    """Asks again and again on one connection; counts events, and notes when the first came."""
+
+    def __init__(self, host: str, tokens: int, again: Callable[[], bool]) -> None:
+        self.request = (
+            f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nX-Tokens: {tokens}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(BODY)}\r\n\r\n"
+        ).encode() + BODY
+        self.again = again
+        self.events = 0
+        self.firsts: list[float] = []
+        self.done = asyncio.get_running_loop().create_future()
+        self.tail = b""
+
+    def connection_made(self, transport: Any) -> None:
+        self.transport = transport
+        self.ask()
+
+    def ask(self) -> None:
+        self.asked = time.perf_counter()
+        self.waiting = True
+        self.transport.write(self.request)
+
+    def data_received(self, data: bytes) -> None:
+        count = data.count(b'"delta"')
+        self.events += count
+        if self.waiting and count:
+            self.waiting = False
+            self.firsts.append(time.perf_counter() - self.asked)
+        self.tail = (self.tail + data)[-5:]
+        if self.tail == b"0\r\n\r\n":
+            self.tail = b""
+            if self.again():
+                self.ask()
+            else:
+                self.transport.close()
+                self.done.set_result(None)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if not self.done.done():
+            self.done.set_exception(ConnectionError("lost"))
+
+
+async def first_tokens(connect: Callable[[Any], Any], count: int) -> list[float]:
+    """Seconds to the first token, one request at a time."""
+    client: Client | None = None
+    made = [0]
+
+    def again() -> bool:
+        made[0] += 1
+        return made[0] < count
+
+    def make() -> Client:
+        nonlocal client
+        client = Client("bench", 1, again)
+        return client
+
+    await connect(make)
+    assert client is not None
+    await client.done
+    return client.firsts[count // 10 :]
+
+
+async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
+    loop = asyncio.get_running_loop()
+
+    def through(make: Any) -> Any:
+        return loop.create_connection(make, "127.0.0.1", port)
+
+    def direct(make: Any) -> Any:
+        return loop.create_unix_connection(make, path)
+
+    routed, alone = [], []
+    for _ in range(4):
+        alone += await first_tokens(direct, 250)
+        routed += await first_tokens(through, 250)
+    end = loop.time() + args.seconds + 2
+    clients: list[Client] = []
+
+    def make() -> Client:
+        clients.append(Client("bench", 64, lambda: loop.time() < end))
+        return clients[-1]
+
+    for _ in range(args.streams):
+        await through(make)
+        await asyncio.sleep(0.5 / args.streams)
+    await asyncio.sleep(1)
+    began, work = loop.time(), ticks(pid)
+    events = sum(client.events for client in clients)
+    await asyncio.sleep(args.seconds)
+    tokens = sum(client.events for client in clients) - events
+    seconds, work = loop.time() - began, (ticks(pid) - work) / TICKS
+    await asyncio.gather(*(client.done for client in clients))
+    return {
+        "first_token_direct_ms": 1e3 * statistics.median(alone),
+        "first_token_routed_ms": 1e3 * statistics.median(routed),
+        "added_p50_ms": 1e3 * (statistics.median(routed) - statistics.median(alone)),
+        "added_p99_ms": 1e3 * (percentile(routed, 99) - percentile(alone, 99)),
+        "tokens_per_second": tokens / seconds,
+        "router_us_per_token": 1e6 * work / tokens,
+        "router_cores": work / seconds,
+        "tokens_per_second_of_a_core": tokens / work,
+    }
+
+
+def percentile(values: list[float], share: int) -> float:
+    return statistics.quantiles(values, n=100)[share - 1]
+
+
+def ticks(pid: int) -> int:
+    fields = stat_fields(Path(f"/proc/{pid}/stat"))
+    return int(fields[11]) + int(fields[12])
+
+
+@contextmanager
+def replicas(paths: list[str], rate: float) -> Iterator[None]:
+    process = multiprocessing.get_context("spawn").Process(target=run_replicas, args=(paths, rate))
+    process.start()
+    try:
+        while not all(Path(path).exists() for path in paths):
+            time.sleep(0.05)
+        yield
+    finally:
+        process.kill()
+        process.join()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--streams", type=int, default=400)
+    parser.add_argument("--rate", type=float, default=100.0, help="Tokens per second of a stream.")
+    parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--replicas", type=int, default=4)
+    args = parser.parse_args()
+    port = free_port()
+    with ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        paths = [f"{folder}/{number}.sock" for number in range(args.replicas)]
+        stack.enter_context(replicas(paths, args.rate))
+        command = [sys.executable, "-m", "ruvon", "route", *(f"unix:{path}" for path in paths)]
+        quiet = ["--port", str(port), "--log-level", "warning"]
+        server = stack.enter_context(running([*command, *quiet], port))
+        numbers = uvloop.run(measure(port, paths[0], server.pid, args))
+    for name, value in numbers.items():
+        print(f"{name:>28}  {value:12,.3f}")
+    print(f"\nWrote {write('router', {'machine': machine(), 'numbers': numbers})}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,142 @@
+"""Replicas as processes: ``ruvon serve --data-parallel-size 2`` as users start it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+from embedded import Process, running
+from fakes import TINY_LLAMA
+
+from ruvon.config import EngineConfig
+from ruvon.errors import ConfigError
+from ruvon.router.places import Place, places
+from ruvon.router.processes import named
+
+PROMPT = {"prompt": [5, 6, 9], "max_tokens": 24, "ignore_eos": True}
+
+
+class Load:
+    """Clients that ask again and again, streams and not, and what came of it."""
+
+    def __init__(self, session: aiohttp.ClientSession, url: str) -> None:
+        self.session, self.url = session, url
+        self.outcomes: Counter[str] = Counter()
+        self.over = False
+
+    async def client(self, stream: bool) -> None:
+        while not self.over:
+            try:
+                self.outcomes[await self.ask(stream)] += 1
+            except aiohttp.ClientError as error:
+                self.outcomes[f"lost: {error!r}"] += 1
+
+    async def ask(self, stream: bool) -> str:
+        body = PROMPT | {"stream": stream}
+        async with self.session.post(f"{self.url}/v1/completions", json=body) as response:
+            data = await response.read()
+        if response.status != 200:
+            return f"refused: {data!r}"
+        if b"replica_lost" in data:
+            return "cut"
+        return "whole" if not stream or data.endswith(b"[DONE]\n\n") else f"broken: {data!r}"
+
+
+@asynccontextmanager
+async def load_on(url: str) -> AsyncIterator[Load]:
+    async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+        load = Load(session, url)
+        for number in range(6):
+            group.create_task(load.client(stream=number % 2 == 0))
+        yield load
+        load.over = True
+
+
+async def until_ready(url: str, count: int) -> None:
+    async with aiohttp.ClientSession() as session:
+        while True:
+            async with session.get(f"{url}/ready") as response:
+                if (await response.json())["ready"] == count:
+                    return
+            await asyncio.sleep(0.05)
+
+
+def is_running(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
+
+
+def children(process: Process) -> list[int]:
+    pid = process.popen.pid
+    text = Path(f"/proc/{pid}/task/{pid}/children").read_text()
+    return [int(child) for child in text.split()]
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each replica")
+async def test_no_request_is_lost_to_a_crash_or_a_restart(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
+    options = (
+        str(tmp_path), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
+        "--data-parallel-size", "2", "--poll-interval", "0.1", "--no-log-requests",
+    )  # fmt: skip
+    with running(*options) as process:
+        url = process.wait_for("listening")["url"]
+        await until_ready(url, 2)
+        workers = children(process)
+        assert len(workers) == 2
+        shares = [os.sched_getaffinity(worker) for worker in workers]
+        assert not shares[0] & shares[1]
+
+        async with load_on(url) as load:
+            await asyncio.sleep(0.5)
+            os.kill(workers[0], signal.SIGKILL)
+            await until_ready(url, 1)
+            await until_ready(url, 2)
+        assert set(load.outcomes) <= {"whole", "cut"}
+        assert load.outcomes["cut"] <= 3  # the streams that it was answering
+
+        async with load_on(url) as load:
+            process.popen.send_signal(signal.SIGHUP)
+            await asyncio.to_thread(process.wait_for, "rolling_restart_done")
+        assert set(load.outcomes) == {"whole"}
+        assert not set(children(process)) & set(workers)
+
+        workers = children(process)
+        process.popen.kill()  # nobody is left behind, whatever ends the router
+        process.popen.wait()
+        while any(map(is_running, workers)):  # noqa: ASYNC110 - another process's end
+            await asyncio.sleep(0.05)
+
+
+def test_each_replica_has_cores_or_a_gpu_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("ruvon.engine.resources.allowed_cpus", lambda: list(range(8)))
+    on_cpu = EngineConfig(device="cpu")
+    third = 1 / 3
+    assert places(on_cpu, 3, {}, tmp_path) == [
+        Place((0, 1), 2, third), Place((2, 3), 2, third), Place((4, 5), 2, third),
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match="a core for each"):
+        places(on_cpu, 9, {}, tmp_path)
+    visible = {"CUDA_VISIBLE_DEVICES": "3,5"}
+    placed = places(EngineConfig(), 2, visible, tmp_path)
+    assert [place.devices for place in placed] == [("3",), ("5",)]
+    with pytest.raises(ConfigError, match="there are 2"):
+        places(EngineConfig(device="cuda"), 3, visible, tmp_path)
+    (tmp_path / "dev").mkdir()
+    for name in ("nvidia0", "nvidia1", "nvidiactl"):
+        (tmp_path / "dev" / name).touch()
+    assert len(places(EngineConfig(), 2, {}, tmp_path)) == 2
+
+
+def test_a_line_of_the_log_says_whose_it_is():
+    assert json.loads(named('{"event": "ready"}\n', "1")) == {"replica": "1", "event": "ready"}
+    assert named("Traceback\n", "1") == "[1] Traceback\n"
