@@ -139,6 +139,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             kernels="fake",
             dtype="float32",
             threads=1,
+            ranks=1,
             counters={},
             failed=Future(),
             defaults=numbers.get("defaults", {}),
