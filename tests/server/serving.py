@@ -142,6 +142,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             ranks=1,
             counters={},
             failed=Future(),
+            ranks=1,
             defaults=numbers.get("defaults", {}),
             close=runner.close,
         )
