@@ -139,7 +139,6 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             kernels="fake",
             dtype="float32",
             threads=1,
-            ranks=1,
             counters={},
             failed=Future(),
             ranks=1,
