@@ -27,6 +27,7 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.loading import distinct, load_on, load_words, tensors_of
+from ruvon.engine.ranks.node import run_node
 from ruvon.engine.ranks.runner import Ranks
 from ruvon.engine.ranks.start import start_ranks
 from ruvon.engine.resources import available_cores
@@ -37,13 +38,13 @@ from ruvon.engine.types import (
 )
 from ruvon.engine.validation import check_sampling
 from ruvon.engine.warm_up import warm_up
-from ruvon.errors import LoadError, RequestError
+from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.models.chat import Chat
 from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.models.tokenizer import Tokenizer
-from ruvon.telemetry import Progress
+from ruvon.telemetry import Progress, silent
 
 if TYPE_CHECKING:
     from ruvon.engine.gpu.runner import GpuRunner
@@ -76,6 +77,14 @@ class LoadedEngine:
     """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
+def compute_for_server(config: EngineConfig) -> None:
+    """Be one of the machines that compute for the one that serves, until that ends. Raises
+    ConfigError, LoadError and PeerError."""
+    device = choose_device(config)
+    checkpoint = open_checkpoint(config, silent)
+    run_node(config, device, checkpoint.path, config.threads or available_cores())
+
+
 @dataclass(frozen=True, slots=True)
 class Partners:
     """What one rank of several has to know of the others before it computes."""
@@ -100,6 +109,8 @@ def start_engine(
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
     """
+    if config.node_rank:
+        raise ConfigError(f"--node-rank {config.node_rank}: only `ruvon serve` computes for others")
     progress("opening model", 0.0)
     device = choose_device(config)
     config = dataclasses.replace(config, device="cuda" if device.type == "cuda" else "cpu")

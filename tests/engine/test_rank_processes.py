@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.error
@@ -99,10 +100,10 @@ def ranks_of(server: int) -> list[int]:
     return sorted(pid for pid in children if program in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-def serve(folder: Path):
+def serve(folder: Path, *more: str, axis: str = "tensor"):
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-    settings += ["--tensor-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
-    return running("--model", str(folder), *settings)
+    settings += [f"--{axis}-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
+    return running("--model", str(folder), *settings, *more)
 
 
 def ask(url: str, **body: object):
@@ -153,4 +154,34 @@ def test_ranks_end_with_a_server_that_is_killed(folder):
         assert len(ranks) == 2
         os.kill(ranks[0], signal.SIGSTOP)  # whatever it is doing
         process.popen.kill()
+        until(lambda: all(map(gone, ranks)))
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        return str(listener.getsockname()[1])
+
+
+@pytest.mark.slow
+def test_a_server_whose_second_stage_is_on_another_machine(folder):
+    """Another address stands for it. One that does not know the key is not let in."""
+    address = ("--master-addr=127.0.0.2", f"--master-port={free_port()}")
+    nodes = ("--nnodes=2", *address, "--cluster-key=0123456789abcdef")
+    with (
+        serve(folder, *nodes, axis="pipeline") as server,
+        serve(folder, *nodes, "--node-rank=1", "--cluster-key=that of somebody") as stranger,
+        serve(folder, *nodes, "--node-rank=1", axis="pipeline") as node,
+    ):
+        assert stranger.popen.wait(60) == 1
+        assert "another --cluster-key" in stranger.rest()
+        url = server.wait_for("listening")["url"]
+        assert "2 ranks" in server.wait_for("ready")["computes_in"]
+        ranks = [*ranks_of(server.popen.pid), *ranks_of(node.popen.pid)]
+        assert len(ranks) == 2
+        body = {"model": folder.name, "max_tokens": 8, "ignore_eos": True}
+        with ask(f"{url}/v1/completions", **body) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 8
+        os.kill(ranks[1], signal.SIGKILL)
+        assert "rank 1 was killed by SIGKILL" in str(server.wait_for("engine_dead"))
+        assert node.popen.wait(30) == 1
         until(lambda: all(map(gone, ranks)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -16,6 +17,7 @@ from ranks import thread_ranks
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.ranks import runner as ranks_runner
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
+from ruvon.engine.ranks.nodes import prove, receive
 from ruvon.engine.ranks.ring import PLACE, PlanRing, RingReader
 from ruvon.engine.ranks.steps import Meetings, RankError, Report, Step, why_parted
 from ruvon.engine.types import (
@@ -257,3 +259,29 @@ def test_settings_of_every_kind_arrive_as_they_were_sent():
     for cut in range(0, len(encode_plan(plan)), 9):
         with pytest.raises(ValueError, match="cut off"):
             decode_plan(encode_plan(plan)[:cut])
+
+
+@pytest.mark.parametrize("key", ["0123456789abcdef", "0123456789abcdeX"])
+def test_machines_know_each_other_by_a_key_that_is_not_sent(key):
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as other:
+        proved = other.submit(prove, theirs, key.encode(), b"node", b"server")
+        if key == "0123456789abcdef":
+            prove(ours, b"0123456789abcdef", b"server", b"node")
+            proved.result(10)
+        else:
+            for wait in (
+                lambda: prove(ours, b"0123456789abcdef", b"server", b"node"),
+                proved.result,
+            ):
+                with pytest.raises(ValueError, match="another --cluster-key"):
+                    wait()
+
+
+def test_a_machine_that_says_what_it_is_told_has_not_proved_anything():
+    """A peer without the key could send everything back."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as mirror:
+        mirror.submit(lambda: [theirs.sendall(receive(theirs, 32)) for _ in range(2)])
+        with pytest.raises(ValueError, match="another"):
+            prove(ours, b"0123456789abcdef", b"server", b"node")
