@@ -316,12 +316,18 @@ class EngineLoop:
         if self.engine.recording is not None:
             raise RequestError("Another recording is being made.")
         full = asyncio.Event()
-        recording = self.engine.record(most_steps, full.set)
+
+        def end() -> None:
+            self.engine.recording = None
+            full.set()
+
+        recording = self.engine.record(most_steps, end)
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(full.wait(), seconds)
         finally:
-            self.engine.recording = None
+            if self.engine.recording is recording:
+                end()
         return recording
 
     # ---------------------------------------------------------------- the task
