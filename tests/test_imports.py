@@ -37,7 +37,7 @@ DEFERRED = {
     "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
     "kernels/cpu/compiled": "kernels that are on disk already need no numba",
     "router/worker": "a replica's cores are set before torch counts them",
-    "engine/startup": "a GPU's runner needs triton, which is not on every platform",
+    "engine/runners": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""
 
@@ -145,6 +145,7 @@ UNNEEDED = {
     [
         (["ruvon.cli.models", "ruvon.config", "ruvon.telemetry"], {"numpy", "torch"}),
         (["ruvon.engine.types"], {"numpy", "torch"}),
+        (["ruvon.router.run"], {"numpy", "torch"}),
         (["ruvon.server.app", "ruvon.engine.cpu_sampler", "ruvon.kernels.cpu"], UNNEEDED),
     ],
 )

@@ -39,8 +39,9 @@ from ruvon.engine.ranks.ring import PlanRing, anonymous_memory
 from ruvon.engine.ranks.runner import Ranks
 from ruvon.engine.ranks.steps import RankError
 from ruvon.errors import ConfigError
-from ruvon.kernels.mesh import ADDRESS, TIMEOUT
+from ruvon.kernels.mesh import ADDRESS, TIMEOUT, Mesh
 from ruvon.models.cache_groups import cache_groups
+from ruvon.models.shares import share_of
 from ruvon.models.spec import ModelSpec
 from ruvon.telemetry import Progress
 
@@ -72,6 +73,7 @@ def start_ranks(
     ends before it is ready.
     """
     check_possible(config)
+    share_of(spec, Mesh(size=config.tensor_parallel_size, stages=config.pipeline_parallel_size))
     with ExitStack() as undo:
         here = ranks_of_node(config, 0)
         ring = PlanRing(len(here))
