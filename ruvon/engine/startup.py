@@ -33,6 +33,7 @@ from ruvon.engine.kv_cache import (
     plan_memory,
 )
 from ruvon.engine.matching import Matchers
+from ruvon.engine.ranks.node import run_node
 from ruvon.engine.ranks.runner import Ranks
 from ruvon.engine.ranks.start import start_ranks
 from ruvon.engine.resources import available_cores
@@ -48,7 +49,7 @@ from ruvon.engine.types import (
     StepResult,
 )
 from ruvon.engine.validation import check_sampling
-from ruvon.errors import LoadError, RequestError
+from ruvon.errors import ConfigError, LoadError, RequestError
 from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.models import Model, load_model
 from ruvon.models.chat import Chat, load_chat
@@ -56,7 +57,7 @@ from ruvon.models.checkpoint import Checkpoint, open_checkpoint
 from ruvon.models.defaults import sampling_defaults
 from ruvon.models.sources import weight_files
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
-from ruvon.telemetry import Progress
+from ruvon.telemetry import Progress, silent
 
 if TYPE_CHECKING:
     from ruvon.engine.gpu.runner import GpuRunner
@@ -98,6 +99,14 @@ class LoadedEngine:
     """Gets why no step can succeed any more, where that may happen while none is under way."""
 
 
+def compute_for_server(config: EngineConfig) -> None:
+    """Be one of the machines that compute for the one that serves, until that ends. Raises
+    ConfigError, LoadError and PeerError."""
+    device = choose_device(config)
+    checkpoint = open_checkpoint(config, silent)
+    run_node(config, device, checkpoint.path, config.threads or available_cores())
+
+
 @dataclass(frozen=True, slots=True)
 class Partners:
     """What one rank of several has to know of the others before it computes."""
@@ -122,6 +131,8 @@ def start_engine(
     The engine's own config names the device. Raises `ConfigError` for a setting that cannot be
     honoured here, and `LoadError` for a checkpoint that cannot be used.
     """
+    if config.node_rank:
+        raise ConfigError(f"--node-rank {config.node_rank}: only `ruvon serve` computes for others")
     progress("opening model", 0.0)
     device = choose_device(config)
     config = dataclasses.replace(config, device="cuda" if device.type == "cuda" else "cpu")
