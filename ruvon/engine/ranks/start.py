@@ -72,7 +72,8 @@ def start_ranks(
     Raises ConfigError and LoadError as `start_engine` does, naming the rank, and RankError if one
     ends before it is ready.
     """
-    check_possible(spec, config)
+    check_possible(config)
+    share_of(spec, Mesh(size=config.tensor_parallel_size, stages=config.pipeline_parallel_size))
     with ExitStack() as undo:
         here = ranks_of_node(config, 0)
         ring = PlanRing(len(here))
@@ -104,9 +105,8 @@ def start_ranks(
     )
 
 
-def check_possible(spec: ModelSpec, config: EngineConfig) -> None:
-    """Raises ConfigError where there cannot be several ranks, or not so many of this model."""
-    share_of(spec, Mesh(size=config.tensor_parallel_size, stages=config.pipeline_parallel_size))
+def check_possible(config: EngineConfig) -> None:
+    """Raises ConfigError where there cannot be several ranks."""
     if sys.platform != "linux":
         raise ConfigError("--tensor-parallel-size: several ranks need Linux")
     if config.device == "cuda" and not torch.distributed.is_nccl_available():
