@@ -25,7 +25,7 @@ from typing import Any
 
 import uvloop
 from measure import machine, write
-from process import TICKS, free_port, running, stat_fields
+from process import free_port, running
 
 EVENT = (
     b'data: {"id":"chatcmpl-0123456789abcdef0123456789abcdef","object":"chat.completion.chunk",'
@@ -39,6 +39,7 @@ HEAD = (
     b"X-Ruvon-Prompt-Tokens: 100\r\nX-Ruvon-Cached-Tokens: 0\r\n\r\n"
 )
 LOAD = b'{"status":"ready","epoch":"0","running":0,"waiting":0}'
+ROUNDS, REQUESTS = 4, 500
 BODY = json.dumps(
     {"messages": [{"role": "user", "content": "word " * 200}], "stream": True, "max_tokens": 64}
 ).encode()
@@ -174,10 +175,12 @@ async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> d
     def direct(make: Any) -> Any:
         return loop.create_unix_connection(make, path)
 
-    routed, alone = [], []
-    for _ in range(4):
-        alone += await first_tokens(direct, 250)
-        routed += await first_tokens(through, 250)
+    routed, alone, asking = [], [], 0.0
+    for _ in range(ROUNDS):
+        alone += await first_tokens(direct, REQUESTS)
+        before = worked(pid)
+        routed += await first_tokens(through, REQUESTS)
+        asking += worked(pid) - before
     end = loop.time() + args.seconds + 2
     clients: list[Client] = []
 
@@ -189,17 +192,18 @@ async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> d
         await through(make)
         await asyncio.sleep(0.5 / args.streams)
     await asyncio.sleep(1)
-    began, work = loop.time(), ticks(pid)
+    began, work = loop.time(), worked(pid)
     events = sum(client.events for client in clients)
     await asyncio.sleep(args.seconds)
     tokens = sum(client.events for client in clients) - events
-    seconds, work = loop.time() - began, (ticks(pid) - work) / TICKS
+    seconds, work = loop.time() - began, worked(pid) - work
     await asyncio.gather(*(client.done for client in clients))
     return {
         "first_token_direct_ms": 1e3 * statistics.median(alone),
         "first_token_routed_ms": 1e3 * statistics.median(routed),
         "added_p50_ms": 1e3 * (statistics.median(routed) - statistics.median(alone)),
         "added_p99_ms": 1e3 * (percentile(routed, 99) - percentile(alone, 99)),
+        "router_us_per_request": 1e6 * asking / (ROUNDS * REQUESTS),
         "tokens_per_second": tokens / seconds,
         "router_us_per_token": 1e6 * work / tokens,
         "router_cores": work / seconds,
@@ -211,9 +215,9 @@ def percentile(values: list[float], share: int) -> float:
     return statistics.quantiles(values, n=100)[share - 1]
 
 
-def ticks(pid: int) -> int:
-    fields = stat_fields(Path(f"/proc/{pid}/stat"))
-    return int(fields[11]) + int(fields[12])
+def worked(pid: int) -> float:
+    """Seconds of processor time of a process's first thread, which is all that a router has."""
+    return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
 
 
 @contextmanager

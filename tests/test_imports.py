@@ -145,6 +145,7 @@ UNNEEDED = {
     [
         (["ruvon.cli.models", "ruvon.config", "ruvon.telemetry"], {"numpy", "torch"}),
         (["ruvon.engine.types"], {"numpy", "torch"}),
+        (["ruvon.router.run"], {"numpy", "torch"}),
         (["ruvon.server.app", "ruvon.engine.cpu_sampler", "ruvon.kernels.cpu"], UNNEEDED),
     ],
 )

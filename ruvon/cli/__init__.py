@@ -56,12 +56,14 @@ main.add_command(record)
 main.add_command(replay)
 
 
-REPLICAS_OWN = (
-    "served_model_name", "chat_template", "cors_allow_origin", "max_logprobs",
-    "sse_keep_alive_interval", "resume_grace", "store_responses", "response_store_size",
-    "response_store_ttl", "strict", "data_parallel_size",
+ROUTED = (
+    "host", "port", "uds", "api_key", "api_key_file", "admin_key", "admin_key_file", "tls_cert",
+    "tls_key", "max_body_size", "max_connections", "max_connections_per_address",
+    "keep_alive_timeout", "shutdown_timeout", "log_level", "log_format", "log_requests",
 )  # fmt: skip
-"""Settings of a server that a router over given servers has no use for."""
+"""What a router over given servers has in common with them; all else is theirs to set."""
+
+NOT_ROUTED = (*(name for name in kinds(ServerConfig) if name not in ROUTED), "data_parallel_size")
 
 
 @main.command(cls=SettingsCommand)
@@ -90,6 +92,7 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
             raise ConfigError(
                 "--data-parallel-size: its replicas are on one machine each, not on --nnodes"
             )
+        refuse_each(server)
         from ruvon.router.run import serve_replicas
 
         serve_replicas(engine, server, router)
@@ -102,7 +105,7 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
 
 @main.command("route", cls=SettingsCommand)
 @click.argument("urls", metavar="URL...", nargs=-1, required=True)
-@settings(ServerConfig, RouterConfig, without=REPLICAS_OWN)
+@settings(ServerConfig, RouterConfig, without=NOT_ROUTED)
 def route_command(urls: tuple[str, ...], config: Path | None, **given: Any) -> None:
     """Share requests out among the servers at URL..., such as http://10.0.0.5:8000 or unix:/path.
 
@@ -282,6 +285,13 @@ def build_all(
     toml = read_settings(config)
     server, router = load(ServerConfig, given, toml=toml), load(RouterConfig, given, toml=toml)
     return load_engine(given, toml), server, router
+
+
+def refuse_each(server: ServerConfig) -> None:
+    """Raises ConfigError for what each replica would count for itself."""
+    for name in ("rate_limit_requests", "rate_limit_tokens"):
+        if getattr(server, name) is not None:
+            raise ConfigError(f"{flag(name)} is not served with --data-parallel-size yet")
 
 
 def refuse_unused(router: RouterConfig) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 
 import structlog
@@ -18,10 +19,10 @@ from ruvon.router.link import Link, LostError
 from ruvon.router.metrics import METRICS
 from ruvon.router.prompt import Prompt, read_prompt
 from ruvon.router.replica import Replica
-from ruvon.server.body import receive
 from ruvon.server.events import DONE, error_event, event
 from ruvon.server.failures import anthropic_error, ollama_error, openai_error
 from ruvon.server.middleware import FACTS
+from ruvon.server.receive import receive
 
 log = structlog.get_logger(__name__)
 
@@ -161,6 +162,8 @@ def refusal(answer: web.StreamResponse, prompt: Prompt) -> web.Response | None:
     """The answer, if another replica may have a better one."""
     if not isinstance(answer, web.Response) or not isinstance(answer.body, bytes):
         return None
+    if b'"rate_limit_exceeded"' in answer.body:  # a key's limit is not multiplied
+        return None
     said = {500: b'"engine_dead"', 429: b"", 503: b""}
     if prompt.held is not None:
         said |= {400: b"not_found", 404: b"not_found"}
@@ -191,41 +194,41 @@ async def relay(
 ) -> web.StreamResponse:
     """Pass a body on as it comes. A replica that is lost on the way is told of as its API tells
     errors in mid-stream, or, where there is no telling, by ending the connection."""
+    begun = await link.collect(0)  # until there is something, another replica may still answer
+    learn(begun)
     response = Relayed(status=head.status, headers=kept_headers(head))
     if not body.chunked and not isinstance(body, Unsized):
         response.content_length = int(head.get("content-length") or 0)
     elif http.version >= (1, 1):
         response.enable_chunked_encoding()
-    await response.prepare(http)
-    await response.write(b"")  # the head goes out, and what follows goes its own way
-    sink = make_sink(http, body, learn)
-    try:
-        await link.relay(sink, http.writer.drain)
-    except LostError as error:
-        log.warning("stream_lost", replica=http[FACTS]["replica"], error=str(error))
-        await break_off(http, response, head, body)
-        response.outcome = 502
-        return response
-    await response.write_eof()
-    response.outcome = head.status
+    with suppress(ConnectionResetError):  # the client has left
+        await response.prepare(http)
+        sink = make_sink(http, body)
+        if body.chunked and body.whole:  # as it is at a stream's first token, as a rule
+            await response.write(payload(begun))  # in one piece with the head
+        else:
+            await response.write(b"")
+            sink(begun)
+        try:
+            await link.relay(sink, http.writer.drain)
+        except LostError as error:
+            log.warning("stream_lost", replica=http[FACTS]["replica"], error=str(error))
+            await break_off(http, response, head, body)
+            response.outcome = 502
+            return response
+        await response.write_eof()
+        response.outcome = head.status
     return response
 
 
-def make_sink(
-    http: web.Request, body: Body, learn: Callable[[bytes], None]
-) -> Callable[[bytes], bool]:
+def make_sink(http: web.Request, body: Body) -> Callable[[bytes], bool]:
     """What writes to the client, straight to its connection; False when enough waits for it."""
     transport = http.transport
     if transport is None:
         raise ConnectionResetError("the client has left")
     frame = framer(http, body)
-    first = True
 
     def sink(data: bytes) -> bool:
-        nonlocal first
-        if first:
-            first = False
-            learn(data)
         if transport.is_closing():
             return True
         transport.write(frame(data))

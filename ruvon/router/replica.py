@@ -164,7 +164,7 @@ class Replica:
                 return link, await link.ask(method, request)
             except LostError as error:
                 self.release(link)
-                if not reused or error.begun:
+                if not reused or error.begun or self.status == "down":
                     raise
             except BaseException:
                 link.abort()

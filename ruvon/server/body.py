@@ -11,15 +11,12 @@ from typing import TypeVar
 from aiohttp import web
 
 from ruvon.engine.loop import NotCompiledError
-from ruvon.errors import BodyTimeoutError, BodyTooLargeError, EncodingError
 from ruvon.models.template_cost import PATIENCE, SlowTemplateError
 from ruvon.server.parsing import SMALL
+from ruvon.server.receive import receive
 from ruvon.server.state import STATE, Service, service_of
 
 T = TypeVar("T")
-
-BODY_PATIENCE = 60.0  # seconds that a body may take, and as many more
-SLOWEST = 1024  # as it has bytes, by so many
 
 HURRY = 0.02  # seconds that the event loop's thread can spare for one template
 
@@ -41,29 +38,6 @@ async def read(
     pieces = await receive(http)
     large = always_aside or sum(map(len, pieces)) > SMALL
     return await offload(http.app, large, lambda: understand(b"".join(pieces), service))
-
-
-async def receive(http: web.Request) -> list[bytes]:
-    """The body as it comes. One that is declared too large is not waited for."""
-    encoding, limit = http.headers.get("Content-Encoding", "identity"), http.client_max_size
-    if encoding.lower() != "identity":
-        raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
-    declared, size = http.content_length or 0, 0
-    began = asyncio.get_running_loop().time()
-    pieces: list[bytes] = []
-    while max(declared, size) <= limit:
-        try:
-            async with asyncio.timeout_at(began + BODY_PATIENCE + size / SLOWEST):
-                piece = await http.content.readany()
-        except TimeoutError:
-            raise BodyTimeoutError(
-                f"The body came more slowly than {SLOWEST} bytes a second."
-            ) from None
-        if not piece:
-            return pieces
-        pieces.append(piece)
-        size += len(piece)
-    raise BodyTooLargeError(f"The request body is larger than {limit} bytes.")
 
 
 async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T:

@@ -131,6 +131,8 @@ def test_each_replica_has_cores_or_a_gpu_of_its_own(tmp_path, monkeypatch):
     assert placed == [Place(devices=tuple(visible["CUDA_VISIBLE_DEVICES"].split(",")[:2]))]
     placed = places(EngineConfig(), 2, visible, tmp_path)
     assert [place.devices for place in placed] == [("3",), ("5",)]
+    paired = EngineConfig(device="cuda", tensor_parallel_size=2)
+    assert places(paired, 1, visible, tmp_path) == [Place(devices=("3", "5"))]
     with pytest.raises(ConfigError, match="there are 2"):
         places(EngineConfig(device="cuda"), 3, visible, tmp_path)
     (tmp_path / "dev").mkdir()

@@ -10,7 +10,7 @@ import pytest
 from serving import Reply, Server
 
 from ruvon.config import ServerConfig
-from ruvon.server import body as reading
+from ruvon.server import receive as reading
 from ruvon.server.connection import Connection
 
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
