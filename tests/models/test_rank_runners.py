@@ -18,7 +18,7 @@ from ruvon.engine.backends import choose_backend
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.kv_cache import plan_memory
-from ruvon.engine.startup import make_runner
+from ruvon.engine.runners import make_runner
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
 from ruvon.grammars import regex
 from ruvon.kernels.mesh import ALONE, Mesh
