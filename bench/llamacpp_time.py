@@ -19,7 +19,6 @@ from ctypes import POINTER, c_int8, c_int32, c_uint32, c_void_p
 
 from llamacpp_logits import Batch, open_library
 
-CONTEXT = 8192  # tokens, of all streams together
 CACHED = 8  # tokens of a stream before those that are timed
 
 
@@ -29,7 +28,7 @@ def main() -> None:
     os.dup2(2, 1)  # whatever llama.cpp prints
     llama, rng = open_library(), random.Random(0)
     model = llama.llama_model_load_from_file(path, llama.llama_model_default_params())
-    context = open_context(llama, model, max([1, *streams]))
+    context = open_context(llama, model, max([1, *streams]), prompt + tokens)
 
     def draw(count: int) -> list[int]:
         return [rng.randrange(1000, 40000) for _ in range(count)]
@@ -61,13 +60,12 @@ def steps(
     return (time.process_time() - began) / count
 
 
-def open_context(llama: ctypes.CDLL, model: c_void_p, streams: int) -> c_void_p:
-    """One thread, for so many sequences."""
+def open_context(llama: ctypes.CDLL, model: c_void_p, streams: int, longest: int) -> c_void_p:
+    """One thread, for so many sequences, each of which may have so many tokens."""
     params = llama.llama_context_default_params()
     first = (c_uint32 * 4).from_buffer(params)  # n_ctx, n_batch, n_ubatch, n_seq_max
     assert (first[0], first[2], first[3]) == (512, 512, 1), "llama_context_params has changed"
-    if streams > 1:
-        first[0], first[3] = CONTEXT, streams
+    first[0], first[3] = streams * -(-longest // 256) * 256, streams
     context: c_void_p = llama.llama_init_from_model(model, params)
     llama.llama_set_n_threads(context, 1, 1)
     return context

@@ -2,11 +2,12 @@
 
     python bench/processor_time.py MODEL.gguf [--prompt 448] [--tokens 24] [--turns 3]
                                    [--streams 16 32] [--theirs OTHER.gguf]
+                                   [--dtype bfloat16] [--quantization int8] [--transformers]
 
-One thread each, one after the other, no HTTP. Prints the seconds of a prompt, the milliseconds of
-each token after it and of a step of so many streams, least to most of the turns. Other programs
-change processor time much less than what a clock says, but not nothing: caches and memory are
-shared.
+MODEL may be a folder, where ``--theirs`` names a file. One thread each, one after the other, no
+HTTP. Prints the seconds of a prompt, the milliseconds of each token after it and of a step of so
+many streams, least to most of the turns. Other programs change processor time much less than what
+a clock says, but not nothing: caches and memory are shared.
 """
 
 from __future__ import annotations
@@ -33,14 +34,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--streams", type=int, nargs="+", default=[], help="Numbers of streams.")
     parser.add_argument("--theirs", type=Path, help="llama.cpp's file; default: the same.")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--quantization", default="auto")
+    parser.add_argument("--transformers", action="store_true", help="Of a folder, too.")
     args = parser.parse_args()
     show("ruvon", args.streams, ours(args))
     show("llama.cpp", args.streams, theirs(args))
+    if args.transformers:
+        show("transformers", [], transformers(args))
 
 
 def ours(args: argparse.Namespace) -> list[list[float]]:
     rng = random.Random(0)
-    with LLM(str(args.model), threads=1, device="cpu", max_model_len=1024) as llm:
+    settings = {"dtype": args.dtype, "quantization": args.quantization, "max_model_len": 1024}
+    with LLM(str(args.model), threads=1, device="cpu", **settings) as llm:
 
         def seconds(prompt: int, tokens: int, streams: int = 1) -> float:
             ids = [[rng.randrange(1000, 40000) for _ in range(prompt)] for _ in range(streams)]
@@ -67,6 +74,32 @@ def theirs(args: argparse.Namespace) -> list[list[float]]:
     command = [str(peer.python), str(HERE / "llamacpp_time.py"), path, *numbers]
     told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return [[*map(float, line.split())] for line in told.splitlines()]
+
+
+def transformers(args: argparse.Namespace) -> list[list[float]]:
+    """Its own `generate`, greedy, in this environment."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(1)
+    dtype = torch.bfloat16 if args.dtype == "auto" else getattr(torch, args.dtype)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+
+    def seconds(prompt: int, tokens: int) -> float:
+        ids = torch.randint(1000, 40000, (1, prompt))
+        lengths = {"max_new_tokens": tokens, "min_new_tokens": tokens}
+        began = time.process_time()
+        model.generate(ids, do_sample=False, pad_token_id=0, **lengths)
+        return time.process_time() - began
+
+    seconds(SHORT, 2)
+    return [
+        [
+            seconds(args.prompt, 1),
+            (seconds(SHORT, args.tokens + 1) - seconds(SHORT, 1)) / args.tokens,
+        ]
+        for _ in range(args.turns)
+    ]
 
 
 def show(name: str, streams: Sequence[int], turns: Sequence[Sequence[float]]) -> None:

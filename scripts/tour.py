@@ -12,10 +12,10 @@ from pathlib import Path
 from fragments import span
 
 TOUR = Path(__file__).parent.parent / "docs" / "tour.md"
-LIMIT = 2550
+LIMIT = 2500
 """Lines that can be read in an evening."""
 
-STOP = re.compile(r"^\d+\. \[`([^`]+)`\]\(([^)]+)\)((?:,? (?:and )?`[\w.]+`)*):", re.MULTILINE)
+STOP = re.compile(r"^\d+\. \[`([^`]+)`\]\(([^)]+)\)((?:,?\s+(?:and )?`[\w.]+`)*):", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)

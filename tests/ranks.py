@@ -7,11 +7,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from queue import Queue
 from threading import Thread
-from types import SimpleNamespace
 
 from fakes import FakeRunner
 
-from ruvon.engine.ranks.channel import Channel
+from ruvon.engine.ranks.channel import Channel, Kind
 from ruvon.engine.ranks.meeting import MeetingCounter
 from ruvon.engine.ranks.rank import Rank
 from ruvon.engine.ranks.ring import PlanRing, RingReader
@@ -25,8 +24,8 @@ class ThreadRank:
     def __init__(self, rank: int, runner: FakeRunner, ring: PlanRing, *, answers: bool) -> None:
         self.rank, self.name = rank, f"rank {rank}"
         ours, theirs = socket.socketpair()
-        self.channel, self.other_end = Channel(ours), Channel(theirs)
-        self.process = SimpleNamespace(pid=0, kill=self.kill)
+        self.channel, self.other_end = Channel(ours), Channel(theirs, rank)
+        self.ranks = range(rank, rank + 1)
         self._socket, self._other_socket = ours, theirs
         reader = RingReader(ring.fd, rank)
         self.compiled: Queue[Grammar] = Queue()
@@ -41,6 +40,10 @@ class ThreadRank:
         with suppress(EOFError, OSError):
             self._serves.serve()
         self.kill()
+
+    def send(self, kind: Kind, payload: bytes = b"", *, rank: int = 0) -> None:
+        with suppress(OSError):
+            self.channel.send(kind, payload, rank=rank)
 
     def kill(self) -> None:
         for end in (self._socket, self._other_socket):

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from ruvon.config import EngineConfig
-from ruvon.engine.startup import tensors_of
+from ruvon.engine.loading import tensors_of
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint

@@ -230,3 +230,25 @@ def test_a_bad_key_is_no_open_door_and_is_not_shown(value):
 def test_what_is_no_origin(value):
     with pytest.raises(ConfigError, match="cors_allow_origin"):
         load(ServerConfig, environ={}, toml={"cors_allow_origin": value})
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"node_rank": 1}, "node_rank is for several machines"),
+        ({"cluster_key": "k" * 16}, "cluster_key is for several machines"),
+        ({"nnodes": 2}, "nnodes 2 must divide the 1 ranks"),
+        ({"nnodes": 2, "tensor_parallel_size": 2}, "needs master_addr"),
+        ({"nnodes": 2, "tensor_parallel_size": 2, "node_rank": 2}, "must be below nnodes 2"),
+        ({"nnodes": 2, "pipeline_parallel_size": 2, "master_addr": "a"}, "at least 16 characters"),
+    ],
+)
+def test_machines_that_cannot_share_ranks(given, told):
+    with pytest.raises(ConfigError, match=told):
+        EngineConfig(**given)
+
+
+def test_the_key_of_machines_is_not_shown():
+    key = "0123456789abcdef"
+    config = EngineConfig(nnodes=2, tensor_parallel_size=2, master_addr="10.0.0.1", cluster_key=key)
+    assert key not in repr(config)

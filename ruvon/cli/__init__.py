@@ -79,7 +79,19 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
     from ruvon.server.console import greet
 
     greet(server)
+    if engine.node_rank:
+        refuse_unused(router)
+        with importing():
+            from ruvon.engine.startup import compute_for_server
+            from ruvon.telemetry.logs import configure_logging
+        configure_logging(server.log_level, server.log_format)
+        compute_for_server(engine)
+        return
     if router.data_parallel_size > 1:
+        if engine.nnodes > 1:
+            raise ConfigError(
+                "--data-parallel-size: its replicas are on one machine each, not on --nnodes"
+            )
         refuse_each(server)
         from ruvon.router.run import serve_replicas
 

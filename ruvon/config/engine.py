@@ -18,6 +18,7 @@ class StepSize(NamedTuple):
 
 CPU_STEP = StepSize(64, 512)
 GPU_STEP = StepSize(256, 8192)  # small steps leave a GPU idle
+SHORTEST_KEY = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +83,28 @@ class EngineConfig:
         "Stages, each of as many ranks, that hold the layers between them.",
         least=1,
         most=64,
+    )
+    nnodes: int = setting(
+        1,
+        "Machines that have the ranks, as many on each; all run the same command, each with its "
+        "own --node-rank.",
+        least=1,
+        most=64,
+    )
+    node_rank: int = setting(
+        0, "Which of the machines this is: 0 serves, the others compute for it.", least=0, most=63
+    )
+    master_addr: str | None = setting(
+        None, "Address of machine 0, under which the others reach it; it listens there only."
+    )
+    master_port: int | None = setting(
+        None, "Port of machine 0 for the others. Default: 29500.", least=1, most=65535
+    )
+    cluster_key: str | None = setting(
+        None,
+        "What machines know each other by, 16 characters or more. The variable and the file keep "
+        "it out of the list of processes.",
+        secret=True,
     )
     max_model_len: int | None = setting(
         None,
@@ -158,6 +181,8 @@ class EngineConfig:
                 "drawn is seeded by each request"
             )
 
+        check_nodes(self)
+
     @property
     def num_ranks(self) -> int:
         """How many processes compute a step between them."""
@@ -174,3 +199,27 @@ class EngineConfig:
         if sequences is None:
             sequences = min(usual.sequences, tokens)
         return StepSize(sequences, tokens)
+
+
+def check_nodes(config: EngineConfig) -> None:
+    """Raises ConfigError for ranks that cannot be shared among machines as the settings say."""
+    if config.nnodes == 1:
+        for name in ("node_rank", "master_addr", "master_port", "cluster_key"):
+            if getattr(config, name):
+                raise ConfigError(f"{name} is for several machines and needs nnodes of 2 or more")
+        return
+    if config.num_ranks % config.nnodes:
+        raise ConfigError(
+            f"nnodes {config.nnodes} must divide the {config.num_ranks} ranks of "
+            f"tensor_parallel_size {config.tensor_parallel_size} and pipeline_parallel_size "
+            f"{config.pipeline_parallel_size}"
+        )
+    if config.node_rank >= config.nnodes:
+        raise ConfigError(f"node_rank {config.node_rank} must be below nnodes {config.nnodes}")
+    if config.master_addr is None:
+        raise ConfigError("nnodes of 2 or more needs master_addr, an address of machine 0")
+    if len(config.cluster_key or "") < SHORTEST_KEY:
+        raise ConfigError(
+            f"nnodes of 2 or more needs a cluster_key of at least {SHORTEST_KEY} characters, the "
+            "same on all machines"
+        )

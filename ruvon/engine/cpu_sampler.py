@@ -15,22 +15,16 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from ruvon.engine.sampler import (
-    Floats,
-    Indices,
-    RowResult,
+from ruvon.engine.draw import Floats, Indices, is_greedy, undrawable
+from ruvon.engine.logprobs import finite
+from ruvon.engine.sampler import RowResult, greedy_result, join_rows, sample_row
+from ruvon.engine.transforms import (
     completing_ids,
-    finite,
-    greedy_result,
-    is_greedy,
     is_held,
-    join_rows,
     obey,
     output_penalties,
-    sample_row,
     stopping_ids,
     transforms_of,
-    undrawable,
 )
 from ruvon.engine.types import SamplingParams, SamplingRow, StepResult, TokenLogprobs
 from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, ROW
@@ -113,7 +107,7 @@ NO_EDITS = Edits(np.zeros(0, np.int32), np.zeros(0, np.float32), (-1, 0, 0, 0, 0
 
 
 def edits_of(row: SamplingRow, eos_token_ids: Sequence[int]) -> Edits:
-    """In numbers, what the transforms of `ruvon.engine.sampler` do."""
+    """In numbers, what `ruvon.engine.transforms` do."""
     if not transforms_of(row):
         return NO_EDITS
     sampling, history = row.sampling, row.history

@@ -217,9 +217,9 @@ class EngineLoop:
                 held.append(self.engine.compile(grammar))
         return held
 
-    async def admission(self) -> None:
+    async def admission(self, tenant: str = "") -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
-        await self._admission.enter()
+        await self._admission.enter(tenant)
 
     def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise: `RequestError` for what can never run,
@@ -257,11 +257,8 @@ class EngineLoop:
         """What is said of a stream whose time is up."""
         states = [self._states[seq_id] for seq_id in stream.open]
         num_output = sum(state.seq.num_output for state in states)
-        return DeadlineError(
-            f"The request's time is up; {num_output} tokens had been generated."
-            if num_output
-            else f"The request's time is up; it was {self.progress(stream) or 'starting'}."
-        )
+        done = f"{num_output} tokens generated" if num_output else self.progress(stream)
+        return DeadlineError(f"The request's time is up ({done}).")
 
     def progress(self, stream: Stream) -> str:
         """What a stream without news waits for: ``queued 3`` behind so many sequences, or the share
@@ -319,12 +316,18 @@ class EngineLoop:
         if self.engine.recording is not None:
             raise RequestError("Another recording is being made.")
         full = asyncio.Event()
-        recording = self.engine.record(most_steps, full.set)
+
+        def end() -> None:
+            self.engine.recording = None
+            full.set()
+
+        recording = self.engine.record(most_steps, end)
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(full.wait(), seconds)
         finally:
-            self.engine.recording = None
+            if self.engine.recording is recording:
+                end()
         return recording
 
     # ---------------------------------------------------------------- the task

@@ -9,6 +9,7 @@ for the first time, and of these there is an end.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -75,11 +76,15 @@ class Queues:
         """Let the running hold blocks for their next step, and others join them. False, and all is
         as it was, if there are too few blocks as long as steps are ``in_flight``."""
         self._startable = STARTED_BLOCKS
-        if self._is_contended:
-            self._sort()
         self._full = [seq for seq in self._full if seq.finish is None]
         if in_flight and self._num_missing() > self._pool.num_free:
             return False
+        if self._is_contended:
+            self._sort()
+            if (seq := self._beyond_its_share()) is not None:
+                if in_flight:
+                    return False
+                self._preempt(seq)
         if self._make_room() and self._start_followers():
             self._join()
         return True
@@ -88,6 +93,28 @@ class Queues:
     def _is_contended(self) -> bool:
         """Whether tenants have to share."""
         return self.shares is not None and self.shares.contended
+
+    def _beyond_its_share(self) -> Sequence | None:
+        """Who has to go so that the next in line can run: that one finds no place or no blocks, and
+        after that its tenant would have no more that run, by weight, than the other's. So nobody
+        goes back and forth, and whoever has one that runs keeps one."""
+        limits, num_running, num_waiting = self._limits, len(self.running), len(self.waiting)
+        if not num_waiting or not limits.policy(num_waiting, num_running - 1, limits.max_seqs):
+            return None
+        first = self.waiting.first(self._served_soon())
+        if num_running < limits.max_seqs and not self._is_blocked(first, self._headroom):
+            return None
+        counts = Counter([seq.tenant for seq in self.running.values()])
+        its = (counts[first.tenant] + 1) / first.weight
+        last_first = reversed(self.running.values())
+        return next(
+            (seq for seq in last_first if (counts[seq.tenant] - 1) / seq.weight >= its), None
+        )
+
+    @property
+    def _headroom(self) -> int:
+        """Free blocks but for one for each running sequence to grow into, in each group."""
+        return self._pool.num_free - self._num_holding * self._grouped.num_growing
 
     def rank(self, seq: Sequence) -> tuple[float, Rank]:
         """What sorts the running sequences."""
@@ -270,8 +297,7 @@ class Queues:
         each running sequence to grow into, in each group that grows, and so be preempted soon. Nor
         if others with many blocks have started in this very step.
         """
-        room_to_grow = self._num_holding * self._grouped.num_growing
-        headroom = self._pool.num_free - room_to_grow
+        headroom = self._headroom
         if self._startable <= 0 and self._num_holding:
             return False
         if headroom <= 0 or self.prefixes.is_computed(seq) or self._is_blocked(seq, headroom):
@@ -279,7 +305,7 @@ class Queues:
         tables, num_found = self.prefixes.find(seq)
         num_computed = num_found * self._pool.block_size
         num_new = self._grouped.num_missing(tables, num_computed, len(seq.tokens))
-        is_short = num_new + room_to_grow > self._pool.num_free
+        is_short = num_new > self._headroom
         if seq.awaits is not None or is_short:
             self._grouped.release(tables)
             seq.headroom = headroom if is_short else -1

@@ -238,7 +238,7 @@ class Recording:
         self.num_steps += 1
         self._num_chunks += len(plan.chunks)
         self._events.append((plan, now))
-        if self.num_steps >= self._most_steps or self._num_chunks >= MOST_CHUNKS:
+        if self.num_steps == self._most_steps or self._num_chunks >= MOST_CHUNKS:
             self._on_full()
 
     def committed(

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import BlockTables, PendingBatch, Windows, lay_out
+from ruvon.engine.logprobs import score_prompts
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.pooling import broken, places, pool
-from ruvon.engine.sampler import score_prompts
 from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
 

@@ -193,12 +193,13 @@ class _Ranks:
         parts = zip(self._all(padded.contiguous()), widths, strict=True)
         return torch.cat([part[..., :width] for part, width in parts], dim=-1)
 
-    def _all(self, x: Tensor) -> list[Tensor]:
+    def _all(self, x: Tensor) -> Sequence[Tensor]:
         """Every rank's x."""
         assert self.group is not None
-        parts = [torch.empty_like(x) for _ in range(self._size)]
-        self.group.allgather([_bytes(part) for part in parts], _bytes(x)).wait()
-        return parts
+        rows, *rest = x.shape
+        parts = x.new_empty(self._size * rows, *rest)
+        self.group._allgather_base(_bytes(parts), _bytes(x)).wait()
+        return parts.chunk(self._size) if rows else [x] * self._size
 
 
 class _Chain:

@@ -31,16 +31,14 @@ def places(
     """As many places, which share nothing. Raises ConfigError where there are not enough."""
     devices = visible_devices(environ, root)
     if config.device == "cuda" or (config.device == "auto" and devices):
-        size = config.num_ranks
-        if len(devices) < count * size:
+        each = config.num_ranks
+        if len(devices) < count * each:
             raise ConfigError(
-                f"--data-parallel-size {count} needs {count * size} GPUs, and there are"
-                f" {len(devices)}"
+                f"--data-parallel-size {count} needs {count * each} GPUs, and there are "
+                f"{len(devices)}"
             )
-        return [
-            Place(devices=tuple(devices[number * size : (number + 1) * size]))
-            for number in range(count)
-        ]
+        firsts = range(0, count * each, each)
+        return [Place(devices=tuple(devices[first : first + each])) for first in firsts]
     return core_places(count, root)
 
 

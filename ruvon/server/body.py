@@ -34,7 +34,7 @@ async def read(
     """The request's body, understood; where that takes long, as it may ``always`` or for a large
     body, not on the event loop's thread."""
     service = service_of(http)
-    await service.generator.admission()
+    await service.generator.admission(service.tenant)
     pieces = await receive(http)
     large = always_aside or sum(map(len, pieces)) > SMALL
     return await offload(http.app, large, lambda: understand(b"".join(pieces), service))

@@ -10,7 +10,9 @@ from collections.abc import Sequence
 from aiohttp import web
 
 EXPOSED = (
-    "X-Request-Id, X-Ruvon-Ignored, Retry-After, Retry-After-Ms, X-Should-Retry, WWW-Authenticate"
+    "X-Request-Id, X-Ruvon-Ignored, Retry-After, Retry-After-Ms, X-Should-Retry, WWW-Authenticate, "
+    "X-RateLimit-Limit-Requests, X-RateLimit-Remaining-Requests, X-RateLimit-Reset-Requests, "
+    "X-RateLimit-Limit-Tokens, X-RateLimit-Remaining-Tokens, X-RateLimit-Reset-Tokens"
 )
 METHODS = "GET, POST, DELETE"
 MAX_AGE = "600"  # seconds that a browser may remember a preflight

@@ -74,6 +74,8 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         if server.cors_allow_origin and cors.is_preflight(http):
             return cors.preflight(http, server.cors_allow_origin)
         http[TENANT] = http.app[KEYS].check(http)
+        if http[TENANT]:
+            http[FACTS]["tenant"] = http[TENANT]
         deadlines.begin(http)
         rate_limits.enter(http)
         if is_resumed(http):

@@ -168,6 +168,15 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
     ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
     ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
+    ("GET", "/debug/trace"): Operation(
+        "state", "The last steps as a Chrome trace; for admin keys", dict[str, Any]
+    ),
+    ("GET", "/debug/recording"): Operation(
+        "state",
+        "What is scheduled, for ruvon replay, a JSON object a line; for admin keys",
+        str,
+        queries={"steps": int, "seconds": float, "contents": bool},
+    ),
     ("GET", "/metrics"): Operation("state", "Prometheus metrics", str),
     ("GET", "/openapi.json"): Operation("state", "This document", dict[str, Any]),
 }

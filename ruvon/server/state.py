@@ -61,7 +61,7 @@ class Generator(Protocol):
     def prefix_cache(self) -> PrefixCache:
         """How large it is, and what it has lost."""
 
-    async def admission(self) -> None:
+    async def admission(self, tenant: str) -> None:
         """Wait until reading a new request keeps nobody waiting."""
 
     def prepare(self, job: Job) -> Job:

@@ -125,6 +125,7 @@ def _watch(watchdog: Watchdog, over: threading.Event, patience: float) -> None:
             why = watchdog.look()
             if why is not None:
                 watchdog.report(why)
+                _guard_lock(GOODBYE)
                 over.wait(GOODBYE)
                 os._exit(EXIT_CODE)
     except RuntimeError:  # the event loop is closed: the server has ended

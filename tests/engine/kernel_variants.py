@@ -17,11 +17,13 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from ruvon.config import EngineConfig
-from ruvon.engine import batch, startup
+from ruvon.engine import batch
 from ruvon.engine.backends import eager
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.kv_cache import plan_memory
+from ruvon.engine.runners import make_runner
 from ruvon.engine.types import Chunk, NewSequence, Plan, PromptRow, SamplingParams
+from ruvon.engine.warm_up import warm_up
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
@@ -69,8 +71,8 @@ def start(folder: Path, sequences: int, deterministic: bool) -> GpuRunner:
     backend = replace(eager(ops), graphs=True)
     memory = plan_memory(model.spec, config, backend.kv, weight_bytes=0, free_bytes=0)
     grammars = SimpleNamespace(eos_token_ids=(2,), vocab_size=model.spec.vocab_size)
-    runner = startup.make_runner(model, config, memory, backend, grammars, silent)
-    startup.warm_up(runner, config)
+    runner = make_runner(model, config, memory, backend, grammars, silent)
+    warm_up(runner, config)
     return runner
 
 

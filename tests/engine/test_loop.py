@@ -297,6 +297,20 @@ async def test_arrivals_wait_for_a_step_that_is_over_and_come_in_a_few_at_a_time
     assert arrivals.let_in == [1, 2, 3, 4]
 
 
+async def test_arrivals_of_many_do_not_keep_out_those_of_one():
+    admission = Admission(lambda: True)
+    greedy = Arrivals(lambda: admission.enter("greedy"), 5)
+    await settle()
+    modest = Arrivals(lambda: admission.enter("modest"), 2)
+    await settle()
+    admission.admit(4)
+    await settle()
+    assert (greedy.let_in, modest.let_in) == ([0, 1], [0, 1])
+    admission.admit_all()
+    await settle()
+    assert greedy.let_in == [0, 1, 2, 3, 4]
+
+
 async def test_arrivals_come_in_one_by_one_while_no_step_is_over():
     over = iter([True, False, False, False, True])
     admission = Admission(lambda: next(over))

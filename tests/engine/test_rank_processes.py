@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import threading
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from fakes import TINY_LLAMA
 
 from ruvon.config import EngineConfig
 from ruvon.engine.engine import Pending
+from ruvon.engine.ranks.nodes import connect, prove
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
@@ -99,10 +102,10 @@ def ranks_of(server: int) -> list[int]:
     return sorted(pid for pid in children if program in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-def serve(folder: Path):
+def serve(folder: Path, *more: str, axis: str = "tensor"):
     settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
-    settings += ["--tensor-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
-    return running("--model", str(folder), *settings)
+    settings += [f"--{axis}-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
+    return running("--model", str(folder), *settings, *more)
 
 
 def ask(url: str, **body: object):
@@ -153,4 +156,30 @@ def test_ranks_end_with_a_server_that_is_killed(folder):
         assert len(ranks) == 2
         os.kill(ranks[0], signal.SIGSTOP)  # whatever it is doing
         process.popen.kill()
+        until(lambda: all(map(gone, ranks)))
+
+
+@pytest.mark.slow
+def test_a_server_whose_second_stage_is_on_another_machine(folder):
+    """Another address stands for it. Whoever does not know the key is not let in."""
+    with socket.create_server(("127.0.0.2", 0)) as listener:
+        address = listener.getsockname()
+    where = (f"--master-addr={address[0]}", f"--master-port={address[1]}")
+    nodes = ("--nnodes=2", *where, "--cluster-key=0123456789abcdef")
+    with ExitStack() as stack:
+        server = stack.enter_context(serve(folder, *nodes, axis="pipeline"))
+        url = server.wait_for("listening")["url"]
+        with connect(address) as stranger, pytest.raises(ValueError, match="another --cluster-key"):
+            prove(stranger, b"the key of somebody", b"node", b"server")
+        assert "another --cluster-key" in str(server.wait_for("node_refused"))
+        node = stack.enter_context(serve(folder, *nodes, "--node-rank=1", axis="pipeline"))
+        assert "2 ranks" in server.wait_for("ready")["computes_in"]
+        ranks = [*ranks_of(server.popen.pid), *ranks_of(node.popen.pid)]
+        assert len(ranks) == 2
+        body = {"model": folder.name, "max_tokens": 8, "ignore_eos": True}
+        with ask(f"{url}/v1/completions", **body) as answer:
+            assert json.load(answer)["usage"]["completion_tokens"] == 8
+        os.kill(ranks[1], signal.SIGKILL)
+        assert "rank 1 was killed by SIGKILL" in str(server.wait_for("engine_dead"))
+        assert node.popen.wait(30) == 1
         until(lambda: all(map(gone, ranks)))

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import socket
 import threading
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
@@ -14,9 +15,13 @@ from hypothesis import strategies as st
 from ranks import thread_ranks
 
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.ranks import process
 from ruvon.engine.ranks import runner as ranks_runner
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
+from ruvon.engine.ranks.nodes import prove, receive
+from ruvon.engine.ranks.process import device_environments, share_cores, shares
 from ruvon.engine.ranks.ring import PLACE, PlanRing, RingReader
+from ruvon.engine.ranks.start import slowest
 from ruvon.engine.ranks.steps import Meetings, RankError, Report, Step, why_parted
 from ruvon.engine.types import (
     Job,
@@ -26,7 +31,7 @@ from ruvon.engine.types import (
     StepResult,
     TokenLogprobs,
 )
-from ruvon.errors import EngineDeadError
+from ruvon.errors import ConfigError, EngineDeadError
 from ruvon.grammars import regex
 
 LONG = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
@@ -257,3 +262,54 @@ def test_settings_of_every_kind_arrive_as_they_were_sent():
     for cut in range(0, len(encode_plan(plan)), 9):
         with pytest.raises(ValueError, match="cut off"):
             decode_plan(encode_plan(plan)[:cut])
+
+
+@pytest.mark.parametrize("key", ["0123456789abcdef", "0123456789abcdeX"])
+def test_machines_know_each_other_by_a_key_that_is_not_sent(key):
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as other:
+        proved = other.submit(prove, theirs, key.encode(), b"node", b"server")
+        if key == "0123456789abcdef":
+            prove(ours, b"0123456789abcdef", b"server", b"node")
+            proved.result(10)
+        else:
+            for wait in (
+                lambda: prove(ours, b"0123456789abcdef", b"server", b"node"),
+                proved.result,
+            ):
+                with pytest.raises(ValueError, match="another --cluster-key"):
+                    wait()
+
+
+def test_a_machine_that_says_what_it_is_told_has_not_proved_anything():
+    """A peer without the key could send everything back."""
+    ours, theirs = socket.socketpair()
+    with ours, theirs, ThreadPoolExecutor(1) as mirror:
+        mirror.submit(lambda: [theirs.sendall(receive(theirs, 32)) for _ in range(2)])
+        with pytest.raises(ValueError, match="another"):
+            prove(ours, b"0123456789abcdef", b"server", b"node")
+
+
+def test_each_rank_has_a_gpu_of_its_own_first_and_sees_the_others(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-abc,7")
+    environments = device_environments(3, 3)
+    named = [its["CUDA_VISIBLE_DEVICES"] for its in environments]
+    assert named == ["4,GPU-abc,7", "GPU-abc,4,7", "7,4,GPU-abc"]
+    with pytest.raises(ConfigError, match="4 ranks on this machine, which has 3 CUDA devices"):
+        device_environments(4, 3)
+
+
+def test_ranks_share_the_cores_where_threads_fill_them(monkeypatch):
+    monkeypatch.setattr(process, "cores", lambda: [0, 2, 4, 6, 8])
+    assert share_cores(2, 5) == [[0, 2], [4, 6, 8]]
+    assert shares(5, 2) == [2, 3]
+    assert share_cores(2, 4) is None
+    assert share_cores(6, 6) is None
+
+
+def test_a_start_is_as_far_as_its_slowest_rank():
+    assert slowest([(2, "loading weights", 0.5), (2, "loading weights", 0.7)])[1] == 0.6
+    assert slowest([(3, "warming up", 0.0), (2, "loading weights", 0.5)]) == (
+        "loading weights",
+        0.75,
+    )

@@ -9,17 +9,10 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from ruvon.engine.sampler import (
-    LOWEST_LOGPROB,
-    distribution,
-    invert,
-    largest,
-    nucleus,
-    sample,
-    score_prompts,
-    token_logprobs,
-    uniform,
-)
+from ruvon.engine.draw import distribution, invert, largest, nucleus, uniform
+from ruvon.engine.logprobs import LOWEST_LOGPROB, score_prompts, token_logprobs
+from ruvon.engine.sampler import sample
+from ruvon.engine.transforms import transforms_of
 from ruvon.engine.types import PromptRow, SamplingParams, SamplingRow
 
 EOS = (2, 3)
@@ -178,8 +171,6 @@ def penalized(logits_V: Tensor, history, num_prompt, **sampling) -> np.ndarray:
     """Scores after penalties, read back from the distribution they leave."""
     scores = logits_V.clone().numpy()
     given = row(history, num_prompt, **sampling)
-    from ruvon.engine.sampler import transforms_of
-
     for transform in transforms_of(given):
         transform(scores, given, EOS)
     return scores

@@ -8,7 +8,7 @@ import torch
 from compiled import run_compiled
 from fakes import TINY_LLAMA
 
-from ruvon.engine.startup import SCORED, scoring_plans
+from ruvon.engine.warm_up import SCORED, scoring_plans
 from ruvon.kernels.linear import choose_kernel
 from ruvon.kernels.ops import Packed
 from ruvon.kernels.tiles import batch_invariant_tile

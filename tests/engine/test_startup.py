@@ -11,9 +11,11 @@ from structlog.testing import capture_logs
 
 from ruvon import models
 from ruvon.config import EngineConfig
-from ruvon.engine import backends, startup
+from ruvon.engine import backends, loading, startup
 from ruvon.engine.backends import check_experts, choose_device
-from ruvon.engine.startup import distinct, start_engine, tensors_of
+from ruvon.engine.loading import distinct, tensors_of
+from ruvon.engine.ranks import start as ranks_start
+from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.errors import ConfigError, LoadError
 from ruvon.kernels.reference import make_torch_ops
@@ -128,8 +130,8 @@ def test_kernels_without_experts_refuse_them_by_name_or_make_way(folder, monkeyp
 
 def test_layers_of_a_large_model_are_loaded_one_by_one(folder, monkeypatch):
     asked = []
-    monkeypatch.setattr(startup, "load_model", lambda *arguments: asked.append(arguments[4]))
-    monkeypatch.setattr(startup, "stored_bytes", lambda checkpoint: 14 << 30)
+    monkeypatch.setattr(loading, "load_model", lambda *arguments: asked.append(arguments[4]))
+    monkeypatch.setattr(loading, "stored_bytes", lambda checkpoint: 14 << 30)
     with pytest.raises(AttributeError):  # there is no model
         start_engine(settings(folder, threads=4), silent)
     assert asked == [1]
@@ -169,11 +171,19 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
         asked.append(arguments[4])
         return models.load_model(*arguments)
 
-    monkeypatch.setattr(startup, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     loaded = start_engine(settings(folder, threads=threads), lambda phase, share: None)
     loaded.close()
     assert asked == [at_once]
     assert torch.get_num_threads() == threads
+
+
+def test_more_ranks_than_a_model_has_parts_for_are_refused_before_any_starts(folder, monkeypatch):
+    monkeypatch.setattr(ranks_start, "spawn", None)
+    with pytest.raises(ConfigError, match=r"--tensor-parallel-size 4: .* for 1 to 3"):
+        start_engine(settings(folder, tensor_parallel_size=4), lambda phase, share: None)
+    with pytest.raises(ConfigError, match="--pipeline-parallel-size 3: a model of 2 layers"):
+        start_engine(settings(folder, pipeline_parallel_size=3), lambda phase, share: None)
 
 
 def test_a_vocabulary_that_cannot_be_used_is_said(folder):
@@ -216,7 +226,7 @@ def test_too_little_memory_for_the_model_is_said(folder, monkeypatch, error):
     def load_model(*arguments):
         raise error
 
-    monkeypatch.setattr(startup, "load_model", load_model)
+    monkeypatch.setattr(loading, "load_model", load_model)
     with pytest.raises(LoadError, match=r"memory does not suffice \(.*alloc"):
         start_engine(settings(folder), lambda phase, share: None)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as processes
 from meshes import on_ranks
 from torch import Tensor
 
-from ruvon.kernels.mesh import ALONE, Mesh
+from ruvon.kernels.mesh import ALONE, Mesh, process_group_mesh
 
 
 def numbers(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -74,3 +78,35 @@ def test_who_waits_for_a_rank_that_has_left_is_told() -> None:
         return x
 
     on_ranks(2, 1, work)
+
+
+def meet_in_a_graph(rank: int, store: str, in_order: bool) -> None:
+    """One rank's process: a sum and a gathering, captured once and replayed with other numbers."""
+    device = torch.device("cuda", rank)
+    torch.cuda.set_device(device)
+    mesh = process_group_mesh(
+        dist.FileStore(store, 2), rank=rank, size=2, device=device, in_order=in_order
+    )
+    x, widths = numbers(0, torch.bfloat16).to(device), (7, 3)
+    for _ in range(2):  # connections are made at the first call, which no graph may hold
+        mesh.gather(mesh.reduce(x.clone())[:, : widths[rank]], widths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        total = mesh.reduce(x.clone())
+        whole = mesh.gather(total[:, : widths[rank]], widths)
+    for step in range(3):
+        x.copy_(numbers(rank + step, torch.bfloat16))
+        graph.replay()
+        parts = [numbers(each + step, torch.bfloat16).float() for each in range(2)]
+        expected = (parts[0] + parts[1]).bfloat16()
+        assert torch.equal(total.cpu(), expected)
+        assert torch.equal(whole.cpu(), torch.cat((expected, expected[:, :3]), dim=1))
+    del graph
+    mesh.close()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("in_order", [True, False])
+def test_gpus_meet_within_a_graph(tmp_path: Path, in_order: bool) -> None:
+    processes.spawn(meet_in_a_graph, (str(tmp_path / "store"), in_order), nprocs=2)

@@ -25,7 +25,7 @@ from paged import PagedSequences
 from tiny import VOCAB, load, make_reference
 
 from ruvon.config import EngineConfig
-from ruvon.engine.startup import stored_bytes
+from ruvon.engine.loading import stored_bytes
 from ruvon.errors import LoadError
 from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.models.checkpoint import open_checkpoint

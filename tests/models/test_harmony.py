@@ -24,7 +24,7 @@ from harmony_chats import (
     system,
     user,
 )
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_formats import assembled
 from texts import trained
@@ -32,7 +32,7 @@ from texts import trained
 from ruvon.errors import ConfigError, RequestError
 from ruvon.grammars import json_schema
 from ruvon.models.chat import load_chat
-from ruvon.models.formats.harmony import KNOWN, MARKED, Mark
+from ruvon.models.formats.harmony import KNOWN, Mark
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice, Turn, read_tools
 from ruvon.models.harmony_chat import MOST_DATES, HarmonyChat
 from ruvon.models.tokenizer import Tokenizer
@@ -314,6 +314,8 @@ def test_an_answer_is_openai_harmonys(number, size):
 def test_a_mark_that_is_spelt_is_text():
     ids = [*encode("<|channel|>final<|message|>"), *tokenizer().encode(SPECIALS)]
     assert read(ids)["text"] == SPECIALS
+    for spelt in (SPECIALS, "<|channel|>analysis Hm", "<|start|>user", "to <|channel|>final"):
+        assert read(tokenizer().encode(spelt))["text"] == spelt
 
 
 def test_tokens_of_reasoning_are_counted_with_what_is_around_them():
@@ -494,9 +496,7 @@ def test_whatever_comes_is_read_however_it_is_cut(parts, size):
 @settings(max_examples=200, deadline=None)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
 def test_text_alone_is_not_lost(text):
-    """An answer without any mark is content, but for white space before it. One that begins with
-    how a mark is spelled, in letters, is taken for a header."""
-    assume(MARKED.search(text.encode()) is None)
+    """An answer without any mark is content, but for white space before it."""
     begun = text.encode().lstrip()
     found = read(tokenizer().encode(text))
     if any(word.startswith(begun.rstrip()) for word in KNOWN):

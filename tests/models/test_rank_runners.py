@@ -7,6 +7,7 @@ import random
 from collections import deque
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from meshes import on_ranks
@@ -17,7 +18,7 @@ from ruvon.engine.backends import choose_backend
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.kv_cache import plan_memory
-from ruvon.engine.startup import make_runner
+from ruvon.engine.runners import make_runner
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
 from ruvon.grammars import regex
 from ruvon.kernels.mesh import ALONE, Mesh
@@ -39,6 +40,7 @@ JOBS = [
     Job(SHARED[: 33 - 7 * (i % 2)] + tuple(range(2, 3 + i)), replace(sampling, max_tokens=36))
     for i, sampling in enumerate(SAMPLINGS)
 ]
+JOBS += [Job(SHARED, SamplingParams(max_tokens=0), pooling=pooling) for pooling in ("mean", "last")]
 
 
 class Letters:
@@ -139,6 +141,9 @@ def test_ranks_sample_the_same_tokens(folder, grammars, kernels, size, stages) -
 
 
 def assert_near(step: StepResult, one: StepResult) -> None:
+    assert step.pooled.keys() == one.pooled.keys()
+    for seq_id, sums_C in one.pooled.items():
+        np.testing.assert_allclose(step.pooled[seq_id], sums_C, atol=1e-3)
     scored = [*one.prompt_logprobs]
     pairs = [
         *zip(step.logprobs, one.logprobs, strict=True),

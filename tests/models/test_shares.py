@@ -28,7 +28,7 @@ WIDE = {"vocab_size": 150, "intermediate_size": 160, "moe_intermediate_size": 16
 """Five units of 32, which two, three and four ranks share unequally; the last of the vocabulary is
 not whole."""
 
-GRIDS = ((2, 1), (3, 1), (4, 1), (1, 2), (2, 2))
+GRIDS = ((2, 1), (3, 1), (4, 1), (2, 2))  # ranks of a stage, stages
 FAMILIES = (
     "gpt2", "gpt2-untied", "llama-tied", "llama-biased", "mistral", "qwen2-window", "qwen3",
     "gemma3", "qwen3-moe",
@@ -114,7 +114,7 @@ def test_everything_is_somebodys_once(size: int) -> None:
     ):
         assert [*chain.from_iterable(parts)] == [*range(whole)]
         assert all(parts)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 32
+        assert max(map(len, parts)) - min(map(len, parts)) < 2 * 32  # the last unit is not whole
     assert shares[0].vocabulary_widths == tuple(len(share.vocabulary) for share in shares)
 
 

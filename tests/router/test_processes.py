@@ -127,6 +127,8 @@ def test_each_replica_has_cores_or_a_gpu_of_its_own(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match="a core for each"):
         places(on_cpu, 9, {}, tmp_path)
     visible = {"CUDA_VISIBLE_DEVICES": "3,5"}
+    placed = places(EngineConfig(tensor_parallel_size=2), 1, visible, tmp_path)
+    assert placed == [Place(devices=tuple(visible["CUDA_VISIBLE_DEVICES"].split(",")[:2]))]
     placed = places(EngineConfig(), 2, visible, tmp_path)
     assert [place.devices for place in placed] == [("3",), ("5",)]
     paired = EngineConfig(device="cuda", tensor_parallel_size=2)

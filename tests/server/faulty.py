@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import sys
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from pathlib import Path
@@ -23,39 +22,17 @@ from ruvon.config import EngineConfig
 from ruvon.engine.types import Plan, StepResult
 from ruvon.server import app, watchdog
 
-
-def out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory")
-
-
-def no_memory() -> None:
-    raise MemoryError
-
-
-def broken() -> None:
-    raise RuntimeError("an operator failed")
-
-
-def hold_loop() -> None:
-    time.sleep(1000)
-
-
-def hold_lock() -> None:
-    ctypes.PyDLL(None).sleep(1000)  # a PyDLL's functions keep the interpreter's lock
-
-
-FAULTS: Mapping[str, Callable[[], None]] = {
-    "out of memory": out_of_memory,
-    "no memory": no_memory,
-    "broken": broken,
-    "hold the loop": hold_loop,
-    "hold the lock": hold_lock,
+FAULTS: Mapping[str, Callable[[], object]] = {
+    "torch's memory": lambda: torch.empty(1 << 50),
+    "memory": lambda: bytearray(1 << 60),
+    "operator": lambda: torch.zeros(3) @ torch.zeros(4),
+    "lock": lambda: ctypes.PyDLL(None).sleep(1000),  # a PyDLL keeps the interpreter's lock
 }
+"""What a step does for a prompt, before it is launched."""
 
 
 class FaultyRunner(ScriptRunner):
-    """Has a fault where a new sequence's prompt names one; ``hang`` is a step without end, ``lost``
-    a device that is."""
+    """Has a fault where a prompt names one; ``hang`` is a step without end."""
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         prompts = [
@@ -64,26 +41,17 @@ class FaultyRunner(ScriptRunner):
         ]
         if "hang" in prompts:
             return Future()
-        self.lost = "lost" in prompts
-        self.broken = RuntimeError("the device is gone") if self.lost else None
-        for prompt in prompts:
-            if prompt in FAULTS:
-                self.plans.append(plan)  # as one that was launched and failed
-                return self._fault(plan, FAULTS[prompt])
-        return super().launch(plan)
-
-    def _fault(self, plan: Plan, fault: Callable[[], None]) -> Future[StepResult]:
-        self.failing[plan.step] = "run"
-        self.plans.pop()
+        faults = [FAULTS[prompt] for prompt in prompts if prompt in FAULTS]
+        if faults:
+            self.failing[plan.step] = "run"
         future = super().launch(plan)
-        assert future.exception() is not None
-        fault()  # raises what the engine takes for the step's error
+        for fault in faults:
+            fault()
         return future
 
 
 if __name__ == "__main__":
-    app.start_engine = fake_start(FaultyRunner("fine"), EngineConfig())
-    app.start_for_good = app.start_engine
+    app.start_for_good = fake_start(FaultyRunner("fine"), EngineConfig())
     watchdog.GOODBYE = 0.5
-    watchdog.LOCKED = 0.5
+    watchdog.LOCKED = 5
     sys.exit(main(["serve", *sys.argv[1:]]))

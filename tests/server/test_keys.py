@@ -201,6 +201,9 @@ async def test_keys_come_from_a_file_with_names(serve, key_file):
     first, flag = await tenant_of(server, "first-key"), await tenant_of(server, "flag-key")
     assert len({"alice", first, flag}) == 3
     assert "flag-key" not in flag
+    with capture_logs() as logs:
+        await server.get("/v1/models", headers=bearer("second-key"))
+    assert logs[-1]["tenant"] == "alice"
 
 
 async def test_a_key_file_counts_anew_when_it_changes(serve, key_file, monkeypatch):

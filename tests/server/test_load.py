@@ -215,7 +215,7 @@ async def test_time_in_the_queue_counts(serve):
     )
     replies = await asyncio.gather(server.chat(), server.chat())
     assert [reply.status for reply in replies] == [504, 504]
-    assert any("queued 0" in reply.error["message"] for reply in replies)
+    assert any("(queued 0)" in reply.error["message"] for reply in replies)
 
 
 async def test_a_stream_that_has_begun_ends_with_an_error_event(serve):
@@ -227,7 +227,7 @@ async def test_a_stream_that_has_begun_ends_with_an_error_event(serve):
         reply = await reading
     assert reply.status == 200
     assert reply.events[-1]["error"]["code"] == "deadline_exceeded"
-    assert "1 tokens had been generated" in reply.events[-1]["error"]["message"]
+    assert "(1 tokens generated)" in reply.events[-1]["error"]["message"]
     (line,) = (entry for entry in logs if entry["event"] == "request")
     assert line["status"] == 504
     server.fake.finish_step()

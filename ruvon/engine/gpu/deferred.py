@@ -162,7 +162,7 @@ def keep(scores_RV: Tensor, params_RP: Tensor, typical_R: Tensor) -> Tensor:
 
 def typical(weights_RV: Tensor, typical_R1: Tensor) -> Tensor:
     """bool [R, V]: those whose surprise is nearest to the expected, as
-    `ruvon.engine.sampler.typical`."""
+    `ruvon.engine.draw.typical`."""
     p_RV = weights_RV.double() / weights_RV.double().sum(-1, True)
     entropy_R1: Tensor = torch.special.entr(p_RV).sum(-1, True)
     distance_RV = (-p_RV.log() - entropy_R1).abs()

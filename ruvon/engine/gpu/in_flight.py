@@ -14,19 +14,19 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import to_device
+from ruvon.engine.draw import INFINITE, NOT_A_NUMBER, NOTHING_LEFT
 from ruvon.engine.gpu.graphs import StagingBuffer
 from ruvon.engine.gpu.scoring import PooledSum, PromptScores, to_host
+from ruvon.engine.logprobs import finite
 from ruvon.engine.matching import Masks
 from ruvon.engine.pooling import broken
-from ruvon.engine.sampler import finite
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
 from ruvon.kernels import sample
 
 ERRORS = {
-    sample.NOT_A_NUMBER: "the model computed logits that are not numbers (NaN)",
-    sample.INFINITE: "the model computed an infinite logit",
-    sample.NOTHING_LEFT: "no token is left: every one is ruled out by what the request bans or "
-    "allows",
+    sample.NOT_A_NUMBER: NOT_A_NUMBER,
+    sample.INFINITE: INFINITE,
+    sample.NOTHING_LEFT: NOTHING_LEFT,
 }
 
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import Windows, lay_out, to_device
+from ruvon.engine.draw import undrawable
+from ruvon.engine.logprobs import finite
 from ruvon.engine.pooling import places
-from ruvon.engine.sampler import finite, undrawable
 from ruvon.engine.types import Chunk, Plan, PooledRows, PromptRow, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.sample import score

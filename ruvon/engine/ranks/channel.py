@@ -32,6 +32,8 @@ class Kind(IntEnum):
     PING = 6
     GRAMMAR = 7  # JSON: one that plans will ask for
     END = 8
+    WHOLE_PLAN = 9  # to another machine: its number, and the plan
+    WELCOME = 10  # JSON, to another machine: where ranks meet
     PROGRESS = 33  # JSON: phase, share
     LOADED = 34  # JSON: what its share of the model takes, and what is left for the cache
     READY = 35  # JSON: how it computes
@@ -41,6 +43,7 @@ class Kind(IntEnum):
     PONG = 39
     LOG = 40  # JSON: level, event, fields
     FATAL = 41  # JSON: why it ends
+    GONE = 42  # JSON, from another machine: how one of its ranks has ended
 
 
 WITH_MEMORY = (Kind.SETUP, Kind.LARGE_PLAN)
@@ -61,8 +64,10 @@ class Frame(NamedTuple):
 class Channel:
     """One end of a connection. Frames may be sent from any thread, and received in one."""
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, rank: int = 0) -> None:
+        """``rank`` is what frames are from or for, where nothing else is said."""
         self._socket = connection
+        self._rank = rank
         self._sending = Lock()
         self._received = bytearray()
         self._fds: deque[int] = deque()
@@ -74,18 +79,23 @@ class Channel:
         self._socket.close()
 
     def send(
-        self, kind: Kind, payload: bytes = b"", *, rank: int = 0, fds: tuple[int, ...] = ()
+        self,
+        kind: Kind,
+        payload: bytes = b"",
+        *,
+        rank: int | None = None,
+        fds: tuple[int, ...] = (),
     ) -> None:
         """Send a frame, waiting until the other end's buffer takes it. Raises OSError when there is
         no other end. Descriptors in ``fds`` go along; they stay open here."""
-        data = HEADER.pack(kind, rank, len(payload)) + payload
+        data = HEADER.pack(kind, self._rank if rank is None else rank, len(payload)) + payload
         with self._sending:
             if fds:
                 sent = socket.send_fds(self._socket, [data], list(fds))
                 data = data[sent:]
             self._socket.sendall(data)
 
-    def send_json(self, kind: Kind, value: Any, *, rank: int = 0) -> None:
+    def send_json(self, kind: Kind, value: Any, *, rank: int | None = None) -> None:
         self.send(kind, orjson.dumps(value, default=str, option=orjson.OPT_NON_STR_KEYS), rank=rank)
 
     def receive(self) -> Frame:

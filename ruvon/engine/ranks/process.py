@@ -9,13 +9,15 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
 import ruvon
-from ruvon.engine.ranks.channel import Channel
+from ruvon.engine.ranks.channel import Channel, Kind
+from ruvon.engine.ranks.ring import NUMBER, PlanRing, own_memory
 from ruvon.engine.resources import cores
 from ruvon.errors import ConfigError
 
@@ -32,8 +34,20 @@ class RankProcess:
     lifeline: int  # closed by the parent's end, however it comes
 
     @property
+    def ranks(self) -> range:
+        """Those that are behind the channel: itself."""
+        return range(self.rank, self.rank + 1)
+
+    @property
     def name(self) -> str:
         return f"rank {self.rank}"
+
+    def send(self, kind: Kind, payload: bytes = b"", *, rank: int = 0) -> None:
+        with suppress(OSError):  # it has gone; whoever reads from it finds out how
+            self.channel.send(kind, payload, rank=rank)
+
+    def kill(self) -> None:
+        self.process.kill()
 
     def fate(self) -> str:
         """How it ended, in words; it has, or is about to."""
@@ -71,6 +85,7 @@ def start_process(rank: int, store: int, environment: Mapping[str, str]) -> Rank
     folder = str(Path(ruvon.__file__).parents[1])  # wherever this one was found
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     inherited = (theirs.fileno(), read_end, store)
+    arguments = [str(rank), *map(str, inherited)]
     program = [
         sys.executable,
         "-P",
@@ -79,7 +94,7 @@ def start_process(rank: int, store: int, environment: Mapping[str, str]) -> Rank
     ]  # -P: not the folder's modules
     try:
         process = subprocess.Popen(
-            [*program, *map(str, inherited)],
+            [*program, *arguments],
             env={**os.environ, **environment, "PYTHONPATH": path},
             stdin=subprocess.DEVNULL,
             stdout=2,  # what a library prints is no answer of ours
@@ -93,6 +108,21 @@ def start_process(rank: int, store: int, environment: Mapping[str, str]) -> Rank
         theirs.close()
         os.close(read_end)
     return RankProcess(rank, process, Channel(ours), write_end)
+
+
+def send_plan(number: int, data: bytes, ring: PlanRing, ranks: Sequence[RankProcess]) -> None:
+    """Let ranks of this machine read a plan: where it lies in the ring, or in memory of its own if
+    there is no room."""
+    place = ring.write(number, data)
+    if place is not None:
+        for each in ranks:
+            each.send(Kind.PLAN, place)
+        return
+    memory = own_memory(data)
+    for each in ranks:
+        with suppress(OSError):
+            each.channel.send(Kind.LARGE_PLAN, NUMBER.pack(number), fds=(memory,))
+    os.close(memory)
 
 
 def hold_on_to(lifeline: int) -> None:

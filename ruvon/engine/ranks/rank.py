@@ -180,14 +180,20 @@ def run(channel: Channel, setup: Mapping[str, Any], ring: RingReader) -> None:
 def join(setup: Mapping[str, Any], config: EngineConfig) -> Mesh:
     """Meet the other ranks."""
     size, stages, number = setup["size"], setup["stages"], setup["rank"]
+    torch_stores: Any = dist  # whose stubs do not have them
+    if setup["host"] is None:
+        store = torch_stores.FileStore(f"/proc/self/fd/{setup['store']}", size * stages)
+    else:
+        store = torch_stores.TCPStore(setup["host"], setup["port"], wait_for_workers=False)
     return process_group_mesh(
-        dist.FileStore(f"/proc/self/fd/{setup['store']}", size * stages),  # type: ignore[attr-defined]
+        store,
         rank=number % size,
         size=size,
         stage=number // size,
         stages=stages,
         device=torch.device(config.device),
         in_order=config.deterministic,
+        address=setup["address"],
         timeout=timedelta(seconds=setup["timeout"]),
     )
 
@@ -216,13 +222,14 @@ def main() -> None:
     is for the process that has started it to say when the end has come."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    connection, lifeline, store = map(int, sys.argv[1:])
+    rank, connection, lifeline, store = map(int, sys.argv[1:])
     hold_on_to(lifeline)
-    channel = Channel(socket.socket(fileno=connection))
+    channel = Channel(socket.socket(fileno=connection), rank)
     send_logs(channel)
     try:
         frame = expect(channel, Kind.SETUP)
-        run(channel, {**frame.json, "store": store}, RingReader(frame.fds[0], frame.json["rank"]))
+        setup = {**frame.json, "rank": rank, "store": store}
+        run(channel, setup, RingReader(frame.fds[0], setup["place"]))
         os._exit(0)  # what is left to undo is memory
     except EOFError:  # nobody is left to say it to
         os._exit(1)

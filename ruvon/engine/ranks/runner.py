@@ -12,20 +12,22 @@ ends, and so do all ranks.
 
 from __future__ import annotations
 
-import os
 import selectors
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
-from contextlib import suppress
 from threading import Lock, Thread
+from typing import TypeAlias
+
+import orjson
 
 from ruvon.engine.ranks.channel import Frame, Kind
 from ruvon.engine.ranks.codec import decode_result, encode_plan, grammar_fields
 from ruvon.engine.ranks.messages import REPORT, forward_log, read_failure, read_report, start_error
-from ruvon.engine.ranks.process import RankProcess
-from ruvon.engine.ranks.ring import NUMBER, PlanRing, own_memory
+from ruvon.engine.ranks.nodes import NodeLink
+from ruvon.engine.ranks.process import RankProcess, send_plan
+from ruvon.engine.ranks.ring import NUMBER, PlanRing
 from ruvon.engine.ranks.steps import RankError, Report, Step, why_parted
 from ruvon.engine.types import Plan, StepResult
 from ruvon.grammars import Grammar
@@ -35,32 +37,39 @@ GRACE = 10.0  # seconds in which a step that failed on one rank must be over on 
 PING_EVERY = 5.0  # seconds
 MOST_MISSED = 6  # pings without an answer, after which a rank counts as hung
 
+Link: TypeAlias = RankProcess | NodeLink
+"""What leads to one rank of this machine, or to those of another."""
+
 
 class Ranks:
     """Implements the engine's `Runner` protocol over processes that are ready.
 
-    ``size`` of them are a stage. ``ready`` has, for each, how many steps it takes at once.
+    ``links`` lead to all of them, in the order of ranks; ``size`` are a stage. ``ready`` has, for
+    each, how many steps it takes at once. ``held`` is kept as long as they live.
     """
 
     def __init__(
         self,
-        processes: Sequence[RankProcess],
+        links: Sequence[Link],
         ring: PlanRing,
         size: int,
         ready: Sequence[Mapping[str, int]],
+        held: object = None,
     ) -> None:
         self.depth, self.grammar_depth, self.long_step = (
             min(said[name] for said in ready) for name in ("depth", "grammar_depth", "long_step")
         )
-        stages = len(processes) // size
+        stages = len(ready) // size
         if stages > 1:  # a step for each stage, and one that waits for the first
             self.depth = self.grammar_depth = stages + 1
             self.long_step = sys.maxsize
         self.failed: Future[None] = Future()
         """Gets why no step can succeed any more, if that ever happens."""
         self.num_failures = 0  # steps that raised, and that all have gone on from
-        self._processes = processes
+        self._links = links
+        self._link_of = {rank: link for link in links for rank in link.ranks}
         self._ring = ring
+        self._held = held
         self._size = size
         self._number = 0  # of the plan sent last
         self._steps: dict[int, Step] = {}  # under way, oldest first
@@ -68,7 +77,7 @@ class Ranks:
         self._lock = Lock()  # for these three
         self._closing = False
         self._failed_last = -1  # the latest step that failed
-        self._missed = [0] * len(processes)  # pings
+        self._missed = dict.fromkeys(self._link_of, 0)  # pings
         self._pinged_at = time.monotonic()
         self._reader = Thread(target=self._read, name="ruvon-ranks", daemon=True)
         self._reader.start()
@@ -86,8 +95,8 @@ class Ranks:
 
     @property
     def pids(self) -> list[int]:
-        """The ranks' processes."""
-        return [each.process.pid for each in self._processes]
+        """The ranks' processes, of this machine."""
+        return [link.process.pid for link in self._links if isinstance(link, RankProcess)]
 
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Send a plan to all ranks. The future holds its result, or whatever went wrong."""
@@ -100,46 +109,36 @@ class Ranks:
                 return future
             self._number += 1
             self._steps[self._number] = Step(future)
-            with suppress(OSError):  # a rank is gone; the reader finds out how
-                self._send_plan(self._number, data)
+            self._send_plan(self._number, data)
         return future
 
     def announce(self, grammar: Grammar) -> None:
         """Let ranks that sample compile a grammar before a plan asks for it."""
         fields = grammar_fields(grammar)
-        for each in self._processes[-self._size :]:
-            with suppress(OSError):
-                each.channel.send_json(Kind.GRAMMAR, fields)
+        for link in self._links:
+            if link.ranks[-1] >= len(self._link_of) - self._size:
+                link.send(Kind.GRAMMAR, orjson.dumps(fields))
 
     def _send_plan(self, number: int, data: bytes) -> None:
-        place = self._ring.write(number, data)
-        if place is not None:
-            self._send(Kind.PLAN, place)
-            return
-        memory = own_memory(data)
-        try:
-            for each in self._processes:
-                each.channel.send(Kind.LARGE_PLAN, NUMBER.pack(number), fds=(memory,))
-        finally:
-            os.close(memory)
-
-    def _send(self, kind: Kind, payload: bytes = b"") -> None:
-        for each in self._processes:
-            each.channel.send(kind, payload)
+        here = [link for link in self._links if not isinstance(link, NodeLink)]
+        send_plan(number, data, self._ring, here)
+        for link in self._links:
+            if isinstance(link, NodeLink):
+                link.send(Kind.WHOLE_PLAN, NUMBER.pack(number) + data)
 
     def close(self) -> None:
         """Finish what has been launched, and end the ranks."""
         patience = PATIENCE if self._error is None else 0.0
         self._closing = True
-        with suppress(OSError):
-            self._send(Kind.END)
+        for link in self._links:
+            link.send(Kind.END)
         deadline = time.monotonic() + patience
-        for each in self._processes:
-            each.end(max(deadline - time.monotonic(), 0.0))
+        for link in self._links:
+            link.end(max(deadline - time.monotonic(), 0.0))
         self._end(RuntimeError("the runner is closed"))
         self._reader.join()
-        for each in self._processes:
-            each.close()
+        for link in self._links:
+            link.close()
         self._ring.close()
 
     # ---------------------------------------------------------------- the reader's thread
@@ -147,8 +146,8 @@ class Ranks:
     def _read(self) -> None:
         try:
             with selectors.DefaultSelector() as selector:
-                for each in self._processes:
-                    selector.register(each.channel, selectors.EVENT_READ, each)
+                for link in self._links:
+                    selector.register(link.channel, selectors.EVENT_READ, link)
                 while self._error is None and selector.get_map():
                     for key, _ in selector.select(1.0):
                         if not self._take_all(key.data):
@@ -157,15 +156,15 @@ class Ranks:
         except Exception as error:  # whatever it is, no step may be waited for in vain
             self._lose("what a rank has said makes no sense", error)
 
-    def _take_all(self, process: RankProcess) -> bool:
-        """Take in all that a rank has said; False once it will say nothing more."""
+    def _take_all(self, link: Link) -> bool:
+        """Take in all that has come from there; False once nothing more will."""
         try:
-            for frame in process.channel.available():
-                self._missed[process.rank] = 0
-                self._take(process.rank, frame)
+            for frame in link.channel.available():
+                self._missed[frame.rank] = 0
+                self._take(frame.rank, frame)
         except EOFError:
             if not self._closing:
-                self._lose(f"{process.name} {process.fate()}")
+                self._lose(f"{link.name} {link.fate()}")
             return False
         return True
 
@@ -174,6 +173,8 @@ class Ranks:
             forward_log(rank, frame.json)
         elif frame.kind == Kind.FATAL:
             self._lose(f"rank {rank} has failed", start_error(rank, frame.json))
+        elif frame.kind == Kind.GONE and not self._closing:
+            self._lose(f"rank {rank} {frame.json}")
         elif frame.kind == Kind.FAILED:
             self._note(rank, *read_failure(frame.json))
         elif frame.kind in (Kind.RESULT, Kind.DONE):
@@ -190,7 +191,7 @@ class Ranks:
         step.reports[rank] = report
         if report.error is not None and step.failed_at is None:
             step.failed_at = time.monotonic()
-        if len(step.reports) == len(self._processes):
+        if len(step.reports) == len(self._link_of):
             self._settle(number, step)
 
     def _settle(self, number: int, step: Step) -> None:
@@ -210,15 +211,14 @@ class Ranks:
         self.num_failures += 1
         step.future.set_exception(error)
         for rank in step.failed:
-            with suppress(OSError):
-                self._processes[rank].channel.send(Kind.RESUME, NUMBER.pack(number))
+            self._link_of[rank].send(Kind.RESUME, NUMBER.pack(number), rank=rank)
 
     def _look_after(self, now: float) -> None:
         """End what cannot go on: a step that has failed on one rank while others wait for it, and
         ranks that do not answer."""
         for number, step in list(self._steps.items()):
             if step.failed_at is not None and now - step.failed_at > GRACE:
-                missing = sorted({*range(len(self._processes))} - step.reports.keys())
+                missing = sorted(self._link_of.keys() - step.reports.keys())
                 names = ", ".join(f"rank {rank}" for rank in missing)
                 self._lose(
                     f"{names} did not end step {number}, which failed elsewhere", step.error()
@@ -226,20 +226,20 @@ class Ranks:
         if now - self._pinged_at < PING_EVERY or self._closing:
             return
         self._pinged_at = now
-        for each in self._processes:
-            if self._missed[each.rank] == MOST_MISSED:
+        for rank in self._missed:
+            if self._missed[rank] == MOST_MISSED:
                 seconds = round(MOST_MISSED * PING_EVERY)
-                self._lose(f"{each.name} has not answered for {seconds} seconds")
-            self._missed[each.rank] += 1
-            with suppress(OSError):
-                each.channel.send(Kind.PING)
+                self._lose(f"rank {rank} has not answered for {seconds} seconds")
+            self._missed[rank] += 1
+        for link in self._links:
+            link.send(Kind.PING)
 
     def _lose(self, why: str, cause: Exception | None = None) -> None:
         """No step can succeed any more: fail those under way, and end all ranks."""
         error = RankError(why)
         error.__cause__ = cause
-        for each in self._processes:
-            each.process.kill()
+        for link in self._links:
+            link.kill()
         self._end(error)
         if not self.failed.done():
             self.failed.set_exception(error)

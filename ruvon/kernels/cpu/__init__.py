@@ -14,9 +14,10 @@
 Outside of `capture`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
 From the outside in: `graph` replays a step and `sampling` has a program of its own; `capture`
-traces a model's calls, `arguments` says what its kernels are told, `thread_pool` runs them,
-`isa` what the CPU can do, `formats` and `layout` how data lies in memory; `compiled` keeps machine
-code between starts. The kernels are in `jit`, and so is numba: only imported to be compiled.
+traces a model's calls, `meeting` those of a mesh, `arguments` says what its kernels are told,
+`thread_pool` runs them, `isa` what the CPU can do, `formats` and `layout` how data lies in memory;
+`compiled` keeps machine code between starts. The kernels are in `jit`, and so is numba: only
+imported to be compiled.
 """
 
 from __future__ import annotations

@@ -54,8 +54,11 @@ def stop_ids(marks: Mapping[str, int], declared: Iterable[int]) -> tuple[int, ..
 
 # ---------------------------------------------------------------------- headers
 
-MARKED = re.compile(rb"<\|(?:start|channel|constrain)\|>")
-WORD = re.compile(rb"%s|(?:(?!%s)\S)+" % (MARKED.pattern, MARKED.pattern))
+SIGNS = {Mark.START: b"\xff", Mark.CHANNEL: b"\xfe", Mark.CONSTRAIN: b"\xfd"}
+"""What stands for a mark in a header: bytes that no text has, as one that is spelt is text."""
+NO_SIGNS = bytes.maketrans(b"\xfd\xfe\xff", b"\xfc\xfc\xfc")  # no text either
+MARKED = re.compile(rb"[\xfd-\xff]")
+WORD = re.compile(rb"[\xfd-\xff]|[^\s\xfd-\xff]+")
 CHANNEL_NAME = re.compile(rb"analysis|commentary|final")
 OTHER_ROLES = (b"user", b"system", b"developer", b"tool")
 TYPES = (b"json", b"code", b"text")
@@ -102,7 +105,7 @@ def read_header(data: bytes, ended: bool) -> Header:
 
 def is_foreign(words: Sequence[bytes]) -> bool:
     """Whether a header's first words name another author: a role, or a tool with a result."""
-    return len(words) == 2 and words[0] == b"<|start|>" and (
+    return len(words) == 2 and words[0] == SIGNS[Mark.START] and (
         words[1] in OTHER_ROLES or words[1].startswith(b"functions.")
     )  # fmt: skip
 
@@ -119,6 +122,8 @@ def text_in(rest: bytes) -> bytes:
     """What a header's rest says: nothing, if it is the beginning of a word of a header at which
     the answer was cut off."""
     rest = rest.lstrip()
+    for mark, sign in SIGNS.items():
+        rest = rest.replace(sign, mark.encode())
     return b"" if any(word.startswith(rest.rstrip()) for word in KNOWN) else rest
 
 
@@ -213,15 +218,15 @@ class HarmonyParser:
             self._open(read_header(self._header, ended=True))
         elif mark in (Mark.CHANNEL, Mark.CONSTRAIN):
             if len(self._header) < MOST_BYTES:
-                self._header += b" " * (mark is Mark.CONSTRAIN) + mark.encode()
+                self._header += SIGNS[mark]
         else:
             self._close_header()
         if mark is Mark.START and not self._text.over:
-            self._header, self._num_header = mark.encode(), 1
+            self._header, self._num_header = SIGNS[mark], 1
 
     def _take_header(self, data: bytes) -> None:
         assert self._header is not None
-        self._header += data
+        self._header += data.translate(NO_SIGNS)
         if not may_be_header(self._header):
             self._open(read_header(self._header, ended=False))
 
