@@ -24,9 +24,13 @@ from ruvon.engine.ranks.ring import PLACE, PlanRing, RingReader
 from ruvon.engine.ranks.start import slowest
 from ruvon.engine.ranks.steps import Meetings, RankError, Report, Step, why_parted
 from ruvon.engine.types import (
+    BEING_SAMPLED,
+    Chunk,
     Job,
     NewSequence,
     Plan,
+    PooledRows,
+    PromptRow,
     SamplingParams,
     StepResult,
     TokenLogprobs,
@@ -252,8 +256,17 @@ def test_settings_of_every_kind_arrive_as_they_were_sent():
         max_tokens=None,
         grammar=regex("a+é"),
     )
-    plan = Plan(1, (), (NewSequence(1, sampling, 2, 2**63 - 1, (5, 6)),))
+    chunks = (
+        Chunk(1, 2, (7, 8, 9), 4, ((3, 4), ()), False),
+        Chunk(2, 0, BEING_SAMPLED, 9, (), True),
+        Chunk(3, 0, (1,), 0, ((5,), (6,)), True),
+    )
+    new = NewSequence(1, sampling, 2, 2**63 - 1, (5, 6))
+    scored, pooled = PromptRow(1, 0, (8, 9), 2), PooledRows(1, 0, 1, 2)
+    plan = Plan(1, chunks, (new,), (4, 5), (scored,), (pooled,))
     assert decode_plan(encode_plan(plan)) == plan
+    decodes = Plan(2, chunks[1:2] * 3)
+    assert decode_plan(encode_plan(decodes)) == decodes
     scores = (TokenLogprobs(1, -0.1, 2, ((3, -0.5), (4, -9999.0))),)
     result = StepResult(
         ((1,), ()), (scores, None), {3: scores}, errors={4: "é"}, ended=frozenset({1}), seconds=0.25

@@ -10,16 +10,14 @@ from __future__ import annotations
 import dataclasses
 import struct
 from array import array
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import orjson
 
 from ruvon.engine.types import (
-    BEING_SAMPLED,
     NO_BLOCKS,
-    Blocks,
     Chunk,
     NewSequence,
     Plan,
@@ -42,8 +40,7 @@ def encode_plan(plan: Plan) -> bytes:
     """A plan as bytes."""
     ints = [plan.step, len(plan.chunks), len(plan.new), len(plan.ended), len(plan.prompt_rows)]
     ints += [len(plan.pooled_rows), *plan.ended]
-    for chunk in plan.chunks:
-        _write_chunk(ints, chunk)
+    _write_chunks(ints, plan.chunks)
     for new in plan.new:
         ints += (new.seq_id, new.num_prompt, new.seed, len(new.prefix))
         ints += new.prefix
@@ -62,7 +59,7 @@ def decode_plan(data: bytes | memoryview) -> Plan:
     ended = ints.take(num_ended)
     return Plan(
         step,
-        tuple([_read_chunk(ints) for _ in range(num_chunks)]),
+        _read_chunks(ints, num_chunks),
         tuple([_read_new(ints, samplings[i]) for i in range(num_new)]),
         ended,
         tuple([_read_prompt_row(ints) for _ in range(num_prompt)]),
@@ -70,26 +67,38 @@ def decode_plan(data: bytes | memoryview) -> Plan:
     )
 
 
-def _write_chunk(ints: list[int], chunk: Chunk) -> None:
-    tokens, blocks = chunk.tokens, chunk.blocks
-    ints += (
-        chunk.seq_id, chunk.generation, chunk.start, chunk.samples, len(tokens), len(blocks),
-    )  # fmt: skip
-    ints += tokens
-    for group in blocks:
-        ints.append(len(group))
-        ints += group
+def _write_chunks(ints: list[int], chunks: Sequence[Chunk]) -> None:
+    """Field by field: most chunks have one token and no blocks, and are read fastest so."""
+    ints += [chunk.seq_id for chunk in chunks]
+    ints += [chunk.generation for chunk in chunks]
+    ints += [chunk.start for chunk in chunks]
+    ints += [chunk.samples for chunk in chunks]
+    ints += [len(chunk.blocks) for chunk in chunks]
+    _write_runs(ints, [chunk.tokens for chunk in chunks])
+    for chunk in chunks:
+        if chunk.blocks:
+            _write_runs(ints, chunk.blocks)
 
 
-def _read_chunk(ints: Ints) -> Chunk:
-    seq_id, generation, start, samples, num_tokens, num_groups = ints.take(6)
-    tokens = ints.take(num_tokens)
-    blocks: Blocks = NO_BLOCKS
-    if num_groups:
-        blocks = tuple([ints.take(ints.one()) for _ in range(num_groups)])
-    if tokens == BEING_SAMPLED:
-        tokens = BEING_SAMPLED
-    return Chunk(seq_id, generation, tokens, start, blocks, bool(samples))
+def _read_chunks(ints: Ints, count: int) -> tuple[Chunk, ...]:
+    seq_ids, generations, starts, samples, groups = (ints.take(count) for _ in range(5))
+    tokens = _read_runs(ints, count)
+    blocks = [tuple(_read_runs(ints, num)) if num else NO_BLOCKS for num in groups]
+    return tuple(map(Chunk, seq_ids, generations, tokens, starts, blocks, map(bool, samples)))
+
+
+def _write_runs(ints: list[int], runs: Sequence[Sequence[int]]) -> None:
+    """Several sequences of numbers: first how long each is."""
+    ints += [len(run) for run in runs]
+    for run in runs:
+        ints += run
+
+
+def _read_runs(ints: Ints, count: int) -> list[tuple[int, ...]]:
+    lengths = ints.take(count)
+    if sum(lengths) == count and max(lengths, default=1) == 1:
+        return [(number,) for number in ints.take(count)]
+    return [ints.take(length) for length in lengths]
 
 
 def _read_new(ints: Ints, fields: Mapping[str, Any]) -> NewSequence:
@@ -141,10 +150,11 @@ def encode_result(result: StepResult) -> bytes:
     ints = [len(result.tokens), len(result.prompt_logprobs), len(result.pooled)]
     ints += [len(result.ended), *sorted(result.ended)]
     floats = [result.seconds]
-    for tokens, logprobs in zip(result.tokens, result.logprobs, strict=True):
-        ints += (len(tokens), -1 if logprobs is None else len(logprobs))
-        ints += tokens
-        _write_logprobs(ints, floats, logprobs or ())
+    _write_runs(ints, result.tokens)
+    ints += [-1 if logprobs is None else len(logprobs) for logprobs in result.logprobs]
+    for logprobs in result.logprobs:
+        if logprobs:
+            _write_logprobs(ints, floats, logprobs)
     for seq_id, scores in result.prompt_logprobs.items():
         ints += (seq_id, len(scores))
         _write_logprobs(ints, floats, scores)
@@ -160,12 +170,10 @@ def decode_result(data: bytes | memoryview) -> StepResult:
     num_rows, num_prompts, num_pooled, num_ended = ints.take(4)
     ended = frozenset(ints.take(num_ended))
     seconds = floats.one()
-    tokens, logprobs = [], []
-    for _ in range(num_rows):
-        num_tokens, num_logprobs = ints.take(2)
-        tokens.append(ints.take(num_tokens))
-        missing = num_logprobs < 0
-        logprobs.append(None if missing else _read_logprobs(ints, floats, num_logprobs))
+    tokens = _read_runs(ints, num_rows)
+    logprobs = [
+        None if count < 0 else _read_logprobs(ints, floats, count) for count in ints.take(num_rows)
+    ]
     prompts, pooled = {}, {}
     for _ in range(num_prompts):
         seq_id, count = ints.take(2)
