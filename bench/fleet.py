@@ -66,15 +66,17 @@ def plan(rate: float, seconds: float, wanted: float, cost: Cost, blocks: int) ->
     print(f"{len(load)} conversations, {turns} turns in {seconds:g} s\n")
     print("| replicas | hits | first token p50 s | p99 s | simulated in |")
     print("|---:|---:|---:|---:|---:|")
-    enough, few, most = False, 0, 1
-    while not enough:
-        enough = tried(load, most, cost, blocks) <= wanted
-        few, most = (few, most) if enough else (most, 2 * most)
+    few, most, before = 0, 1, float("inf")
+    while (p99 := tried(load, most, cost, blocks)) > wanted:
+        if p99 > 0.99 * before:
+            print(f"\nMore replicas do not help: some prompts take {p99:.2f} s by themselves")
+            return
+        few, most, before = most, 2 * most, p99
     while most - few > max(1, most // 16):
         middle = (few + most) // 2
         enough = tried(load, middle, cost, blocks) <= wanted
         few, most = (few, middle) if enough else (middle, most)
-    print(f"\n{most} replicas keep the 99th percentile within {wanted:g} s")
+    print(f"\n{most} replica(s) keep the 99th percentile within {wanted:g} s")
 
 
 def tried(load: Sequence[Conversation], replicas: int, cost: Cost, blocks: int) -> float:

@@ -7,12 +7,11 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from routers import close, open_router
 from serving import open_server
 
 from ruvon.config import ServerConfig
 from ruvon.router import replica as replicas
-
-from conftest import close, open_router  # isort: skip
 
 READY = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
 MISSING = b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\n\r\n"
