@@ -134,7 +134,7 @@ def other_teams(threads: int) -> list[int]:
 
 def compare_with_torch(config: EngineConfig, text: Sequence[int], progress: Progress) -> Comparison:
     """The kernels against the plain meaning of the same weights."""
-    plain = replace(config, kernels="torch", dtype="float32", deterministic=False)
+    plain = replace(config, kernels="torch", cpu_isa="auto", dtype="float32", deterministic=False)
     with open_scorer(config, len(text), progress) as scorer:
         logits = scorer(text)
     with open_scorer(plain, len(text), progress) as scorer:
