@@ -208,6 +208,8 @@ class Engine:
             return None
         plan = scheduler.schedule(now)
         if plan is None:
+            if self.recording is not None:
+                self.recording.waited(now)
             return None
         self._in_flight.append(plan)
         if self.recording is not None:

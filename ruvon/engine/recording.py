@@ -154,6 +154,14 @@ class Forgotten:
 
 
 @dataclass(frozen=True, slots=True)
+class Waited:
+    """`Scheduler.schedule` gave no plan at the time ``now``; it may have handed out blocks."""
+
+    now: float
+    kind: Literal["wait"] = "wait"
+
+
+@dataclass(frozen=True, slots=True)
 class Committed:
     """A step's result, and what became of its sequences."""
 
@@ -175,9 +183,16 @@ class Failed:
     kind: Literal["fail"] = "fail"
 
 
-Event = Beginning | Added | Aborted | Forgotten | Planned | Committed | Failed
+Event = Beginning | Added | Aborted | Forgotten | Planned | Waited | Committed | Failed
 
-Raw = Sequence | Aborted | Forgotten | tuple[Plan, float] | tuple[Plan, StepResult | None, Finished]
+Raw = (
+    Sequence
+    | Aborted
+    | Forgotten
+    | Waited
+    | tuple[Plan, float]
+    | tuple[Plan, StepResult | None, Finished]
+)
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 HEADER: TypeAdapter[Header] = TypeAdapter(Header)
@@ -240,6 +255,9 @@ class Recording:
         self._events.append((plan, now))
         if self.num_steps == self._most_steps or self._num_chunks >= MOST_CHUNKS:
             self._on_full()
+
+    def waited(self, now: float) -> None:
+        self._events.append(Waited(now))
 
     def committed(
         self, plan: Plan, result: StepResult | None, emissions: Iterable[Emission]

@@ -25,6 +25,7 @@ from ruvon.engine.recording import (
     Header,
     Planned,
     Standing,
+    Waited,
     finishes,
     planned,
 )
@@ -47,12 +48,16 @@ SCORE = TokenLogprobs(GOES_ON, 0.0, 0, ())
 GRAMMAR = Grammar("")  # in place of one; a scheduler asks only whether there is one
 
 
+Step = Planned | Waited | Committed | Failed
+"""What a scheduler is asked for."""
+
+
 @dataclass(frozen=True, slots=True)
 class Replayed:
-    """One step, planned again or taken in again. ``difference`` is empty if all was as it was."""
+    """One call, made again. ``difference`` is empty if all was as it was."""
 
     step: int
-    event: Planned | Committed | Failed
+    event: Step
     num_running: int
     num_waiting: int
     num_free_blocks: int
@@ -70,7 +75,7 @@ def replay(events: Iterable[Header | Event]) -> Iterator[Replayed]:
     scheduler = make_scheduler(header)
     plans: dict[int, Plan] = {}  # in flight
     for event in events:
-        if isinstance(event, Planned | Committed | Failed):
+        if isinstance(event, Step):
             difference = again(scheduler, plans, event)
             yield replayed(scheduler, event, difference)
             if difference:
@@ -181,8 +186,11 @@ def key(number: int) -> bytes:
     return number.to_bytes(KEY_BYTES)
 
 
-def again(scheduler: Scheduler, plans: dict[int, Plan], event: Planned | Committed | Failed) -> str:
+def again(scheduler: Scheduler, plans: dict[int, Plan], event: Step) -> str:
     """Do what was done; how it came out differently, if it did."""
+    if isinstance(event, Waited):
+        made = scheduler.schedule(event.now)
+        return "" if made is None else "then there was no step to plan, now there is one"
     if isinstance(event, Planned):
         made = scheduler.schedule(event.now)
         if made is None:
@@ -231,11 +239,9 @@ def finished_difference(then: Finished, emissions: Iterable[Emission]) -> str:
     return "" if now == then else f"finished were {then}, are {now}"
 
 
-def replayed(
-    scheduler: Scheduler, event: Planned | Committed | Failed, difference: str
-) -> Replayed:
+def replayed(scheduler: Scheduler, event: Step, difference: str) -> Replayed:
     return Replayed(
-        step=event.step,
+        step=scheduler.counters.steps if isinstance(event, Waited) else event.step,
         event=event,
         num_running=len(scheduler.sequences) - len(scheduler.waiting),
         num_waiting=len(scheduler.waiting),
