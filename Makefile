@@ -23,11 +23,12 @@ INSTALL := $(PIP) install --constraint constraints.txt --progress-bar on
 PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
+RELEASE_STAMP := $(VENV)/.release
 
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality clean
+.PHONY: help setup run-api run-cli test-all test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality dist dist-try deploy-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -84,6 +85,18 @@ bench-peers: $(RUN_STAMP) ## Compare with other servers, each in its own environ
 bench-quality: $(RUN_STAMP) ## Measure what formats and kernels cost in quality.
 	$(BIN)/python bench/quality.py $(ARGS)
 
+dist: $(RELEASE_STAMP) ## Build a wheel and an sdist into dist/, and look them over.
+	rm -rf build dist
+	$(BIN)/python -m build
+	$(BIN)/check-wheel-contents dist
+	$(BIN)/twine check --strict dist/*
+
+dist-try: ## Install dist/'s wheel into an environment of its own, and serve with it.
+	scripts/try-wheel dist/*.whl
+
+deploy-check: $(RELEASE_STAMP) ## Look over deploy/, and say what could not be.
+	scripts/deploy-check $(BIN)
+
 clean: ## Remove .venv, caches and results.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info bench/results
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
@@ -104,4 +117,9 @@ $(RUN_STAMP): $(PYTHON_STAMP) pyproject.toml constraints.txt
 $(DEV_STAMP): $(RUN_STAMP)
 	@echo "==> Installing what tests and linters need"
 	$(INSTALL) --editable '.[dev]'
+	@touch $@
+
+$(RELEASE_STAMP): $(RUN_STAMP)
+	@echo "==> Installing what looks over packages and deploy/"
+	$(INSTALL) --editable '.[release]'
 	@touch $@

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 
 import make_flags
@@ -44,7 +45,8 @@ def test_the_reference_of_settings_is_current():
 
 def test_constraints_pin_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    needed = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    extras = project["optional-dependencies"].values()
+    needed = [*project["dependencies"], *chain.from_iterable(extras)]
     pinned = {
         normal(line.split("==")[0])
         for line in (ROOT / "constraints.txt").read_text().splitlines()
