@@ -28,7 +28,7 @@ RELEASE_STAMP := $(VENV)/.release
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality dist dist-try deploy-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality dist dist-try deploy-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,10 @@ run-cli: $(RUN_STAMP) ## Chat in the terminal; MODEL=, ARGS=.
 
 test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to pytest.
 	$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	$(if $(ARGS),,$(MAKE) --no-print-directory test-alone)
+
+test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
+	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
 test-optimized: $(DEV_STAMP) ## Run what holds bad input over a ruvon without asserts, as python -O has it.
 	PYTHONPATH=tests $(BIN)/python -m pytest -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \

@@ -31,7 +31,10 @@ if settings.get_current_profile_name() == "default":
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes long is not measured in this process, which would make it half as slow again: slow
     tests, whose servers are, and single kernels in Triton's interpreter, which whole models run."""
+    among_others = "PYTEST_XDIST_WORKER" in os.environ
     for item in items:
+        if among_others and item.get_closest_marker("alone"):
+            item.add_marker(pytest.mark.skip("measures times, so it runs by itself"))
         if item.get_closest_marker("slow") or item.path.name.startswith("test_triton_"):
             item.add_marker(pytest.mark.no_cover)
 

@@ -1,6 +1,7 @@
 """AsyncLLM: over a fake runner, then over the default model."""
 
 import asyncio
+from concurrent.futures import Future
 from contextlib import aclosing
 from types import SimpleNamespace
 
@@ -34,6 +35,7 @@ def make_loaded(make_engine):
             tokenizer=ByteTokenizer(),
             chat=Chat(),
             defaults={"temperature": 0},
+            failed=Future(),
             close=runner.close,
         )
 

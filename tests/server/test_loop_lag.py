@@ -126,6 +126,7 @@ def is_counted() -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 @pytest.mark.skipif(is_counted(), reason="each line takes longer while it is counted")
 def test_no_body_holds_the_loop(frozen, client):
     with asyncio.Runner(debug=False, loop_factory=uvloop.new_event_loop) as runner:
