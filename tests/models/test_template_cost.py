@@ -94,12 +94,13 @@ def test_what_grows_without_end_is_ended(small, source):
         render_template(compile_template(source), {"messages": []})
 
 
-def test_what_is_made_little_by_little_costs_little(small):
+def test_what_is_made_little_by_little_costs_little(monkeypatch):
     """A list that grows by one at a time is weighed by what is added."""
     source = (
         "{% set ns = namespace(kept=[]) %}{% for m in messages %}"
         "{% set ns.kept = ns.kept + [m] %}{% endfor %}{{ ns.kept|length }} {{ ns.kept[-1]['n'] }}"
     )
+    monkeypatch.setattr(template_cost, "MOST", 1 << 22)
     messages = [{"role": "user", "n": i} for i in range(4000)]
     assert render_template(compile_template(source), {"messages": messages}) == "4000 3999"
 

@@ -8,7 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from pathlib import Path
 
 import aiohttp
@@ -83,16 +83,23 @@ def children(process: Process) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each replica")
-async def test_no_request_is_lost_to_a_crash_or_a_restart(tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps(TINY_LLAMA))
-    options = (
-        str(tmp_path), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
+two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="a core for each replica")
+
+
+def replicas(folder: Path) -> AbstractContextManager[Process]:
+    """Two of a tiny model, behind a router."""
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    return running(
+        str(folder), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
         "--data-parallel-size", "2", "--poll-interval", "0.1", "--no-log-requests",
     )  # fmt: skip
-    with running(*options) as process:
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+@two_cores
+async def test_no_request_is_lost_to_a_crash_or_a_restart(tmp_path):
+    with replicas(tmp_path) as process:
         url = process.wait_for("listening")["url"]
         await until_ready(url, 2)
         workers = children(process)
@@ -112,10 +119,19 @@ async def test_no_request_is_lost_to_a_crash_or_a_restart(tmp_path):
             process.popen.send_signal(signal.SIGHUP)
             await asyncio.to_thread(process.wait_for, "rolling_restart_done")
         assert set(load.outcomes) == {"whole"}
-        assert not set(children(process)) & set(workers)
-
         workers = children(process)
-        process.popen.kill()  # nobody is left behind, whatever ends the router
+        process.popen.send_signal(signal.SIGTERM)
+        assert await asyncio.to_thread(process.popen.wait, 60) == 0
+        assert not any(map(is_running, workers))
+
+
+@pytest.mark.slow
+@two_cores
+async def test_nobody_is_left_behind_whatever_ends_the_router(tmp_path):
+    with replicas(tmp_path) as process:
+        await until_ready(process.wait_for("listening")["url"], 2)
+        workers = children(process)
+        process.popen.kill()
         process.popen.wait()
         while any(map(is_running, workers)):  # noqa: ASYNC110 - another process's end
             await asyncio.sleep(0.05)
