@@ -195,9 +195,10 @@ class Engine:
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Drop sequences in whatever state; they emit nothing more. Unknown ids are ignored."""
+        ids = tuple(seq_ids)
         if self.recording is not None:
-            self.recording.aborted(seq_ids)
-        for seq_id in seq_ids:
+            self.recording.aborted(ids)
+        for seq_id in ids:
             self._scheduler.abort(seq_id)
 
     def launch(self, now: float) -> Pending | None:

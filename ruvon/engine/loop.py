@@ -274,11 +274,12 @@ class EngineLoop:
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
         seq_ids = self.engine.add(job, now, first_index=len(stream.open))
-        self.recorder.arrived(now, seq_ids, len(job.prompt), self.engine.validate(job))
         for seq_id in seq_ids:
             self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
             stream.open.add(seq_id)
             self._idle.clear()
+        max_tokens = self._states[seq_ids[0]].seq.max_tokens
+        self.recorder.arrived(now, seq_ids, len(job.prompt), max_tokens)
 
     def _end(self, stream: Stream, seq_ids: Iterable[int], reason: str) -> None:
         """A reader wants no more of these unfinished sequences, or has waited long enough."""
