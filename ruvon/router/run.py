@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import math
 import os
 import signal
 import tempfile
@@ -26,13 +25,13 @@ from ruvon.router.replica import parse_url
 from ruvon.server import console
 from ruvon.server.connection import Runner
 from ruvon.server.listen import allow_files, listen, listen_unix
+from ruvon.server.signals import watch_end
 from ruvon.server.tls import TLS, Certificate
 from ruvon.telemetry.logs import configure_logging
 
 log = structlog.get_logger(__name__)
 
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers
-SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 SETTLED = 0.02  # seconds between two looks at whether all is answered
 FILES = 64  # beside connections, of which each client's may have another one to a replica
 
@@ -130,25 +129,16 @@ async def drain(fleet: Fleet, patience: float) -> None:
 
 
 def watch_signals(routing: Routing, fleet: Fleet) -> None:
-    """SIGHUP restarts the replicas in turn. The first SIGTERM or SIGINT drains; the second, which
-    does not come at the same time as `timeout` sends it, ends the process at once."""
-    loop = asyncio.get_running_loop()
-    came_at = math.inf
+    """SIGHUP restarts the replicas in turn, SIGTERM and SIGINT drain and end."""
 
-    def on_end(number: signal.Signals) -> None:
-        nonlocal came_at
-        if not routing.ended.is_set():
-            came_at = loop.time()
-            fleet.draining = True
-            routing.ended.set()
-            log.info("draining", signal=number.name, unfinished=fleet.in_flight)
-        elif loop.time() - came_at > SAME_SIGNAL:
-            os._exit(128 + number)
+    def drain_all(number: signal.Signals) -> None:
+        fleet.draining = True
+        routing.ended.set()
+        log.info("draining", signal=number.name, unfinished=fleet.in_flight)
 
     def on_restart() -> None:
         if routing.restart is None or not routing.restart():
             log.warning("no_restart", why="none of ours, or one is under way")
 
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_end, number)
-    loop.add_signal_handler(signal.SIGHUP, on_restart)
+    watch_end(routing.ended.is_set, drain_all, lambda number: os._exit(128 + number))
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_restart)

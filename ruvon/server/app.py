@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import math
 import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from ipaddress import ip_address
 
 import structlog
@@ -37,6 +37,7 @@ from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
+from ruvon.server.signals import watch_end
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import TLS, Certificate, load_certificate
 from ruvon.server.watchdog import watching
@@ -47,7 +48,6 @@ log = structlog.get_logger(__name__)
 
 YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
 OTHER_FILES = 512  # that the process has open beside connections: weights, sockets, pipes
-SAME_SIGNAL = 0.3  # seconds in which another signal is no second one
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
 RESPONSE = "{id:(?!(?:compact|input_tokens)$)[^/]+}"  # what is no route of its own
@@ -231,24 +231,8 @@ def warn_of_open_door(server: ServerConfig, host: str) -> None:
 
 
 def watch_signals(state: State) -> None:
-    """The first SIGTERM or SIGINT drains; the second ends the process at once.
-
-    What comes within `SAME_SIGNAL` of the first is the first again: `timeout` sends its signal to
-    the process and then to its whole group.
-    """
-    loop = asyncio.get_running_loop()
-    came_at = math.inf
-
-    def on_signal(number: signal.Signals) -> None:
-        nonlocal came_at
-        if not state.draining:
-            came_at = loop.time()
-            start_draining(state, number)
-        elif loop.time() - came_at > SAME_SIGNAL:
-            end_at_once(state, number)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, on_signal, number)
+    """The first signal drains, the second ends the process at once."""
+    watch_end(lambda: state.draining, partial(start_draining, state), partial(end_at_once, state))
 
 
 def start_draining(state: State, number: signal.Signals) -> None:

@@ -409,7 +409,7 @@ async def test_draining_has_an_end(serve):
 async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
-    monkeypatch.setattr("ruvon.server.app.SAME_SIGNAL", -1)
+    monkeypatch.setattr("ruvon.server.signals.SAME_SIGNAL", -1)
     server = await serve(runner=ScriptRunner("Hello", by_hand=True))
     running = asyncio.create_task(server.chat())
     await server.until(lambda: server.fake.num_held)
