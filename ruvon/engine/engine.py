@@ -8,7 +8,6 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 from __future__ import annotations
 
 import secrets
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
@@ -109,7 +108,6 @@ class Engine:
         )
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
-        self._in_flight: deque[Plan] = deque()
         self.recording: Recording | None = None
         self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
@@ -212,7 +210,6 @@ class Engine:
             if self.recording is not None:
                 self.recording.waited(now)
             return None
-        self._in_flight.append(plan)
         if self.recording is not None:
             self.recording.planned(plan, now)
         counted = scheduler.counters.since(self._counted)
@@ -259,7 +256,6 @@ class Engine:
         self.check_alive()
         plan, seconds = pending.plan, 0.0
         result: StepResult | None = None
-        self._in_flight.popleft()
         try:
             result = pending.future.result()
         except Exception as error:
@@ -280,9 +276,12 @@ class Engine:
         self.check_alive()
         return self._scheduler.fail(plan, f"The step that computed it failed{kind(error)}.")
 
-    def record(self, most_steps: int, on_full: Callable[[], None]) -> Recording:
-        """Record what happens from here on, until `recording` is set to None; ``on_full`` is called
-        after ``most_steps`` steps, or when it is large."""
+    def record(
+        self, pending: Iterable[Pending], most_steps: int, on_full: Callable[[], None]
+    ) -> Recording:
+        """Record what happens from here on, until `recording` is set to None. ``pending`` are the
+        steps not collected yet; ``on_full`` is called after ``most_steps`` steps, or when it is
+        large."""
         config, step = self.config, self.config.largest_step
         grouped = self._scheduler.grouped
         header = Header(
@@ -303,7 +302,7 @@ class Engine:
         self.recording = Recording(
             header,
             self._scheduler.snapshot(),
-            self._in_flight,
+            [step.plan for step in pending],
             self._scheduler.sequences.values(),
             most_steps,
             on_full,

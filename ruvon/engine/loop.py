@@ -322,7 +322,7 @@ class EngineLoop:
             self.engine.recording = None
             full.set()
 
-        recording = self.engine.record(most_steps, end)
+        recording = self.engine.record(self._pending, most_steps, end)
         try:
             with suppress(TimeoutError):
                 await asyncio.wait_for(full.wait(), seconds)

@@ -160,7 +160,7 @@ class Run:
 
     def _step(self) -> None:
         if self.step == self.record_from:
-            self.recording = self.engine.record(100_000, lambda: None)
+            self.recording = self.engine.record(self.pending, 100_000, lambda: None)
         while (pending := self.engine.launch(0.0)) is not None:
             self._check_plan(pending.plan)
             self.pending.append(pending)
