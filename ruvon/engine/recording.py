@@ -282,6 +282,7 @@ class Recording:
 
     def _beginning(self, numbers: Numbers, contents: bool) -> Beginning:
         snapshot, queues, pool = self._snapshot, self._snapshot.queues, self._snapshot.pool
+        keys = [(block, *without_group(key)) for block, key in pool.keys.items()]
         return Beginning(
             counters=snapshot.counters,
             num_committed=snapshot.num_committed,
@@ -295,14 +296,7 @@ class Recording:
             served=tuple([(numbers[name], served) for name, served in queues.served.items()]),
             blank=pool.blank,
             cached=pool.cached,
-            keys=tuple(
-                [
-                    (block, numbers[key], group)
-                    for block, (key, group) in zip(
-                        pool.keys, map(without_group, pool.keys.values()), strict=True
-                    )
-                ]
-            ),
+            keys=tuple([(block, numbers[key], group) for block, key, group in keys]),
             in_flight=tuple([planned(plan, 0.0) for plan in self._in_flight]),
         )
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
-from uuid import uuid4
 
 import structlog
 from aiohttp import web
@@ -22,7 +21,7 @@ from ruvon.router.replica import Replica
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
 from ruvon.server.keys import KEYS, Keys, read_keys
-from ruvon.server.middleware import FACTS, REQUEST_ID, as_ours, error_response, json_response
+from ruvon.server.middleware import FACTS, as_ours, error_response, json_response, take_request_id
 from ruvon.server.reload import watch_files, watched
 from ruvon.server.tls import TLS, load_certificate
 
@@ -93,8 +92,7 @@ async def watching(app: web.Application) -> AsyncIterator[None]:
 @web.middleware
 async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id, run its handler, turn errors into JSON, and say what happened."""
-    given = request.headers.get("X-Request-Id", "")
-    request[FACTS] = {"request_id": given if REQUEST_ID.fullmatch(given) else uuid4().hex}
+    request[FACTS] = {"request_id": take_request_id(request)}
     began = request[FACTS]["began"] = time.monotonic()
     status = CLIENT_LEFT
     try:

@@ -42,8 +42,7 @@ QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics"})  # asked 
 @web.middleware
 async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Give the request an id, run its handler, turn errors into JSON, and say what happened."""
-    given = request.headers.get("X-Request-Id", "")
-    request_id = given if REQUEST_ID.fullmatch(given) else uuid4().hex
+    request_id = take_request_id(request)
     request[FACTS] = {"request_id": request_id}
     started_at = time.monotonic()
     status = CLIENT_LEFT
@@ -54,6 +53,12 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
             return response
         finally:
             _report(request, status, time.monotonic() - started_at)
+
+
+def take_request_id(http: web.Request) -> str:
+    """The client's own id of a request, or a new one where it has none that fits a log."""
+    given = http.headers.get("X-Request-Id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid4().hex
 
 
 async def add_request_id(http: web.Request, response: web.StreamResponse) -> None:
