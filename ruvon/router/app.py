@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -18,6 +19,7 @@ from ruvon.router.fleet import FLEET, Fleet, watch
 from ruvon.router.forward import Relayed, forward
 from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
+from ruvon.server.body import READER
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
 from ruvon.server.keys import KEYS, Keys, read_keys
@@ -59,6 +61,7 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     app[FLEET], app[ROUTING] = fleet, routing
     app[KEYS] = keys = Keys(read_keys(routing.server))
     app[TLS] = load_certificate(routing.server)
+    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
     app.add_routes(
@@ -87,6 +90,7 @@ async def watching(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(task, return_exceptions=True)
     for replica in app[FLEET].replicas:
         replica.lose()
+    app[READER].shutdown(wait=False, cancel_futures=True)
 
 
 @web.middleware

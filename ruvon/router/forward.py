@@ -19,6 +19,7 @@ from ruvon.router.link import Link, LostError
 from ruvon.router.metrics import METRICS
 from ruvon.router.prompt import Prompt, read_prompt
 from ruvon.router.replica import Replica
+from ruvon.server.body import READER
 from ruvon.server.events import DONE, error_event, event
 from ruvon.server.failures import anthropic_error, ollama_error, openai_error
 from ruvon.server.middleware import FACTS
@@ -80,7 +81,9 @@ async def forward(http: web.Request) -> web.StreamResponse:
 async def understand(http: web.Request, body: bytes) -> Prompt:
     """The prompt; of a large body not on the event loop's thread."""
     read = partial(read_prompt, http.path, http.headers, body)
-    return read() if len(body) <= SMALL else await asyncio.to_thread(read)
+    if len(body) <= SMALL:
+        return read()
+    return await asyncio.get_running_loop().run_in_executor(http.app[READER], read)
 
 
 def request_bytes(http: web.Request, body: bytes) -> bytes:
