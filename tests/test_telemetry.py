@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from ruvon.telemetry.collectors import (
     TOKEN_LATENCY_BUCKETS,
     one_two_five,
 )
+from ruvon.telemetry.finished import Finished
 from ruvon.telemetry.logs import PATIENCE, Sink, configure_logging
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 from ruvon.telemetry.totals import Totals, stats_line
@@ -45,13 +47,11 @@ def lines(metrics):
 
 
 def finish(metrics, **changes):
-    metrics.record_finished(
-        **{
-            "reason": "stop", "num_prompt": 10, "num_output": 5, "num_cached": 4, "max_tokens": 16,
-            "n": 1, "queue": 0.1, "prefill": 0.2, "decode": 0.4, "total": 0.7,
-        }
-        | changes
+    ended = Finished(
+        reason="stop", num_prompt=10, num_output=5, num_cached=4, max_tokens=16, n=1,
+        arrived_at=9.0, queue=0.1, prefill=0.2, decode=0.4, waits={"places": 0.1},
     )  # fmt: skip
+    metrics.record_finished(replace(ended, **changes))
 
 
 def types(text):

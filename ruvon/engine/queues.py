@@ -18,6 +18,7 @@ from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
 from ruvon.engine.snapshot import QueueState
 from ruvon.engine.types import NO_BLOCKS, Sequence
+from ruvon.engine.waits import BLOCKS, PLACES, STEP, Waits
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
@@ -63,6 +64,7 @@ class Queues:
         self.running: dict[int, Sequence] = {}  # by id, in the order of `rank`
         self.shares = Shares() if limits.order.fair else None
         self.prefixes = Prefixes(grouped, limits.caching)
+        self.waits = Waits()
         self._grouped = grouped
         self._pool = grouped.pool
         self._limits = limits
@@ -75,6 +77,7 @@ class Queues:
     def fill(self, in_flight: int) -> bool:
         """Let the running hold blocks for their next step, and others join them. False, and all is
         as it was, if there are too few blocks as long as steps are ``in_flight``."""
+        self.waits.reason = BLOCKS
         self._startable = STARTED_BLOCKS
         self._full = [seq for seq in self._full if seq.finish is None]
         if in_flight and self._num_missing() > self._pool.num_free:
@@ -83,6 +86,7 @@ class Queues:
             self._sort()
             if (seq := self._beyond_its_share()) is not None:
                 if in_flight:
+                    self.waits.reason = PLACES
                     return False
                 self._preempt(seq)
         if self._make_room() and self._start_followers():
@@ -274,9 +278,12 @@ class Queues:
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
+            self.waits.join(seq)
             num_joined += 1
             if served:
                 served[seq.tenant] += (len(seq.tokens) - seq.num_computed) / seq.weight
+        else:
+            self.waits.reason = PLACES if self.waiting else STEP
         if num_joined:
             self._sort()
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from ruvon.engine.types import Emission
 from ruvon.errors import UnavailableError
+from ruvon.telemetry.finished import Finished
 
 
 class Stream:
@@ -24,6 +25,7 @@ class Stream:
         """``number`` spreads streams over the steps at which they wake."""
         self.number = number
         self.open: set[int] = set()  # ids of the unfinished sequences
+        self.finished: list[Finished] = []
         self.queued = False  # for a later wake, see `ruvon.engine.coalescing`
         self._end = end
         self._news: list[Emission] = []
