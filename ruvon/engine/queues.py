@@ -283,7 +283,8 @@ class Queues:
             if served:
                 served[seq.tenant] += (len(seq.tokens) - seq.num_computed) / seq.weight
         else:
-            self.waits.reason = PLACES if self.waiting else STEP
+            has_place = limits.policy(1, len(self.running), limits.max_seqs)
+            self.waits.reason = STEP if has_place else PLACES
         if num_joined:
             self._sort()
 

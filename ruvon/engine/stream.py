@@ -60,6 +60,7 @@ class Stream:
         """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
         self._end(self, list(self.open), "abort")
         self._news.clear()
+        self._error = None  # it may hold on to what was asked
         if self._timer is not None:
             self._timer.cancel()
         self.wake()

@@ -24,6 +24,7 @@ from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
+from ruvon.server.explain import explain
 from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import allow_files, listen, listen_unix
@@ -41,6 +42,7 @@ from ruvon.server.signals import watch_end
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import TLS, Certificate, load_certificate
 from ruvon.server.watchdog import watching
+from ruvon.server.work import REQUESTS, Requests
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
 
@@ -86,6 +88,8 @@ ROUTES = (
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
+    web.get("/v1/requests/{id:.+}/explain", explain),
+    web.get("/debug/steps", debug.steps),
     web.get("/debug/trace", debug.trace),
     web.get("/debug/recording", debug.recording),
 )
@@ -110,6 +114,7 @@ def create_app(
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)
+    app[REQUESTS] = Requests()
     app.add_routes(ROUTES)
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(end_background)
