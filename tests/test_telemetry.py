@@ -13,6 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import structlog
+from serving import open_server
 
 import ruvon
 from ruvon.telemetry.collectors import (
@@ -60,17 +61,15 @@ def types(text):
     return {name: kind for _, _, name, kind in lines if not name.endswith("_created")}
 
 
-def test_the_reference_lists_what_is_served(metrics):
+async def test_the_reference_lists_what_is_served():
+    server = await open_server()
     for name in BY_RUNNERS:
-        metrics.watch(name, "Counted elsewhere.", lambda: 0)
-    http = HttpMetrics()
-    http.watch("ruvon_log_lines_dropped", "Lines.", lambda: 0)
-    for name in ("ruvon_stored_responses", "ruvon_stored_response_bytes", "ruvon_kept_streams"):
-        http.gauge(name, "Counted elsewhere.", lambda: 0)
+        server.service.metrics.watch(name, "Counted elsewhere.", lambda: 0)
+    served = types((await server.get("/metrics")).body.decode())
+    of_server = types(server.state.http.render().decode())
+    await server.stack.aclose()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", REFERENCE.read_text(), re.MULTILINE)
-    served = types((metrics.render() + http.render()).decode())
     theirs = {name.removeprefix("vllm:"): kind for name, kind in served.items() if ":" in name}
-    of_server = {name: served[name] for name in types(http.render().decode())}
     assert dict(rows) == theirs | of_server
     assert len(rows) == len(dict(rows))
 

@@ -136,6 +136,11 @@ class EngineLoop:
         return len(self._states)
 
     @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+        return self._admission.num_waiting
+
+    @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
         return self._task is not None and self.dead is None and not self.draining

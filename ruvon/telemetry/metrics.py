@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from ruvon.telemetry.collectors import (
     FIRST_TOKEN_BUCKETS,
+    LAG_BUCKETS,
     REQUEST_BUCKETS,
     STEP_TOKENS_BUCKETS,
     TOKEN_LATENCY_BUCKETS,
@@ -260,6 +268,11 @@ class HttpMetrics:
             "http_request_duration_seconds", "Time to answer, streams to their end.",
             ["handler", "method"], registry=self.registry, buckets=REQUEST_BUCKETS,
         )  # fmt: skip
+        self._lag = Histogram(
+            "ruvon_event_loop_lag_seconds", "How late the event loop comes to what is due.",
+            registry=self.registry, buckets=LAG_BUCKETS,
+        )  # fmt: skip
+        ProcessCollector(registry=self.registry)
 
     def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
         """Publish ``{name}_total``, counted elsewhere. ``read`` is called on any thread."""
@@ -273,6 +286,10 @@ class HttpMetrics:
         """Count one answered request; ``handler`` is the route, never the raw path."""
         self._requests.labels(handler, method, status).inc()
         self._seconds.labels(handler, method).observe(seconds)
+
+    def record_lag(self, seconds: float) -> None:
+        """Something was due on the event loop's thread so long ago."""
+        self._lag.observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus text."""
