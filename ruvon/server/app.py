@@ -41,10 +41,12 @@ from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.signals import watch_end
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import TLS, Certificate, load_certificate
+from ruvon.server.tracing import TRACING, close_tracing
 from ruvon.server.watchdog import watching
 from ruvon.server.work import REQUESTS, Requests
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
+from ruvon.telemetry.tracing import open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -123,6 +125,10 @@ def create_app(
     app.on_cleanup.append(end_reader)
     app.on_cleanup.append(end_kept)
     app.cleanup_ctx.append(watch_files(watched(server, keys, app[TLS])))
+    tracing = open_tracing(server.otlp_traces_endpoint, server.otlp_metrics_endpoint, state.epoch)
+    if tracing is not None:
+        app[TRACING] = tracing
+        app.on_cleanup.append(close_tracing)
     app.cleanup_ctx.append(watch_lag)
     app.cleanup_ctx.append(engine_context(start))
     return app

@@ -27,6 +27,7 @@ from ruvon.server.failures import error_answer, failure, openai_error, speaks_an
 from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.resume import is_resumed, resume
 from ruvon.server.state import STATE, State
+from ruvon.server.tracing import trace
 from ruvon.server.work import WORK
 
 log = structlog.get_logger(__name__)
@@ -54,7 +55,7 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
             status = response.outcome if isinstance(response, EventResponse) else response.status
             return response
         finally:
-            _report(request, response, status, time.monotonic() - started_at)
+            _report(request, response, status, started_at)
 
 
 def take_request_id(http: web.Request) -> str:
@@ -151,18 +152,20 @@ def _count_rejection(state: State, setting: str) -> None:
 
 
 def _report(
-    http: web.Request, response: web.StreamResponse | None, status: int, seconds: float
+    http: web.Request, response: web.StreamResponse | None, status: int, began_at: float
 ) -> None:
-    """Metrics, and the request's log line."""
-    state = http.app[STATE]
+    """Metrics, the request's trace, and its log line."""
+    state, seconds = http.app[STATE], time.monotonic() - began_at
     resource = http.match_info.route.resource
     route = "unknown" if resource is None else resource.canonical
     state.http.record(route, http.method, str(status), seconds)
-    if not state.server.log_requests:
-        return
     facts = http[FACTS] | _work_facts(http)
     if isinstance(response, EventResponse) and response.error is not None:
         facts["error"] = response.error
+    if trace_id := trace(http, facts, status, began_at, seconds):
+        facts["trace_id"] = trace_id
+    if not state.server.log_requests:
+        return
     del facts["request_id"]  # the line has it
     write = log.debug if route in QUIET else log.info
     write(
