@@ -135,8 +135,11 @@ def test_routers_know_every_replica_that_there_may_be():
     assert args[1:] == [f"http://ruvon-{n}.ruvon-replicas:8000" for n in range(most)]
 
 
-@pytest.mark.parametrize("path", ["deploy/kubernetes/components/keda/scaledobject.yaml",
-                                  "docs/deployment.md"])  # fmt: skip
+@pytest.mark.parametrize("path", [
+    "deploy/kubernetes/components/keda/scaledobject.yaml", "docs/deployment.md",
+    "deploy/prometheus/rules/ruvon.yml", "deploy/grafana/dashboards/ruvon.json",
+    "deploy/grafana/dashboards/ruvon-router.json",
+])  # fmt: skip
 def test_expressions_name_metrics_that_there_are(path: str):
     known = (ROOT / "docs/reference/metrics.md").read_text() + (ROOT / "docs/router.md").read_text()
     names = re.findall(r"(?:vllm:|\bruvon_|\bhttp_)(\w+)", (ROOT / path).read_text())
