@@ -14,7 +14,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 import structlog
 
@@ -24,6 +24,8 @@ from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.drain_rate import DrainRate
 from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.gate import Gate
+from ruvon.engine.live import Standing
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
@@ -109,6 +111,7 @@ class EngineLoop:
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
         self.recorder = Recorder()
+        self.gate = Gate(clock)
         self._metrics = metrics
         self._clock = clock
         self._states: dict[int, RequestState] = {}
@@ -180,6 +183,7 @@ class EngineLoop:
         seconds; after that they count as stuck, and nobody waits for them.
         """
         self.draining = True
+        self.gate.open()
         if self._task is None:
             return
         try:
@@ -311,6 +315,16 @@ class EngineLoop:
         if not self._states:
             self._idle.set()
 
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What the engine was made of."""
+        return self.engine.made_of
+
+    def stand(self) -> Standing:
+        """Where the engine is, for whoever watches what comes next in `recorder`."""
+        plans = [step.plan for step in self._pending]
+        return self.engine.stand(plans, self.recorder.end, self._clock())
+
     async def record(self, most_steps: int, seconds: float) -> Recording:
         """Record so many steps, or those of so many seconds if they are fewer. Raises
         `RequestError` if somebody else records."""
@@ -336,7 +350,11 @@ class EngineLoop:
     async def _run(self) -> None:
         try:
             while self._pending or self._states or not self.draining:
-                while (step := self.engine.launch(self._clock())) is not None:
+                if not self._pending and self.engine.has_work:
+                    await self._pass_gate()
+                while (self.gate.is_open or not self._pending) and (
+                    step := self.engine.launch(self._clock())
+                ) is not None:
                     self._pending.append(step)
                 if self._pending:
                     await self._finish(self._pending[0])
@@ -350,6 +368,12 @@ class EngineLoop:
             self._pending.clear()
             self._admission.admit_all()
 
+    async def _pass_gate(self) -> None:
+        """Wait for the next step's turn, if somebody wants to see the steps one by one."""
+        if not self.gate.is_open:
+            self._admission.admit_all()
+            await self.gate.wait(self._progress)
+
     async def _finish(self, pending: Pending) -> None:
         await asyncio.sleep(0)  # a turn for readers and arrivals
         behind = pending.future.done()
@@ -359,7 +383,7 @@ class EngineLoop:
                 await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
-        self.progressed_at = now = self._clock()
+        now = self._progress()
         self._record_step(pending, emissions, now)
         self._coalescer.begin_step(behind, len(self._states))
         self._deliver(emissions, now)
@@ -367,6 +391,11 @@ class EngineLoop:
         if self.engine.failure is not None:  # said last: nobody's news wait for a log
             log.error("step_failed", sequences=len(emissions), exc_info=self.engine.failure)
         self._admission.admit(MOST_ARRIVALS)
+
+    def _progress(self) -> float:
+        """Note that nothing is stuck; the time."""
+        self.progressed_at = self._clock()
+        return self.progressed_at
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""
@@ -424,7 +453,8 @@ class EngineLoop:
     def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
         stats, failure = self.engine.stats, self.engine.failure
         why = "" if failure is None else kind(failure).strip(" ()")
-        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
+        plan, waits = pending.plan, pending.waits
+        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, waits)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

@@ -37,6 +37,7 @@ from ruvon.engine.types import (
     PromptRow,
     Sequence,
     StepResult,
+    Waits,
 )
 
 NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
@@ -68,6 +69,11 @@ class Scheduler:
     @property
     def running(self) -> dict[int, Sequence]:
         return self._queues.running
+
+    @property
+    def waits(self) -> Waits:
+        """Who was not started with the latest plan, and why."""
+        return self._queues.waits
 
     @property
     def has_work(self) -> bool:

@@ -17,7 +17,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, debug, ollama
+from ruvon.server import admin, console, debug, ollama, page, watch
 from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -86,6 +86,9 @@ ROUTES = (
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
+    web.get("/about", page.about),
+    web.get("/debug/live", watch.live),
+    web.post("/debug/gate", watch.gate, expect_handler=expect),
     web.get("/debug/trace", debug.trace),
     web.get("/debug/recording", debug.recording),
 )
@@ -105,12 +108,15 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    app[KEYS] = keys = Keys(read_keys(server))
+    app[KEYS] = keys = Keys(read_keys(server), server.has_page)
+    app[watch.WATCHERS] = set()
     app[TLS] = load_certificate(server)
     app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
     app[RESPONSES] = open_store(server, state)
     app.add_routes(ROUTES)
+    if server.has_page:
+        page.add_page(app)
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(end_background)
     app[KEPT] = KeptStreams(server.resume_grace)

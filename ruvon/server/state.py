@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.gate import Gate
+from ruvon.engine.live import Standing
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
@@ -89,6 +91,17 @@ class Generator(Protocol):
     @property
     def recorder(self) -> Recorder:
         """The last steps."""
+
+    @property
+    def gate(self) -> Gate:
+        """What slows it down."""
+
+    def stand(self) -> Standing:
+        """Where it is, for whoever watches what comes next in `recorder`."""
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What it was made of, for the same."""
 
     async def record(self, most_steps: int, seconds: float) -> Recording:
         """Record what is scheduled. Raises `RequestError` if somebody else does."""
