@@ -17,7 +17,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, debug, ollama, page, watch
+from ruvon.server import admin, console, debug, inside, ollama, page, watch
 from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -89,6 +89,7 @@ ROUTES = (
     web.get("/about", page.about),
     web.get("/debug/live", watch.live),
     web.post("/debug/gate", watch.gate, expect_handler=expect),
+    web.post("/debug/attention", inside.attention, expect_handler=expect),
     web.get("/debug/trace", debug.trace),
     web.get("/debug/recording", debug.recording),
 )

@@ -19,6 +19,7 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
+from ruvon.server.inside import AttentionRequest
 from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
@@ -178,6 +179,12 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ),
     ("POST", "/debug/gate"): Operation(
         "state", "Slow the engine down, for the page; for admin keys", dict[str, Any], GateRequest
+    ),
+    ("POST", "/debug/attention"): Operation(
+        "state",
+        "What a short prompt's heads attend to and its layers would say; for admin keys",
+        dict[str, Any],
+        AttentionRequest,
     ),
     ("GET", "/debug/trace"): Operation(
         "state", "The last steps as a Chrome trace; for admin keys", dict[str, Any]

@@ -25,6 +25,7 @@ from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
 if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
+    from ruvon.engine.lens import Lens
     from ruvon.models.chat import Chat
     from ruvon.models.tokenizer import Tokenizer
 
@@ -127,6 +128,7 @@ class Service:
     architecture: str
     weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
+    lens: Lens | None = None  # on the model, where one can look inside
     tenant: str = ""  # for whom the jobs of a request are prepared
     apart: bool = True  # whether tenants share no cached prefixes
     created: int = field(default_factory=lambda: int(time.time()))

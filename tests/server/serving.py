@@ -144,6 +144,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             ranks=1,
             defaults=numbers.get("defaults", {}),
             close=runner.close,
+            lens=numbers.get("lens"),
         )
 
     return start
