@@ -8,7 +8,7 @@ export function hue(id) {
   return `hsl(${(id * 137.508) % 360} 42% 56%)`;
 }
 
-const LARGEST = 15; // pixels of a block's cell
+const LARGEST = 20; // pixels of a block's cell
 const HEIGHT = 300;
 
 /** How cells lie in a canvas: {size, columns, rows}. */

@@ -246,7 +246,7 @@ function showRows(it, parts, state) {
   put(parts.rows, seqs.slice(0, MOST_ROWS).map((seq) => h("tr", { class: [seq.waits ? "waits" : "", seq.id === it.chosen ? "chosen" : ""].join(" "), onclick: () => it.choose(seq.id) },
     h("td", null, h("button", { type: "button", class: "name", "aria-pressed": String(seq.id === it.chosen) }, h("i", { style: { background: hue(seq.id) } }), seq.id)),
     h("td", null, said(seq), seq.preempted ? h("em", null, ` ×${seq.preempted}`) : null),
-    h("td", { class: "num" }, h("meter", { min: 0, max: seq.prompt, value: Math.min(seq.computed, seq.prompt), title: `${Math.min(seq.computed, seq.prompt)} of ${seq.prompt}` }), ` ${seq.prompt}`),
+    h("td", { class: "num" }, h("span", { class: "share", title: `${Math.min(seq.computed, seq.prompt)} of ${seq.prompt} computed` }, h("i", { style: { width: `${100 * Math.min(seq.computed / seq.prompt, 1)}%` } })), seq.prompt),
     h("td", { class: "num" }, `${seq.output} / ${seq.most}`),
     h("td", { class: "num" }, seq.tables.reduce((sum, table) => sum + table.filter(Boolean).length, 0)),
     h("td", { class: "num" }, seq.cached || ""))));

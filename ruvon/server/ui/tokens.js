@@ -1,12 +1,11 @@
 // The token microscope: what each token was chosen from, and what another choice would have led to.
 
-import { events, json, request } from "./api.js";
+import { events, request } from "./api.js";
 import { count, h, put, visible } from "./dom.js";
 import { bitsOf, entropyOf, panel } from "./distribution.js";
+import { learn, texts } from "./vocabulary.js";
 
 const PROMPT = "The capital of France is";
-const AT_ONCE = 2000; // ids in one question for their texts
-const texts = new Map(); // id → text, of this server's model
 
 export function open(root, server, query) {
   const it = { server, tokens: [], numPrompt: 0, at: null, paint: "surprise", runs: [], running: null, knobs: { temperature: 1, top_p: 1 } };
@@ -37,7 +36,7 @@ export function open(root, server, query) {
     put(ribbon, it.tokens.map((token, i) => h("button", {
       type: "button", role: "listitem", class: ["token", i < it.numPrompt ? "given" : "", i === it.at ? "here" : ""].join(" "),
       title: title(token), style: { "--heat": `${heatOf(token)}%` }, onclick: () => choose(i),
-    }, ...shown(texts.get(token.id) ?? ""))));
+    }, shown(texts.get(token.id) ?? ""))));
     put(runs, it.runs.length > 1 ? it.runs.map((run, i) => h("button", { type: "button", class: "act", "aria-pressed": String(run.tokens === it.tokens), onclick: () => recall(run) }, `${i + 1}`)) : null);
     if (it.runs.length > 1) runs.prepend(h("span", { class: "soft" }, "Branches "));
     const sum = it.tokens.slice(it.numPrompt).reduce((total, token) => total + (token.logprob === null ? 0 : bitsOf(token.logprob)), 0);
@@ -109,7 +108,7 @@ export function open(root, server, query) {
         if (ids && body.echo) it.numPrompt = run.numPrompt = ids.length;
         if (!choice.logprobs) continue;
         run.tokens.push(...read(choice.logprobs));
-        await learn(run.tokens, running.signal);
+        await learn(run.tokens.flatMap((token) => [token.id, ...token.top.map(([id]) => id)]), running.signal);
         if (it.tokens === run.tokens) draw();
       }
     } catch (error) {
@@ -139,9 +138,9 @@ export function open(root, server, query) {
   };
 }
 
-/** A token's text as it stands in the ribbon: line ends break the line. */
+/** A token's text as it stands in the ribbon, where spaces are seen as they are. */
 function shown(text) {
-  return text.includes("\n") ? [visible(text), h("br")] : [text || "∅"];
+  return /[\n\t]/.test(text) || !text ? visible(text) : text;
 }
 
 /** The API's parallel lists as tokens: {id, logprob, top: [[id, logprob], ...]}. */
@@ -154,14 +153,3 @@ function read(logprobs) {
 }
 
 const idOf = (name) => Number(name.slice("token_id:".length));
-
-/** Ask for the texts of tokens that have not been met. */
-async function learn(tokens, signal) {
-  const wanted = [...new Set(tokens.flatMap((token) => [token.id, ...token.top.map(([id]) => id)]))].filter((id) => !texts.has(id));
-  for (let i = 0; i < wanted.length; i += AT_ONCE) {
-    const ids = wanted.slice(i, i + AT_ONCE);
-    const { token_strs: strings } = await json("/detokenize", { body: { tokens: ids, return_token_strs: true }, signal });
-    ids.forEach((id, k) => texts.set(id, strings[k]));
-  }
-}
-
