@@ -134,7 +134,7 @@ function take(it, message) {
 function layOut(server) {
   const button = (text, label) => h("button", { type: "button", "aria-label": label, title: label }, text);
   const parts = {
-    pause: button("Pause", "Pause or go on (space)"), back: button("‹", "A step back (left arrow)"), on: button("›", "A step on (right arrow)"),
+    pause: h("button", { type: "button", title: "Pause or go on (space)" }, "Pause"), back: button("‹", "A step back (left arrow)"), on: button("›", "A step on (right arrow)"),
     scrub: h("input", { type: "range", min: 0, max: 0, value: 0, "aria-label": "Step" }), when: h("output", { class: "num when" }),
     tiles: h("dl", { class: "tiles" }), strip: h("canvas", { class: "strip", role: "img", "aria-label": "Tokens of the latest steps" }),
     batch: h("div", { class: "batch" }), blocks: h("canvas", { class: "blocks", role: "img", "aria-label": "Blocks of the cache" }), legend: h("p", { class: "legend" }), hint: h("p", { class: "soft num hint" }),
