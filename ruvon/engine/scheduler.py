@@ -32,6 +32,7 @@ from ruvon.engine.types import (
     Chunk,
     Emission,
     NewSequence,
+    NotStarted,
     Plan,
     PooledRows,
     PromptRow,
@@ -68,6 +69,11 @@ class Scheduler:
     @property
     def running(self) -> dict[int, Sequence]:
         return self._queues.running
+
+    @property
+    def not_started(self) -> NotStarted:
+        """Who was not started with the latest plan, and why."""
+        return self._queues.not_started
 
     @property
     def has_work(self) -> bool:

@@ -213,6 +213,15 @@ class PooledRows:
     count: int
 
 
+WaitReason: TypeAlias = Literal["places", "blocks", "prefix", "batch", "room"]
+"""Why a sequence is not started with a step: as many run as may, it would leave too few blocks,
+another computes the same prefix right now, its batch has not ended, or enough others start."""
+
+NotStarted: TypeAlias = tuple[tuple[int, WaitReason, int], ...]
+"""Sequence id, why it waits, and a number: of those that run, of blocks that are free beyond what
+the running need next, or who computes the prefix."""
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """One step: which tokens to compute, and after which of them to sample.

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, debug, ollama
+from ruvon.server import admin, console, debug, inside, ollama, page, watch
 from ruvon.server.body import COMPILER, READER, Aside
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
@@ -92,6 +92,10 @@ ROUTES = (
     web.get("/openapi.json", openapi),
     web.get("/v1/requests/{id:.+}/explain", explain),
     web.get("/debug/steps", debug.steps),
+    web.get("/about", page.about),
+    web.get("/debug/live", watch.live),
+    web.post("/debug/gate", watch.gate, expect_handler=expect),
+    web.post("/debug/attention", inside.attention, expect_handler=expect),
     web.get("/debug/trace", debug.trace),
     web.get("/debug/recording", debug.recording),
 )
@@ -111,13 +115,16 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    app[KEYS] = keys = Keys(read_keys(server))
+    app[KEYS] = keys = Keys(read_keys(server), server.has_page)
+    app[watch.WATCHERS] = set()
     app[TLS] = load_certificate(server)
     app[READER], app[COMPILER] = Aside("ruvon-read"), Aside("ruvon-compile")
     size = parse_size(server.response_store_size)
     app[RESPONSES] = ResponseStore(size, server.response_store_ttl)
     app[REQUESTS] = Requests()
     app.add_routes(ROUTES)
+    if server.has_page:
+        page.add_page(app)
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(end_background)
     app[KEPT] = KeptStreams(server.resume_grace)

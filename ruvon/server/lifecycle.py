@@ -116,6 +116,7 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
         architecture=checkpoint.spec.architecture,
         weight_bytes=loaded.memory.weight_bytes,
         close=loaded.close,
+        lens=loaded.lens,
         apart=not server.share_prefix_cache,
     )
 

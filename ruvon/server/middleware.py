@@ -38,7 +38,7 @@ FACTS = web.RequestKey("facts", dict[str, Any])
 """What a request's log line says of it, added to by its handler."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics"})  # asked for all the time
+QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics", "/ui/{name}"})  # all the time
 
 
 @web.middleware

@@ -19,11 +19,13 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
+from ruvon.server.inside import AttentionRequest
 from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
 from ruvon.server.responses_api import answers
 from ruvon.server.responses_api import schemas as requests_of_items
+from ruvon.server.watch import GateRequest
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -158,7 +160,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         schemas.TokenizeRequest | schemas.TokenizeChatRequest,
     ),
     ("POST", "/detokenize"): Operation(
-        "tokens", "Ids as text", responses.Prompt, schemas.DetokenizeRequest
+        "tokens", "Ids as text", responses.Detokenized, schemas.DetokenizeRequest
     ),
     ("GET", "/tokenizer_info"): Operation(
         "tokens", "What a tokenizer at the client needs", responses.TokenizerInfo
@@ -176,6 +178,22 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "The last steps in numbers; for admin keys",
         responses.Steps,
         queries={"since": int, "limit": int},
+    ),
+    ("GET", "/about"): Operation("state", "What the page has to know", dict[str, Any]),
+    ("GET", "/debug/live"): Operation(
+        "state",
+        "The engine at work, for the page; for admin keys",
+        dict[str, Any],
+        streams=True,
+    ),
+    ("POST", "/debug/gate"): Operation(
+        "state", "Slow the engine down, for the page; for admin keys", dict[str, Any], GateRequest
+    ),
+    ("POST", "/debug/attention"): Operation(
+        "state",
+        "What a short prompt's heads attend to and its layers would say; for admin keys",
+        dict[str, Any],
+        AttentionRequest,
     ),
     ("GET", "/debug/trace"): Operation(
         "state", "The last steps as a Chrome trace; for admin keys", dict[str, Any]

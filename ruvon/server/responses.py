@@ -302,6 +302,12 @@ class Prompt(TypedDict):
     prompt: str
 
 
+class Detokenized(Prompt):
+    """The same, and on request the text of each."""
+
+    token_strs: NotRequired[list[str]]
+
+
 class Rendered(TypedDict):
     """What a model would be given."""
 
