@@ -1,7 +1,7 @@
 """What of a request decides where it goes: its prompt, whose it is, and what it goes on with.
 
-Nothing is checked here. A body that makes no sense, or holds more values than a prompt may have, has
-no prompt, and a replica says what is wrong.
+Nothing is checked here. A body that makes no sense, or holds more values than a prompt may have,
+has no prompt, and a replica says what is wrong.
 """
 
 from __future__ import annotations
