@@ -16,10 +16,9 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ruvon.config import ServerConfig, parse_size
 from ruvon.errors import RequestError, UnavailableError
 from ruvon.router.fleet import FLEET, Fleet, watch
-from ruvon.router.forward import Relayed, forward
+from ruvon.router.forward import READER, Relayed, forward
 from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
-from ruvon.server.body import READER
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
 from ruvon.server.keys import KEYS, Keys, read_keys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -19,7 +20,6 @@ from ruvon.router.link import Link, LostError
 from ruvon.router.metrics import METRICS
 from ruvon.router.prompt import Prompt, read_prompt
 from ruvon.router.replica import Replica
-from ruvon.server.body import READER
 from ruvon.server.events import DONE, error_event, event
 from ruvon.server.failures import anthropic_error, ollama_error, openai_error
 from ruvon.server.middleware import FACTS
@@ -31,6 +31,10 @@ SMALL = 65_536  # bytes of a body that is understood at once
 MOST_WHOLE = 1 << 20  # bytes of an answer that is sent when all of it is there
 UNSENT = 262_144  # bytes that wait for a client, before no more is read of its replica
 SESSION = "X-Session-Id"
+
+READER = web.AppKey("reader", ThreadPoolExecutor)
+"""The thread that understands large bodies. One, for each takes its turn at the interpreter's lock
+before the event loop does, and has a body in memory as objects."""
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",

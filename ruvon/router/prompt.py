@@ -15,8 +15,7 @@ import orjson
 
 from ruvon.errors import RequestError
 from ruvon.router.prefixes import PIECE, chain
-from ruvon.server.parsing import load
-from ruvon.server.shape import Bounds
+from ruvon.server.shape import Bounds, check_shape
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "/v1/chat/completions": ("tools", "messages"),
@@ -55,8 +54,11 @@ def read_prompt(path: str, headers: Mapping[str, str], body: bytes) -> Prompt:
     if path not in PARTS or not body:
         return Prompt(held=held)
     try:
-        data = load(body, BOUNDS)
-    except RequestError:
+        check_shape(body, BOUNDS)
+        data = orjson.loads(body)
+    except (RequestError, orjson.JSONDecodeError):
+        return Prompt(held=held)
+    if not isinstance(data, dict):
         return Prompt(held=held)
     text = b"".join(_pieces(data, PARTS[path]))
     asked_with = headers.get("Authorization"), headers.get("x-api-key")
