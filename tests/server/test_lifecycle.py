@@ -126,7 +126,7 @@ async def test_log_lines_of_a_run(serve, monkeypatch):
     assert request == {
         "event": "request", "log_level": "info", "method": "POST", "path": "/v1/chat/completions",
         "status": 200, "stream": True, "prompt_tokens": 21, "cached_tokens": 0, "output_tokens": 6,
-        "client": "127.0.0.1", "finish": "stop", "waited_for": "step",
+        "client": "127.0.0.1", "finish": "stop",
     }  # fmt: skip
     assert entries["stats"]["output_tok_s"] > 0
 
