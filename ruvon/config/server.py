@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from ipaddress import ip_address
 from typing import Literal
@@ -147,11 +148,25 @@ class ServerConfig:
         "auto", "auto: console on a terminal, JSON elsewhere."
     )
     log_requests: bool = setting(True, "One line for each request.")
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "URL to which OpenTelemetry traces of requests are sent (OTLP over HTTP), such as "
+        "http://localhost:4318/v1/traces. Needs ruvon[otel].",
+    )
+    otlp_metrics_endpoint: str | None = setting(
+        None,
+        "The same for OpenTelemetry's GenAI metrics, such as http://localhost:4318/v1/metrics. "
+        "Prometheus needs neither.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.tls_key is not None and self.tls_cert is None:
             raise ConfigError("tls_key needs tls_cert, the certificate that it belongs to")
+        for name in ("otlp_traces_endpoint", "otlp_metrics_endpoint"):
+            url = getattr(self, name)
+            if url is not None and not re.fullmatch(r"https?://[^\s/]+\S*", url):
+                raise ConfigError(f"{name} must be a URL of http or https, got {url!r}")
 
     @property
     def is_keyed(self) -> bool:

@@ -24,7 +24,7 @@ from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Job, Plan, Sequence, StepResult, StepStats, Waits
+from ruvon.engine.types import Emission, Job, NotStarted, Plan, Sequence, StepResult, StepStats
 from ruvon.errors import EngineDeadError
 from ruvon.grammars import Grammar
 
@@ -68,7 +68,7 @@ class Pending:
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
-    waits: Waits = ()  # who was not started with it
+    not_started: NotStarted = ()  # with it
 
 
 class Engine:
@@ -194,7 +194,7 @@ class Engine:
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
         started = self._start(plan)
-        return Pending(plan, now, self._num_launched, started, counted, scheduler.waits)
+        return Pending(plan, now, self._num_launched, started, counted, scheduler.not_started)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,

@@ -101,7 +101,7 @@ def encode(event: Event) -> list[Any]:
     ]  # fmt: skip
     return [
         "step", event.at, event.number, event.planned_at, event.rows, event.work, event.new,
-        event.left, event.finished, stats, event.waits, event.failure,
+        event.left, event.finished, stats, event.not_started, event.failure,
     ]  # fmt: skip
 
 

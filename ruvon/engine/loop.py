@@ -97,6 +97,11 @@ class EngineLoop:
         return len(self._requests)
 
     @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+        return self._admission.num_waiting
+
+    @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
         return self._task is not None and self.dead is None and not self.draining
@@ -373,8 +378,8 @@ class EngineLoop:
     def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
         stats, failure = self.engine.stats, self.engine.failure
         why = "" if failure is None else kind(failure).strip(" ()")
-        plan, waits = pending.plan, pending.waits
-        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, waits)
+        plan, not_started = pending.plan, pending.not_started
+        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, not_started)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

@@ -17,7 +17,8 @@ from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
 from ruvon.engine.snapshot import QueueState
-from ruvon.engine.types import NO_BLOCKS, Sequence, WaitReason, Waits
+from ruvon.engine.types import NO_BLOCKS, NotStarted, Sequence, WaitReason
+from ruvon.engine.waits import BLOCKS, PLACES, STEP, Waits
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
@@ -63,6 +64,7 @@ class Queues:
         self.running: dict[int, Sequence] = {}  # by id, in the order of `rank`
         self.shares = Shares() if limits.order.fair else None
         self.prefixes = Prefixes(grouped, limits.caching)
+        self.waits = Waits()
         self._grouped = grouped
         self._pool = grouped.pool
         self._limits = limits
@@ -71,11 +73,12 @@ class Queues:
         self._num_holding = 0  # running sequences that hold blocks
         self._startable = 0  # of this step's `STARTED_BLOCKS`
         self._ended: list[int] = []  # whom runners are to forget with the next plan
-        self.waits: Waits = ()  # who was not started last time, and why
+        self.not_started: NotStarted = ()  # with the latest plan
 
     def fill(self, in_flight: int) -> bool:
         """Let the running hold blocks for their next step, and others join them. False, and all is
         as it was, if there are too few blocks as long as steps are ``in_flight``."""
+        self.waits.reason = BLOCKS
         self._startable = STARTED_BLOCKS
         self._full = [seq for seq in self._full if seq.finish is None]
         if in_flight and self._num_missing() > self._pool.num_free:
@@ -84,12 +87,13 @@ class Queues:
             self._sort()
             if (seq := self._beyond_its_share()) is not None:
                 if in_flight:
+                    self.waits.reason = PLACES
                     return False
                 self._preempt(seq)
         if self._make_room() and self._start_followers():
             self._join()
         waits = len(self.waiting) > 0 or len(self.running) > self._num_holding
-        self.waits = self._find_waits() if waits else ()
+        self.not_started = self._find_not_started() if waits else ()
         return True
 
     @property
@@ -277,9 +281,13 @@ class Queues:
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
+            self.waits.join(seq)
             num_joined += 1
             if served:
                 served[seq.tenant] += (len(seq.tokens) - seq.num_computed) / seq.weight
+        else:
+            has_place = limits.policy(1, len(self.running), limits.max_seqs)
+            self.waits.reason = STEP if has_place else PLACES
         if num_joined:
             self._sort()
 
@@ -326,7 +334,7 @@ class Queues:
         self._count_lookup(seq)
         return True
 
-    def _find_waits(self) -> Waits:
+    def _find_not_started(self) -> NotStarted:
         """Why those that run without blocks have none, and why the first that waits does not run;
         the others wait behind it."""
         makers, headroom = self.prefixes.computing, self._headroom

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
-from ruvon.engine.types import Blocks, Chunk, Emission, FinishReason, Plan, StepStats, Waits
+from ruvon.engine.types import Blocks, Chunk, Emission, FinishReason, NotStarted, Plan, StepStats
 
 ROW_BYTES = 8
 CHUNK_BYTES = 160
@@ -59,7 +59,7 @@ class Step:
     finished: tuple[tuple[int, FinishReason], ...]
     stats: StepStats
     failure: str = ""  # why it came to nothing, if it did
-    waits: Waits = ()  # who was not started with it, and why
+    not_started: NotStarted = ()  # with it
 
 
 Event = Arrival | Abort | Step
@@ -104,7 +104,7 @@ class Recorder:
         emissions: Iterable[Emission],
         stats: StepStats,
         failure: str = "",
-        waits: Waits = (),
+        not_started: NotStarted = (),
     ) -> None:
         """A step's result was taken in."""
         work = tuple([work_of(chunk) for chunk in working(plan)])
@@ -120,9 +120,9 @@ class Recorder:
             finished=tuple([(e.seq_id, e.finish) for e in emissions if e.finish is not None]),
             stats=stats,
             failure=failure,
-            waits=waits,
+            not_started=not_started,
         )
-        details = len(work) + len(waits)
+        details = len(work) + len(not_started)
         self._add(step, STEP_BYTES + ROW_BYTES * len(step.rows) + CHUNK_BYTES * details)
 
     def _add(self, event: Event, num_bytes: int) -> None:

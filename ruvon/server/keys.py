@@ -129,6 +129,11 @@ class Keys:
             f"The API key is {told}. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         )
 
+    def is_admin(self, http: web.BaseRequest) -> bool:
+        """Whether a request has an admin's key."""
+        key = self._find(http)[1]
+        return key is not None and key.is_admin
+
     def weight(self, tenant: str) -> float:
         """How much more than others a tenant gets of a busy server. Of several keys under one name
         the last one counts."""

@@ -170,6 +170,15 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
     ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
     ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
+    ("GET", "/v1/requests/{id}/explain"): Operation(
+        "state", "Why a request took so long", responses.Explanation
+    ),
+    ("GET", "/debug/steps"): Operation(
+        "state",
+        "The last steps in numbers; for admin keys",
+        responses.Steps,
+        queries={"since": int, "limit": int},
+    ),
     ("GET", "/about"): Operation("state", "What the page has to know", dict[str, Any]),
     ("GET", "/debug/live"): Operation(
         "state",

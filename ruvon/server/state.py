@@ -61,6 +61,10 @@ class Generator(Protocol):
         """Sequences running, sequences waiting, share of the cache in use."""
 
     @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+
+    @property
     def prefix_cache(self) -> PrefixCache:
         """How large it is, and what it has lost."""
 
