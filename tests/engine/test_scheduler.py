@@ -725,27 +725,27 @@ def test_it_says_why_somebody_is_not_started():
     scheduler = make(max_seqs=1)
     for id in range(3):
         scheduler.add(sequence(id, [5 + id]))
-    assert waits(scheduler) == ((1, "places", 1),)
+    assert not_started(scheduler) == ((1, "places", 1),)
 
     scheduler = make(num_blocks=4, block_size=2)
     scheduler.add(sequence(0, [5, 6], max_tokens=6))
     scheduler.add(sequence(1, [7, 8, 9, 10, 11], max_tokens=3))
-    assert waits(scheduler) == ((1, "blocks", 2),)
+    assert not_started(scheduler) == ((1, "blocks", 2),)
 
     scheduler = make(max_tokens=8)
     for id in range(2):
         scheduler.add(sequence(id, range(10, 24)))
-    assert waits(scheduler) == ((1, "prefix", 0),)
+    assert not_started(scheduler) == ((1, "prefix", 0),)
 
     scheduler = make(max_seqs=4, policy="static")
     scheduler.add(sequence(0, [5]))
-    assert waits(scheduler) == ()
+    assert not_started(scheduler) == ()
     scheduler.add(sequence(1, [6]))
-    assert waits(scheduler) == ((1, "batch", 1),)
+    assert not_started(scheduler) == ((1, "batch", 1),)
     run_out(scheduler)
-    assert scheduler.waits == ()
+    assert scheduler.not_started == ()
 
 
-def waits(scheduler):
+def not_started(scheduler):
     step(scheduler)
-    return scheduler.waits
+    return scheduler.not_started
