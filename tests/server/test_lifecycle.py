@@ -484,7 +484,7 @@ def test_a_terminal_shows_a_bar_and_a_file_gets_lines(capsys, monkeypatch, watch
     events = [entry["event"] for entry in logs]
     assert events == ([] if watched else ["listening", "loading"])
     said = capsys.readouterr().err
-    for word in ("http://127.0.0.1:80", "OpenAI", "/v1/embeddings", "Anthropic", "/v1/messages"):
+    for word in ("http://127.0.0.1:80/\n", "OpenAI", "/v1/embeddings", "Anthropic", "/v1/messages"):
         assert (word in said) == watched
     assert "/v1/messages/count_tokens" not in said
     assert watched or logs[0]["speaks"] == ["OpenAI", "Anthropic", "Ollama"]
