@@ -2,7 +2,7 @@
 
 python scripts/pictures/17_metrics.py [--measure]
 
-Draws 17-metrics.json, which --measure writes anew: a minute of real time on a machine at rest.
+Draws 17-metrics.json, which --measure writes anew: half a minute on a machine at rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ruvon.bench import Load, find_model, open_session, random_requests, send
 sys.path.insert(0, str(ROOT / "bench"))
 from process import free_port, running
 
-SECONDS, PLACES = 45, 8
+SECONDS, PLACES = 32, 8
 FASTEST = 8.0  # requests a second at the end
 DATA = PICTURES / "17-metrics.json"
 

@@ -2,7 +2,7 @@
 
 python scripts/pictures/19_loops.py [--measure]
 
-Draws 19-loops.json, which --measure writes anew: a minute and a half on a machine at rest.
+Draws 19-loops.json, which --measure writes anew: a minute on a machine at rest.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ruvon.bench import Load, find_model, open_session, random_requests, run_loa
 sys.path.insert(0, str(ROOT / "bench"))
 from process import free_port, running
 
-SECONDS = 8  # of each run, about
+SECONDS = 5  # of each run, about
 CLOSED = (1, 2, 4, 8, 16)  # requests at once
 SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)  # of the rate that the closed loop has reached
 DATA = PICTURES / "19-loops.json"
