@@ -111,7 +111,8 @@ def main() -> None:
         with ThreadPoolExecutor(size) as pool:
             done = [*pool.map(generate, parts, range(size), [meeting] * size)]
         assert all(tokens == done[0][0] for tokens, _ in done)
-        print(f"{size} rank(s): {held:.0f} MB each, {meeting.count // NEW} meetings a step")
+        met = meeting.count // NEW if size > 1 else 0  # one rank meets itself only
+        print(f"{size} rank(s): {held:.0f} MB each, {met} meetings a step")
         results.append(done[0])
     (alone, logits), (together, others) = results
     print(f"the same tokens: {alone == together}")

@@ -22,7 +22,7 @@ NEW = 16
 TREES = "oak, elm, ash, fir, yew, box, bay, fig, plum, pear, lime, lilac, cedar, maple, birch"
 PROMPTS = {
     "copying": f"Trees: {TREES}.\nThe same trees again: oak, elm, ash,",
-    "writing": "Once upon a time, in a village by the sea, there lived",
+    "writing": "The king had a son and a daughter. One day the king had",
 }
 
 
