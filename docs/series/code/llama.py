@@ -40,6 +40,7 @@ class Llama:
     sin: Tensor
     heads: int
     groups: int
+    head_dim: int
     eps: float
     end: int  # the token that ends an answer
 
@@ -69,6 +70,12 @@ class Llama:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
+
+    def ask(self, question: str) -> list[int]:
+        """A question as the model was trained to see one. Markers are tokens, the rest is text."""
+        before = self.tokenizer.encode("<|im_start|>user\n", parse_special=True)
+        after = "<|im_end|>\n<|im_start|>assistant\n"
+        return [*before, *self.encode(question), *self.tokenizer.encode(after, parse_special=True)]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -126,6 +133,7 @@ def load() -> Llama:
         sin=rope.sin_PD,
         heads=spec.num_heads,
         groups=spec.num_kv_heads,
+        head_dim=spec.head_dim,
         eps=spec.norm_eps,
         end=spec.eos_token_ids[0],
     )
