@@ -30,7 +30,7 @@ def main() -> None:
     shown: set[Path] = set()
     for path in sorted([*documents, *PROJECT]):
         write(page(path), linked(path, (ROOT / path).read_text(), shown))
-    for picture in (ROOT / DOCS).rglob("*.svg"):
+    for picture in [*(ROOT / DOCS).rglob("*.svg"), *(ROOT / DOCS).rglob("*.png")]:
         target = PAGES / picture.relative_to(ROOT / DOCS)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
