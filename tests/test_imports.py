@@ -26,7 +26,7 @@ FRONT = {
 }  # fmt: skip  # may use everything
 
 OPTIONAL = {
-    "huggingface_hub", "llguidance", "llvmlite", "numba", "tqdm", "transformers", "triton",
+    "huggingface_hub", "llguidance", "llvmlite", "numba", "ray", "tqdm", "transformers", "triton",
     "uvloop",
 }  # fmt: skip
 """Heavy, or absent on some machines: may be imported inside a function by whoever needs them."""
