@@ -49,8 +49,9 @@ def connected(config: RouterConfig) -> Iterator[Any]:
     own = {} if address else {"include_dashboard": False}
     try:
         ray.init(address, log_to_driver=False, configure_logging=False, **own)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"--ray-address {address or 'of this machine'}: {error}") from None
+    except Exception as error:  # Ray raises that too, of a machine that is too busy
+        ray.shutdown()
+        raise ConfigError(f"Ray at {address or 'this machine'}: {error}") from error
     try:
         yield ray
     finally:
@@ -150,32 +151,38 @@ class RaySite:
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
         self._actor: Any = None
+        self._reading: asyncio.Task[None] | None = None
 
     @asynccontextmanager
     async def start(self, replica: Replica) -> AsyncIterator[RayProcess]:
         """Have a place found, and a replica started there."""
         cluster = self._cluster
-        with lost_is_lost(cluster.ray):
-            if self._actor is None:
-                self._actor = await asyncio.to_thread(cluster.make_actor)
-            spot = await self._placed(replica.name)
+        spot = await self._placed(replica.name)
         log.info("replica_placed", name=replica.name, host=spot.host, port=spot.port)
         process = RayProcess(cluster.ray, self._actor, cluster.tell(self, spot))
-        reading = asyncio.create_task(self._read_log(replica.name))
+        if self._reading is None or self._reading.done():
+            self._reading = asyncio.create_task(self._read_log(replica.name))
         replica.url = f"http://{spot.host}:{spot.port}"
         try:
             yield process
         finally:
-            reading.cancel()
+            process.send_signal(signal.SIGKILL)
             cluster.free_cores(self)
 
     async def _placed(self, name: str) -> Spot:
-        """The machine that Ray has chosen, once it has."""
-        looking = asyncio.ensure_future(self._actor.look.remote())
-        if not (await asyncio.wait([looking], timeout=UNPLACED))[0]:
-            needs = self._cluster.needs
-            log.warning("replica_waits", name=name, for_cpus=needs.cpus, for_gpus=needs.gpus)
-        return Spot(*await looking)
+        """The machine that Ray has chosen, once it has. Raises ConnectionError."""
+        ray, needs = self._cluster.ray, self._cluster.needs
+        with lost_is_lost(ray):
+            if self._actor is None:
+                self._actor = await asyncio.to_thread(self._cluster.make_actor)
+            looking = asyncio.ensure_future(self._actor.look.remote())
+            if not (await asyncio.wait([looking], timeout=UNPLACED))[0]:
+                log.warning("replica_waits", name=name, for_cpus=needs.cpus, for_gpus=needs.gpus)
+            try:
+                return Spot(*await looking)
+            except ray.exceptions.ActorDiedError:  # somebody has ended it for good
+                self._actor = None
+                raise
 
     async def _read_log(self, name: str) -> None:
         with suppress(self._cluster.ray.exceptions.RayError):
@@ -185,6 +192,8 @@ class RaySite:
 
     async def close(self) -> None:
         """Give back what Ray has set aside."""
+        if self._reading is not None:
+            self._reading.cancel()
         actor, self._actor = self._actor, None
         if actor is not None:
             await asyncio.to_thread(self._cluster.ray.kill, actor)
