@@ -22,7 +22,7 @@ from typing import Any
 
 import aiohttp
 
-READY = 120.0  # seconds that a start may take
+READY = 600.0  # seconds that a start may take, on a machine that is busy
 ENDS = 60.0  # seconds that an end may take
 IN_FLIGHT = "ruvon_router_replica_in_flight"
 PROVOKED = {"step_failed", "engine_dead", "stuck", "replica_ended", "replica_dead"}
