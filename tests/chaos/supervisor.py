@@ -81,11 +81,14 @@ class Log:
 
     def break_off(self) -> None:
         """As a collector that crashed: whoever writes gets EPIPE."""
-        os.dup2(os.open(os.devnull, os.O_RDONLY), self._pipe.fileno())
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self._pipe.fileno())
+        os.close(nothing)
 
     def close(self) -> None:
         self.reading.set()
         self._thread.join(5)
+        self._pipe.close()
 
 
 @dataclass

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import orjson
 import pytest
-from chaos import play
+from chaos import play, show
 from crowd import Odd
 from disturbances import break_log, drain, is_excused, stop_for_a_while, stuff_log
 from drawn import Case
@@ -25,6 +25,7 @@ async def test_a_server_that_anything_happens_to_is_as_good_as_new():
     disturbances = (stuff_log, drain, stop_for_a_while, break_log)
     scenario = replace(SCENARIOS["server"], disturbances=disturbances)
     report = await play("server", scenario, "20261127", SECONDS)
+    show(report, scenario, SECONDS)  # seen where it fails
     assert report.problems == []
     assert report.hit > 0
     assert report.counts["valid", "as alone"] > 0
