@@ -66,7 +66,8 @@ def linked(path: Path, text: str, shown: set[Path]) -> str:
 
     parts, end = [], 0
     for fence in FENCE.finditer(text):
-        parts += [LINK.sub(link, text[end : fence.start()]), fence[0]]
+        shape = fence[0].replace("```mermaid", "```text", 1)  # a drawing would be fetched code's
+        parts += [LINK.sub(link, text[end : fence.start()]), shape]
         end = fence.end()
     return "".join([*parts, LINK.sub(link, text[end:])])
 
