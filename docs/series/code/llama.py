@@ -30,6 +30,10 @@ Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, G, D], v [T, G, D]) → what attention gives, [T, H, D]."""
 
 
+def same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Llama:
     tokenizer: Tokenizer
@@ -43,6 +47,7 @@ class Llama:
     head_dim: int
     eps: float
     end: int  # the token that ends an answer
+    reduce: Callable[[Tensor], Tensor] = same  # lesson 10: a sum over ranks
 
     def forward(self, ids: list[int], positions: list[int], attend: Attend) -> Tensor:
         """→ logits [T, V]: row t scores every token as the one that follows token t."""
@@ -59,10 +64,10 @@ class Llama:
         q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=1)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         o = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x_TC = x_TC + F.linear(o.flatten(1), layer["o"])
+        x_TC = x_TC + self.reduce(F.linear(o.flatten(1), layer["o"]))
         both = F.linear(rms_norm(x_TC, layer["mlp_norm"], self.eps), layer["gate_up"])
         gate, up = both.chunk(2, dim=-1)
-        return x_TC + F.linear(F.silu(gate) * up, layer["down"])
+        return x_TC + self.reduce(F.linear(F.silu(gate) * up, layer["down"]))
 
     def logits(self, x_TC: Tensor) -> Tensor:
         """Of the stream after the last layer."""
