@@ -292,6 +292,9 @@ def refuse_each(server: ServerConfig) -> None:
     for name in ("rate_limit_requests", "rate_limit_tokens"):
         if getattr(server, name) is not None:
             raise ConfigError(f"{flag(name)} is not served with --data-parallel-size yet")
+    if server.ui or server.ui_step_gate:
+        name = "ui" if server.ui else "ui_step_gate"
+        raise ConfigError(f"{flag(name)} goes with one replica: a router has no page")
 
 
 def refuse_unused(router: RouterConfig) -> None:
