@@ -97,16 +97,17 @@ async def test_who_is_lost_before_it_answers_leaves_its_requests_to_others(route
 async def test_who_is_lost_in_midstream_is_told_of(route):
     slow = ScriptRunner("half of it", by_hand=True)
     router = await route(1, options=[{"runner": slow}])
-    task = asyncio.create_task(router.chat("Hi", stream=True))
-    for _ in range(3):
-        await router.until(lambda: slow.num_held)
-        slow.finish_step()
+    body = {"prompt": "Hi", "stream": True}
+    request = router.session.post(router.url + "/v1/completions", json=body)
+    task = asyncio.create_task(request.__aenter__())
     await router.until(lambda: slow.num_held)
-    await router.until(lambda: router.fleet.replicas[0].links)
-    await asyncio.sleep(0.05)
+    slow.finish_step()
+    response = await task
+    data = await response.content.readuntil(b"\n\n")
     await router.lose(0)
-    reply = await task
-    assert reply.events[-1]["error"]["code"] == "replica_lost"
+    data += await response.read()
+    assert b'"text":"h"' in data
+    assert b'"code":"replica_lost"' in data
     assert (await router.chat("Hi")).status == 503
 
 
