@@ -147,7 +147,7 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
-            return eager(make_torch_ops(dtype, device), share.mesh)
+            return eager(make_torch_ops(dtype, device), replace(share.mesh, add_norm=None))
         case "triton":
             return triton_backend(share, dtype, device, config)
         case "cpu":

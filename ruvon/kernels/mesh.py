@@ -75,6 +75,10 @@ class Mesh:
     """(ids_T, C, dtype) → x_TC, what the stage before has sent; as many rows as ids, where they
     lie."""
 
+    add_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(x_TC, residual_TC or None, norm weight, norm bias or None, eps) → (normed, s + residual),
+    where s is what ``reduce`` makes of x: for ranks that do it in one launch. None: two calls."""
+
     close: Callable[[], None] = _nothing
     """Lets go of the others. Nothing is called afterwards."""
 

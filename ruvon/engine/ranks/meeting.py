@@ -36,6 +36,7 @@ class MeetingCounter:
             mesh,
             reduce=self._counted(mesh.reduce, "collectives"),
             gather=self._counted(mesh.gather, "collectives"),
+            add_norm=mesh.add_norm and self._counted(mesh.add_norm, "collectives"),
             send=mesh.send if mesh.is_last else self._counted(mesh.send, "sent"),
             receive=mesh.receive if mesh.is_first else self._counted(mesh.receive, "received"),
         )
