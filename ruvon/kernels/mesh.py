@@ -216,6 +216,9 @@ class _Chain:
 
     def send(self, x_TC: Tensor) -> Tensor:
         assert self.group is not None
+        if x_TC.is_cuda:  # waits on the device, where a graph may hold it
+            self.group.send([_bytes(x_TC.contiguous())], self._stage + 1, 0).wait()
+            return x_TC
         if self._on_its_way is not None:  # one at a time: whoever sends faster waits here
             self._on_its_way[0].wait()
         kept = x_TC.contiguous().clone()
