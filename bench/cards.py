@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from ruvon.engine.ranks.process import device_environments
-from ruvon.kernels.all_reduce import over_memory
+from ruvon.kernels.memory_mesh import over_memory
 from ruvon.kernels.mesh import ALONE, process_group_mesh
 
 T = TypeVar("T")

@@ -2,7 +2,7 @@
 
     python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
                         [--batches 1,32,256] [--quantization int8|int4] [--beside OTHER/CHECKOUT]
-                        [--tp 2 [--sums memory|nccl]] [--options ...]
+                        [--tp 2 [--sums memory|nccl]] [--pp 2] [--options ...]
 
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens; the models
 gpt-oss-20b and gpt-oss-120b have their experts in MXFP4. ``steps`` is the time of a decode step's
@@ -392,7 +392,7 @@ def model_folder(name: str, vocab: Path | None) -> Path:
 
 
 def measure_offline(
-    name: str, batches: tuple[int, ...], folder: Path, ranks: int = 1
+    name: str, batches: tuple[int, ...], folder: Path, ranks: int = 1, stages: int = 1
 ) -> dict[str, Any]:
     began, numbers = time.perf_counter(), {}
     llm = LLM(
@@ -400,6 +400,7 @@ def measure_offline(
         load_format="dummy",
         enable_prefix_caching=False,
         tensor_parallel_size=ranks,
+        pipeline_parallel_size=stages,
     )
     print(f"{name}: started in {time.perf_counter() - began:.1f} s")
     print("| model | batch | ruvon tok/s | vLLM tok/s | ms a step |\n|---|---:|---:|---:|---:|")
@@ -430,6 +431,7 @@ def main() -> None:
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
     parser.add_argument("--quantization", choices=BYTES, default="none", help="For steps.")
     parser.add_argument("--tp", type=int, default=1, help="Ranks; for steps, prefill, offline.")
+    parser.add_argument("--pp", type=int, default=1, help="Stages; for offline.")
     parser.add_argument("--sums", choices=("memory", "nccl"), default="memory", help="Of ranks.")
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
     parser.add_argument(
@@ -448,7 +450,8 @@ def main() -> None:
 def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) -> dict[str, Any]:
     match args.part:
         case "offline":
-            return measure_offline(name, batches, model_folder(name, args.vocab), args.tp)
+            folder = model_folder(name, args.vocab)
+            return measure_offline(name, batches, folder, args.tp, args.pp)
         case "serve":
             trees = [ROOT, *(tree.resolve() for tree in args.beside)]
             return measure_serve(name, model_folder(name, args.vocab), args.options, trees)

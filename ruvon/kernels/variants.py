@@ -6,6 +6,7 @@ from triton.runtime.jit import JITFunction
 
 from ruvon.kernels import (
     activation,
+    all_gather,
     all_reduce,
     attention,
     codes,
@@ -26,8 +27,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, all_reduce, attention, codes, decode, embed, experts, gemv, gemv_codes, kv, matmul,
-    norm, norm_routing, prefill, routing, sample, split_k, staging,
+    activation, all_gather, all_reduce, attention, codes, decode, embed, experts, gemv, gemv_codes,
+    kv, matmul, norm, norm_routing, prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 

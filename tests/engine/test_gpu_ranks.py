@@ -20,7 +20,7 @@ from ruvon.engine.engine import Pending
 from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
-from ruvon.kernels.all_reduce import over_memory
+from ruvon.kernels.memory_mesh import over_memory
 from ruvon.kernels.mesh import process_group_mesh
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.telemetry import silent
@@ -103,10 +103,8 @@ def test_deterministic_ranks_give_the_same_bits_in_any_company(tmp_path):
     assert together == alone
 
 
-FAMILIES = (
-    "GPT2LMHeadModel", "LlamaForCausalLM", "Gemma3ForCausalLM", "Qwen3MoeForCausalLM",
-    "GptOssForCausalLM",
-)  # fmt: skip
+FAMILIES = ("GPT2LMHeadModel", "Gemma3ForCausalLM", "GptOssForCausalLM")
+"""What differs in where ranks sum; the tokens of Llama are compared above."""
 
 
 def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor]]) -> None:
@@ -115,14 +113,13 @@ def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor
     torch.cuda.set_device(device)
     store = dist.FileStore(path, 2)
     mesh = process_group_mesh(store, rank=rank, size=2, device=device)
-    for direct in (over_memory(mesh, store, device), mesh):
-        for family, wanted in expected.items():
-            model = build(family, 64, make_triton_ops(torch.float32, device), mesh=direct)
-            for got, want in zip(
-                run(over_cache(model), mixed_steps(), device), wanted, strict=True
-            ):
-                assert (got - want).abs().max() < 1e-3 * want.abs().max(), family
-                assert torch.equal(got.argmax(-1), want.argmax(-1)), family
+    mesh = over_memory(mesh, store, device)
+    for family, wanted in expected.items():
+        model = build(family, 64, make_triton_ops(torch.float32, device), mesh=mesh)
+        found = run(over_cache(model), mixed_steps(), device)
+        for got, want in zip(found, wanted, strict=True):
+            assert (got - want).abs().max() < 1e-3 * want.abs().max(), family
+            assert torch.equal(got.argmax(-1), want.argmax(-1)), family
     mesh.close()
 
 

@@ -14,7 +14,10 @@ from torch import Tensor
 
 from ruvon.kernels.mesh import Mesh, process_group_mesh
 
-all_reduce = pytest.importorskip("ruvon.kernels.all_reduce", exc_type=ImportError)
+pytest.importorskip("triton")  # which is not on every platform
+
+from ruvon.kernels import all_gather, all_reduce, memory_mesh
+from ruvon.kernels.mailboxes import EMPTY_WIDE, make_mailboxes
 
 CARDS = torch.cuda.device_count()
 HIDDEN, EPS = 24, 1e-5
@@ -27,7 +30,7 @@ def numbers(rank: int, call: int, rows: int, columns: int, dtype: torch.dtype) -
     """Some of which are what marks an empty mailbox: -0.0 and one of the smallest of float32."""
     generator = torch.Generator().manual_seed(100 * call + rank)
     x = torch.randn(rows, columns, generator=generator) * 10.0 ** (rank % 3)
-    x.view(-1)[::5] = torch.tensor(-0x7FFF8000, dtype=torch.int32).view(torch.float32)
+    x.view(-1)[::5] = torch.tensor(EMPTY_WIDE.value, dtype=torch.int32).view(torch.float32)
     x.view(-1)[::7] = -0.0
     return x.to(dtype)
 
@@ -50,14 +53,13 @@ def normed(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def meet(rank: int, boxes: list[Tensor], two_shot: bool) -> None:
     """One rank's process: calls of different kinds and numbers of rows, one after another."""
-    all_reduce.PROGRAMS, all_reduce.GATHERED = 2, 16
-    all_reduce.ONE_SHOT_BYTES = 0 if two_shot else 1 << 30
-    box, size, dtype = all_reduce.make_mailboxes(rank, boxes), len(boxes), torch.float32
+    all_gather.COLUMNS, all_reduce.ONE_SHOT_BYTES = 16, 0 if two_shot else 1 << 30
+    box, size, dtype = make_mailboxes(rank, boxes, programs=2), len(boxes), torch.float32
     weight, bias = torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN)
     for call, rows in enumerate(ROWS):
         x = numbers(rank, call, rows, HIDDEN, dtype)
         if call == 1:
-            whole = all_reduce.gather_ranks(x[:, : WIDTHS[rank]], WIDTHS[:size], box)
+            whole = all_gather.gather_ranks(x[:, : WIDTHS[rank]], WIDTHS[:size], box)
             parts = [numbers(r, call, rows, HIDDEN, dtype)[:, : WIDTHS[r]] for r in range(size)]
             torch.testing.assert_close(whole, torch.cat(parts, 1), atol=1e-38, rtol=0)
         total = expected(call, rows, HIDDEN, size, dtype)
@@ -71,20 +73,16 @@ def meet(rank: int, boxes: list[Tensor], two_shot: bool) -> None:
         torch.testing.assert_close(
             result.double(), normed(stream, weight, given), atol=1e-5, rtol=0
         )
-    empty = torch.tensor(-0x7FFF8000, dtype=torch.int32)
-    assert (boxes[rank] == empty).all()
+    assert (boxes[rank] == EMPTY_WIDE.value).all()
 
 
 @pytest.mark.skipif(CARDS > 0, reason="a GPU's programs do not wait for another process")
 @pytest.mark.usefixtures("triton_device")
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.parametrize(("size", "two_shot"), [(2, False), (3, True)])
-def test_ranks_add_up_what_they_find_in_their_mailboxes(
-    monkeypatch: pytest.MonkeyPatch, size: int, two_shot: bool
-) -> None:
-    monkeypatch.setattr(all_reduce, "PROGRAMS", 2)
-    count = all_reduce.mailbox_numbers(size)
-    boxes = [torch.full((count,), -0x7FFF8000, dtype=torch.int32) for _ in range(size)]
+def test_ranks_add_up_what_they_find_in_their_mailboxes(size: int, two_shot: bool) -> None:
+    count = 2 * size * 2 * 3 * HIDDEN  # two halves, programs, and three rows of each
+    boxes = [torch.full((count,), EMPTY_WIDE.value, dtype=torch.int32) for _ in range(size)]
     for box in boxes:
         box.share_memory_()
     processes.start_processes(meet, (boxes, two_shot), nprocs=size, start_method="fork")
@@ -96,7 +94,7 @@ def meet_on_cards(rank: int, size: int, path: str) -> None:
     torch.cuda.set_device(device)
     store = dist.FileStore(path, size)
     over_nccl = process_group_mesh(store, rank=rank, size=size, device=device, in_order=True)
-    mesh = all_reduce.over_memory(over_nccl, store, device)
+    mesh = memory_mesh.over_memory(over_nccl, store, device)
     for dtype in (torch.bfloat16, torch.float32, torch.float16):
         for shape in ((1, 64), (8, 2880), (33, 4096), (200, 4096), (700, 4096)):
             meet_in_a_graph(mesh, over_nccl, shape, dtype, device)

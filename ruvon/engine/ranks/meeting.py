@@ -15,8 +15,9 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class MeetingCounter:
-    """Counts the calls of a mesh's functions, which one thread makes. A GPU's graphs are replayed
-    without them: there it stays at nothing, and a failure is known by who does not end the step."""
+    """Counts the calls of a mesh's functions, which one thread makes, step by step. A GPU's graphs
+    are replayed without them, and what no graph holds is launched while the step before computes:
+    there nothing is counted, and a failure is known by who does not end the step."""
 
     collectives: int = 0
     sent: int = 0
@@ -36,7 +37,6 @@ class MeetingCounter:
             mesh,
             reduce=self._counted(mesh.reduce, "collectives"),
             gather=self._counted(mesh.gather, "collectives"),
-            add_norm=mesh.add_norm and self._counted(mesh.add_norm, "collectives"),
             send=mesh.send if mesh.is_last else self._counted(mesh.send, "sent"),
             receive=mesh.receive if mesh.is_first else self._counted(mesh.receive, "received"),
         )

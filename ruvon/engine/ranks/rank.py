@@ -157,8 +157,9 @@ def run(channel: Channel, setup: Mapping[str, Any], ring: RingReader) -> None:
     if setup["cores"] is not None:
         os.sched_setaffinity(0, setup["cores"])
     config = EngineConfig(**setup["config"])
-    counter = MeetingCounter()
-    mesh = counter.over(join(setup, config))
+    counter, mesh = MeetingCounter(), join(setup, config)
+    if config.device == "cpu" or config.kernels == "torch":
+        mesh = counter.over(mesh)
     loaded = start_engine(config, progress, mesh, Partners(agree, setup["sharers"]))
     counter.take()
     runner = loaded.runner
@@ -201,11 +202,11 @@ def join(setup: Mapping[str, Any], config: EngineConfig) -> Mesh:
     )
     if device.type == "cpu" or setup["host"] is not None:
         return mesh
-    from ruvon.kernels.all_reduce import over_memory  # triton is not on every platform
+    from ruvon.kernels.memory_mesh import over_memory  # triton is not on every platform
 
     try:
         return over_memory(mesh, store, device)
-    except RuntimeError as error:
+    except RuntimeError as error:  # slower, but right
         log.warning("slow_sums", reason=str(error), cause=str(error.__cause__))
         return mesh
 
