@@ -18,22 +18,34 @@ from ruvon.kernels.pdl import supports_pdl
 
 
 def over_memory(mesh: Mesh, store: Store, device: torch.device) -> Mesh:
-    """The same mesh, whose ranks are GPUs of one machine: sums that fit go through mailboxes.
+    """The same mesh, whose ranks are GPUs of one machine: what fits goes through mailboxes.
 
-    If any rank does not reach all others' memory, none of them can: raises RuntimeError on all.
+    If any GPU does not reach the memory of all others, none of them can: raises RuntimeError on
+    all ranks.
     """
     if mesh.size == 1:
         return mesh
     name, boxes, error = f"ruvon-stage{mesh.stage}", None, None
     within = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
-    try:
-        boxes = share_mailboxes(within, name, mesh.rank, mesh.size)
-    except RuntimeError as caught:
-        error = caught
-    reached = mesh.reduce(torch.full((1, 1), float(boxes is not None), device=device)).item()
-    if boxes is None or reached < mesh.size:
-        raise RuntimeError("a GPU does not reach the memory of all others") from error
+    if _on_all(mesh, device, _reaches_all()):  # or some would wait for others below
+        try:
+            boxes = share_mailboxes(within, name, mesh.rank, mesh.size)
+        except RuntimeError as caught:
+            error = caught
+    if not _on_all(mesh, device, boxes is not None) or boxes is None:
+        raise RuntimeError("some GPU does not reach the memory of all others") from error
     return _through(mesh, boxes, supports_pdl(device))
+
+
+def _reaches_all() -> bool:
+    own, count = torch.cuda.current_device(), torch.cuda.device_count()
+    others = (other for other in range(count) if other != own)
+    return all(torch.cuda.can_device_access_peer(own, other) for other in others)
+
+
+def _on_all(mesh: Mesh, device: torch.device, true: bool) -> bool:
+    """Whether it is true on every rank."""
+    return bool(mesh.reduce(torch.full((1, 1), float(true), device=device)).item() == mesh.size)
 
 
 def _through(mesh: Mesh, boxes: Mailboxes, pdl: bool) -> Mesh:
