@@ -20,6 +20,7 @@ import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch._C import _distributed_c10d as c10d
 
 from ruvon.kernels.mesh import Store
 
@@ -104,8 +105,6 @@ def share_mailboxes(store: Store, name: str, rank: int, size: int) -> Mailboxes:
 
     Raises RuntimeError where a GPU cannot reach another's memory.
     """
-    from torch._C import _distributed_c10d as c10d
-
     device = torch.device("cuda", torch.cuda.current_device())
     count = 2 * size * PROGRAMS * CAPACITY // 4  # of 32 bits
     places: Any = dist.ProcessGroup(store, rank, size)  # type: ignore[call-arg, arg-type]
