@@ -103,8 +103,8 @@ def test_deterministic_ranks_give_the_same_bits_in_any_company(tmp_path):
     assert together == alone
 
 
-FAMILIES = ("GPT2LMHeadModel", "Gemma3ForCausalLM", "GptOssForCausalLM")
-"""What differs in where ranks sum; the tokens of Llama are compared above."""
+FAMILIES = ("GPT2LMHeadModel", "GptOssForCausalLM")
+"""What differs most; the tokens of Llama are compared above."""
 
 
 def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor]]) -> None:

@@ -521,7 +521,12 @@ def test_launched_ahead_or_not_the_same_is_sampled(gpu_runner):
 def test_stages_sample_what_one_runner_does(gpu_runner, letters, expected):
     """What the first sends is what the last receives, of scored and pooled rows as well."""
     on_its_way = deque()
-    first = Mesh(stage=0, stages=2, send=lambda x_TC: on_its_way.append(x_TC.clone()))
+
+    def send(x_TC):
+        on_its_way.append(x_TC.clone())
+        return x_TC
+
+    first = Mesh(stage=0, stages=2, send=send)
     last = Mesh(stage=1, stages=2, receive=lambda ids_T, width, dtype: on_its_way.popleft())
     matchers = (None, Matchers(letters, at_once=False))
     stages = [runner_over(*each) for each in zip((first, last), matchers, strict=True)]
