@@ -7,10 +7,10 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 from ruvon import __version__
 from ruvon.config import EngineConfig
@@ -18,12 +18,13 @@ from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.jobs import Jobs
+from ruvon.engine.live import Standing, describe, stand
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Job, Plan, Sequence, StepResult, StepStats
+from ruvon.engine.types import Emission, Job, NotStarted, Plan, Sequence, StepResult, StepStats
 from ruvon.errors import EngineDeadError
 from ruvon.grammars import Grammar
 
@@ -67,6 +68,7 @@ class Pending:
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
+    not_started: NotStarted = ()  # with it
 
 
 class Engine:
@@ -191,7 +193,8 @@ class Engine:
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
-        return Pending(plan, now, self._num_launched, self._start(plan), counted)
+        started = self._start(plan)
+        return Pending(plan, now, self._num_launched, started, counted, scheduler.not_started)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,
@@ -284,6 +287,17 @@ class Engine:
             on_full,
         )
         return self.recording
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What it was made of."""
+        grouped = self._scheduler.grouped
+        return describe(self.config, grouped.windows, grouped.pool.num_blocks)
+
+    def stand(self, in_flight: Iterable[Plan], number: int, now: float) -> Standing:
+        """How it stands before its recorder's event of that number, apart from the plans that are
+        in flight."""
+        return stand(self._scheduler, in_flight, number, now)
 
     def check_alive(self) -> None:
         """Raises EngineDeadError once no step can succeed any more."""

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
+from typing import Any
 
 import structlog
 
@@ -20,6 +21,8 @@ from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
 from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.gate import Gate
+from ruvon.engine.live import Standing
 from ruvon.engine.open_requests import LoopMetrics, OpenRequests
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
@@ -55,6 +58,7 @@ class EngineLoop:
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
         self.recorder = Recorder()
+        self.gate = Gate(clock)
         self._metrics = metrics
         self._clock = clock
         self._requests = OpenRequests(metrics)
@@ -93,6 +97,11 @@ class EngineLoop:
         return len(self._requests)
 
     @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+        return self._admission.num_waiting
+
+    @property
     def ready(self) -> bool:
         """Whether new requests are taken."""
         return self._task is not None and self.dead is None and not self.draining
@@ -125,6 +134,7 @@ class EngineLoop:
         seconds; after that they count as stuck, and nobody waits for them.
         """
         self.draining = True
+        self.gate.open()
         if self._task is None:
             return
         try:
@@ -248,6 +258,16 @@ class EngineLoop:
         if not self._requests:
             self._idle.set()
 
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What the engine was made of."""
+        return self.engine.made_of
+
+    def stand(self) -> Standing:
+        """Where the engine is, for whoever watches what comes next in `recorder`."""
+        plans = [step.plan for step in self._pending]
+        return self.engine.stand(plans, self.recorder.end, self._clock())
+
     async def record(self, most_steps: int, seconds: float) -> Recording:
         """Record so many steps, or those of so many seconds if they are fewer. Raises
         `RequestError` if somebody else records."""
@@ -273,7 +293,11 @@ class EngineLoop:
     async def _run(self) -> None:
         try:
             while self._pending or self._requests or not self.draining:
-                while (step := self.engine.launch(self._clock())) is not None:
+                if not self._pending and self.engine.has_work:
+                    await self._pass_gate()
+                while (self.gate.is_open or not self._pending) and (
+                    step := self.engine.launch(self._clock())
+                ) is not None:
                     self._pending.append(step)
                 if self._pending:
                     await self._finish(self._pending[0])
@@ -287,6 +311,12 @@ class EngineLoop:
             self._pending.clear()
             self._admission.admit_all()
 
+    async def _pass_gate(self) -> None:
+        """Wait for the next step's turn, if somebody wants to see the steps one by one."""
+        if not self.gate.is_open:
+            self._admission.admit_all()
+            await self.gate.wait(self._progress)
+
     async def _finish(self, pending: Pending) -> None:
         await asyncio.sleep(0)  # a turn for readers and arrivals
         behind = pending.future.done()
@@ -296,7 +326,7 @@ class EngineLoop:
                 await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
-        self.progressed_at = now = self._clock()
+        now = self._progress()
         self._record_step(pending, emissions, now)
         self._coalescer.begin_step(behind, len(self._requests))
         self._deliver(emissions, now)
@@ -304,6 +334,11 @@ class EngineLoop:
         if self.engine.failure is not None:  # said last: nobody's news wait for a log
             log.error("step_failed", sequences=len(emissions), exc_info=self.engine.failure)
         self._admission.admit(MOST_ARRIVALS)
+
+    def _progress(self) -> float:
+        """Note that nothing is stuck; the time."""
+        self.progressed_at = self._clock()
+        return self.progressed_at
 
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""
@@ -343,7 +378,8 @@ class EngineLoop:
     def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
         stats, failure = self.engine.stats, self.engine.failure
         why = "" if failure is None else kind(failure).strip(" ()")
-        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
+        plan, not_started = pending.plan, pending.not_started
+        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, not_started)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

@@ -10,6 +10,7 @@ from typing import Protocol
 from ruvon.engine.drain_rate import DrainRate
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Sequence
+from ruvon.telemetry.finished import Finished
 
 
 class LoopMetrics(Protocol):
@@ -36,20 +37,7 @@ class LoopMetrics(Protocol):
 
     def record_inter_token(self, seconds: float, count: int) -> None: ...
 
-    def record_finished(  # noqa: PLR0913, keywords all
-        self,
-        *,
-        reason: str,
-        num_prompt: int,
-        num_output: int,
-        num_cached: int,
-        max_tokens: int,
-        n: int,
-        queue: float,
-        prefill: float,
-        decode: float,
-        total: float,
-    ) -> None: ...
+    def record_finished(self, finished: Finished) -> None: ...
 
 
 @dataclass(slots=True)
@@ -132,16 +120,22 @@ class OpenRequests:
         self.drain.note(seq, now)
         scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
         first_token_at = now if state.first_token_at is None else state.first_token_at
-        self._metrics.record_finished(
+        finished = Finished(
             reason=reason,
             num_prompt=seq.num_prompt,
             num_output=seq.num_output,
             num_cached=seq.num_cached,
             max_tokens=seq.max_tokens,
             n=state.n,
+            arrived_at=seq.arrived_at,
             queue=scheduled_at - seq.arrived_at,
             prefill=first_token_at - scheduled_at,
             decode=now - first_token_at,
-            total=now - seq.arrived_at,
+            num_before=seq.wait.num_before,
+            waits=seq.wait.seconds,
+            num_chunks=seq.num_chunks,
+            num_preempted=seq.num_preempted,
         )
+        state.stream.finished.append(finished)
+        self._metrics.record_finished(finished)
         return state

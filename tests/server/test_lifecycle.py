@@ -118,10 +118,15 @@ async def test_log_lines_of_a_run(serve, monkeypatch):
     assert entries["ready"]["steps"] == "of at most 64 sequences and 512 tokens"
     request = entries["request"]
     assert request["ttft_ms"] > 0
-    del request["ttft_ms"], request["ms"], request["id"]
+    assert request["bytes"] > 1000
+    assert request["user_agent"].startswith("Python/")
+    for name in ("ttft_ms", "ms", "id", "bytes", "user_agent", "queue_ms", "prefill_ms",
+                 "decode_ms"):  # fmt: skip
+        del request[name]
     assert request == {
         "event": "request", "log_level": "info", "method": "POST", "path": "/v1/chat/completions",
         "status": 200, "stream": True, "prompt_tokens": 21, "cached_tokens": 0, "output_tokens": 6,
+        "client": "127.0.0.1", "finish": "stop", "waited_for": "step",
     }  # fmt: skip
     assert entries["stats"]["output_tok_s"] > 0
 
