@@ -16,13 +16,14 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch._C import _distributed_c10d as c10d
+from torch._C import _distributed_c10d
 
 from ruvon.kernels.mesh import Store
+
+c10d: Any = _distributed_c10d  # whose stubs change from release to release
 
 PROGRAMS = 128
 """At most: they wait for each other across GPUs, so all must fit on one at the same time."""
@@ -107,7 +108,7 @@ def share_mailboxes(store: Store, name: str, rank: int, size: int) -> Mailboxes:
     """
     device = torch.device("cuda", torch.cuda.current_device())
     count = 2 * size * PROGRAMS * CAPACITY // 4  # of 32 bits
-    places: Any = dist.ProcessGroup(store, rank, size)  # type: ignore[call-arg, arg-type]
+    places = c10d.ProcessGroup(store, rank, size)
     c10d._register_process_group(name, places)  # by which name torch finds it below
     try:
         own = c10d._SymmetricMemory.empty_strided_p2p((count,), (1,), torch.int32, device, name)
