@@ -24,11 +24,12 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 RELEASE_STAMP := $(VENV)/.release
+DOCS_STAMP := $(VENV)/.docs
 
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -78,6 +79,10 @@ docs: $(RUN_STAMP) ## Write anew what documents show of the code.
 	$(BIN)/python scripts/make_flags.py
 	$(BIN)/python scripts/dashboards.py
 	$(BIN)/python scripts/fragments.py
+
+site: $(DOCS_STAMP) ## Build the site into build/site; a broken link fails.
+	$(BIN)/python scripts/site.py
+	$(BIN)/zensical build --clean --strict
 
 tour: ## List what to read first, with its lines; see docs/tour.md.
 	@python=$$(scripts/find-python) && "$$python" scripts/tour.py
@@ -131,4 +136,9 @@ $(DEV_STAMP): $(RUN_STAMP)
 $(RELEASE_STAMP): $(RUN_STAMP)
 	@echo "==> Installing what looks over packages and deploy/"
 	$(INSTALL) --editable '.[release]'
+	@touch $@
+
+$(DOCS_STAMP): $(RUN_STAMP)
+	@echo "==> Installing what builds the site"
+	$(INSTALL) --editable '.[docs]'
 	@touch $@
