@@ -84,7 +84,7 @@ docs: $(RUN_STAMP) ## Write anew what documents show of the code.
 	$(BIN)/python scripts/fragments.py
 
 site: $(DOCS_STAMP) ## Build the site into build/site; a broken link fails.
-	$(BIN)/python scripts/site.py
+	$(BIN)/python scripts/make_site.py
 	$(BIN)/zensical build --clean --strict
 
 tour: ## List what to read first, with its lines; see docs/tour.md.
