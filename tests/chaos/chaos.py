@@ -68,7 +68,7 @@ async def play(name: str, scenario: Scenario, seed: str, seconds: float) -> Repo
             finally:
                 for server in world.all:
                     await server.stop()
-                await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), QUIET)
+                await asyncio.gather(*running)
     report.problems += [problem for server in world.all for problem in server.problems]
     return report
 

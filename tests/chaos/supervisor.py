@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 READY = 600.0  # seconds that a start may take, on a machine that is busy
-ENDS = 60.0  # seconds that an end may take
+ENDS = 300.0  # seconds that an end may take, there too
 IN_FLIGHT = "ruvon_router_replica_in_flight"
 PROVOKED = {"step_failed", "engine_dead", "stuck", "replica_ended", "replica_dead"}
 TROUBLE = ("Traceback", "never retrieved", "was destroyed", "Unclosed", "Segmentation")
@@ -220,6 +220,11 @@ class Supervised:
         self._ready.clear()
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
+        try:
+            await self.until_ended()
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"it did not end in {ENDS:g} seconds")
+            self.process.kill()
 
     @asynccontextmanager
     async def few_files(self, spare: int) -> AsyncIterator[None]:

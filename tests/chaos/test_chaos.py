@@ -23,7 +23,7 @@ CASE = Case("valid", "/v1/completions", b"{}")
 async def test_a_server_that_anything_happens_to_is_as_good_as_new():
     """Steps fail at random, the log is stuffed and broken, it is stopped, drained and restarted."""
     disturbances = (stuff_log, drain, stop_for_a_while, break_log)
-    scenario = replace(SCENARIOS["server"], disturbances=disturbances)
+    scenario = replace(SCENARIOS["server"], disturbances=disturbances, clients=50)
     report = await play("server", scenario, "20261127", SECONDS)
     show(report, scenario, SECONDS)  # seen where it fails
     assert report.problems == []
