@@ -134,6 +134,8 @@ def refuse_idle(spec: ModelSpec, config: EngineConfig, backend: Backend) -> None
         )
     if config.pin_threads == "on" and not backend.takes_arrays:
         raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
+    if config.cpu_isa != "auto" and ops.name != "cpu":
+        raise ConfigError(f"--cpu-isa {config.cpu_isa} is for the kernels 'cpu', not '{ops.name}'")
     share = config.gpu_memory_utilization
     if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
         raise ConfigError(
@@ -147,7 +149,7 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
-            return eager(make_torch_ops(dtype, device), share.mesh)
+            return eager(make_torch_ops(dtype, device), replace(share.mesh, add_norm=None))
         case "triton":
             return triton_backend(share, dtype, device, config)
         case "cpu":
@@ -156,7 +158,9 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
         if device.type == "cuda":
             return triton_backend(share, dtype, device, config)
         return cpu_backend(share, config, threads)
-    except ConfigError as error:  # slower, but right
+    except ConfigError as error:
+        if device.type == "cpu" and config.cpu_isa != "auto":
+            raise  # who asks for instructions wants these kernels, and no slower ones
         log.warning("slow_kernels", kernels="torch", reason=str(error))
         return eager(make_torch_ops(dtype, device), share.mesh)
 
@@ -183,14 +187,9 @@ def eager(ops: Ops, mesh: Mesh = ALONE) -> Backend:
 def triton_backend(
     share: Share, dtype: torch.dtype, device: torch.device, config: EngineConfig
 ) -> Backend:
-    """Raises ConfigError for a model or a mesh that these kernels do not compute."""
+    """Raises ConfigError for a model that these kernels do not compute."""
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
-    if share.mesh.stages > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size {share.mesh.stages}: the kernels 'triton' capture "
-            "steps that begin and end on one device; use --kernels torch"
-        )
     asked = config.quantization in ("int8", "int4")
     ops = make_triton_ops(
         dtype,
