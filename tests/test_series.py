@@ -126,4 +126,4 @@ def test_pages_of_the_site_lead_somewhere(pages: Path):
 def test_the_site_shows_the_way_to_every_document(pages: Path):
     nav = set(re.findall(r'= "([\w/.-]+\.md)"', (ROOT / "zensical.toml").read_text()))
     there = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
-    assert nav == {name for name in there if not name.startswith("source/")}
+    assert nav == {name for name in there if not name.startswith("source/")}, "see zensical.toml"
