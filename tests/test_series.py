@@ -50,6 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.parametrize("path", lessons.LESSONS, ids=by_name)
 def test_a_lesson_prints_what_its_article_shows(path: Path, one_thread: None):
     texts = [match[3] for match in shown() if match[2] == path.stem]
