@@ -28,15 +28,17 @@ def supports_pdl(device: torch.device) -> bool:
 @triton.jit
 def release(PDL: tl.constexpr):
     """Let the next kernel start."""
-    if PDL:
+    if PDL == 1:
         tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
 def wait(PDL: tl.constexpr):
     """Until everything earlier on the stream has finished and its writes are visible."""
-    if PDL:
+    if PDL > 0:
         tl.extra.cuda.gdc_wait()
+    if PDL == 2:
+        tl.extra.cuda.gdc_launch_dependents()
 
 
 @triton.jit
