@@ -281,7 +281,7 @@ def gemv_codes(
 def _quantize(
     x_TK: Tensor, residual_TK: Tensor | None, norm: Norm | None, width: int, columns: int, pdl: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(x + residual, its norm's digits int8 [T, 2, columns], float32 [T, 2, units of ``width``])."""
+    """(x + residual, digits of its norm int8 [T, 2, columns], float32 [T, 2, columns / width])."""
     rows, k = x_TK.shape
     digits = torch.empty(rows, 2, columns, dtype=torch.int8, device=x_TK.device)
     tables = torch.empty(rows, 2, columns // width, dtype=torch.float32, device=x_TK.device)
