@@ -232,14 +232,14 @@ def share(top, token, broken, partial_ptr, counter_ptr, split, splits, SPLITS: t
     if last:
         tl.store(counter_ptr, 0)
         others = tl.arange(0, SPLITS)
-        at, there = partial_ptr + others, others < splits
-        lowest = tl.full([SPLITS], float("-inf"), tl.float32).to(tl.int32, bitcast=True)
-        tops = tl.load(at, mask=there, other=0, cache_modifier=".cg")
-        tops = tl.where(there, tops, lowest).to(tl.float32, bitcast=True)
-        tokens = tl.load(at + SPLITS, mask=there, other=0, cache_modifier=".cg")
+        all_at, there = partial_ptr + others, others < splits
+        tops = tl.load(all_at, mask=there, other=0, cache_modifier=".cg")
+        tops = tl.where(there, tops.to(tl.float32, bitcast=True), float("-inf"))
+        tokens = tl.load(all_at + SPLITS, mask=there, other=0, cache_modifier=".cg")
+        flags = tl.load(all_at + 2 * SPLITS, mask=there, other=0, cache_modifier=".cg")
         top = tl.max(tops, axis=0)
         token = tl.min(tl.where((tops == top) & there, tokens, 2147483647), axis=0)
-        broken = tl.max(tl.load(at + 2 * SPLITS, mask=there, other=0, cache_modifier=".cg"), axis=0)
+        broken = tl.max(flags, axis=0)
     return top, token, broken, last
 
 
