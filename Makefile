@@ -24,11 +24,12 @@ PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
 DEV_STAMP := $(VENV)/.dev
 RELEASE_STAMP := $(VENV)/.release
+DOCS_STAMP := $(VENV)/.docs
 
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage fmt lint mutants docs tour bench bench-peers bench-quality dist dist-try deploy-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -49,9 +50,10 @@ test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to 
 test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
 	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
-test-optimized: $(DEV_STAMP) ## Run what holds bad input over a ruvon without asserts, as python -O has it.
+test-optimized: $(DEV_STAMP) ## Run bad input, faults, queues and schedules over a ruvon without asserts, as python -O has it.
 	PYTHONPATH=tests $(BIN)/python -m pytest -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
-		tests/engine/test_validation.py tests/models/test_damaged.py $(ARGS)
+		tests/server/test_faults.py tests/server/test_load.py tests/engine/test_validation.py tests/engine/test_engine.py \
+		tests/engine/test_loop.py tests/engine/test_scheduler.py tests/models/test_damaged.py $(ARGS)
 
 clients: $(DEV_STAMP) ## Drive clients and agents, each installed by itself; ARGS= names them.
 	PYTHONPATH=tests:tests/server $(BIN)/python tests/clients/run.py $(ARGS)
@@ -75,7 +77,12 @@ mutants: $(DEV_STAMP) ## Change the code and see whether tests notice; ARGS= goe
 
 docs: $(RUN_STAMP) ## Write anew what documents show of the code.
 	$(BIN)/python scripts/make_flags.py
+	$(BIN)/python scripts/dashboards.py
 	$(BIN)/python scripts/fragments.py
+
+site: $(DOCS_STAMP) ## Build the site into build/site; a broken link fails.
+	$(BIN)/python scripts/site.py
+	$(BIN)/zensical build --clean --strict
 
 tour: ## List what to read first, with its lines; see docs/tour.md.
 	@python=$$(scripts/find-python) && "$$python" scripts/tour.py
@@ -100,6 +107,9 @@ dist-try: ## Install dist/'s wheel into an environment of its own, and serve wit
 
 deploy-check: $(RELEASE_STAMP) ## Look over deploy/, and say what could not be.
 	scripts/deploy-check $(BIN)
+
+dashboards-check: $(DEV_STAMP) ## Ask a Prometheus that watches a loaded server all that dashboards and alerts ask; ARGS=.
+	$(BIN)/python scripts/check_dashboards.py $(ARGS)
 
 clean: ## Remove .venv, caches and results.
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis build dist *.egg-info bench/results
@@ -126,4 +136,9 @@ $(DEV_STAMP): $(RUN_STAMP)
 $(RELEASE_STAMP): $(RUN_STAMP)
 	@echo "==> Installing what looks over packages and deploy/"
 	$(INSTALL) --editable '.[release]'
+	@touch $@
+
+$(DOCS_STAMP): $(RUN_STAMP)
+	@echo "==> Installing what builds the site"
+	$(INSTALL) --editable '.[docs]'
 	@touch $@

@@ -13,6 +13,7 @@
     │   ├── ModelNotFoundError      404 model_not_found
     │   ├── ResponseNotFoundError   404 response_not_found
     │   ├── StreamNotFoundError     404 stream_not_found
+    │   ├── RequestNotFoundError    404 request_not_found
     │   ├── BodyTooLargeError       413 request_too_large
     │   ├── BodyTimeoutError        408 request_timeout
     │   ├── HeadTimeoutError        408 request_timeout
@@ -106,6 +107,14 @@ class StreamNotFoundError(RequestError):
     status = 404
     type = "not_found_error"
     code = "stream_not_found"
+
+
+class RequestNotFoundError(RequestError):
+    """No such request is remembered: it never was, is no longer, or is another key's."""
+
+    status = 404
+    type = "not_found_error"
+    code = "request_not_found"
 
 
 class BodyTooLargeError(RequestError):

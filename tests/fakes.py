@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -25,6 +25,7 @@ from ruvon.engine.types import (
     TokenLogprobs,
 )
 from ruvon.models.text_stream import TextStream
+from ruvon.telemetry.finished import Finished
 
 Tables: TypeAlias = Mapping[int, tuple[tuple[int, ...], ...]]
 """The block tables of a step's sequences, by cache group, as they were when it was launched."""
@@ -411,8 +412,8 @@ class FakeMetrics:
     def record_inter_token(self, seconds: float, count: int) -> None:
         self.calls += [("inter_token", {"seconds": seconds})] * count
 
-    def record_finished(self, **values: object) -> None:
-        self.calls.append(("finished", values))
+    def record_finished(self, finished: Finished) -> None:
+        self.calls.append(("finished", asdict(finished)))
 
     def all(self, name: str) -> list[dict[str, object]]:
         return [values for called, values in self.calls if called == name]

@@ -3,12 +3,15 @@ programs read is `make deploy-check`'s."""
 
 import re
 import shlex
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from embedded import needs_model, running
 
 from ruvon import __version__
 from ruvon.cli import main
@@ -128,6 +131,46 @@ def test_a_service_may_drain_before_it_is_killed():
     assert seconds(service["stop_grace_period"]) >= drain + 10
 
 
+def asked(url: str, key: str) -> int:
+    """The status of an answer."""
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        error.close()
+        return error.code
+
+
+@pytest.mark.slow
+@needs_model
+def test_the_unit_s_command_serves_with_its_settings_and_ends_when_told(tmp_path: Path):
+    settings = (DEPLOY / "systemd/ruvon.toml").read_text().replace("/etc/ruvon", str(tmp_path))
+    (tmp_path / "ruvon.toml").write_text(settings)
+    (tmp_path / "api-keys").write_text("someone sk-one\n")
+    (tmp_path / "admin-keys").write_text("sk-boss\n")
+    line = re.search(r"^ExecStart=\S+/ruvon (.*)$", UNIT, re.MULTILINE)[1]
+    words = shlex.split(line.replace("/etc/ruvon", str(tmp_path)))
+    options = ("--host", "127.0.0.1", "--kv-cache-memory", "64MiB")
+    with running(*options, program=("-m", "ruvon", *words)) as server:
+        url = server.wait_for("listening")["url"]
+        server.wait_for("ready")
+        statuses = {
+            (path, key): asked(f"{url}{path}", key)
+            for path in ("/ready", "/v1/models", "/metrics", "/debug/steps")
+            for key in ("", "sk-one", "sk-boss")
+        }
+        server.popen.terminate()
+        assert server.popen.wait(30) == 0
+    assert statuses == {
+        ("/ready", ""): 200, ("/ready", "sk-one"): 200, ("/ready", "sk-boss"): 200,
+        ("/v1/models", ""): 401, ("/v1/models", "sk-one"): 200, ("/v1/models", "sk-boss"): 200,
+        ("/metrics", ""): 401, ("/metrics", "sk-one"): 403, ("/metrics", "sk-boss"): 200,
+        ("/debug/steps", ""): 401, ("/debug/steps", "sk-one"): 403,
+        ("/debug/steps", "sk-boss"): 200,
+    }  # fmt: skip
+
+
 def test_routers_know_every_replica_that_there_may_be():
     router = manifest("components/router/router.yaml", "Deployment")
     args = router["spec"]["template"]["spec"]["containers"][0]["args"]
@@ -135,8 +178,11 @@ def test_routers_know_every_replica_that_there_may_be():
     assert args[1:] == [f"http://ruvon-{n}.ruvon-replicas:8000" for n in range(most)]
 
 
-@pytest.mark.parametrize("path", ["deploy/kubernetes/components/keda/scaledobject.yaml",
-                                  "docs/deployment.md"])  # fmt: skip
+@pytest.mark.parametrize("path", [
+    "deploy/kubernetes/components/keda/scaledobject.yaml", "docs/deployment.md",
+    "deploy/prometheus/rules/ruvon.yml", "deploy/grafana/dashboards/ruvon.json",
+    "deploy/grafana/dashboards/ruvon-router.json",
+])  # fmt: skip
 def test_expressions_name_metrics_that_there_are(path: str):
     known = (ROOT / "docs/reference/metrics.md").read_text() + (ROOT / "docs/router.md").read_text()
     names = re.findall(r"(?:vllm:|\bruvon_|\bhttp_)(\w+)", (ROOT / path).read_text())

@@ -7,11 +7,13 @@ import json
 import logging
 import os
 import re
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import structlog
+from serving import open_server
 
 import ruvon
 from ruvon.telemetry.collectors import (
@@ -20,6 +22,7 @@ from ruvon.telemetry.collectors import (
     TOKEN_LATENCY_BUCKETS,
     one_two_five,
 )
+from ruvon.telemetry.finished import Finished
 from ruvon.telemetry.logs import PATIENCE, Sink, configure_logging
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 from ruvon.telemetry.totals import Totals, stats_line
@@ -45,13 +48,11 @@ def lines(metrics):
 
 
 def finish(metrics, **changes):
-    metrics.record_finished(
-        **{
-            "reason": "stop", "num_prompt": 10, "num_output": 5, "num_cached": 4, "max_tokens": 16,
-            "n": 1, "queue": 0.1, "prefill": 0.2, "decode": 0.4, "total": 0.7,
-        }
-        | changes
+    ended = Finished(
+        reason="stop", num_prompt=10, num_output=5, num_cached=4, max_tokens=16, n=1,
+        arrived_at=9.0, queue=0.1, prefill=0.2, decode=0.4, waits={"places": 0.1},
     )  # fmt: skip
+    metrics.record_finished(replace(ended, **changes))
 
 
 def types(text):
@@ -60,17 +61,15 @@ def types(text):
     return {name: kind for _, _, name, kind in lines if not name.endswith("_created")}
 
 
-def test_the_reference_lists_what_is_served(metrics):
+async def test_the_reference_lists_what_is_served():
+    server = await open_server()
     for name in BY_RUNNERS:
-        metrics.watch(name, "Counted elsewhere.", lambda: 0)
-    http = HttpMetrics()
-    http.watch("ruvon_log_lines_dropped", "Lines.", lambda: 0)
-    for name in ("ruvon_stored_responses", "ruvon_stored_response_bytes", "ruvon_kept_streams"):
-        http.gauge(name, "Counted elsewhere.", lambda: 0)
+        server.service.metrics.watch(name, "Counted elsewhere.", lambda: 0)
+    served = types((await server.get("/metrics")).body.decode())
+    of_server = types(server.state.http.render().decode())
+    await server.stack.aclose()
     rows = re.findall(r"^\| `(\w+)` \| (\w+) \|", REFERENCE.read_text(), re.MULTILINE)
-    served = types((metrics.render() + http.render()).decode())
     theirs = {name.removeprefix("vllm:"): kind for name, kind in served.items() if ":" in name}
-    of_server = {name: served[name] for name in types(http.render().decode())}
     assert dict(rows) == theirs | of_server
     assert len(rows) == len(dict(rows))
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Literal
 
 from ruvon.config.fields import check_fields, setting
@@ -131,22 +133,58 @@ class ServerConfig:
     response_store_ttl: float = setting(
         3600.0, "Seconds that a response is kept after it was last used.", least=1, most=A_DAY
     )
+    ui: bool | None = setting(
+        None,
+        "Serve the page at /: a chat, and a view of the engine at work. What it shows needs the "
+        "keys that there are. Default: on an address of this machine alone, yes, else no.",
+    )
+    ui_step_gate: bool = setting(
+        False,
+        "Let whoever watches the engine in the page slow it down, step by step, for all requests.",
+    )
     strict: bool = setting(False, "Refuse unknown request fields instead of reporting them.")
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "Least level shown.")
     log_format: Literal["auto", "console", "json"] = setting(
         "auto", "auto: console on a terminal, JSON elsewhere."
     )
     log_requests: bool = setting(True, "One line for each request.")
+    otlp_traces_endpoint: str | None = setting(
+        None,
+        "URL to which OpenTelemetry traces of requests are sent (OTLP over HTTP), such as "
+        "http://localhost:4318/v1/traces. Needs ruvon[otel].",
+    )
+    otlp_metrics_endpoint: str | None = setting(
+        None,
+        "The same for OpenTelemetry's GenAI metrics, such as http://localhost:4318/v1/metrics. "
+        "Prometheus needs neither.",
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
         if self.tls_key is not None and self.tls_cert is None:
             raise ConfigError("tls_key needs tls_cert, the certificate that it belongs to")
+        for name in ("otlp_traces_endpoint", "otlp_metrics_endpoint"):
+            url = getattr(self, name)
+            if url is not None and not re.fullmatch(r"https?://[^\s/]+\S*", url):
+                raise ConfigError(f"{name} must be a URL of http or https, got {url!r}")
 
     @property
     def is_keyed(self) -> bool:
         """Whether asking needs a key."""
         return bool(self.api_key) or self.api_key_file is not None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine's own processes reach it."""
+        try:
+            return self.uds is None and ip_address(self.host).is_loopback
+        except ValueError:
+            return self.uds is None and self.host == "localhost"
+
+    @property
+    def has_page(self) -> bool:
+        """Whether there is a page at ``/``."""
+        return self.is_local if self.ui is None else self.ui
 
     @property
     def scheme(self) -> str:

@@ -23,6 +23,11 @@ class Admission:
         self._behind = behind
         self._lines: dict[str, deque[asyncio.Future[None]]] = {}  # the next one's first
 
+    @property
+    def num_waiting(self) -> int:
+        """In all lines."""
+        return sum(map(len, self._lines.values()))
+
     async def enter(self, tenant: str = "") -> None:
         """Wait for one's turn."""
         if self._lines or self._behind():
@@ -43,7 +48,7 @@ class Admission:
                 most -= 1
 
     def admit_all(self) -> None:
-        self.admit(sum(map(len, self._lines.values())))
+        self.admit(self.num_waiting)
 
     def admit_meanwhile(self) -> None:
         """Let one in after the other until a step is over."""

@@ -94,6 +94,11 @@ class BlockPool:
         return len(self._blank) + len(self._cached)
 
     @property
+    def cached(self) -> list[int]:
+        """Free blocks that can be found, least recently used first."""
+        return list(self._cached)
+
+    @property
     def prefix_cache(self) -> PrefixCache:
         """How large it is, and what it has lost."""
         size = self.block_size

@@ -7,29 +7,27 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 
 from __future__ import annotations
 
-import secrets
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from itertools import count
-from typing import Protocol
+from typing import Any, Protocol
 
 from ruvon import __version__
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
+from ruvon.engine.jobs import Jobs
+from ruvon.engine.live import Standing, describe, stand
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Job, Plan, SamplingParams, Sequence, StepResult, StepStats
-from ruvon.engine.validation import check_length, check_sampling, normalize
-from ruvon.errors import EngineDeadError, RequestError
+from ruvon.engine.types import Emission, Job, NotStarted, Plan, Sequence, StepResult, StepStats
+from ruvon.errors import EngineDeadError
 from ruvon.grammars import Grammar
 
-SEED_BITS = 63  # a seed fits a signed 64-bit integer, so it can be a tensor's element
 MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
 
@@ -70,6 +68,7 @@ class Pending:
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
+    not_started: NotStarted = ()  # with it
 
 
 class Engine:
@@ -109,10 +108,14 @@ class Engine:
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
         self.recording: Recording | None = None
-        self._eos_token_ids = frozenset(eos_token_ids)
         self._grammars = grammars
-        self._ids = count()
-        self._valid: SamplingParams | None = None  # the last that was checked
+        self._jobs = Jobs(
+            max_model_len=self.max_model_len,
+            vocab_size=vocab_size,
+            most_live=most_live(config),
+            eos_token_ids=eos_token_ids,
+            has_grammars=grammars is not None,
+        )
         self._counted = Counters()  # up to the latest launch
         self._num_launched = 0  # tokens of the latest step
         self._num_failures = 0  # steps that failed since one succeeded
@@ -129,7 +132,7 @@ class Engine:
         """The job, with the keys of its prompt's blocks if they will be asked for, its grammar
         compiled: either may take long, and this may be called in any thread. Raises `RequestError`
         for what can never run, `UnavailableError` if there is no time to compile."""
-        self.validate(job)
+        self._jobs.validate(job)
         held = None
         if self._grammars is not None and job.sampling.grammar is not None:
             held = self._grammars.hold(job.sampling.grammar)
@@ -148,33 +151,8 @@ class Engine:
         run, `QueueFullError` for what cannot wait now and `EngineDeadError`.
         """
         self.check_alive()
-        max_tokens = self.validate(job)
+        sequences = self._jobs.sequences(job, now, first_index)
         check_room([job], self._scheduler, self.config)
-        seeds = self._seeds(job)
-        stop_ids = self._stop_ids(job.sampling)
-        sampling = normalize(job.sampling)
-        sequences = [
-            Sequence(
-                id=next(self._ids),
-                index=first_index + k,
-                sampling=sampling,
-                tokens=list(job.prompt),
-                num_prompt=len(job.prompt),
-                max_tokens=max_tokens,
-                seed=next(seeds),
-                stop_ids=stop_ids,
-                priority=job.priority,
-                tenant=job.tenant,
-                weight=job.weight,
-                salt=job.cache_salt,
-                arrived_at=now,
-                keys=list(job.keys),
-                prompt_logprobs=None if job.sampling.prompt_logprobs is None else [None],
-                pooling=job.pooling,
-                held=job.held,
-            )
-            for k in range(job.n)
-        ]
         for seq in sequences:
             self._scheduler.add(seq)
             if self.recording is not None:
@@ -215,7 +193,8 @@ class Engine:
         counted = scheduler.counters.since(self._counted)
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
-        return Pending(plan, now, self._num_launched, self._start(plan), counted)
+        started = self._start(plan)
+        return Pending(plan, now, self._num_launched, started, counted, scheduler.not_started)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,
@@ -244,7 +223,7 @@ class Engine:
     def compile(self, grammar: Grammar) -> object:
         """Compile a grammar, in any thread; as long as somebody has what this gives, it is known.
         Raises as `prepare` does."""
-        self._check_grammar(grammar)
+        self._jobs.check_grammar(grammar)
         return None if self._grammars is None else self._grammars.hold(grammar)
 
     def collect(self, pending: Pending) -> list[Emission]:
@@ -309,6 +288,17 @@ class Engine:
         )
         return self.recording
 
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What it was made of."""
+        grouped = self._scheduler.grouped
+        return describe(self.config, grouped.windows, grouped.pool.num_blocks)
+
+    def stand(self, in_flight: Iterable[Plan], number: int, now: float) -> Standing:
+        """How it stands before its recorder's event of that number, apart from the plans that are
+        in flight."""
+        return stand(self._scheduler, in_flight, number, now)
+
     def check_alive(self) -> None:
         """Raises EngineDeadError once no step can succeed any more."""
         if self.dead is not None:
@@ -320,59 +310,11 @@ class Engine:
         if self.recording is not None:
             self.recording.forgotten()
 
-    # ---------------------------------------------------------------- validation
-
     def check(self, jobs: Collection[Job]) -> None:
         """Raise what `add` would, for a request of several jobs that are taken all or none."""
         check_room(jobs, self._scheduler, self.config)
         for job in jobs:
-            self.validate(job)
-
-    def validate(self, job: Job) -> int:
-        """The job's ``max_tokens``, resolved; `RequestError` if it could never run."""
-        if not job.checked:
-            self._check(job)
-        max_tokens = job.sampling.max_tokens
-        return self.max_model_len - len(job.prompt) if max_tokens is None else max_tokens
-
-    def _check(self, job: Job) -> None:
-        most = most_live(self.config)
-        if not 1 <= job.n <= most:
-            raise RequestError(f"n must be from 1 to {most} here, not {job.n}.", "n")
-        if not job.prompt:
-            raise RequestError("The prompt is empty.", job.param)
-        if job.pooling is not None and job.sampling.max_tokens != 0:
-            raise RequestError("Pooling goes with max_tokens 0.", "max_tokens")
-        lowest, highest = min(job.prompt), max(job.prompt)
-        if lowest < 0 or highest >= self.vocab_size:
-            raise RequestError(
-                f"Token id {lowest if lowest < 0 else highest} is not in the vocabulary of "
-                f"{self.vocab_size}.",
-                job.param,
-            )
-        if job.sampling is not self._valid:  # a request's jobs share theirs
-            check_sampling(job.sampling, self.vocab_size)
-            self._check_grammar(job.sampling.grammar)
-            self._valid = job.sampling
-        check_length(len(job.prompt), job.sampling.max_tokens, self.max_model_len, job.param)
-
-    def _check_grammar(self, grammar: Grammar | None) -> None:
-        if grammar is not None and self._grammars is None:
-            raise RequestError("This engine has no grammars.", grammar.param)
-
-    def _stop_ids(self, sampling: SamplingParams) -> frozenset[int]:
-        if sampling.ignore_eos:
-            return frozenset(sampling.stop_token_ids)
-        return self._eos_token_ids.union(sampling.stop_token_ids)
-
-    @staticmethod
-    def _seeds(job: Job) -> Iterator[int]:
-        """A seed for each completion: the request's own for the first, then strides from it."""
-        seed = job.sampling.seed
-        if seed is None:
-            seed = secrets.randbits(SEED_BITS)
-        stride = 0x9E3779B97F4A7C15  # 2**64 over the golden ratio: far apart, never repeating
-        return ((seed + k * stride) % 2**SEED_BITS for k in count())
+            self._jobs.validate(job)
 
     # ---------------------------------------------------------------- statistics
 

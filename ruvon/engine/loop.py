@@ -12,18 +12,18 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
-from dataclasses import dataclass
 from itertools import count
-from typing import Protocol
+from typing import Any
 
 import structlog
 
-from ruvon.engine import types
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
-from ruvon.engine.drain_rate import DrainRate
 from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.gate import Gate
+from ruvon.engine.live import Standing
+from ruvon.engine.open_requests import LoopMetrics, OpenRequests
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
@@ -44,57 +44,6 @@ class NotCompiledError(Exception):
         self.grammars = grammars
 
 
-class LoopMetrics(Protocol):
-    """What the loop reports; `ruvon.telemetry.Metrics` for a server, a recorder in tests.
-
-    All times are in seconds.
-    """
-
-    def record_step(
-        self,
-        *,
-        num_tokens: int,
-        num_running: int,
-        num_waiting: int,
-        kv_usage: float,
-        num_cached: int,
-        num_queried: int,
-        num_preempted: int,
-    ) -> None: ...
-
-    def record_prompt(self, num_prompt: int, num_cached: int) -> None: ...
-
-    def record_first_token(self, seconds: float) -> None: ...
-
-    def record_inter_token(self, seconds: float, count: int) -> None: ...
-
-    def record_finished(  # noqa: PLR0913, keywords all
-        self,
-        *,
-        reason: str,
-        num_prompt: int,
-        num_output: int,
-        num_cached: int,
-        max_tokens: int,
-        n: int,
-        queue: float,
-        prefill: float,
-        decode: float,
-        total: float,
-    ) -> None: ...
-
-
-@dataclass(slots=True)
-class RequestState:
-    """Where one sequence's emissions go, and when they came."""
-
-    seq: types.Sequence
-    stream: Stream
-    n: int
-    first_token_at: float | None = None
-    token_at: float = 0.0  # the latest
-
-
 class EngineLoop:
     """Runs an engine in one asyncio task. Everything here happens on the event loop's thread."""
 
@@ -109,10 +58,10 @@ class EngineLoop:
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
         self.recorder = Recorder()
+        self.gate = Gate(clock)
         self._metrics = metrics
         self._clock = clock
-        self._states: dict[int, RequestState] = {}
-        self._drain = DrainRate()
+        self._requests = OpenRequests(metrics)
         self._work = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -145,7 +94,12 @@ class EngineLoop:
     @property
     def num_open(self) -> int:
         """Sequences whose end somebody waits for."""
-        return len(self._states)
+        return len(self._requests)
+
+    @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+        return self._admission.num_waiting
 
     @property
     def ready(self) -> bool:
@@ -155,7 +109,7 @@ class EngineLoop:
     @property
     def stalled_for(self) -> float:
         """Seconds since the last progress, 0 without work: a large number means a stuck step."""
-        return self._clock() - self.progressed_at if self._states else 0.0
+        return self._clock() - self.progressed_at if self._requests else 0.0
 
     def start(self) -> None:
         """Begin to take and run requests; call on the event loop."""
@@ -180,6 +134,7 @@ class EngineLoop:
         seconds; after that they count as stuck, and nobody waits for them.
         """
         self.draining = True
+        self.gate.open()
         if self._task is None:
             return
         try:
@@ -233,7 +188,7 @@ class EngineLoop:
         try:
             self.engine.check(jobs)
         except QueueFullError as error:
-            error.retry_after = self._drain.seconds_for(error, now)
+            error.retry_after = self._requests.drain.seconds_for(error, now)
             raise
         stream = Stream(self._end, next(self._numbers))
         if timeout is not None:
@@ -255,61 +210,63 @@ class EngineLoop:
 
     def _deadline_error(self, stream: Stream) -> DeadlineError:
         """What is said of a stream whose time is up."""
-        states = [self._states[seq_id] for seq_id in stream.open]
-        num_output = sum(state.seq.num_output for state in states)
+        num_output = sum(seq.num_output for seq in self._requests.sequences(stream.open))
         done = f"{num_output} tokens generated" if num_output else self.progress(stream)
         return DeadlineError(f"The request's time is up ({done}).")
 
     def progress(self, stream: Stream) -> str:
         """What a stream without news waits for: ``queued 3`` behind so many sequences, or the share
         of its prompt that is computed, ``prefill 512/4096``. Nothing once it has tokens."""
-        states = [self._states[seq_id] for seq_id in sorted(stream.open)]
-        if not states or any(state.seq.num_output for state in states):
+        sequences = self._requests.sequences(sorted(stream.open))
+        if not sequences or any(seq.num_output for seq in sequences):
             return ""
-        places = [self.engine.place(state.seq) for state in states]
+        places = [self.engine.place(seq) for seq in sequences]
         if None not in places:
             return f"queued {places[0]}"
-        seq = states[places.index(None)].seq
+        seq = sequences[places.index(None)]
         return f"prefill {min(seq.num_computed, seq.num_prompt)}/{seq.num_prompt}"
 
     def _admit(self, job: Job, stream: Stream, now: float) -> None:
         seq_ids = self.engine.add(job, now, first_index=len(stream.open))
         for seq_id in seq_ids:
-            self._states[seq_id] = RequestState(self.engine.sequence(seq_id), stream, job.n)
-            stream.open.add(seq_id)
-            self._idle.clear()
-        max_tokens = self._states[seq_ids[0]].seq.max_tokens
+            self._requests.open(self.engine.sequence(seq_id), stream, job.n)
+        self._idle.clear()
+        max_tokens = self.engine.sequence(seq_ids[0]).max_tokens
         self.recorder.arrived(now, seq_ids, len(job.prompt), max_tokens)
 
     def _end(self, stream: Stream, seq_ids: Iterable[int], reason: str) -> None:
         """A reader wants no more of these unfinished sequences, or has waited long enough."""
         now = self._clock()
-        for seq_id in seq_ids:
-            self._record_finished(self._states[seq_id], reason, now)
-        self._discard(stream, seq_ids, now)
-
-    def _discard(self, stream: Stream, seq_ids: Iterable[int], now: float) -> None:
         self.engine.abort(seq_ids)
         self.recorder.aborted(now, seq_ids)
         for seq_id in seq_ids:
-            del self._states[seq_id]
-            stream.open.discard(seq_id)
+            self._requests.close(seq_id, reason, now)
         self._note_idle()
 
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
-        self.engine.abort(self._states)
-        self.recorder.aborted(self._clock(), self._states)
+        self.engine.abort(self._requests)
+        self.recorder.aborted(self._clock(), self._requests)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
-            for seq in (state.seq for state in self._states.values())
+            for seq in self._requests.sequences()
         ]
         self._deliver(emissions, self._clock())
         self._coalescer.end_step()
 
     def _note_idle(self) -> None:
-        if not self._states:
+        if not self._requests:
             self._idle.set()
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What the engine was made of."""
+        return self.engine.made_of
+
+    def stand(self) -> Standing:
+        """Where the engine is, for whoever watches what comes next in `recorder`."""
+        plans = [step.plan for step in self._pending]
+        return self.engine.stand(plans, self.recorder.end, self._clock())
 
     async def record(self, most_steps: int, seconds: float) -> Recording:
         """Record so many steps, or those of so many seconds if they are fewer. Raises
@@ -335,8 +292,12 @@ class EngineLoop:
 
     async def _run(self) -> None:
         try:
-            while self._pending or self._states or not self.draining:
-                while (step := self.engine.launch(self._clock())) is not None:
+            while self._pending or self._requests or not self.draining:
+                if not self._pending and self.engine.has_work:
+                    await self._pass_gate()
+                while (self.gate.is_open or not self._pending) and (
+                    step := self.engine.launch(self._clock())
+                ) is not None:
                     self._pending.append(step)
                 if self._pending:
                     await self._finish(self._pending[0])
@@ -350,6 +311,12 @@ class EngineLoop:
             self._pending.clear()
             self._admission.admit_all()
 
+    async def _pass_gate(self) -> None:
+        """Wait for the next step's turn, if somebody wants to see the steps one by one."""
+        if not self.gate.is_open:
+            self._admission.admit_all()
+            await self.gate.wait(self._progress)
+
     async def _finish(self, pending: Pending) -> None:
         await asyncio.sleep(0)  # a turn for readers and arrivals
         behind = pending.future.done()
@@ -359,40 +326,27 @@ class EngineLoop:
                 await asyncio.wrap_future(pending.future)
         emissions = self.engine.collect(pending)
         self._pending.popleft()
-        self.progressed_at = now = self._clock()
+        now = self._progress()
         self._record_step(pending, emissions, now)
-        self._coalescer.begin_step(behind, len(self._states))
+        self._coalescer.begin_step(behind, len(self._requests))
         self._deliver(emissions, now)
         self._coalescer.end_step()
         if self.engine.failure is not None:  # said last: nobody's news wait for a log
             log.error("step_failed", sequences=len(emissions), exc_info=self.engine.failure)
         self._admission.admit(MOST_ARRIVALS)
 
+    def _progress(self) -> float:
+        """Note that nothing is stuck; the time."""
+        self.progressed_at = self._clock()
+        return self.progressed_at
+
     def _deliver(self, emissions: Sequence[Emission], now: float) -> None:
         """One pass over a step's emissions."""
-        intervals: dict[tuple[float, int], int] = {}  # since when, how many tokens → sequences
         for emission in emissions:
-            state = self._states[emission.seq_id]
-            urgent = emission.finish is not None
-            if emission.tokens:
-                if state.first_token_at is None:
-                    urgent = True
-                    state.first_token_at = now
-                    self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
-                    self._metrics.record_first_token(now - state.seq.arrived_at)
-                else:
-                    interval = (state.token_at, len(emission.tokens))
-                    intervals[interval] = intervals.get(interval, 0) + 1
-                state.token_at = now
-            if emission.finish is not None:
-                if emission.finish == "length" and state.first_token_at is None:  # scored only
-                    self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
-                self._record_finished(state, emission.finish, now)
-                del self._states[emission.seq_id]
-            state.stream.put(emission)
-            self._coalescer.add(state.stream, urgent)
-        for (since, num_tokens), num in intervals.items():  # tokens of one step share its time
-            self._metrics.record_inter_token((now - since) / num_tokens, num * num_tokens)
+            stream, urgent = self._requests.take(emission, now)
+            stream.put(emission)
+            self._coalescer.add(stream, urgent)
+        self._requests.end_step(now)
         self._note_idle()
 
     def describe(self) -> Mapping[str, object]:
@@ -401,21 +355,21 @@ class EngineLoop:
             f"step {step.plan.step}: {step.num_tokens} tokens of {len(step.plan.chunks)} sequences"
             for step in list(self._pending)
         ]
-        return {"open": len(self._states), "under_way": under_way, **self.engine.describe()}
+        return {"open": len(self._requests), "under_way": under_way, **self.engine.describe()}
 
     def fail(self, error: BaseException) -> None:
         """Fail whatever runs or waits, and take nothing more."""
         if self.dead is None:
-            self.engine.abort(self._states)
+            self.engine.abort(self._requests)
             self._die(error)
 
     def _die(self, error: BaseException) -> None:
         if self.dead is not None:
             return
         self.dead = error
-        for stream in {id(t.stream): t.stream for t in self._states.values()}.values():
+        for stream in self._requests.streams():
             stream.fail(dead_error(error))
-        self._states.clear()
+        self._requests.clear()
         self._note_idle()
         log.error("engine_dead", exc_info=error)  # last: whatever comes of it, all have been told
 
@@ -424,7 +378,8 @@ class EngineLoop:
     def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
         stats, failure = self.engine.stats, self.engine.failure
         why = "" if failure is None else kind(failure).strip(" ()")
-        self.recorder.stepped(pending.plan, pending.at, now, emissions, stats, why)
+        plan, not_started = pending.plan, pending.not_started
+        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, not_started)
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,
@@ -433,23 +388,4 @@ class EngineLoop:
             num_cached=stats.num_cached,
             num_queried=stats.num_queried,
             num_preempted=stats.num_preempted,
-        )
-
-    def _record_finished(self, state: RequestState, reason: str, now: float) -> None:
-        """Called once for each sequence; a phase it never reached lasts 0 seconds."""
-        seq = state.seq
-        self._drain.note(seq, now)
-        scheduled_at = now if seq.scheduled_at is None else seq.scheduled_at
-        first_token_at = now if state.first_token_at is None else state.first_token_at
-        self._metrics.record_finished(
-            reason=reason,
-            num_prompt=seq.num_prompt,
-            num_output=seq.num_output,
-            num_cached=seq.num_cached,
-            max_tokens=seq.max_tokens,
-            n=state.n,
-            queue=scheduled_at - seq.arrived_at,
-            prefill=first_token_at - scheduled_at,
-            decode=now - first_token_at,
-            total=now - seq.arrived_at,
         )

@@ -17,7 +17,8 @@ from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
 from ruvon.engine.snapshot import QueueState
-from ruvon.engine.types import NO_BLOCKS, Sequence
+from ruvon.engine.types import NO_BLOCKS, NotStarted, Sequence, WaitReason
+from ruvon.engine.waits import BLOCKS, PLACES, STEP, Waits
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
@@ -63,6 +64,7 @@ class Queues:
         self.running: dict[int, Sequence] = {}  # by id, in the order of `rank`
         self.shares = Shares() if limits.order.fair else None
         self.prefixes = Prefixes(grouped, limits.caching)
+        self.waits = Waits()
         self._grouped = grouped
         self._pool = grouped.pool
         self._limits = limits
@@ -71,10 +73,12 @@ class Queues:
         self._num_holding = 0  # running sequences that hold blocks
         self._startable = 0  # of this step's `STARTED_BLOCKS`
         self._ended: list[int] = []  # whom runners are to forget with the next plan
+        self.not_started: NotStarted = ()  # with the latest plan
 
     def fill(self, in_flight: int) -> bool:
         """Let the running hold blocks for their next step, and others join them. False, and all is
         as it was, if there are too few blocks as long as steps are ``in_flight``."""
+        self.waits.reason = BLOCKS
         self._startable = STARTED_BLOCKS
         self._full = [seq for seq in self._full if seq.finish is None]
         if in_flight and self._num_missing() > self._pool.num_free:
@@ -83,10 +87,13 @@ class Queues:
             self._sort()
             if (seq := self._beyond_its_share()) is not None:
                 if in_flight:
+                    self.waits.reason = PLACES
                     return False
                 self._preempt(seq)
         if self._make_room() and self._start_followers():
             self._join()
+        waits = len(self.waiting) > 0 or len(self.running) > self._num_holding
+        self.not_started = self._find_not_started() if waits else ()
         return True
 
     @property
@@ -274,9 +281,13 @@ class Queues:
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
+            self.waits.join(seq)
             num_joined += 1
             if served:
                 served[seq.tenant] += (len(seq.tokens) - seq.num_computed) / seq.weight
+        else:
+            has_place = limits.policy(1, len(self.running), limits.max_seqs)
+            self.waits.reason = STEP if has_place else PLACES
         if num_joined:
             self._sort()
 
@@ -322,6 +333,29 @@ class Queues:
         self.prefixes.claim(seq, seq.num_published)
         self._count_lookup(seq)
         return True
+
+    def _find_not_started(self) -> NotStarted:
+        """Why those that run without blocks have none, and why the first that waits does not run;
+        the others wait behind it."""
+        makers, headroom = self.prefixes.computing, self._headroom
+        waits: list[tuple[int, WaitReason, int]] = [
+            (seq.id, "prefix", makers[seq.awaits])
+            if seq.awaits in makers
+            else (seq.id, "blocks", headroom)
+            for seq in self.running.values()
+            if not seq.tables
+        ]
+        if len(self.waiting):
+            limits, num_running = self._limits, len(self.running)
+            first = self.waiting.first(self._served_soon() if self._is_contended else {})
+            if num_running >= limits.max_seqs:
+                waits.append((first.id, "places", num_running))
+            elif limits.policy(len(self.waiting), num_running, limits.max_seqs) <= 0:
+                waits.append((first.id, "batch", num_running))
+            else:
+                short = self._startable > 0
+                waits.append((first.id, "blocks" if short else "room", headroom))
+        return tuple(waits)
 
     def _is_blocked(self, seq: Sequence, headroom: int) -> bool:
         """Whether nothing has changed for the better since a sequence last found too few blocks:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
-from ruvon.engine.types import Blocks, Chunk, Emission, FinishReason, Plan, StepStats
+from ruvon.engine.types import Blocks, Chunk, Emission, FinishReason, NotStarted, Plan, StepStats
 
 ROW_BYTES = 8
 CHUNK_BYTES = 160
@@ -59,6 +59,7 @@ class Step:
     finished: tuple[tuple[int, FinishReason], ...]
     stats: StepStats
     failure: str = ""  # why it came to nothing, if it did
+    not_started: NotStarted = ()  # with it
 
 
 Event = Arrival | Abort | Step
@@ -81,8 +82,8 @@ class Recorder:
 
     def since(self, number: int) -> list[Event]:
         """The events from that number on, as far as they are still here."""
-        skip = max(number - self._num_dropped, 0)
-        return [event for event, _ in list(self._events)[skip:]]
+        latest = islice(reversed(self._events), max(self.end - number, 0))
+        return [event for event, _ in latest][::-1]
 
     def arrived(self, at: float, seq_ids: Sequence[int], num_prompt: int, max_tokens: int) -> None:
         """Sequences of one prompt began to wait."""
@@ -103,6 +104,7 @@ class Recorder:
         emissions: Iterable[Emission],
         stats: StepStats,
         failure: str = "",
+        not_started: NotStarted = (),
     ) -> None:
         """A step's result was taken in."""
         work = tuple([work_of(chunk) for chunk in working(plan)])
@@ -118,8 +120,10 @@ class Recorder:
             finished=tuple([(e.seq_id, e.finish) for e in emissions if e.finish is not None]),
             stats=stats,
             failure=failure,
+            not_started=not_started,
         )
-        self._add(step, STEP_BYTES + ROW_BYTES * len(step.rows) + CHUNK_BYTES * len(work))
+        details = len(work) + len(not_started)
+        self._add(step, STEP_BYTES + ROW_BYTES * len(step.rows) + CHUNK_BYTES * details)
 
     def _add(self, event: Event, num_bytes: int) -> None:
         self._events.append((event, num_bytes))

@@ -32,6 +32,7 @@ from ruvon.engine.types import (
     Chunk,
     Emission,
     NewSequence,
+    NotStarted,
     Plan,
     PooledRows,
     PromptRow,
@@ -70,6 +71,11 @@ class Scheduler:
         return self._queues.running
 
     @property
+    def not_started(self) -> NotStarted:
+        """Who was not started with the latest plan, and why."""
+        return self._queues.not_started
+
+    @property
     def has_work(self) -> bool:
         """Whether `schedule` has something to plan, now or after the next `commit`."""
         return bool(self.running) or len(self.waiting) > 0
@@ -87,6 +93,7 @@ class Scheduler:
         self.num_with_grammar += seq.sampling.grammar is not None
         if self.shares is not None:
             self.shares.enter(seq)
+        self._queues.waits.enter(seq)
         self.waiting.push(seq)
 
     def abort(self, seq_id: int) -> None:
@@ -105,6 +112,7 @@ class Scheduler:
     def schedule(self, now: float) -> Plan | None:
         """Plan one step, at the time ``now``; None if something must be committed first, or there
         is no work. Never None if there is work and nothing in flight."""
+        self._queues.waits.turn(now)
         if not self._queues.fill(self.num_in_flight):
             return None
         shares = self._budget.share(self.running.values(), forced=self.num_with_grammar > 0)
@@ -195,8 +203,10 @@ class Scheduler:
                 prompt_rows += prompt_rows_of(seq, len(chunks), start, end)
                 pooled_rows += pooled_rows_of(seq, len(chunks), start, end)
                 self._queues.prefixes.claim(seq, end // self.pool.block_size)
+                seq.num_chunks += 1
                 if seq.scheduled_at is None:
                     seq.scheduled_at = now
+                    self._queues.waits.begin(seq)
             samples = num_tokens == seq.num_pending and seq.max_tokens > 0
             tokens = tuple(seq.tokens[start:end])
             chunks.append(Chunk(seq.id, seq.num_preempted, tokens, start, blocks, samples))

@@ -26,6 +26,7 @@ from ruvon.engine.kv_cache import (
     longest_sequence,
     plan_memory,
 )
+from ruvon.engine.lens import Lens
 from ruvon.engine.loading import distinct, load_on, load_words, tensors_of
 from ruvon.engine.ranks.node import run_node
 from ruvon.engine.ranks.runner import Ranks
@@ -73,6 +74,7 @@ class LoadedEngine:
     counters: Mapping[str, tuple[str, Callable[[], int]]] = field(default_factory=dict)
     """What the runner counts, for metrics: by name, help and value."""
     ranks: int = 1  # processes that compute a step between them
+    lens: Lens | None = None  # on the model, for whoever wants to look inside
     failed: Future[None] = field(default_factory=Future)
     """Gets why no step can succeed any more, where that may happen while none is under way."""
 
@@ -122,12 +124,12 @@ def start_engine(
     try:
         if config.num_ranks > 1:
             loaded = assemble_ranks(checkpoint, config, threads, stack, progress)
-            return dataclasses.replace(loaded, defaults=defaults)
+            return dataclasses.replace(loaded, defaults=defaults, lens=Lens(checkpoint, config))
         backend = choose_backend(checkpoint.spec, config, device, threads, mesh)
         stack.callback(backend.close)
         refuse_idle(checkpoint.spec, config, backend)
         loaded = assemble(checkpoint, config, backend, threads, stack, progress, partners)
-        return dataclasses.replace(loaded, defaults=defaults)
+        return dataclasses.replace(loaded, defaults=defaults, lens=Lens(checkpoint, config))
     except BaseException as error:
         stack.close()
         if is_shortage(error):

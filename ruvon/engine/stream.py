@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from ruvon.engine.types import Emission
 from ruvon.errors import UnavailableError
+from ruvon.telemetry.finished import Finished
 
 
 class Stream:
@@ -24,6 +25,7 @@ class Stream:
         """``number`` spreads streams over the steps at which they wake."""
         self.number = number
         self.open: set[int] = set()  # ids of the unfinished sequences
+        self.finished: list[Finished] = []
         self.queued = False  # for a later wake, see `ruvon.engine.coalescing`
         self._end = end
         self._news: list[Emission] = []
@@ -58,6 +60,7 @@ class Stream:
         """Abort what has not finished; what has arrived is dropped. Safe to call twice."""
         self._end(self, list(self.open), "abort")
         self._news.clear()
+        self._error = None  # it may hold on to what was asked
         if self._timer is not None:
             self._timer.cancel()
         self.wake()

@@ -99,6 +99,17 @@ class Job:
     """Its grammar, compiled: while somebody has it, the engine does not forget it."""
 
 
+@dataclass(slots=True)
+class Wait:
+    """A sequence's way to its first step, as `ruvon.engine.waits` keeps it."""
+
+    clocks: tuple[float, ...] = (0.0, 0.0, 0.0)  # what they showed when it came
+    num_joined: int = 0  # how many had come to run by then
+    num_before: int = 0  # how many came to run since, before it
+    seconds: dict[str, float] = field(default_factory=dict)  # by what it waited for
+    follows: bool = False  # whether it waited for a prefix in the end
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """One completion on its way, owned by the scheduler.
@@ -142,6 +153,8 @@ class Sequence:
     pooled: Floats64 | None = None  # the sum of what is wanted of its hidden states, so far
     arrived_at: float = 0.0  # seconds, monotonic
     scheduled_at: float | None = None  # when a step was first planned with a chunk of it
+    wait: Wait = field(default_factory=Wait)  # until then
+    num_chunks: int = 0  # of its prompt, again after a preemption
     held: object = None  # the job's
     finish: FinishReason | None = None
 
@@ -198,6 +211,15 @@ class PooledRows:
     chunk: int  # index into Plan.chunks
     first: int
     count: int
+
+
+WaitReason: TypeAlias = Literal["places", "blocks", "prefix", "batch", "room"]
+"""Why a sequence is not started with a step: as many run as may, it would leave too few blocks,
+another computes the same prefix right now, its batch has not ended, or enough others start."""
+
+NotStarted: TypeAlias = tuple[tuple[int, WaitReason, int], ...]
+"""Sequence id, why it waits, and a number: of those that run, of blocks that are free beyond what
+the running need next, or who computes the prefix."""
 
 
 @dataclass(frozen=True, slots=True)

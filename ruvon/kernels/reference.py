@@ -221,9 +221,17 @@ def attend_one(
 ) -> Tensor:
     """One sequence's queries, the last Q of its X last positions, over their keys. float32 in and
     out."""
+    weights_HQX = attention_weights(q_QHD, k_GXD, spec, sinks_H)
+    v_HXD = v_GXD.repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=0)
+    return torch.einsum("hqx,hxd->qhd", weights_HQX, v_HXD)
+
+
+def attention_weights(
+    q_QHD: Tensor, k_GXD: Tensor, spec: AttentionSpec, sinks_H: Tensor | None
+) -> Tensor:
+    """How much of each key's value a query takes, [H, Q, X]; what a sink takes is in none."""
     num, context = q_QHD.shape[0], k_GXD.shape[1]
-    share = spec.num_heads // spec.num_kv_heads
-    k, v = (t.repeat_interleave(share, dim=0) for t in (k_GXD, v_GXD))
+    k = k_GXD.repeat_interleave(spec.num_heads // spec.num_kv_heads, dim=0)
     scores = torch.einsum("qhd,hxd->hqx", q_QHD.float(), k) * spec.scale
     query_at = torch.arange(context - num, context, device=k.device).unsqueeze(1)
     key_at = torch.arange(context, device=k.device).unsqueeze(0)
@@ -231,9 +239,7 @@ def attend_one(
     if spec.window:
         hidden |= key_at <= query_at - spec.window
     scores = scores.masked_fill(hidden, float("-inf"))
-    if sinks_H is not None:
-        sink = sinks_H.float().view(-1, 1, 1).expand(-1, num, 1)
-        weights = torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]
-    else:
-        weights = scores.softmax(-1)
-    return torch.einsum("hqx,hxd->qhd", weights, v)
+    if sinks_H is None:
+        return scores.softmax(-1)
+    sink = sinks_H.float().view(-1, 1, 1).expand(-1, num, 1)
+    return torch.cat((scores, sink), dim=-1).softmax(-1)[..., :-1]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -46,6 +46,14 @@ class Model(Protocol):
 
     def logits(self, x_LC: Tensor) -> Tensor:
         """→ float32 [L, V]."""
+
+    def streams(
+        self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[Tensor]:
+        """The stream [T, C] before the first layer and behind each."""
+
+    def read_out(self, stream_TC: Tensor) -> Tensor:
+        """→ float32 logits [T, V] of any of them."""
 
 
 @dataclass(frozen=True, slots=True)

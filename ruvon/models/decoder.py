@@ -5,7 +5,7 @@ What a model's file adds to this is its layers, by what comes after attention, a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -84,6 +84,24 @@ class Decoder:
             return mesh.send(x_TC if residual_TC is None else self.ops.add(x_TC, residual_TC))
         x_LC, _ = self.norm(x_TC, residual_TC)
         return x_LC
+
+    def streams(
+        self, batch: ForwardBatch, cache: Sequence[tuple[Tensor, Tensor]]
+    ) -> Iterator[Tensor]:
+        """The stream [T, C] as it enters the first layer, and as it leaves each: for looking
+        inside. `read_out` makes logits of any."""
+        x_TC, residual_TC = self._entering(batch)
+        yield x_TC if residual_TC is None else self.ops.add(x_TC, residual_TC)
+        for layer, (k_cache, v_cache) in zip(self.layers, cache, strict=True):
+            qkv_TE, residual_TC = norm_linear(layer.attn_norm, layer.qkv, x_TC, residual_TC)
+            x_TC = layer.attention(qkv_TE, batch, k_cache, v_cache)
+            x_TC, residual_TC = layer.finish(x_TC, residual_TC)
+            yield self.ops.add(x_TC, residual_TC)
+
+    def read_out(self, stream_TC: Tensor) -> Tensor:
+        """→ float32 logits [T, V], as if the stream had left the last layer."""
+        x_TC, _ = self.norm(stream_TC, None)
+        return self.logits(x_TC)
 
     def _entering(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
         """What the first layer here is given, and the stream before that is added to it."""

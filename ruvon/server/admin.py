@@ -22,7 +22,7 @@ from ruvon.server.messages_api.responses import ModelInfo, ModelPage
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
 from ruvon.server.requests import check_size, read_fields
-from ruvon.server.responses import ModelCard, TokenizerInfo
+from ruvon.server.responses import Detokenized, ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
@@ -233,8 +233,12 @@ async def detokenize(http: web.Request) -> web.Response:
 def _detokenize(body: bytes, service: Service) -> bytes:
     request, _ = read_fields(DetokenizeRequest, body, service)
     check_ids(request.tokens, service.generator.vocab_size, "tokens")
-    text = service.tokenizer.decode(request.tokens, skip_special_tokens=False)
-    return orjson.dumps({"prompt": text})
+    tokenizer = service.tokenizer
+    text = tokenizer.decode(request.tokens, skip_special_tokens=False)
+    answer: Detokenized = {"prompt": text}
+    if request.return_token_strs:
+        answer["token_strs"] = [tokenizer.token_text(token) for token in request.tokens]
+    return orjson.dumps(answer)
 
 
 def _json(body: bytes) -> web.Response:

@@ -7,7 +7,6 @@ import gc
 import os
 import signal
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from ipaddress import ip_address
 
@@ -17,32 +16,37 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
 from ruvon.engine.startup import LoadedEngine, start_engine
-from ruvon.server import admin, console, debug, ollama
-from ruvon.server.body import COMPILER, READER
+from ruvon.server import admin, console, debug, inside, ollama, page, watch
+from ruvon.server.body import COMPILER, READER, Aside
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
+from ruvon.server.explain import explain
 from ruvon.server.keys import KEYS, Keys, read_keys
+from ruvon.server.lag import watch_lag
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import allow_files, listen, listen_unix
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
 from ruvon.server.rate_limits import LIMITS, RateLimits
-from ruvon.server.reload import watch_files, watched
+from ruvon.server.reload import WATCHED, reload_now, watch_files, watched
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
-from ruvon.server.signals import watch_end
+from ruvon.server.signals import watch_end, watch_hangup
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import TLS, Certificate, load_certificate
+from ruvon.server.tracing import TRACING, close_tracing
 from ruvon.server.watchdog import watching
+from ruvon.server.work import REQUESTS, Requests
 from ruvon.telemetry import Progress
 from ruvon.telemetry.logs import configure_logging
+from ruvon.telemetry.tracing import open_tracing
 
 log = structlog.get_logger(__name__)
 
@@ -86,6 +90,12 @@ ROUTES = (
     web.get("/version", admin.version),
     web.get("/metrics", admin.metrics),
     web.get("/openapi.json", openapi),
+    web.get("/v1/requests/{id:.+}/explain", explain),
+    web.get("/debug/steps", debug.steps),
+    web.get("/about", page.about),
+    web.get("/debug/live", watch.live),
+    web.post("/debug/gate", watch.gate, expect_handler=expect),
+    web.post("/debug/attention", inside.attention, expect_handler=expect),
     web.get("/debug/trace", debug.trace),
     web.get("/debug/recording", debug.recording),
 )
@@ -105,35 +115,56 @@ def create_app(
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
     app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    app[KEYS] = keys = Keys(read_keys(server))
+    app[KEYS] = keys = Keys(read_keys(server), server.has_page)
+    app[watch.WATCHERS] = set()
     app[TLS] = load_certificate(server)
-    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
-    app[COMPILER] = ThreadPoolExecutor(1, "ruvon-compile")
-    app[RESPONSES] = open_store(server, state)
+    app[READER], app[COMPILER] = Aside("ruvon-read"), Aside("ruvon-compile")
+    size = parse_size(server.response_store_size)
+    app[RESPONSES] = ResponseStore(size, server.response_store_ttl)
+    app[REQUESTS] = Requests()
     app.add_routes(ROUTES)
+    if server.has_page:
+        page.add_page(app)
     app.on_response_prepare.append(add_request_id)
     app.on_cleanup.append(end_background)
     app[KEPT] = KeptStreams(server.resume_grace)
-    state.http.gauge("ruvon_kept_streams", "Streams that can be resumed.", app[KEPT].__len__)
+    count_queues(app)
     app.on_cleanup.append(end_reader)
     app.on_cleanup.append(end_kept)
-    app.cleanup_ctx.append(watch_files(watched(server, keys, app[TLS])))
+    app[WATCHED] = watched(server, keys, app[TLS])
+    app.cleanup_ctx.append(watch_files(app[WATCHED]))
+    tracing = open_tracing(server.otlp_traces_endpoint, server.otlp_metrics_endpoint, state.epoch)
+    if tracing is not None:
+        app[TRACING] = tracing
+        app.on_cleanup.append(close_tracing)
+    app.cleanup_ctx.append(watch_lag)
     app.cleanup_ctx.append(engine_context(start))
     return app
 
 
-def open_store(server: ServerConfig, state: State) -> ResponseStore:
-    """Room for what ``/v1/responses`` answers."""
-    store = ResponseStore(parse_size(server.response_store_size), server.response_store_ttl)
-    state.http.gauge("ruvon_stored_responses", "Responses kept.", lambda: len(store))
-    state.http.gauge("ruvon_stored_response_bytes", "Their size.", lambda: store.num_bytes)
-    return store
+def count_queues(app: web.Application) -> None:
+    """Show how much waits, or is kept, where."""
+    state, store = app[STATE], app[RESPONSES]
+
+    def num_arriving() -> int:
+        return 0 if state.service is None else state.service.generator.num_arriving
+
+    for name, (help, read) in {
+        "arriving": ("Requests that wait to be read, for steps go first.", num_arriving),
+        "reading": ("Large bodies in the reading thread's line.", lambda: app[READER].num_waiting),
+        "compiling": ("Grammars in the compiler's line.", lambda: app[COMPILER].num_waiting),
+        "kept_streams": ("Streams that can be resumed.", app[KEPT].__len__),
+        "background_responses": ("Responses in the background.", lambda: len(store.tasks())),
+        "stored_responses": ("Responses kept.", lambda: len(store)),
+        "stored_response_bytes": ("Their size.", lambda: store.num_bytes),
+    }.items():
+        state.http.gauge(f"ruvon_{name}", help, read)
 
 
 async def end_reader(app: web.Application) -> None:
     """What waits to be read has lost its client."""
-    for threads in (app[READER], app[COMPILER]):
-        threads.shutdown(wait=False, cancel_futures=True)
+    for aside in (app[READER], app[COMPILER]):
+        aside.close()
 
 
 async def end_kept(app: web.Application) -> None:
@@ -201,7 +232,7 @@ async def run(app: web.Application) -> None:
     runner = make_runner(app)
     await runner.setup()
     try:
-        watch_signals(state)
+        watch_signals(state, partial(reload_now, app[WATCHED]))
         state.address = await listen_as_told(runner, state.server, app[TLS])
         console.tell_address(state.server, *state.address, dialects())
         warn_of_open_door(state.server, state.address[0])
@@ -230,9 +261,11 @@ def warn_of_open_door(server: ServerConfig, host: str) -> None:
         log.warning("open_to_all", host=host, hint="give --api-key, or listen on 127.0.0.1")
 
 
-def watch_signals(state: State) -> None:
+def watch_signals(state: State, reload: Callable[[], None]) -> None:
     """The first signal drains, the second ends the process at once."""
-    watch_end(lambda: state.draining, partial(start_draining, state), partial(end_at_once, state))
+    begin = partial(start_draining, state)
+    watch_end(lambda: state.draining, begin, partial(end_at_once, state))
+    watch_hangup(begin, reload)
 
 
 def start_draining(state: State, number: signal.Signals) -> None:

@@ -20,11 +20,32 @@ T = TypeVar("T")
 
 HURRY = 0.02  # seconds that the event loop's thread can spare for one template
 
-READER = web.AppKey("reader", ThreadPoolExecutor)
+
+class Aside:
+    """A thread for what takes long, one thing after another."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self.num_waiting = 0  # and under way
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do ``work`` there, in its turn."""
+        self.num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self.num_waiting -= 1
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for nothing."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
+
+
+READER = web.AppKey("reader", Aside)
 """The thread that reads large bodies. One, for each that works takes its turn at the interpreter's
 lock before the event loop does."""
 
-COMPILER = web.AppKey("compiler", ThreadPoolExecutor)
+COMPILER = web.AppKey("compiler", Aside)
 """The thread that waits for grammars to be compiled: bodies do not wait behind them."""
 
 
@@ -43,17 +64,16 @@ async def read(
 async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T:
     """Do ``work``, in the reader's thread if it is ``large``, or turns out to be. If it needs
     grammars that are new here, it is done again when they are compiled."""
-    run = asyncio.get_running_loop().run_in_executor
     held: list[object] = []  # not to be forgotten until they are used
     while True:
         try:
-            return await run(app[READER], work) if large else in_a_hurry(work)
+            return await app[READER].run(work) if large else in_a_hurry(work)
         except SlowTemplateError:
             large = True
             continue
         except NotCompiledError as error:
             compile = partial(app[STATE].ready().generator.compile, error.grammars)
-        held += await run(app[COMPILER], compile)
+        held += await app[COMPILER].run(compile)
 
 
 def in_a_hurry(work: Callable[[], T]) -> T:

@@ -63,6 +63,7 @@ class EventResponse(web.StreamResponse):
     comes too late for the one that the client saw, and whoever left early has seen no end."""
 
     outcome = CLIENT_LEFT
+    error: str | None = None  # its code
 
 
 async def send_events(
@@ -90,7 +91,7 @@ async def send_events(
                 raise
             except Exception as error:
                 failed = error
-                response.outcome = failure(error).status
+                response.outcome, response.error = failure(error).status, failure(error).code
                 await pulse.write(framing.error(error))
         await response.write_eof(framing.done)
         if failed is None:

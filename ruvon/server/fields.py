@@ -120,6 +120,7 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
 
 INSTEAD: Mapping[str, str] = {
     "functions": "tools",
+    "timings_per_token": "timings",
     "function_call": "tool_choice",
     "think": "enable_thinking",
     "max_length": "max_tokens",

@@ -58,7 +58,7 @@ class Generation:
         interval = http.app[STATE].server.sse_keep_alive_interval
         if stream and http.app[KEPT].wants(http):
             return await self._send_kept(headers, interval)
-        async with aclosing(queue(http, self._service, self._jobs)) as source:
+        async with aclosing(self._queue()) as source:
             try:
                 if stream:
                     media = self._telling(media, source)
@@ -86,7 +86,10 @@ class Generation:
 
     def run(self) -> AsyncGenerator[bytes, None]:
         """Queue the jobs, or raise why not; what they give comes as events, whoever reads them."""
-        return self._detached(self._http.app, queue(self._http, self._service, self._jobs))
+        return self._detached(self._http.app, self._queue())
+
+    def _queue(self) -> Stream:
+        return queue(self._http, self._service, self._jobs, self._writer.id)
 
     def _telling(self, media: Media, source: Stream) -> Media:
         """The same, whose comments say what the stream waits for."""
@@ -137,6 +140,7 @@ class Generation:
         if self._first_at is None and emissions:
             self._first_at = time.monotonic()
         self._spend(emissions)
+        self._writer.tally.finished = source.finished
         deltas = self._detokenizer.push(emissions, source.stop)
         for delta in deltas:
             check_end(delta.finish, delta.error)

@@ -10,6 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
+from ipaddress import ip_address
 from pathlib import Path
 from secrets import token_bytes
 
@@ -24,6 +25,13 @@ OPEN = frozenset({"/live", "/ready"})
 
 DEBUG = "/debug/"
 """Begins the paths that show what others ask: without an admin key nobody gets there."""
+
+PAGE, PAGE_FILES = "/", "/ui/"
+"""The page, which is the same on every server and tells nothing of this one: it asks for a key."""
+
+WATCHED = frozenset({"/debug/live", "/debug/gate", "/debug/attention"})
+"""What the page shows of the engine. Where there are no keys at all, it needs none either, from
+this machine (`is_own`)."""
 
 ROUTER = "/router/"
 """Begins the paths that show and change what a router has behind it."""
@@ -92,8 +100,10 @@ class Keys:
     """The keys that open the server, as digests under a secret of this process: how long it takes
     to look one up tells nothing of how much of it was right."""
 
-    def __init__(self, keys: Iterable[Key]) -> None:
+    def __init__(self, keys: Iterable[Key], has_page: bool = False) -> None:
+        """``has_page``: the server has the page, and listens where `is_own` can be told."""
         self._secret = token_bytes(32)
+        self._has_page = has_page
         self.replace(keys)
 
     def replace(self, keys: Iterable[Key]) -> None:
@@ -110,7 +120,7 @@ class Keys:
         for_admin = self._is_for_admin(http.path)
         if key is not None and (key.is_admin or not for_admin):
             return tenant_of(digest, key)
-        if http.path in OPEN or not (for_admin or self.are_needed):
+        if self._is_open(http) or not (for_admin or self.are_needed):
             return ""
         if key is not None or not (self._has_admin or self.are_needed):
             raise AdminKeyError("This path needs an admin key (--admin-key).")
@@ -119,10 +129,24 @@ class Keys:
             f"The API key is {told}. Send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'."
         )
 
+    def is_admin(self, http: web.BaseRequest) -> bool:
+        """Whether a request has an admin's key."""
+        key = self._find(http)[1]
+        return key is not None and key.is_admin
+
     def weight(self, tenant: str) -> float:
         """How much more than others a tenant gets of a busy server. Of several keys under one name
         the last one counts."""
         return self._weights.get(tenant, 1.0)
+
+    def _is_open(self, http: web.BaseRequest) -> bool:
+        """Whether this needs no key."""
+        path = http.path
+        if path in OPEN or not self._has_page:
+            return path in OPEN
+        if path in WATCHED:
+            return not self._keys and is_own(http)
+        return path == PAGE or path.startswith(PAGE_FILES)
 
     def _is_for_admin(self, path: str) -> bool:
         return path.startswith((DEBUG, ROUTER)) or (path == METRICS and self._has_admin)
@@ -143,6 +167,26 @@ def tenant_of(digest: bytes, key: Key) -> str:
 
 
 KEYS = web.AppKey("keys", Keys)
+
+
+def is_own(http: web.BaseRequest) -> bool:
+    """Whether somebody at this machine asks, by a name that only this machine has. That is neither
+    a proxy for others, nor another site's web page, nor one whose name was made to point here."""
+    headers = http.headers
+    if "Forwarded" in headers or "X-Forwarded-For" in headers:
+        return False
+    if headers.get("Sec-Fetch-Site", "none") not in ("same-origin", "none"):
+        return False
+    host = re.sub(r":\d+$", "", http.host).strip("[]")
+    return is_loopback(http.remote or "") and is_loopback(host)
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"
 
 
 def given_keys(http: web.BaseRequest) -> tuple[str, str]:

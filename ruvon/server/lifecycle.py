@@ -7,9 +7,8 @@ import hashlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import suppress
 from dataclasses import replace
-from typing import TypeAlias, TypeVar
+from typing import TypeAlias
 
 import structlog
 from aiohttp import web
@@ -23,6 +22,7 @@ from ruvon.errors import ConfigError
 from ruvon.models.chat import Chat, load_chat, read_template
 from ruvon.server import console
 from ruvon.server.state import STATE, Service, State
+from ruvon.server.threads import in_thread
 from ruvon.telemetry import Progress
 from ruvon.telemetry.metrics import Metrics
 from ruvon.telemetry.totals import Totals, stats_line
@@ -33,7 +33,6 @@ LOADER = "ruvon-load"  # the loading thread
 STATS_EVERY = 10.0  # seconds between stats lines, while there is work
 
 Start: TypeAlias = Callable[[EngineConfig, Progress], LoadedEngine]
-T = TypeVar("T")
 
 
 def engine_context(start: Start) -> Callable[[web.Application], AsyncIterator[None]]:
@@ -59,7 +58,7 @@ async def load(state: State, start: Start) -> None:
     try:
         template = state.server.chat_template
         source = None if template is None else read_template(template)
-        loaded = await in_thread(lambda: start_shown(state, start))
+        loaded = await in_thread(lambda: start_shown(state, start), LOADER)
         chat = loaded.chat if source is None else load_chat(loaded.tokenizer, source)
         service = make_service(loaded, chat, state.server)
     except Exception as error:
@@ -117,6 +116,7 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
         architecture=checkpoint.spec.architecture,
         weight_bytes=loaded.memory.weight_bytes,
         close=loaded.close,
+        lens=loaded.lens,
         apart=not server.share_prefix_cache,
     )
 
@@ -136,28 +136,6 @@ def fingerprint(loaded: LoadedEngine) -> str:
         loaded.device, loaded.kernels, loaded.dtype,
     )  # fmt: skip
     return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-
-async def in_thread(work: Callable[[], T]) -> T:
-    """Run ``work`` in a thread that does not keep the process alive: loading may take minutes,
-    and a signal ends the server at once all the same."""
-    loop = asyncio.get_running_loop()
-    future: asyncio.Future[T] = loop.create_future()
-
-    def settle(set_outcome: Callable[[], None]) -> None:
-        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-            loop.call_soon_threadsafe(lambda: None if future.done() else set_outcome())
-
-    def run() -> None:
-        try:
-            result = work()
-        except BaseException as error:
-            settle(lambda error=error: future.set_exception(error))  # type: ignore[misc]
-        else:
-            settle(lambda: future.set_result(result))
-
-    threading.Thread(target=run, name=LOADER, daemon=True).start()
-    return await future
 
 
 def still_loading() -> bool:

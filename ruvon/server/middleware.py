@@ -27,6 +27,8 @@ from ruvon.server.failures import error_answer, failure, openai_error, speaks_an
 from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.resume import is_resumed, resume
 from ruvon.server.state import STATE, State
+from ruvon.server.tracing import trace
+from ruvon.server.work import WORK
 
 log = structlog.get_logger(__name__)
 
@@ -36,7 +38,7 @@ FACTS = web.RequestKey("facts", dict[str, Any])
 """What a request's log line says of it, added to by its handler."""
 
 REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
-QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics"})  # asked for all the time
+QUIET = frozenset({"/health", "/live", "/ready", "/load", "/metrics", "/ui/{name}"})  # all the time
 
 
 @web.middleware
@@ -46,13 +48,14 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
     request[FACTS] = {"request_id": request_id}
     started_at = time.monotonic()
     status = CLIENT_LEFT
+    response: web.StreamResponse | None = None
     with structlog.contextvars.bound_contextvars(request_id=request_id):
         try:
             response = await _respond(request, handler)
             status = response.outcome if isinstance(response, EventResponse) else response.status
             return response
         finally:
-            _report(request, status, time.monotonic() - started_at)
+            _report(request, response, status, started_at)
 
 
 def take_request_id(http: web.Request) -> str:
@@ -88,6 +91,7 @@ async def _respond(http: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(http)
     except Exception as error:
         error = as_ours(error, http)
+        http[FACTS]["error"] = failure(error).code
         if isinstance(error, QueueFullError | RateLimitError):
             _count_rejection(http.app[STATE], error.setting)
         if not isinstance(error, RequestError | UnavailableError):
@@ -147,14 +151,22 @@ def _count_rejection(state: State, setting: str) -> None:
         state.service.metrics.record_rejection(setting)
 
 
-def _report(http: web.Request, status: int, seconds: float) -> None:
-    """Metrics, and the request's log line."""
-    state = http.app[STATE]
+def _report(
+    http: web.Request, response: web.StreamResponse | None, status: int, began_at: float
+) -> None:
+    """Metrics, the request's trace, and its log line."""
+    state, seconds = http.app[STATE], time.monotonic() - began_at
     resource = http.match_info.route.resource
     route = "unknown" if resource is None else resource.canonical
     state.http.record(route, http.method, str(status), seconds)
+    facts = http[FACTS] | _work_facts(http)
+    if isinstance(response, EventResponse) and response.error is not None:
+        facts["error"] = response.error
+    if trace_id := trace(http, facts, status, began_at, seconds):
+        facts["trace_id"] = trace_id
     if not state.server.log_requests:
         return
+    del facts["request_id"]  # the line has it
     write = log.debug if route in QUIET else log.info
     write(
         "request",
@@ -162,5 +174,33 @@ def _report(http: web.Request, status: int, seconds: float) -> None:
         path=http.path[:200],
         status=status,
         ms=round(1000 * seconds, 1),
-        **{name: value for name, value in http[FACTS].items() if name != "request_id"},
+        bytes=0 if response is None else response.body_length or response.content_length or 0,
+        client=_client(http),
+        user_agent=http.headers.get("User-Agent", "")[:100],
+        **facts,
     )
+
+
+def _client(http: web.Request) -> str | None:
+    """The address at the other end. Who reaches a Unix socket is a router, which says whose."""
+    return http.remote or http.headers.get("X-Forwarded-For", "")[:100] or None
+
+
+def _work_facts(http: web.Request) -> dict[str, Any]:
+    """What the engine did for a request: of several completions the one that ended last."""
+    work = http.get(WORK)
+    last = None if work is None else work.finished
+    if last is None:
+        return {}
+    facts: dict[str, Any] = {
+        "queue_ms": round(1000 * last.queue, 1),
+        "prefill_ms": round(1000 * last.prefill, 1),
+        "decode_ms": round(1000 * last.decode, 1),
+        "finish": last.reason,
+    }
+    reason = max(last.waits, key=last.waits.__getitem__, default="step")
+    if reason != "step":  # as whoever comes does
+        facts["waited_for"] = reason
+    if last.num_preempted:
+        facts["preempted"] = last.num_preempted
+    return facts

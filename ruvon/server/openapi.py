@@ -19,11 +19,13 @@ from ruvon.server import responses, schemas
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
+from ruvon.server.inside import AttentionRequest
 from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
 from ruvon.server.responses_api import answers
 from ruvon.server.responses_api import schemas as requests_of_items
+from ruvon.server.watch import GateRequest
 
 Schema: TypeAlias = dict[str, Any]
 
@@ -158,7 +160,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         schemas.TokenizeRequest | schemas.TokenizeChatRequest,
     ),
     ("POST", "/detokenize"): Operation(
-        "tokens", "Ids as text", responses.Prompt, schemas.DetokenizeRequest
+        "tokens", "Ids as text", responses.Detokenized, schemas.DetokenizeRequest
     ),
     ("GET", "/tokenizer_info"): Operation(
         "tokens", "What a tokenizer at the client needs", responses.TokenizerInfo
@@ -168,6 +170,31 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
     ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
     ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
     ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
+    ("GET", "/v1/requests/{id}/explain"): Operation(
+        "state", "Why a request took so long", responses.Explanation
+    ),
+    ("GET", "/debug/steps"): Operation(
+        "state",
+        "The last steps in numbers; for admin keys",
+        responses.Steps,
+        queries={"since": int, "limit": int},
+    ),
+    ("GET", "/about"): Operation("state", "What the page has to know", dict[str, Any]),
+    ("GET", "/debug/live"): Operation(
+        "state",
+        "The engine at work, for the page; for admin keys",
+        dict[str, Any],
+        streams=True,
+    ),
+    ("POST", "/debug/gate"): Operation(
+        "state", "Slow the engine down, for the page; for admin keys", dict[str, Any], GateRequest
+    ),
+    ("POST", "/debug/attention"): Operation(
+        "state",
+        "What a short prompt's heads attend to and its layers would say; for admin keys",
+        dict[str, Any],
+        AttentionRequest,
+    ),
     ("GET", "/debug/trace"): Operation(
         "state", "The last steps as a Chrome trace; for admin keys", dict[str, Any]
     ),

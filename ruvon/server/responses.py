@@ -195,6 +195,22 @@ class OllamaErrorAnswer(TypedDict):
     error: str
 
 
+class Timings(TypedDict):
+    """How long a completion took, of several the last one: llama.cpp's names, and ours."""
+
+    cache_n: int  # prompt tokens that were cached
+    prompt_n: int  # and those that were not
+    prompt_ms: float  # from the first step to the first token
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float  # from the first token to the last
+    predicted_per_token_ms: float
+    predicted_per_second: float
+    queue_ms: float  # before the first step
+    total_ms: float
+
+
 class Answer(TypedDict):
     """What chat and completions say beside their choices."""
 
@@ -206,6 +222,7 @@ class Answer(TypedDict):
     prompt_token_ids: NotRequired[Sequence[int]]
     prompt_text: NotRequired[str]
     prompt_logprobs: NotRequired[PromptLogprobs]
+    timings: NotRequired[Timings]
 
 
 class ChatAnswer(Answer):
@@ -238,6 +255,39 @@ class Tokens(TypedDict):
     token_strs: list[str] | None
 
 
+class ExplainedSeconds(TypedDict):
+    total: float
+    queue: NotRequired[float]
+    prefill: NotRequired[float]
+    decode: NotRequired[float]
+
+
+class Explanation(TypedDict):
+    """Why a request took so long; numbers once it is over, of the completion that ended last."""
+
+    object: Literal["request.explanation"]
+    id: str
+    status: Literal["queued", "running", "finished"]
+    explanation: str
+    seconds: ExplainedSeconds
+    waited_for: NotRequired[dict[str, float]]
+    started_before: NotRequired[int]
+    prompt_tokens: NotRequired[int]
+    cached_tokens: NotRequired[int]
+    prompt_steps: NotRequired[int]
+    output_tokens: NotRequired[int]
+    preemptions: NotRequired[int]
+    completions: NotRequired[int]
+    finish_reason: NotRequired[str]
+
+
+class Steps(TypedDict):
+    """What the engine did last. ``next`` is for the next question's ``since``."""
+
+    steps: list[dict[str, Any]]
+    next: int
+
+
 class TokenizerInfo(TypedDict):
     """Texts of special tokens, and the chat template."""
 
@@ -250,6 +300,12 @@ class Prompt(TypedDict):
     """Ids put together."""
 
     prompt: str
+
+
+class Detokenized(Prompt):
+    """The same, and on request the text of each."""
+
+    token_strs: NotRequired[list[str]]
 
 
 class Rendered(TypedDict):

@@ -6,13 +6,15 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 from uuid import uuid4
 
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.gate import Gate
+from ruvon.engine.live import Standing
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
@@ -23,6 +25,7 @@ from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
 if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
+    from ruvon.engine.lens import Lens
     from ruvon.models.chat import Chat
     from ruvon.models.tokenizer import Tokenizer
 
@@ -58,6 +61,10 @@ class Generator(Protocol):
         """Sequences running, sequences waiting, share of the cache in use."""
 
     @property
+    def num_arriving(self) -> int:
+        """Requests that `admission` lets wait."""
+
+    @property
     def prefix_cache(self) -> PrefixCache:
         """How large it is, and what it has lost."""
 
@@ -90,6 +97,17 @@ class Generator(Protocol):
     def recorder(self) -> Recorder:
         """The last steps."""
 
+    @property
+    def gate(self) -> Gate:
+        """What slows it down."""
+
+    def stand(self) -> Standing:
+        """Where it is, for whoever watches what comes next in `recorder`."""
+
+    @property
+    def made_of(self) -> Mapping[str, Any]:
+        """What it was made of, for the same."""
+
     async def record(self, most_steps: int, seconds: float) -> Recording:
         """Record what is scheduled. Raises `RequestError` if somebody else does."""
 
@@ -114,6 +132,7 @@ class Service:
     architecture: str
     weight_bytes: int
     close: Callable[[], None]  # ends the runner's thread
+    lens: Lens | None = None  # on the model, where one can look inside
     tenant: str = ""  # for whom the jobs of a request are prepared
     apart: bool = True  # whether tenants share no cached prefixes
     created: int = field(default_factory=lambda: int(time.time()))

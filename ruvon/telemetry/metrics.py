@@ -9,10 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    ProcessCollector,
+    generate_latest,
+)
 
 from ruvon.telemetry.collectors import (
     FIRST_TOKEN_BUCKETS,
+    LAG_BUCKETS,
     REQUEST_BUCKETS,
     STEP_TOKENS_BUCKETS,
     TOKEN_LATENCY_BUCKETS,
@@ -20,6 +28,7 @@ from ruvon.telemetry.collectors import (
     Watched,
     one_two_five,
 )
+from ruvon.telemetry.finished import Finished
 from ruvon.telemetry.totals import Totals
 
 
@@ -73,6 +82,12 @@ class Metrics:
             ["model_name", "reason"],
             registry=self.registry,
         )
+        self._waits = Counter(
+            "vllm:queue_wait_seconds",
+            "Seconds that sequences waited for their first step, by what they waited for.",
+            [*self._labels, "reason"],
+            registry=self.registry,
+        )
         for reason in ("stop", "length", "abort", "error", "deadline"):
             self._finished.labels(**self._labels, finished_reason=reason)
 
@@ -88,6 +103,9 @@ class Metrics:
             }.items()
         }
         self._params_n = self._histogram("request_params_n", "Asked n.", (1, 2, 5, 10, 20))
+        self._request_preemptions = self._histogram(
+            "request_num_preemptions", "How often a sequence was preempted.", (0, 1, 2, 5, 10, 20)
+        )
         self._first_token = self._histogram(
             "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
         )
@@ -187,41 +205,32 @@ class Metrics:
         self._output_tokens.inc(count)
         self.totals.output_tokens += count
 
-    def record_finished(  # noqa: PLR0913 - one row of facts, all by name
-        self,
-        *,
-        reason: str,
-        num_prompt: int,
-        num_output: int,
-        num_cached: int,
-        max_tokens: int,
-        n: int,
-        queue: float,
-        prefill: float,
-        decode: float,
-        total: float,
-    ) -> None:
-        """Count one sequence that ended; times in seconds."""
-        self._finished.labels(**self._labels, finished_reason=reason).inc()
+    def record_finished(self, finished: Finished) -> None:
+        """Count one completion that ended."""
+        self._finished.labels(**self._labels, finished_reason=finished.reason).inc()
+        num_output = finished.num_output
         for name, value in {
-            "request_prompt_tokens": num_prompt,
-            "request_prefill_kv_computed_tokens": num_prompt - num_cached,
+            "request_prompt_tokens": finished.num_prompt,
+            "request_prefill_kv_computed_tokens": finished.num_prompt - finished.num_cached,
             "request_generation_tokens": num_output,
             "request_max_num_generation_tokens": num_output,
-            "request_params_max_tokens": max_tokens,
+            "request_params_max_tokens": finished.max_tokens,
         }.items():
             self._lengths[name].observe(value)
-        self._params_n.observe(n)
+        self._params_n.observe(finished.n)
+        self._request_preemptions.observe(finished.num_preempted)
         if num_output > 1:
-            self._per_token.observe(decode / (num_output - 1))
+            self._per_token.observe(finished.decode / (num_output - 1))
         for name, seconds in {
-            "e2e_request_latency": total,
-            "request_queue_time": queue,
-            "request_inference_time": prefill + decode,
-            "request_prefill_time": prefill,
-            "request_decode_time": decode,
+            "e2e_request_latency": finished.total,
+            "request_queue_time": finished.queue,
+            "request_inference_time": finished.prefill + finished.decode,
+            "request_prefill_time": finished.prefill,
+            "request_decode_time": finished.decode,
         }.items():
             self._seconds[name].observe(seconds)
+        for reason, seconds in finished.waits.items():
+            self._waits.labels(**self._labels, reason=reason).inc(seconds)
 
     def record_prompt(self, num_prompt: int, num_cached: int) -> None:
         """Count the tokens of a prompt that is computed now, ``num_cached`` of them found."""
@@ -259,6 +268,11 @@ class HttpMetrics:
             "http_request_duration_seconds", "Time to answer, streams to their end.",
             ["handler", "method"], registry=self.registry, buckets=REQUEST_BUCKETS,
         )  # fmt: skip
+        self._lag = Histogram(
+            "ruvon_event_loop_lag_seconds", "How late the event loop comes to what is due.",
+            registry=self.registry, buckets=LAG_BUCKETS,
+        )  # fmt: skip
+        ProcessCollector(registry=self.registry)
 
     def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
         """Publish ``{name}_total``, counted elsewhere. ``read`` is called on any thread."""
@@ -272,6 +286,10 @@ class HttpMetrics:
         """Count one answered request; ``handler`` is the route, never the raw path."""
         self._requests.labels(handler, method, status).inc()
         self._seconds.labels(handler, method).observe(seconds)
+
+    def record_lag(self, seconds: float) -> None:
+        """Something was due on the event loop's thread so long ago."""
+        self._lag.observe(seconds)
 
     def render(self) -> bytes:
         """Prometheus text."""

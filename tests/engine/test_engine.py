@@ -66,7 +66,7 @@ def test_errors_about_the_prompt_name_its_field(make_engine):
     engine = make_engine(max_model_len=64)
     for prompt in ((), (97,) * 64, (9999,)):
         with pytest.raises(RequestError) as caught:
-            engine.validate(Job(prompt, SamplingParams(max_tokens=1), param="messages"))
+            engine.check([Job(prompt, SamplingParams(max_tokens=1), param="messages")])
         assert caught.value.param == "messages"
 
 

@@ -681,10 +681,14 @@ async def test_what_is_recorded_of_a_request(running, clock, metrics):
                 "num_cached": 0,
                 "max_tokens": 3,
                 "n": 1,
+                "arrived_at": 100,
                 "queue": 1,
                 "prefill": 2,
                 "decode": 4,
-                "total": 7,
+                "num_before": 0,
+                "waits": {"step": 1},
+                "num_chunks": 1,
+                "num_preempted": 0,
             }
         ]
         steps = metrics.all("step")

@@ -24,6 +24,7 @@ from ruvon.engine.blocks import NULL
 from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
+from ruvon.engine.jobs import completion_seeds
 from ruvon.engine.matching import Matchers
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
 from ruvon.engine.recording import Recording, read
@@ -232,7 +233,7 @@ def check(engine: Engine) -> None:
 def verify(run: Run) -> None:
     """Every sequence emitted what it must, or a beginning of it if it was aborted."""
     for number, arrival in enumerate(run.arrivals):
-        seeds = run.engine._seeds(arrival.job)
+        seeds = completion_seeds(arrival.job)
         for seq_id in run.ids[number]:
             want, finish = expected(arrival.job, next(seeds))
             got = run.outputs[seq_id]

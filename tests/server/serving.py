@@ -113,6 +113,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             config,
             max_model_len=numbers.get("max_model_len", 512),
             num_blocks=numbers.get("num_blocks", 256),
+            windows=runner.windows,
             vocab_size=VOCAB_SIZE,
             eos_token_ids=(EOS, END),
             grammars=byte_grammars(),
@@ -144,6 +145,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
             ranks=1,
             defaults=numbers.get("defaults", {}),
             close=runner.close,
+            lens=numbers.get("lens"),
         )
 
     return start

@@ -66,6 +66,8 @@ async def test_tokenize_and_back(serve):
     }
     back = await server.post("/detokenize", {"tokens": reply.json["tokens"] + [259]})
     assert back.json == {"prompt": "Hé<|im_end|>"}
+    back = await server.post("/detokenize", {"tokens": [72, 259], "return_token_strs": True})
+    assert back.json == {"prompt": "H<|im_end|>", "token_strs": ["H", "<|im_end|>"]}
 
 
 async def test_tokenizer_info(serve):

@@ -48,7 +48,7 @@ EXAMPLES = {
     "skip_special_tokens": False, "prompt_logprobs": 1, "return_token_ids": True, "echo": True,
     "priority": 1, "cache_salt": "x", "max_tokens": 3, "truncate_prompt_tokens": 9,
     "request_id": "me", "return_prompt_text": True, "return_tokens_as_token_ids": True,
-    "timeout": 9,
+    "timeout": 9, "timings": True,
     "response_format": {"type": "json_object"}, "structured_outputs": {"regex": "a+"},
     "guided_json": {"type": "object"}, "guided_regex": "a+", "guided_choice": ["a", "b"],
     "guided_grammar": 'start: "a"', "json_schema": "{}", "regex": "a", "ebnf": 'root ::= "a"',

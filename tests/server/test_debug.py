@@ -97,3 +97,30 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path: Path, text, told):
     done = CliRunner().invoke(main, ["replay", str(path)])
     assert done.exit_code == 1
     assert told in done.output
+
+
+async def test_the_last_steps_and_those_behind_them(serve):
+    server = await serve("Hello", server=ADMIN)
+    await server.post("/v1/completions", {"prompt": "Hi there", "n": 2})
+    first = (await server.get("/debug/steps?limit=3", headers=KEY)).json
+    assert [step["step"] for step in first["steps"]] == [4, 5, 6]  # Hello and its end
+    last = first["steps"][-1]
+    assert last["sampled"] == [0, 1]
+    assert last["finished"] == [{"sequence": n, "reason": "stop"} for n in (0, 1)]
+    assert last["stats"]["num_running"] == 0
+    await server.post("/v1/completions", {"prompt": "Ho"})
+    since = first["next"]
+    news = (await server.get(f"/debug/steps?since={since}&limit=2", headers=KEY)).json
+    assert [step["step"] for step in news["steps"]] == [7, 8]
+    assert news["steps"][0]["chunks"] == [{"sequence": 2, "start": 0, "tokens": 2}]
+    assert news["steps"][0]["started"] == [{"sequence": 2, "cached": 0}]
+    rest = (await server.get(f"/debug/steps?since={news['next']}", headers=KEY)).json
+    assert [step["step"] for step in rest["steps"]] == [9, 10, 11, 12]
+    assert (await server.get(f"/debug/steps?since={rest['next']}", headers=KEY)).json["steps"] == []
+
+
+@pytest.mark.parametrize("query", ["limit=0", "limit=1e9", "since=-1", "since=x"])
+async def test_what_asks_for_no_steps_is_named(serve, query):
+    server = await serve("Hello", server=ADMIN)
+    reply = await server.get(f"/debug/steps?{query}", headers=KEY)
+    assert (reply.status, reply.error["param"]) == (400, query.partition("=")[0])

@@ -254,7 +254,7 @@ def test_a_server_does_not_start_with_a_broken_key_file(tmp_path, text, told):
 
 async def test_what_shows_others_needs_an_admin_s_key_once_there_is_one(serve):
     server = await serve("Hello", server=replace(KEYED, admin_key=("admin-key",)))
-    for path, missing in (("/metrics", 200), ("/debug/steps", 404)):
+    for path, missing in (("/metrics", 200), ("/debug/nothing", 404)):
         assert (await server.get(path)).status == 401
         refused = await server.get(path, headers=bearer("first-key"))
         assert refused.status == 403
@@ -274,7 +274,7 @@ async def test_an_admin_s_key_alone_leaves_the_rest_open(serve):
 async def test_nobody_looks_into_the_engine_without_an_admin_s_key(serve):
     for config in (ServerConfig(port=0), KEYED):
         server = await serve("Hello", server=config)
-        assert (await server.get("/debug/steps", headers=bearer("first-key"))).status == 403
+        assert (await server.get("/debug/nothing", headers=bearer("first-key"))).status == 403
 
 
 # ------------------------------------------------------------------------------ weights

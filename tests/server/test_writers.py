@@ -231,7 +231,7 @@ class Parrot:
     vocab_size = 260
     dead = None
     stalled_for = progressed_at = 0.0
-    num_open = 0
+    num_open = num_arriving = 0
     load = (1, 2, 0.5)
 
     def start(self) -> None: ...

@@ -37,6 +37,7 @@ class GenerationFields(SamplingFields, ConstraintFields):
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None
     timeout: Timeout | None = None
+    timings: bool | None = None
 
     @model_validator(mode="after")
     def _check_stream(self) -> GenerationFields:

@@ -27,3 +27,4 @@ class DetokenizeRequest(Fields):
 
     model: str | None = None
     tokens: TokenIds
+    return_token_strs: bool | None = None

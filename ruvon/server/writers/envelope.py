@@ -12,9 +12,10 @@ import orjson
 
 from ruvon.deltas import Delta
 from ruvon.engine.types import Job
-from ruvon.server.responses import Usage
+from ruvon.server.responses import Timings, Usage
 from ruvon.server.schemas import GenerationFields
 from ruvon.server.state import Service
+from ruvon.telemetry.finished import Finished, last_of
 
 
 class Tally:
@@ -24,6 +25,7 @@ class Tally:
         self.num_prompt = sum(len(job.prompt) for job in jobs)
         self.num_output = 0
         self.num_reasoning = 0  # of the output
+        self.finished: Sequence[Finished] = ()  # completions that are over, as the engine tells
         self._firsts = {0, *accumulate(job.n for job in jobs)}  # of each job, and one past all
         self._cached: dict[int, int] = {}  # by a job's first completion
 
@@ -64,6 +66,7 @@ class Envelope:
         }
         self._wants_usage = request.include_usage
         self._wants_usage_so_far = request.continuous_usage
+        self._wants_timings = bool(request.timings)
         self._head = b"data: " + orjson.dumps(self._fields)[:-1] + b',"choices":['
         self._tail = b'],"usage":null}\n\n' if request.include_usage else b"]}\n\n"
 
@@ -81,13 +84,36 @@ class Envelope:
 
     def closing(self) -> bytes:
         """The event after all choices, if it is wanted."""
-        if not self._wants_usage:
-            return b""
-        return self._head + b'],"usage":' + orjson.dumps(usage(self.tally)) + b"}\n\n"
+        told: dict[str, object] = {"usage": usage(self.tally)} if self._wants_usage else {}
+        told |= self._timings()
+        return self._head + b"]," + orjson.dumps(told)[1:] + b"\n\n" if told else b""
 
     def whole(self, fields: Mapping[str, object]) -> dict[str, object]:
         """One object, with the answer's own ``fields``."""
-        return {**self._fields, **fields, "usage": usage(self.tally)}
+        return {**self._fields, **fields, "usage": usage(self.tally), **self._timings()}
+
+    def _timings(self) -> dict[str, object]:
+        last = last_of(self.tally.finished) if self._wants_timings else None
+        return {} if last is None else {"timings": timings(last)}
+
+
+def timings(last: Finished) -> Timings:
+    """A completion's times."""
+    num_computed = last.num_prompt - last.num_cached
+    after_first = max(last.num_output - 1, 0)
+    return {
+        "cache_n": last.num_cached,
+        "prompt_n": num_computed,
+        "prompt_ms": round(1000 * last.prefill, 3),
+        "prompt_per_token_ms": round(1000 * last.prefill / max(num_computed, 1), 3),
+        "prompt_per_second": round(num_computed / last.prefill, 3) if last.prefill else 0.0,
+        "predicted_n": last.num_output,
+        "predicted_ms": round(1000 * last.decode, 3),
+        "predicted_per_token_ms": round(1000 * last.decode / max(after_first, 1), 3),
+        "predicted_per_second": round(after_first / last.decode, 3) if last.decode else 0.0,
+        "queue_ms": round(1000 * last.queue, 3),
+        "total_ms": round(1000 * last.total, 3),
+    }
 
 
 def usage(tally: Tally) -> Usage:

@@ -1,0 +1,121 @@
+"""What a page that watches an engine is told: how it stands, then each event of the recorder.
+
+An event is a short list, its kind first, as `encode` has it. Whoever has the state at one
+event has it at the next, by the rules that the scheduler itself goes by: blocks come with `Work`,
+and go when a sequence ends, is preempted, or has moved its window on. What cannot be told that way
+is which free blocks can still be found as a prefix; `Standing` says that, now and then anew.
+
+There are no tokens in it, and no text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ruvon.config import EngineConfig
+from ruvon.engine.recorder import Abort, Arrival, Event
+from ruvon.engine.scheduler import Scheduler
+from ruvon.engine.types import Chunk, Plan, Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """A sequence, as far as committed steps have brought it."""
+
+    id: int
+    generation: int
+    num_prompt: int
+    num_output: int
+    max_tokens: int
+    num_computed: int
+    num_cached: int
+    tables: list[list[int]]
+    waits: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """An engine between two of its events."""
+
+    next: int  # the number of the event that comes next
+    now: float  # seconds, monotonic
+    sequences: list[Live]  # in the order in which they came
+    cached: list[int]  # free blocks that can be found as a prefix, least recently used first
+
+
+def stand(scheduler: Scheduler, in_flight: Iterable[Plan], number: int, now: float) -> Standing:
+    """Where a scheduler is, apart from what plans ``in_flight`` bring: that is still to come, as
+    events from ``number`` on. Takes microseconds a sequence, and for each thousand blocks."""
+    coming: dict[int, list[Chunk]] = {}
+    for plan in in_flight:
+        for chunk in plan.chunks:
+            coming.setdefault(chunk.seq_id, []).append(chunk)
+    sequences = [
+        live(seq, seq in scheduler.waiting, coming.get(seq.id, ()))
+        for seq in scheduler.sequences.values()
+        if seq.finish is None
+    ]
+    return Standing(number, now, sequences, scheduler.pool.cached)
+
+
+def live(seq: Sequence, waits: bool, in_flight: Iterable[Chunk]) -> Live:
+    """``in_flight``: its chunks in steps that are not committed. What they bring is still to come,
+    as events."""
+    tables = [list(table) for table in seq.tables]
+    num_computed = seq.num_computed
+    chunks = [chunk for chunk in in_flight if chunk.generation == seq.num_preempted]
+    for chunk in chunks:
+        num_computed -= len(chunk.tokens)
+    for blocks in (seq.added, *[chunk.blocks for chunk in chunks]):
+        for table, added in zip(tables, blocks, strict=False):
+            del table[len(table) - len(added) :]
+    return Live(
+        seq.id,
+        seq.num_preempted,
+        seq.num_prompt,
+        seq.num_output,
+        seq.max_tokens,
+        num_computed,
+        seq.num_cached,
+        tables,
+        waits,
+    )
+
+
+def encode(event: Event) -> list[Any]:
+    """``["arrival", at, sequence, request, prompt tokens, most tokens]``, ``["abort", at,
+    sequences]``, or ``["step", ...]`` with the fields of `Step`, and of its stats what is not in
+    there already: running, waiting, free blocks, cached and queried tokens, preemptions, seconds on
+    the device."""
+    if isinstance(event, Arrival):
+        what = [event.seq_id, event.request, event.num_prompt, event.max_tokens]
+        return ["arrival", event.at, *what]
+    if isinstance(event, Abort):
+        return ["abort", event.at, event.seq_ids]
+    s = event.stats
+    stats = [
+        s.num_running, s.num_waiting, s.num_free_blocks, s.num_cached, s.num_queried,
+        s.num_preempted, s.seconds,
+    ]  # fmt: skip
+    return [
+        "step", event.at, event.number, event.planned_at, event.rows, event.work, event.new,
+        event.left, event.finished, stats, event.not_started, event.failure,
+    ]  # fmt: skip
+
+
+def describe(config: EngineConfig, windows: Iterable[int], num_blocks: int) -> Mapping[str, Any]:
+    """What the engine was made of, as far as one has to know to follow it."""
+    step = config.largest_step
+    return {
+        "num_blocks": num_blocks,
+        "block_size": config.block_size,
+        "windows": list(windows),
+        "max_seqs": step.sequences,
+        "max_tokens": step.tokens,
+        "batching": config.batching,
+        "policy": config.scheduling_policy,
+        "chunked": config.enable_chunked_prefill,
+        "caching": config.enable_prefix_caching,
+    }

@@ -1,0 +1,263 @@
+"""The page in a real browser: Chromium, driven by Playwright; skipped where one of them is missing.
+
+`RUVON_BROWSER` names the browser where it is not on the path. Whatever a page logs as an error
+fails its test.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+from collections.abc import AsyncIterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from serving import ScriptRunner
+
+from ruvon.config import ServerConfig
+from ruvon.engine.lens import Look
+from ruvon.server.watch import WATCHERS
+
+playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
+NAMES = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
+BROWSER = os.environ.get("RUVON_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (RUVON_BROWSER=PATH)")
+
+ANSWER = """Some **bold** words:
+
+- one
+- two
+
+<img src=x onerror=alert(1)> [bad](javascript:alert(1))
+
+```html
+<script>alert(1)</script>
+```
+"""
+PHONE = {"width": 360, "height": 740}
+STILL = SimpleNamespace(num_preempted=0)
+
+
+@pytest.fixture
+async def page() -> AsyncIterator[Any]:
+    """A page that has logged no error when its test is over."""
+    errors: list[str] = []
+    async with playwright.async_playwright() as driver:
+        browser = await driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        page = await browser.new_page()
+        page.set_default_timeout(30_000)
+        page.on("pageerror", lambda error: errors.append(str(error)))
+        page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
+        page.on("dialog", lambda dialog: errors.append(dialog.message))
+        page.errors = errors
+        yield page
+        await browser.close()
+    assert errors == []
+
+
+async def ask(page: Any, text: str) -> None:
+    await page.fill("#ask", text)
+    await page.keyboard.press("Enter")
+
+
+async def test_a_chat_streams_stops_and_branches(serve, page):
+    runner = ScriptRunner(ANSWER, by_hand=True)
+    server = await serve(runner=runner)
+    answer = page.locator(".message.assistant")
+    await page.goto(server.url)
+    await ask(page, "Say <b>something</b>")
+    for _ in range(10):  # tokens, and the browser shows them before the others are there
+        await server.until(lambda: runner.num_held)
+        runner.finish_step()
+    await answer.get_by_text("Some").wait_for()
+    assert await page.get_by_role("button", name="Stop").count() == 1
+    await page.keyboard.press("Escape")
+    await answer.get_by_text("stopped").wait_for()
+    await server.until(lambda: runner.num_held)
+    runner.finish_step()
+    await server.until(lambda: server.idle)
+
+    await answer.get_by_role("button", name="Retry").click()
+    await drive(server, answer.locator(".stats"))
+    assert await answer.locator("li").all_inner_texts() == ["one", "two"]
+    assert await answer.locator("strong").inner_text() == "bold"
+    assert await answer.locator("pre").inner_text() == "<script>alert(1)</script>"
+    assert "onerror=alert(1)" in await answer.locator(".prose").inner_text()
+    assert await answer.locator("img, script, a").count() == 0
+    assert re.search(r"tokens · [\d.]+ tokens/s · first after", await answer.inner_text())
+    assert "2 / 2" in await answer.locator(".branches").inner_text()
+
+    await page.locator(".message.user").get_by_role("button", name="Edit").click()
+    await page.locator(".editing textarea").fill("Again")
+    await page.get_by_role("button", name="Ask again").click()
+    await drive(server, answer.locator(".stats"))
+    user = page.locator(".message.user")
+    await user.get_by_role("button", name="earlier branch").click()
+    assert await user.locator(".words").inner_text() == "Say <b>something</b>"
+
+    await page.reload()  # it is still there
+    await page.locator(".shelf li button").first.click()
+    assert await user.locator(".words").inner_text() == "Say <b>something</b>"
+
+
+async def drive(server: Any, shown: Any) -> None:
+    """Complete steps until something is on the page."""
+    waiting = asyncio.create_task(shown.wait_for())
+    await server.finish(waiting)
+    await waiting
+
+
+FOLD = """async ([url]) => {
+  const { History } = await import("/ui/history.js");
+  const { events } = await import("/ui/api.js");
+  const messages = events(await fetch(url));
+  window.folded = new History((await messages.next()).value);
+  (async () => {
+    for await (const message of messages) message.events.map((event) => folded.push(event));
+  })();
+}"""
+"""Begin to follow the engine, as the page does."""
+
+COMPARE = """async ([url]) => {
+  const { events } = await import("/ui/api.js");
+  const { stateOf } = await import("/ui/history.js");
+  const messages = events(await fetch(url));
+  const begin = (await messages.next()).value;
+  await messages.return();
+  while (folded.end < begin.standing.next) await new Promise((next) => setTimeout(next, 5));
+  const told = ({ seqs }) => [...seqs.values()]
+    .map((seq) => [seq.id, seq.output, seq.computed, seq.tables])
+    .sort((a, b) => a[0] - b[0]);
+  const { latest, steps, end } = folded;
+  return [stateOf(begin), latest, folded.state(end - 1), folded.state(steps[0])]
+    .map(told);
+}"""
+"""Where the engine is, where the page thinks that it is, and where after its first step."""
+
+
+async def test_the_glass_box_shows_a_preemption_and_is_right_about_every_block(serve, page):
+    runner = ScriptRunner("abc", windows=(0, 32), depth=2, by_hand=True)
+    server = await serve(runner=runner, numbers={"num_blocks": 24, "max_model_len": 200})
+    await page.goto(server.url + "/#engine")
+    await page.locator(".loads button").first.wait_for()
+    live = server.url + "/debug/live"
+    await page.evaluate(FOLD, [live])
+    await server.until(lambda: len(server.app[WATCHERS]) == 2)
+    body = {"prompt": ["a" * 40, "b" * 40, "a" * 35 + "c"], "max_tokens": 90, "ignore_eos": True}
+    task = asyncio.create_task(server.post("/v1/completions", body))
+    recorder = server.service.generator.recorder
+    while not any(getattr(e, "stats", STILL).num_preempted for e in recorder.since(0)):
+        await server.until(lambda: runner.num_held)
+        runner.finish_step()
+        await asyncio.sleep(0)
+    await page.locator("[data-tile=Preemptions]:not([data-value='0'])").wait_for()
+    await page.locator("tbody em").first.wait_for()  # how often, in the table
+    seen = []
+    while not task.done():  # with steps in flight, at all kinds of moments
+        for _ in range(7):
+            if runner.num_held:
+                runner.finish_step()
+            await asyncio.sleep(0.005)
+        truth, latest, again, first = await page.evaluate(COMPARE, [live])
+        assert latest == truth
+        assert again == truth
+        seen.append(first)
+    assert all(each == seen[0] for each in seen)
+    assert (await task).status == 200
+    await page.keyboard.press("Space")
+    await page.get_by_role("button", name="Go live").wait_for()
+    before = await page.locator(".when").inner_text()
+    await page.keyboard.press("ArrowLeft")
+    assert await page.locator(".when").inner_text() != before
+    await page.locator("tbody tr, .life ol li").first.wait_for()
+
+
+async def test_slow_motion_holds_the_engine(serve, page):
+    server = await serve("Hello", server=ServerConfig(port=0, ui_step_gate=True))
+    recorder = server.service.generator.recorder
+    await page.goto(server.url + "/#engine")
+    await page.get_by_label("Speed of the engine").select_option("step by step")
+    await server.until(lambda: server.service.generator.gate.pace)
+    task = asyncio.create_task(server.complete("Hi", max_tokens=20, ignore_eos=True))
+    await server.until(lambda: recorder.end)
+    steps = recorder.end
+    await page.get_by_role("button", name="Next step").click()
+    await server.until(lambda: recorder.end == steps + 1)
+    await page.goto(server.url + "/#chat")  # who leaves lets it go on
+    assert (await task).status == 200
+
+
+async def test_tokens_show_alternatives_and_branch(serve, page):
+    server = await serve("Hello", server=ServerConfig(port=0, max_logprobs=5))
+    await page.goto(server.url + "/#tokens?prompt=Hi&n=5&temperature=0")
+    tokens = page.locator(".ribbon .token")
+    await tokens.nth(6).wait_for()
+    assert await page.locator(".ribbon .given").all_inner_texts() == ["H", "i"]
+    await tokens.nth(3).click()
+    assert "60.7 %" in await page.locator(".facts").inner_text()  # exp(-0.5)
+    bars = page.locator("button.bar")
+    assert await bars.count() == 5
+    await page.get_by_label("Top-p").fill("0.5")
+    assert await page.locator("button.bar.cut").count() == 4
+    await bars.nth(2).click()
+    await page.get_by_role("button", name="2", exact=True).wait_for()
+    assert await tokens.nth(3).inner_text() == chr(ord("e") + 2)
+
+
+class FakeLens:
+    """Sees each token look at itself alone, and says the same at every layer."""
+
+    is_busy = False
+
+    def look(self, tokens: list[int]) -> Look:
+        num = len(tokens)
+        weights = (255 * torch.eye(num)).to(torch.uint8).expand(3, 2, num, num)
+        ids = torch.tensor(tokens).view(1, num, 1).expand(4, num, 5)
+        return Look(weights, ids, torch.full((4, num, 5), 0.2))
+
+    def forget(self) -> None:
+        pass
+
+
+async def test_attention_shows_heads_and_layers(serve, page):
+    server = await serve("Hello", numbers={"lens": FakeLens()})
+    await page.goto(server.url + "/#attention?prompt=abc")
+    rows = page.locator(".lens tbody tr")
+    await rows.first.wait_for()
+    assert await rows.last.all_inner_texts() == ["embedding\ta\tb\tc"]
+    assert await rows.count() == 4
+    taken = page.locator(".sentence .token")
+    assert [await taken.nth(i).get_attribute("title") for i in range(3)] == ["0 %", "0 %", "100 %"]
+
+
+async def test_a_key_is_asked_for(serve, page):
+    server = await serve("Hello", server=ServerConfig(port=0, api_key=("right",)))
+    await page.goto(server.url)
+    for key in ("wrong", "right"):
+        await page.locator("dialog #key").fill(key)
+        await page.keyboard.press("Enter")
+    await ask(page, "Hi")
+    await page.locator(".message.assistant .stats").wait_for()
+    await page.goto(server.url + "/#engine")
+    await page.get_by_text("needs an admin key").first.wait_for()
+    page.errors[:] = [text for text in page.errors if not re.search("40[13] ", text)]
+
+
+async def test_it_fits_a_phone_light_and_dark(serve, page):
+    server = await serve("Hello", numbers={"lens": SimpleNamespace(is_busy=False)})
+    await page.set_viewport_size(PHONE)
+    inks = set()
+    for scheme in ("light", "dark"):
+        await page.emulate_media(color_scheme=scheme)
+        for view in ("chat", "engine", "tokens", "attention"):
+            await page.goto(f"{server.url}/#{view}")
+            await page.locator(f"body[data-view={view}] main > *").first.wait_for()
+            wide = await page.evaluate("() => document.documentElement.scrollWidth")
+            ink = await page.evaluate("() => getComputedStyle(document.body).color")
+            assert wide <= PHONE["width"], view
+            inks.add(ink)
+    assert len(inks) == 2
