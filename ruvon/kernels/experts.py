@@ -69,34 +69,9 @@ def _gate(sums, CLAMPED: tl.constexpr):
 
 
 @triton.jit
-def _combine(
-    parts_ptr, out_ptr, counters_ptr, weights_ptr, entries, used, block, rows,
-    N: tl.constexpr, TOP_K: tl.constexpr,
-):  # fmt: skip
-    """The weighted sums, for these rows, of the tokens whose last part has just been stored; in the
-    order of their choices, whoever came last."""
-    tl.debug_barrier()  # every thread's part is written before one thread says so
-    tokens = entries // TOP_K
-    counter_at = counters_ptr + tokens * tl.num_programs(0) + block
-    last = used & (tl.atomic_add(counter_at, 1, mask=used, sem="acq_rel") == TOP_K - 1)
-    tl.store(counter_at, 0, mask=last)
-    inside = last[None, :] & (rows < N)[:, None]
-    total = tl.zeros([rows.shape[0], tokens.shape[0]], tl.float32)
-    for i in tl.static_range(TOP_K):
-        chosen = tokens * TOP_K + i
-        weight = tl.load(weights_ptr + chosen, mask=last, other=0.0)
-        at = parts_ptr + chosen.to(tl.int64)[None, :] * N + rows[:, None]
-        part = tl.load(at, mask=inside, other=0.0, cache_modifier=".cg")
-        total += weight[None, :] * part.to(tl.float32)
-    at = out_ptr + tokens.to(tl.int64)[None, :] * N + rows[:, None]
-    tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
 def _store(
-    sums, out_ptr, bias_ptr, total_ptr, counters_ptr, routing, expert, block, first_row,
-    first_place, end, N: tl.constexpr, TOP_K: tl.constexpr, UP: tl.constexpr, GATE: tl.constexpr,
-    HAS_BIAS: tl.constexpr, COMBINE: tl.constexpr,
+    sums, out_ptr, bias_ptr, order_ptr, expert, first_row, first_place, end, N: tl.constexpr,
+    UP: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     """A tile's sums, their bias, and in the first product the activation."""
     rows, places = (
@@ -113,15 +88,10 @@ def _store(
         inside = used & (outputs < N // 2)[:, None]
         tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        entries = tl.load(routing.order + places, mask=places < end, other=0)
+        entries = tl.load(order_ptr + places, mask=places < end, other=0)
         at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
         inside = used & (rows < N)[:, None]
         tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=inside)
-        if COMBINE:
-            _combine(
-                out_ptr, total_ptr, counters_ptr, routing.weights, entries, places < end, block,
-                rows, N, TOP_K,
-            )  # fmt: skip
 
 
 @triton.jit
@@ -132,8 +102,6 @@ def _experts_kernel(
     codes,  # Codes, or None
     bias_ptr,
     out_ptr,
-    total_ptr,  # with the next, of the second product if it is to COMBINE
-    counters_ptr,
     routing,  # Routing
     x_stride,
     N: tl.constexpr,
@@ -144,19 +112,20 @@ def _experts_kernel(
     MXFP4: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SORTED: tl.constexpr,  # x has a row for each place of the order
-    COMBINE: tl.constexpr,
     TILE: tl.constexpr,  # ExpertsTile
     PDL: tl.constexpr,
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
     PADDED: tl.constexpr = (N + ROWS - 1) // ROWS * ROWS if MXFP4 else N
     first_row = tl.minimum(block * TILE.rows, PADDED - TILE.rows)  # the last may redo some
-    if UP:  # which releases when it has waited: so the other finds the choice made before it waits
+    # Each releases when it has waited: so the other finds the choice made before it waits, and what
+    # comes next, if it is few programs, finds all multiprocessors with as much room.
+    if UP:
         wait(PDL)
-    release(PDL)
     expert = tl.load(routing.tiles + tile * 3)
     if not UP:
         wait(PDL)
+    release(PDL)
     if expert >= 0:
         first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
         places = first + tl.arange(0, TILE.tokens)
@@ -178,8 +147,8 @@ def _experts_kernel(
                 N, K, TILE.columns, TILE.stages, SORTED,
             )  # fmt: skip
         _store(
-            sums, out_ptr, bias_ptr, total_ptr, counters_ptr, routing, expert, block, first_row,
-            first, end, N, TOP_K, UP, GATE, HAS_BIAS, COMBINE,
+            sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
+            HAS_BIAS,
         )  # fmt: skip
 
 
@@ -243,8 +212,6 @@ def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsT
 BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
 
 
-COMBINES = True
-
 Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]
 
 
@@ -263,7 +230,7 @@ def experts(
     chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
     tiles = tiles or chosen
     routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
-    return _mix(x_TC, routing, experts, tiles, workspace, pdl)
+    return _mix(x_TC, routing, experts, tiles, pdl)
 
 
 def norm_experts(
@@ -287,17 +254,10 @@ def norm_experts(
     else:
         normed_TC, total_TC = rms_norm(*norm, pdl)
         routing = route(normed_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl)
-    return _mix(normed_TC, routing, experts, tiles, workspace, pdl), total_TC
+    return _mix(normed_TC, routing, experts, tiles, pdl), total_TC
 
 
-def _mix(
-    x_TC: Tensor,
-    routing: Routing,
-    experts: PackedExperts,
-    tiles: Tiles,
-    workspace: Workspace,
-    pdl: bool,
-) -> Tensor:
+def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, pdl: bool) -> Tensor:
     tensors = experts.tensors
     if experts.kind == "mxfp4":
         weights: list[Codes | Tensor] = [Codes(*tensors[:3]), Codes(*tensors[3:6])]  # type: ignore[arg-type]
@@ -305,14 +265,10 @@ def _mix(
         weights = [tensors[0], tensors[1]]  # type: ignore[list-item]
     if tiles[0].bulk:
         x_TC = _sort_rows(x_TC, routing, pdl)
-    spec, (tokens, hidden) = experts.spec, routing.weights.shape[:1] + x_TC.shape[1:]
+    spec, hidden = experts.spec, x_TC.shape[1]
     inner = _product(x_TC, weights[0], tensors[-2], routing, spec, tiles[0], pdl)
-    total_TC = None
-    if COMBINES and tokens * triton.cdiv(hidden, tiles[1].rows) <= len(workspace.counters):
-        total_TC = x_TC.new_empty(tokens, hidden)
-    into = (total_TC, workspace.counters)
-    parts = _product(inner, weights[1], tensors[-1], routing, spec, tiles[1], pdl, hidden, into)
-    return combine(parts, routing, pdl) if total_TC is None else total_TC
+    parts = _product(inner, weights[1], tensors[-1], routing, spec, tiles[1], pdl, hidden)
+    return combine(parts, routing, pdl)
 
 
 def _sort_rows(x_TC: Tensor, routing: Routing, pdl: bool) -> Tensor:
@@ -334,32 +290,34 @@ def _product(
     tile: ExpertsTile,
     pdl: bool,
     hidden: int = 0,  # outputs of an expert's second product; 0: this is the first
-    into: tuple[Tensor | None, Tensor | None] = (None, None),  # which may combine: sums, counters
 ) -> Tensor:
     codes = weight if isinstance(weight, Codes) else None
     n, k = hidden or 2 * spec.width, x_TK.shape[1]
     if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
         tile = tile._replace(columns=64, stages=2)
-    if isinstance(weight, Codes):
-        blocks = triton.cdiv(n, ROWS.value)
-        tile = tile._replace(
-            rows=min(tile.rows // ROWS.value, 1 << blocks.bit_length() - 1) * ROWS.value
-        )
-        box = [tile.rows // ROWS.value, tile.columns // GROUP.value * LINES.value, 64]
-        table = weight.words
-    else:
-        tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
-        box, table = [tile.rows, tile.columns], weight.flatten(0, 1)
+    tile, weight_desc = _boxes(weight, n, tile)
     x_desc = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
     out_TN = x_TK.new_empty(routing.order.shape[0], hidden or spec.width)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, x_desc, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, *into,
-        routing, x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=not hidden,
-        GATE=GATES[spec.activation], MXFP4=codes is not None, HAS_BIAS=bias_N is not None,
-        SORTED=tile.bulk, COMBINE=into[0] is not None, TILE=tile, PDL=pdl, num_warps=tile.warps,
-        launch_pdl=pdl,
+        x_TK, x_desc, weight_desc, codes, bias_N, out_TN, routing,
+        x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=not hidden, GATE=GATES[spec.activation],
+        MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
+        num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out_TN
+
+
+def _boxes(
+    weight: Codes | Tensor, n: int, tile: ExpertsTile
+) -> tuple[ExpertsTile, TensorDescriptor]:
+    """(the tile with no more rows than an expert has, ``n``, the weight in boxes of its size)."""
+    each = ROWS.value if isinstance(weight, Codes) else 1
+    most = 1 << triton.cdiv(n, each).bit_length() - 1
+    tile = tile._replace(rows=min(tile.rows // each, most) * each)
+    if isinstance(weight, Codes):
+        box = [tile.rows // each, tile.columns // GROUP.value * LINES.value, 64]
+        return tile, TensorDescriptor.from_tensor(weight.words, box)
+    return tile, TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.rows, tile.columns])
 
 
 def combine(parts_EC: Tensor, routing: Routing, pdl: bool) -> Tensor:

@@ -22,6 +22,8 @@ from ruvon.kernels.norm import Norm, normalize
 from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import release, wait
 
+GEMV_CODES_COLUMNS = 16384  # of a row that fits the registers
+
 
 @triton.jit
 def load_words(words_ptr, outputs, used, at, stride):
@@ -213,12 +215,12 @@ class GemvTile(NamedTuple):
     warps: int
 
 
-def gemv_codes_tile(n: int, width: int, bits: int, gated: bool) -> GemvTile:
-    """For so many outputs of ``width`` bytes each: up to 256 codes a thread, which make up for what
+def gemv_codes_tile(n: int, width: int, gated: bool) -> GemvTile:
+    """For so many outputs of ``width`` bytes each: up to 256 bytes a thread, which make up for what
     it does to its part of the row, but two programs or more for each of 132 multiprocessors."""
     columns = triton.next_power_of_2(width)
     warps = 4 if columns <= 4096 else 8
-    most = warps * 32 * 32 * bits // columns // (2 if gated else 1)
+    most = warps * 32 * 256 // columns // (2 if gated else 1)
     fair = 1 << max(0, (n // 264).bit_length() - 1)
     return GemvTile(max(1, min(most, fair, 16)), columns, warps)
 
@@ -242,7 +244,7 @@ def gemv_codes(
     bits = 8 if weight.kind == "int8" else 4
     width = codes_of(weight).group(k) if bits == 8 else 32
     words = codes.view(torch.int32)
-    tile = tile or gemv_codes_tile(n, codes.stride(0), bits, gated)
+    tile = tile or gemv_codes_tile(n, codes.stride(0), gated)
     total_TK, digits, tables = _quantize(
         x_TK, residual_TK, norm, width, codes.stride(0) * 8 // bits, pdl
     )

@@ -10,20 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 SPLIT_K_PROGRAMS = 640  # at most, where sums are split
-COUNTERS = 1 << 16
 
 
 class Workspace(NamedTuple):
     """Where programs that share an output tile leave their sums. Counters are zero between uses."""
 
-    counters: Tensor  # int32, one a tile; or a token and tile, of experts
+    counters: Tensor  # int32, one a tile
     partial: Tensor  # float32 [tile, split, rows, outputs]
 
 
 def make_workspace(device: torch.device) -> Workspace:
     """Enough for `SPLIT_K_PROGRAMS` programs of the largest tile."""
     return Workspace(
-        torch.zeros(COUNTERS, dtype=torch.int32, device=device),
+        torch.zeros(SPLIT_K_PROGRAMS, dtype=torch.int32, device=device),
         torch.empty(SPLIT_K_PROGRAMS * 64 * 64, dtype=torch.float32, device=device),
     )
 
