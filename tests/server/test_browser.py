@@ -23,7 +23,7 @@ from ruvon.engine.lens import Look
 from ruvon.server.watch import WATCHERS
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
-NAMES = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
+NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 BROWSER = os.environ.get("RUVON_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (RUVON_BROWSER=PATH)")
 
