@@ -1,6 +1,7 @@
 """How many replicas a load needs, by playing it on a simulated fleet; and whether that is true.
 
     python bench/fleet.py plan --rate 20 --ttft 1.0 [--cost STEP,SEQUENCE,TOKEN,CONTEXT]
+    python bench/fleet.py routes --rate 4       # ways to choose a replica, side by side
     python bench/fleet.py cost                  # of a replica with one core, as measured here
     python bench/fleet.py check [--rate 0.5]    # a small fleet, simulated and for real
 
@@ -42,16 +43,23 @@ STEPS = ((1, 0), (4, 0), (16, 0), (0, 64), (0, 256), (0, 512), (8, 128))
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("what", choices=("plan", "cost", "check"))
+    parser.add_argument("what", choices=("plan", "routes", "cost", "check"))
     parser.add_argument("--rate", type=float, default=0.5, help="Conversations a second.")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--ttft", type=float, default=1.0, help="Seconds, 99th percentile.")
     parser.add_argument("--blocks", type=int, default=8192, help="Of 16 tokens, of a replica.")
+    parser.add_argument("--replicas", type=int, default=4, help="Of routes.")
     parser.add_argument("--cost", help="STEP,SEQUENCE,TOKEN,CONTEXT in seconds.")
     args = parser.parse_args()
-    if args.what == "plan":
+    if args.what in ("plan", "routes"):
         cost = Cost(*map(float, args.cost.split(","))) if args.cost else COST
-        plan(args.rate, args.seconds, args.ttft, cost, args.blocks)
+        load = list(mix(args.rate, args.seconds))
+        turns = sum(len(each.turns) for each in load)
+        print(f"{len(load)} conversations, {turns} turns in {args.seconds:g} s\n")
+        if args.what == "plan":
+            plan(load, args.ttft, cost, args.blocks)
+        else:
+            routes(load, args.replicas, cost, args.blocks)
         return
     cost, num_blocks = measure_cost()
     print(f"cost of a step: {cost}")
@@ -59,11 +67,19 @@ def main() -> None:
         check(args.rate, args.seconds, cost, num_blocks)
 
 
-def plan(rate: float, seconds: float, wanted: float, cost: Cost, blocks: int) -> None:
+def routes(load: Sequence[Conversation], replicas: int, cost: Cost, blocks: int) -> None:
+    """What each way to choose finds, and how long people wait."""
+    print("| | hits | promised | first token p50 s | p99 s |")
+    print("|---|---:|---:|---:|---:|")
+    for name, route in ROUTES.items():
+        played = Simulation(load, route, replicas=replicas, cost=cost, num_blocks=blocks).run()
+        middle, p99 = (percentile(played.first_tokens(), share) for share in (0.5, 0.99))
+        told = f"{played.hits:.1%} | {played.promised:.1%} | {middle:.3f} | {p99:.3f}"
+        print(f"| {name} | {told} |", flush=True)
+
+
+def plan(load: Sequence[Conversation], wanted: float, cost: Cost, blocks: int) -> None:
     """Double until it is enough, then halve the distance."""
-    load = list(mix(rate, seconds))
-    turns = sum(len(each.turns) for each in load)
-    print(f"{len(load)} conversations, {turns} turns in {seconds:g} s\n")
     print("| replicas | hits | first token p50 s | p99 s | simulated in |")
     print("|---:|---:|---:|---:|---:|")
     few, most, before = 0, 1, float("inf")

@@ -3,9 +3,10 @@
     python bench/router.py [--streams 400] [--rate 100] [--seconds 8] [--replicas 4]
 
 The replicas are scripted: one process of raw sockets that answers at once and then sends an event
-to every stream each ``1 / rate`` seconds, as a model's steps do. The clients are raw sockets too,
-in this process. All three share the machine's cores, so what the router can carry is also told as
-what it would with a core of its own.
+to every stream each ``1 / rate`` seconds, as a model's steps do; where it is late, it sends all
+that are due, for a model would not wait for a router. The clients are raw sockets too, in this
+process. All three share the machine's cores, so what each of them works is told as well, and what
+the router could carry with a core of its own. ``gap``: seconds between two reads of a stream.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import asyncio
 import json
 import multiprocessing
+import os
 import statistics
 import sys
 import tempfile
@@ -89,13 +91,15 @@ async def replicate(paths: list[str], rate: float) -> None:
         await loop.create_unix_server(lambda: Replica(streams), path, backlog=1024)
     at = loop.time()
     while True:
-        at = max(at + 1 / rate, loop.time())
-        await asyncio.sleep(at - loop.time())
+        await asyncio.sleep(max(at + 1 / rate - loop.time(), 0))
+        due = max(int((loop.time() - at) * rate), 1)
+        at += due / rate
         for replica, left in list(streams.items()):
-            replica.transport.write(CHUNK if left > 1 else CHUNK + LAST)
-            if left > 1:
-                streams[replica] = left - 1
+            if left > due:
+                replica.transport.write(CHUNK * due)
+                streams[replica] = left - due
             else:
+                replica.transport.write(CHUNK * left + LAST)
                 del streams[replica]
 
 
@@ -114,6 +118,7 @@ class Client(asyncio.Protocol):
         self.again = again
         self.events = 0
         self.firsts: list[float] = []
+        self.gaps: list[float] = []
         self.done = asyncio.get_running_loop().create_future()
         self.tail = b""
 
@@ -129,9 +134,13 @@ class Client(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         count = data.count(b'"delta"')
         self.events += count
+        now = time.perf_counter()
         if self.waiting and count:
             self.waiting = False
-            self.firsts.append(time.perf_counter() - self.asked)
+            self.firsts.append(now - self.asked)
+        elif count:
+            self.gaps.append(now - self.read_at)
+        self.read_at = now
         self.tail = (self.tail + data)[-5:]
         if self.tail == b"0\r\n\r\n":
             self.tail = b""
@@ -166,7 +175,8 @@ async def first_tokens(connect: Callable[[Any], Any], count: int) -> list[float]
     return client.firsts[count // 10 :]
 
 
-async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> dict[str, Any]:
+async def measure(port: int, path: str, pids: dict[str, int], args: Any) -> dict[str, float]:
+    """``pids``: of the router and the replicas, by their names."""
     loop = asyncio.get_running_loop()
 
     def through(make: Any) -> Any:
@@ -178,9 +188,27 @@ async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> d
     routed, alone, asking = [], [], 0.0
     for _ in range(ROUNDS):
         alone += await first_tokens(direct, REQUESTS)
-        before = worked(pid)
+        before = worked(pids["router"])
         routed += await first_tokens(through, REQUESTS)
-        asking += worked(pid) - before
+        asking += worked(pids["router"]) - before
+    told = await streamed(through, pids, args)
+    return {
+        "first_token_direct_ms": 1e3 * statistics.median(alone),
+        "first_token_routed_ms": 1e3 * statistics.median(routed),
+        "added_p50_ms": 1e3 * (statistics.median(routed) - statistics.median(alone)),
+        "added_p99_ms": 1e3 * (percentile(routed, 99) - percentile(alone, 99)),
+        "router_us_per_request": 1e6 * asking / (ROUNDS * REQUESTS),
+        **told,
+        "router_us_per_token": 1e6 * told["router_cores"] / told["tokens_per_second"],
+        "tokens_per_second_of_a_core": told["tokens_per_second"] / told["router_cores"],
+    }
+
+
+async def streamed(
+    connect: Callable[[Any], Any], pids: dict[str, int], args: Any
+) -> dict[str, float]:
+    """Tokens that come through per second, and what each process works for them."""
+    loop = asyncio.get_running_loop()
     end = loop.time() + args.seconds + 2
     clients: list[Client] = []
 
@@ -189,25 +217,25 @@ async def measure(port: int, path: str, pid: int, args: argparse.Namespace) -> d
         return clients[-1]
 
     for _ in range(args.streams):
-        await through(make)
+        await connect(make)
         await asyncio.sleep(0.5 / args.streams)
     await asyncio.sleep(1)
-    began, work = loop.time(), worked(pid)
+    began, before = loop.time(), {name: worked(pid) for name, pid in pids.items()}
     events = sum(client.events for client in clients)
+    for client in clients:
+        client.gaps.clear()
     await asyncio.sleep(args.seconds)
     tokens = sum(client.events for client in clients) - events
-    seconds, work = loop.time() - began, worked(pid) - work
+    gaps = [gap for client in clients for gap in client.gaps]
+    seconds = loop.time() - began
+    work = {f"{name}_cores": (worked(pids[name]) - before[name]) / seconds for name in pids}
     await asyncio.gather(*(client.done for client in clients))
     return {
-        "first_token_direct_ms": 1e3 * statistics.median(alone),
-        "first_token_routed_ms": 1e3 * statistics.median(routed),
-        "added_p50_ms": 1e3 * (statistics.median(routed) - statistics.median(alone)),
-        "added_p99_ms": 1e3 * (percentile(routed, 99) - percentile(alone, 99)),
-        "router_us_per_request": 1e6 * asking / (ROUNDS * REQUESTS),
         "tokens_per_second": tokens / seconds,
-        "router_us_per_token": 1e6 * work / tokens,
-        "router_cores": work / seconds,
-        "tokens_per_second_of_a_core": tokens / work,
+        "offered_per_second": args.streams * args.rate,
+        "gap_p50_ms": 1e3 * statistics.median(gaps),
+        "gap_p99_ms": 1e3 * percentile(gaps, 99),
+        **work,
     }
 
 
@@ -221,13 +249,15 @@ def worked(pid: int) -> float:
 
 
 @contextmanager
-def replicas(paths: list[str], rate: float) -> Iterator[None]:
+def replicas(paths: list[str], rate: float) -> Iterator[int]:
+    """Their process's id."""
     process = multiprocessing.get_context("spawn").Process(target=run_replicas, args=(paths, rate))
     process.start()
     try:
         while not all(Path(path).exists() for path in paths):
             time.sleep(0.05)
-        yield
+        assert process.pid is not None
+        yield process.pid
     finally:
         process.kill()
         process.join()
@@ -244,11 +274,12 @@ def main() -> None:
     with ExitStack() as stack:
         folder = stack.enter_context(tempfile.TemporaryDirectory())
         paths = [f"{folder}/{number}.sock" for number in range(args.replicas)]
-        stack.enter_context(replicas(paths, args.rate))
+        pids = {"replicas": stack.enter_context(replicas(paths, args.rate))}
         command = [sys.executable, "-m", "ruvon", "route", *(f"unix:{path}" for path in paths)]
         quiet = ["--port", str(port), "--log-level", "warning"]
         server = stack.enter_context(running([*command, *quiet], port))
-        numbers = uvloop.run(measure(port, paths[0], server.pid, args))
+        pids |= {"router": server.pid, "clients": os.getpid()}
+        numbers = uvloop.run(measure(port, paths[0], pids, args))
     for name, value in numbers.items():
         print(f"{name:>28}  {value:12,.3f}")
     print(f"\nWrote {write('router', {'machine': machine(), 'numbers': numbers})}")

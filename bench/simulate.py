@@ -22,7 +22,7 @@ from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
 from ruvon.errors import QueueFullError
 from ruvon.router.fleet import Fleet
-from ruvon.router.prefixes import chain
+from ruvon.router.prefixes import PIECE, chain
 from ruvon.router.prompt import Prompt
 
 VOCABULARY = 50_000
@@ -250,6 +250,16 @@ def by_router(simulation: Simulation, prompt: Prompt, job: Job) -> tuple[int, in
     return int(replica.name), round(len(job.prompt) * prompt.share(matched))
 
 
+def by_blocks(simulation: Simulation, prompt: Prompt, job: Job) -> tuple[int, int] | None:
+    """As the router would do it if it had the tokenizer: with the keys that caches have."""
+    engine = simulation.replicas[0].engine
+    size = engine.config.block_size
+    for replica in simulation.fleet.replicas:
+        replica.bytes_per_token = PIECE / size  # so that one piece is forgotten for each block
+    chosen = simulation.fleet.choose(Prompt(engine.prepare(job).keys), None, ())
+    return None if chosen is None else (int(chosen[0].name), chosen[1] * size)
+
+
 def in_turns(simulation: Simulation, prompt: Prompt, job: Job) -> tuple[int, int] | None:
     """One after another, whatever they hold."""
     return next(simulation.turn) % len(simulation.replicas), 0
@@ -275,4 +285,6 @@ def depth(replica: Simulated, keys: Iterable[bytes]) -> int:
     return found
 
 
-ROUTES: dict[str, Route] = {"router": by_router, "round robin": in_turns, "oracle": by_oracle}
+ROUTES: dict[str, Route] = {
+    "router": by_router, "by blocks": by_blocks, "round robin": in_turns, "oracle": by_oracle,
+}  # fmt: skip

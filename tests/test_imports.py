@@ -26,8 +26,8 @@ FRONT = {
 }  # fmt: skip  # may use everything
 
 OPTIONAL = {
-    "huggingface_hub", "llguidance", "llvmlite", "numba", "opentelemetry", "tqdm", "transformers",
-    "triton", "uvloop",
+    "huggingface_hub", "llguidance", "llvmlite", "numba", "opentelemetry", "ray", "tqdm",
+    "transformers", "triton", "uvloop",
 }  # fmt: skip
 """Heavy, or absent on some machines: may be imported inside a function by whoever needs them."""
 

@@ -27,6 +27,7 @@ from ruvon.cli.options import (
 )
 from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
+from ruvon.config.router import OF_RAY
 from ruvon.errors import ConfigError, RuvonError
 
 if TYPE_CHECKING:
@@ -59,11 +60,13 @@ main.add_command(replay)
 ROUTED = (
     "host", "port", "uds", "api_key", "api_key_file", "admin_key", "admin_key_file", "tls_cert",
     "tls_key", "max_body_size", "max_connections", "max_connections_per_address",
-    "keep_alive_timeout", "shutdown_timeout", "log_level", "log_format", "log_requests",
+    "keep_alive_timeout", "shutdown_timeout", "rate_limit_requests", "log_level", "log_format",
+    "log_requests",
 )  # fmt: skip
 """What a router over given servers has in common with them; all else is theirs to set."""
 
-NOT_ROUTED = (*(name for name in kinds(ServerConfig) if name not in ROUTED), "data_parallel_size")
+OF_REPLICAS = ("data_parallel_size", "data_parallel_backend", *OF_RAY)
+NOT_ROUTED = (*(name for name in kinds(ServerConfig) if name not in ROUTED), *OF_REPLICAS)
 
 
 @main.command(cls=SettingsCommand)
@@ -87,15 +90,16 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
         configure_logging(server.log_level, server.log_format)
         compute_for_server(engine)
         return
-    if router.data_parallel_size > 1:
+    on_ray = router.data_parallel_backend == "ray"
+    if router.data_parallel_size > 1 or on_ray:
         if engine.nnodes > 1:
             raise ConfigError(
                 "--data-parallel-size: its replicas are on one machine each, not on --nnodes"
             )
         refuse_each(server)
-        from ruvon.router.run import serve_replicas
+        from ruvon.router.run import serve_on_ray, serve_replicas
 
-        serve_replicas(engine, server, router)
+        (serve_on_ray if on_ray else serve_replicas)(engine, server, router)
         return
     refuse_unused(router)
     with importing():
@@ -289,9 +293,8 @@ def build_all(
 
 def refuse_each(server: ServerConfig) -> None:
     """Raises ConfigError for what each replica would count for itself."""
-    for name in ("rate_limit_requests", "rate_limit_tokens"):
-        if getattr(server, name) is not None:
-            raise ConfigError(f"{flag(name)} is not served with --data-parallel-size yet")
+    if server.rate_limit_tokens is not None:
+        raise ConfigError("--rate-limit-tokens is not served with several replicas yet")
     if server.ui or server.ui_step_gate:
         name = "ui" if server.ui else "ui_step_gate"
         raise ConfigError(f"{flag(name)} goes with one replica: a router has no page")

@@ -173,7 +173,8 @@ class EngineConfig:
             raise ConfigError("kernels 'triton' need device 'cuda', not 'cpu'")
         if self.device == "cuda" and self.kernels == "cpu":
             raise ConfigError("kernels 'cpu' need device 'cpu', not 'cuda'")
-        if self.cpu_isa != "auto" and self.kernels != "cpu":
+        runs_cpu = self.kernels == "cpu" or (self.kernels == "auto" and self.device != "cuda")
+        if self.cpu_isa != "auto" and not runs_cpu:
             raise ConfigError(f"cpu_isa '{self.cpu_isa}' needs kernels 'cpu', not '{self.kernels}'")
         if self.seed and self.load_format != "dummy":
             raise ConfigError(

@@ -134,6 +134,8 @@ def refuse_idle(spec: ModelSpec, config: EngineConfig, backend: Backend) -> None
         )
     if config.pin_threads == "on" and not backend.takes_arrays:
         raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
+    if config.cpu_isa != "auto" and ops.name != "cpu":
+        raise ConfigError(f"--cpu-isa {config.cpu_isa} is for the kernels 'cpu', not '{ops.name}'")
     share = config.gpu_memory_utilization
     if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:
         raise ConfigError(
@@ -156,7 +158,9 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
         if device.type == "cuda":
             return triton_backend(share, dtype, device, config)
         return cpu_backend(share, config, threads)
-    except ConfigError as error:  # slower, but right
+    except ConfigError as error:
+        if device.type == "cpu" and config.cpu_isa != "auto":
+            raise  # who asks for instructions wants these kernels, and no slower ones
         log.warning("slow_kernels", kernels="torch", reason=str(error))
         return eager(make_torch_ops(dtype, device), share.mesh)
 

@@ -18,9 +18,10 @@ from ruvon.router.fleet import FLEET, Fleet, watch
 from ruvon.router.forward import Relayed, forward
 from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
+from ruvon.server import rate_limits
 from ruvon.server.events import CLIENT_LEFT
 from ruvon.server.failures import error_answer
-from ruvon.server.keys import KEYS, Keys, read_keys
+from ruvon.server.keys import KEYS, TENANT, Keys, read_keys
 from ruvon.server.middleware import FACTS, as_ours, error_response, json_response, take_request_id
 from ruvon.server.reload import watch_files, watched
 from ruvon.server.tls import TLS, load_certificate
@@ -58,6 +59,7 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     app = web.Application(middlewares=[observe], client_max_size=size)
     app[FLEET], app[ROUTING] = fleet, routing
     app[KEYS] = keys = Keys(read_keys(routing.server))
+    app[rate_limits.LIMITS] = rate_limits.RateLimits(routing.server.rate_limit_requests, None)
     app[TLS] = load_certificate(routing.server)
     app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
@@ -106,7 +108,8 @@ async def observe(request: web.Request, handler: Handler) -> web.StreamResponse:
 async def respond(http: web.Request, handler: Handler) -> web.StreamResponse:
     """An error is told in the words of the API that was asked."""
     try:
-        http.app[KEYS].check(http)
+        http[TENANT] = http.app[KEYS].check(http)
+        rate_limits.enter(http)
         return await handler(http)
     except Exception as error:
         error = as_ours(error, http)
@@ -118,6 +121,9 @@ async def respond(http: web.Request, handler: Handler) -> web.StreamResponse:
 async def add_headers(http: web.Request, response: web.StreamResponse) -> None:
     """Signal before a response's headers go out."""
     response.headers["Server"] = "ruvon"
+    limits = http.app[rate_limits.LIMITS]
+    if limits and rate_limits.is_limited(http):
+        response.headers.update(limits.headers(http[TENANT]))
     if FACTS in http:
         response.headers["X-Request-Id"] = http[FACTS]["request_id"]
         if "anthropic-version" in http.headers:

@@ -62,7 +62,8 @@ class Fleet:
             self.add(url)
 
     def add(self, url: str) -> Replica:
-        """One more; it gets requests once a poll has found it ready."""
+        """One more; it gets requests once a poll has found it ready. Without ``url``, it is not
+        known yet where it will be."""
         limit = parse_size(self.config.prefix_memory) // ENTRY_BYTES
         replica = Replica(str(next(self._names)), url, Prefixes(max(limit, 1)))
         self.replicas.append(replica)
@@ -119,10 +120,11 @@ async def watch(fleet: Fleet, key: str | None, changed: Callable[[Replica], None
     tasks: dict[Replica, asyncio.Task[None]] = {}
     try:
         while True:
-            for replica in fleet.replicas:
+            placed = [replica for replica in fleet.replicas if replica.url]
+            for replica in placed:
                 if replica not in tasks or tasks[replica].done():
                     tasks[replica] = asyncio.create_task(look(replica, key, changed))
-            tasks = {replica: tasks[replica] for replica in fleet.replicas}
+            tasks = {replica: tasks[replica] for replica in placed}
             await asyncio.sleep(fleet.config.poll_interval)
     finally:
         for task in tasks.values():

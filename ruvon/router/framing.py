@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 STATUS_LINE = re.compile(r"HTTP/1\.([01]) (\d{3})(?: .*)?")
+USUAL_SIZES = {b"%x" % size: size for size in range(1, 4096)}  # of chunks, as they are written
 CHUNK_SIZE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?")
 MOST_HEAD = 65_536  # bytes
 MOST_LINE = 4096  # bytes of a chunk's size, extensions included, or of a trailer
@@ -131,27 +132,24 @@ class Chunked:
         """Raises FramingError."""
         if self._line:
             data, self._line = self._line + data, b""
-        at, size = 0, len(data)
         if self._ending:
             self._feed_trailers(data)
             return b""
+        at, size = self._left, len(data)  # where the next chunk begins
         while at < size:
-            if self._left:
-                step = min(self._left, size - at)
-                at += step
-                self._left -= step
-                continue
             end = data.find(b"\r\n", at)
             if end < 0:
+                self._left = 0
                 self._hold(data[at:])
                 return data[:at]
-            length = self._size(data[at:end])
+            line = data[at:end]
+            length = USUAL_SIZES.get(line) or self._size(line)
             if length == 0:
-                self._ending = True
+                self._left, self._ending = 0, True
                 self._feed_trailers(data[end + 2 :])
                 return data[:at]
-            self._left = length + 2
-            at = end + 2
+            at = end + 2 + length + 2
+        self._left = at - size
         return data
 
     def _size(self, line: bytes) -> int:

@@ -27,6 +27,7 @@ PARTS: Mapping[str, tuple[str, ...]] = {
 """The fields that make a prompt, in the order in which templates write them."""
 
 STORED = re.compile(r"/v1/responses/((?:resp|cmp)_[^/]+)(?:/.*)?")
+EXPLAINED = re.compile(r"/v1/requests/(.+)/explain")
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +62,9 @@ def read_prompt(path: str, headers: Mapping[str, str], body: bytes) -> Prompt:
 
 
 def _held(path: str, headers: Mapping[str, str]) -> str | None:
-    """The stored response in a path, or the stream that is gone on with."""
-    if (stored := STORED.fullmatch(path)) is not None:
-        return stored[1]
+    """The stored response or the past request in a path, or the stream that is gone on with."""
+    if (named := STORED.fullmatch(path) or EXPLAINED.fullmatch(path)) is not None:
+        return named[1]
     stream, _, number = headers.get("Last-Event-ID", "").rpartition(":")
     return stream if number else None
 

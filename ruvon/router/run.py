@@ -6,8 +6,9 @@ import asyncio
 import os
 import signal
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import structlog
@@ -17,15 +18,18 @@ from aiohttp import web
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig
 from ruvon.errors import RuvonError
 from ruvon.router.app import ROUTING, Routing, create_router
+from ruvon.router.cluster import Cluster, connected
 from ruvon.router.fleet import FLEET, Fleet
 from ruvon.router.metrics import METRICS
 from ruvon.router.places import places
-from ruvon.router.processes import Processes, settings_of
+from ruvon.router.processes import HereSite, settings_of
 from ruvon.router.replica import parse_url
+from ruvon.router.scale import follow_load
+from ruvon.router.supervisor import Site, Supervisor
 from ruvon.server import console
 from ruvon.server.connection import Runner
 from ruvon.server.listen import allow_files, listen, listen_unix
-from ruvon.server.signals import watch_end
+from ruvon.server.signals import watch_end, watch_hangup
 from ruvon.server.tls import TLS, Certificate
 from ruvon.telemetry.logs import configure_logging
 
@@ -42,7 +46,7 @@ def route(urls: Iterable[str], server: ServerConfig, config: RouterConfig) -> No
     for url in known:
         parse_url(url)
     fleet = Fleet(config, known)
-    start(create_router(fleet, Routing(server)), None)
+    start(create_router(fleet, Routing(server)))
 
 
 def serve_replicas(engine: EngineConfig, server: ServerConfig, config: RouterConfig) -> None:
@@ -50,55 +54,86 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: RouterCon
     ConfigError, and LoadError when they cannot start."""
     where = places(engine, config.data_parallel_size)
     with tempfile.TemporaryDirectory(prefix="ruvon-") as folder:  # 0700
-        fleet, routing = Fleet(config), Routing(server)
-        app = create_router(fleet, routing)
-        processes = Processes(fleet, app[METRICS].record_restart, server.shutdown_timeout)
+        app, supervisor = create_own(server, config)
         shown = console.is_watched(server)
         for number, place in enumerate(where):
             path = Path(folder) / f"{number}.sock"
-            told = settings_of(engine, server, place, path, shown)
+            told = settings_of(engine, server, place, shown, uds=str(path))
             env = {"CUDA_VISIBLE_DEVICES": ",".join(place.devices)} if place.devices else {}
-            processes.add(fleet.add(f"unix:{path}"), told, env)
-        routing.restart, routing.changed = processes.restart, processes.note
-        start(app, processes)
+            supervisor.add(f"unix:{path}", HereSite(told, env))
+        start(app, supervisor)
 
 
-def start(app: web.Application, processes: Processes | None) -> None:
-    """Run until the end. Raises what ended it."""
+def serve_on_ray(engine: EngineConfig, server: ServerConfig, config: RouterConfig) -> None:
+    """The same with replicas that Ray places, as many as the load wants."""
+    settings = partial(settings_of, server=server, console=console.is_watched(server))
+    configure_logging(server.log_level, server.log_format)
+    with connected(config) as ray:
+        cluster = Cluster(ray, engine, settings)
+        app, supervisor = create_own(server, config)
+        for _ in range(config.data_parallel_size):
+            supervisor.add("", cluster.site())
+        start(app, supervisor, cluster.site)
+
+
+def create_own(server: ServerConfig, config: RouterConfig) -> tuple[web.Application, Supervisor]:
+    """A router over replicas of its own, and what will keep them."""
+    fleet, routing = Fleet(config), Routing(server)
+    app = create_router(fleet, routing)
+    supervisor = Supervisor(fleet, app[METRICS].record_restart, server.shutdown_timeout)
+    routing.restart, routing.changed = supervisor.restart, supervisor.note
+    return app, supervisor
+
+
+def start(
+    app: web.Application,
+    supervisor: Supervisor | None = None,
+    make_site: Callable[[], Site] | None = None,
+) -> None:
+    """Run until the end; ``make_site`` is where a replica more can run, if there may be more than
+    at first. Raises what ended it."""
     server = app[ROUTING].server
     configure_logging(server.log_level, server.log_format)
     allow_files(2 * server.max_connections + FILES)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(run(app, processes))
+        runner.run(run(app, supervisor, make_site))
 
 
-async def run(app: web.Application, processes: Processes | None) -> None:
+async def run(
+    app: web.Application,
+    supervisor: Supervisor | None,
+    make_site: Callable[[], Site] | None = None,
+) -> None:
     """Listen, wait for the end, leave in order."""
     routing, fleet = app[ROUTING], app[FLEET]
     counted = app[METRICS].count_connections
     runner = Runner(app, routing.server, counted, shutdown_timeout=GOODBYE)
     await runner.setup()
-    keeping = None if processes is None else asyncio.create_task(keep(processes, routing))
+    keeping = []
+    if supervisor is not None:
+        keeping.append(asyncio.create_task(keep(supervisor, routing)))
+    if supervisor is not None and make_site is not None:
+        keeping.append(asyncio.create_task(follow_load(supervisor, fleet, make_site)))
     try:
         watch_signals(routing, fleet)
         await tell_address(runner, routing.server, app[TLS], len(fleet.replicas))
         await routing.ended.wait()
         await drain(fleet, routing.server.shutdown_timeout)
-        if processes is not None:
-            await processes.stop()
+        if supervisor is not None:
+            await supervisor.stop()
     finally:
-        if keeping is not None:
-            keeping.cancel()
-            await asyncio.gather(keeping, return_exceptions=True)
+        for task in keeping:
+            task.cancel()
+        await asyncio.gather(*keeping, return_exceptions=True)
         await runner.cleanup()
     if routing.failure is not None:
         raise routing.failure
 
 
-async def keep(processes: Processes, routing: Routing) -> None:
+async def keep(supervisor: Supervisor, routing: Routing) -> None:
     """Keep the replicas running; where that is in vain, it is the end."""
     try:
-        await processes.run()
+        await supervisor.run()
     except* RuvonError as errors:
         routing.failure = errors.exceptions[0]
         routing.ended.set()
@@ -129,7 +164,7 @@ async def drain(fleet: Fleet, patience: float) -> None:
 
 
 def watch_signals(routing: Routing, fleet: Fleet) -> None:
-    """SIGHUP restarts the replicas in turn, SIGTERM and SIGINT drain and end."""
+    """SIGTERM and SIGINT drain and end, SIGHUP restarts the replicas in turn."""
 
     def drain_all(number: signal.Signals) -> None:
         fleet.draining = True
@@ -141,4 +176,4 @@ def watch_signals(routing: Routing, fleet: Fleet) -> None:
             log.warning("no_restart", why="none of ours, or one is under way")
 
     watch_end(routing.ended.is_set, drain_all, lambda number: os._exit(128 + number))
-    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, on_restart)
+    watch_hangup(drain_all, on_restart)

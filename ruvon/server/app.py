@@ -32,13 +32,13 @@ from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
 from ruvon.server.rate_limits import LIMITS, RateLimits
-from ruvon.server.reload import watch_files, watched
+from ruvon.server.reload import WATCHED, reload_now, watch_files, watched
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
 from ruvon.server.responses_api.background import end_background
 from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
-from ruvon.server.signals import watch_end
+from ruvon.server.signals import watch_end, watch_hangup
 from ruvon.server.state import STATE, State
 from ruvon.server.tls import TLS, Certificate, load_certificate
 from ruvon.server.tracing import TRACING, close_tracing
@@ -131,7 +131,8 @@ def create_app(
     count_queues(app)
     app.on_cleanup.append(end_reader)
     app.on_cleanup.append(end_kept)
-    app.cleanup_ctx.append(watch_files(watched(server, keys, app[TLS])))
+    app[WATCHED] = watched(server, keys, app[TLS])
+    app.cleanup_ctx.append(watch_files(app[WATCHED]))
     tracing = open_tracing(server.otlp_traces_endpoint, server.otlp_metrics_endpoint, state.epoch)
     if tracing is not None:
         app[TRACING] = tracing
@@ -231,7 +232,7 @@ async def run(app: web.Application) -> None:
     runner = make_runner(app)
     await runner.setup()
     try:
-        watch_signals(state)
+        watch_signals(state, partial(reload_now, app[WATCHED]))
         state.address = await listen_as_told(runner, state.server, app[TLS])
         console.tell_address(state.server, *state.address, dialects())
         warn_of_open_door(state.server, state.address[0])
@@ -260,9 +261,11 @@ def warn_of_open_door(server: ServerConfig, host: str) -> None:
         log.warning("open_to_all", host=host, hint="give --api-key, or listen on 127.0.0.1")
 
 
-def watch_signals(state: State) -> None:
+def watch_signals(state: State, reload: Callable[[], None]) -> None:
     """The first signal drains, the second ends the process at once."""
-    watch_end(lambda: state.draining, partial(start_draining, state), partial(end_at_once, state))
+    begin = partial(start_draining, state)
+    watch_end(lambda: state.draining, begin, partial(end_at_once, state))
+    watch_hangup(begin, reload)
 
 
 def start_draining(state: State, number: signal.Signals) -> None:

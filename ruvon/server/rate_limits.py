@@ -64,6 +64,10 @@ class RateLimits:
         self._buckets: dict[str, dict[str, Bucket]] = {}  # by tenant, by kind
         self._clock = clock
 
+    def __bool__(self) -> bool:
+        """Whether anything is limited."""
+        return bool(self._limits)
+
     def _of(self, tenant: str) -> dict[str, Bucket]:
         if tenant not in self._buckets:
             now = self._clock()

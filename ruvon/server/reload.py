@@ -78,6 +78,17 @@ def reload(watched: Watched) -> None:
         log.info("reloaded", files=list(watched.paths))
 
 
+def reload_now(all_watched: Sequence[Watched]) -> None:
+    """Begin to read all files again, whether they have changed or not."""
+    if not all_watched:
+        log.info("nothing_to_reload", hint="no keys or certificates come from files")
+    for one in all_watched:
+        asyncio.get_running_loop().run_in_executor(None, reload, one)
+
+
+WATCHED = web.AppKey("watched", Sequence[Watched])
+
+
 def watched(server: ServerConfig, keys: Keys, certificate: Certificate | None) -> list[Watched]:
     """The files that count anew when they change."""
     key_files = [path for path in (server.api_key_file, server.admin_key_file) if path is not None]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -23,19 +24,21 @@ async def route() -> AsyncIterator[Callable[..., Awaitable[Router]]]:
             script: Any = "Hello",
             *,
             key: str | None = None,
+            rate_limit: int | None = None,
             options: list[dict[str, Any]] | None = None,
             **fields: Any,
         ) -> Router:
             server = ServerConfig(
                 port=0, api_key=(key,) if key else (), admin_key=("root",) if key else ()
             )
+            door = replace(server, rate_limit_requests=rate_limit)
             replicas = []
             for number in range(count):
                 own = options[number] if options else {}
                 replica = await open_server(script, **{"server": server, **own})
                 stack.push_async_callback(close, replica)
                 replicas.append(replica)
-            router = await open_router(replicas, server, **fields)
+            router = await open_router(replicas, door, **fields)
             stack.push_async_callback(router.stack.aclose)
             return router
 

@@ -50,3 +50,13 @@ async def test_only_admins_see_and_change_what_is_behind(route):
     refused = await router.post("/router/restart", headers=admin)
     assert refused.status == 409
     assert refused.error["code"] == "conflict"
+
+
+async def test_a_keys_limit_is_that_of_all_replicas_together(route):
+    router = await route(2, rate_limit=3)
+    replies = [await router.complete("Hi") for _ in range(4)]
+    assert [reply.status for reply in replies] == [200, 200, 200, 429]
+    assert [reply.headers["X-RateLimit-Remaining-Requests"] for reply in replies] == list("2100")
+    assert replies[-1].error["code"] == "rate_limit_exceeded"
+    assert int(replies[-1].headers["Retry-After"]) >= 1
+    assert (await router.get("/v1/models")).status == 200

@@ -97,16 +97,17 @@ async def test_who_is_lost_before_it_answers_leaves_its_requests_to_others(route
 async def test_who_is_lost_in_midstream_is_told_of(route):
     slow = ScriptRunner("half of it", by_hand=True)
     router = await route(1, options=[{"runner": slow}])
-    task = asyncio.create_task(router.chat("Hi", stream=True))
-    for _ in range(3):
-        await router.until(lambda: slow.num_held)
-        slow.finish_step()
+    body = {"prompt": "Hi", "stream": True}
+    request = router.session.post(router.url + "/v1/completions", json=body)
+    task = asyncio.create_task(request.__aenter__())
     await router.until(lambda: slow.num_held)
-    await router.until(lambda: router.fleet.replicas[0].links)
-    await asyncio.sleep(0.05)
+    slow.finish_step()
+    response = await task
+    data = await response.content.readuntil(b"\n\n")
     await router.lose(0)
-    reply = await task
-    assert reply.events[-1]["error"]["code"] == "replica_lost"
+    data += await response.read()
+    assert b'"text":"h"' in data
+    assert b'"code":"replica_lost"' in data
     assert (await router.chat("Hi")).status == 503
 
 
@@ -154,6 +155,17 @@ async def test_stored_responses_are_found_where_they_are(route):
     unknown = await router.get("/v1/responses/resp_unknown")
     assert unknown.status == 404
     assert unknown.error["code"] == "response_not_found"
+
+
+async def test_past_requests_are_explained_by_whoever_answered_them(route):
+    router = await route(3)
+    for name in ("one", "two/2", "three"):
+        await router.chat("Hi", request_id=name)
+    for name in ("one", "two/2", "three"):
+        told = await router.get(f"/v1/requests/{name}/explain")
+        assert (told.json["id"], told.json["status"]) == (name, "finished")
+    unknown = await router.get("/v1/requests/four/explain")
+    assert (unknown.status, unknown.error["code"]) == (404, "request_not_found")
 
 
 async def test_a_dropped_stream_is_gone_on_with_where_it_is(route):

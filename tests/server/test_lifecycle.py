@@ -126,7 +126,7 @@ async def test_log_lines_of_a_run(serve, monkeypatch):
     assert request == {
         "event": "request", "log_level": "info", "method": "POST", "path": "/v1/chat/completions",
         "status": 200, "stream": True, "prompt_tokens": 21, "cached_tokens": 0, "output_tokens": 6,
-        "client": "127.0.0.1", "finish": "stop", "waited_for": "step",
+        "client": "127.0.0.1", "finish": "stop",
     }  # fmt: skip
     assert entries["stats"]["output_tok_s"] > 0
 
@@ -418,7 +418,7 @@ async def test_a_second_signal_ends_at_once_and_says_why(serve, monkeypatch):
     server = await serve(runner=ScriptRunner("Hello", by_hand=True))
     running = asyncio.create_task(server.chat())
     await server.until(lambda: server.fake.num_held)
-    watch_signals(server.state)
+    watch_signals(server.state, reload=lambda: None)
     with capture_logs() as logs:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.raise_signal(number)
@@ -434,7 +434,7 @@ async def test_a_signal_sent_to_the_process_and_its_group_counts_once(serve, mon
     ends = []
     monkeypatch.setattr(os, "_exit", ends.append)
     server = await serve("Hello")
-    watch_signals(server.state)
+    watch_signals(server.state, reload=lambda: None)
     with capture_logs() as logs:
         for _ in range(2):
             signal.raise_signal(signal.SIGTERM)
@@ -442,6 +442,22 @@ async def test_a_signal_sent_to_the_process_and_its_group_counts_once(serve, mon
             await server.chat()  # the loop turns
     assert ends == []
     assert [entry["event"] for entry in logs if entry["event"] != "request"] == ["draining"]
+
+
+async def test_a_hangup_reloads_and_ends_the_server_of_a_terminal_that_is_gone(serve, monkeypatch):
+    reloads = []
+    server = await serve("Hello")
+    terminal, ours = os.openpty()
+    monkeypatch.setattr("ruvon.server.signals.STDERR", ours)
+    watch_signals(server.state, reload=lambda: reloads.append(1))
+    signal.raise_signal(signal.SIGHUP)
+    await server.until(lambda: reloads)
+    assert not server.state.draining
+    os.close(terminal)
+    signal.raise_signal(signal.SIGHUP)
+    await server.until(lambda: server.state.draining)
+    assert len(reloads) == 1
+    os.close(ours)
 
 
 async def test_what_the_terminal_says_to_type_is_answered(serve, capsys, monkeypatch):

@@ -56,6 +56,8 @@ async def test_a_whole_answer_and_a_stream(serve):
     assert timeless(last)["message"] == {"role": "assistant", "content": ""}
     assert last["done"]
     assert last["eval_count"] == 4
+    headers = {"X-Ruvon-Resume": "true"}  # is for events
+    assert lines(await server.post("/api/chat", {"messages": [USER]}, headers=headers))[-1]["done"]
 
 
 async def test_generate_answers_a_prompt_or_continues_a_raw_one(serve):
