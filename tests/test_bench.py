@@ -102,6 +102,9 @@ class Fake:
             return web.json_response({"error": {"message": "no"}}, status=400)
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
+        if payload["prompt"] == "empty":
+            self.running -= 1
+            return response
         await response.write(b'data: {"choices": [{"text": "a"}]}\n\n: a comment\n\ndata: {"cho')
         await response.write(b'ices": [{"text": "b"}]}\n\n')
         await response.write(
@@ -148,6 +151,13 @@ async def test_a_load_is_sent_and_measured(fake):
     assert fake.peak == 1
     assert fake.payloads[0]["max_tokens"] == 2
     assert fake.payloads[0]["ignore_eos"] is True
+
+
+async def test_a_stream_without_output_is_no_success(fake):
+    async with open_session() as session:
+        samples, duration = await run_load(session, fake.url, Load("m", [("empty", 2), ("one", 2)]))
+    assert [bool(sample.error) for sample in samples] == [True, False]
+    assert summarize(samples, duration)["failed"] == 1
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,10 @@ from ruvon.telemetry import silent
 
 ROOT = Path(__file__).parent.parent
 SERIES = sorted((ROOT / "docs" / "series").glob("*.md"))
+CODE = "docs/series/code/*.py"
 FILES = [
     f"/{file.relative_to(ROOT).as_posix()}"
-    for pattern in ("ruvon/**/*.py", "tests/**/*.py", "bench/*.py", "scripts/*.py")
+    for pattern in ("ruvon/**/*.py", "tests/**/*.py", "bench/*.py", "scripts/**/*.py", CODE)
     for file in ROOT.glob(pattern)
 ]
 

@@ -51,11 +51,14 @@ def tell_address(
     there: by name, their endpoints."""
     url = f"{server.scheme}://{bracketed(host)}:{port}"
     url = f"unix:{server.uds}" if server.uds else url
+    page = f"{server.scheme}://{ANYWHERE.get(host, bracketed(host))}:{port}/"
     if is_watched(server):
         console = terminal(soft_wrap=True)
         console.print(f"Listening on [bold]{url}[/bold], as")
         for name, endpoints in dialects.items():
             console.print(f"  {name:<10} {', '.join(endpoints)}")
+        if server.has_page and server.uds is None:
+            console.print(f"  {'a page':<10} {page}")
         console.print()
     else:
         log.info("listening", url=url, port=port, speaks=list(dialects))

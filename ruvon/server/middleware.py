@@ -175,10 +175,15 @@ def _report(
         status=status,
         ms=round(1000 * seconds, 1),
         bytes=0 if response is None else response.body_length or response.content_length or 0,
-        client=http.remote or None,
+        client=_client(http),
         user_agent=http.headers.get("User-Agent", "")[:100],
         **facts,
     )
+
+
+def _client(http: web.Request) -> str | None:
+    """The address at the other end. Who reaches a Unix socket is a router, which says whose."""
+    return http.remote or http.headers.get("X-Forwarded-For", "")[:100] or None
 
 
 def _work_facts(http: web.Request) -> dict[str, Any]:
@@ -193,8 +198,9 @@ def _work_facts(http: web.Request) -> dict[str, Any]:
         "decode_ms": round(1000 * last.decode, 1),
         "finish": last.reason,
     }
-    if last.waits:
-        facts["waited_for"] = max(last.waits, key=last.waits.__getitem__)
+    reason = max(last.waits, key=last.waits.__getitem__, default="step")
+    if reason != "step":  # as whoever comes does
+        facts["waited_for"] = reason
     if last.num_preempted:
         facts["preempted"] = last.num_preempted
     return facts

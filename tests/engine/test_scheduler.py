@@ -718,3 +718,34 @@ def test_no_stream_waits_longer_than_one_chunk_however_many_long_prompts_come(ch
         assert gap <= 1
         num_computed += sum(shares.values())
     assert num_computed > 4 * 29  # and prompts get on
+
+
+def test_it_says_why_somebody_is_not_started():
+    """Who is told of, why, and how many run, how many blocks there are, or who computes."""
+    scheduler = make(max_seqs=1)
+    for id in range(3):
+        scheduler.add(sequence(id, [5 + id]))
+    assert not_started(scheduler) == ((1, "places", 1),)
+
+    scheduler = make(num_blocks=4, block_size=2)
+    scheduler.add(sequence(0, [5, 6], max_tokens=6))
+    scheduler.add(sequence(1, [7, 8, 9, 10, 11], max_tokens=3))
+    assert not_started(scheduler) == ((1, "blocks", 2),)
+
+    scheduler = make(max_tokens=8)
+    for id in range(2):
+        scheduler.add(sequence(id, range(10, 24)))
+    assert not_started(scheduler) == ((1, "prefix", 0),)
+
+    scheduler = make(max_seqs=4, policy="static")
+    scheduler.add(sequence(0, [5]))
+    assert not_started(scheduler) == ()
+    scheduler.add(sequence(1, [6]))
+    assert not_started(scheduler) == ((1, "batch", 1),)
+    run_out(scheduler)
+    assert scheduler.not_started == ()
+
+
+def not_started(scheduler):
+    step(scheduler)
+    return scheduler.not_started

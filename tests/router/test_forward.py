@@ -157,6 +157,17 @@ async def test_stored_responses_are_found_where_they_are(route):
     assert unknown.error["code"] == "response_not_found"
 
 
+async def test_past_requests_are_explained_by_whoever_answered_them(route):
+    router = await route(3)
+    for name in ("one", "two/2", "three"):
+        await router.chat("Hi", request_id=name)
+    for name in ("one", "two/2", "three"):
+        told = await router.get(f"/v1/requests/{name}/explain")
+        assert (told.json["id"], told.json["status"]) == (name, "finished")
+    unknown = await router.get("/v1/requests/four/explain")
+    assert (unknown.status, unknown.error["code"]) == (404, "request_not_found")
+
+
 async def test_a_dropped_stream_is_gone_on_with_where_it_is(route):
     slow = ScriptRunner("abcdefgh", by_hand=True)
     router = await route(2, "other", options=[{"runner": slow}, {}])

@@ -58,7 +58,7 @@ async def test_every_api_has_an_explanation(serve, path):
     assert told["completions"] == (2 if path == "/v1/embeddings" else 1)
 
 
-async def test_who_waits_is_told_for_what(serve):
+async def test_who_waits_is_told_for_what(serve, capsys):
     server = await serve(runner=ScriptRunner("x", by_hand=True), max_num_seqs=1)
     first = asyncio.create_task(server.chat(request_id="first"))
     await server.until(lambda: server.fake.num_held)
@@ -74,6 +74,8 @@ async def test_who_waits_is_told_for_what(serve):
     assert told["started_before"] == 0
     assert set(told["waited_for"]) == {"places"}
     assert "for a place among those that run" in told["explanation"]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "chatcmpl-" in line]
+    assert ["waited_for=places" in line for line in lines] == [False, True]
 
 
 async def test_a_request_is_its_keys_and_the_admins(serve):

@@ -126,7 +126,7 @@ async def test_log_lines_of_a_run(serve, monkeypatch):
     assert request == {
         "event": "request", "log_level": "info", "method": "POST", "path": "/v1/chat/completions",
         "status": 200, "stream": True, "prompt_tokens": 21, "cached_tokens": 0, "output_tokens": 6,
-        "client": "127.0.0.1", "finish": "stop", "waited_for": "step",
+        "client": "127.0.0.1", "finish": "stop",
     }  # fmt: skip
     assert entries["stats"]["output_tok_s"] > 0
 
@@ -500,7 +500,7 @@ def test_a_terminal_shows_a_bar_and_a_file_gets_lines(capsys, monkeypatch, watch
     events = [entry["event"] for entry in logs]
     assert events == ([] if watched else ["listening", "loading"])
     said = capsys.readouterr().err
-    for word in ("http://127.0.0.1:80", "OpenAI", "/v1/embeddings", "Anthropic", "/v1/messages"):
+    for word in ("http://127.0.0.1:80/\n", "OpenAI", "/v1/embeddings", "Anthropic", "/v1/messages"):
         assert (word in said) == watched
     assert "/v1/messages/count_tokens" not in said
     assert watched or logs[0]["speaks"] == ["OpenAI", "Anthropic", "Ollama"]

@@ -30,6 +30,10 @@ Attend: TypeAlias = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [T, H, D], k [T, G, D], v [T, G, D]) → what attention gives, [T, H, D]."""
 
 
+def same(x: Tensor) -> Tensor:
+    return x
+
+
 @dataclass(frozen=True)
 class Llama:
     tokenizer: Tokenizer
@@ -40,8 +44,10 @@ class Llama:
     sin: Tensor
     heads: int
     groups: int
+    head_dim: int
     eps: float
     end: int  # the token that ends an answer
+    reduce: Callable[[Tensor], Tensor] = same  # lesson 10: a sum over ranks
 
     def forward(self, ids: list[int], positions: list[int], attend: Attend) -> Tensor:
         """→ logits [T, V]: row t scores every token as the one that follows token t."""
@@ -58,10 +64,10 @@ class Llama:
         q, k, v = qkv.split((self.heads, self.groups, self.groups), dim=1)
         cos, sin = self.cos[positions].unsqueeze(1), self.sin[positions].unsqueeze(1)
         o = attend(i, rotate(q, cos, sin), rotate(k, cos, sin), v)
-        x_TC = x_TC + F.linear(o.flatten(1), layer["o"])
+        x_TC = x_TC + self.reduce(F.linear(o.flatten(1), layer["o"]))
         both = F.linear(rms_norm(x_TC, layer["mlp_norm"], self.eps), layer["gate_up"])
         gate, up = both.chunk(2, dim=-1)
-        return x_TC + F.linear(F.silu(gate) * up, layer["down"])
+        return x_TC + self.reduce(F.linear(F.silu(gate) * up, layer["down"]))
 
     def logits(self, x_TC: Tensor) -> Tensor:
         """Of the stream after the last layer."""
@@ -69,6 +75,12 @@ class Llama:
 
     def encode(self, text: str) -> list[int]:
         return self.tokenizer.encode(text)
+
+    def ask(self, question: str) -> list[int]:
+        """A question as the model was trained to see one. Markers are tokens, the rest is text."""
+        before = self.tokenizer.encode("<|im_start|>user\n", parse_special=True)
+        after = "<|im_end|>\n<|im_start|>assistant\n"
+        return [*before, *self.encode(question), *self.tokenizer.encode(after, parse_special=True)]
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids)
@@ -126,6 +138,7 @@ def load() -> Llama:
         sin=rope.sin_PD,
         heads=spec.num_heads,
         groups=spec.num_kv_heads,
+        head_dim=spec.head_dim,
         eps=spec.norm_eps,
         end=spec.eos_token_ids[0],
     )

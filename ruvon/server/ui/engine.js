@@ -73,10 +73,10 @@ export function open(root, server, query) {
   // ---------------------------------------------------------------- something to look at
 
   let load = null;
-  put(parts.loads, LOADS.map(({ name, title, start }) => h("button", { type: "button", title, onclick: () => {
+  put(parts.loads, h("span", { class: "soft" }, "Give it something to do"), LOADS.map(({ name, title, start }) => h("button", { type: "button", title, onclick: () => {
     load ??= new AbortController();
     start(it.history.latest.madeOf, server.max_model_len, load.signal).catch((error) => error.name !== "AbortError" && toast(error.message));
-  } }, name)), h("button", { type: "button", class: "quiet", onclick: () => (load?.abort(), (load = null)) }, "Stop them"));
+  } }, name)), h("button", { type: "button", class: "quiet", onclick: () => (load?.abort(), (load = null)) }, "Stop"));
 
   follow(it, stop.signal, draw).catch((error) => {
     if (stop.signal.aborted) return;
@@ -149,6 +149,7 @@ function layOut(server) {
   parts.title = h("span", null, "The batch");
   parts.all = h("div", { class: "engine" },
     h("div", { class: "controls" }, parts.back, parts.pause, parts.on, parts.scrub, parts.when, parts.pace, parts.next),
+    parts.loads,
     parts.tiles,
     card("Steps", parts.strip, h("p", { class: "legend" }, swatch("--accent", "tokens of answers"), swatch("--cell-cached", "tokens of prompts"), swatch("--bad", "a preemption"), " the top is the step's budget, the scale a square root's")),
     h("div", { class: "two" },
@@ -157,8 +158,7 @@ function layOut(server) {
     h("div", { class: "two wide" },
       card("Sequences", h("div", { class: "scroll" }, h("table", null, h("thead", null, h("tr", null, heads.map((text) => h("th", null, text)))), parts.rows)), parts.more),
       card("One life", parts.life)),
-    h("div", { class: "card" }, h("h2", null, "Give it something to do"), parts.loads,
-      server.step_gate ? null : h("p", { class: "soft" }, "Slow motion: start the server with ", h("code", null, "--ui-step-gate"), ". Until then, pause and step back: the engine goes on, the picture waits.")));
+    server.step_gate ? null : h("p", { class: "soft" }, "Slow motion: start the server with ", h("code", null, "--ui-step-gate"), ". Without it, pause and step back: the engine goes on, the picture waits."));
   return parts;
 }
 
@@ -250,7 +250,7 @@ function showRows(it, parts, state) {
     h("td", { class: "num" }, `${seq.output} / ${seq.most}`),
     h("td", { class: "num" }, seq.tables.reduce((sum, table) => sum + table.filter(Boolean).length, 0)),
     h("td", { class: "num" }, seq.cached || ""))));
-  put(parts.more, seqs.length > MOST_ROWS ? `and ${count(seqs.length - MOST_ROWS)} more` : seqs.length ? "" : "No sequences. Chat, or press a button below.");
+  put(parts.more, seqs.length > MOST_ROWS ? `and ${count(seqs.length - MOST_ROWS)} more` : seqs.length ? "" : "No sequences. Chat, or press a button above.");
 }
 
 function showLife(it, parts, state) {
