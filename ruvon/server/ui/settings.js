@@ -23,6 +23,8 @@ const TEXTS = [
   ["schema", "JSON schema of the answer", 5, '{"type": "object", "properties": {…}}'],
 ];
 
+const CHOICES = [["", "as the model likes"], ["required", "at least one"], ["none", "none"]];
+
 export function load() {
   try {
     return JSON.parse(localStorage.getItem(KEPT)) || {};
@@ -53,7 +55,11 @@ export function form(server, settings) {
           value: settings[name] ?? "",
           oninput: (event) => keep(name, event.target.value),
         })))),
-    TEXTS.map(area),
+    TEXTS.slice(0, 2).map(area),
+    h("label", { class: "field" }, h("span", null, "Whether to call a tool"),
+      h("select", { name: "tool_choice", onchange: (event) => keep("tool_choice", event.target.value) },
+        CHOICES.map(([value, text]) => h("option", { value, selected: (settings.tool_choice ?? "") === value }, text)))),
+    area(TEXTS[2]),
   );
 }
 
@@ -63,7 +69,10 @@ export function fields(settings) {
   for (const [name] of NUMBERS) if (settings[name] !== undefined) given[name] = Number(settings[name]);
   const stop = (settings.stop || "").split("\n").filter(Boolean);
   if (stop.length) given.stop = stop;
-  if (settings.tools?.trim()) given.tools = parse(settings.tools, "Tools");
+  if (settings.tools?.trim()) {
+    given.tools = parse(settings.tools, "Tools");
+    if (settings.tool_choice) given.tool_choice = settings.tool_choice;
+  }
   if (settings.schema?.trim()) {
     given.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parse(settings.schema, "JSON schema") } };
   }
