@@ -29,7 +29,7 @@ DOCS_STAMP := $(VENV)/.docs
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-alone test-browser browser test-optimized clients coverage fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-browser browser test-optimized clients coverage chaos soak flood fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -56,10 +56,13 @@ test-browser: browser ## Drive the page in Chromium, which has to be there (apt-
 browser: $(DEV_STAMP) ## Install what drives a browser; Chromium itself is the system's.
 	$(INSTALL) --quiet --editable '.[browser]'
 
-test-optimized: $(DEV_STAMP) ## Run bad input, faults, queues and schedules over a ruvon without asserts, as python -O has it.
-	PYTHONPATH=tests $(BIN)/python -m pytest -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
+test-optimized: $(DEV_STAMP) ## Run bad input, faults and queues over a ruvon without asserts, as python -O has it.
+	PYTHONPATH=tests $(BIN)/python -m pytest $(PARALLEL) -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
 		tests/server/test_faults.py tests/server/test_load.py tests/engine/test_validation.py tests/engine/test_engine.py \
-		tests/engine/test_loop.py tests/engine/test_scheduler.py tests/models/test_damaged.py $(ARGS)
+		tests/engine/test_loop.py tests/models/test_damaged.py $(ARGS)
+
+chaos: $(DEV_STAMP) ## Ask, break and kill servers for 10 minutes; ARGS= goes to tests/chaos/chaos.py.
+	$(BIN)/python tests/chaos/chaos.py $(ARGS)
 
 clients: $(DEV_STAMP) ## Drive clients and agents, each installed by itself; ARGS= names them.
 	PYTHONPATH=tests:tests/server $(BIN)/python tests/clients/run.py $(ARGS)
@@ -87,7 +90,7 @@ docs: $(RUN_STAMP) ## Write anew what documents show of the code.
 	$(BIN)/python scripts/fragments.py
 
 site: $(DOCS_STAMP) ## Build the site into build/site; a broken link fails.
-	$(BIN)/python scripts/site.py
+	$(BIN)/python scripts/make_site.py
 	$(BIN)/zensical build --clean --strict
 
 tour: ## List what to read first, with its lines; see docs/tour.md.
@@ -98,6 +101,12 @@ bench: $(RUN_STAMP) ## Measure the server; prints a table, writes bench/results/
 
 bench-peers: $(RUN_STAMP) ## Compare with other servers, each in its own environment.
 	$(BIN)/python bench/peers.py $(ARGS)
+
+soak: $(RUN_STAMP) ## Load a server for an hour and look whether it stays as it was; ARGS= goes to bench/soak.py.
+	$(BIN)/python bench/soak.py $(ARGS)
+
+flood: $(RUN_STAMP) ## Run slowhttptest, wrk and h2load against a server; ARGS= goes to bench/flood.py.
+	$(BIN)/python bench/flood.py $(ARGS)
 
 bench-quality: $(RUN_STAMP) ## Measure what formats and kernels cost in quality.
 	$(BIN)/python bench/quality.py $(ARGS)

@@ -2,12 +2,13 @@
 
     python bench/gpu.py steps|prefill|sampling|offline|serve|load [--models gpt2,xl,smollm2]
                         [--batches 1,32,256] [--quantization int8|int4] [--beside OTHER/CHECKOUT]
-                        [--options ...]
+                        [--tp 2 [--sums memory|nccl]] [--pp 2] [--options ...]
 
 Random weights of the true shapes in bfloat16, greedy, 128 prompt and 128 new tokens; the models
 gpt-oss-20b and gpt-oss-120b have their experts in MXFP4. ``steps`` is the time of a decode step's
 graph; the floor is the bytes it must read over 3.35 TB/s. ``offline`` drives `ruvon.LLM`, token ids
-in. ``serve`` streams /v1/completions to clients in other processes;
+in. With ``--tp``, steps, prefill and offline are those of so many ranks, a GPU each, and floors
+those of what one of them reads. ``serve`` streams /v1/completions to clients in other processes;
 ``load`` does so at several rates of arrival (Poisson), with prompts of 16 to 900 tokens and outputs
 of 16 to 500 or what the context leaves, drawn at temperature 0.8 and top-p 0.95.
 
@@ -31,12 +32,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from cards import on_cards
 from gpu_serve import ROOT, measure_load, measure_serve
 from measure import write
 
 from ruvon import LLM, SamplingParams
 from ruvon.engine.gpu.graphs import Bucket, Captured, Graphs
 from ruvon.kernels import sample
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS, Model
@@ -49,7 +52,7 @@ from ruvon.models.weights import Weights
 from ruvon.telemetry import silent
 
 DEVICE = torch.device("cuda")
-BANDWIDTH = 3.35e12  # bytes a second, of an H100 by its datasheet
+BANDWIDTHS = {"H100": 3.35e12, "H200": 4.8e12}  # bytes a second, by the datasheet
 PAGE = 16
 CONTEXT = 192  # tokens in the middle of such a decode
 
@@ -188,7 +191,21 @@ VLLM_TOK_S = {
 VLLM_PREFILL_TOK_S = {"gpt2": 435_000, "xl": 106_500, "smollm2": 191_400, "gpt-oss-20b": 51_500}
 
 
-def build(name: str, quantization: str = "none") -> Model:
+VLLM_TP2_STEP_MS = {
+    "llama-8b": {1: 3.50, 8: 3.56, 32: 3.86, 128: 4.95, 256: 6.94},
+    "gpt-oss-20b": {1: 2.67, 8: 2.78, 64: 2.58, 256: 5.81},
+    "gpt-oss-120b": {1: 3.90, 8: 4.18, 256: 10.9},
+}
+VLLM_TP2_PREFILL_TOK_S = {"llama-8b": 71_400, "gpt-oss-20b": 9_600, "gpt-oss-120b": 4_400}
+"""On two H200s."""
+
+
+def bandwidth() -> float:
+    name = torch.cuda.get_device_name()
+    return next((value for card, value in BANDWIDTHS.items() if card in name), 3.35e12)
+
+
+def build(name: str, quantization: str = "none", mesh: Mesh = ALONE) -> Model:
     ops = make_triton_ops(torch.bfloat16, DEVICE)
     spec = spec_from_config(CONFIGS[name])
     family = MODELS[spec.architecture]
@@ -196,7 +213,7 @@ def build(name: str, quantization: str = "none") -> Model:
         Path(name), 0, torch.bfloat16, mxfp4="quantization_config" in CONFIGS[name], device=DEVICE
     )
     scheme = SCHEMES["auto" if quantization == "none" else quantization]
-    weights = Weights(source, family.rules, scheme, ops, share_of(spec))
+    weights = Weights(source, family.rules, scheme, ops, share_of(spec, mesh))
     return family.build(spec, weights, ops)
 
 
@@ -224,17 +241,24 @@ def milliseconds(run: Callable[[], object], repeat: int = 50) -> float:
 # ---------------------------------------------------------------------------------- one step
 
 
-def measure_steps(name: str, batches: tuple[int, ...], quantization: str) -> dict[str, Any]:
-    model, numbers = build(name, quantization), {}
-    print("| model | batch | floor ms | ruvon ms | vLLM ms | share of floor |")
-    print("|---|---:|---:|---:|---:|---:|")
+def measure_steps(
+    mesh: Mesh, name: str, batches: tuple[int, ...], quantization: str
+) -> dict[str, Any]:
+    model, numbers = build(name, quantization, mesh), {}
+    told = mesh.rank == 0
+    if told:
+        print("| model | batch | floor ms | ruvon ms | vLLM ms | share of floor |")
+        print("|---|---:|---:|---:|---:|---:|")
     for batch in batches:
         per_seq = -(-CONTEXT // PAGE)
         cache = make_cache(model, batch * per_seq)
         captured = decode_step(model, cache, batch, per_seq)
         step, floor = milliseconds(captured.replay), floor_ms(model, batch, quantization)
-        vllm = VLLM_STEP_MS.get(name, {}).get(batch, float("nan"))
-        print(f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |")
+        known = VLLM_TP2_STEP_MS if mesh.size == 2 else VLLM_STEP_MS if mesh.size == 1 else {}
+        vllm = known.get(name, {}).get(batch, float("nan"))
+        line = f"| {name} | {batch} | {floor:.3f} | {step:.3f} | {vllm:.2f} | {floor / step:.0%} |"
+        if told:
+            print(line, flush=True)
         numbers[str(batch)] = {"ms": step, "floor_ms": floor, "vllm_ms": vllm}
     return numbers
 
@@ -291,13 +315,13 @@ def floor_ms(model: Model, batch: int, quantization: str = "none") -> float:
         layer = 2 * plain + read * mlp * (4.25 / 8 if spec.sinks else 2)
     cached = 2 * spec.num_kv_heads * spec.head_dim
     seen = sum(min(window or CONTEXT, CONTEXT) for window in spec.windows)
-    nbytes = spec.num_layers * layer + in_head * spec.vocab_size * spec.hidden_size
-    return (nbytes + 2 * batch * seen * cached) / BANDWIDTH * 1e3
+    nbytes = spec.num_layers * layer + in_head * len(model.share.vocabulary) * spec.hidden_size
+    return (nbytes + 2 * batch * seen * cached) / bandwidth() * 1e3
 
 
-def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
+def measure_prefill(mesh: Mesh, name: str) -> dict[str, Any]:
     """Eight prompts of 1,000 tokens in one step."""
-    model, num, length = build(name), 8, 1000
+    model, num, length = build(name, mesh=mesh), 8, 1000
     per_seq = -(-length // PAGE)
     cache = make_cache(model, num * per_seq)
     tables = torch.randperm(num * per_seq, dtype=torch.int32).view(num, per_seq)
@@ -320,8 +344,10 @@ def measure_prefill(name: str, _: tuple[int, ...]) -> dict[str, Any]:
         with torch.cuda.graph(graph):
             model.forward(batch, cache)
         rate = num * length / milliseconds(graph.replay, 5) * 1e3
-    vllm = VLLM_PREFILL_TOK_S.get(name, 0)
-    print(f"prefill {name}: {rate:,.0f} tok/s (vLLM {vllm:,})")
+    known = VLLM_TP2_PREFILL_TOK_S if mesh.size == 2 else VLLM_PREFILL_TOK_S
+    vllm = known.get(name, 0)
+    if mesh.rank == 0:
+        print(f"prefill {name}: {rate:,.0f} tok/s (vLLM {vllm:,})")
     return {"tok_s": rate, "vllm_tok_s": vllm}
 
 
@@ -365,12 +391,16 @@ def model_folder(name: str, vocab: Path | None) -> Path:
     return folder
 
 
-def measure_offline(name: str, batches: tuple[int, ...], folder: Path) -> dict[str, Any]:
+def measure_offline(
+    name: str, batches: tuple[int, ...], folder: Path, ranks: int = 1, stages: int = 1
+) -> dict[str, Any]:
     began, numbers = time.perf_counter(), {}
     llm = LLM(
         str(folder),
         load_format="dummy",
         enable_prefix_caching=False,
+        tensor_parallel_size=ranks,
+        pipeline_parallel_size=stages,
     )
     print(f"{name}: started in {time.perf_counter() - began:.1f} s")
     print("| model | batch | ruvon tok/s | vLLM tok/s | ms a step |\n|---|---:|---:|---:|---:|")
@@ -400,6 +430,9 @@ def main() -> None:
     parser.add_argument("--models", default="gpt2,xl,smollm2")
     parser.add_argument("--batches", help="Default: those of vLLM's figures.")
     parser.add_argument("--quantization", choices=BYTES, default="none", help="For steps.")
+    parser.add_argument("--tp", type=int, default=1, help="Ranks; for steps, prefill, offline.")
+    parser.add_argument("--pp", type=int, default=1, help="Stages; for offline.")
+    parser.add_argument("--sums", choices=("memory", "nccl"), default="memory", help="Of ranks.")
     parser.add_argument("--vocab", type=Path, help="Folder with GPT-2's vocab.json and merges.txt.")
     parser.add_argument(
         "--beside", type=Path, nargs="*", default=[], help="Other checkouts, for serve."
@@ -417,16 +450,18 @@ def main() -> None:
 def measure_part(args: argparse.Namespace, name: str, batches: tuple[int, ...]) -> dict[str, Any]:
     match args.part:
         case "offline":
-            return measure_offline(name, batches, model_folder(name, args.vocab))
+            folder = model_folder(name, args.vocab)
+            return measure_offline(name, batches, folder, args.tp, args.pp)
         case "serve":
             trees = [ROOT, *(tree.resolve() for tree in args.beside)]
             return measure_serve(name, model_folder(name, args.vocab), args.options, trees)
         case "load":
             return measure_load(name, model_folder(name, args.vocab), args.options)
         case "steps":
-            return measure_steps(name, batches, args.quantization)
+            given = (name, batches, args.quantization)
+            return on_cards(args.tp, args.sums, measure_steps, *given)
         case "prefill":
-            return measure_prefill(name, batches)
+            return on_cards(args.tp, args.sums, measure_prefill, name)
         case _:
             return measure_sampling(name, batches)
 

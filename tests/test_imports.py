@@ -37,6 +37,7 @@ DEFERRED = {
     "engine/backends": "a table of kernels brings its compiler along, so only the chosen one does",
     "kernels/cpu/compiled": "kernels that are on disk already need no numba",
     "router/worker": "a replica's cores are set before torch counts them",
+    "engine/ranks/rank": "sums over GPUs need triton as well",
     "engine/runners": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""

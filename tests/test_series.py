@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import lessons
+import make_site
 import pytest
 import torch
 from embedded import needs_model
@@ -24,6 +25,8 @@ SECTIONS = (
     "Break it",
     "Takeaways",
 )
+
+TESTS = "\n".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
 
 FENCE = re.compile(r"^(<!-- .*? -->\n)?```.*?^```$", re.MULTILINE | re.DOTALL)
 CLAIM = re.compile(r"\(claims\.md#([\w-]+)\)")
@@ -47,6 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.parametrize("path", lessons.LESSONS, ids=by_name)
 def test_a_lesson_prints_what_its_article_shows(path: Path, one_thread: None):
     texts = [match[3] for match in shown() if match[2] == path.stem]
@@ -79,6 +83,12 @@ def test_every_part_has_the_same_sections(path: Path):
 
 
 @pytest.mark.parametrize("path", ARTICLES, ids=by_name)
+def test_tests_that_catch_somebody_exist(path: Path):
+    for name in re.findall(r"`(test_\w+)`", path.read_text()):
+        assert f"def {name}(" in TESTS, f"there is no {name}"
+
+
+@pytest.mark.parametrize("path", ARTICLES, ids=by_name)
 def test_who_claims_a_speed_says_where_it_comes_from(path: Path):
     for paragraph in re.split(r"\n\s*\n", FENCE.sub("", path.read_text())):
         if speed := SPEED.search(paragraph):
@@ -98,3 +108,23 @@ def test_a_claims_command_can_be_run():
         there = first in targets if program == "make" else (ROOT / first).is_file()
         assert program in ("make", "python"), claim
         assert there, f"{claim}: there is no {first}"
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    make_site.stage(folder)
+    return folder
+
+
+def test_pages_of_the_site_lead_somewhere(pages: Path):
+    for path in pages.rglob("*.md"):
+        for target in re.findall(r"\]\(([^)#\s]+)", FENCE.sub("", path.read_text())):
+            if "://" not in target and path.parts[len(pages.parts)] != "source":
+                assert (path.parent / target).exists(), f"{path} links to {target}"
+
+
+def test_the_site_shows_the_way_to_every_document(pages: Path):
+    nav = set(re.findall(r'= "([\w/.-]+\.md)"', (ROOT / "zensical.toml").read_text()))
+    there = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
+    assert nav == {name for name in there if not name.startswith("source/")}, "see zensical.toml"

@@ -214,6 +214,15 @@ def test_console_lines(stderr):
     assert "beware" in theirs
 
 
+def test_a_request_s_line_is_short_for_people(stderr):
+    configure_logging("info", "console")
+    structlog.get_logger().info("request", status=200, client="10.0.0.7", user_agent="curl/8")
+    structlog.get_logger().info("hello", client="10.0.0.7")
+    short, hello = stderr()
+    assert short.endswith("status=200")
+    assert hello.endswith("client=10.0.0.7")
+
+
 def test_console_lines_tell_an_error_and_not_what_was_asked(stderr):
     configure_logging("warning", "console")
     prompt = "what nobody else should read"

@@ -149,7 +149,7 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
-            return eager(make_torch_ops(dtype, device), share.mesh)
+            return eager(make_torch_ops(dtype, device), replace(share.mesh, add_norm=None))
         case "triton":
             return triton_backend(share, dtype, device, config)
         case "cpu":
@@ -187,14 +187,9 @@ def eager(ops: Ops, mesh: Mesh = ALONE) -> Backend:
 def triton_backend(
     share: Share, dtype: torch.dtype, device: torch.device, config: EngineConfig
 ) -> Backend:
-    """Raises ConfigError for a model or a mesh that these kernels do not compute."""
+    """Raises ConfigError for a model that these kernels do not compute."""
     from ruvon.kernels.triton_ops import make_triton_ops  # triton is not on every platform
 
-    if share.mesh.stages > 1:
-        raise ConfigError(
-            f"--pipeline-parallel-size {share.mesh.stages}: the kernels 'triton' capture "
-            "steps that begin and end on one device; use --kernels torch"
-        )
     asked = config.quantization in ("int8", "int4")
     ops = make_triton_ops(
         dtype,

@@ -8,9 +8,14 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ruvon.engine.drain_rate import DrainRate
+from ruvon.engine.draw import INFINITE, NOT_A_NUMBER
+from ruvon.engine.pooling import BROKEN
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Sequence
 from ruvon.telemetry.finished import Finished
+
+CORRUPTED = frozenset({NOT_A_NUMBER, INFINITE, BROKEN})
+"""Errors of sequences for which the device computed what are no numbers."""
 
 
 class LoopMetrics(Protocol):
@@ -96,7 +101,7 @@ class OpenRequests:
         if emission.finish is not None:
             if emission.finish == "length" and state.first_token_at is None:  # scored only
                 self._metrics.record_prompt(state.seq.num_prompt, state.seq.num_cached)
-            self._close(emission.seq_id, emission.finish, now)
+            self._close(emission.seq_id, emission.finish, now, emission.error)
         return state.stream, urgent
 
     def end_step(self, now: float) -> None:
@@ -113,7 +118,9 @@ class OpenRequests:
         """Forget them all; somebody has told their streams."""
         self._states.clear()
 
-    def _close(self, seq_id: int, reason: str, now: float) -> RequestState:
+    def _close(
+        self, seq_id: int, reason: str, now: float, error: str | None = None
+    ) -> RequestState:
         """Called once for each sequence; a phase it never reached lasts 0 seconds."""
         state = self._states.pop(seq_id)
         seq = state.seq
@@ -135,6 +142,7 @@ class OpenRequests:
             waits=seq.wait.seconds,
             num_chunks=seq.num_chunks,
             num_preempted=seq.num_preempted,
+            corrupted=error in CORRUPTED,
         )
         state.stream.finished.append(finished)
         self._metrics.record_finished(finished)

@@ -39,7 +39,10 @@ def make_runner(
     limits = step_limits(model.spec, config, memory)
     cache = allocate_cache(model.spec, memory, backend.ops.device, model.held)
     if backend.graphs:
-        return make_gpu_runner(model, config, memory, cache, limits, grammars, progress)
+        matchers = gpu_matchers(grammars) if backend.mesh.is_last else None
+        return make_gpu_runner(
+            model, config, memory, cache, limits, grammars.eos_token_ids, matchers, progress
+        )
     step = backend.make_step(model, cache, limits, progress)
 
     def sampler(logits_LV: Tensor, rows: Sequence[SamplingRow]) -> StepResult:
@@ -65,16 +68,18 @@ def make_gpu_runner(
     memory: MemoryPlan,
     cache: Cache,
     limits: StepLimits,
-    grammars: Grammars,
+    eos_token_ids: Sequence[int],
+    matchers: Matchers | None,
     progress: Progress,
 ) -> GpuRunner:
+    """``matchers`` are None on a stage before the last."""
     from ruvon.engine.gpu.runner import GpuRunner  # triton is not on every platform
     from ruvon.engine.gpu.scoring import Scorer
 
     device = model.ops.device
     scorer = Scorer(
         for_longest(partial(model.hidden, cache=cache), memory.max_model_len),
-        model.logits,
+        None if matchers is None else model.logits,
         device=device,
         block_size=config.block_size,
         windows=memory.windows,
@@ -84,7 +89,9 @@ def make_gpu_runner(
     longest, num_groups = min(limits.tokens, memory.max_model_len), len(memory.windows)
     for plan in scoring_plans(longest, config.block_size, num_groups):
         (chunk,), (row,) = plan.chunks, plan.prompt_rows
-        scorer.launch(chunk, row, [[*blocks] for blocks in chunk.blocks]).read()
+        scores = scorer.launch(chunk, row, [[*blocks] for blocks in chunk.blocks])
+        if matchers is not None:
+            scores.read()
     runner = GpuRunner(
         partial(model.forward, cache=cache),
         scorer,
@@ -95,16 +102,19 @@ def make_gpu_runner(
         max_model_len=memory.max_model_len,
         max_seqs=limits.sequences,
         max_tokens=limits.tokens,
-        eos_token_ids=grammars.eos_token_ids,
-        matchers=Matchers(
-            grammars, min(max(available_cores() // 2, 1), MASK_THREADS), at_once=False
-        ),
+        eos_token_ids=eos_token_ids,
+        matchers=matchers,
         progress=progress,
     )
     for sampling in RARE:
         runner.launch(short_step(config, sampling, num_groups)).result()
     runner.start_counting()
     return runner
+
+
+def gpu_matchers(grammars: Grammars) -> Matchers:
+    """Which compute masks while the device computes logits."""
+    return Matchers(grammars, min(max(available_cores() // 2, 1), MASK_THREADS), at_once=False)
 
 
 def for_longest(forward: Forward, max_context: int) -> Forward:

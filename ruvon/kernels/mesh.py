@@ -75,6 +75,10 @@ class Mesh:
     """(ids_T, C, dtype) → x_TC, what the stage before has sent; as many rows as ids, where they
     lie."""
 
+    add_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
+    """(x_TC, residual_TC or None, norm weight, norm bias or None, eps) → (normed, s + residual),
+    where s is what ``reduce`` makes of x: for ranks that do it in one launch. None: two calls."""
+
     close: Callable[[], None] = _nothing
     """Lets go of the others. Nothing is called afterwards."""
 
@@ -212,6 +216,9 @@ class _Chain:
 
     def send(self, x_TC: Tensor) -> Tensor:
         assert self.group is not None
+        if x_TC.is_cuda:  # waits on the device, where a graph may hold it
+            self.group.send([_bytes(x_TC.contiguous())], self._stage + 1, 0).wait()
+            return x_TC
         if self._on_its_way is not None:  # one at a time: whoever sends faster waits here
             self._on_its_way[0].wait()
         kept = x_TC.contiguous().clone()

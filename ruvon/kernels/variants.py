@@ -6,6 +6,8 @@ from triton.runtime.jit import JITFunction
 
 from ruvon.kernels import (
     activation,
+    all_gather,
+    all_reduce,
     attention,
     codes,
     decode,
@@ -25,8 +27,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, attention, codes, decode, embed, experts, gemv, gemv_codes, kv, matmul, norm,
-    norm_routing, prefill, routing, sample, split_k, staging,
+    activation, all_gather, all_reduce, attention, codes, decode, embed, experts, gemv, gemv_codes,
+    kv, matmul, norm, norm_routing, prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 

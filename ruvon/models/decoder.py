@@ -30,7 +30,8 @@ class Layer(Protocol):
     def attention(self) -> Attention: ...
 
     def finish(self, x_TE: Tensor, residual_TC: Tensor) -> tuple[Tensor, Tensor]:
-        """Of attention's heads [T, H * D] and the stream → (what is to be added, the stream)."""
+        """Of attention's heads [T, H * D] and the stream → (what is to be added, the stream). Ranks
+        that share the layer make a summand each of the first, which the next norm adds up."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,7 +82,8 @@ class Decoder:
                 residual_TC = self.ops.gather_rows(residual_TC, batch.logit_rows)
             x_TC, residual_TC = layer.finish(x_TC, residual_TC)
         if not mesh.is_last:
-            return mesh.send(x_TC if residual_TC is None else self.ops.add(x_TC, residual_TC))
+            assert residual_TC is not None, "every stage has a layer"
+            return mesh.send(self.ops.add(self.norm.mesh.reduce(x_TC), residual_TC))
         x_LC, _ = self.norm(x_TC, residual_TC)
         return x_LC
 
@@ -104,13 +106,14 @@ class Decoder:
         return self.logits(x_TC)
 
     def _entering(self, batch: ForwardBatch) -> tuple[Tensor, Tensor | None]:
-        """What the first layer here is given, and the stream before that is added to it."""
+        """What the first layer here is given, and the stream before that is added to it. Of an
+        embedding each rank has some rows, and zeros for others: its layers' first norm sums."""
         mesh = self.share.mesh
         if self.embed is None:
             width = self.share.spec.hidden_size
             return mesh.receive(batch.token_ids, width, self.ops.dtype), None
         first = None if mesh.size == 1 else self.share.vocabulary.start
-        x_TC = mesh.reduce(self.ops.embed(batch.token_ids, self.embed, first))
+        x_TC = self.ops.embed(batch.token_ids, self.embed, first)
         if self.positions is None:
             return x_TC, None
         return x_TC, self.ops.embed(batch.positions, self.positions, None)

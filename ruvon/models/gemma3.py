@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ruvon.kernels.mesh import ALONE
 from ruvon.kernels.ops import Ops, Rope
 from ruvon.models import llama
 from ruvon.models.decoder import Decoder
@@ -95,15 +96,16 @@ class Norms:
         return stored if self.weights.is_gguf else 1 + stored
 
     def before(self, key: str, layer: int = 0) -> RMSNorm:
-        """A norm of the stream."""
+        """A norm of the stream, all of whose summands are whole but the embedding."""
         size = self.spec.hidden_size
         eps = self.spec.norm_eps / self._stream_scale() ** 2
-        return RMSNorm(self.weights.ops, self.weight(key, size, layer), eps)
+        mesh = self.weights.share.mesh if key == "attn_norm" and layer == 0 else ALONE
+        return RMSNorm(self.weights.ops, self.weight(key, size, layer), eps, mesh)
 
     def behind(self, key: str, layer: int) -> RMSNorm:
         """A norm of what is added to the stream."""
         weight_C = self.weight(key, self.spec.hidden_size, layer) / self._stream_scale()
-        return RMSNorm(self.weights.ops, weight_C, self.spec.norm_eps)
+        return RMSNorm(self.weights.ops, weight_C, self.spec.norm_eps, self.weights.share.mesh)
 
     def _stream_scale(self) -> float:
         """sqrt(C), rounded as by whoever multiplies in the compute dtype."""

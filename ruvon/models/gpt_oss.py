@@ -149,5 +149,4 @@ def _mixture(spec: ModelSpec, weights: Weights, i: int) -> Mixture:
         router=weights.matrix("router", (count,), spec.hidden_size, i, quantize=False),
         router_bias_E=weights.bias("router", (count,), i) if biased else None,
         experts=load_experts(weights, spec.experts, spec.hidden_size, i, bias=biased),
-        reduce=weights.reduce("experts_down"),
     )

@@ -6,13 +6,13 @@ comes in as an argument, and is written by `Attention`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import structlog
 from torch import Tensor
 
-from ruvon.kernels.mesh import ALONE
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.ops import (
     Activation,
     AttentionSpec,
@@ -23,6 +23,7 @@ from ruvon.kernels.ops import (
     Rope,
 )
 from ruvon.models.cache_groups import cache_groups, place_of
+from ruvon.models.shares import Share
 from ruvon.models.spec import ModelSpec
 from ruvon.models.weights import Weights
 
@@ -31,42 +32,54 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """act(x Wᵀ + b). Where ranks share the columns, the sum of what each makes of its own."""
+    """act(x Wᵀ + b). Where ranks share the columns, a summand of that: the norm behind it adds the
+    ranks' up."""
 
     ops: Ops
     weight: Packed
     bias_N: Tensor | None = None
     activation: Activation = "none"
-    reduce: Callable[[Tensor], Tensor] = ALONE.reduce
 
     def __call__(self, x_TK: Tensor) -> Tensor:
-        return self.reduce(self.ops.linear(x_TK, self.weight, self.bias_N, self.activation))
+        return self.ops.linear(x_TK, self.weight, self.bias_N, self.activation)
 
 
 @dataclass(frozen=True, slots=True)
 class RMSNorm:
-    """Adds ``x`` to the residual stream, then divides by the root of the mean square."""
+    """Adds ``x`` to the residual stream, then divides by the root of the mean square.
+
+    Where ``x`` is what each rank has made of its own columns, ``mesh`` are those over which it is
+    summed first; where it is whole, nobody.
+    """
 
     ops: Ops
     weight_C: Tensor
     eps: float
+    mesh: Mesh = ALONE
 
     def __call__(self, x_TC: Tensor, residual_TC: Tensor | None) -> tuple[Tensor, Tensor]:
         """→ (normed, the new residual)."""
-        return self.ops.rms_norm(x_TC, residual_TC, self.weight_C, self.eps)
+        if self.mesh.add_norm is not None:
+            return self.mesh.add_norm(x_TC, residual_TC, self.weight_C, None, self.eps)
+        return self.ops.rms_norm(self.mesh.reduce(x_TC), residual_TC, self.weight_C, self.eps)
 
 
 @dataclass(frozen=True, slots=True)
 class LayerNorm:
-    """Adds ``x`` to the residual stream, then takes the mean away and divides by the deviation."""
+    """Adds ``x`` to the residual stream, then takes the mean away and divides by the deviation;
+    ``mesh`` is as `RMSNorm` has it."""
 
     ops: Ops
     weight_C: Tensor
     bias_C: Tensor
     eps: float
+    mesh: Mesh = ALONE
 
     def __call__(self, x_TC: Tensor, residual_TC: Tensor | None) -> tuple[Tensor, Tensor]:
         """→ (normed, the new residual)."""
+        if self.mesh.add_norm is not None:
+            return self.mesh.add_norm(x_TC, residual_TC, self.weight_C, self.bias_C, self.eps)
+        x_TC = self.mesh.reduce(x_TC)
         return self.ops.layer_norm(x_TC, residual_TC, self.weight_C, self.bias_C, self.eps)
 
 
@@ -76,11 +89,11 @@ def norm_linear(
     """→ (linear(norm(x + residual)), x + residual), in one operation where there is one. Ranks may
     share the rows of the product, not its columns."""
     fused = linear.ops.norm_linear
-    if fused is None:
+    if fused is None or norm.mesh.add_norm is not None:
         x_TC, residual_TC = norm(x_TC, residual_TC)
         return linear(x_TC), residual_TC
     return fused(
-        x_TC,
+        norm.mesh.reduce(x_TC),
         residual_TC,
         norm.weight_C,
         norm.bias_C if isinstance(norm, LayerNorm) else None,
@@ -133,14 +146,12 @@ class Mixture:
     router: Packed
     router_bias_E: Tensor | None
     experts: PackedExperts
-    reduce: Callable[[Tensor], Tensor] = ALONE.reduce
 
     def __call__(self, x_TC: Tensor) -> Tensor:
-        """→ the weighted sum of what the chosen experts make of it. Each rank has a part of every
-        expert."""
+        """→ the weighted sum of what the chosen experts make of it; or, where each rank has a part
+        of every expert, a summand of that."""
         assert self.ops.experts is not None, "a backend without experts was refused before"
-        made_TC = self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
-        return self.reduce(made_TC)
+        return self.ops.experts(x_TC, self.router, self.router_bias_E, self.experts)
 
 
 def norm_mixture(
@@ -148,12 +159,11 @@ def norm_mixture(
 ) -> tuple[Tensor, Tensor]:
     """→ (mixture(norm(x + residual)), x + residual), in one operation where there is one."""
     fused = mixture.ops.norm_experts
-    if fused is None:
+    if fused is None or norm.mesh.add_norm is not None:
         x_TC, residual_TC = norm(x_TC, residual_TC)
         return mixture(x_TC), residual_TC
-    router = (mixture.router, mixture.router_bias_E)
-    made = fused(x_TC, residual_TC, norm.weight_C, norm.eps, *router, mixture.experts)
-    return mixture.reduce(made[0]), made[1]
+    router, x_TC = (mixture.router, mixture.router_bias_E), norm.mesh.reduce(x_TC)
+    return fused(x_TC, residual_TC, norm.weight_C, norm.eps, *router, mixture.experts)
 
 
 def attention_spec(spec: ModelSpec, layer: int) -> AttentionSpec:
@@ -209,15 +219,23 @@ def load_linear(
     """The projection ``key`` of a layer; ``rows`` are those of its parts."""
     bias_N = weights.bias(key, rows, layer) if bias else None
     weight = weights.matrix(key, rows, columns, layer)
-    return Linear(weights.ops, weight, bias_N, activation, weights.reduce(key))
+    return Linear(weights.ops, weight, bias_N, activation)
 
 
 def load_rms_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> RMSNorm:
-    """The norm ``key``."""
-    return RMSNorm(weights.ops, weights.norm(key, size, layer), eps)
+    """The norm ``key``, of what ranks have to add up."""
+    mesh = mesh_before(weights.share, key, layer)
+    return RMSNorm(weights.ops, weights.norm(key, size, layer), eps, mesh)
 
 
 def load_layer_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> LayerNorm:
-    """The norm ``key``."""
+    """The norm ``key``, of what ranks have to add up."""
     weight_C, bias_C = (weights.norm(key, size, layer, kind) for kind in ("weight", "bias"))
-    return LayerNorm(weights.ops, weight_C, bias_C, eps)
+    return LayerNorm(weights.ops, weight_C, bias_C, eps, mesh_before(weights.share, key, layer))
+
+
+def mesh_before(share: Share, key: str, layer: int) -> Mesh:
+    """Over whose ranks the norm ``key`` sums what it is given. A stage behind the first one is sent
+    whole rows."""
+    sent = key == "attn_norm" and layer == share.layers.start and not share.mesh.is_first
+    return ALONE if sent else share.mesh

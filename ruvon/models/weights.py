@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import LoadError
-from ruvon.kernels.mesh import ALONE
 from ruvon.kernels.ops import Dense, Mxfp4, Ops, Packed, Quantized, Weight
 from ruvon.models.cuts import WHOLE, Cut, as_dense
 from ruvon.models.quantize import Scheme, keep, stack
@@ -160,11 +159,6 @@ class Weights:
                 if layer is None or int(layer) not in self.share.layers:
                     found.add(match.string)
         return found
-
-    def reduce(self, key: str) -> Callable[[Tensor], Tensor]:
-        """What is done to a product with this matrix: a sum over the ranks that share its columns,
-        or nothing."""
-        return (ALONE if self.rules[key].columns is None else self.share.mesh).reduce
 
     def adds_bias(self, key: str) -> bool:
         """Whether a bias of this matrix is added on this rank."""

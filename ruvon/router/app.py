@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -15,7 +16,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from ruvon.config import ServerConfig, parse_size
 from ruvon.errors import RequestError, UnavailableError
 from ruvon.router.fleet import FLEET, Fleet, watch
-from ruvon.router.forward import Relayed, forward
+from ruvon.router.forward import READER, Relayed, forward
 from ruvon.router.metrics import METRICS, TOTALS, RouterMetrics, Totals, render
 from ruvon.router.replica import Replica
 from ruvon.server import rate_limits
@@ -61,6 +62,7 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     app[KEYS] = keys = Keys(read_keys(routing.server))
     app[rate_limits.LIMITS] = rate_limits.RateLimits(routing.server.rate_limit_requests, None)
     app[TLS] = load_certificate(routing.server)
+    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
     app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
     app.add_routes(
@@ -89,6 +91,7 @@ async def watching(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(task, return_exceptions=True)
     for replica in app[FLEET].replicas:
         replica.lose()
+    app[READER].shutdown(wait=False, cancel_futures=True)
 
 
 @web.middleware

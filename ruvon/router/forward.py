@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -30,6 +31,10 @@ SMALL = 65_536  # bytes of a body that is understood at once
 MOST_WHOLE = 1 << 20  # bytes of an answer that is sent when all of it is there
 UNSENT = 262_144  # bytes that wait for a client, before no more is read of its replica
 SESSION = "X-Session-Id"
+
+READER = web.AppKey("reader", ThreadPoolExecutor)
+"""The thread that understands large bodies. One, for each takes its turn at the interpreter's lock
+before the event loop does, and has a body in memory as objects."""
 
 HOP_BY_HOP = frozenset({
     "connection", "keep-alive", "proxy-authenticate", "proxy-authorization", "te", "trailer",
@@ -80,7 +85,9 @@ async def forward(http: web.Request) -> web.StreamResponse:
 async def understand(http: web.Request, body: bytes) -> Prompt:
     """The prompt; of a large body not on the event loop's thread."""
     read = partial(read_prompt, http.path, http.headers, body)
-    return read() if len(body) <= SMALL else await asyncio.to_thread(read)
+    if len(body) <= SMALL:
+        return read()
+    return await asyncio.get_running_loop().run_in_executor(http.app[READER], read)
 
 
 def request_bytes(http: web.Request, body: bytes) -> bytes:

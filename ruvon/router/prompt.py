@@ -1,6 +1,7 @@
 """What of a request decides where it goes: its prompt, whose it is, and what it goes on with.
 
-Nothing is checked here. A body that makes no sense has no prompt, and a replica says what is wrong.
+Nothing is checked here. A body that makes no sense, or holds more values than a prompt may have,
+has no prompt, and a replica says what is wrong.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from typing import Any
 
 import orjson
 
+from ruvon.errors import RequestError
 from ruvon.router.prefixes import PIECE, chain
+from ruvon.server.shape import Bounds, check_shape
 
 PARTS: Mapping[str, tuple[str, ...]] = {
     "/v1/chat/completions": ("tools", "messages"),
@@ -25,6 +28,9 @@ PARTS: Mapping[str, tuple[str, ...]] = {
     "/api/generate": ("system", "prompt"),
 }
 """The fields that make a prompt, in the order in which templates write them."""
+
+BOUNDS = Bounds.of_context(131_072)
+"""What a body is counted for before it is parsed, which holds up everything else meanwhile."""
 
 STORED = re.compile(r"/v1/responses/((?:resp|cmp)_[^/]+)(?:/.*)?")
 EXPLAINED = re.compile(r"/v1/requests/(.+)/explain")
@@ -49,8 +55,9 @@ def read_prompt(path: str, headers: Mapping[str, str], body: bytes) -> Prompt:
     if path not in PARTS or not body:
         return Prompt(held=held)
     try:
+        check_shape(body, BOUNDS)
         data = orjson.loads(body)
-    except orjson.JSONDecodeError:
+    except (RequestError, orjson.JSONDecodeError):
         return Prompt(held=held)
     if not isinstance(data, dict):
         return Prompt(held=held)
@@ -87,6 +94,6 @@ def _pieces(data: Mapping[str, Any], names: Iterable[str]) -> Iterable[bytes]:
         if isinstance(value, str):
             yield value.encode(errors="replace")
         elif isinstance(value, list):
-            yield from (orjson.dumps(item) for item in value)
+            yield orjson.dumps(value)[:-1]
         elif value is not None:
             yield orjson.dumps(value)

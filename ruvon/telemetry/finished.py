@@ -25,6 +25,7 @@ class Finished:
     """What it waited for in the queue (`ruvon.engine.waits`), and for how many seconds."""
     num_chunks: int = 0  # steps that computed something of its prompt
     num_preempted: int = 0
+    corrupted: bool = False  # whether what was computed for it were no numbers
 
     @property
     def total(self) -> float:

@@ -62,6 +62,18 @@ class Sink:
         """For `logging`; nothing is held back."""
 
 
+OF_PEERS = ("bytes", "client", "user_agent")
+
+
+def without_peers(
+    logger: object, name: str, entry: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """A request's line for people, who know whose it is and have no room to be told."""
+    if entry["event"] == "request":
+        return {key: value for key, value in entry.items() if key not in OF_PEERS}
+    return entry
+
+
 def configure_logging(
     level: Literal["debug", "info", "warning", "error"] = "info",
     format: Literal["auto", "console", "json"] = "auto",
@@ -76,6 +88,7 @@ def configure_logging(
     ]
     render: list[structlog.typing.Processor] = (
         [
+            without_peers,
             structlog.dev.ConsoleRenderer(
                 colors=sink.isatty(),
                 pad_event_to=0,
@@ -83,7 +96,7 @@ def configure_logging(
                 sort_keys=False,
                 # No locals: they hold what people asked.
                 exception_formatter=structlog.dev.plain_traceback,
-            )
+            ),
         ]
         if console
         else [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]

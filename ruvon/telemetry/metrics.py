@@ -88,6 +88,9 @@ class Metrics:
             [*self._labels, "reason"],
             registry=self.registry,
         )
+        self._corrupted = self._counter(
+            "corrupted_requests", "Sequences for which something was computed that is no number."
+        )
         for reason in ("stop", "length", "abort", "error", "deadline"):
             self._finished.labels(**self._labels, finished_reason=reason)
 
@@ -208,6 +211,7 @@ class Metrics:
     def record_finished(self, finished: Finished) -> None:
         """Count one completion that ended."""
         self._finished.labels(**self._labels, finished_reason=finished.reason).inc()
+        self._corrupted.inc(finished.corrupted)
         num_output = finished.num_output
         for name, value in {
             "request_prompt_tokens": finished.num_prompt,

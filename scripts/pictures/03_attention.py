@@ -49,7 +49,7 @@ def heat(weights: Tensor, words: list[str]) -> None:
         axes = figure.add_subplot(1, len(HEADS), place)
         axes.pcolormesh(weights[layer, head].numpy(), cmap="Blues", vmin=0, vmax=1)
         axes.invert_yaxis()
-        axes.set_title(f"layer {layer}, head {head}: {says}")
+        axes.set_title(f"layer {layer}, head {head}:\n{says}", fontsize=9)
         ticks = [t + 0.5 for t in range(len(words))]
         axes.set_xticks(ticks, words, rotation=90)
         axes.set_yticks(ticks, words if place == 1 else [])
@@ -89,7 +89,7 @@ def lens(model: llama.Llama, stream: list[Tensor]) -> None:
                   rotation=60, fontsize=7)  # fmt: skip
     axes.set_xlabel("layer")
     axes.set_ylabel("of the likeliest token")
-    axes.legend(frameon=False, loc="upper left")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1))
     save(figure, "03-lens")
     said = [
         f"{i}: {model.decode([bests[i]])!r} {bars[i]:.1%}" for i in range(len(bars) - 6, len(bars))

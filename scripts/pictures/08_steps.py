@@ -36,6 +36,7 @@ def main() -> None:
         handles=[Patch(color=colour, label=label) for colour, label in names],
         loc="lower center", ncols=3, frameon=False, bbox_to_anchor=(0.5, -0.2),
     )  # fmt: skip
+    figure.subplots_adjust(wspace=0.35)
     save(figure, "08-steps")
 
 

@@ -11,6 +11,7 @@ import torch
 
 from ruvon.engine.batch import BlockTables, build_batch, lay_out
 from ruvon.engine.types import Chunk, NewSequence, Plan, SamplingParams
+from ruvon.kernels.mesh import ALONE
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
@@ -110,11 +111,15 @@ class Weighty(RandomTensors):
         return values * 5 if len(shape) > 1 and not bytes_only else values
 
 
-def build(architecture, head_dim, ops, scheme="none"):
+def build(architecture, head_dim, ops, scheme="none", mesh=ALONE):
     spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
     source = Weighty(Path("tiny"), 0, torch.float32, mxfp4=architecture == "GptOssForCausalLM")
     weights = Weights(
-        source=source, rules=family.rules, scheme=SCHEMES[scheme], ops=ops, share=share_of(spec)
+        source=source,
+        rules=family.rules,
+        scheme=SCHEMES[scheme],
+        ops=ops,
+        share=share_of(spec, mesh),
     )
     return family.build(spec, weights, ops)
 

@@ -35,6 +35,7 @@ from ruvon.engine.types import (
     SamplingParams,
 )
 from ruvon.grammars import regex
+from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.sample import BIAS, HISTORY, make_state
 from ruvon.kernels.triton_ops import make_triton_ops
@@ -85,21 +86,19 @@ class Weighty(RandomTensors):
         return values * 10 if len(shape) > 1 else values
 
 
-def build_model(ops):
+def build_model(ops, mesh=ALONE):
     spec, family = spec_from_config(LLAMA), MODELS["LlamaForCausalLM"]
     source = Weighty(Path("tiny"), 0, torch.float32)
     weights = Weights(
-        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops, share=share_of(spec)
-    )
+        source=source, rules=family.rules, scheme=SCHEMES["none"], ops=ops,
+        share=share_of(spec, mesh),
+    )  # fmt: skip
     return family.build(spec, weights, ops)
 
 
 def make_cache(model):
     shape = (BLOCKS + 1, model.spec.num_kv_heads, PAGE, model.spec.head_dim)
-    return [
-        tuple(torch.zeros(shape, device=DEVICE) for _ in range(2))
-        for _ in range(model.spec.num_layers)
-    ]
+    return [tuple(torch.zeros(shape, device=DEVICE) for _ in range(2)) for _ in model.held]
 
 
 class Letters:
@@ -123,17 +122,23 @@ def letters():
 
 @pytest.fixture(scope="module")
 def gpu_runner(triton_device, letters):
+    runner = runner_over(ALONE, Matchers(letters, at_once=False))
+    yield runner
+    runner.close()
+
+
+def runner_over(mesh, matchers):
     ops = make_triton_ops if GPU else make_torch_ops  # what the runner itself does is Triton's
-    model = build_model(ops(torch.float32, DEVICE))
+    model = build_model(ops(torch.float32, DEVICE), mesh)
     cache = make_cache(model)
     scorer = Scorer(
         partial(model.hidden, cache=cache),
-        model.logits,
+        model.logits if matchers else None,
         device=DEVICE,
         block_size=PAGE,
         max_logit_rows=16,
     )
-    runner = GpuRunner(
+    return GpuRunner(
         partial(model.forward, cache=cache),
         scorer,
         device=DEVICE,
@@ -143,11 +148,9 @@ def gpu_runner(triton_device, letters):
         max_seqs=SLOTS,
         max_tokens=40,
         eos_token_ids=(2,),
-        matchers=Matchers(letters, at_once=False),
+        matchers=matchers,
         progress=silent,
     )
-    yield runner
-    runner.close()
 
 
 @pytest.fixture(scope="module")
@@ -513,6 +516,34 @@ def test_launched_ahead_or_not_the_same_is_sampled(gpu_runner):
 
 
 # ------------------------------------------------------------------------------------- parts
+
+
+def test_stages_sample_what_one_runner_does(gpu_runner, letters, expected):
+    """What the first sends is what the last receives, of scored and pooled rows as well."""
+    on_its_way = deque()
+
+    def send(x_TC):
+        on_its_way.append(x_TC.clone())
+        return x_TC
+
+    first = Mesh(stage=0, stages=2, send=send)
+    last = Mesh(stage=1, stages=2, receive=lambda ids_T, width, dtype: on_its_way.popleft())
+    matchers = (None, Matchers(letters, at_once=False))
+    stages = [runner_over(*each) for each in zip((first, last), matchers, strict=True)]
+    story = Story(0, PROMPTS[1], range(LONGEST // PAGE), SamplingParams(temperature=0, logprobs=1))
+    scored = (PromptRow(0, 0, tuple(PROMPTS[1][1:]), 1),)
+    for step in range(4):
+        plan = plan_of((story, story.chunk()))
+        if step == 0:
+            plan = replace(plan, prompt_rows=scored, pooled_rows=(PooledRows(0, 0, 0, 9),))
+        sent, sampled = (stage.launch(plan).result() for stage in stages)
+        assert sent.tokens == ((),)
+        assert bool(sampled.prompt_logprobs and sampled.pooled) == (step == 0)
+        story.tokens += sampled.tokens[0]
+    assert not on_its_way
+    assert story.tokens[len(PROMPTS[1]) :] == expected(PROMPTS[1], 4)
+    for stage in stages:
+        stage.close()
 
 
 def test_buckets():

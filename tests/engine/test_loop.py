@@ -12,6 +12,7 @@ from fakes import LETTERS, FakeMetrics, FakeRunner
 
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.coalescing import FEW_READERS, MOST_STEPS, Coalescer
+from ruvon.engine.draw import NOT_A_NUMBER
 from ruvon.engine.loop import EngineLoop
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job, SamplingParams
@@ -689,6 +690,7 @@ async def test_what_is_recorded_of_a_request(running, clock, metrics):
                 "waits": {"step": 1},
                 "num_chunks": 1,
                 "num_preempted": 0,
+                "corrupted": False,
             }
         ]
         steps = metrics.all("step")
@@ -716,6 +718,15 @@ async def test_what_is_recorded_of_one_that_left_the_queue(running, clock, metri
         assert (finished["queue"], finished["prefill"], finished["decode"]) == (4, 0, 0)
         assert len(metrics.all("prompt")) == 1
         await stays.aclose()
+
+
+async def test_what_is_no_number_is_told_from_other_errors(running, metrics):
+    async with running() as (loop, runner):
+        runner.errors.update({0: NOT_A_NUMBER, 1: "refused"})
+        for _ in range(3):
+            await read(loop.generate([Job((97,), SamplingParams(max_tokens=2))]))
+        ended = [(f["reason"], f["corrupted"]) for f in metrics.all("finished")]
+        assert ended == [("error", True), ("error", False), ("length", False)]
 
 
 async def test_tokens_that_come_at_once_share_their_time(make_engine):

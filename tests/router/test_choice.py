@@ -115,3 +115,14 @@ def test_a_url_says_where_a_replica_is():
     for wrong in ("h:8000", "ftp://h", "http://h/v1", "http://h:x", "http://u@h", "unix:"):
         with pytest.raises(ConfigError, match="no URL of a replica"):
             parse_url(wrong)
+
+
+def test_a_body_of_more_values_than_any_prompt_is_not_even_parsed():
+    """Four megabytes of empty lists would take seconds and gigabytes."""
+
+    def prompt(value: bytes):
+        return read_prompt("/v1/completions", {}, b'{"prompt":%s}' % value)
+
+    assert len(prompt(b"[" + b"97," * 100_000 + b"1]").keys) > 1000
+    for value in (b"[" + b"97," * 400_000 + b"1]", b"[" + b"[]," * 20_000 + b"[]]"):
+        assert prompt(value).keys == ()

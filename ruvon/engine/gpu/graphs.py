@@ -132,7 +132,7 @@ class Captured:
 class Graphs:
     """Captures steps of a model over its cache. On a CPU a step just runs: for tests."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, what a graph depends on
         self,
         forward: Callable[[ForwardBatch], Tensor],
         state: sample.SamplingState,
@@ -143,14 +143,17 @@ class Graphs:
         max_context: int,
         buckets: list[Bucket],
         pdl: bool,
+        samples: bool = True,
     ) -> None:
-        """``num_groups``: cache groups, each of which has a table for each slot."""
+        """``num_groups``: cache groups, each of which has a table for each slot. Where it does not
+        sample it is a stage before the last, whose ``forward`` sends on what it makes."""
         slots, device = state.last_tokens.shape[0], state.last_tokens.device
         self._forward = forward
         self._state = state
         self._block_size = block_size
         self._max_context = max_context
         self._pdl = pdl
+        self._samples = samples
         self.layouts = {bucket: StepWords(bucket, num_groups) for bucket in buckets}
         num_words = max(layout.size for layout in self.layouts.values())
         zeros = partial(torch.zeros, dtype=torch.int32)
@@ -188,7 +191,8 @@ class Graphs:
         self._staged_inputs[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
         masked = partial(self.sample, bucket, masked=True)
-        masked(logits)
+        if self._samples:
+            masked(logits)
         if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
             return Captured(replay, partial(masked, logits), logits, self)
@@ -196,13 +200,18 @@ class Graphs:
         step, rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(step, pool=pool):
             logits = self._step(bucket)
+        if not self._samples:
+            return Captured(step.replay, partial(masked, logits), logits, self)
         with torch.cuda.graph(rest, pool=pool):
             masked(logits)
         return Captured(step.replay, rest.replay, borrow(logits), self)
 
     def _step(self, bucket: Bucket) -> Tensor:
-        """Compute logits, then sample."""
+        """Compute logits, then sample; a stage that does not has none."""
         logits_LV = self.forward(bucket)
+        if not self._samples:
+            store_outputs(self.results, self._staged_results, self._turn, self._pdl)
+            return self.results
         self.sample(bucket, logits_LV)
         return logits_LV
 

@@ -88,7 +88,8 @@ class StepFuture(Future[StepResult]):
 
     def result(self, timeout: float | None = None) -> StepResult:
         """Waits for the device, however long that takes."""
-        self.read_back()
+        if not super().done():  # as it is for who is called back while it is being read
+            self.read_back()
         return super().result(timeout)
 
     def add_done_callback(self, fn: Callable[[Future[StepResult]], object]) -> None:

@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -72,11 +73,12 @@ class GpuRunner:
         max_seqs: int,
         max_tokens: int,
         eos_token_ids: Sequence[int],
-        matchers: Matchers,
+        matchers: Matchers | None,
         progress: Progress,
     ) -> None:
         """``windows`` are those of the model's cache groups, ``max_tokens`` bounds a step;
-        ``matchers`` see to rows with a grammar, a forced token in each step."""
+        ``matchers`` see to rows with a grammar, a forced token in each step. Without any it is a
+        stage before the last: steps are sent on, and no row has tokens."""
         self._scorer = scorer
         self._matchers = matchers
         singles = single_buckets(max_seqs)
@@ -94,6 +96,7 @@ class GpuRunner:
             max_context=max_model_len,
             buckets=singles + self._mixed,
             pdl=self._pdl,
+            samples=matchers is not None,
         )
         with torch.inference_mode():
             self._captured = self._graphs.capture_all(progress)
@@ -145,8 +148,10 @@ class GpuRunner:
         staging = self._staging[0]
         bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
         deferred = self._inputs.write(plan, bucket, staging)
-        self._matchers.follow(plan)
         captured = self._captured[bucket]
+        if self._matchers is None:
+            return self._send_on(plan, captured, began)
+        self._matchers.follow(plan)
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
         rows = self._states.rows_with_grammar(plan.rows)
@@ -163,6 +168,18 @@ class GpuRunner:
             end = partial(self._end_masked, step, captured, deferred, list(rows.values()))
             if latest is None or not latest.call_when_read(end):
                 self._waiter.submit(end)
+        return future
+
+    def _send_on(self, plan: Plan, captured: Captured, began: float) -> Future[StepResult]:
+        """Launch a step, and send what the next stages will ask for, as often as they will."""
+        staging = self._staging[0]
+        captured.replay()
+        self._staging.rotate(-1)
+        self._score(plan)
+        self._pool(plan)
+        future = StepFuture(InFlightStep(plan, staging, began, {}, ()), self._take, self._waiter)
+        self._in_flight.append(future)
+        self._end((), captured.logits_LV, staging)
         return future
 
     def _end_masked(
@@ -187,6 +204,7 @@ class GpuRunner:
 
     def _fill(self, rows: Sequence[SamplingRow], masks_RW: Words) -> dict[int, str]:
         """Errors by sequence; if it was not foreseen, it is that of all of them."""
+        assert self._matchers is not None
         try:
             return self._matchers.fill(rows, masks_RW)
         except BaseException as error:  # a panic of the library's is no Exception
@@ -208,6 +226,8 @@ class GpuRunner:
 
     def _take(self, step: InFlightStep, result: StepResult) -> StepResult:
         """Check what a step has sampled, and take note of it."""
+        if self._matchers is None:
+            return replace(result, tokens=((),) * len(step.plan.rows))
         if step.masks is not None:
             result = self._matchers.accept(step.plan.rows, step.masks, result)
         self._states.record(step.plan, result.tokens)
@@ -216,7 +236,8 @@ class GpuRunner:
     def close(self) -> None:
         """Finish the steps in flight and end the threads."""
         self._waiter.shutdown()
-        self._matchers.close()
+        if self._matchers is not None:
+            self._matchers.close()
 
     def _choose_bucket(self, tokens: int, sequences: int) -> Bucket:
         """The smallest that holds a step; if counts are equal, each sequence has one token."""

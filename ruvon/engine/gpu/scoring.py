@@ -62,14 +62,15 @@ class Scorer:
     def __init__(
         self,
         hidden: Callable[[ForwardBatch], Tensor],
-        logits: Callable[[Tensor], Tensor],
+        logits: Callable[[Tensor], Tensor] | None,
         *,
         device: torch.device,
         block_size: int,
         windows: Windows = (0,),
         max_logit_rows: int,
     ) -> None:
-        """``max_logit_rows`` bounds the logits in memory at once."""
+        """``max_logit_rows`` bounds the logits in memory at once. Where there are no ``logits``, it
+        is a stage before the last, and ``hidden`` sends on what it makes."""
         self._hidden = hidden
         self._logits = logits
         self._device = device
@@ -84,6 +85,8 @@ class Scorer:
         with torch.inference_mode():
             layout = lay_out(plan, {chunk.seq_id: tables}, self._block_size, self._windows)
             hidden_QC = self._hidden(layout.to_batch(self._device))
+            if self._logits is None:
+                return PromptScores(row, [])
             targets = np.array(row.targets, dtype=np.int32)
             targets_Q = to_device((targets,), self._device)[0]
             hidden_QC = hidden_QC[: len(targets)]  # the last token of a prompt has no target
@@ -101,6 +104,7 @@ class Scorer:
             return PooledSum(row.seq_id, to_host(hidden_LC.sum(0, dtype=torch.float64)))
 
     def _score(self, hidden_QC: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
+        assert self._logits is not None
         logits_QV = self._logits(hidden_QC)
         norm_Q, rank_Q = score(logits_QV, targets_Q)
         top = logits_QV.topk(min(num_top, logits_QV.shape[1]))

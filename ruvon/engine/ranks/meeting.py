@@ -15,8 +15,9 @@ T = TypeVar("T")
 
 @dataclass(slots=True)
 class MeetingCounter:
-    """Counts the calls of a mesh's functions, which one thread makes. A GPU's graphs are replayed
-    without them: there it stays at nothing, and a failure is known by who does not end the step."""
+    """Counts the calls of a mesh's functions, which one thread makes, step by step. A GPU's graphs
+    are replayed without them, and what no graph holds is launched while the step before computes:
+    there nothing is counted, and a failure is known by who does not end the step."""
 
     collectives: int = 0
     sent: int = 0

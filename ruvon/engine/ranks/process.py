@@ -151,7 +151,8 @@ def device_environments(num_ranks: int, count: int) -> list[dict[str, str]]:
     """For each rank of this machine the variable that makes its own GPU the first of all.
 
     A device that is named by nothing but "cuda" is then the right one in every thread; the others
-    stay visible, as NCCL wants them.
+    stay visible, as NCCL wants them. That all have the same number is no mistake, as torch's shared
+    memory would think, whose multicast is of no use here.
 
     Raises ConfigError if there are not as many GPUs.
     """
@@ -162,7 +163,11 @@ def device_environments(num_ranks: int, count: int) -> list[dict[str, str]]:
         )
     names = visible_devices(count)
     return [
-        {"CUDA_VISIBLE_DEVICES": ",".join((names[i], *names[:i], *names[i + 1 :]))}
+        {
+            "CUDA_VISIBLE_DEVICES": ",".join((names[i], *names[:i], *names[i + 1 :])),
+            "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+            "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+        }
         for i in range(num_ranks)
     ]
 

@@ -45,6 +45,8 @@ from ruvon.engine.types import StepResult
 from ruvon.grammars import Grammar
 from ruvon.kernels.mesh import Mesh, process_group_mesh
 
+log = structlog.get_logger(__name__)
+
 
 class Rank:
     """Computes the plans that come, in order. A step that raises is told of, and nothing follows it
@@ -155,8 +157,9 @@ def run(channel: Channel, setup: Mapping[str, Any], ring: RingReader) -> None:
     if setup["cores"] is not None:
         os.sched_setaffinity(0, setup["cores"])
     config = EngineConfig(**setup["config"])
-    counter = MeetingCounter()
-    mesh = counter.over(join(setup, config))
+    counter, mesh = MeetingCounter(), join(setup, config)
+    if config.device == "cpu" or config.kernels == "torch":
+        mesh = counter.over(mesh)
     loaded = start_engine(config, progress, mesh, Partners(agree, setup["sharers"]))
     counter.take()
     runner = loaded.runner
@@ -185,17 +188,27 @@ def join(setup: Mapping[str, Any], config: EngineConfig) -> Mesh:
         store = torch_stores.FileStore(f"/proc/self/fd/{setup['store']}", size * stages)
     else:
         store = torch_stores.TCPStore(setup["host"], setup["port"], wait_for_workers=False)
-    return process_group_mesh(
+    device = torch.device(config.device)
+    mesh = process_group_mesh(
         store,
         rank=number % size,
         size=size,
         stage=number // size,
         stages=stages,
-        device=torch.device(config.device),
+        device=device,
         in_order=config.deterministic,
         address=setup["address"],
         timeout=timedelta(seconds=setup["timeout"]),
     )
+    if device.type == "cpu" or setup["host"] is not None:
+        return mesh
+    from ruvon.kernels.memory_mesh import over_memory  # triton is not on every platform
+
+    try:
+        return over_memory(mesh, store, device)
+    except RuntimeError as error:  # slower, but right
+        log.warning("slow_sums", reason=str(error), cause=str(error.__cause__))
+        return mesh
 
 
 def expect(channel: Channel, kind: Kind) -> Frame:

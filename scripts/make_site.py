@@ -1,6 +1,6 @@
 """Stages what the site is built of: the documents, and a page for each source file they link to.
 
-    python scripts/site.py && zensical build --clean --strict
+    python scripts/make_site.py && zensical build --clean --strict
 
 In the repository a document links to files beside it. On the site there are only pages: a link to
 a source file leads to a page that shows it, one to a folder to a page that lists it.
@@ -11,7 +11,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -26,19 +25,21 @@ LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", 
 
 def main() -> None:
     shutil.rmtree(PAGES, ignore_errors=True)
+    stage(PAGES)
+
+
+def stage(folder: Path) -> None:
+    """Write all pages and pictures into a folder."""
     documents = [path.relative_to(ROOT) for path in (ROOT / DOCS).rglob("*.md")]
     shown: set[Path] = set()
     for path in sorted([*documents, *PROJECT]):
-        write(page(path), linked(path, (ROOT / path).read_text(), shown))
+        write(folder / page(path), linked(path, (ROOT / path).read_text(), shown))
+    for path in sorted(shown):
+        write(folder / page(path), source(path, shown))
     for picture in [*(ROOT / DOCS).rglob("*.svg"), *(ROOT / DOCS).rglob("*.png")]:
-        target = PAGES / picture.relative_to(ROOT / DOCS)
+        target = folder / page(picture.relative_to(ROOT))
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(picture, target)
-    for path in sorted(shown):
-        write(page(path), source(path, shown))
-    print(
-        f"{len(documents) + len(PROJECT)} documents, {len(shown)} pages of source", file=sys.stderr
-    )
 
 
 def page(path: Path) -> Path:
@@ -66,7 +67,8 @@ def linked(path: Path, text: str, shown: set[Path]) -> str:
 
     parts, end = [], 0
     for fence in FENCE.finditer(text):
-        parts += [LINK.sub(link, text[end : fence.start()]), fence[0]]
+        shape = fence[0].replace("```mermaid", "```text", 1)  # a drawing would be fetched code's
+        parts += [LINK.sub(link, text[end : fence.start()]), shape]
         end = fence.end()
     return "".join([*parts, LINK.sub(link, text[end:])])
 
@@ -89,8 +91,8 @@ def source(path: Path, shown: set[Path]) -> str:
 
 
 def write(path: Path, text: str) -> None:
-    (PAGES / path).parent.mkdir(parents=True, exist_ok=True)
-    (PAGES / path).write_text(text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,248 @@
+"""200 clients and whatever can happen to a server: ``make chaos``.
+
+    python tests/chaos/chaos.py [--seconds 600] [--seed N] [SCENARIO ...]
+
+At the end of each scenario nothing runs, every block is free, memory and descriptors are where they
+were, and every request that no fault has hit has got exactly the answer that it gets alone. The
+seed is printed: requests, clients and faults are drawn from it, though not how they meet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from random import Random
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent / "server")]
+
+import aiohttp  # noqa: E402 - the lines above find what follows
+from crowd import PATIENCE, Odd, Storm  # noqa: E402
+from disturbances import World, disturb, folder_of, is_excused  # noqa: E402
+from drawn import Case  # noqa: E402
+from folding import fold  # noqa: E402
+from scenarios import PROGRAM, SCENARIOS, Scenario  # noqa: E402
+from supervisor import Size, Supervised  # noqa: E402
+
+CASES_PER_SECOND = 8  # of different requests; each is asked alone first
+MOST_CASES = 1500
+QUIET = 30.0  # seconds after which nothing may be left of what clients wanted
+MORE_MEMORY, MORE_SHARE = 32 << 20, 0.1  # that a process may have grown by while it was in use
+MORE_FILES = 6
+SHOWN = 5  # odd answers
+
+
+@dataclass
+class Report:
+    """What came of a scenario."""
+
+    name: str
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    done: dict[str, int] = field(default_factory=dict)
+    hit: int = 0
+    excused: Counter[str] = field(default_factory=Counter)
+    sizes: list[tuple[str, Size, Size]] = field(default_factory=list)  # when it was new, at the end
+    problems: list[str] = field(default_factory=list)
+
+
+async def play(name: str, scenario: Scenario, seed: str, seconds: float) -> Report:
+    """Ask each request alone, then all at once while things happen, then look what is left."""
+    report = Report(name)
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(PATIENCE)
+    with tempfile.TemporaryDirectory() as folder:
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+            world = scenario.make(Path(folder), seed, session)
+            running = [asyncio.create_task(server.run()) for server in world.all]
+            try:
+                await play_in(world, scenario, seed, seconds, report)
+            finally:
+                for server in world.all:
+                    await server.stop()
+                await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), QUIET)
+    report.problems += [problem for server in world.all for problem in server.problems]
+    return report
+
+
+async def play_in(
+    world: World, scenario: Scenario, seed: str, seconds: float, report: Report
+) -> None:
+    for server in world.all:
+        await server.until_ready()
+    cases = scenario.cases(seed, min(int(CASES_PER_SECOND * seconds), MOST_CASES))
+    session, port = world.front.session, world.front.port
+    alone = [await ask_alone(session, port, case) for case in cases]
+    report.problems += [
+        f"alone: {status} for {case.path} {case.body[:300]!r}"
+        for case, (status, _) in zip(cases, alone, strict=True)
+        if status >= 500
+    ]
+    storm = Storm(seed, port, session, cases, alone)
+    await rage(storm, world, scenario, seconds, report)
+    report.problems += await left_behind(world)
+    report.problems += weigh(report)
+    await ask_again(storm, report)
+    settle(storm, world, report)
+
+
+async def rage(
+    storm: Storm, world: World, scenario: Scenario, seconds: float, report: Report
+) -> None:
+    """All clients, and half of the time or more all disturbances."""
+    clients = [asyncio.create_task(storm.client(number)) for number in range(scenario.clients)]
+    set_faults(world, True)
+    rng = Random(f"{storm.seed} disturbances")
+    disturbing = asyncio.create_task(disturb(world, scenario.disturbances, rng))
+    if scenario.disturbances:
+        await asyncio.wait(
+            [disturbing, *clients], timeout=0.7 * seconds, return_when="FIRST_COMPLETED"
+        )
+    disturbing.cancel()
+    await asyncio.gather(disturbing, return_exceptions=True)
+    await calm(world)
+    await asyncio.sleep(0.15 * seconds)
+    young = [server.size() for server in world.all]
+    await asyncio.sleep(0.15 * seconds)
+    storm.over = True
+    await asyncio.gather(*clients)
+    set_faults(world, False)
+    report.done = world.counts
+    report.sizes = [
+        (" ".join(server.command[1:3]), size, server.size())
+        for server, size in zip(world.all, young, strict=True)
+    ]
+
+
+async def calm(world: World) -> None:
+    """A disturbance that was broken off may have left something to be done."""
+    for server in world.all:
+        if is_chaotic(server):
+            (folder_of(server) / "lose").unlink(missing_ok=True)
+        await server.until_ready()
+        if server.log is not None:
+            server.log.reading.set()
+
+
+def set_faults(world: World, on: bool) -> None:
+    for server in filter(is_chaotic, world.all):
+        path = folder_of(server) / "faults"
+        path.touch() if on else path.unlink()
+
+
+def is_chaotic(server: Supervised) -> bool:
+    return str(PROGRAM) in server.command
+
+
+async def ask_alone(session: aiohttp.ClientSession, port: int, case: Case) -> tuple[int, bytes]:
+    headers = {"Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{port}{case.path}"
+    async with session.post(url, data=case.body, headers=headers) as reply:
+        return reply.status, fold(case.stream and reply.status == 200, await reply.read())
+
+
+async def ask_again(storm: Storm, report: Report) -> None:
+    """Whoever has been through all that must be as good as new."""
+    for case, alone in list(zip(storm.cases, storm.alone, strict=True))[::5]:
+        if await ask_alone(storm.session, storm.port, case) != alone:
+            report.problems.append(f"another answer afterwards: {case.path} {case.body[:500]!r}")
+
+
+async def left_behind(world: World) -> list[str]:
+    """Once all clients are gone: what still runs, waits or holds blocks."""
+    problems = []
+    for server in world.all:
+        held = server.held_by_engine if server in world.workers else server.held_by_router
+        deadline = time.monotonic() + QUIET
+        while (found := await held()) and time.monotonic() < deadline:  # noqa: ASYNC110 - polled
+            await asyncio.sleep(0.1)
+        if found:
+            problems.append(f"something is left after {QUIET:g} seconds: {found}")
+    return problems
+
+
+def weigh(report: Report) -> list[str]:
+    """What a process has more of than when it was younger, though no client is there any more."""
+    problems = []
+    for name, young, old in report.sizes:
+        if old.memory > young.memory + max(MORE_MEMORY, MORE_SHARE * young.memory):
+            problems.append(f"{name}: memory grew from {young.memory} to {old.memory}")
+        if old.files > young.files + MORE_FILES:
+            problems.append(f"{name}: {old.files} descriptors, and {young.files} in use")
+        if old.threads > young.threads + 2:
+            problems.append(f"{name}: {old.threads} threads, after {young.threads}")
+    return problems
+
+
+def settle(storm: Storm, world: World, report: Report) -> None:
+    """Which odd answers are explained, and which are faults of ours."""
+    hit = set[str]()
+    for server in filter(is_chaotic, world.all):
+        hit |= set((folder_of(server) / "hit").read_text().split())
+    report.hit, report.counts = len(hit), storm.counts
+    unexplained = [odd for odd in storm.odd if not is_excused(odd, world.windows, hit)]
+    report.excused = Counter(odd.what for odd in storm.odd)
+    report.excused.subtract(Counter(odd.what for odd in unexplained))
+    for what, count in Counter(odd.what for odd in unexplained).items():
+        report.problems.append(f"{count} answers not explained: {what}")
+    shown = {odd.what: odd for odd in reversed(unexplained)}.values()
+    report.problems += [describe(odd) for odd in [*shown, *unexplained[:SHOWN]]]
+
+
+def describe(odd: Odd) -> str:
+    took = odd.ended - odd.began
+    return (
+        f"{odd.what}, {odd.manner}, {odd.request_id}, {took:.2f} s: {odd.case.path} "
+        f"{odd.case.body[:800]!r}\n      got {odd.detail}"
+    )
+
+
+def show(report: Report, scenario: Scenario, seconds: float) -> None:
+    """As a person reads it."""
+    print(f"\n{report.name}: {scenario.what}, {seconds:.0f} s")
+    table: dict[str, list[str]] = {}
+    for (kind, outcome), count in sorted(report.counts.items()):
+        table.setdefault(kind, []).append(f"{outcome} {count:,}")
+    for kind, outcomes in table.items():
+        print(f"  {kind:<16} {', '.join(outcomes)}")
+    print(
+        f"  {'done to it':<16} {', '.join(f'{n} {c}' for n, c in report.done.items()) or 'nothing'}"
+    )
+    print(f"  {'hit by a fault':<16} {report.hit:,} requests")
+    for name, young, old in report.sizes:
+        print(f"  {'size in use':<16} {describe_size(young)}: {name}")
+        print(f"  {'at the end':<16} {describe_size(old)}")
+    for problem in report.problems:
+        print(f"  PROBLEM: {problem}")
+
+
+def describe_size(size: Size) -> str:
+    return f"{size.memory / 1e6:.0f} MB, {size.files} files, {size.threads} threads"
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("scenarios", nargs="*", help=f"Of {', '.join(SCENARIOS)}; all by default.")
+    parser.add_argument("--seconds", type=float, default=600.0, help="For all of them together.")
+    parser.add_argument("--seed", default=str(time.time_ns() % 1_000_000))
+    args = parser.parse_args(arguments)
+    chosen = {name: SCENARIOS[name] for name in args.scenarios or SCENARIOS}
+    total = sum(scenario.share for scenario in chosen.values())
+    print(f"seed {args.seed}: again with --seed {args.seed}", flush=True)
+    failed = 0
+    for name, scenario in chosen.items():
+        seconds = args.seconds * scenario.share / total
+        report = asyncio.run(play(name, scenario, args.seed, seconds))
+        show(report, scenario, seconds)
+        failed += bool(report.problems)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
