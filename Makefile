@@ -50,10 +50,10 @@ test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to 
 test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
 	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
-test-optimized: $(DEV_STAMP) ## Run bad input, faults, queues and schedules over a ruvon without asserts, as python -O has it.
-	PYTHONPATH=tests $(BIN)/python -m pytest -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
+test-optimized: $(DEV_STAMP) ## Run bad input, faults and queues over a ruvon without asserts, as python -O has it.
+	PYTHONPATH=tests $(BIN)/python -m pytest $(PARALLEL) -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
 		tests/server/test_faults.py tests/server/test_load.py tests/engine/test_validation.py tests/engine/test_engine.py \
-		tests/engine/test_loop.py tests/engine/test_scheduler.py tests/models/test_damaged.py $(ARGS)
+		tests/engine/test_loop.py tests/models/test_damaged.py $(ARGS)
 
 chaos: $(DEV_STAMP) ## Ask, break and kill servers for 10 minutes; ARGS= goes to tests/chaos/chaos.py.
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)

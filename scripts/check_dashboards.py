@@ -86,7 +86,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
             process.terminate()
 
 
-def wait_for(url: str, patience: float = 120.0) -> None:
+def wait_for(url: str, patience: float = 300.0) -> None:
     """Until there is an answer of 200."""
     end = time.monotonic() + patience
     while time.monotonic() < end:
