@@ -19,11 +19,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ruvon.kernels.activation import sigmoid
 from ruvon.kernels.expert_weights import GATES, PAIR
-from ruvon.kernels.mxfp4 import Codes, multiply_mxfp4, words_of
+from ruvon.kernels.mxfp4 import GROUP, LINES, ROWS, Codes, multiply_mxfp4
 from ruvon.kernels.norm import rms_norm
 from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
 from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
-from ruvon.kernels.pdl import prefetch, release, wait
+from ruvon.kernels.pdl import release, wait
 from ruvon.kernels.routing import Routing, route
 from ruvon.kernels.split_k import Workspace
 
@@ -80,15 +80,18 @@ def _store(
     )
     used = (places < end)[None, :]
     if HAS_BIAS:
-        sums += tl.load(bias_ptr + expert * N + rows).to(tl.float32)[:, None]
+        bias = tl.load(bias_ptr + expert * N + rows, mask=rows < N, other=0.0)
+        sums += bias.to(tl.float32)[:, None]
     if UP:
         outputs = first_row // 2 + tl.arange(0, sums.shape[0] // 2)
         at = out_ptr + places.to(tl.int64)[None, :] * (N // 2) + outputs[:, None]
-        tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=used)
+        inside = used & (outputs < N // 2)[:, None]
+        tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=inside)
     else:
         entries = tl.load(order_ptr + places, mask=places < end, other=0)
         at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
-        tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=used)
+        inside = used & (rows < N)[:, None]
+        tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -113,17 +116,16 @@ def _experts_kernel(
     PDL: tl.constexpr,
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
-    first_row = tl.minimum(block * TILE.rows, N - TILE.rows)  # the last may redo some
-    if UP:  # which releases when it has waited: so the other finds the choice made before it waits
+    PADDED: tl.constexpr = (N + ROWS - 1) // ROWS * ROWS if MXFP4 else N
+    first_row = tl.minimum(block * TILE.rows, PADDED - TILE.rows)  # the last may redo some
+    # Each releases when it has waited: so the other finds the choice made before it waits, and what
+    # comes next, if it is few programs, finds all multiprocessors with as much room.
+    if UP:
         wait(PDL)
-    release(PDL)
     expert = tl.load(routing.tiles + tile * 3)
-    if MXFP4 and TILE.ahead > 0:
-        rows = first_row + tl.arange(0, TILE.rows)
-        words_at = words_of(codes, expert, rows, N, K).to(tl.int64)
-        prefetch(tl.where(expert >= 0, words_at, 0), TILE.ahead, PDL)
     if not UP:
         wait(PDL)
+    release(PDL)
     if expert >= 0:
         first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
         places = first + tl.arange(0, TILE.tokens)
@@ -189,7 +191,6 @@ class ExpertsTile(NamedTuple):
     stages: int
     warps: int = 4
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
-    ahead: int = 0  # bytes of each row to ask for at once; in the second product before the wait
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
@@ -264,8 +265,9 @@ def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, p
         weights = [tensors[0], tensors[1]]  # type: ignore[list-item]
     if tiles[0].bulk:
         x_TC = _sort_rows(x_TC, routing, pdl)
-    inner = _product(x_TC, weights[0], tensors[-2], routing, experts.spec, tiles[0], pdl, up=True)
-    parts = _product(inner, weights[1], tensors[-1], routing, experts.spec, tiles[1], pdl, up=False)
+    spec, hidden = experts.spec, x_TC.shape[1]
+    inner = _product(x_TC, weights[0], tensors[-2], routing, spec, tiles[0], pdl)
+    parts = _product(inner, weights[1], tensors[-1], routing, spec, tiles[1], pdl, hidden)
     return combine(parts, routing, pdl)
 
 
@@ -287,25 +289,35 @@ def _product(
     spec: ExpertsSpec,
     tile: ExpertsTile,
     pdl: bool,
-    *,
-    up: bool,
+    hidden: int = 0,  # outputs of an expert's second product; 0: this is the first
 ) -> Tensor:
     codes = weight if isinstance(weight, Codes) else None
-    table = weight.words.flatten(1) if isinstance(weight, Codes) else weight.flatten(0, 1)
-    n, k = table.shape[0] // spec.num_experts, x_TK.shape[1]
-    tile = tile._replace(rows=min(tile.rows, 1 << n.bit_length() - 1))
+    n, k = hidden or 2 * spec.width, x_TK.shape[1]
     if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
         tile = tile._replace(columns=64, stages=2)
-    box = [tile.rows, tile.columns if codes is None else tile.columns // 4]
+    tile, weight_desc = _boxes(weight, n, tile)
     x_desc = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
-    out_TN = x_TK.new_empty(routing.order.shape[0], n // 2 if up else n)
+    out_TN = x_TK.new_empty(routing.order.shape[0], hidden or spec.width)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, x_desc, TensorDescriptor.from_tensor(table, box), codes, bias_N, out_TN, routing,
-        x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=up, GATE=GATES[spec.activation],
+        x_TK, x_desc, weight_desc, codes, bias_N, out_TN, routing,
+        x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=not hidden, GATE=GATES[spec.activation],
         MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out_TN
+
+
+def _boxes(
+    weight: Codes | Tensor, n: int, tile: ExpertsTile
+) -> tuple[ExpertsTile, TensorDescriptor]:
+    """(the tile with no more rows than an expert has, ``n``, the weight in boxes of its size)."""
+    each = ROWS.value if isinstance(weight, Codes) else 1
+    most = 1 << triton.cdiv(n, each).bit_length() - 1
+    tile = tile._replace(rows=min(tile.rows // each, most) * each)
+    if isinstance(weight, Codes):
+        box = [tile.rows // each, tile.columns // GROUP.value * LINES.value, 64]
+        return tile, TensorDescriptor.from_tensor(weight.words, box)
+    return tile, TensorDescriptor.from_tensor(weight.flatten(0, 1), [tile.rows, tile.columns])
 
 
 def combine(parts_EC: Tensor, routing: Routing, pdl: bool) -> Tensor:

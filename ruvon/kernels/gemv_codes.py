@@ -3,7 +3,8 @@
 As `ruvon.kernels.gemv`, but by whole numbers: a row becomes 16 bits to each column, in units of its
 group's largest magnitude, which is finer than bfloat16 is for that one, and an instruction that
 multiplies four bytes by four and adds them up takes two steps to four weights. Bytes made to floats
-took four times as many.
+took four times as many. A launch of its own makes a row so, after its norm: each of a product's
+programs doing it took longer than the product.
 """
 
 from __future__ import annotations
@@ -17,9 +18,11 @@ from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.codes import codes_of
-from ruvon.kernels.norm import Norm
+from ruvon.kernels.norm import Norm, normalize
 from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import release, wait
+
+GEMV_CODES_COLUMNS = 16384  # of a row that fits the registers
 
 
 @triton.jit
@@ -41,88 +44,57 @@ def load_table(table_ptr, groups, num_groups, outputs, stride, WANTED: tl.conste
 
 
 @triton.jit
-def load_row(x_ptr, residual_ptr, columns, inside, HAS_RESIDUAL: tl.constexpr):
-    x = tl.load(x_ptr + columns, mask=inside, other=0.0)
-    if HAS_RESIDUAL:
-        x = x + tl.load(residual_ptr + columns, mask=inside, other=0.0)
-    return x
-
-
-@triton.jit
-def statistics(x_ptr, residual_ptr, total_ptr, K, eps, BLOCK_K: tl.constexpr, NORM: tl.constexpr,
-               HAS_RESIDUAL: tl.constexpr):  # fmt: skip
-    """(what a norm takes away, what it multiplies by); the first program stores the sum."""
+def _quantize_kernel(
+    x_ptr, residual_ptr, gain_ptr, shift_ptr, total_ptr, digits_ptr, tables_ptr,
+    K, x_stride, num_digits, num_units, eps,
+    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A row as whole numbers of 16 bits, two signed digits to the base 256, below the largest
+    magnitude of ``WIDTH`` columns, which is 2^6 times as fine as a bfloat16 of that size."""
+    release(PDL)
+    row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK_K)
     inside = columns < K
-    x = load_row(x_ptr, residual_ptr, columns, inside, HAS_RESIDUAL)
+    gain = tl.zeros([BLOCK_K], tl.float32)
+    shift = gain
+    if NORM > 0:
+        gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    if NORM == 2:
+        shift = tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    wait(PDL)
+    x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
-        stored = tl.where(tl.program_id(0) == 0, K, 0)
-        tl.store(total_ptr + columns, x, mask=columns < stored)
-    mean, by = 0.0, 1.0
-    if NORM > 0:  # both sums at once, as in `_gemv_kernel`
-        wide = x.to(tl.float32)
-        square = tl.sum(wide * wide, axis=0) / K
-        if NORM == 2:
-            mean = tl.sum(wide, axis=0) / K
-            square = tl.maximum(square - mean * mean, 0.0)
-        by = tl.rsqrt(square + eps)
-    return mean, by
-
-
-@triton.jit
-def load_normed(
-    x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by,
-    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """float32, as `_gemv_kernel` has it before it multiplies."""
-    inside = columns < K
-    x = load_row(x_ptr, residual_ptr, columns, inside, HAS_RESIDUAL)
+        x = x + tl.load(residual_ptr + row * K + columns, mask=inside, other=0.0)
+        tl.store(total_ptr + row * K + columns, x, mask=inside)
     wide = x.to(tl.float32)
     if NORM > 0:
-        wide = (wide - mean) * by * tl.load(gain_ptr + columns, mask=inside, other=0.0)
-        if NORM == 2:
-            wide += tl.load(shift_ptr + columns, mask=inside, other=0.0)
-        wide = wide.to(x.dtype).to(tl.float32)
-    return wide
-
-
-@triton.jit
-def put(x, BYTE: tl.constexpr):
-    """Whole numbers of 16 bits as two signed digits to the base 256, each at a byte of a word."""
-    whole = tl.floor(x + 0.5).to(tl.int32)
+        wide = normalize(x, gain, shift, inside, K, eps, NORM == 2).to(x.dtype).to(tl.float32)
+    UNITS: tl.constexpr = BLOCK_K // WIDTH
+    wide = tl.reshape(wide, (UNITS, WIDTH))
+    most = tl.maximum(tl.max(tl.abs(wide), axis=1), 1e-30)
+    whole = tl.floor(wide * (32512.0 / most)[:, None] + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
-    low = whole - high * 256
-    return (high & 255) << (8 * BYTE), (low & 255) << (8 * BYTE)
+    units = tl.arange(0, UNITS)
+    at = units[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    digit_at = digits_ptr + row * 2 * num_digits + at
+    tl.store(digit_at, high.to(tl.int8), mask=at < num_digits)
+    tl.store(digit_at + num_digits, (whole - high * 256).to(tl.int8), mask=at < num_digits)
+    table_at = tables_ptr + row * 2 * num_units + units
+    tl.store(table_at, most / 32512.0, mask=units < num_units)
+    tl.store(table_at + num_units, tl.sum(wide, axis=1), mask=units < num_units)
 
 
 @triton.jit
-def quantize(
-    x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by,
-    NORM: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """Four columns a word, as 16 bits below the largest magnitude of their unit, which is 2^6 times
-    as fine as a bfloat16 of that size: (words of high digits, of low digits, [units] step, sum)."""
-    a = load_normed(
-        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns, K, mean, by, NORM, HAS_RESIDUAL
+def load_row(digits_ptr, tables_ptr, at, units, num_words, num_units):
+    """(words of high digits, of low digits, [units] step, sum): four columns a word."""
+    inside, there = at < num_words, units < num_units
+    return (
+        tl.load(digits_ptr + at, mask=inside, other=0),
+        tl.load(digits_ptr + num_words + at, mask=inside, other=0),
+        tl.load(tables_ptr + units, mask=there, other=0.0),
+        tl.load(tables_ptr + num_units + units, mask=there, other=0.0),
     )
-    b = load_normed(
-        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 1, K, mean, by, NORM, HAS_RESIDUAL
-    )
-    c = load_normed(
-        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 2, K, mean, by, NORM, HAS_RESIDUAL
-    )
-    d = load_normed(
-        x_ptr, residual_ptr, gain_ptr, shift_ptr, columns + 3, K, mean, by, NORM, HAS_RESIDUAL
-    )
-    most = tl.maximum(tl.maximum(tl.abs(a), tl.abs(b)), tl.maximum(tl.abs(c), tl.abs(d)))
-    most = tl.maximum(tl.max(most, axis=1), 1e-30)
-    inverse = (32512.0 / most)[:, None]
-    high_a, low_a = put(a * inverse, 0)
-    high_b, low_b = put(b * inverse, 1)
-    high_c, low_c = put(c * inverse, 2)
-    high_d, low_d = put(d * inverse, 3)
-    high, low = high_a | high_b | high_c | high_d, low_a | low_b | low_c | low_d
-    return high, low, most / 32512.0, tl.sum(a + b + c + d, axis=1)
 
 
 @triton.jit
@@ -154,33 +126,26 @@ def dot_words(words, x, scale, offset, HAS_OFFSETS: tl.constexpr, NATIVE: tl.con
 
 @triton.jit
 def _gemv_codes_kernel(
-    x_ptr,
-    residual_ptr,
-    total_ptr,
-    norm_weight_ptr,
-    norm_bias_ptr,
+    digits_ptr,  # int32 words of `_quantize_kernel`'s, [ROWS, 2, num_words]
+    tables_ptr,  # float32 [ROWS, 2, num_units]
     words_ptr,
     scales_ptr,
     offsets_ptr,
     bias_ptr,
     out_ptr,
     N,
-    K,
-    x_stride,
+    num_words,
+    num_units,
     words_stride,
     table_stride,
     num_groups,
-    eps,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
     UNITS: tl.constexpr,
     WORDS: tl.constexpr,  # of a unit: a group, or of four bits two
     BITS: tl.constexpr,
     HAS_OFFSETS: tl.constexpr,
     NATIVE: tl.constexpr,  # whether there is an instruction that multiplies bytes
-    NORM: tl.constexpr,  # 0 none, 1 RMS, 2 layer
-    HAS_RESIDUAL: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
     GATED: tl.constexpr,
@@ -192,7 +157,7 @@ def _gemv_codes_kernel(
     units, inner = tl.arange(0, UNITS), tl.arange(0, WORDS)
     HALVES: tl.constexpr = 8 // BITS
     at = units[:, None] * WORDS + inner[None, :]
-    columns = (units[:, None] * WORDS * HALVES + inner[None, :]) * 4
+    row_at = units[:, None] * WORDS * HALVES + inner[None, :]
     words = load_words(words_ptr, outputs, used, at, words_stride)
     up_words = words
     if GATED:
@@ -223,16 +188,8 @@ def _gemv_codes_kernel(
             )
     wait(PDL)
     for row in tl.static_range(ROWS):
-        x_at, residual_at = x_ptr + row * x_stride, residual_ptr
-        if HAS_RESIDUAL:
-            residual_at = residual_ptr + row * K
-        mean, by = statistics(
-            x_at, residual_at, total_ptr + row * K, K, eps, BLOCK_K, NORM, HAS_RESIDUAL
-        )
-        x = quantize(
-            x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns, K, mean, by,
-            NORM, HAS_RESIDUAL,
-        )  # fmt: skip
+        digits_at, tables_at = digits_ptr + row * 2 * num_words, tables_ptr + row * 2 * num_units
+        x = load_row(digits_at, tables_at, row_at, groups, num_words, num_units)
         low = words if BITS == 8 else words & 0x0F0F0F0F
         y = dot_words(low, x, scale, offset, HAS_OFFSETS, NATIVE)
         up = y
@@ -240,10 +197,7 @@ def _gemv_codes_kernel(
             low = up_words if BITS == 8 else up_words & 0x0F0F0F0F
             up = dot_words(low, x, up_scale, up_offset, HAS_OFFSETS, NATIVE)
         if BITS == 4:
-            x = quantize(
-                x_at, residual_at, norm_weight_ptr, norm_bias_ptr, columns + 4 * WORDS, K, mean, by,
-                NORM, HAS_RESIDUAL,
-            )  # fmt: skip
+            x = load_row(digits_at, tables_at, row_at + WORDS, groups + 1, num_words, num_units)
             high = (words >> 4) & 0x0F0F0F0F
             y += dot_words(high, x, high_scale, high_offset, HAS_OFFSETS, NATIVE)
             if GATED:
@@ -261,12 +215,12 @@ class GemvTile(NamedTuple):
     warps: int
 
 
-def gemv_codes_tile(n: int, width: int, bits: int, gated: bool) -> GemvTile:
-    """For so many outputs of ``width`` bytes each: up to 256 codes a thread, which make up for what
+def gemv_codes_tile(n: int, width: int, gated: bool) -> GemvTile:
+    """For so many outputs of ``width`` bytes each: up to 256 bytes a thread, which make up for what
     it does to its part of the row, but two programs or more for each of 132 multiprocessors."""
     columns = triton.next_power_of_2(width)
     warps = 4 if columns <= 4096 else 8
-    most = warps * 32 * 32 * bits // columns // (2 if gated else 1)
+    most = warps * 32 * 256 // columns // (2 if gated else 1)
     fair = 1 << max(0, (n // 264).bit_length() - 1)
     return GemvTile(max(1, min(most, fair, 16)), columns, warps)
 
@@ -290,37 +244,32 @@ def gemv_codes(
     bits = 8 if weight.kind == "int8" else 4
     width = codes_of(weight).group(k) if bits == 8 else 32
     words = codes.view(torch.int32)
-    tile = tile or gemv_codes_tile(n, codes.stride(0), bits, gated)
+    tile = tile or gemv_codes_tile(n, codes.stride(0), gated)
+    total_TK, digits, tables = _quantize(
+        x_TK, residual_TK, norm, width, codes.stride(0) * 8 // bits, pdl
+    )
     out_TN = torch.empty(rows, n, dtype=out_dtype, device=x_TK.device)
-    total_TK = x_TK if residual_TK is None else torch.empty_like(x_TK)
     _gemv_codes_kernel[(triton.cdiv(n, tile.outputs),)](
-        x_TK,
-        residual_TK,
-        total_TK,
-        norm.weight_C if norm else None,
-        norm.bias_C if norm else None,
+        digits.view(torch.int32),
+        tables,
         words,
         scales,
         offsets,
         bias_N,
         out_TN,
         n,
-        k,
-        x_TK.stride(0),
+        digits.shape[2] // 4,
+        tables.shape[2],
         words.stride(0),
         scales.stride(0),
         len(scales),
-        norm.eps if norm else 0.0,
         ROWS=rows,
         BLOCK_N=tile.outputs,
-        BLOCK_K=triton.next_power_of_2(k),
         UNITS=tile.columns // width,
         WORDS=width // 4,
         BITS=bits,
         HAS_OFFSETS=offsets is not None,
         NATIVE=x_TK.is_cuda,
-        NORM=0 if norm is None else 1 if norm.bias_C is None else 2,
-        HAS_RESIDUAL=residual_TK is not None,
         HAS_BIAS=bias_N is not None,
         ACTIVATION=KINDS[activation],
         GATED=gated,
@@ -329,3 +278,35 @@ def gemv_codes(
         launch_pdl=pdl,
     )
     return out_TN, total_TK
+
+
+def _quantize(
+    x_TK: Tensor, residual_TK: Tensor | None, norm: Norm | None, width: int, columns: int, pdl: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(x + residual, digits of its norm int8 [T, 2, columns], float32 [T, 2, columns / width])."""
+    rows, k = x_TK.shape
+    digits = torch.empty(rows, 2, columns, dtype=torch.int8, device=x_TK.device)
+    tables = torch.empty(rows, 2, columns // width, dtype=torch.float32, device=x_TK.device)
+    total_TK = x_TK if residual_TK is None else torch.empty_like(x_TK)
+    _quantize_kernel[(rows,)](
+        x_TK,
+        residual_TK,
+        norm.weight_C if norm else None,
+        norm.bias_C if norm else None,
+        total_TK,
+        digits,
+        tables,
+        k,
+        x_TK.stride(0),
+        columns,
+        columns // width,
+        norm.eps if norm else 0.0,
+        NORM=0 if norm is None else 1 if norm.bias_C is None else 2,
+        HAS_RESIDUAL=residual_TK is not None,
+        WIDTH=width,
+        BLOCK_K=triton.next_power_of_2(columns),
+        PDL=pdl,
+        num_warps=8,
+        launch_pdl=pdl,
+    )
+    return total_TK, digits, tables

@@ -14,6 +14,7 @@ from torch import Tensor
 from ruvon.kernels.activation import apply_activation
 from ruvon.kernels.codes import take_rows
 from ruvon.kernels.gemv import GEMV_COLUMNS, GEMV_ROWS, gemv
+from ruvon.kernels.gemv_codes import GEMV_CODES_COLUMNS
 from ruvon.kernels.matmul import Tile, matmul
 from ruvon.kernels.norm import Norm, add_norm
 from ruvon.kernels.ops import GATED, Activation, Packed
@@ -24,11 +25,14 @@ DEQUANTIZED_ROWS = 256
 """From so many rows on codes are made plain numbers first: it is little beside the product, which
 cuBLAS then does faster."""
 
+LOGITS_ROWS = 128  # with more, cuBLAS is faster for plain weights; it, too, rounds nothing
+
 GATED_ROWS = 128  # of plain weights of gated products, if large: cuBLAS does not gate
 
 
 def fits_gemv(rows: int, weight: Packed) -> bool:
-    return rows <= GEMV_ROWS and weight.shape[1] <= GEMV_COLUMNS
+    most = GEMV_COLUMNS if weight.kind == "dense" else GEMV_CODES_COLUMNS
+    return rows <= GEMV_ROWS and weight.shape[1] <= most
 
 
 def choose_kernel(
@@ -98,6 +102,8 @@ def norm_linear(
 
 def logits(x_LC: Tensor, head: Packed, workspace: Workspace, pdl: bool = False) -> Tensor:
     """float32 out of the accumulators: rounding to bfloat16 first would make ties."""
+    if len(x_LC) > LOGITS_ROWS and head.kind == "dense" and x_LC.is_cuda:
+        return torch.mm(x_LC, head.tensors[0].T, out_dtype=torch.float32)
     chosen = choose_kernel(len(x_LC), head, False, x_LC.dtype, scores=True)
     if isinstance(chosen, Tile):
         return matmul(x_LC, head, None, "none", torch.float32, workspace, pdl, chosen)

@@ -59,7 +59,6 @@ def _norm_choose_kernel(
     BLOCK_TILES: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    release(PDL)
     token, part = tl.program_id(0), tl.program_id(1)
     mine, columns = part * EACH + tl.arange(0, EACH), tl.arange(0, BLOCK_K)
     inside = columns < K
@@ -67,6 +66,7 @@ def _norm_choose_kernel(
     router = tl.load(router_at, mask=(mine < E)[:, None] & inside[None, :], other=0.0)
     gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
     wait(PDL)
+    release(PDL)  # not before, so that the experts' programs spread: see ruvon.kernels.pdl
     x = tl.load(x_ptr + token.to(tl.int64) * x_stride + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:
         x = x + tl.load(residual_ptr + token * K + columns, mask=inside, other=0.0)

@@ -38,6 +38,7 @@ IN_PROMPT = tl.constexpr(0x4000)  # a count's flag: the prompt holds this token
 COUNT = tl.constexpr(0x3FFF)
 
 COLDEST = tl.constexpr(2.0**-120)  # what is colder is greedy: its inverse is no float32
+SPLITS, PROGRAMS = 32, 132  # programs of a row at most, and of all of them about
 ATTEMPTS = tl.constexpr(64)  # at top_p; each about halves what is left outside of the nucleus
 
 
@@ -48,6 +49,8 @@ class SamplingState(NamedTuple):
     counts: Tensor  # int16 [slots, V]: how often its output holds a token, and `IN_PROMPT`
     bias: Tensor  # float16 [slots, V]: added to its scores; minus infinity rules a token out
     masks: Tensor  # int32 [slots, V / 32]: a bit a token; not by slot, but as MASK says
+    partial: Tensor  # int32 [slots, 3, SPLITS]: of programs that share a row
+    counters: Tensor  # int32 [slots], zero between launches
 
 
 class Sampled(NamedTuple):
@@ -83,17 +86,17 @@ def finite(z):
 
 
 @triton.jit
-def survey(row, V, rate, weighs, BLOCK: tl.constexpr):
-    """The first pass: the best score and the first token that has it, the lowest finite score,
-    whether any is not a number, and by lane the mass relative to the best. Greedy rows (not
-    ``weighs``) need no masses."""
+def survey(row, begin, V, rate, weighs, BLOCK: tl.constexpr):
+    """The first pass, over tokens from ``begin`` up to V: the best score and the first token that
+    has it, the lowest finite score, whether any is not a number, and by lane the mass relative to
+    the best. Greedy rows (not ``weighs``) need no masses."""
     lanes = tl.arange(0, BLOCK)
     best_N = tl.full([BLOCK], float("-inf"), tl.float32)
     best_at_N = tl.zeros([BLOCK], tl.int32)
     lowest_N = tl.full([BLOCK], float("inf"), tl.float32)
     mass_N = tl.zeros([BLOCK], tl.float32)
     broken_N = tl.zeros([BLOCK], tl.int32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(begin, V, BLOCK):
         at = start + lanes
         z = load_scores(row, at, at < V)
         broken_N |= (z != z).to(tl.int32)
@@ -217,7 +220,30 @@ def score(logits_LV: Tensor, tokens_L: Tensor) -> tuple[Tensor, Tensor]:
     return norms_L, ranks_L
 
 
-@triton.jit(do_not_specialize=["masked"])
+@triton.jit
+def share(top, token, broken, partial_ptr, counter_ptr, split, splits, SPLITS: tl.constexpr):
+    """(what the programs of a greedy row have found, whether this one came last and goes on)."""
+    at = partial_ptr + split
+    tl.store(at, top.to(tl.int32, bitcast=True))
+    tl.store(at + SPLITS, token)
+    tl.store(at + 2 * SPLITS, broken)
+    tl.debug_barrier()  # every thread's part is written before one thread says so
+    last = tl.atomic_add(counter_ptr, 1, sem="acq_rel") == splits - 1
+    if last:
+        tl.store(counter_ptr, 0)
+        others = tl.arange(0, SPLITS)
+        all_at, there = partial_ptr + others, others < splits
+        tops = tl.load(all_at, mask=there, other=0, cache_modifier=".cg")
+        tops = tl.where(there, tops.to(tl.float32, bitcast=True), float("-inf"))
+        tokens = tl.load(all_at + SPLITS, mask=there, other=0, cache_modifier=".cg")
+        flags = tl.load(all_at + 2 * SPLITS, mask=there, other=0, cache_modifier=".cg")
+        top = tl.max(tops, axis=0)
+        token = tl.min(tl.where((tops == top) & there, tokens, 2147483647), axis=0)
+        broken = tl.max(flags, axis=0)
+    return top, token, broken, last
+
+
+@triton.jit(do_not_specialize=["masked", "per_split"])
 def _sample_kernel(
     logits_ptr,
     ints_ptr,
@@ -226,19 +252,23 @@ def _sample_kernel(
     counts_ptr,
     bias_ptr,
     masks_ptr,
+    partial_ptr,
+    counters_ptr,
     tokens_ptr,
     logprobs_ptr,
     ranks_ptr,
     V,
     logits_stride,
     masked,
+    per_split,  # tokens of one program of a greedy row; the first of another's has all
     BLOCK: tl.constexpr,
+    SPLITS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PARAMS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     release(PDL)
-    index = tl.program_id(0)
+    index, split = tl.program_id(0), tl.program_id(1)
     ints, floats = ints_ptr + index * PARAMS, floats_ptr + index * PARAMS
     lanes, columns = tl.arange(0, BLOCK), tl.arange(0, COLUMNS)
     wait(PDL)
@@ -261,9 +291,19 @@ def _sample_kernel(
     V = tl.where(slot >= 0, V, 0)  # padding, and who is not ours, have nothing to look at
     warm = temperature >= COLDEST
     rate = 1.4426950408889634 / tl.where(warm, temperature, 1.0)
-    top, token, lowest, broken, mass_N = survey(row, V, rate, warm, BLOCK)
+    alone = warm | (tl.num_programs(1) == 1)
+    ours &= (split == 0) | (alone == 0)
+    begin = tl.where(alone, 0, split * per_split)
+    end = tl.where(ours, tl.where(alone, V, tl.minimum(begin + per_split, V)), 0)
+    top, token, lowest, broken, mass_N = survey(row, begin, end, rate, warm, BLOCK)
+    if ours & (alone == 0):
+        top, token, broken, ours = share(
+            top, token, broken, partial_ptr + index * 3 * SPLITS, counters_ptr + index,
+            split, tl.num_programs(1), SPLITS,
+        )  # fmt: skip
+    slot = tl.where(ours, slot, -1)
 
-    if warm & (top_p > 0.0) & (top < float("inf")) & (top > float("-inf")):
+    if ours & warm & (top_p > 0.0) & (top < float("inf")) & (top > float("-inf")):
         floor = tl.where(min_p > 0.0, top + tl.log2(tl.maximum(min_p, 1e-30)) / rate, float("-inf"))
         if (top_k > 0) & (top_k < V):
             floor = tl.maximum(floor, kth_score(row, V, top_k, lowest, top, BLOCK))
@@ -303,7 +343,7 @@ def _sample_kernel(
     token = tl.where(top == float("-inf"), -3, token)
     token = tl.where(top == float("inf"), -2, token)
     token = tl.where(broken > 0, -1, token)
-    if (tl.load(ints + 12) > 0) & (token >= 0):
+    if ours & (tl.load(ints + 12) > 0) & (token >= 0):
         norm, rank = norm_and_rank(logits_row, token, V, BLOCK)
         tl.store(logprobs_ptr + index, tl.load(logits_row + token) - norm)
         tl.store(ranks_ptr + index, rank)
@@ -322,6 +362,8 @@ def make_state(slots: int, vocab_size: int, device: torch.device) -> SamplingSta
         torch.zeros(slots, vocab_size, dtype=torch.int16, device=device),
         torch.zeros(slots, vocab_size, dtype=torch.float16, device=device),
         torch.zeros(slots, triton.cdiv(vocab_size, 32), dtype=torch.int32, device=device),
+        torch.zeros(slots, 3, SPLITS, dtype=torch.int32, device=device),
+        torch.zeros(slots, dtype=torch.int32, device=device),
     )
 
 
@@ -351,7 +393,9 @@ def sample(
     """
     rows, vocab = logits_LV.shape
     block = min(4096, triton.next_power_of_2(vocab))
-    _sample_kernel[(rows,)](
+    blocks = triton.cdiv(vocab, block)
+    per_split = triton.cdiv(blocks, max(1, min(SPLITS, PROGRAMS // rows))) * block
+    _sample_kernel[(rows, triton.cdiv(vocab, per_split))](
         logits_LV,
         params,
         params.view(torch.float32),
@@ -359,13 +403,17 @@ def sample(
         state.counts,
         state.bias,
         state.masks,
+        state.partial,
+        state.counters,
         sampled.tokens,
         sampled.logprobs,
         sampled.ranks,
         vocab,
         logits_LV.stride(0),
         int(masked),
+        per_split,
         BLOCK=block,
+        SPLITS=SPLITS,
         COLUMNS=triton.next_power_of_2(triton.cdiv(vocab, block)),
         PARAMS=PARAMS,
         PDL=pdl,

@@ -73,6 +73,15 @@ def test_products_of_codes(ops, dtype, kind, rows, activation, n, k):
     assert_near(ops.logits(x, packed), reference.logits(x.float(), plain), dtype)
 
 
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_rows_longer_than_a_plain_weights_may_be(ops, dtype, kind):
+    weight = CODES[kind](9, 8256)
+    x, packed = randn(1, 8256, dtype=dtype), ops.pack(weight)
+    plain = Packed("dense", packed.shape, (weight.dequantize().to(DEVICE),))
+    expected = reference.linear(x.float(), plain, None, "none")
+    assert_near(ops.linear(x, packed, None, "none"), expected, dtype)
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_rows_of_codes(ops, dtype, kind):
     weight = CODES[kind](70, 160)

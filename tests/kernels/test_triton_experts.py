@@ -82,7 +82,7 @@ def test_experts(dtype, tokens, weight, clamped):
     [
         ExpertsTile(16, 64, 64, 2),
         ExpertsTile(32, 128, 128, 3, bulk=True),
-        ExpertsTile(64, 32, 256, 2, 8, bulk=True),
+        ExpertsTile(64, 64, 256, 2, 8, bulk=True),
     ],
 )
 @pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
