@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import math
 import os
 import random
 import statistics
@@ -18,7 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,8 @@ def main() -> int:
     with running([*command, *CACHE, *args.options], port) as server:
         minutes = asyncio.run(soak(server, args.minutes, args.clients))
     verdicts = compare(minutes)
-    path = write("soak", {"machine": machine(), "options": args.options, "minutes": minutes})
+    rows = [asdict(minute) for minute in minutes]
+    path = write("soak", {"machine": machine(), "options": args.options, "minutes": rows})
     print("\n".join(["", *verdicts, f"Wrote {path}"]))
     return 1 if any(verdict.startswith("WORSE") for verdict in verdicts) else 0
 
@@ -136,10 +138,10 @@ def sum_up(samples: Sequence[Sample], seconds: float, pid: int, others: float) -
     return Minute(
         requests=len(samples),
         tokens=sum(sample.num_output for sample in samples) / seconds,
-        first=statistics.median(firsts),
-        first_p99=p99(firsts),
-        between=statistics.median(gaps),
-        between_p99=p99(gaps),
+        first=quantile(firsts, 0.5),
+        first_p99=quantile(firsts, 0.99),
+        between=quantile(gaps, 0.5),
+        between_p99=quantile(gaps, 0.99),
         memory=memory(pid, "VmRSS") / 1e6,
         files=len(list(Path(f"/proc/{pid}/fd").iterdir())),
         threads=len(list(Path(f"/proc/{pid}/task").iterdir())),
@@ -153,8 +155,9 @@ def ticks(pid: int) -> int:
     return sum(int(each[11]) + int(each[12]) for each in fields)
 
 
-def p99(values: Sequence[float]) -> float:
-    return statistics.quantiles(values, n=100, method="inclusive")[98]
+def quantile(values: Sequence[float], share: float) -> float:
+    """Not a number in a minute in which nothing was answered."""
+    return sorted(values)[int(share * (len(values) - 1))] if values else math.nan
 
 
 def row(number: int, minute: Minute) -> str:
