@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import os
 import random
 import statistics
 import sys
@@ -23,7 +24,7 @@ from typing import Any
 
 import aiohttp
 from measure import machine, write
-from process import Neighbours, Server, free_port, memory, running
+from process import TICKS, Neighbours, Server, family, free_port, memory, running, stat_fields
 
 from ruvon.bench import Load, Sample, find_model, open_session, random_prompt, send
 
@@ -92,13 +93,14 @@ async def soak(server: Server, minutes: int, clients: int) -> list[Minute]:
         ]
         print(HEAD, flush=True)
         for _ in range(minutes):
-            neighbours = Neighbours()
+            neighbours, worked = Neighbours(), ticks(server.pid)
             began = time.perf_counter()
             done, _ = await asyncio.wait(tasks, timeout=MINUTE, return_when="FIRST_COMPLETED")
             for task in done:
                 task.result()  # it has failed
             seconds = time.perf_counter() - began
-            seen.append(sum_up(samples, seconds, server.pid, neighbours.share()))
+            own = (ticks(server.pid) - worked) / (TICKS * seconds * (os.cpu_count() or 1))
+            seen.append(sum_up(samples, seconds, server.pid, neighbours.share() - own))
             print(row(len(seen), seen[-1]), flush=True)
             samples.clear()
         for task in tasks:
@@ -143,6 +145,12 @@ def sum_up(samples: Sequence[Sample], seconds: float, pid: int, others: float) -
         threads=len(list(Path(f"/proc/{pid}/task").iterdir())),
         others=others,
     )
+
+
+def ticks(pid: int) -> int:
+    """What a server and its children have worked."""
+    fields = (stat_fields(Path(f"/proc/{one}/stat")) for one in family(pid))
+    return sum(int(each[11]) + int(each[12]) for each in fields)
 
 
 def p99(values: Sequence[float]) -> float:

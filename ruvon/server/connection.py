@@ -63,6 +63,11 @@ class Connection(web.RequestHandler):
         elif data and self.head_since is None and not (self._request_in_progress or self._messages):
             self.head_since = self._loop.time()
 
+    async def _handle_request(self, *request: Any) -> tuple[web.StreamResponse, bool]:
+        """What came between a request's headers and this moment was its body."""
+        self.head_since = None
+        return await super()._handle_request(*request)
+
     def handle_error(
         self,
         request: web.BaseRequest,

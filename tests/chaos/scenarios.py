@@ -30,7 +30,7 @@ from supervisor import Supervised, free_port, python
 PROGRAM = Path(__file__).parent / "program.py"
 FLAGS = (
     "--max-num-seqs", "32", "--max-num-batched-tokens", "256", "--max-num-queued-reqs", "256",
-    "--watchdog-timeout", "10", "--log-format", "json",
+    "--watchdog-timeout", "60", "--log-format", "json",
 )  # fmt: skip
 
 Make: TypeAlias = Callable[[Path, str, aiohttp.ClientSession], World]
@@ -65,7 +65,7 @@ def fleet(folder: Path, seed: str, session: aiohttp.ClientSession) -> World:
     replicas = [chaotic(folder / name, f"{seed} {name}", session) for name in ("a", "b")]
     port, urls = free_port(), [replica.url for replica in replicas]
     command = python("-m", "ruvon", "route", *urls, "--port", port)
-    command += ["--poll-interval", "0.1", "--log-format", "json"]
+    command += ["--poll-interval", "0.5", "--log-format", "json"]
     return World(folder, Supervised(command, port, session), replicas)
 
 

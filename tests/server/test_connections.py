@@ -7,7 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from serving import Server
+from serving import ScriptRunner, Server
 
 from ruvon.config import ServerConfig
 from ruvon.server import connection
@@ -33,6 +33,28 @@ def impatient(monkeypatch):
     monkeypatch.setattr(connection, "SWEEP", 0.01)
     monkeypatch.setattr(connection, "HEAD_PATIENCE", 0.05)
     monkeypatch.setattr(connection, "READ_PATIENCE", 0.05)
+
+
+async def test_a_body_is_no_part_of_headers_whenever_it_comes(serve, impatient):
+    """A piece of it comes just when its request has been taken up and its handler has not begun;
+    the answer takes longer than headers may."""
+    server = await serve(runner=ScriptRunner("Hello", by_hand=True))
+    reader, writer = await connect(server)
+    await server.until(lambda: connections(server).connections)
+    (handler,) = connections(server).connections
+    body = b'{"prompt": "Hi"}'
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+    handler.data_received(head + body[:5])
+    while handler._messages:  # noqa: ASYNC110 - aiohttp's, which tells nobody
+        await asyncio.sleep(0)
+    handler.data_received(body[5:])
+    await server.until(lambda: server.fake.num_held)
+    connections(server).sweep(asyncio.get_running_loop().time() + 60)
+    told = asyncio.create_task(answer(reader))
+    await server.finish(told)
+    assert b"200 OK" in told.result()
+    assert handler.head_since is None
+    writer.close()
 
 
 @pytest.mark.parametrize("before", [b"", LIVE])
