@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 SECONDS, PLACES = 120.0, 16
 FASTEST = 8.0  # requests a second at the end
 WINDOW = 5.0  # seconds over which a rate or a mean is taken
+MOST_POINTS = 400  # of a line: nobody sees more of them
 
 
 def main() -> None:
@@ -24,7 +25,11 @@ def main() -> None:
         waiting.append(stats.num_waiting)
     figure = Figure(figsize=(8, 5))
     load, rate, wait = (figure.add_subplot(3, 1, place) for place in (1, 2, 3))
-    load.stackplot(at, running, waiting, colors=(BLUE, ORANGE), labels=("running", "waiting"))
+    drawn = slice(None, None, len(at) // MOST_POINTS + 1)
+    load.stackplot(
+        at[drawn], running[drawn], waiting[drawn],
+        colors=(BLUE, ORANGE), labels=("running", "waiting"),
+    )  # fmt: skip
     moments = sorted(moment for asked in run.asked.values() for moment in asked.tokens)
     ends = list(range(2, int(SECONDS), 2))
     rate.plot(ends, [len(within(moments, end)) / WINDOW for end in ends], color=BLUE,

@@ -40,21 +40,28 @@ class Run:
     places: int
     prompt: int = 64
     answer: int = 64
+    budget: int = 512  # tokens of a step
     now: float = 0.0
     asked: dict[int, Asked] = field(default_factory=dict)
     random: random.Random = field(default_factory=lambda: random.Random(0))
 
     def __post_init__(self) -> None:
-        config = EngineConfig(max_num_seqs=self.places, enable_prefix_caching=False)
+        config = EngineConfig(
+            max_num_seqs=self.places,
+            max_num_batched_tokens=self.budget,
+            enable_prefix_caching=False,
+        )
         self.engine = Engine(
             ClockRunner(), config, max_model_len=8192, num_blocks=4096, vocab_size=VOCABULARY
         )
 
-    def ask(self, at: float) -> None:
-        prompt = tuple(self.random.choices(range(VOCABULARY), k=self.prompt))
+    def ask(self, at: float, size: int = 0) -> Asked:
+        """Another request, of ``size`` tokens if not as long as usual."""
+        prompt = tuple(self.random.choices(range(VOCABULARY), k=size or self.prompt))
         sampling = SamplingParams(max_tokens=self.answer, ignore_eos=True)
         (seq_id,) = self.engine.add(Job(prompt, sampling), at)
         self.asked[seq_id] = Asked(at)
+        return self.asked[seq_id]
 
     def step(self) -> int:
         """Take a step → how many requests it has ended."""
