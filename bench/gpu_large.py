@@ -45,10 +45,10 @@ def measure_prompts(name: str) -> None:
         prompt = [[rng.randrange(49000) for _ in range(length)]]
         took = {new: seconds(llm, prompt, new) for new in (1, 1 + STEPS)}
         step = (took[1 + STEPS] - took[1]) / STEPS
-        free, total = torch.cuda.mem_get_info()
+        free, total = (size / 1e9 for size in torch.cuda.mem_get_info())
         print(
-            f"{name}, {length:,} tokens: {length / took[1]:,.0f} tok/s, "
-            f"a step {step * 1e3:.2f} ms, {(total - free) / 1e9:.1f} GB of {total / 1e9:.1f} in use",
+            f"{name}, {length:,} tokens: {length / took[1]:,.0f} tok/s, a step {step * 1e3:.2f} ms,"
+            f" {total - free:.1f} GB of {total:.1f} in use",
             flush=True,
         )
     llm.close()
