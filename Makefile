@@ -29,7 +29,7 @@ DOCS_STAMP := $(VENV)/.docs
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-alone test-optimized clients coverage chaos soak flood fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-browser browser test-optimized clients coverage chaos soak flood fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,10 +50,16 @@ test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to 
 test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
 	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
-test-optimized: $(DEV_STAMP) ## Run bad input, faults, queues and schedules over a ruvon without asserts, as python -O has it.
-	PYTHONPATH=tests $(BIN)/python -m pytest -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
+test-browser: browser ## Drive the page in Chromium, which has to be there (apt-get install chromium-headless-shell).
+	$(BIN)/python -m pytest tests/server/test_browser.py $(ARGS)
+
+browser: $(DEV_STAMP) ## Install what drives a browser; Chromium itself is the system's.
+	$(INSTALL) --quiet --editable '.[browser]'
+
+test-optimized: $(DEV_STAMP) ## Run bad input, faults and queues over a ruvon without asserts, as python -O has it.
+	PYTHONPATH=tests $(BIN)/python -m pytest $(PARALLEL) -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \
 		tests/server/test_faults.py tests/server/test_load.py tests/engine/test_validation.py tests/engine/test_engine.py \
-		tests/engine/test_loop.py tests/engine/test_scheduler.py tests/models/test_damaged.py $(ARGS)
+		tests/engine/test_loop.py tests/models/test_damaged.py $(ARGS)
 
 chaos: $(DEV_STAMP) ## Ask, break and kill servers for 10 minutes; ARGS= goes to tests/chaos/chaos.py.
 	$(BIN)/python tests/chaos/chaos.py $(ARGS)

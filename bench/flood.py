@@ -1,6 +1,6 @@
 """Other people's attack and load tools against a server, and what a client beside them sees.
 
-    python bench/flood.py [--seconds 10] [--tools FOLDER] [NAME ...] [-- SERVE OPTIONS]
+    python bench/flood.py [--seconds 30] [--tools FOLDER] [NAME ...] [-- SERVE OPTIONS]
 
 slowhttptest, wrk and h2load are Debian packages (slowhttptest, wrk, nghttp2-client). Those that are
 installed run, each for so many seconds, while one client goes on asking for short completions;
@@ -137,7 +137,7 @@ class Beside:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"Of {', '.join(ATTACKS)}.")
-    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--tools", type=Path, help="Folder of unpacked packages.")
     own, options = split(sys.argv[1:])
     args = parser.parse_args(own)
@@ -191,6 +191,7 @@ async def attack_all(
             asking.cancel()
             with suppress(asyncio.CancelledError):
                 await asking
+            await beside.once()
             left = await what_is_left(session, server.url)
             rows.append(row_of(f"{name}: {attack.what}", beside, server, told(attack, said), left))
     return rows

@@ -439,6 +439,10 @@ def main() -> None:
     )
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="For ruvon serve.")
     args = parser.parse_args()
+    if args.tp > 1 and args.part not in ("steps", "prefill", "offline"):
+        parser.error(f"--tp: not for {args.part}; for serve, --options --tensor-parallel-size")
+    if args.pp > 1 and args.part != "offline":
+        parser.error(f"--pp: not for {args.part}")
     given = tuple(map(int, args.batches.split(","))) if args.batches else None
     numbers: Mapping[str, Any] = {
         name: measure_part(args, name, given or BATCHES[name]) for name in args.models.split(",")

@@ -28,6 +28,7 @@ from process import Neighbours, Server, free_port, memory, running
 from ruvon.bench import Load, Sample, find_model, open_session, random_prompt, send
 
 MINUTE = 60.0
+CACHE = ("--kv-cache-memory", "64MiB")  # is full, and so in memory, after the first minute
 PROMPT, ANSWER = 200, 80  # tokens at most
 LEAVES = 0.1  # of clients leave amid their answer
 MORE_MEMORY = 1.03  # times, from the first third to the last
@@ -71,7 +72,7 @@ def main() -> int:
         "--log-level",
         "warning",
     ]
-    with running([*command, *args.options], port) as server:
+    with running([*command, *CACHE, *args.options], port) as server:
         minutes = asyncio.run(soak(server, args.minutes, args.clients))
     verdicts = compare(minutes)
     path = write("soak", {"machine": machine(), "options": args.options, "minutes": minutes})

@@ -33,7 +33,7 @@ import yaml
 ROOT = Path(__file__).parent.parent
 DASHBOARDS = ROOT / "deploy" / "grafana" / "dashboards"
 RULES = ROOT / "deploy" / "prometheus" / "rules"
-CHOSEN = {"$job": ".+", "$instance": ".+", "$model": ".+", "$__rate_interval": "20s"}
+CHOSEN = {"$job": ".+", "$instance": ".+", "$model": ".+", "$__rate_interval": "1m"}
 COMPARISON = re.compile(r"\s(==|!=|>|<|>=|<=)\s[\d.]+\s*$")
 LATER = ("vllm:rank_step_failures_total", 'status=~"5..', "ruvon_router_retries_total")
 """What is not counted before it happens, or by every server."""
@@ -86,7 +86,7 @@ def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
             process.terminate()
 
 
-def wait_for(url: str, patience: float = 120.0) -> None:
+def wait_for(url: str, patience: float = 300.0) -> None:
     """Until there is an answer of 200."""
     end = time.monotonic() + patience
     while time.monotonic() < end:

@@ -50,6 +50,7 @@ def one_thread() -> Iterator[None]:
 
 
 @needs_model
+@pytest.mark.slow
 @pytest.mark.parametrize("path", lessons.LESSONS, ids=by_name)
 def test_a_lesson_prints_what_its_article_shows(path: Path, one_thread: None):
     texts = [match[3] for match in shown() if match[2] == path.stem]
@@ -126,4 +127,4 @@ def test_pages_of_the_site_lead_somewhere(pages: Path):
 def test_the_site_shows_the_way_to_every_document(pages: Path):
     nav = set(re.findall(r'= "([\w/.-]+\.md)"', (ROOT / "zensical.toml").read_text()))
     there = {path.relative_to(pages).as_posix() for path in pages.rglob("*.md")}
-    assert nav == {name for name in there if not name.startswith("source/")}
+    assert nav == {name for name in there if not name.startswith("source/")}, "see zensical.toml"

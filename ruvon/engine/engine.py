@@ -294,6 +294,11 @@ class Engine:
         grouped = self._scheduler.grouped
         return describe(self.config, grouped.windows, grouped.pool.num_blocks)
 
+    @property
+    def cached_blocks(self) -> list[int]:
+        """Free blocks that can be found as a prefix, least recently used first."""
+        return self._scheduler.pool.cached
+
     def stand(self, in_flight: Iterable[Plan], number: int, now: float) -> Standing:
         """How it stands before its recorder's event of that number, apart from the plans that are
         in flight."""

@@ -17,10 +17,10 @@ from typing import Any
 from ruvon.config import EngineConfig
 from ruvon.engine.recorder import Abort, Arrival, Event
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Chunk, Plan, Sequence
+from ruvon.engine.types import Blocks, Chunk, Plan, Sequence
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Live:
     """A sequence, as far as committed steps have brought it."""
 
@@ -31,8 +31,14 @@ class Live:
     max_tokens: int
     num_computed: int
     num_cached: int
-    tables: list[list[int]]
+    tables: Blocks
     waits: bool
+
+
+def without(tables: Blocks, added: Blocks) -> Blocks:
+    """Tables before they grew by what was added last."""
+    pairs = zip(tables, added, strict=False)
+    return tuple([table[: len(table) - len(its)] for table, its in pairs])
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +69,15 @@ def stand(scheduler: Scheduler, in_flight: Iterable[Plan], number: int, now: flo
 def live(seq: Sequence, waits: bool, in_flight: Iterable[Chunk]) -> Live:
     """``in_flight``: its chunks in steps that are not committed. What they bring is still to come,
     as events."""
-    tables = [list(table) for table in seq.tables]
+    tables = tuple([tuple(table) for table in seq.tables])
     num_computed = seq.num_computed
-    chunks = [chunk for chunk in in_flight if chunk.generation == seq.num_preempted]
-    for chunk in chunks:
-        num_computed -= len(chunk.tokens)
-    for blocks in (seq.added, *[chunk.blocks for chunk in chunks]):
-        for table, added in zip(tables, blocks, strict=False):
-            del table[len(table) - len(added) :]
+    if seq.added:
+        tables = without(tables, seq.added)
+    for chunk in in_flight:
+        if chunk.generation == seq.num_preempted:
+            num_computed -= len(chunk.tokens)
+            if chunk.blocks:
+                tables = without(tables, chunk.blocks)
     return Live(
         seq.id,
         seq.num_preempted,

@@ -263,6 +263,11 @@ class EngineLoop:
         """What the engine was made of."""
         return self.engine.made_of
 
+    @property
+    def cached_blocks(self) -> list[int]:
+        """Free blocks that can be found as a prefix."""
+        return self.engine.cached_blocks
+
     def stand(self) -> Standing:
         """Where the engine is, for whoever watches what comes next in `recorder`."""
         plans = [step.plan for step in self._pending]

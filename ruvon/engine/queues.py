@@ -337,25 +337,28 @@ class Queues:
     def _find_not_started(self) -> NotStarted:
         """Why those that run without blocks have none, and why the first that waits does not run;
         the others wait behind it."""
-        makers, headroom = self.prefixes.computing, self._headroom
-        waits: list[tuple[int, WaitReason, int]] = [
-            (seq.id, "prefix", makers[seq.awaits])
-            if seq.awaits in makers
-            else (seq.id, "blocks", headroom)
-            for seq in self.running.values()
-            if not seq.tables
-        ]
+        makers, headroom, num_running = self.prefixes.computing, self._headroom, len(self.running)
+        found: list[tuple[int, WaitReason, int]] = []
+        if num_running > self._num_holding:
+            followers = [seq for seq in self.running.values() if not seq.tables]
+            found += [
+                (seq.id, "prefix", makers[seq.awaits])
+                if seq.awaits in makers
+                else (seq.id, "blocks", headroom)
+                for seq in followers
+            ]
         if len(self.waiting):
-            limits, num_running = self._limits, len(self.running)
             first = self.waiting.first(self._served_soon() if self._is_contended else {})
-            if num_running >= limits.max_seqs:
-                waits.append((first.id, "places", num_running))
-            elif limits.policy(len(self.waiting), num_running, limits.max_seqs) <= 0:
-                waits.append((first.id, "batch", num_running))
-            else:
-                short = self._startable > 0
-                waits.append((first.id, "blocks" if short else "room", headroom))
-        return tuple(waits)
+            found.append((first.id, *self._why_waits(headroom, num_running)))
+        return tuple(found)
+
+    def _why_waits(self, headroom: int, num_running: int) -> tuple[WaitReason, int]:
+        limits = self._limits
+        if num_running >= limits.max_seqs:
+            return "places", num_running
+        if limits.policy(len(self.waiting), num_running, limits.max_seqs) <= 0:
+            return "batch", num_running
+        return "blocks" if self._startable > 0 else "room", headroom
 
     def _is_blocked(self, seq: Sequence, headroom: int) -> bool:
         """Whether nothing has changed for the better since a sequence last found too few blocks:

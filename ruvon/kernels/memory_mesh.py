@@ -16,6 +16,8 @@ from ruvon.kernels.mesh import Mesh, Store
 from ruvon.kernels.norm import add_norm
 from ruvon.kernels.pdl import supports_pdl
 
+GATHERED_BYTES = 16 << 20  # of a rank: beyond that NCCL is as fast
+
 
 def over_memory(mesh: Mesh, store: Store, device: torch.device) -> Mesh:
     """The same mesh, whose ranks are GPUs of one machine: what fits goes through mailboxes.
@@ -60,7 +62,9 @@ def _through(mesh: Mesh, boxes: Mailboxes, pdl: bool) -> Mesh:
         return add_norm(mesh.reduce(x), residual, weight, bias, eps, pdl)
 
     def gather(x: Tensor, widths: Sequence[int]) -> Tensor:
-        room = len(x) > 0 and most_rows(widths, x.itemsize, boxes) > 0
-        return gather_ranks(x, widths, boxes, pdl) if room else mesh.gather(x, widths)
+        num_bytes = len(x) * max(widths) * x.itemsize
+        if 0 < num_bytes <= GATHERED_BYTES and most_rows(widths, x.itemsize, boxes):
+            return gather_ranks(x, widths, boxes, pdl)
+        return mesh.gather(x, widths)
 
     return replace(mesh, reduce=reduce, gather=gather, add_norm=sum_norm)

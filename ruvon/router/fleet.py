@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
+from hashlib import blake2b
 from itertools import count
 
 import structlog
@@ -25,26 +26,32 @@ MOST_MISSED = 3  # polls in a row, before a replica counts as gone
 
 
 class Remembered:
-    """Who has what, by its id; what was used longest ago is forgotten first."""
+    """Who has what, by a digest of its id, of which a client may send 8 KiB. What was used longest
+    ago is forgotten first."""
 
     def __init__(self, most: int = MOST_REMEMBERED) -> None:
         self._most = most
-        self._replicas: OrderedDict[str, Replica] = OrderedDict()
+        self._replicas: OrderedDict[bytes, Replica] = OrderedDict()
 
     def note(self, name: str, replica: Replica) -> None:
-        self._replicas[name] = replica
-        self._replicas.move_to_end(name)
+        digest = digest_of(name)
+        self._replicas[digest] = replica
+        self._replicas.move_to_end(digest)
         if len(self._replicas) > self._most:
             self._replicas.popitem(last=False)
 
     def find(self, name: str | None) -> Replica | None:
-        return None if name is None else self._replicas.get(name)
+        return None if name is None else self._replicas.get(digest_of(name))
 
     def forget(self, replica: Replica) -> None:
         """Of one that is gone for good."""
-        gone = [name for name, holder in self._replicas.items() if holder is replica]
-        for name in gone:
-            del self._replicas[name]
+        gone = [digest for digest, holder in self._replicas.items() if holder is replica]
+        for digest in gone:
+            del self._replicas[digest]
+
+
+def digest_of(name: str) -> bytes:
+    return blake2b(name.encode(errors="surrogatepass"), digest_size=16).digest()
 
 
 class Fleet:

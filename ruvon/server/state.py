@@ -101,6 +101,10 @@ class Generator(Protocol):
     def gate(self) -> Gate:
         """What slows it down."""
 
+    @property
+    def cached_blocks(self) -> list[int]:
+        """Free blocks that can be found as a prefix."""
+
     def stand(self) -> Standing:
         """Where it is, for whoever watches what comes next in `recorder`."""
 

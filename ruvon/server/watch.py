@@ -68,7 +68,7 @@ async def watch(generator: Generator) -> AsyncGenerator[bytes]:
             number += len(events)
             news: dict[str, object] = {"events": [encode(each) for each in events], "pace": pace}
             if clock() - listed_at > CACHED_EVERY and num_blocks <= MOST_LISTED:
-                news["cached"], listed_at = generator.stand().cached, clock()
+                news["cached"], listed_at = generator.cached_blocks, clock()
             yield message("events", news)
         await asyncio.sleep(EVERY)
         missed = recorder.end - number

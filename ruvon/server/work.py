@@ -14,7 +14,7 @@ from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.telemetry.finished import Finished, last_of
 
-MOST_COMPLETIONS = 8192  # remembered, some 500 bytes each
+MOST_COMPLETIONS = 4096  # remembered: 8 MB where each is a request of its own
 
 
 @dataclass(slots=True)

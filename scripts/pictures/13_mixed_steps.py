@@ -1,4 +1,5 @@
-"""What lesson 13's steps compute and when its running answers get their tokens, by the budget.
+"""What lesson 13's steps compute and when its running answers get their tokens, by the budget. In
+processor time, so that a busy machine draws the same picture.
 
 python scripts/pictures/13_mixed_steps.py
 """
@@ -6,7 +7,7 @@ python scripts/pictures/13_mixed_steps.py
 from __future__ import annotations
 
 from importlib import import_module
-from time import perf_counter
+from time import process_time
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ def main() -> None:
         axes.set_xlim(0, longest)
         axes.set_ylabel("tokens")
         axes.set_title(f"at most {budget} tokens a step", loc="left")
-    axes.set_xlabel("seconds; orange: a token of an answer that was running before")
+    axes.set_xlabel("seconds of a processor; orange: a token of an answer that was running before")
     figure.tight_layout()
     save(figure, "13-mixed-steps")
 
@@ -42,15 +43,19 @@ def main() -> None:
 def watch(model: Any, budget: int) -> tuple[list[tuple[float, float, int]], list[float]]:
     """→ (start, end and size of each step, when the first answer got its tokens)."""
     engine = lesson.Engine(model, budget)
-    running = [engine.add(question) for question in lesson.QUESTIONS[:2]]
-    steps, begin = [], perf_counter()
+    first, _ = [engine.add(question) for question in lesson.QUESTIONS[:2]]
+    steps: list[tuple[float, float, int]] = []
+    moments: list[float] = []
+    begin = process_time()
     while engine.running:
         if len(steps) == 2:
             engine.add(lesson.TEACHER + lesson.QUESTIONS[2])
-        start = perf_counter()
+        start = process_time()
         engine.step()
-        steps.append((start - begin, perf_counter() - begin, engine.sizes[-1]))
-    return steps, [moment - begin for moment in running[0].moments]
+        steps.append((start - begin, process_time() - begin, engine.sizes[-1]))
+        if len(first.tokens) > len(moments):
+            moments.append(steps[-1][1])
+    return steps, moments
 
 
 if __name__ == "__main__":

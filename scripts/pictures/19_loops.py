@@ -1,89 +1,67 @@
 """The same server asked in a closed and in an open loop.
 
-python scripts/pictures/19_loops.py [--measure]
-
-Draws 19-loops.json, which --measure writes anew: a minute on a machine at rest.
+python scripts/pictures/19_loops.py
 """
 
 from __future__ import annotations
 
-import asyncio
-import json
-import math
-import random
-import sys
-from typing import Any
+from collections.abc import Sequence
 
-import aiohttp
-from drawing import BLUE, ORANGE, PICTURES, ROOT, save
+from clock import Run, rising
+from drawing import BLUE, GREY, ORANGE, save
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from ruvon.bench import Load, find_model, open_session, random_requests, run_load, summarize
-
-sys.path.insert(0, str(ROOT / "bench"))
-from process import free_port, running
-
-SECONDS = 5  # of each run, about
-CLOSED = (1, 2, 4, 8, 16)  # requests at once
-SHARES = (0.3, 0.6, 0.8, 1.0, 1.2)  # of the rate that the closed loop has reached
-DATA = PICTURES / "19-loops.json"
+SECONDS, PLACES = 150.0, 16
+CLIENTS = (1, 2, 4, 8, 12, 16, 24, 32)
+RATES = (1, 2, 3, 4, 5, 6, 6.5, 7, 7.5, 8)
 
 
 def main() -> None:
-    if "--measure" in sys.argv:
-        port = free_port()
-        command = [sys.executable, "-m", "ruvon", "serve", "--port", str(port)]
-        with running([*command, "--max-num-seqs", "16", "--no-enable-prefix-caching"], port) as up:
-            DATA.write_text(json.dumps(asyncio.run(measure(up.url))))
-    draw(json.loads(DATA.read_text()))
-
-
-async def measure(url: str) -> dict[str, list[dict[str, Any]]]:
     closed, opened = [], []
-    async with open_session() as session:
-        model = await find_model(session, url)
-        fastest = 2.0  # requests a second, of one at a time
-        for limit in (1, *CLOSED):  # the first run is for warming up
-            num = max(math.ceil(SECONDS * fastest), 2 * limit)
-            result = await ask(session, url, model, num, max_concurrency=limit)
-            fastest = max(fastest, result["request_throughput"])
-            closed.append({"limit": limit, **result})
-        for share in SHARES:
-            num = math.ceil(SECONDS * share * fastest)
-            result = await ask(session, url, model, num, rate=share * fastest)
-            opened.append({"rate": share * fastest, **result})
-    return {"closed": closed[1:], "open": opened}
-
-
-async def ask(
-    session: aiohttp.ClientSession, url: str, model: str, num: int, **how: Any
-) -> dict[str, Any]:
-    requests = random_requests(random.Random(num), num, 64, 64)
-    samples, duration = await run_load(session, url, Load(model, requests, **how))
-    result = summarize(samples, duration)
-    wanted = ("request_throughput", "output_throughput", "median_ttft_ms", "p99_ttft_ms")
-    print(how, {name: round(result[name], 1) for name in wanted}, flush=True)
-    return {name: result[name] for name in wanted}
-
-
-def draw(runs: dict[str, list[dict[str, Any]]]) -> None:
+    for clients in CLIENTS:
+        run = Run(PLACES)
+        run.closed(clients, SECONDS)
+        closed.append(summary(run))
+    for rate in RATES:
+        run = Run(PLACES)
+        for _ in run.open(rising(rate, rate, SECONDS), SECONDS):
+            pass
+        opened.append(summary(run))
     figure = Figure(figsize=(8, 4.6))
-    labels = {"limit": "requests at once (closed)", "rate": "requests a second (open)"}
-    for column, (points, key) in enumerate(((runs["closed"], "limit"), (runs["open"], "rate")), 1):
-        at = [point[key] for point in points]
-        top, bottom = (figure.add_subplot(2, 2, column + row) for row in (0, 2))
-        top.plot(at, [point["output_throughput"] for point in points], "o-", color=BLUE)
-        top.set_ylim(0, 1.15 * max(p["output_throughput"] for run in runs.values() for p in run))
-        bottom.plot(at, [p["p99_ttft_ms"] for p in points], "o-", color=ORANGE, label="p99")
-        bottom.plot(at, [p["median_ttft_ms"] for p in points], "o-", color=BLUE, label="p50")
-        bottom.set_yscale("log")
-        bottom.set_xlabel(labels[key])
-        if column == 1:
-            top.set_ylabel("output tokens/s")
-            bottom.set_ylabel("first token, ms")
-            bottom.legend(frameon=False)
+    draw(figure, 1, CLIENTS, closed, "requests at once (closed)")
+    draw(figure, 2, RATES, opened, "requests a second (open)")
     figure.tight_layout()
     save(figure, "19-loops")
+
+
+def summary(run: Run) -> tuple[float, float, float]:
+    """→ (output tokens a second, seconds to the first token, p50 and p99). Who waits still has
+    waited as long by now."""
+    tokens = sum(len(asked.tokens) for asked in run.asked.values())
+    waits = sorted((asked.first or run.now) - asked.at for asked in run.asked.values())
+    p50, p99 = (waits[min(int(share * len(waits)), len(waits) - 1)] for share in (0.5, 0.99))
+    print(f"{len(waits)} requests: {tokens / run.now:.0f} tok/s, {p50:.3f} s, {p99:.3f} s")
+    return tokens / run.now, p50, p99
+
+
+def draw(
+    figure: Figure, column: int, at: Sequence[float], runs: list[tuple[float, float, float]], x: str
+) -> None:
+    top: Axes = figure.add_subplot(2, 2, column)
+    bottom: Axes = figure.add_subplot(2, 2, column + 2)
+    rates, p50, p99 = zip(*runs, strict=True)
+    top.plot(at, rates, "o-", color=BLUE)
+    top.set_ylim(0, 500)
+    top.set_ylabel("output tokens/s")
+    bottom.plot(at, p99, "o-", color=ORANGE, label="p99")
+    bottom.plot(at, p50, "o-", color=BLUE, label="p50")
+    bottom.axhline(1, color=GREY, linestyle=":")
+    bottom.set_ylim(0.03, 30)
+    bottom.set_yscale("log")
+    bottom.set_ylabel("first token, seconds")
+    bottom.set_xlabel(x)
+    bottom.legend(frameon=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from io import BytesIO
 from pathlib import Path
 from random import Random
 
@@ -36,6 +37,7 @@ MOST_CASES = 1500
 QUIET = 30.0  # seconds after which nothing may be left of what clients wanted
 MORE_MEMORY, MORE_SHARE = 32 << 20, 0.1  # that a process may have grown by while it was in use
 MORE_FILES = 6
+LEAST = 40  # right answers before a server is weighed, and again before it is asked to end
 SHOWN = 5  # odd answers
 
 
@@ -66,7 +68,7 @@ async def play(name: str, scenario: Scenario, seed: str, seconds: float) -> Repo
             finally:
                 for server in world.all:
                     await server.stop()
-                await asyncio.wait_for(asyncio.gather(*running, return_exceptions=True), QUIET)
+                await asyncio.gather(*running)
     report.problems += [problem for server in world.all for problem in server.problems]
     return report
 
@@ -76,6 +78,7 @@ async def play_in(
 ) -> None:
     for server in world.all:
         await server.until_ready()
+    say(f"{report.name}: ready, asking each request alone")
     cases = scenario.cases(seed, min(int(CASES_PER_SECOND * seconds), MOST_CASES))
     session, port = world.front.session, world.front.port
     alone = [await ask_alone(session, port, case) for case in cases]
@@ -85,7 +88,9 @@ async def play_in(
         if status >= 500
     ]
     storm = Storm(seed, port, session, cases, alone)
+    say(f"{report.name}: {len(cases)} asked, {scenario.clients} clients begin")
     await rage(storm, world, scenario, seconds, report)
+    say(f"{report.name}: clients are gone, looking what is left")
     report.problems += await left_behind(world)
     report.problems += weigh(report)
     await ask_again(storm, report)
@@ -95,21 +100,19 @@ async def play_in(
 async def rage(
     storm: Storm, world: World, scenario: Scenario, seconds: float, report: Report
 ) -> None:
-    """All clients, and half of the time or more all disturbances."""
+    """All clients; most of the time all disturbances; then a while for memory to settle."""
     clients = [asyncio.create_task(storm.client(number)) for number in range(scenario.clients)]
     set_faults(world, True)
     rng = Random(f"{storm.seed} disturbances")
-    disturbing = asyncio.create_task(disturb(world, scenario.disturbances, rng))
-    if scenario.disturbances:
-        await asyncio.wait(
-            [disturbing, *clients], timeout=0.7 * seconds, return_when="FIRST_COMPLETED"
-        )
-    disturbing.cancel()
-    await asyncio.gather(disturbing, return_exceptions=True)
-    await calm(world)
-    await asyncio.sleep(0.15 * seconds)
+    until = time.monotonic() + 0.7 * seconds
+    disturbing = asyncio.create_task(disturb(world, scenario.disturbances, rng, until))
+    done, _ = await asyncio.wait([disturbing, *clients], return_when="FIRST_COMPLETED")
+    for task in done:
+        task.result()  # a client that has ended has failed
+    say(f"{sum(world.counts.values())} disturbances, calm from here on")
+    await answered(storm, 0.15 * seconds)
     young = [server.size() for server in world.all]
-    await asyncio.sleep(0.15 * seconds)
+    await answered(storm, 0.15 * seconds)
     storm.over = True
     await asyncio.gather(*clients)
     set_faults(world, False)
@@ -120,14 +123,17 @@ async def rage(
     ]
 
 
-async def calm(world: World) -> None:
-    """A disturbance that was broken off may have left something to be done."""
-    for server in world.all:
-        if is_chaotic(server):
-            (folder_of(server) / "lose").unlink(missing_ok=True)
-        await server.until_ready()
-        if server.log is not None:
-            server.log.reading.set()
+def say(what: str) -> None:
+    """How far it is, for whoever waits."""
+    print(f"{time.strftime('%H:%M:%S')} {what}", flush=True)
+
+
+async def answered(storm: Storm, seconds: float) -> None:
+    """So many seconds, and on a slow machine until something has been answered."""
+    enough = storm.counts["valid", "as alone"] + LEAST
+    await asyncio.sleep(seconds)
+    while storm.counts["valid", "as alone"] < enough:  # noqa: ASYNC110 - a count
+        await asyncio.sleep(0.1)
 
 
 def set_faults(world: World, on: bool) -> None:
@@ -143,7 +149,7 @@ def is_chaotic(server: Supervised) -> bool:
 async def ask_alone(session: aiohttp.ClientSession, port: int, case: Case) -> tuple[int, bytes]:
     headers = {"Content-Type": "application/json"}
     url = f"http://127.0.0.1:{port}{case.path}"
-    async with session.post(url, data=case.body, headers=headers) as reply:
+    async with session.post(url, data=BytesIO(case.body), headers=headers) as reply:
         return reply.status, fold(case.stream and reply.status == 200, await reply.read())
 
 

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from io import BytesIO
 from random import Random
 from typing import TypeAlias
 
@@ -17,7 +18,7 @@ import aiohttp
 from drawn import Case
 from folding import fold, is_complete
 
-PATIENCE = 60.0  # seconds after which an answer counts as lost for ever
+PATIENCE = 240.0  # seconds after which an answer counts as lost for ever
 CODES = (
     b"generation_failed", b"engine_dead", b"replica_lost", b"not_ready", b"queue_full",
     b"deadline_exceeded", b"unavailable", b"request_timeout",
@@ -129,7 +130,7 @@ async def exchange(
     headers = {"X-Request-Id": request_id, "Content-Type": "application/json", **(more or {})}
     url = f"http://127.0.0.1:{storm.port}{case.path}"
     try:
-        async with storm.session.post(url, data=case.body, headers=headers) as reply:
+        async with storm.session.post(url, data=BytesIO(case.body), headers=headers) as reply:
             body = await reply.read()
     except TimeoutError:
         storm.counts[case.kind, "silence"] += 1

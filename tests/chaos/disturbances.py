@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,13 +40,19 @@ class World:
 Disturbance: TypeAlias = Callable[[World, Random], Awaitable[None]]
 
 
-async def disturb(world: World, disturbances: Sequence[Disturbance], rng: Random) -> None:
-    """One after the other, in an order of chance, each as often as the others."""
-    while True:
+async def disturb(
+    world: World, disturbances: Sequence[Disturbance], rng: Random, until: float
+) -> None:
+    """One after the other, in an order of chance, each as often as the others: once at least, and
+    again ``until`` then."""
+    while disturbances:
         for one in rng.sample(disturbances, len(disturbances)):
             await asyncio.sleep(rng.uniform(0.3, 1.0))
             await one(world, rng)
             world.counts[one.__name__] = world.counts.get(one.__name__, 0) + 1
+        if time.monotonic() > until:
+            return
+    await asyncio.sleep(until - time.monotonic())
 
 
 async def drain(world: World, rng: Random) -> None:

@@ -22,8 +22,8 @@ from typing import Any
 
 import aiohttp
 
-READY = 120.0  # seconds that a start may take
-ENDS = 60.0  # seconds that an end may take
+READY = 600.0  # seconds that a start may take, on a machine that is busy
+ENDS = 300.0  # seconds that an end may take, there too
 IN_FLIGHT = "ruvon_router_replica_in_flight"
 PROVOKED = {"step_failed", "engine_dead", "stuck", "replica_ended", "replica_dead"}
 TROUBLE = ("Traceback", "never retrieved", "was destroyed", "Unclosed", "Segmentation")
@@ -81,11 +81,14 @@ class Log:
 
     def break_off(self) -> None:
         """As a collector that crashed: whoever writes gets EPIPE."""
-        os.dup2(os.open(os.devnull, os.O_RDONLY), self._pipe.fileno())
+        nothing = os.open(os.devnull, os.O_RDONLY)
+        os.dup2(nothing, self._pipe.fileno())
+        os.close(nothing)
 
     def close(self) -> None:
         self.reading.set()
         self._thread.join(5)
+        self._pipe.close()
 
 
 @dataclass
@@ -217,6 +220,11 @@ class Supervised:
         self._ready.clear()
         assert self.process is not None
         self.process.send_signal(signal.SIGTERM)
+        try:
+            await self.until_ended()
+        except subprocess.TimeoutExpired:
+            self.problems.append(f"it did not end in {ENDS:g} seconds")
+            self.process.kill()
 
     @asynccontextmanager
     async def few_files(self, spare: int) -> AsyncIterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import dataclass, field
 
 import orjson
@@ -10,7 +11,7 @@ import pytest
 from ruvon.config import RouterConfig
 from ruvon.errors import ConfigError
 from ruvon.router.choice import choose
-from ruvon.router.fleet import Fleet
+from ruvon.router.fleet import Fleet, Remembered
 from ruvon.router.prefixes import PIECE, Prefixes, chain
 from ruvon.router.prompt import read_prompt
 from ruvon.router.replica import Address, parse_url
@@ -126,3 +127,17 @@ def test_a_body_of_more_values_than_any_prompt_is_not_even_parsed():
     assert len(prompt(b"[" + b"97," * 100_000 + b"1]").keys) > 1000
     for value in (b"[" + b"97," * 400_000 + b"1]", b"[" + b"[]," * 20_000 + b"[]]"):
         assert prompt(value).keys == ()
+
+
+def test_no_clients_name_of_a_session_takes_more_room_than_another():
+    remembered, replica = Remembered(), Some()
+    tracemalloc.start()
+    for number in range(1000):
+        remembered.note(f"{number}" + "x" * 8000, replica)
+    size, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert size < 1_000_000
+    assert remembered.find("7" + "x" * 8000) is replica
+    assert remembered.find("7" + "x" * 7999 + "\udc80") is None
+    remembered.forget(replica)
+    assert remembered.find("7" + "x" * 8000) is None

@@ -23,7 +23,7 @@ from ruvon.engine.lens import Look
 from ruvon.server.watch import WATCHERS
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
-NAMES = ("chromium", "chromium-headless-shell", "google-chrome", "chrome")
+NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
 BROWSER = os.environ.get("RUVON_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (RUVON_BROWSER=PATH)")
 
@@ -38,6 +38,7 @@ ANSWER = """Some **bold** words:
 <script>alert(1)</script>
 ```
 """
+ARGS = ["--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"]  # as root, in containers
 PHONE = {"width": 360, "height": 740}
 STILL = SimpleNamespace(num_preempted=0)
 
@@ -47,9 +48,9 @@ async def page() -> AsyncIterator[Any]:
     """A page that has logged no error when its test is over."""
     errors: list[str] = []
     async with playwright.async_playwright() as driver:
-        browser = await driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox"])
+        browser = await driver.chromium.launch(executable_path=BROWSER, args=ARGS)
         page = await browser.new_page()
-        page.set_default_timeout(30_000)
+        page.set_default_timeout(90_000)  # machines that test are busy
         page.on("pageerror", lambda error: errors.append(str(error)))
         page.on("console", lambda said: errors.append(said.text) if said.type == "error" else None)
         page.on("dialog", lambda dialog: errors.append(dialog.message))

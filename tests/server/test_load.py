@@ -187,9 +187,9 @@ async def test_a_waiting_stream_is_told_its_place_and_how_far_its_prompt_is(serv
 
 
 ASKED = [
-    ({"timeout": 0.05}, {}),
-    ({}, {"headers": {"X-Request-Timeout": "0.05"}}),
-    ({"timeout": 60}, {"headers": {"X-Request-Timeout": "0.05"}}),
+    ({"timeout": 0.5}, {}),
+    ({}, {"headers": {"X-Request-Timeout": "0.5"}}),
+    ({"timeout": 60}, {"headers": {"X-Request-Timeout": "0.5"}}),
 ]
 
 

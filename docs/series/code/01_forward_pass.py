@@ -5,7 +5,7 @@ python docs/series/code/01_forward_pass.py
 
 from __future__ import annotations
 
-from time import perf_counter
+from time import process_time
 
 import llama
 import torch.nn.functional as F
@@ -44,11 +44,11 @@ def main() -> None:
         print(f"  after {so_far!r}: {model.decode([best])!r}, {probabilities[t, best]:.0%}")
 
     ids = model.encode(LONG)
-    start = perf_counter()
+    start = process_time()
     every = model.forward(ids, list(range(len(ids))), attend)
-    middle = perf_counter()
+    middle = process_time()
     last = last_logits(model, ids)
-    end = perf_counter()
+    end = process_time()
     same = int(every[-1].argmax()) == int(last.argmax())
     head, all_ = model.embed.numel(), sum(w.numel() for each in model.layers for w in each.values())
     print(f"\na prompt of {len(ids)} tokens; the head is {head / (head + all_):.0%} of the weights")

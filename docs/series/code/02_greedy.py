@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from importlib import import_module
-from time import perf_counter
+from time import process_time
 
 import llama
 
@@ -41,11 +41,11 @@ def main() -> None:
     blind = without_end(model, prompt, 12)
     print(f"before, to a fixed length: {text(model, blind)!r}")
 
-    tokens, rows, times = [], [], [perf_counter()]
+    tokens, rows, times = [], [], [process_time()]
     for token, computed in generate(model, prompt, 12):
         tokens.append(token)
         rows.append(computed)
-        times.append(perf_counter())
+        times.append(process_time())
     print(f"after, to the end of turn: {text(model, tokens)!r}")
     print(f"  {len(tokens)} tokens from a prompt of {len(prompt)}")
     print(f"  rows computed: {' + '.join(map(str, rows))} = {sum(rows)}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from importlib import import_module
-from time import perf_counter
+from time import process_time
 
 import llama
 import torch
@@ -92,9 +92,9 @@ def main() -> None:
         ("before, one at a time", [[w] for w in work]),
         ("after, a batch", [work]),
     ):
-        count, start = Count(), perf_counter()
+        count, start = Count(), process_time()
         outputs[name] = [answer for batch in batches for answer in run(model, batch, count)]
-        took = perf_counter() - start
+        took = process_time() - start
         print(
             f"{name}: {count.steps} steps, {count.rows} rows, {count.wanted} of them wanted,",
             end=" ",

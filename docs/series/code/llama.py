@@ -112,7 +112,12 @@ def causal(queries: int, keys: int) -> Tensor:
 
 @cache
 def load() -> Llama:
-    """Reads the file that comes with ruvon and multiplies its 4-bit weights out: 0.5 GB."""
+    """Reads the file that comes with ruvon and multiplies its 4-bit weights out: 0.5 GB.
+
+    From here on torch has one thread: then processor time says what a step costs, whatever else
+    the machine does, and steps as small as these lose little by it.
+    """
+    torch.set_num_threads(1)
     config = EngineConfig()
     checkpoint = open_checkpoint(config, silent)
     ops = make_torch_ops(torch.float32, torch.device("cpu"))

@@ -26,13 +26,14 @@ export function drawBlocks(canvas, state, chosen) {
   const drawing = context(canvas, width, rows * size);
   const { counts, owners, groups } = holders(state);
   const [free, cached, hatch] = ["cell-free", "cell-cached", "hatch"].map(colour);
+  const fade = owners.includes(chosen) ? 0.3 : 1;
   const gap = size > 5 ? 1.5 : size > 3 ? 1 : 0;
   const numbers = { held: 0, shared: 0, cached: 0, free: 0, window: 0 };
   for (let block = 1; block <= count; block++) {
     const x = ((block - 1) % columns) * size;
     const y = Math.floor((block - 1) / columns) * size;
     const held = counts[block] > 0;
-    drawing.globalAlpha = chosen !== null && held && owners[block] !== chosen ? 0.3 : 1;
+    drawing.globalAlpha = held && owners[block] !== chosen ? fade : 1;
     drawing.fillStyle = held ? hue(owners[block]) : state.cached.has(block) ? cached : free;
     drawing.fillRect(x, y, size - gap, size - gap);
     if (held && counts[block] > 1 && size > 4) {

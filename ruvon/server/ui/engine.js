@@ -241,7 +241,7 @@ function showRows(it, parts, state) {
   const said = (seq) => {
     if (!seq.waits) return seq.computed < seq.prompt ? "prompt" : "answer";
     const found = waits.get(seq.id);
-    return found ? why(...found) : seq.preempted ? "preempted, waits again" : "waits for the next step, or behind others";
+    return found ? why(...found) : `${seq.preempted ? "preempted; " : ""}${waits.size ? "behind others" : "for the next step"}`;
   };
   put(parts.rows, seqs.slice(0, MOST_ROWS).map((seq) => h("tr", { class: [seq.waits ? "waits" : "", seq.id === it.chosen ? "chosen" : ""].join(" "), onclick: () => it.choose(seq.id) },
     h("td", null, h("button", { type: "button", class: "name", "aria-pressed": String(seq.id === it.chosen) }, h("i", { style: { background: hue(seq.id) } }), seq.id)),
