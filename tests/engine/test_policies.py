@@ -134,11 +134,14 @@ def test_of_several_lines_the_one_goes_first_whose_tenant_was_served_least():
 def test_tokens_that_wait_are_counted_by_tenant():
     queue = WaitingQueue(by_arrival)
     first, second = sequence(0, tenant="a", num_tokens=5), sequence(1, tenant="b", num_tokens=7)
-    queue.push(first)
-    queue.push(second)
-    assert (queue.num_tokens, queue.tokens_of("a"), queue.tokens_of("b")) == (12, 5, 7)
+    third = sequence(2, tenant="b", num_tokens=9)
+    for seq in (first, second, third):
+        queue.push(seq)
+    assert (queue.num_tokens, queue.tokens_of("a"), queue.tokens_of("b")) == (21, 5, 16)
     queue.remove(first)
-    assert (queue.num_tokens, queue.tokens_of("a")) == (7, 0)
+    assert (queue.num_tokens, queue.tokens_of("a")) == (16, 0)
+    queue.remove(second)  # the other of its tenant still waits
+    assert (queue.num_tokens, queue.tokens_of("b")) == (9, 9)
 
 
 def test_a_place_counts_who_goes_before():
