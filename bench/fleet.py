@@ -36,6 +36,7 @@ from ruvon.telemetry import silent
 CACHE = "256MiB"
 WORDS = 40_000  # token ids of the embedded model that any text may have
 SMALL = 0.12  # share of a conversation's lengths that one core can serve
+REPLICAS = 2
 TURNS = 3  # of a conversation, so that it is over soon
 STEPS = ((1, 0), (4, 0), (16, 0), (0, 64), (0, 256), (0, 512), (8, 128))
 """Sequences that go on, and tokens of a prompt beside them, in a measured step."""
@@ -61,8 +62,12 @@ def main() -> None:
         else:
             routes(load, args.replicas, cost, args.blocks)
         return
-    cost, num_blocks = measure_cost()
-    print(f"cost of a step: {cost}")
+    if args.cost:
+        cost, num_blocks = Cost(*map(float, args.cost.split(","))), args.blocks
+    else:
+        cost, num_blocks = measure_cost()
+        told = ",".join(f"{value:.3g}" for value in cost)
+        print(f"cost of a step: --cost {told} --blocks {num_blocks}", flush=True)
     if args.what == "check":
         check(args.rate, args.seconds, cost, num_blocks)
 
@@ -169,11 +174,20 @@ def check(rate: float, seconds: float, cost: Cost, num_blocks: int) -> None:
     config = EngineConfig()  # as the servers have it
     route = ROUTES["router"]
     foretold = Simulation(
-        load, route, replicas=2, cost=cost, num_blocks=num_blocks, config=config
+        load, route, replicas=REPLICAS, cost=cost, num_blocks=num_blocks, config=config
     ).run()
     port = free_port()
-    command = [sys.executable, "-m", "ruvon", "serve", "--data-parallel-size", "2", "--port"]
+    command = [
+        sys.executable,
+        "-m",
+        "ruvon",
+        "serve",
+        "--data-parallel-size",
+        str(REPLICAS),
+        "--port",
+    ]
     options = ["--kv-cache-memory", CACHE, "--log-level", "warning", "--no-log-requests"]
+    print(f"{len(load)} conversations, {len(foretold.finished)} turns", flush=True)
     with running([*command, str(port), *options], port) as server:
         firsts, hits = asyncio.run(play(server.url, load))
     numbers = {
@@ -197,6 +211,8 @@ async def play(url: str, load: Sequence[Conversation]) -> tuple[list[float], flo
     counts = np.zeros(2)
     async with open_session() as session, asyncio.TaskGroup() as group:
         model = await find_model(session, url)
+        while await num_ready(session, url) < REPLICAS:  # noqa: ASYNC110 - seldom
+            await asyncio.sleep(0.2)
 
         async def converse(number: int, conversation: Conversation) -> None:
             await asyncio.sleep(conversation.start)
@@ -215,6 +231,11 @@ async def play(url: str, load: Sequence[Conversation]) -> tuple[list[float], flo
         for number, conversation in enumerate(load):
             group.create_task(converse(number, conversation))
     return firsts, float(counts[1] / counts[0])
+
+
+async def num_ready(session: Any, url: str) -> int:
+    async with session.get(f"{url}/ready") as response:
+        return int((await response.json())["ready"])
 
 
 async def ask(

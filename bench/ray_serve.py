@@ -1,6 +1,6 @@
 """What Ray Serve's own ingress adds and carries, to compare with bench/router.py.
 
-    python bench/ray_serve.py [--streams 400] [--rate 100] [--seconds 8] [--replicas 2]
+    python bench/ray_serve.py [--streams 400] [--rate 100] [--tokens 256] [--seconds 8]
     RAY_SERVE_ENABLE_HA_PROXY=1 python bench/ray_serve.py    # its HAProxy in place of its own proxy
 
 Its replicas are scripted too: an ASGI application that answers at once and then sends an event to
@@ -23,9 +23,11 @@ import uvloop
 from measure import machine, write
 from process import free_port
 from ray import serve
-from router import EVENT, REQUESTS, ROUNDS, first_tokens, percentile, streamed
+from router import EVENT, first_tokens, percentile, streamed
 
 TICKS = os.sysconf("SC_CLK_TCK")
+REQUESTS = 400
+SETTLE = 8.0  # seconds; its HAProxy is started anew a few times, which breaks connections
 
 
 class Steps:
@@ -95,9 +97,7 @@ async def measure(port: int, args: argparse.Namespace) -> dict[str, float]:
     def through(make: Any) -> Any:
         return loop.create_connection(make, "127.0.0.1", port)
 
-    routed = []
-    for _ in range(ROUNDS):
-        routed += await first_tokens(through, REQUESTS)
+    routed = await first_tokens(through, REQUESTS)
     began, before = time.monotonic(), of_ray()
     told = await streamed(through, {"clients": os.getpid()}, args)
     return {
@@ -113,11 +113,13 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=400)
     parser.add_argument("--rate", type=float, default=100.0, help="Tokens per second of a stream.")
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--tokens", type=int, default=256, help="Of an answer.")
     parser.add_argument("--replicas", type=int, default=2)
     args = parser.parse_args()
     ray.init(include_dashboard=False, log_to_driver=False, num_cpus=4)
     port = free_port()
     deploy(args, port)
+    time.sleep(SETTLE)
     numbers = uvloop.run(measure(port, args))
     for name, value in numbers.items():
         print(f"{name:>28}  {value:12,.3f}")

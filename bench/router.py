@@ -1,6 +1,6 @@
 """What a router adds: to the first token, and in processor time for each token that it passes on.
 
-    python bench/router.py [--streams 400] [--rate 100] [--seconds 8] [--replicas 4]
+    python bench/router.py [--streams 400] [--rate 100] [--tokens 256] [--seconds 8]
 
 The replicas are scripted: one process of raw sockets that answers at once and then sends an event
 to every stream each ``1 / rate`` seconds, as a model's steps do; where it is late, it sends all
@@ -213,7 +213,7 @@ async def streamed(
     clients: list[Client] = []
 
     def make() -> Client:
-        clients.append(Client("bench", 64, lambda: loop.time() < end))
+        clients.append(Client("bench", args.tokens, lambda: loop.time() < end))
         return clients[-1]
 
     for _ in range(args.streams):
@@ -268,6 +268,7 @@ def main() -> None:
     parser.add_argument("--streams", type=int, default=400)
     parser.add_argument("--rate", type=float, default=100.0, help="Tokens per second of a stream.")
     parser.add_argument("--seconds", type=float, default=8.0)
+    parser.add_argument("--tokens", type=int, default=256, help="Of an answer.")
     parser.add_argument("--replicas", type=int, default=4)
     args = parser.parse_args()
     port = free_port()

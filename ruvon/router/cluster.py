@@ -205,4 +205,4 @@ def lost_is_lost(ray: Any) -> Iterator[None]:
     try:
         yield
     except ray.exceptions.RayError as error:
-        raise ConnectionError(str(error).partition("\n")[0]) from error
+        raise ConnectionError(str(error).partition("\n")[0][:200]) from error

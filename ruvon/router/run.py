@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import tempfile
@@ -37,6 +38,7 @@ log = structlog.get_logger(__name__)
 
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers
 SETTLED = 0.02  # seconds between two looks at whether all is answered
+YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
 FILES = 64  # beside connections, of which each client's may have another one to a replica
 
 
@@ -95,6 +97,8 @@ def start(
     server = app[ROUTING].server
     configure_logging(server.log_level, server.log_format)
     allow_files(2 * server.max_connections + FILES)
+    gc.freeze()  # what was imported stays, and need not be looked through again and again
+    gc.set_threshold(YOUNG_OBJECTS)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(app, supervisor, make_site))
 

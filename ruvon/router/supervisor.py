@@ -60,6 +60,7 @@ class Slot:
     ready: asyncio.Event = field(default_factory=asyncio.Event)
     was_ready: bool = False  # ever
     rolled: bool = False  # ended because it was told to, and to be started again
+    before: str | None = None  # why the process before this one is gone
     leaving: bool = False  # and not to be started again
 
 
@@ -130,9 +131,10 @@ class Supervisor:
             code = await self._run(slot)
             if self._ending or slot.leaving:
                 return
-            if slot.is_first and not slot.was_ready:
+            is_hopeless = slot.is_first and not slot.was_ready and isinstance(code, int)
+            if is_hopeless:  # by itself, not because its machine was lost
                 raise LoadError(f"replica {slot.replica.name} ended with {code}; its log says why")
-            self._counted(slot.replica.name, "rolled" if slot.rolled else "ended")
+            slot.before = "rolled" if slot.rolled else "ended"
             if slot.rolled:
                 slot.rolled, wait = False, LEAST_WAIT
                 continue
@@ -147,6 +149,8 @@ class Supervisor:
         try:
             async with slot.site.start(slot.replica) as process:
                 slot.process = process
+                if slot.before is not None:
+                    self._counted(slot.replica.name, slot.before)
                 return await process.wait()
         except ConnectionError as error:
             return str(error)

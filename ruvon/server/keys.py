@@ -153,7 +153,7 @@ class Keys:
 
     def _find(self, http: web.BaseRequest) -> tuple[bytes, Key | None]:
         """The key that a request has, under its digest; an admin's first."""
-        digests = [self._digest(key) for key in given_keys(http)]
+        digests = [self._digest(key) for key in given_keys(http) if key]
         found = [(digest, self._keys[digest]) for digest in digests if digest in self._keys]
         return max(found, key=lambda pair: pair[1].is_admin, default=(b"", None))
 

@@ -18,6 +18,11 @@ async def receive(http: web.Request) -> list[bytes]:
     if encoding.lower() != "identity":
         raise EncodingError(f"Content-Encoding '{encoding[:20]}' is not supported.")
     declared, size = http.content_length or 0, 0
+    if http.content.is_eof() and declared <= limit:  # all of it came with the head, as a rule
+        whole = http.content.read_nowait()
+        if len(whole) <= limit:
+            return [whole]
+        size = len(whole)
     began = asyncio.get_running_loop().time()
     pieces: list[bytes] = []
     while max(declared, size) <= limit:

@@ -444,6 +444,24 @@ def test_a_job_holds_its_grammar_until_its_sequences_end(monkeypatch):
     compiler.close()
 
 
+def test_no_step_is_launched_ahead_where_forced_tokens_come_with_the_one_before(compiler):
+    """As long as there is a sequence with a grammar, and no longer."""
+    runner = FakeRunner(depth=2, grammar_depth=1, by_hand=True, matchers=Matchers(compiler))
+    engine = Engine(
+        runner, EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300, grammars=compiler
+    )
+    grammar = grammars.choice(["waits"])
+    bound = engine.add(engine.prepare(Job((1,), SamplingParams(grammar=grammar))), 0.0)
+    engine.add(Job((1,), SamplingParams(max_tokens=9)), 0.0)
+    step = engine.launch(0.0)
+    assert engine.launch(0.0) is None
+    runner.finish_step()
+    engine.collect(step)
+    engine.abort(bound)
+    assert engine.launch(0.0) is not None
+    assert engine.launch(0.0) is not None
+
+
 @pytest.mark.parametrize("ended_by", [TimeoutError(), "the system"])
 def test_a_machine_without_time_is_no_fault_of_a_grammar(monkeypatch, ended_by):
     """It is refused as what may be tried again, and is."""

@@ -134,6 +134,8 @@ async def test_replicas_come_and_go_with_the_load(tmp_path, monkeypatch):
         opened[0][0].send_signal(signal.SIGKILL)  # what it had begun nothing of goes on
         await until(lambda: opened[1][1].num_live == 4)
         await until(lambda: len(opened) == 3 and fleet.num_open == 2)
+        async with session.get("http://router/metrics") as response:
+            assert 'restarts_total{replica="0",why="ended"} 1.0' in await response.text()
 
         servers = [server for _, server in opened[1:]]
         while not all(task.done() for task in asked):

@@ -66,7 +66,11 @@ export async function* events(response) {
       const parts = (rest + value).split("\n\n");
       rest = parts.pop();
       for (const part of parts) {
-        const data = part.split("\n").filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
+        const data = part
+          .split("\n")
+          .filter((line) => line.startsWith("data: "))
+          .map((line) => line.slice(6))
+          .join("\n");
         if (data === "[DONE]") return;
         if (!data) continue;
         const event = JSON.parse(data);
@@ -83,7 +87,13 @@ let asking = null; // several requests may find out at once
 
 function askForKey(why) {
   asking ??= new Promise((resolve) => {
-    const field = h("input", { type: "password", id: "key", autocomplete: "current-password", spellcheck: "false", required: true });
+    const field = h("input", {
+      type: "password",
+      id: "key",
+      autocomplete: "current-password",
+      spellcheck: "false",
+      required: true,
+    });
     const keep = h("input", { type: "checkbox", id: "keep" });
     const use = () => {
       if (!field.value) return;

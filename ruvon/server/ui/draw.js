@@ -56,10 +56,15 @@ export function drawBlocks(canvas, state, chosen) {
 export function blockAt(canvas, state, event) {
   const { size, columns } = layout(canvas.clientWidth, state.madeOf.num_blocks);
   const box = canvas.getBoundingClientRect();
-  const block = Math.floor((event.clientY - box.top) / size) * columns + Math.floor((event.clientX - box.left) / size) + 1;
+  const block =
+    Math.floor((event.clientY - box.top) / size) * columns + Math.floor((event.clientX - box.left) / size) + 1;
   if (block < 1 || block > state.madeOf.num_blocks) return null;
   const owners = [...state.seqs.values()].filter((seq) => seq.tables.some((table) => table.includes(block)));
-  const what = owners.length ? `held by ${owners.map((seq) => seq.id).join(", ")}` : state.cached.has(block) ? "free, and can be found as a prefix" : "free";
+  const what = owners.length
+    ? `held by ${owners.map((seq) => seq.id).join(", ")}`
+    : state.cached.has(block)
+      ? "free, and can be found as a prefix"
+      : "free";
   return { block, owner: owners[0]?.id ?? null, text: `Block ${block}: ${what}` };
 }
 

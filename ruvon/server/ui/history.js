@@ -9,16 +9,40 @@ const EVERY = 150; // events between two states that are kept; those between are
 
 /** A state out of what the server says first. */
 export function stateOf({ made_of: madeOf, standing }) {
-  const seqs = new Map(standing.sequences.map((each) => [each.id, {
-    id: each.id, request: null, prompt: each.num_prompt, most: each.max_tokens, generation: each.generation,
-    computed: each.num_computed, output: each.num_output, cached: each.num_cached, waits: each.waits || !each.tables.length,
-    tables: each.tables, preempted: each.generation,
-  }]));
-  return { madeOf, seqs, cached: new Set(standing.cached), at: standing.now, step: null, waits: [], stats: null, freed: [] };
+  const seqs = new Map(
+    standing.sequences.map((each) => [
+      each.id,
+      {
+        id: each.id,
+        request: null,
+        prompt: each.num_prompt,
+        most: each.max_tokens,
+        generation: each.generation,
+        computed: each.num_computed,
+        output: each.num_output,
+        cached: each.num_cached,
+        waits: each.waits || !each.tables.length,
+        tables: each.tables,
+        preempted: each.generation,
+      },
+    ]),
+  );
+  return {
+    madeOf,
+    seqs,
+    cached: new Set(standing.cached),
+    at: standing.now,
+    step: null,
+    waits: [],
+    stats: null,
+    freed: [],
+  };
 }
 
 function copy(state) {
-  const seqs = new Map([...state.seqs].map(([id, seq]) => [id, { ...seq, tables: seq.tables.map((table) => table.slice()) }]));
+  const seqs = new Map(
+    [...state.seqs].map(([id, seq]) => [id, { ...seq, tables: seq.tables.map((table) => table.slice()) }]),
+  );
   return { ...state, seqs, cached: new Set(state.cached) };
 }
 
@@ -27,7 +51,19 @@ export function apply(state, event) {
   state.at = event[1];
   if (event[0] === "arrival") {
     const [, , id, request, prompt, most] = event;
-    state.seqs.set(id, { id, request, prompt, most, generation: 0, computed: 0, output: 0, cached: 0, waits: true, tables: [], preempted: 0 });
+    state.seqs.set(id, {
+      id,
+      request,
+      prompt,
+      most,
+      generation: 0,
+      computed: 0,
+      output: 0,
+      cached: 0,
+      waits: true,
+      tables: [],
+      preempted: 0,
+    });
   } else if (event[0] === "abort") {
     for (const id of event[2]) end(state, id);
   } else step(state, event);

@@ -11,7 +11,15 @@ export class Lives {
 
   get(id, at) {
     if (!this.all.has(id)) {
-      this.all.set(id, { id, came: at, known: false, prompt: null, phases: [{ kind: "queued", from: at, to: null, notes: [] }], tokens: 0, end: null });
+      this.all.set(id, {
+        id,
+        came: at,
+        known: false,
+        prompt: null,
+        phases: [{ kind: "queued", from: at, to: null, notes: [] }],
+        tokens: 0,
+        end: null,
+      });
       if (this.all.size > MOST) this.all.delete(this.all.keys().next().value);
     }
     return this.all.get(id);
@@ -29,7 +37,8 @@ export class Lives {
   step([, at, number, plannedAt, rows, work, fresh, left, finished, , waits]) {
     for (const id of left) {
       const life = this.all.get(id);
-      if (life && !life.end && life.phases.at(-1).kind !== "queued") this.enter(life, "queued", plannedAt, "preempted: its blocks went to others");
+      if (life && !life.end && life.phases.at(-1).kind !== "queued")
+        this.enter(life, "queued", plannedAt, "preempted: its blocks went to others");
     }
     for (const [id, reason, amount] of waits) this.wait(this.get(id, plannedAt), at, reason, amount);
     for (const [id, cached] of fresh) {
@@ -39,7 +48,10 @@ export class Lives {
     for (const [id, , , count, samples] of work) {
       const life = this.get(id, plannedAt);
       const phase = life.phases.at(-1);
-      if (phase.kind === "prompt") phase.notes.push(`step ${number}: ${plural(count, "token")} of it computed${samples ? ", the next one sampled" : ""}`);
+      if (phase.kind === "prompt")
+        phase.notes.push(
+          `step ${number}: ${plural(count, "token")} of it computed${samples ? ", the next one sampled" : ""}`,
+        );
     }
     for (const id of rows) {
       const life = this.get(id, plannedAt);
@@ -74,16 +86,28 @@ export class Lives {
 /** Why a sequence is not started, in words. */
 export function why(reason, amount) {
   switch (reason) {
-    case "places": return `all ${amount} places in a step are taken`;
-    case "blocks": return amount > 0 ? `it needs more than the ${plural(amount, "block")} that the running ones leave` : "no block is free beyond what the running ones need next";
-    case "prefix": return `sequence ${amount} computes the same beginning right now; it will share that`;
-    case "batch": return `the batch of ${amount} that runs has to end first`;
-    default: return "enough others start in this step";
+    case "places":
+      return `all ${amount} places in a step are taken`;
+    case "blocks":
+      return amount > 0
+        ? `it needs more than the ${plural(amount, "block")} that the running ones leave`
+        : "no block is free beyond what the running ones need next";
+    case "prefix":
+      return `sequence ${amount} computes the same beginning right now; it will share that`;
+    case "batch":
+      return `the batch of ${amount} that runs has to end first`;
+    default:
+      return "enough others start in this step";
   }
 }
 
 const NAMES = { queued: "Waits", prompt: "Prompt", answer: "Answer" };
-const ENDS = { stop: "ended by itself", length: "reached its length", abort: "nobody waited for it any more", error: "failed" };
+const ENDS = {
+  stop: "ended by itself",
+  length: "reached its length",
+  abort: "nobody waited for it any more",
+  error: "failed",
+};
 
 /** A life up to a moment, as a chart and a list. */
 export function lifeOf(life, now, colour) {
@@ -93,18 +117,49 @@ export function lifeOf(life, now, colour) {
   const bars = phases.map((phase) => {
     const begin = x(phase.from);
     const width = Math.max(x(phase.to ?? until) - begin, 1.5);
-    return s("rect", { x: begin, y: 4, width, height: 16, rx: 2, class: `phase ${phase.kind}`, style: { "--own": colour } }, s("title", null, NAMES[phase.kind]));
+    return s(
+      "rect",
+      { x: begin, y: 4, width, height: 16, rx: 2, class: `phase ${phase.kind}`, style: { "--own": colour } },
+      s("title", null, NAMES[phase.kind]),
+    );
   });
   const rows = phases.map((phase) => {
     const lasted = (phase.to === null || phase.to > now ? until : phase.to) - phase.from;
-    const waits = (phase.waits || []).map((wait) => h("li", null, `${plural(wait.steps, "step")}: ${why(wait.reason, wait.amount)}`));
-    if (phase.kind === "queued" && !phase.waits && lasted > 0.0005) waits.push(h("li", null, "for the next step to be planned, or behind others in the queue"));
-    const notes = phase.notes.length > 6 ? [...phase.notes.slice(0, 5), `and ${phase.notes.length - 5} more`] : phase.notes;
-    return h("li", null, h("strong", null, NAMES[phase.kind]), h("span", { class: "num" }, duration(lasted)), h("ul", null, notes.map((note) => h("li", null, note)), waits));
+    const waits = (phase.waits || []).map((wait) =>
+      h("li", null, `${plural(wait.steps, "step")}: ${why(wait.reason, wait.amount)}`),
+    );
+    if (phase.kind === "queued" && !phase.waits && lasted > 0.0005)
+      waits.push(h("li", null, "for the next step to be planned, or behind others in the queue"));
+    const notes =
+      phase.notes.length > 6 ? [...phase.notes.slice(0, 5), `and ${phase.notes.length - 5} more`] : phase.notes;
+    return h(
+      "li",
+      null,
+      h("strong", null, NAMES[phase.kind]),
+      h("span", { class: "num" }, duration(lasted)),
+      h(
+        "ul",
+        null,
+        notes.map((note) => h("li", null, note)),
+        waits,
+      ),
+    );
   });
-  const told = [life.prompt === null ? null : `prompt of ${plural(life.prompt, "token")}`, plural(life.tokens, "token") + " sampled"].filter(Boolean).join(", ");
-  return h("div", { class: "life" },
-    h("p", { class: "soft" }, `Sequence ${life.id}: ${told}${life.end && life.end.at <= now ? `; ${ENDS[life.end.reason] || life.end.reason} after ${duration(life.end.at - life.came)}` : ""}.`),
+  const told = [
+    life.prompt === null ? null : `prompt of ${plural(life.prompt, "token")}`,
+    plural(life.tokens, "token") + " sampled",
+  ]
+    .filter(Boolean)
+    .join(", ");
+  return h(
+    "div",
+    { class: "life" },
+    h(
+      "p",
+      { class: "soft" },
+      `Sequence ${life.id}: ${told}${life.end && life.end.at <= now ? `; ${ENDS[life.end.reason] || life.end.reason} after ${duration(life.end.at - life.came)}` : ""}.`,
+    ),
     s("svg", { viewBox: "0 0 600 24", preserveAspectRatio: "none", role: "img", "aria-label": told }, bars),
-    h("ol", null, rows));
+    h("ol", null, rows),
+  );
 }

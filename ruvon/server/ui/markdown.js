@@ -44,7 +44,9 @@ function take(lines, at, depth) {
 }
 
 function code(lines, at, [, mark, language]) {
-  const end = lines.findIndex((line, i) => i > at && line.trim().startsWith(mark[0].repeat(mark.length)) && !line.trim().replaceAll(mark[0], ""));
+  const end = lines.findIndex(
+    (line, i) => i > at && line.trim().startsWith(mark[0].repeat(mark.length)) && !line.trim().replaceAll(mark[0], ""),
+  );
   const stop = end < 0 ? lines.length : end;
   const text = lines.slice(at + 1, stop).join("\n");
   const copy = h("button", { type: "button", onclick: () => navigator.clipboard?.writeText(text) }, "copy");
@@ -66,7 +68,12 @@ function list(lines, at, depth) {
   let loose = false;
   while (at < lines.length) {
     const found = ITEM.exec(lines[at]);
-    if (found && found[1].length <= margin.length + 1 && found[1].length >= margin.length && /\d/.test(found[2]) === ordered) {
+    if (
+      found &&
+      found[1].length <= margin.length + 1 &&
+      found[1].length >= margin.length &&
+      /\d/.test(found[2]) === ordered
+    ) {
       items.push([found[4]]);
     } else if (items.length && /^\s/.test(lines[at]) && lines[at].trim()) {
       items.at(-1).push(lines[at].replace(new RegExp(`^ {0,${margin.length + mark.length + 1}}`), ""));
@@ -76,7 +83,9 @@ function list(lines, at, depth) {
     } else break;
     at++;
   }
-  const made = items.map((item) => h("li", null, item.some((line) => !line.trim()) || item.length > 1 ? blocks(item, depth + 1) : inline(item[0])));
+  const made = items.map((item) =>
+    h("li", null, item.some((line) => !line.trim()) || item.length > 1 ? blocks(item, depth + 1) : inline(item[0])),
+  );
   const start = ordered ? parseInt(mark, 10) : null;
   return [h(ordered ? "ol" : "ul", { start: start === 1 ? null : start, class: loose ? "loose" : null }, made), at];
 }
@@ -86,18 +95,41 @@ function continues(line, margin) {
 }
 
 function table(lines, at) {
-  const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replaceAll("\\|", "|"));
-  const sides = cells(lines[at + 1]).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null));
-  const row = (line, tag) => h("tr", null, cells(line).map((cell, i) => h(tag, { class: sides[i] }, inline(cell))));
+  const cells = (line) =>
+    line
+      .trim()
+      .replace(/^\||\|$/g, "")
+      .split(/(?<!\\)\|/)
+      .map((cell) => cell.trim().replaceAll("\\|", "|"));
+  const sides = cells(lines[at + 1]).map((cell) =>
+    cell.endsWith(":") ? (cell.startsWith(":") ? "center" : "right") : null,
+  );
+  const row = (line, tag) =>
+    h(
+      "tr",
+      null,
+      cells(line).map((cell, i) => h(tag, { class: sides[i] }, inline(cell))),
+    );
   const head = row(lines[at], "th");
   const body = [];
   for (at += 2; at < lines.length && lines[at].includes("|"); at++) body.push(row(lines[at], "td"));
-  return [h("div", { class: "scroll", tabindex: "0" }, h("table", null, h("thead", null, head), h("tbody", null, body))), at];
+  return [
+    h("div", { class: "scroll", tabindex: "0" }, h("table", null, h("thead", null, head), h("tbody", null, body))),
+    at,
+  ];
 }
 
 function paragraph(lines, at, depth) {
   const begin = at++;
-  while (at < lines.length && lines[at].trim() && !FENCE.test(lines[at]) && !HEADING.test(lines[at]) && !QUOTE.test(lines[at]) && !(depth < MOST_DEPTH && ITEM.test(lines[at]))) at++;
+  while (
+    at < lines.length &&
+    lines[at].trim() &&
+    !FENCE.test(lines[at]) &&
+    !HEADING.test(lines[at]) &&
+    !QUOTE.test(lines[at]) &&
+    !(depth < MOST_DEPTH && ITEM.test(lines[at]))
+  )
+    at++;
   const parts = lines.slice(begin, at).map((line, i) => [i ? h("br") : null, inline(line)]);
   return [h("p", null, parts), at];
 }
@@ -124,7 +156,9 @@ function inline(text) {
   while (at < text.length) {
     const rest = text.slice(at);
     const inWord = /\w$/.test(plain);
-    const found = /[`\\*_~!\[<h]/.test(rest[0]) && INLINE.map(([form, make]) => [form.exec(rest), make]).find(([m]) => m && !(inWord && /^[_h]/.test(m[0])));
+    const found =
+      /[`\\*_~!\[<h]/.test(rest[0]) &&
+      INLINE.map(([form, make]) => [form.exec(rest), make]).find(([m]) => m && !(inWord && /^[_h]/.test(m[0])));
     if (found) {
       if (plain) made.push(plain);
       plain = "";

@@ -23,6 +23,12 @@ const TEXTS = [
   ["schema", "JSON schema of the answer", 5, '{"type": "object", "properties": {…}}'],
 ];
 
+const CHOICES = [
+  ["", "as the model likes"],
+  ["required", "at least one"],
+  ["none", "none"],
+];
+
 export function load() {
   try {
     return JSON.parse(localStorage.getItem(KEPT)) || {};
@@ -39,21 +45,57 @@ export function form(server, settings) {
     localStorage.setItem(KEPT, JSON.stringify(settings));
   };
   const area = ([name, label, rows, hint]) =>
-    h("label", { class: "field" }, h("span", null, label),
-      h("textarea", { rows, name, placeholder: hint, spellcheck: "false", value: settings[name] ?? "", oninput: (event) => keep(name, event.target.value) }));
+    h(
+      "label",
+      { class: "field" },
+      h("span", null, label),
+      h("textarea", {
+        rows,
+        name,
+        placeholder: hint,
+        spellcheck: "false",
+        value: settings[name] ?? "",
+        oninput: (event) => keep(name, event.target.value),
+      }),
+    );
   return h(
     "form",
     { class: "settings", onsubmit: (event) => event.preventDefault() },
     area(["system", "System prompt", 4, "You are a helpful assistant."]),
-    h("div", { class: "numbers" }, NUMBERS.map(([name, label, min, max, step, hint]) =>
-      h("label", { class: "field", title: hint }, h("span", null, label),
-        h("input", {
-          type: "number", name, min, max, step, inputmode: "decimal",
-          placeholder: server.default_sampling[name] ?? "default",
-          value: settings[name] ?? "",
-          oninput: (event) => keep(name, event.target.value),
-        })))),
-    TEXTS.map(area),
+    h(
+      "div",
+      { class: "numbers" },
+      NUMBERS.map(([name, label, min, max, step, hint]) =>
+        h(
+          "label",
+          { class: "field", title: hint },
+          h("span", null, label),
+          h("input", {
+            type: "number",
+            name,
+            min,
+            max,
+            step,
+            inputmode: "decimal",
+            placeholder: server.default_sampling[name] ?? "default",
+            value: settings[name] ?? "",
+            oninput: (event) => keep(name, event.target.value),
+          }),
+        ),
+      ),
+    ),
+    TEXTS.slice(0, 2).map(area),
+    h(
+      "label",
+      { class: "field" },
+      h("span", null, "Whether to call a tool"),
+      h(
+        "select",
+        { name: "tool_choice", onchange: (event) => keep("tool_choice", event.target.value) },
+        CHOICES.map(([value, text]) => h("option", { value, selected: (settings.tool_choice ?? "") === value }, text)),
+      ),
+    ),
+    area(TEXTS[2]),
   );
 }
 
@@ -63,9 +105,15 @@ export function fields(settings) {
   for (const [name] of NUMBERS) if (settings[name] !== undefined) given[name] = Number(settings[name]);
   const stop = (settings.stop || "").split("\n").filter(Boolean);
   if (stop.length) given.stop = stop;
-  if (settings.tools?.trim()) given.tools = parse(settings.tools, "Tools");
+  if (settings.tools?.trim()) {
+    given.tools = parse(settings.tools, "Tools");
+    if (settings.tool_choice) given.tool_choice = settings.tool_choice;
+  }
   if (settings.schema?.trim()) {
-    given.response_format = { type: "json_schema", json_schema: { name: "answer", schema: parse(settings.schema, "JSON schema") } };
+    given.response_format = {
+      type: "json_schema",
+      json_schema: { name: "answer", schema: parse(settings.schema, "JSON schema") },
+    };
   }
   return given;
 }

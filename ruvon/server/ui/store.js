@@ -45,7 +45,14 @@ export async function remove(id) {
 
 /** { id, title, changed, nodes: { id: { id, parent, role, content, ... } }, leaf, next } */
 export function create() {
-  return { id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`, title: "", changed: 0, nodes: {}, leaf: null, next: 1 };
+  return {
+    id: crypto.randomUUID?.() ?? `${Date.now()}-${Math.random()}`,
+    title: "",
+    changed: 0,
+    nodes: {},
+    leaf: null,
+    next: 1,
+  };
 }
 
 /** Add a message below another and go there. */
@@ -60,13 +67,16 @@ export function append(conversation, parent, fields) {
 /** The messages from the first to the leaf. */
 export function path(conversation, leaf = conversation.leaf) {
   const found = [];
-  for (let id = leaf; id !== null && id !== undefined; id = conversation.nodes[id].parent) found.unshift(conversation.nodes[id]);
+  for (let id = leaf; id !== null && id !== undefined; id = conversation.nodes[id].parent)
+    found.unshift(conversation.nodes[id]);
   return found;
 }
 
 /** Those that answer the same message, oldest first; each begins a branch. */
 export function siblings(conversation, node) {
-  return Object.values(conversation.nodes).filter((other) => other.parent === node.parent).sort((a, b) => a.id - b.id);
+  return Object.values(conversation.nodes)
+    .filter((other) => other.parent === node.parent)
+    .sort((a, b) => a.id - b.id);
 }
 
 /** Go to a branch, and there to its latest end. */

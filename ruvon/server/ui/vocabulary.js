@@ -12,7 +12,10 @@ export async function learn(ids, signal) {
   const wanted = [...new Set(ids)].filter((id) => !texts.has(id));
   for (let i = 0; i < wanted.length; i += AT_ONCE) {
     const some = wanted.slice(i, i + AT_ONCE);
-    const { token_strs: strings } = await json("/detokenize", { body: { tokens: some, return_token_strs: true }, signal });
+    const { token_strs: strings } = await json("/detokenize", {
+      body: { tokens: some, return_token_strs: true },
+      signal,
+    });
     some.forEach((id, k) => texts.set(id, strings[k]));
   }
 }
