@@ -28,7 +28,7 @@ from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.resume import is_resumed, resume
 from ruvon.server.state import STATE, State
 from ruvon.server.tracing import trace
-from ruvon.server.work import WORK
+from ruvon.server.work import WORK, times
 
 log = structlog.get_logger(__name__)
 
@@ -159,7 +159,7 @@ def _report(
     resource = http.match_info.route.resource
     route = "unknown" if resource is None else resource.canonical
     state.http.record(route, http.method, str(status), seconds)
-    facts = http[FACTS] | _work_facts(http)
+    facts = http[FACTS] | times(http[WORK].finished if WORK in http else None)
     if isinstance(response, EventResponse) and response.error is not None:
         facts["error"] = response.error
     if trace_id := trace(http, facts, status, began_at, seconds):
@@ -184,23 +184,3 @@ def _report(
 def _client(http: web.Request) -> str | None:
     """The address at the other end. Who reaches a Unix socket is a router, which says whose."""
     return http.remote or http.headers.get("X-Forwarded-For", "")[:100] or None
-
-
-def _work_facts(http: web.Request) -> dict[str, Any]:
-    """What the engine did for a request: of several completions the one that ended last."""
-    work = http.get(WORK)
-    last = None if work is None else work.finished
-    if last is None:
-        return {}
-    facts: dict[str, Any] = {
-        "queue_ms": round(1000 * last.queue, 1),
-        "prefill_ms": round(1000 * last.prefill, 1),
-        "decode_ms": round(1000 * last.decode, 1),
-        "finish": last.reason,
-    }
-    reason = max(last.waits, key=last.waits.__getitem__, default="step")
-    if reason != "step":  # as whoever comes does
-        facts["waited_for"] = reason
-    if last.num_preempted:
-        facts["preempted"] = last.num_preempted
-    return facts

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from aiohttp import web
 
@@ -31,6 +32,24 @@ class Work:
 
 
 WORK = web.RequestKey("work", Work)
+
+
+def times(last: Finished | None) -> dict[str, Any]:
+    """What log lines say of the completion that ended last: nothing of none."""
+    if last is None:
+        return {}
+    facts: dict[str, Any] = {
+        "queue_ms": round(1000 * last.queue, 1),
+        "prefill_ms": round(1000 * last.prefill, 1),
+        "decode_ms": round(1000 * last.decode, 1),
+        "finish": last.reason,
+    }
+    reason = max(last.waits, key=last.waits.__getitem__, default="step")
+    if reason != "step":  # as whoever comes does
+        facts["waited_for"] = reason
+    if last.num_preempted:
+        facts["preempted"] = last.num_preempted
+    return facts
 
 
 @dataclass(slots=True)

@@ -527,7 +527,8 @@ def test_stages_sample_what_one_runner_does(gpu_runner, letters, expected):
         return x_TC
 
     first = Mesh(stage=0, stages=2, send=send)
-    last = Mesh(stage=1, stages=2, receive=lambda ids_T, width, dtype: on_its_way.popleft())
+    # A launch, as what receives is: see ruvon.kernels.pdl.
+    last = Mesh(stage=1, stages=2, receive=lambda ids_T, width, dtype: on_its_way.popleft().clone())
     matchers = (None, Matchers(letters, at_once=False))
     stages = [runner_over(*each) for each in zip((first, last), matchers, strict=True)]
     story = Story(0, PROMPTS[1], range(LONGEST // PAGE), SamplingParams(temperature=0, logprobs=1))

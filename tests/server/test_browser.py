@@ -7,6 +7,7 @@ fails its test.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import shutil
@@ -110,6 +111,27 @@ async def drive(server: Any, shown: Any) -> None:
     waiting = asyncio.create_task(shown.wait_for())
     await server.finish(waiting)
     await waiting
+
+
+async def test_a_tool_is_called_and_its_result_given(serve, page):
+    call = '<tool_call>\n{"name": "add", "arguments": {"a": 40}}\n</tool_call>'
+    script = ScriptRunner(lambda prompt: "It is 42." if "forty-two" in prompt else call)
+    server = await serve(runner=script, numbers={"max_model_len": 2048})
+    await page.goto(server.url)
+    await page.get_by_role("button", name="Settings", exact=True).click()
+    await page.get_by_label("Tools").fill("[{")
+    await ask(page, "40 and 2?")
+    await page.locator(".toast").get_by_text("Tools: ").wait_for()  # is no JSON
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
+    await page.get_by_label("Tools").fill(json.dumps([tool]))
+    await page.locator("#ask").press("Enter")  # what was asked is still there
+    shown = page.locator(".call")
+    await shown.locator("textarea").wait_for()  # once all of the call is there
+    assert await shown.locator("pre").inner_text() == '{"a": 40}'
+    await shown.locator("textarea").fill("forty-two")
+    await shown.get_by_role("button", name="Give result").click()
+    await page.get_by_text("It is 42.").wait_for()
+    assert await shown.locator("textarea").count() == 0
 
 
 FOLD = """async ([url]) => {

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 from serving import ScriptRunner
+from structlog.testing import capture_logs
 
 from ruvon.config import ServerConfig
 from ruvon.server.explain import sentence, so_far, spell
@@ -76,6 +77,17 @@ async def test_who_waits_is_told_for_what(serve, capsys):
     assert "for a place among those that run" in told["explanation"]
     lines = [line for line in capsys.readouterr().out.splitlines() if "chatcmpl-" in line]
     assert ["waited_for=places" in line for line in lines] == [False, True]
+
+
+async def test_a_response_in_the_background_is_told_when_it_is_over(serve):
+    with capture_logs() as logs:
+        server = await serve("Hello")
+        begun = (await server.post("/v1/responses", {"input": "Hi", "background": True})).json
+        await server.until(lambda: any(each["event"] == "background_response" for each in logs))
+    line = next(each for each in logs if each["event"] == "background_response")
+    assert (line["id"], line["finish"]) == (begun["id"], "stop")
+    assert line["decode_ms"] > 0
+    assert (await explained(server, begun["id"])).json["output_tokens"] == line["output_tokens"]
 
 
 async def test_a_request_is_its_keys_and_the_admins(serve):

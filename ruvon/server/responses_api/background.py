@@ -13,6 +13,8 @@ from ruvon.server.events import log_failure
 from ruvon.server.generation import Generation
 from ruvon.server.responses_api.store import RESPONSES, Stored
 from ruvon.server.responses_api.writer import ResponsesWriter
+from ruvon.server.work import times
+from ruvon.telemetry.finished import last_of
 
 log = structlog.get_logger(__name__)
 
@@ -53,6 +55,7 @@ async def _run(entry: Stored, writer: ResponsesWriter, events: AsyncGenerator[by
             status=writer.status,
             prompt_tokens=tally.num_prompt,
             output_tokens=tally.num_output,
+            **times(last_of(tally.finished)),
         )
 
 

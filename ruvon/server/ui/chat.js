@@ -107,23 +107,27 @@ export function open(root, server) {
   // ---------------------------------------------------------------- asking
 
   function submit(text = input.value) {
-    if (!text.trim() || state.running) return;
+    if (!text.trim() || state.running || !wanted()) return;
     input.value = "";
     grow(input);
     store.append(state.conversation, state.conversation.leaf, { role: "user", content: text });
     answer(state.conversation.leaf);
   }
 
-  async function answer(parent) {
-    let given;
+  /** The settings as fields of a request; nothing, and they are shown, where one makes no sense. */
+  function wanted() {
     try {
-      given = fields(settings);
+      return fields(settings);
     } catch (error) {
       toast(error.message);
       panel.hidden = false;
-      draw();
-      return;
+      return null;
     }
+  }
+
+  async function answer(parent) {
+    const given = wanted();
+    if (!given) return draw();
     const messages = store.path(state.conversation, parent).map(asMessage);
     if (settings.system?.trim()) messages.unshift({ role: "system", content: settings.system });
     const node = store.append(state.conversation, parent, {
