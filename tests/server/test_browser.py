@@ -1,6 +1,6 @@
 """The page in a real browser: Chromium, driven by Playwright; skipped where one of them is missing.
 
-`RUVON_BROWSER` names the browser where it is not on the path. Whatever a page logs as an error
+`CHROMIUM` names the browser where it is not on the path. Whatever a page logs as an error
 fails its test.
 """
 
@@ -25,8 +25,8 @@ from ruvon.server.watch import WATCHERS
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
 NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
-BROWSER = os.environ.get("RUVON_BROWSER") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (RUVON_BROWSER=PATH)")
+BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (CHROMIUM=PATH)")
 
 ANSWER = """Some **bold** words:
 

@@ -35,12 +35,13 @@ def ask(url, prompt="fine"):
         return error.code, json.loads(error.read())
 
 
-def ask_until_answered(url):
-    """Asks again as long as there is nobody to connect to."""
-    while True:
+def ask_until_answered(process, url):
+    """Asks again as long as the server lives and there is nobody to connect to."""
+    while process.poll() is None:
         with suppress(URLError, OSError):
             return ask(url)[0]
         time.sleep(0.05)
+    raise AssertionError(f"the server ended with {process.returncode}")
 
 
 @contextmanager
@@ -63,7 +64,7 @@ def test_a_server_that_much_happens_to_goes_on():
         Path("/dev/full").open("w") as full,
         server("--watchdog-timeout", "1", stderr=full) as (process, url),
     ):
-        assert ask_until_answered(url) in (200, 503)
+        assert ask_until_answered(process, url) in (200, 503)
         while ask(url)[0] == 503:  # still loading
             time.sleep(0.05)
         for prompt, kind in (
@@ -101,7 +102,9 @@ def use_up_files(process, url):
             stack.enter_context(socket.create_connection((host, int(port))))
         for _ in range(FEW_FILES):  # these find none
             stack.enter_context(socket.create_connection((host, int(port))))
-    assert [ask_until_answered(url) for _ in range(40)] == [200] * 40  # all listeners are there
+    assert [ask_until_answered(process, url) for _ in range(40)] == [
+        200
+    ] * 40  # all listeners are there
 
 
 def lines_dropped(url):
