@@ -195,7 +195,7 @@ async def test_the_glass_box_shows_a_preemption_and_is_right_about_every_block(s
     await page.get_by_role("button", name="Go live").wait_for()
     before = await page.locator(".when").inner_text()
     await page.keyboard.press("ArrowLeft")
-    assert await page.locator(".when").inner_text() != before
+    await page.locator(".when").filter(has_not_text=before).wait_for()
     await page.locator("tbody tr, .life ol li").first.wait_for()
 
 
