@@ -25,7 +25,8 @@ from disturbances import (
 )
 from drawn import Case, catalogue
 from fakes import TINY_LLAMA
-from supervisor import Supervised, free_port, python
+from ports import free_port
+from supervisor import Supervised, python
 
 PROGRAM = Path(__file__).parent / "program.py"
 FLAGS = (

@@ -8,7 +8,6 @@ import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -241,11 +240,6 @@ class Supervised:
 def clean_environment() -> dict[str, str]:
     """Without settings of somebody else's server."""
     return {name: value for name, value in os.environ.items() if not name.startswith("RUVON_")}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        return int(free.getsockname()[1])
 
 
 def python(*arguments: object) -> list[str]:

@@ -18,6 +18,7 @@ from urllib.error import HTTPError, URLError
 from urllib.request import Request, urlopen
 
 from embedded import running
+from ports import free_port
 
 import ruvon
 
@@ -47,8 +48,7 @@ def ask_until_answered(process, url):
 @contextmanager
 def server(*flags, **options) -> Iterator[tuple[subprocess.Popen, str]]:
     """A server process and its address, where its log cannot be read."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, *PROGRAM, "--port", str(port), *flags]
     with subprocess.Popen(command, **options) as process:
         try:

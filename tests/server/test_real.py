@@ -17,6 +17,7 @@ import openai
 import pytest
 from embedded import MODEL, Process, needs_model, running
 from jsonschema import validate
+from ports import free_port
 from pydantic import BaseModel, Field
 
 QUESTION = [{"role": "user", "content": "Write a short poem about the sea."}]
@@ -197,8 +198,7 @@ def listening(port: int) -> bool:
 
 @needs_model
 def test_no_stderr_at_all():
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "ruvon", "serve", "--port", str(port)]
     with subprocess.Popen(["sh", "-c", 'exec "$0" "$@" 2>&-', *command]) as process:
         while not listening(port):
