@@ -51,7 +51,8 @@ test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
 	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
 test-browser: browser ## Drive the page in Chromium, which has to be there (apt-get install chromium-headless-shell).
-	$(BIN)/python -m pytest tests/server/test_browser.py $(ARGS)
+	CHROMIUM=$${CHROMIUM:-$$(which chromium-headless-shell chromium google-chrome | head -n 1)} \
+		$(BIN)/python -m pytest tests/server/test_browser.py $(ARGS)
 
 browser: $(DEV_STAMP) ## Install what drives a browser; Chromium itself is the system's.
 	$(INSTALL) --quiet --editable '.[browser]'

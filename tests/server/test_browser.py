@@ -1,7 +1,5 @@
-"""The page in a real browser: Chromium, driven by Playwright; skipped where one of them is missing.
-
-`CHROMIUM` names the browser where it is not on the path. Whatever a page logs as an error
-fails its test.
+"""The page in a real browser: Chromium, driven by Playwright; skipped where `CHROMIUM` does not
+name one, as `make test-browser` does. Whatever a page logs as an error fails its test.
 """
 
 from __future__ import annotations
@@ -10,7 +8,6 @@ import asyncio
 import json
 import os
 import re
-import shutil
 from collections.abc import AsyncIterator
 from types import SimpleNamespace
 from typing import Any
@@ -24,9 +21,8 @@ from ruvon.engine.lens import Look
 from ruvon.server.watch import WATCHERS
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
-NAMES = ("chromium-headless-shell", "chromium", "google-chrome", "chrome")
-BROWSER = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium (CHROMIUM=PATH)")
+BROWSER = os.environ.get("CHROMIUM")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium: make test-browser")
 
 ANSWER = """Some **bold** words:
 
