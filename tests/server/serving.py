@@ -14,6 +14,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+import torch
 from aiohttp import web
 from fakes import FakeRunner, fake_logprobs
 from tokenizers import AddedToken
@@ -21,6 +22,7 @@ from tokenizers import AddedToken
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
+from ruvon.engine.lens import Look
 from ruvon.engine.types import SamplingParams, SamplingRow, TokenLogprobs
 from ruvon.models.chat import load_chat
 from ruvon.models.tokenizer import Tokenizer
@@ -280,3 +282,18 @@ def texts(events: Sequence[Any]) -> dict[int, str]:
             piece = choice.get("text") or choice.get("delta", {}).get("content") or ""
             joined[choice["index"]] = joined.get(choice["index"], "") + piece
     return joined
+
+
+class FakeLens:
+    """Sees each token look at itself alone, and says the same at every layer."""
+
+    is_busy = False
+
+    def look(self, tokens: list[int]) -> Look:
+        num = len(tokens)
+        weights = (255 * torch.eye(num)).to(torch.uint8).expand(3, 2, num, num)
+        ids = torch.tensor(tokens).view(1, num, 1).expand(4, num, 5)
+        return Look(weights, ids, torch.full((4, num, 5), 0.2))
+
+    def forget(self) -> None:
+        pass

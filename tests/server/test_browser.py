@@ -13,11 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
-from serving import ScriptRunner
+from serving import FakeLens, ScriptRunner
 
 from ruvon.config import ServerConfig
-from ruvon.engine.lens import Look
 from ruvon.server.watch import WATCHERS
 
 playwright = pytest.importorskip("playwright.async_api", reason="needs Playwright")
@@ -225,21 +223,6 @@ async def test_tokens_show_alternatives_and_branch(serve, page):
     await bars.nth(2).click()
     await page.get_by_role("button", name="2", exact=True).wait_for()
     assert await tokens.nth(3).inner_text() == chr(ord("e") + 2)
-
-
-class FakeLens:
-    """Sees each token look at itself alone, and says the same at every layer."""
-
-    is_busy = False
-
-    def look(self, tokens: list[int]) -> Look:
-        num = len(tokens)
-        weights = (255 * torch.eye(num)).to(torch.uint8).expand(3, 2, num, num)
-        ids = torch.tensor(tokens).view(1, num, 1).expand(4, num, 5)
-        return Look(weights, ids, torch.full((4, num, 5), 0.2))
-
-    def forget(self) -> None:
-        pass
 
 
 async def test_attention_shows_heads_and_layers(serve, page):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import re
 import tomllib
 from collections.abc import AsyncIterator
@@ -12,7 +13,7 @@ from typing import Any
 
 import orjson
 import pytest
-from serving import ScriptRunner, Server
+from serving import FakeLens, ScriptRunner, Server
 
 import ruvon
 from ruvon.config import ServerConfig
@@ -235,3 +236,15 @@ async def test_a_held_engine_is_not_stuck_and_ends_in_order(serve):
     await server.until(lambda: server.service.generator.progressed_at > before)
     await server.service.generator.stop(5)
     assert (await task).status == 200
+
+
+async def test_a_short_prompt_is_looked_into(serve):
+    server = await serve("Hello", numbers={"lens": FakeLens()})
+    reply = await server.post("/debug/attention", {"prompt": "abc"})
+    told = reply.json
+    assert (reply.status, told["num_layers"], told["num_heads"]) == (200, 3, 2)
+    assert [row[0][0] for row in told["top_ids"]] == [told["tokens"][0]] * 4
+    weights = base64.b64decode(told["attention"])
+    assert weights == bytes([255, 0, 0, 0, 255, 0, 0, 0, 255]) * 6
+    reply = await (await serve("Hello")).post("/debug/attention", {"prompt": "abc"})
+    assert (reply.status, reply.error["message"]) == (400, "This model cannot be looked into.")
