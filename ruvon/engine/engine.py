@@ -7,10 +7,10 @@ is deep enough. No asyncio here: `loop` drives an engine for a server, `ruvon.ll
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Protocol
 
 from ruvon import __version__
 from ruvon.config import EngineConfig
@@ -18,7 +18,7 @@ from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.jobs import Jobs
-from ruvon.engine.live import Standing, describe, stand
+from ruvon.engine.live import Standing, stand
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
@@ -261,9 +261,22 @@ class Engine:
         """Record what happens from here on, until `recording` is set to None. ``pending`` are the
         steps not collected yet; ``on_full`` is called after ``most_steps`` steps, or when it is
         large."""
+        self.recording = Recording(
+            self.header,
+            self._scheduler.snapshot(),
+            [step.plan for step in pending],
+            self._scheduler.sequences.values(),
+            most_steps,
+            on_full,
+        )
+        return self.recording
+
+    @property
+    def header(self) -> Header:
+        """What the engine was made of, as far as one has to know to follow what it does."""
         config, step = self.config, self.config.largest_step
         grouped = self._scheduler.grouped
-        header = Header(
+        return Header(
             format=FORMAT,
             ruvon=__version__,
             block_size=config.block_size,
@@ -278,21 +291,6 @@ class Engine:
             caching=config.enable_prefix_caching,
             stages=config.pipeline_parallel_size,
         )
-        self.recording = Recording(
-            header,
-            self._scheduler.snapshot(),
-            [step.plan for step in pending],
-            self._scheduler.sequences.values(),
-            most_steps,
-            on_full,
-        )
-        return self.recording
-
-    @property
-    def made_of(self) -> Mapping[str, Any]:
-        """What it was made of."""
-        grouped = self._scheduler.grouped
-        return describe(self.config, grouped.windows, grouped.pool.num_blocks)
 
     @property
     def cached_blocks(self) -> list[int]:

@@ -10,11 +10,10 @@ There are no tokens in it, and no text.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ruvon.config import EngineConfig
 from ruvon.engine.recorder import Abort, Arrival, Event
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Blocks, Chunk, Plan, Sequence
@@ -110,19 +109,3 @@ def encode(event: Event) -> list[Any]:
         "step", event.at, event.number, event.planned_at, event.rows, event.work, event.new,
         event.left, event.finished, stats, event.not_started, event.failure,
     ]  # fmt: skip
-
-
-def describe(config: EngineConfig, windows: Iterable[int], num_blocks: int) -> Mapping[str, Any]:
-    """What the engine was made of, as far as one has to know to follow it."""
-    step = config.largest_step
-    return {
-        "num_blocks": num_blocks,
-        "block_size": config.block_size,
-        "windows": list(windows),
-        "max_seqs": step.sequences,
-        "max_tokens": step.tokens,
-        "batching": config.batching,
-        "policy": config.scheduling_policy,
-        "chunked": config.enable_chunked_prefill,
-        "caching": config.enable_prefix_caching,
-    }

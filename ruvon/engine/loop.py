@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from itertools import count
-from typing import Any
 
 import structlog
 
@@ -25,7 +24,7 @@ from ruvon.engine.gate import Gate
 from ruvon.engine.live import Standing
 from ruvon.engine.open_requests import LoopMetrics, OpenRequests
 from ruvon.engine.recorder import Recorder
-from ruvon.engine.recording import Recording
+from ruvon.engine.recording import Header, Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import DeadlineError, NotReadyError, QueueFullError, RequestError
@@ -259,9 +258,9 @@ class EngineLoop:
             self._idle.set()
 
     @property
-    def made_of(self) -> Mapping[str, Any]:
+    def header(self) -> Header:
         """What the engine was made of."""
-        return self.engine.made_of
+        return self.engine.header
 
     @property
     def cached_blocks(self) -> list[int]:

@@ -90,10 +90,11 @@ class Queues:
                     self.waits.reason = PLACES
                     return False
                 self._preempt(seq)
+        served = None
         if self._make_room() and self._start_followers():
-            self._join()
+            served = self._join()
         waits = len(self.waiting) > 0 or len(self.running) > self._num_holding
-        self.not_started = self._find_not_started() if waits else ()
+        self.not_started = self._find_not_started(served) if waits else ()
         return True
 
     @property
@@ -269,11 +270,12 @@ class Queues:
         followers = [seq for seq in self.running.values() if not seq.tables]
         return all(self._start(seq) or self.prefixes.is_computed(seq) for seq in followers)
 
-    def _join(self) -> None:
-        """Let waiting sequences run, as many as the policy says and as there are blocks for."""
+    def _join(self) -> dict[str, float]:
+        """Let waiting sequences run, as many as the policy says and as there are blocks for; by
+        what each tenant will have been served then (`_served_soon`) the next one is chosen."""
         limits = self._limits
         num_joining = limits.policy(len(self.waiting), len(self.running), limits.max_seqs)
-        served = self._served_soon() if self._is_contended else {}
+        served = self._served_soon()
         num_joined = 0
         while num_joined < num_joining:
             seq = self.waiting.first(served)
@@ -290,10 +292,13 @@ class Queues:
             self.waits.reason = STEP if has_place else PLACES
         if num_joined:
             self._sort()
+        return served
 
     def _served_soon(self) -> dict[str, float]:
         """What each tenant will have been served once the prompts that run are computed: who joins
-        first has no claim to all the places there are."""
+        first has no claim to all the places there are. Nothing where nobody has to share."""
+        if not self._is_contended:
+            return {}
         assert self.shares is not None
         served = self.shares.snapshot()
         for seq in self.running.values():
@@ -334,9 +339,9 @@ class Queues:
         self._count_lookup(seq)
         return True
 
-    def _find_not_started(self) -> NotStarted:
+    def _find_not_started(self, served: dict[str, float] | None) -> NotStarted:
         """Why those that run without blocks have none, and why the first that waits does not run;
-        the others wait behind it."""
+        the others wait behind it. ``served`` is what `_join` gave, if it came to that."""
         makers, headroom, num_running = self.prefixes.computing, self._headroom, len(self.running)
         found: list[tuple[int, WaitReason, int]] = []
         if num_running > self._num_holding:
@@ -348,7 +353,7 @@ class Queues:
                 for seq in followers
             ]
         if len(self.waiting):
-            first = self.waiting.first(self._served_soon() if self._is_contended else {})
+            first = self.waiting.first(self._served_soon() if served is None else served)
             found.append((first.id, *self._why_waits(headroom, num_running)))
         return tuple(found)
 

@@ -8,7 +8,6 @@ import os
 import signal
 from collections.abc import Callable
 from functools import partial
-from ipaddress import ip_address
 
 import structlog
 import uvloop
@@ -24,7 +23,7 @@ from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
 from ruvon.server.explain import explain
-from ruvon.server.keys import KEYS, Keys, read_keys
+from ruvon.server.keys import KEYS, Keys, is_loopback, read_keys
 from ruvon.server.lag import watch_lag
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import allow_files, listen, listen_unix
@@ -257,7 +256,7 @@ async def listen_as_told(
 
 def warn_of_open_door(server: ServerConfig, host: str) -> None:
     """Say so where everybody who reaches this machine may ask."""
-    if not server.is_keyed and not ip_address(host).is_loopback:
+    if not server.is_keyed and not is_loopback(host):
         log.warning("open_to_all", host=host, hint="give --api-key, or listen on 127.0.0.1")
 
 

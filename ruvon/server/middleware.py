@@ -162,7 +162,7 @@ def _report(
     facts = http[FACTS] | times(http[WORK].finished if WORK in http else None)
     if isinstance(response, EventResponse) and response.error is not None:
         facts["error"] = response.error
-    if trace_id := trace(http, facts, status, began_at, seconds):
+    if trace_id := trace(http, route, facts, status, began_at, seconds):
         facts["trace_id"] = trace_id
     if not state.server.log_requests:
         return

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
 
 from aiohttp import web
@@ -16,7 +16,7 @@ from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.gate import Gate
 from ruvon.engine.live import Standing
 from ruvon.engine.recorder import Recorder
-from ruvon.engine.recording import Recording
+from ruvon.engine.recording import Header, Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
@@ -109,7 +109,7 @@ class Generator(Protocol):
         """Where it is, for whoever watches what comes next in `recorder`."""
 
     @property
-    def made_of(self) -> Mapping[str, Any]:
+    def header(self) -> Header:
         """What it was made of, for the same."""
 
     async def record(self, most_steps: int, seconds: float) -> Recording:

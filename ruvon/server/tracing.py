@@ -54,12 +54,16 @@ async def close_tracing(app: web.Application) -> None:
 
 
 def trace(
-    http: web.Request, facts: Mapping[str, Any], status: int, began_at: float, seconds: float
+    http: web.Request,
+    route: str,
+    facts: Mapping[str, Any],
+    status: int,
+    began_at: float,
+    seconds: float,
 ) -> str | None:
-    """Tell of a request, if it is one that is traced; returns its trace's id. ``facts`` are those
-    of its log line."""
-    resource = http.match_info.route.resource
-    operation = OPERATIONS.get("" if resource is None else resource.canonical)
+    """Tell of a request, if its ``route`` is one that is traced; returns its trace's id. ``facts``
+    are those of its log line."""
+    operation = OPERATIONS.get(route)
     if operation is None or TRACING not in http.app:
         return None
     service, work = http.app[STATE].service, http.get(WORK)

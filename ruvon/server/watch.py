@@ -56,12 +56,12 @@ async def watch(generator: Generator) -> AsyncGenerator[bytes]:
     """What happens, in messages of `EVERY` seconds each."""
     recorder, clock = generator.recorder, asyncio.get_running_loop().time
     number, pace, missed = -1, 0.0, 0
-    num_blocks, listed_at = generator.made_of["num_blocks"], clock()
+    num_blocks, listed_at = generator.header.num_blocks, clock()
     while generator.dead is None:
         if number < 0 or missed > MOST_EVENTS:
             standing = generator.stand()
             number = standing.next
-            begin = {"made_of": generator.made_of, "standing": standing, "missed": missed}
+            begin = {"made_of": generator.header, "standing": standing, "missed": missed}
             yield message("begin", begin)
         elif missed or generator.gate.pace != pace:
             events, pace = recorder.since(number), generator.gate.pace
