@@ -13,12 +13,14 @@ import numpy as np
 
 from ruvon.engine.batch import BlockTables
 from ruvon.engine.blocks import NULL, first_block
+from ruvon.engine.engine import Engine, Pending
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.runner import SamplingRows
 from ruvon.engine.types import (
     BEING_SAMPLED,
     PLACEHOLDER,
     Chunk,
+    Emission,
     Plan,
     SamplingRow,
     StepResult,
@@ -103,6 +105,15 @@ class ByteTokenizer:
 
     def _index(self, special: str) -> int:
         return self.SPECIALS.index(special)
+
+
+def emissions_of(engine: Engine) -> Iterator[Emission]:
+    """Run what is queued to its end, as many steps ahead as the runner takes."""
+    pending: deque[Pending] = deque()
+    while engine.has_work or pending:
+        while (step := engine.launch(0.0)) is not None:
+            pending.append(step)
+        yield from engine.collect(pending.popleft())
 
 
 def last_three(history: Sequence[int], seed: int) -> int:

@@ -12,11 +12,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
-from fakes import TINY_LLAMA
+from fakes import TINY_LLAMA, emissions_of
 from test_gpu_families import build, mixed_steps, over_cache, run
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Pending
 from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
@@ -63,17 +62,13 @@ def answers(loaded: LoadedEngine, jobs: list[Job]) -> list[list[tuple[int, float
     for job in jobs:
         (seq_id,) = engine.add(engine.prepare(job), 0.0)
         made[seq_id] = []
-    pending: list[Pending] = []
-    while engine.has_work:
-        while (step := engine.launch(0.0)) is not None:
-            pending.append(step)
-        for emission in engine.collect(pending.pop(0)):
-            assert emission.error is None
-            scores = emission.logprobs or [None] * len(emission.tokens)
-            made[emission.seq_id] += [
-                (token, score and score.logprob)
-                for token, score in zip(emission.tokens, scores, strict=True)
-            ]
+    for emission in emissions_of(engine):
+        assert emission.error is None
+        scores = emission.logprobs or [None] * len(emission.tokens)
+        made[emission.seq_id] += [
+            (token, score and score.logprob)
+            for token, score in zip(emission.tokens, scores, strict=True)
+        ]
     return [*made.values()]
 
 

@@ -4,7 +4,7 @@ import json
 from collections import defaultdict
 
 import pytest
-from fakes import TINY_LLAMA
+from fakes import TINY_LLAMA, emissions_of
 
 from ruvon.config import EngineConfig
 from ruvon.engine.startup import start_engine
@@ -74,18 +74,15 @@ def engine(tmp_path, failures):
 def run(engine, jobs) -> tuple[dict[int, list[int]], dict[int, list[float]]]:
     """Tokens and their logprobs by completion, with as many steps ahead as the runner takes."""
     tokens, logprobs = defaultdict(list), defaultdict(list)
-    pending, first = [], 0
+    first = 0
     for job in jobs:
         engine.add(job, 0.0, first)
         first += job.n
-    while engine.has_work:
-        while (step := engine.launch(0.0)) is not None:
-            pending.append(step)
-        for emission in engine.collect(pending.pop(0)):
-            assert emission.error is None or engine.failure is not None
-            tokens[emission.index] += emission.tokens
-            scores = [*(emission.prompt_logprobs or [None])[1:], *(emission.logprobs or ())]
-            logprobs[emission.index] += [score.logprob for score in scores]
+    for emission in emissions_of(engine):
+        assert emission.error is None or engine.failure is not None
+        tokens[emission.index] += emission.tokens
+        scores = [*(emission.prompt_logprobs or [None])[1:], *(emission.logprobs or ())]
+        logprobs[emission.index] += [score.logprob for score in scores]
     return tokens, logprobs
 
 

@@ -16,10 +16,9 @@ from pathlib import Path
 
 import pytest
 from embedded import running
-from fakes import TINY_LLAMA
+from fakes import TINY_LLAMA, emissions_of
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Pending
 from ruvon.engine.ranks.nodes import connect, prove
 from ruvon.engine.startup import start_engine
 from ruvon.engine.types import Job, SamplingParams
@@ -45,13 +44,9 @@ def answers(loaded) -> dict[int, list[int]]:
         job = engine.prepare(Job(tuple(range(3, 10 + 20 * i)), sampling))
         engine.add(job, 0.0)
     tokens: dict[int, list[int]] = {}
-    pending: list[Pending] = []
-    while engine.has_work:
-        while (step := engine.launch(0.0)) is not None:
-            pending.append(step)
-        for emission in engine.collect(pending.pop(0)):
-            assert emission.error is None
-            tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
+    for emission in emissions_of(engine):
+        assert emission.error is None
+        tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
     return tokens
 
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from fakes import ByteTokenizer, FakeRunner
+from fakes import ByteTokenizer, FakeRunner, emissions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import thread_ranks
@@ -47,14 +47,10 @@ LONG = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 def run(engine) -> dict[int, list[int]]:
     """What is queued to its end, as many steps at once as the runner takes; tokens by sequence."""
     tokens: dict[int, list[int]] = {}
-    pending = []
-    while engine.has_work:
-        while (step := engine.launch(0.0)) is not None:
-            pending.append(step)
-        for emission in engine.collect(pending.pop(0)):
-            tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
-            if emission.error:
-                tokens[emission.seq_id].append(-1)
+    for emission in emissions_of(engine):
+        tokens.setdefault(emission.seq_id, []).extend(emission.tokens)
+        if emission.error:
+            tokens[emission.seq_id].append(-1)
     return tokens
 
 

@@ -3,10 +3,9 @@ for what it is asked: transformers is the oracle."""
 
 from __future__ import annotations
 
-from collections import deque
-
 import pytest
 import torch
+from fakes import emissions_of
 from tiny import VOCAB, make_reference
 
 from ruvon.config import EngineConfig
@@ -84,13 +83,10 @@ def answers(engine):
     sampling = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
     for i, tokens in enumerate(PROMPTS):
         engine.add(Job(tokens, sampling), 0.0, i)
-    outputs, pending = [[] for _ in PROMPTS], deque()
-    while engine.has_work or pending:
-        while (step := engine.launch(0.0)) is not None:
-            pending.append(step)
-        for emission in engine.collect(pending.popleft()):
-            assert emission.error is None
-            outputs[emission.index] += emission.tokens
+    outputs = [[] for _ in PROMPTS]
+    for emission in emissions_of(engine):
+        assert emission.error is None
+        outputs[emission.index] += emission.tokens
     return outputs
 
 
