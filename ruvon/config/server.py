@@ -176,10 +176,7 @@ class ServerConfig:
     @property
     def is_local(self) -> bool:
         """Whether only this machine's own processes reach it."""
-        try:
-            return self.uds is None and ip_address(self.host).is_loopback
-        except ValueError:
-            return self.uds is None and self.host == "localhost"
+        return self.uds is None and is_loopback(self.host)
 
     @property
     def has_page(self) -> bool:
@@ -190,3 +187,11 @@ class ServerConfig:
     def scheme(self) -> str:
         """What the server's address begins with."""
         return "http" if self.tls_cert is None else "https"
+
+
+def is_loopback(name: str) -> bool:
+    """Whether a host's name or address is this machine's own."""
+    try:
+        return ip_address(name).is_loopback
+    except ValueError:
+        return name == "localhost"

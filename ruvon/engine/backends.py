@@ -149,7 +149,7 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
     dtype = default_dtype if config.dtype == "auto" else getattr(torch, config.dtype)
     match config.kernels:
         case "torch":
-            return eager(make_torch_ops(dtype, device), replace(share.mesh, add_norm=None))
+            return torch_backend(share, dtype, device)
         case "triton":
             return triton_backend(share, dtype, device, config)
         case "cpu":
@@ -162,7 +162,12 @@ def find_backend(share: Share, config: EngineConfig, device: torch.device, threa
         if device.type == "cpu" and config.cpu_isa != "auto":
             raise  # who asks for instructions wants these kernels, and no slower ones
         log.warning("slow_kernels", kernels="torch", reason=str(error))
-        return eager(make_torch_ops(dtype, device), share.mesh)
+        return torch_backend(share, dtype, device)
+
+
+def torch_backend(share: Share, dtype: torch.dtype, device: torch.device) -> Backend:
+    """Nothing but torch: a mesh that can add up and norm in one launch is not asked to."""
+    return eager(make_torch_ops(dtype, device), replace(share.mesh, add_norm=None))
 
 
 def check_experts(spec: ModelSpec, ops: Ops) -> None:

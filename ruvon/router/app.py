@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -25,6 +24,7 @@ from ruvon.server.failures import error_answer
 from ruvon.server.keys import KEYS, TENANT, Keys, read_keys
 from ruvon.server.middleware import FACTS, as_ours, error_response, json_response, take_request_id
 from ruvon.server.reload import watch_files, watched
+from ruvon.server.threads import Aside
 from ruvon.server.tls import TLS, load_certificate
 
 log = structlog.get_logger(__name__)
@@ -62,7 +62,7 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     app[KEYS] = keys = Keys(read_keys(routing.server))
     app[rate_limits.LIMITS] = rate_limits.RateLimits(routing.server.rate_limit_requests, None)
     app[TLS] = load_certificate(routing.server)
-    app[READER] = ThreadPoolExecutor(1, "ruvon-read")
+    app[READER] = Aside("ruvon-read")
     app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
     app[METRICS], app[TOTALS] = RouterMetrics(fleet), Totals()
     app.add_routes(
@@ -91,7 +91,7 @@ async def watching(app: web.Application) -> AsyncIterator[None]:
     await asyncio.gather(task, return_exceptions=True)
     for replica in app[FLEET].replicas:
         replica.lose()
-    app[READER].shutdown(wait=False, cancel_futures=True)
+    app[READER].close()
 
 
 @web.middleware

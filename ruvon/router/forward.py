@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 
@@ -24,6 +22,7 @@ from ruvon.server.events import DONE, error_event, event
 from ruvon.server.failures import anthropic_error, ollama_error, openai_error
 from ruvon.server.middleware import FACTS
 from ruvon.server.receive import receive
+from ruvon.server.threads import Aside
 
 log = structlog.get_logger(__name__)
 
@@ -32,7 +31,7 @@ MOST_WHOLE = 1 << 20  # bytes of an answer that is sent when all of it is there
 UNSENT = 262_144  # bytes that wait for a client, before no more is read of its replica
 SESSION = "X-Session-Id"
 
-READER = web.AppKey("reader", ThreadPoolExecutor)
+READER = web.AppKey("reader", Aside)
 """The thread that understands large bodies. One, for each takes its turn at the interpreter's lock
 before the event loop does, and has a body in memory as objects."""
 
@@ -85,9 +84,7 @@ async def forward(http: web.Request) -> web.StreamResponse:
 async def understand(http: web.Request, body: bytes) -> Prompt:
     """The prompt; of a large body not on the event loop's thread."""
     read = partial(read_prompt, http.path, http.headers, body)
-    if len(body) <= SMALL:
-        return read()
-    return await asyncio.get_running_loop().run_in_executor(http.app[READER], read)
+    return read() if len(body) <= SMALL else await http.app[READER].run(read)
 
 
 def request_bytes(http: web.Request, body: bytes) -> bytes:

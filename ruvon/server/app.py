@@ -14,16 +14,17 @@ import uvloop
 from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig, parse_size
+from ruvon.config.server import is_loopback
 from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.server import admin, console, debug, inside, ollama, page, watch
-from ruvon.server.body import COMPILER, READER, Aside
+from ruvon.server.body import COMPILER, READER
 from ruvon.server.chat import chat_completions
 from ruvon.server.completions import completions
 from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
 from ruvon.server.explain import explain
-from ruvon.server.keys import KEYS, Keys, is_loopback, read_keys
+from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.lag import watch_lag
 from ruvon.server.lifecycle import Start, engine_context, still_loading
 from ruvon.server.listen import allow_files, listen, listen_unix
@@ -39,6 +40,7 @@ from ruvon.server.responses_api.store import RESPONSES, ResponseStore
 from ruvon.server.resume import KEPT, KeptStreams
 from ruvon.server.signals import watch_end, watch_hangup
 from ruvon.server.state import STATE, State
+from ruvon.server.threads import Aside
 from ruvon.server.tls import TLS, Certificate, load_certificate
 from ruvon.server.tracing import TRACING, close_tracing
 from ruvon.server.watchdog import watching

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import TypeVar
 
@@ -15,30 +13,11 @@ from ruvon.models.template_cost import PATIENCE, SlowTemplateError
 from ruvon.server.parsing import SMALL
 from ruvon.server.receive import receive
 from ruvon.server.state import STATE, Service, service_of
+from ruvon.server.threads import Aside
 
 T = TypeVar("T")
 
 HURRY = 0.02  # seconds that the event loop's thread can spare for one template
-
-
-class Aside:
-    """A thread for what takes long, one thing after another."""
-
-    def __init__(self, name: str) -> None:
-        self._thread = ThreadPoolExecutor(1, name)
-        self.num_waiting = 0  # and under way
-
-    async def run(self, work: Callable[[], T]) -> T:
-        """Do ``work`` there, in its turn."""
-        self.num_waiting += 1
-        try:
-            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
-        finally:
-            self.num_waiting -= 1
-
-    def close(self) -> None:
-        """Begin nothing more, and wait for nothing."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 READER = web.AppKey("reader", Aside)

@@ -10,14 +10,13 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from hashlib import blake2b
-from ipaddress import ip_address
 from pathlib import Path
 from secrets import token_bytes
 
 from aiohttp import web
 
 from ruvon.config import ServerConfig
-from ruvon.config.server import KEY
+from ruvon.config.server import KEY, is_loopback
 from ruvon.errors import AdminKeyError, AuthenticationError, ConfigError
 
 OPEN = frozenset({"/live", "/ready"})
@@ -179,14 +178,6 @@ def is_own(http: web.BaseRequest) -> bool:
         return False
     host = re.sub(r":\d+$", "", http.host).strip("[]")
     return is_loopback(http.remote or "") and is_loopback(host)
-
-
-def is_loopback(name: str) -> bool:
-    """Whether a host's name or address is this machine's own."""
-    try:
-        return ip_address(name).is_loopback
-    except ValueError:
-        return name == "localhost"
 
 
 def given_keys(http: web.BaseRequest) -> tuple[str, str]:

@@ -1,14 +1,35 @@
-"""Work in threads that nobody has to wait for."""
+"""Work beside the event loop's thread, in threads that nobody has to wait for."""
 
 from __future__ import annotations
 
 import asyncio
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TypeVar
 
 T = TypeVar("T")
+
+
+class Aside:
+    """A thread for what takes long, one thing after another."""
+
+    def __init__(self, name: str) -> None:
+        self._thread = ThreadPoolExecutor(1, name)
+        self.num_waiting = 0  # and under way
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Do ``work`` there, in its turn."""
+        self.num_waiting += 1
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        finally:
+            self.num_waiting -= 1
+
+    def close(self) -> None:
+        """Begin nothing more, and wait for nothing."""
+        self._thread.shutdown(wait=False, cancel_futures=True)
 
 
 async def in_thread(work: Callable[[], T], name: str) -> T:
