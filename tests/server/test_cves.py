@@ -9,15 +9,18 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gzip
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp.http_parser import DeflateBuffer
 from serving import VOCAB_SIZE, ScriptRunner, open_server
 
 import ruvon
 from ruvon.config import ServerConfig
+from ruvon.server.app import ROUTES
 
 PACKAGE = Path(ruvon.__file__).parent
 SUSPECT = re.compile(r"pickle|dill|marshal|shelve|joblib|\b(eval|exec|load|__import__)\(|trust_")
@@ -28,6 +31,8 @@ FORBIDDEN = {f"import {name}" for name in CODE} | {
 }  # fmt: skip
 NEVER = "{% for i in range(99999) %}" * 3 + "{% endfor %}" * 3
 HELLO = [{"role": "user", "content": "Hi"}]
+BOMB = gzip.compress(b'{"prompt": "' + bytes(1 << 20))
+ENCODINGS = ("gzip", "deflate", "br", "zstd", "gzip, gzip")
 
 
 def names_of(node: ast.AST) -> Iterator[str]:
@@ -232,7 +237,8 @@ async def test_decompression(serve, monkeypatch):
     for number, route in enumerate(takes_bodies):
         encoding = ENCODINGS[number % len(ENCODINGS)]
         reply = await server.post(route.path, BOMB, headers={"Content-Encoding": encoding})
-        assert (reply.status, reply.error_code) == (415, "unsupported_encoding"), route.path
+        assert reply.status == 415, route.path
+        assert f"Content-Encoding '{encoding}' is not supported.".encode() in reply.body
 
 
 @pytest.mark.parametrize(
