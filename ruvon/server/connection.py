@@ -164,7 +164,6 @@ class Server(web.Server):
         one's own."""
         while True:
             await asyncio.sleep(SWEEP)
-            await asyncio.sleep(0)  # what came while the loop was held is read first
             self.sweep(asyncio.get_running_loop().time())
 
     def sweep(self, now: float) -> None:
