@@ -234,12 +234,18 @@ async def test_the_glass_box_shows_a_preemption_and_is_right_about_every_block(s
         await asyncio.sleep(0)
     await page.locator("[data-tile=Preemptions]:not([data-value='0'])").wait_for()
     await page.locator("tbody em").first.wait_for()  # how often, in the table
+    row = page.locator("tbody .name").first
+    await row.focus()
     seen = []
     while not task.done():  # with steps in flight, at all kinds of moments
         for _ in range(7):
             if runner.num_held:
                 runner.finish_step()
             await asyncio.sleep(0.005)
+        if not seen:  # rows are drawn anew all the time, and one keeps the focus
+            await page.keyboard.press("Enter")
+            await page.locator("tr.chosen").wait_for()
+            await row.blur()
         truth, latest, again, first = await page.evaluate(COMPARE, [live])
         assert latest == truth
         assert again == truth
