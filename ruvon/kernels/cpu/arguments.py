@@ -78,10 +78,14 @@ class Tiles(NamedTuple):
     tile_bytes: int
 
 
-class Pack(NamedTuple):
+class Copy(NamedTuple):
+    """Rows as they are, or those that are asked for, or with others added to them."""
+
     x: Address
     stride: int
     out: Output
+    rows: Address = 0  # their numbers; without, one after another
+    y: Address = 0  # as x
 
 
 class Embed(NamedTuple):
@@ -90,20 +94,6 @@ class Embed(NamedTuple):
     first: int  # id of the table's first row; ids that it does not have give zeros
     rows: int
     width: int
-    out: Address
-    stride: int
-
-
-class Add(NamedTuple):
-    x: Address
-    y: Address
-    out: Address
-    stride: int  # of all three
-
-
-class Gather(NamedTuple):
-    x: Address
-    rows: Address  # their numbers
     out: Address
     stride: int
 

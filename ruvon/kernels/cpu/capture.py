@@ -22,17 +22,15 @@ from torch import Tensor
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu.arguments import (
     Activate,
-    Add,
     Argmax,
     Attention,
     Cache,
+    Copy,
     Embed,
-    Gather,
     Key,
     Linear,
     Norm,
     Output,
-    Pack,
     Place,
     Tiles,
     WriteKV,
@@ -171,7 +169,7 @@ class Capture:
         else packed from its plain rows."""
         if form not in value.makes and form not in value.wanted:
             packs = value.output()._replace(rows=0)
-            self.append(("pack", None), value.rows, Pack(value.read(), value.stride, packs))
+            self.append(("copy", None), value.rows, Copy(value.read(), value.stride, packs))
         return value.read(form)
 
     # Operations; what they mean is in `Ops`
@@ -193,15 +191,16 @@ class Capture:
 
     def add(self, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         x, y = self.value_of(x_TC), self.value_of(y_TC)
-        out = self.new(x.rows, x.width)
-        self.append(("add", None), x.rows, Add(x.read(), y.read(), out.read(), x.stride))
+        out = self.new(x.rows, x.width, PACKABLE)
+        arguments = Copy(x.read(), x.stride, out.output(), y=y.read())
+        self.append(("copy", None), x.rows, arguments)
         return self.stand_in(out)
 
     def gather_rows(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
         x = self.value_of(x_TC)
-        out = self.new(Param.LOGIT_ROWS, x.width)
-        arguments = Gather(x.read(), ints(rows_L), out.read(), x.stride)
-        self.append(("gather", None), out.rows, arguments)
+        out = self.new(Param.LOGIT_ROWS, x.width, PACKABLE)
+        arguments = Copy(x.read(), x.stride, out.output(), rows=ints(rows_L))
+        self.append(("copy", None), out.rows, arguments)
         return self.stand_in(out)
 
     def rms_norm(

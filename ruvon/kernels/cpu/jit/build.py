@@ -19,16 +19,14 @@ KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "leader": (threads.lead, types.void(*[types.intp] * 2)),
     "worker": (threads.work, types.void(*[types.intp] * 4)),
-    "pack": (rows.pack, KERNEL),
+    "copy": (rows.copy, KERNEL),
     "rms_norm": (rows.rms_norm, KERNEL),
     "layer_norm": (rows.layer_norm, KERNEL),
     "activate": (rows.activate, KERNEL),
-    "add": (rows.add, KERNEL),
     "route": (experts.route, KERNEL),
     "sort": (experts.sort, KERNEL),
     "dispatch": (experts.dispatch, KERNEL),
     "combine": (experts.combine, KERNEL),
-    "gather": (rows.gather, KERNEL),
     "argmax": (rows.argmax, KERNEL),
     "sample": (sample.sample, KERNEL),
 }

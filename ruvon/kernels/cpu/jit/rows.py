@@ -9,12 +9,10 @@ import numpy as np
 
 from ruvon.kernels.cpu.arguments import (
     Activate,
-    Add,
     Argmax,
+    Copy,
     Embed,
-    Gather,
     Norm,
-    Pack,
 )
 from ruvon.kernels.cpu.formats import FORMATS, ROWS, SUPER, Form
 from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
@@ -85,14 +83,17 @@ def write_row(out, row, group, a, b):
     write_packs(out, row, group, a, b)
 
 
-def pack(address, params, start, stop, scratch):
-    """Pack rows for a product."""
-    a = arguments(Pack, address)
+def copy(address, params, start, stop, scratch):
+    """Rows, or sums of two, in whatever forms are asked for."""
+    a = arguments(Copy, address)
     for row in range(start, stop):
-        x = a.x + row * a.stride
+        at = a.stride * (row if a.rows == 0 else read_i32(a.rows + 4 * row))
         for group in range(a.out.groups):
-            at = x + 128 * group
-            write_packs(a.out, row, group, load(at), load(at + 64))
+            x, y = load(a.x + at), load(a.x + at + 64)
+            if a.y != 0:
+                x, y = x + load(a.y + at), y + load(a.y + at + 64)
+            write_row(a.out, row, group, x, y)
+            at += 128
 
 
 # Norms
@@ -230,20 +231,6 @@ def activate(address, params, start, stop, scratch):
 
 
 # Rows in and out
-
-
-def add(address, params, start, stop, scratch):
-    a = arguments(Add, address)
-    for at in range(start * a.stride, stop * a.stride, 64):
-        store(a.out + at, load(a.x + at) + load(a.y + at))
-
-
-def gather(address, params, start, stop, scratch):
-    a = arguments(Gather, address)
-    for row in range(start, stop):
-        x, out = a.x + read_i32(a.rows + 4 * row) * a.stride, a.out + row * a.stride
-        for c in range(0, a.stride, 64):
-            store(out + c, load(x + c))
 
 
 def make_coded_value(kind):
