@@ -99,7 +99,7 @@ class Embed(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """RMSNorm, or LayerNorm if ``centered``."""
+    """LayerNorm, or RMSNorm without a bias."""
 
     x: Address
     residual: Address

@@ -206,21 +206,10 @@ class Capture:
     def rms_norm(
         self, x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return self._norm("rms_norm", x_TC, residual_TC, weight_C, None, eps)
+        return self.layer_norm(x_TC, residual_TC, weight_C, None, eps)
 
     def layer_norm(
         self,
-        x_TC: Tensor,
-        residual_TC: Tensor | None,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        return self._norm("layer_norm", x_TC, residual_TC, weight_C, bias_C, eps)
-
-    def _norm(
-        self,
-        kernel: str,
         x_TC: Tensor,
         residual_TC: Tensor | None,
         weight_C: Tensor,
@@ -241,7 +230,7 @@ class Capture:
             eps=eps,
             out=out.output(),
         )
-        self.append((kernel, None), x.rows, arguments)
+        self.append(("norm", None), x.rows, arguments)
         return self.stand_in(out), x_TC if total is None else self.stand_in(total)
 
     def linear(

@@ -123,13 +123,13 @@ def finish_norm(a, source, row, scale, shift):
 
 
 @helper
-def norm_row(a, row, centered):
+def norm_row(a, row):
     x, residual, total = a.x + row * a.stride, a.residual, a.total + row * a.stride
     if residual != 0:
         residual += row * a.stride
     source = sum_with_residual(x, residual, total, a.stride)
     mean, width = np.float32(0.0), np.float32(a.width)
-    if centered:
+    if a.bias != 0:
         sums = splat16(0.0)
         for c in range(0, a.stride, 64):
             sums = sums + load(source + c)
@@ -142,16 +142,10 @@ def norm_row(a, row, centered):
     finish_norm(a, source, row, scale, mean)
 
 
-def rms_norm(address, params, start, stop, scratch):
+def norm(address, params, start, stop, scratch):
     a = arguments(Norm, address)
     for row in range(start, stop):
-        norm_row(a, row, False)
-
-
-def layer_norm(address, params, start, stop, scratch):
-    a = arguments(Norm, address)
-    for row in range(start, stop):
-        norm_row(a, row, True)
+        norm_row(a, row)
 
 
 # Activations
