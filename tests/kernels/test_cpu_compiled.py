@@ -183,7 +183,7 @@ X86 = "x86_64-unknown-linux-gnu", "x86-64-v3"
 ARM = "aarch64-unknown-linux-gnu", "generic"
 INSTRUCTIONS = [
     ("avx2", *X86, "+avx2,+fma,+f16c", 0, "vpmaddubsw", "vpdpbusd"),
-    ("avx2", *X86, "+avx2,+fma,+f16c", 4, "vpmaddwd", "vpdpbusd"),
+    ("avx2", *X86, "+avx2,+fma,+f16c", 4, "vpsignb", "vpdpbusd"),
     ("avx-vnni", *X86, "+avx2,+fma,+f16c,+avxvnni", 0, "vpdpbusd", "zmm"),
     ("avx512", *X86, "+avx512f,+avx512bw", 0, "vpmaddubsw", "vpdpbusd"),
     ("avx512-vnni", *X86, "+avx512f,+avx512bw,+avx512vnni", 4, "vpdpbusd", "vpmadd"),

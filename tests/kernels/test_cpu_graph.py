@@ -11,7 +11,6 @@ from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import Form
 from ruvon.kernels.cpu.graph import give_memory, prefetch_links
-from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import pack
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import Dense
@@ -33,7 +32,7 @@ SHAPES = {
 
 def traced():
     """An empty capture, and a tensor that stands for 4 tokens of width 64."""
-    made = Capture({Param.TOKENS: 4, Param.LOGIT_ROWS: 4}, choose("portable"))
+    made = Capture({Param.TOKENS: 4, Param.LOGIT_ROWS: 4})
     return made, made.add(torch.ones(4, 64), torch.ones(4, 64))
 
 

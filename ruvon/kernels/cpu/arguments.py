@@ -64,7 +64,6 @@ class Output(NamedTuple):
     rows: Address = 0
     stride: int = 0
     int8: Address = 0
-    int16: Address = 0
     bf16: Address = 0
     interleaved: Address = 0
     groups: int = 0  # of 32, in a packed row

@@ -44,7 +44,6 @@ from ruvon.kernels.cpu.formats import (
     LANES,
     Form,
 )
-from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Param
 from ruvon.kernels.ops import GATED, Activation, AttentionSpec, ForwardBatch, Packed, Rope
@@ -94,7 +93,6 @@ class Value:
             rows=Place(self, Form.ROWS, offset),
             stride=self.stride,
             int8=Place(self, Form.INT8),
-            int16=Place(self, Form.INT16),
             bf16=Place(self, Form.BF16),
             interleaved=Place(self, Form.INTERLEAVED),
             groups=self.groups,
@@ -113,10 +111,9 @@ PACKABLE = frozenset(Form)
 
 @dataclass(slots=True)
 class Capture:
-    """A graph in the making, for steps of at most ``capacity`` rows, for ``isa``."""
+    """A graph in the making, for steps of at most ``capacity`` rows."""
 
     capacity: dict[Param, int]
-    isa: Isa
     instructions: list[Instruction] = field(default_factory=list)
     values: dict[int, tuple[Tensor, Value]] = field(default_factory=dict)  # by id of the tensor
 
@@ -250,7 +247,7 @@ class Capture:
             rows = min(width - first, tiles.shape[0] * LANES) if stacked else width
             columns = round_up(rows, COLUMNS) // COLUMNS
             arguments = Linear(
-                x=self.packed(x, self.isa.form(FORMATS[kind])),
+                x=self.packed(x, FORMATS[kind].form),
                 weight=tiles_of(kind, tiles, inputs),
                 bias=None if bias is None else bias[first:],
                 activation=ACTIVATIONS[activation],

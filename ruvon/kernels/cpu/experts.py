@@ -139,7 +139,7 @@ def product(
     if not gated:
         out.read()
     linear = told.Linear(
-        x=capture.packed(x, capture.isa.form(FORMATS[kind])),
+        x=capture.packed(x, FORMATS[kind].form),
         weight=tiles_of(kind, tiles, x.width),
         bias=bias,
         activation=ACTIVATIONS[spec.activation if gated else "none"],

@@ -2,8 +2,8 @@
 
 vpdpbusd   one instruction multiplies unsigned by signed bytes and adds fours of them to int32
 maddubs    one adds pairs of such products into int16; as many of those as cannot overflow are
-           added up, then one more instruction makes int32 of pairs. Eight bits would overflow
-           at once: such codes are multiplied in 16 bits
+           added up, then one more instruction makes int32 of pairs. Signs of codes of 8 bits
+           are moved to the activations
 usdot      as vpdpbusd, on Arm; sdot: both signed
 plain      bytes widened, multiplied and added like any integers
 """
@@ -61,7 +61,7 @@ class Group:
     @property
     def signed(self) -> bool:
         """Whether codes of 8 bits are to be signed; they are stored with 128 on top."""
-        return self.isa.dot == "sdot" and self.kind.bits == 8
+        return self.isa.dot in ("sdot", "maddubs") and self.kind.bits == 8
 
     def load(self, number: int) -> ir.Value:
         """The ``number``-th 64 bytes."""
@@ -105,12 +105,13 @@ def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value
     group: all of it, or a half where each half has a scale. Integers, as exact in float32."""
     b, per_part = group.b, VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    if group.isa.dot == "maddubs" and group.kind.bits < 8:
-        sums = [b.sitofp(each, F32V) for each in madd_bytes(group, blocks, which)]
+    if group.isa.dot == "maddubs":
+        by = madd_signed if group.signed else madd_bytes
+        sums = [b.sitofp(each, F32V) for each in by(group, blocks, which)]
         return less_zero(group, blocks, part, sums)
     start = [bias_of_zero(group, block, part) for block in blocks]
-    by = {"maddubs": madd_words, "plain": plain}.get(group.isa.dot, dot_bytes)
-    return [b.sitofp(each, F32V) for each in by(group, blocks, which, start)]
+    dots = plain if group.isa.dot == "plain" else dot_bytes
+    return [b.sitofp(each, F32V) for each in dots(group, blocks, which, start)]
 
 
 def less_zero(
@@ -118,7 +119,7 @@ def less_zero(
 ) -> list[ir.Value]:
     """Take zero times the activation codes off sums that did not start there. As a float, since it
     is one instruction then."""
-    if not group.kind.zero:
+    if not group.kind.zero or group.signed:
         return sums
     zero = ir.Constant(F32V, [-group.kind.zero] * LANES)
     return [
@@ -139,20 +140,20 @@ def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
 
 def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     """-128 * sum of the activation codes in this part of the group."""
-    b, tail = group.b, group.isa.form(group.kind).tail
+    b = group.b
     if not group.kind.half:
-        return broadcast(b, offset(b, x, tail + NEGATED), I32)
-    first = broadcast(b, offset(b, x, tail + NEGATED_HALF), I32)
+        return broadcast(b, offset(b, x, NEGATED), I32)
+    first = broadcast(b, offset(b, x, NEGATED_HALF), I32)
     if part == 0:
         return first
-    return b.sub(broadcast(b, offset(b, x, tail + NEGATED), I32), first)
+    return b.sub(broadcast(b, offset(b, x, NEGATED), I32), first)
 
 
 def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     """The sum of the activation codes in this part of the group, as a float."""
     b = group.b
     if not group.kind.half:
-        return broadcast(b, offset(b, x, group.isa.form(group.kind).tail + TOTAL), F32)
+        return broadcast(b, offset(b, x, TOTAL), F32)
     negated = b.sitofp(negated_sum(group, x, part), F32V)
     return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
 
@@ -244,8 +245,7 @@ def most_in_words(bits: int) -> int:
 def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
-    ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
-    totals: list[list[ir.Value] | None] = [None] * len(blocks)
+    totals = [cut(b, constant(0), I32, width) for _ in blocks]
     most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value]] = []
@@ -257,36 +257,43 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
                 products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
             # With few registers not all codes of a group can be at hand.
             sums = fence(b, products) if group.isa.registers == 16 else products
-        wide = [[madd(b, MADD_WORDS, part, ones) for part in parts] for parts in sums]
-        totals = [add_all(b, *args) for args in zip(totals, wide, strict=True)]
-    return [join(b, total or []) for total in totals]
-
-
-def madd_words(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
-    """Codes and activations of 16 bits: of each four the first and third, then the others."""
-    b, width = group.b, group.isa.width
-    totals: list[list[ir.Value]] = [cut(b, value, I32, width) for value in start]
-    for q in which:
-        for odd in (0, 1):
-            codes = group.codes(q)
-            words = (
-                b.lshr(b.bitcast(codes, vector(I16, 2 * LANES)), splat_words(8))
-                if odd
-                else b.and_(codes, constant(0x00FF00FF))
-            )
-            parts = cut(b, b.bitcast(words, I32V), I16, width)
-            for row, block in enumerate(blocks):
-                x = splat_bytes(b, offset(b, block, 8 * q + 4 * odd), width, I16)
-                wide = [madd(b, MADD_WORDS, part, x) for part in parts]
-                totals[row] = add_all(b, totals[row], wide)
-            totals = fence(b, totals)
+        totals = [
+            add_all(b, total, add_pairs(b, parts))
+            for total, parts in zip(totals, sums, strict=True)
+        ]
     return [join(b, total) for total in totals]
 
 
-def splat_words(value: int) -> ir.Constant:
-    return ir.Constant(vector(I16, 2 * LANES), [value] * 2 * LANES)
+def madd_signed(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+    """Sizes of codes by activations that have taken on their signs: 16 bits hold two products."""
+    b, width = group.b, group.isa.width
+    totals = [cut(b, constant(0), I32, width) for _ in blocks]
+    for q in which:
+        codes = cut(b, group.codes(q), I8, width)
+        sizes = [with_sign(b, code, code) for code in codes]
+        for row, block in enumerate(blocks):
+            x = splat_bytes(b, offset(b, block, 4 * q), width)
+            products = [
+                madd(b, MADD_BYTES, size, with_sign(b, x, code))
+                for size, code in zip(sizes, codes, strict=True)
+            ]
+            totals[row] = add_all(b, totals[row], add_pairs(b, products))
+        totals = fence(b, totals)
+    return [join(b, total) for total in totals]
+
+
+def with_sign(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """x, negated where y is."""
+    if x.type.count == 32:
+        return call(b, "llvm.x86.avx2.psign.b", x.type, [x, y])
+    zero = ir.Constant(x.type, [0] * x.type.count)
+    return b.select(b.icmp_signed("<", y, zero), b.sub(zero, x), x)
+
+
+def add_pairs(b: ir.IRBuilder, parts: list[ir.Value]) -> list[ir.Value]:
+    """Sums of neighbours of 16 bits, in 32."""
+    ones = ir.Constant(parts[0].type, [1] * parts[0].type.count)
+    return [madd(b, MADD_WORDS, part, ones) for part in parts]
 
 
 def splat_bytes(b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8) -> ir.Value:
@@ -310,11 +317,7 @@ def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     return [[next(news) for _ in row] for row in rows]
 
 
-def add_all(
-    b: ir.IRBuilder, totals: list[ir.Value] | None, parts: list[ir.Value]
-) -> list[ir.Value]:
-    if totals is None:
-        return parts
+def add_all(b: ir.IRBuilder, totals: list[ir.Value], parts: list[ir.Value]) -> list[ir.Value]:
     return [b.add(total, part) for total, part in zip(totals, parts, strict=True)]
 
 

@@ -64,7 +64,7 @@ def is_plain(a):
 
 def make_product(kind, isa):
     """The function that multiplies some rows by the tiles of a unit with weights of this format."""
-    form, most = ISAS[isa].form(FORMATS[kind]), ISAS[isa].rows
+    form, most = FORMATS[kind].form, ISAS[isa].rows
     x_row = 4 if form == Form.INTERLEAVED else form.group_bytes  # from one row to the next
     x_step = ROWS * form.group_bytes * FORMATS[kind].step // GROUP
 

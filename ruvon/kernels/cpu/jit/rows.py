@@ -15,7 +15,7 @@ from ruvon.kernels.cpu.arguments import (
     Norm,
 )
 from ruvon.kernels.cpu.formats import FORMATS, ROWS, SUPER, Form
-from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
+from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
     any_equal,
@@ -43,9 +43,7 @@ from ruvon.kernels.cpu.jit.simd import (
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
 
-INT8_BYTES, INT16_BYTES, BF16_BYTES = (
-    form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
-)
+INT8_BYTES, BF16_BYTES = Form.INT8.group_bytes, Form.BF16.group_bytes
 
 # Packing
 
@@ -53,7 +51,7 @@ INT8_BYTES, INT16_BYTES, BF16_BYTES = (
 @helper
 def is_packed(out):
     """Whether packed rows are asked for, in any form."""
-    return out.int8 | out.int16 | out.bf16 | out.interleaved != 0
+    return out.int8 | out.bf16 | out.interleaved != 0
 
 
 @helper
@@ -61,9 +59,7 @@ def write_packs(out, row, group, a, b):
     """32 numbers of a row, in each packed form that is asked for."""
     block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
     if out.int8 != 0:
-        quantize_bytes(a, b, out.int8 + block * INT8_BYTES)
-    if out.int16 != 0:
-        quantize_words(a, b, out.int16 + block * INT16_BYTES)
+        quantize(a, b, out.int8 + block * INT8_BYTES)
     if out.bf16 != 0:
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)

@@ -108,14 +108,14 @@ def quantized_step(
 ) -> list[ir.Value]:
     """One group of k for all rows. Rows' groups lie behind each other from x on. What the sums are
     multiplied by is loaded behind them, or it would have to wait on the stack."""
-    b, form = group.b, group.isa.form(group.kind)
+    b = group.b
     following = []
     for rows in group.isa.in_turn(range(len(outs))):
-        blocks = [offset(b, x, row * form.group_bytes) for row in rows]
+        blocks = [offset(b, x, row * Form.INT8.group_bytes) for row in rows]
         sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
-            by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
+            by = [broadcast(b, offset(b, block, SCALE), F32) for block in blocks]
             sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
         following += sums
     return following
@@ -211,7 +211,7 @@ def emit_product(
     rows = len(places)
     tables = b.add(w, b.mul(steps, number(kind.step_bytes)))
     over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
-    x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
+    x_step = ROWS * kind.form.group_bytes * kind.step // GROUP
     ahead = kind.step_bytes + kind.group_scale_bytes
 
     def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
