@@ -12,7 +12,7 @@ from numba import types
 
 from ruvon.kernels.cpu.arguments import Key
 from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
-from ruvon.kernels.cpu.jit import attention, experts, linear, rows, sample, threads
+from ruvon.kernels.cpu.jit import attention, embed, experts, linear, rows, sample, threads
 from ruvon.kernels.cpu.jit.translate import translate
 
 KERNEL = types.void(*[types.intp] * 5)
@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "sample": (sample.sample, KERNEL),
 }
 FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
-    "embed": rows.make_embed,
+    "embed": embed.make_embed,
     "linear": linear.make_linear,
     "experts": experts.make_experts,
     "write_kv": attention.make_write_kv,

@@ -11,10 +11,9 @@ from ruvon.kernels.cpu.arguments import (
     Activate,
     Argmax,
     Copy,
-    Embed,
     Norm,
 )
-from ruvon.kernels.cpu.formats import FORMATS, ROWS, SUPER, Form
+from ruvon.kernels.cpu.formats import ROWS, Form
 from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
@@ -26,18 +25,13 @@ from ruvon.kernels.cpu.jit.simd import (
     larger,
     load,
     max_lanes,
-    read_bf16,
-    read_f16,
     read_f32,
-    read_i8,
     read_i32,
-    read_u8,
     scatter_lanes,
     splat16,
     store,
     store_lanes,
     sum_lanes,
-    write_f32,
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
@@ -220,100 +214,7 @@ def activate(address, params, start, stop, scratch):
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
 
 
-# Rows in and out
-
-
-def make_coded_value(kind):
-    """The function that reads one value of a quantized tile (see `layout`)."""
-    bits, zero, half, offsets = kind.bits, kind.zero, kind.half, kind.offsets
-    step_bytes, group_bytes, table_bytes = (
-        kind.step_bytes, kind.group_scale_bytes, kind.table_bytes
-    )  # fmt: skip
-    extra, parts, super_bytes = max(bits - 4, 1), kind.scales_per_group, kind.super_bytes
-    two, single, power = (kind.scales == each for each in ("two", "f32", "e8m0"))
-    lower, floats = np.int64(15), kind.floats
-
-    @helper
-    def code_at(codes, lane, within):
-        """The code of the k that is ``within`` the group at ``codes``."""
-        q, place = within // 4, lane * 4 + within % 4
-        if bits == 8:
-            return read_u8(codes + q * 64 + place)
-        code = read_u8(codes + q // 2 * 64 + place) >> (q % 2 * 4) & lower
-        if floats:
-            twice = code & 7
-            twice += (twice > 4) + (twice > 5) + 3 * (twice > 6)
-            return zero + twice if code < 8 else zero - twice
-        if bits > 4:
-            each = 8 // extra
-            byte = read_u8(codes + 256 + q // each * 64 + place)
-            code += (byte >> (q % each * extra) & ((1 << extra) - 1)) << 4
-        return code
-
-    @helper
-    def table_number(tables, over, lane, table, part):
-        """A scale (``table`` 0) or an offset (1)."""
-        number = table * parts + part
-        if two:
-            by = read_f16(over + table * 32 + 2 * lane)
-            return np.float32(read_i8(tables + number * table_bytes + lane)) * by
-        if single:
-            return read_f32(tables + number * table_bytes + 4 * lane)
-        if power:
-            return np.float32(2.0 ** (read_u8(tables + lane) - 127))
-        return read_f16(tables + number * table_bytes + 2 * lane)
-
-    @helper
-    def coded_value(tile, lane, steps, k):
-        group, within = k // 32, k % 32
-        part = within // 16 if half else 0
-        tables = tile + steps * step_bytes
-        over = tables + steps * group_bytes + group // SUPER * super_bytes
-        tables += group * group_bytes
-        code = code_at(tile + group * step_bytes, lane, within)
-        value = np.float32(code - zero) * table_number(tables, over, lane, 0, part)
-        if offsets:
-            value += table_number(tables, over, lane, 1, part)
-        return value
-
-    return coded_value
-
-
-@helper
-def dense_value(tile, lane, k, single, brain, pairs):
-    if pairs:
-        return read_bf16(tile + k // 2 * 64 + lane * 4 + k % 2 * 2)
-    if single:
-        return read_f32(tile + k * 64 + lane * 4)
-    if brain:
-        return read_bf16(tile + k * 32 + lane * 2)
-    return read_f16(tile + k * 32 + lane * 2)
-
-
-def make_embed(kind, isa):
-    """The kernel that reads rows out of a table in tiles of this kind."""
-    form = FORMATS[kind]
-    quantized, coded_value = form.quantized, make_coded_value(form)
-    single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
-
-    def embed(address, params, start, stop, scratch):
-        a = arguments(Embed, address)
-        for row in range(start, stop):
-            token = read_i32(a.ids + 4 * row) - a.first
-            out = a.out + row * a.stride
-            if token < 0 or token >= a.rows:
-                for k in range(a.width):
-                    write_f32(out + 4 * k, 0.0)
-                continue
-            tile, lane = a.table.tiles + token // 16 * a.table.tile_bytes, token % 16
-            for k in range(a.width):
-                if quantized:
-                    value = coded_value(tile, lane, a.table.steps, k)
-                else:
-                    value = dense_value(tile, lane, k, single, brain, pairs)
-                write_f32(out + 4 * k, value)
-
-    return embed
+# The largest
 
 
 @helper

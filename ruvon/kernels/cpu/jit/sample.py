@@ -20,6 +20,8 @@ from numba import types
 from ruvon.kernels.cpu.arguments import Sample
 from ruvon.kernels.cpu.jit.rows import first_in_row, largest
 from ruvon.kernels.cpu.jit.simd import (
+    F32,
+    F64,
     I32,
     I64,
     V,
@@ -36,16 +38,16 @@ from ruvon.kernels.cpu.jit.simd import (
     operation,
     read_f32,
     read_f64,
+    read_i8,
     read_i32,
-    read_u8,
     splat16,
     store,
     sum_lanes,
     write_f32,
     write_f64,
+    write_i8,
     write_i32,
     write_i64,
-    write_u8,
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import Param
@@ -58,8 +60,6 @@ PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 
 # Vectors and bits
 
-NUMBER, DOUBLE = ir.FloatType(), ir.DoubleType()
-
 
 def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
     return any_lane(b, b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high)))
@@ -71,13 +71,13 @@ def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
 
 
 def emit_order(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    x = b.fadd(x, ir.Constant(NUMBER, 0.0))  # which makes -0 a 0
+    x = b.fadd(x, ir.Constant(F32, 0.0))  # which makes -0 a 0
     return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
 
 
 def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
     bits = flip_negative(b, b.sub(order, number(1 << 31)))
-    return b.bitcast(b.trunc(bits, I32), NUMBER)
+    return b.bitcast(b.trunc(bits, I32), F32)
 
 
 # (x, cut, kept, other): lanes of ``kept`` where x reaches ``cut``, the rest of ``other``
@@ -112,7 +112,7 @@ def emit_uniform(b: ir.IRBuilder, seed: ir.Value, position: ir.Value) -> ir.Valu
         steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
         keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
     bits = b.lshr(words[0], number(16))
-    return b.fmul(b.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 2.0**-48))
+    return b.fmul(b.uitofp(bits, F64), ir.Constant(F64, 2.0**-48))
 
 
 # A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
@@ -254,12 +254,12 @@ def add_amounts(ids, amounts, count, x):
 def penalize_seen(ids, count, penalty, width, x, marks):
     """Make tokens less likely, whatever the sign of their score; once each."""
     for at in range((width + 7) // 8):
-        write_u8(marks + at, 0)
+        write_i8(marks + at, 0)
     for n in range(count):
         token = read_i32(ids + 4 * n)
-        mark, bit = read_u8(marks + token // 8), 1 << token % 8
+        mark, bit = read_i8(marks + token // 8), 1 << token % 8
         if mark & bit == 0:
-            write_u8(marks + token // 8, mark | bit)
+            write_i8(marks + token // 8, mark | bit)
             score = read_f32(x + 4 * token)
             write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
 

@@ -28,7 +28,7 @@ from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.jit.translate import helper
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 class BrainType(ir.Type):  # type: ignore[misc]
@@ -322,41 +322,29 @@ prefetch = operation(emit_prefetch, types.intp, result=types.void)
 # Memory: scalars
 
 
-def reader(kind: ir.Type, size: int, convert: str | None = None) -> Any:
-    """Reads an integer at an address, widened to int64, or a float, widened to float32."""
-    real = kind in (F16, F32)
+def reader(kind: ir.Type, size: int, known: types.Type = types.intp) -> Any:
+    """Reads a number at an address; an integer is widened to int64."""
 
     def emit(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
         value = load_as(b, address, kind, size)
-        return value if convert is None else getattr(b, convert)(value, F32 if real else I64)
+        return b.sext(value, I64) if kind in (I8, I32) else value
 
-    return operation(emit, types.intp, result=types.float32 if real else types.intp)
+    return operation(emit, types.intp, result=known)
 
 
-def writer(size: int, kind: types.Type, narrow: ir.Type | None = None) -> Any:
-    """Writes a number at an address, an integer cut to a narrow type."""
+def writer(kind: ir.Type, size: int, known: types.Type = types.intp) -> Any:
+    """Writes a number at an address; an integer is cut to size."""
 
     def emit(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
-        store_as(b, address, x if narrow is None else b.trunc(x, narrow), size)
+        store_as(b, address, b.trunc(x, kind) if kind in (I8, I32) else x, size)
 
-    return operation(emit, types.intp, kind, result=types.void)
-
-
-def emit_read_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    wide = b.shl(b.zext(load_as(b, address, I16, 2), I32), ir.Constant(I32, 16))
-    return b.bitcast(wide, F32)
+    return operation(emit, types.intp, known, result=types.void)
 
 
-read_i64, read_i32 = reader(I64, 8), reader(I32, 4, "sext")
-read_i8, read_u8 = reader(I8, 1, "sext"), reader(I8, 1, "zext")
-read_f32, read_f16 = reader(F32, 4), reader(F16, 2, "fpext")
-read_bf16 = operation(emit_read_bf16, types.intp, result=types.float32)
-read_f64 = operation(
-    lambda b, at: load_as(b, at, ir.DoubleType(), 8), types.intp, result=types.float64
-)
-write_f32, write_f64 = writer(4, types.float32), writer(8, types.float64)
-write_i64, write_i32 = writer(8, types.intp), writer(4, types.intp, I32)
-write_u8 = writer(1, types.intp, I8)
+read_i64, read_i32, read_i8 = reader(I64, 8), reader(I32, 4), reader(I8, 1)
+read_f32, read_f64 = reader(F32, 4, types.float32), reader(F64, 8, types.float64)
+write_i64, write_i32, write_i8 = writer(I64, 8), writer(I32, 4), writer(I8, 1)
+write_f32, write_f64 = writer(F32, 4, types.float32), writer(F64, 8, types.float64)
 
 
 @helper
@@ -384,7 +372,7 @@ def arguments(typing, kind, address):
 
         def read(kind):
             if kind is types.float64:
-                return load_as(b, next(places), ir.DoubleType(), 8)
+                return load_as(b, next(places), F64, 8)
             if kind is types.intp:
                 return load_as(b, next(places), I64, 8)
             return context.make_tuple(b, kind, [read(each) for each in kind])
