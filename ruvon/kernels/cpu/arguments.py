@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 INSTRUCTION_BYTES = 256
@@ -238,12 +239,42 @@ class Argmax(NamedTuple):
 
 
 class Sample(NamedTuple):
-    rows: Address  # `sampling.Row`
+    rows: Address  # `SampledRow`
     row_bytes: int
-    results: Address  # `sampling.Result`
+    results: Address  # `SampledToken`
     result_bytes: int
     spaces: Address  # workspaces, float32 [vocabulary, rounded up]
     vocab_size: int
+
+
+class SampledRow(NamedTuple):
+    """What is wanted of a row."""
+
+    logits: int  # address of float32 [V]
+    temperature: float  # 0 is greedy
+    top_k: int  # 0 is off
+    min_p: float
+    top_p: float  # 1 is off
+    seed: np.uint64
+    position: int  # in the output
+    ids: int  # address of int32 token ids: allowed, banned, biased, seen, counted ones
+    amounts: int  # address of float32 amounts to add to biased and counted ones
+    num_allowed: int  # -1: all are
+    num_banned: int
+    num_biased: int
+    num_seen: int  # with repetitions
+    num_counted: int
+    repetition: float  # penalty for those seen
+    num_top: int  # how many of the likeliest are wanted; -1: no logprobs at all
+    top: int  # address of int32 [num_top]
+
+
+class SampledToken(NamedTuple):
+    """What became of a row."""
+
+    token: int  # or why there is none, see `params`
+    rank: int  # 1 is the likeliest; with logprobs only
+    norm: float  # with logprobs only: a logit less this is a log-probability
 
 
 def leaves(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -276,3 +307,9 @@ def word(leaf: Address | float) -> int:
 def fields(kind: type) -> dict[str, Any]:
     """The type of each field of a tuple: float, another tuple, or whatever is an int64."""
     return get_type_hints(kind)
+
+
+def record_type(kind: type) -> np.dtype[np.void]:
+    """The numpy type of such tuples in memory."""
+    names = {float: "f8", np.uint64: "u8"}
+    return np.dtype([(name, names.get(each, "i8")) for name, each in fields(kind).items()])
