@@ -20,21 +20,8 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import ConfigError
-from ruvon.kernels.cpu.arguments import (
-    Activate,
-    Argmax,
-    Attention,
-    Cache,
-    Copy,
-    Embed,
-    Key,
-    Linear,
-    Norm,
-    Output,
-    Place,
-    Tiles,
-    WriteKV,
-)
+from ruvon.kernels.cpu import arguments as told
+from ruvon.kernels.cpu.arguments import Cache, Key, Output, Place, Tiles
 from ruvon.kernels.cpu.formats import (
     BF16_CACHE,
     F16_CACHE,
@@ -166,7 +153,7 @@ class Capture:
         else packed from its plain rows."""
         if form not in value.makes and form not in value.wanted:
             packs = value.output()._replace(rows=0)
-            self.append(("copy", None), value.rows, Copy(value.read(), value.stride, packs))
+            self.append(("copy", None), value.rows, told.Copy(value.read(), value.stride, packs))
         return value.read(form)
 
     # Operations; what they mean is in `Ops`
@@ -174,7 +161,7 @@ class Capture:
     def embed(self, ids_T: Tensor, table: Packed, first: int | None = None) -> Tensor:
         out = self.new(Param.TOKENS, table.shape[1])
         ((kind, tiles),) = parts_of(table)
-        arguments = Embed(
+        arguments = told.Embed(
             ids=ints(ids_T),
             table=tiles_of(kind, tiles, out.width),
             first=first or 0,
@@ -189,14 +176,14 @@ class Capture:
     def add(self, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         x, y = self.value_of(x_TC), self.value_of(y_TC)
         out = self.new(x.rows, x.width, PACKABLE)
-        arguments = Copy(x.read(), x.stride, out.output(), y=y.read())
+        arguments = told.Copy(x.read(), x.stride, out.output(), y=y.read())
         self.append(("copy", None), x.rows, arguments)
         return self.stand_in(out)
 
     def gather_rows(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
         x = self.value_of(x_TC)
         out = self.new(Param.LOGIT_ROWS, x.width, PACKABLE)
-        arguments = Copy(x.read(), x.stride, out.output(), rows=ints(rows_L))
+        arguments = told.Copy(x.read(), x.stride, out.output(), rows=ints(rows_L))
         self.append(("copy", None), out.rows, arguments)
         return self.stand_in(out)
 
@@ -216,7 +203,7 @@ class Capture:
         x = self.value_of(x_TC)
         total = None if residual_TC is None else self.new(x.rows, x.width)
         out = self.new(x.rows, x.width, PACKABLE)
-        arguments = Norm(
+        arguments = told.Norm(
             x=x.read(),
             residual=None if residual_TC is None else self.value_of(residual_TC).read(),
             total=None if total is None else total.read(),
@@ -246,7 +233,7 @@ class Capture:
         for kind, tiles in parts:
             rows = min(width - first, tiles.shape[0] * LANES) if stacked else width
             columns = round_up(rows, COLUMNS) // COLUMNS
-            arguments = Linear(
+            arguments = told.Linear(
                 x=self.packed(x, FORMATS[kind].form),
                 weight=tiles_of(kind, tiles, inputs),
                 bias=None if bias is None else bias[first:],
@@ -265,7 +252,7 @@ class Capture:
         x = self.value_of(x_TN)
         out = self.new(x.rows, width)
         code = ACTIVATIONS[activation]
-        arguments = Activate(x.read(), x.stride, code, width, out.read(), out.stride)
+        arguments = told.Activate(x.read(), x.stride, code, width, out.read(), out.stride)
         self.append(("activate", None), x.rows, arguments)
         return self.stand_in(out)
 
@@ -275,7 +262,7 @@ class Capture:
     def argmax(self, x_LV: Tensor, out_L: Tensor) -> None:
         """Where each row is largest, into int64 ``out_L``. Not one of `Ops`."""
         x = self.value_of(x_LV)
-        arguments = Argmax(x.read(), x.stride, x.width, out_L)
+        arguments = told.Argmax(x.read(), x.stride, x.width, out_L)
         self.append(("argmax", None), x.rows, arguments, dynamic=True)
 
     def write_kv(
@@ -292,7 +279,7 @@ class Capture:
     ) -> Tensor:
         qkv = self.value_of(qkv_TE)
         out = self.new(Param.TOKENS, spec.num_heads * round_up(spec.head_dim, LANES))
-        arguments = WriteKV(
+        arguments = told.WriteKV(
             qkv=qkv.read(),
             stride=qkv.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
@@ -326,7 +313,7 @@ class Capture:
         makes = ROWS_ONLY if spec.head_dim % GROUP else PACKABLE
         out = self.new(q.rows, spec.num_heads * spec.head_dim, makes)
         tables = batch.paged[spec.cache_group].block_tables
-        arguments = Attention(
+        arguments = told.Attention(
             queries=q.read(),
             stride=q.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
