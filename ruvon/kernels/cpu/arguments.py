@@ -66,7 +66,6 @@ class Output(NamedTuple):
     stride: int = 0
     int8: Address = 0
     bf16: Address = 0
-    interleaved: Address = 0
     groups: int = 0  # of 32, in a packed row
 
 
@@ -113,7 +112,8 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    x: Address  # packed
+    x: Address  # in the form that the weight wants
+    stride: int  # if that is plain rows
     weight: Tiles
     bias: Address
     activation: int

@@ -81,7 +81,6 @@ class Value:
             stride=self.stride,
             int8=Place(self, Form.INT8),
             bf16=Place(self, Form.BF16),
-            interleaved=Place(self, Form.INTERLEAVED),
             groups=self.groups,
         )
 
@@ -149,8 +148,8 @@ class Capture:
         return floats
 
     def packed(self, value: Value, form: Form) -> Place:
-        """Where packed rows for a product will be: written by what makes the value if that can,
-        else packed from its plain rows."""
+        """Where rows for a product will be: written by what makes the value if that can, else
+        packed from its plain rows."""
         if form not in value.makes and form not in value.wanted:
             packs = value.output()._replace(rows=0)
             self.append(("copy", None), value.rows, told.Copy(value.read(), value.stride, packs))
@@ -235,6 +234,7 @@ class Capture:
             columns = round_up(rows, COLUMNS) // COLUMNS
             arguments = told.Linear(
                 x=self.packed(x, FORMATS[kind].form),
+                stride=x.stride,
                 weight=tiles_of(kind, tiles, inputs),
                 bias=None if bias is None else bias[first:],
                 activation=ACTIVATIONS[activation],

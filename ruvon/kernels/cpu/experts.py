@@ -140,6 +140,7 @@ def product(
         out.read()
     linear = told.Linear(
         x=capture.packed(x, FORMATS[kind].form),
+        stride=x.stride,
         weight=tiles_of(kind, tiles, x.width),
         bias=bias,
         activation=ACTIVATIONS[spec.activation if gated else "none"],

@@ -23,7 +23,6 @@ class Form(Enum):
     ROWS = "plain float32"
     INT8 = "a group is 32 codes of 8 bits, then what `SCALE` and the like say"
     BF16 = "a group is 32 numbers"
-    INTERLEAVED = "float32, eight rows' numbers of each k side by side"
 
     @property
     def group_bytes(self) -> int:
@@ -53,7 +52,7 @@ class TileFormat:
         """How a product with such weights wants its activations packed."""
         if self.pairs:
             return Form.BF16
-        return Form.INT8 if self.quantized else Form.INTERLEAVED
+        return Form.INT8 if self.quantized else Form.ROWS
 
     @property
     def quantized(self) -> bool:

@@ -28,7 +28,6 @@ from ruvon.kernels.cpu.jit.simd import (
     max_or_nan_lanes,
     read_f32,
     read_i32,
-    scatter_lanes,
     splat16,
     store,
     store_lanes,
@@ -46,7 +45,7 @@ INT8_BYTES, BF16_BYTES = Form.INT8.group_bytes, Form.BF16.group_bytes
 @helper
 def is_packed(out):
     """Whether packed rows are asked for, in any form."""
-    return out.int8 | out.bf16 | out.interleaved != 0
+    return out.int8 | out.bf16 != 0
 
 
 @helper
@@ -58,10 +57,6 @@ def write_packs(out, row, group, a, b):
     if out.bf16 != 0:
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
         store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)
-    if out.interleaved != 0:
-        column = out.interleaved + (row // ROWS * out.groups + group) * 128 * ROWS + row % ROWS * 4
-        scatter_lanes(32, 0, ROWS, column, a)
-        scatter_lanes(32, 0, ROWS, column + 64 * ROWS, b)
 
 
 @helper
