@@ -21,7 +21,6 @@ from ruvon.kernels.cpu.jit.simd import (
     exp16,
     fma,
     get,
-    keep_between,
     keep_first,
     larger,
     load,
@@ -121,20 +120,19 @@ def make_write_kv(cache, isa):
     A unit is one token's query heads and key/value head of one group.
     """
     size = CACHE_BYTES[cache]
-    bits, brain = 8 * size, int(FORMATS[cache].storage == "bf16")
 
     @helper
-    def write_cache(cache, slot, group, head, value):
+    def write_cache(cached, slot, group, head, value):
         """A key that was prepared, and its value, into their place in the cache."""
-        dim, page, zeros = cache.head_dim, cache.page, splat16(0.0)
+        dim, page, zeros = cached.head_dim, cached.page, splat16(0.0)
         padded, at = round_lanes(dim), slot % page
-        place = (slot // page * cache.kv_heads + group) * page * padded
-        keys = cache.keys + size * (place + at // 16 * 16 * padded + at % 16)
-        values = cache.values + size * (place + 16 * at)
+        place = (slot // page * cached.kv_heads + group) * page * padded
+        keys = cached.keys + size * (place + at // 16 * 16 * padded + at % 16)
+        values = cached.values + size * (place + 16 * at)
         for c in range(0, dim, 16):
-            scatter_lanes(bits, brain, 16, keys + size * 16 * c, load(head + 4 * c))
+            scatter_lanes(cache, keys + size * 16 * c, load(head + 4 * c))
             of_value = keep_first(load(value + 4 * c), dim - c, zeros)
-            store_lanes(bits, brain, values + size * page * c, of_value)
+            store_lanes(cache, values + size * page * c, of_value)
 
     def write_kv(address, params, start, stop, scratch):
         a, head = arguments(WriteKV, address), scratch + HEAD
@@ -194,7 +192,7 @@ def seen(x, c, seen_from, seen_to, other):
     """Lanes of x that stand for keys from ``seen_from`` to ``seen_to``, x starting at key c."""
     if seen_from <= c and c + 16 <= seen_to:
         return x
-    return keep_between(x, seen_from - c, seen_to - c, other)
+    return keep_first(other, seen_from - c, keep_first(x, seen_to - c, other))
 
 
 @helper

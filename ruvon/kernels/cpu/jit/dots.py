@@ -27,25 +27,19 @@ from ruvon.kernels.cpu.formats import (
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
+    F32V,
     I8,
-    I16,
     I32,
+    I32V,
     broadcast,
     call,
+    constant,
     fused,
     load_as,
     offset,
     splat,
     vector,
 )
-
-I32V, F32V = vector(I32), vector(F32)
-
-
-def constant(value: int, lanes: int = LANES) -> ir.Constant:
-    """An int32 in all lanes."""
-    signed = value - (1 << 32) if value >= 1 << 31 else value
-    return ir.Constant(vector(I32, lanes), [signed] * lanes)
 
 
 @dataclass
@@ -199,13 +193,12 @@ def coded_by_comparing(b: ir.IRBuilder, four: ir.Value) -> ir.Value:
 
 def cut(b: ir.IRBuilder, x: ir.Value, element: ir.Type, width: int) -> list[ir.Value]:
     """A vector's registers, of ``width`` bytes each, as vectors of ``element``."""
-    size = {I8: 1, I16: 2, I32: 4}[element]
     lanes = width // 4
     parts = [
         pick(b, x, range(first, first + lanes)) if lanes < LANES else x
         for first in range(0, LANES, lanes)
     ]
-    return [b.bitcast(part, vector(element, width // size)) for part in parts]
+    return [b.bitcast(part, vector(element, 8 * width // element.width)) for part in parts]
 
 
 def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:

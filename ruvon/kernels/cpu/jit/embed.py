@@ -11,11 +11,12 @@ from numba.extending import intrinsic
 from ruvon.kernels.cpu.arguments import Embed
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, SUPER, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
-from ruvon.kernels.cpu.jit.dots import Group, constant
+from ruvon.kernels.cpu.jit.dots import Group
 from ruvon.kernels.cpu.jit.simd import (
-    F32,
-    I32,
+    F32V,
+    I32V,
     arguments,
+    constant,
     define,
     keep_first,
     load,
@@ -26,7 +27,6 @@ from ruvon.kernels.cpu.jit.simd import (
     splat16,
     store,
     store_as,
-    vector,
     widen,
 )
 from ruvon.kernels.cpu.jit.tiles import DENSE, Scales, load_scales
@@ -40,7 +40,7 @@ def coded_numbers(group: Group, scales: Scales, k: int) -> ir.Value:
     shifted = b.lshr(group.codes(k // 4), constant(8 * (k % 4)))
     codes = b.sub(b.and_(shifted, constant(255)), constant(kind.zero))
     part = k * kind.scales_per_group // GROUP
-    numbers = b.fmul(b.sitofp(codes, vector(F32)), scales()[part])
+    numbers = b.fmul(b.sitofp(codes, F32V), scales()[part])
     return b.fadd(numbers, scales()[kind.scales_per_group + part]) if kind.offsets else numbers
 
 
@@ -48,9 +48,9 @@ def dense_numbers(b: ir.IRBuilder, kind: TileFormat, w: ir.Value, k: int) -> ir.
     """The same of a dense tile."""
     if not kind.pairs:
         return widen(b, load_as(b, offset(b, w, kind.step_bytes * k), DENSE[kind.storage], 32))
-    both = load_as(b, offset(b, w, 64 * (k // 2)), vector(I32), 64)
+    both = load_as(b, offset(b, w, 64 * (k // 2)), I32V, 64)
     bits = b.and_(both, constant(0xFFFF0000)) if k % 2 else b.shl(both, constant(16))
-    return b.bitcast(bits, vector(F32))
+    return b.bitcast(bits, F32V)
 
 
 @intrinsic(prefer_literal=True)

@@ -8,8 +8,10 @@ from numba import types
 from ruvon.kernels.cpu.formats import LANES, NEGATED, NEGATED_HALF, SCALE, TOTAL
 from ruvon.kernels.cpu.jit.simd import (
     F32,
+    F32V,
     I8,
     I32,
+    I32V,
     V,
     call,
     greater,
@@ -20,8 +22,6 @@ from ruvon.kernels.cpu.jit.simd import (
     tree,
     vector,
 )
-
-F32V, I32V = vector(F32), vector(I32)
 
 
 def quantize_lanes(b: ir.IRBuilder, x: ir.Value, by: ir.Value) -> ir.Value:

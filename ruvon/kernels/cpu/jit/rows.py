@@ -13,11 +13,11 @@ from ruvon.kernels.cpu.arguments import (
     Copy,
     Norm,
 )
-from ruvon.kernels.cpu.formats import ROWS, Form
+from ruvon.kernels.cpu.formats import BF16_CACHE, ROWS, Form
 from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
-    any_equal,
+    any_within,
     arguments,
     exp16,
     fma,
@@ -55,8 +55,8 @@ def write_packs(out, row, group, a, b):
     if out.int8 != 0:
         quantize(a, b, out.int8 + block * INT8_BYTES)
     if out.bf16 != 0:
-        store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
-        store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)
+        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES, a)
+        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES + 32, b)
 
 
 @helper
@@ -218,7 +218,7 @@ def first_in_row(x, width, wanted):
     """Where a row first has this number, or a NaN if that is what is wanted."""
     at, sought = 0, splat16(wanted)
     if wanted == wanted:
-        while at + 16 <= width and not any_equal(load(x + 4 * at), sought):
+        while at + 16 <= width and not any_within(load(x + 4 * at), sought, sought):
             at += 16
     while at < width - 1:
         value = read_f32(x + 4 * at)

@@ -25,8 +25,7 @@ from ruvon.kernels.cpu.jit.simd import (
     I32,
     I64,
     V,
-    any_equal,
-    any_lane,
+    any_within,
     arguments,
     exp16,
     get,
@@ -58,10 +57,6 @@ PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 # Vectors and bits
 
 
-def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
-    return any_lane(b, b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high)))
-
-
 def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
     """Between a float's bits, as a signed integer, and an integer of the same order."""
     return b.select(b.icmp_signed("<", bits, number(0)), b.xor(bits, number(0x7FFFFFFF)), bits)
@@ -81,7 +76,6 @@ def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
 where_at_least = operation(
     lambda b, x, cut, kept, other: b.select(b.fcmp_ordered(">=", x, cut), kept, other), V, V, V, V
 )
-any_within = operation(emit_any_within, V, V, V, result=types.boolean)
 # An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same
 order_of = operation(emit_order, types.float32, result=types.intp)
 float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
@@ -189,7 +183,7 @@ def cut_of_largest(x, width, count, scratch):
 def drop_ties(x, width, cut, kept, instead):
     """Replace those equal to ``cut``, all but the first ``kept``."""
     for start in range(0, width, 16):
-        if any_equal(load(x + 4 * start), splat16(cut)):
+        if any_within(load(x + 4 * start), splat16(cut), splat16(cut)):
             for at in range(start, min(start + 16, width)):
                 if read_f32(x + 4 * at) == cut:
                     kept -= 1

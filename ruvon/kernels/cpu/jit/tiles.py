@@ -28,9 +28,11 @@ from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
     F32,
+    F32V,
     I8,
     I16,
     I32,
+    I32V,
     I64,
     broadcast,
     call,
@@ -45,10 +47,11 @@ from ruvon.kernels.cpu.jit.simd import (
     store_as,
     vector,
     widen,
+    with_exponent,
 )
 
 Scales = Callable[[], list[ir.Value]]  # loads them when it is called first
-F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
+PAIRS = vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
 
@@ -82,7 +85,7 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
     them, if something does, is at ``over``: products of such numbers are exact."""
     places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
     if kind.scales == "e8m0":
-        return [power_of_two(b, load_as(b, places[0], vector(I8), 16))]
+        return [with_exponent(b, b.zext(load_as(b, places[0], vector(I8), 16), I32V))]
     if kind.scales != "two":
         element = vector(F32 if kind.scales == "f32" else F16)
         return [widen(b, load_as(b, place, element, 32)) for place in places]
@@ -90,17 +93,11 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
         widen(b, load_as(b, offset(b, over, at), vector(F16), 32))
         for at in range(0, kind.super_bytes, 2 * LANES)
     ]
-    small = (b.sext(load_as(b, place, vector(I8), 16), vector(I32)) for place in places)
+    small = (b.sext(load_as(b, place, vector(I8), 16), I32V) for place in places)
     return [
         b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
         for number, x in enumerate(small)
     ]
-
-
-def power_of_two(b: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
-    """2 ** (exponent - 127), and 0 for 0: an exponent is where a float32 has it."""
-    wide = b.zext(exponents, vector(I32))
-    return b.bitcast(b.shl(wide, ir.Constant(vector(I32), [23] * LANES)), F32V)
 
 
 def quantized_step(
@@ -255,8 +252,8 @@ def multiply_tile(typing, isa, kind, w, x, x_stride, steps, out, out_stride, row
     weights.
 
     ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. Strides are in
-    bytes; packed rows have their own. From ``fetch`` on, as many bytes as the tile has are brought into the cache
-    meanwhile.
+    bytes; packed rows have their own. From ``fetch`` on, as many bytes as the tile has are brought
+    into the cache meanwhile.
     """
     chosen, tile = ISAS[isa.literal_value], FORMATS[kind.literal_value]
 
