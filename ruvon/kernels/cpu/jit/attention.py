@@ -15,7 +15,7 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Attention, WriteKV
 from ruvon.kernels.cpu.formats import F32_CACHE, FORMATS, LANES
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import is_packed, write_packs
+from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
     exp16,
@@ -244,20 +244,16 @@ def finish_query(a, scratch, row, token, head):
     """Divide by the softmax's denominator and write the result."""
     sums, dim = scratch + SUMS + row * ROW_BYTES, a.cache.head_dim
     by = splat16(share_of_one(scratch, row, a.sinks, head))
-    if a.out.rows != 0:
-        out = a.out.rows + token * a.out.stride + 4 * head * dim
-        for c in range(0, dim - 15, 16):
-            store(out + 4 * c, load(sums + 4 * c) * by)
-        rest = dim % 16
-        if rest != 0:
-            last = sums + 4 * (dim - rest)
-            store(last, load(last) * by)
-            for c in range(dim - rest, dim):
-                write_f32(out + 4 * c, read_f32(sums + 4 * c))
-    if is_packed(a.out):
+    for c in range(0, 4 * dim, 64):
+        store(sums + c, load(sums + c) * by)
+    if dim % 32 == 0:
         for c in range(0, dim, 32):
-            x, y = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
-            write_packs(a.out, token, (head * dim + c) // 32, x, y)
+            x, y = load(sums + 4 * c), load(sums + 4 * c + 64)
+            write_row(a.out, token, (head * dim + c) // 32, x, y)
+        return
+    out = a.out.rows + token * a.out.stride + 4 * head * dim  # nothing else, see `capture`
+    for c in range(0, 4 * dim, 4):
+        write_f32(out + c, read_f32(sums + c))
 
 
 @helper
