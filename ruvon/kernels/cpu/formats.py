@@ -30,9 +30,9 @@ class Form(Enum):
         return {Form.INT8: 48, Form.BF16: 64}.get(self, 128)
 
 
-SCALE, TOTAL, NEGATED, NEGATED_HALF = 32, 36, 40, 44
-"""Where four numbers stand in a quantized group, behind its codes: float32 scale, float32 sum of
-codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
+SCALE, TOTAL, HALVES = 32, 36, 40
+"""Where four float32 stand in a quantized group, behind its codes: their scale, their sum, and the
+sums of the first sixteen and of the others."""
 
 
 @dataclass(frozen=True, slots=True)

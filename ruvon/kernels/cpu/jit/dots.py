@@ -17,9 +17,8 @@ from llvmlite import ir
 
 from ruvon.kernels.cpu.formats import (
     CODED,
+    HALVES,
     LANES,
-    NEGATED,
-    NEGATED_HALF,
     TOTAL,
     VECTORS,
     TileFormat,
@@ -97,59 +96,22 @@ class Group:
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
     """For each row, at ``blocks``, sums [16] of (code - zero) * activation over one part of the
     group: all of it, or a half where each half has a scale. Integers, as exact in float32."""
-    b, per_part = group.b, VECTORS // group.kind.scales_per_group
+    b, kind, per_part = group.b, group.kind, VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    if group.isa.dot == "maddubs":
-        by = madd_signed if group.signed else madd_bytes
-        sums = [b.sitofp(each, F32V) for each in by(group, blocks, which)]
-        return less_zero(group, blocks, part, sums)
-    start = [bias_of_zero(group, block, part) for block in blocks]
-    dots = plain if group.isa.dot == "plain" else dot_bytes
-    return [b.sitofp(each, F32V) for each in dots(group, blocks, which, start)]
-
-
-def less_zero(
-    group: Group, blocks: list[ir.Value], part: int, sums: list[ir.Value]
-) -> list[ir.Value]:
-    """Take zero times the activation codes off sums that did not start there. As a float, since it
-    is one instruction then."""
-    if not group.kind.zero or group.signed:
-        return sums
-    zero = ir.Constant(F32V, [-group.kind.zero] * LANES)
-    return [
-        fused(group.b, float_sum(group, block, part), zero, each)
-        for block, each in zip(blocks, sums, strict=True)
-    ]
-
-
-def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
-    b, kind = group.b, group.kind
+    pairs = madd_signed if group.signed else madd_bytes
+    dots = {"maddubs": pairs, "plain": plain}.get(group.isa.dot, dot_bytes)
+    sums = [b.sitofp(each, F32V) for each in dots(group, blocks, which)]
     if not kind.zero or group.signed:
-        return constant(0)
-    negated = negated_sum(group, x, part)
-    shift = (128 // kind.zero).bit_length() - 1
-    return b.ashr(negated, constant(shift)) if shift else negated
+        return sums
+    zero = ir.Constant(F32V, [-kind.zero] * LANES)
+    totals = [code_sum(group, block, part) for block in blocks]
+    return [fused(b, total, zero, each) for total, each in zip(totals, sums, strict=True)]
 
 
-def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-128 * sum of the activation codes in this part of the group."""
-    b = group.b
-    if not group.kind.half:
-        return broadcast(b, offset(b, x, NEGATED), I32)
-    first = broadcast(b, offset(b, x, NEGATED_HALF), I32)
-    if part == 0:
-        return first
-    return b.sub(broadcast(b, offset(b, x, NEGATED), I32), first)
-
-
-def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+def code_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     """The sum of the activation codes in this part of the group, as a float."""
-    b = group.b
-    if not group.kind.half:
-        return broadcast(b, offset(b, x, TOTAL), F32)
-    negated = b.sitofp(negated_sum(group, x, part), F32V)
-    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
+    at = HALVES + 4 * part if group.kind.half else TOTAL
+    return broadcast(group.b, offset(group.b, x, at), F32)
 
 
 # 4-bit floats
@@ -324,13 +286,11 @@ DOT_BYTES = {
 }
 
 
-def dot_bytes(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def dot_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Fours of products straight into 32 bits."""
     b, isa = group.b, group.isa
     name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
-    totals = [cut(b, value, I32, isa.width) for value in start]
+    totals = [cut(b, constant(0), I32, isa.width) for _ in blocks]
     for q in which:
         codes = cut(b, group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
@@ -351,11 +311,9 @@ def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.T
     return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
 
 
-def plain(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Byte by byte, in int32."""
-    b, totals = group.b, [*start]
+    b, totals = group.b, [constant(0)] * len(blocks)
     for q in which:
         for j in range(4):
             code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from llvmlite import ir
 from numba import types
 
-from ruvon.kernels.cpu.formats import LANES, NEGATED, NEGATED_HALF, SCALE, TOTAL
+from ruvon.kernels.cpu.formats import HALVES, LANES, SCALE, TOTAL
 from ruvon.kernels.cpu.jit.simd import (
     F32,
     F32V,
@@ -51,15 +51,9 @@ def emit_quantize(b: ir.IRBuilder, x: ir.Value, y: ir.Value, block: ir.Value) ->
     for half, each in enumerate(codes):
         store_as(b, offset(b, block, LANES * half), each, 1)
     first, second = sum_halves(b, *(b.sext(each, I32V) for each in codes))
-    total, by_128 = b.add(first, second), ir.Constant(I32, -128)
-    tail = {
-        SCALE: b.fmul(peak, ir.Constant(F32, 1 / 127)),
-        TOTAL: b.sitofp(total, F32),
-        NEGATED: b.mul(total, by_128),
-        NEGATED_HALF: b.mul(first, by_128),
-    }
-    for at, value in tail.items():
-        store_as(b, offset(b, block, at), value, 4)
+    store_as(b, offset(b, block, SCALE), b.fmul(peak, ir.Constant(F32, 1 / 127)), 4)
+    for at, total in ((TOTAL, b.add(first, second)), (HALVES, first), (HALVES + 4, second)):
+        store_as(b, offset(b, block, at), b.sitofp(total, F32), 4)
 
 
 # Write 32 floats as one group of a packed row: codes, scale, and the sums of codes

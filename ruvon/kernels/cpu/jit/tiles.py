@@ -23,7 +23,7 @@ from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
-from ruvon.kernels.cpu.jit.dots import Group, float_sum, group_sums
+from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
 from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
@@ -129,7 +129,7 @@ def group_products(
         return products
     shift = scales()[kind.scales_per_group + part]
     return [
-        fused(b, shift, float_sum(group, block, part), product)
+        fused(b, shift, code_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
     ]
 
