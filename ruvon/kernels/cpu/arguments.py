@@ -181,7 +181,9 @@ class Combine(NamedTuple):
     out_stride: int
 
 
-class Activate(NamedTuple):
+class Gate(NamedTuple):
+    """What its product cannot do: a gate's rows and, behind each, what it gates."""
+
     x: Address
     stride: int
     activation: int

@@ -223,9 +223,9 @@ class Capture:
         gated = activation in GATED
         width = outputs // 2 if gated else outputs
         stacked = len(parts) > 1
-        if (gated and width % COLUMNS) or (stacked and activation != "none"):
+        if gated and (stacked or width % COLUMNS):
             both = self.linear(x_TK, weight, bias_N, "none")  # gate and partner do not match
-            return self._activate(both, width, activation)
+            return self._gate(both, width, activation)
         x, bias = self.value_of(x_TK), constant(bias_N)
         out = self.new(x.rows, width, ROWS_ONLY if stacked else PACKABLE)
         first = 0
@@ -248,12 +248,12 @@ class Capture:
             first += rows
         return self.stand_in(out)
 
-    def _activate(self, x_TN: Tensor, width: int, activation: Activation) -> Tensor:
+    def _gate(self, x_TN: Tensor, width: int, activation: Activation) -> Tensor:
         x = self.value_of(x_TN)
         out = self.new(x.rows, width)
         code = ACTIVATIONS[activation]
-        arguments = told.Activate(x.read(), x.stride, code, width, out.read(), out.stride)
-        self.append(("activate", None), x.rows, arguments)
+        arguments = told.Gate(x.read(), x.stride, code, width, out.read(), out.stride)
+        self.append(("gate", None), x.rows, arguments)
         return self.stand_in(out)
 
     def logits(self, x_LC: Tensor, head: Packed) -> Tensor:

@@ -21,7 +21,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "worker": (threads.work, types.void(*[types.intp] * 4)),
     "copy": (rows.copy, KERNEL),
     "norm": (rows.norm, KERNEL),
-    "activate": (rows.activate, KERNEL),
+    "gate": (rows.gate, KERNEL),
     "route": (experts.route, KERNEL),
     "sort": (experts.sort, KERNEL),
     "dispatch": (experts.dispatch, KERNEL),

@@ -8,9 +8,9 @@ from __future__ import annotations
 import numpy as np
 
 from ruvon.kernels.cpu.arguments import (
-    Activate,
     Argmax,
     Copy,
+    Gate,
     Norm,
 )
 from ruvon.kernels.cpu.formats import BF16_CACHE, ROWS, Form
@@ -195,18 +195,13 @@ def activate16(x, activation):
     return x
 
 
-def activate(address, params, start, stop, scratch):
-    """The activation of a product that could not do it itself."""
-    a = arguments(Activate, address)
+def gate(address, params, start, stop, scratch):
+    a = arguments(Gate, address)
     zeros = splat16(0.0)
     for row in range(start, stop):
         x, out = a.x + row * a.stride, a.out + row * a.out_stride
         for c in range(0, a.width, 16):
-            value = load(x + 4 * c)
-            if a.activation in (SILU_GATED, GELU_TANH_GATED):
-                value = gated(value, load(x + 4 * (a.width + c)), a.activation)
-            else:
-                value = activate16(value, a.activation)
+            value = gated(load(x + 4 * c), load(x + 4 * (a.width + c)), a.activation)
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
 
 
