@@ -41,7 +41,7 @@ def test_memory_is_given_on_after_the_last_use():
     second = trace.add(first, first)
     third = trace.add(second, second)
     last = trace.add(third, second)
-    values = [trace.value_of(x) for x in (first, second, third, last)]
+    values = [trace.value_of(x).read().value for x in (first, second, third, last)]
     give_memory(trace, {values[3]})
     addresses = [value.memory[Form.ROWS].data_ptr() for value in values]
     assert addresses[2] == addresses[0]  # first was read for the last time before
@@ -52,7 +52,7 @@ def test_results_keep_their_memory():
     trace, first = traced()
     second = trace.add(first, first)
     third = trace.add(second, second)
-    values = [trace.value_of(x) for x in (first, second, third)]
+    values = [trace.value_of(x).read().value for x in (first, second, third)]
     give_memory(trace, {values[0]})
     assert len({value.memory[Form.ROWS].data_ptr() for value in values}) == 3
 
