@@ -1,10 +1,11 @@
 """Whether a server stays as it was: the same load for an hour, and its numbers for each minute.
 
-    python bench/soak.py [--minutes 60] [--clients 6] [-- SERVE OPTIONS]
+    python bench/soak.py [--minutes 60] [--clients 6] [--pause 0] [-- SERVE OPTIONS]
 
-Clients stream answers to random prompts of random lengths, one behind the other, and every tenth
-leaves amid its answer. The exit code is 1 where the last third is worse than the first: more
-memory, descriptors or threads, or slower than neighbours on the machine explain.
+Clients stream answers to random prompts of random lengths, one behind the other or with a pause in
+between, and every tenth leaves amid its answer. The exit code is 1 where the last third is worse
+than the first: more memory, descriptors or threads, or slower than neighbours on the machine
+explain.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=int, default=60)
     parser.add_argument("--clients", type=int, default=6)
+    parser.add_argument("--pause", type=float, default=0.0, help="Seconds, on average.")
     parser.add_argument("options", nargs="*", help="Passed on to ruvon serve, after --.")
     args = parser.parse_args()
     port = free_port()
@@ -75,22 +77,23 @@ def main() -> int:
         "warning",
     ]
     with running([*command, *CACHE, *args.options], port) as server:
-        minutes = asyncio.run(soak(server, args.minutes, args.clients))
+        minutes = asyncio.run(soak(server, args.minutes, args.clients, args.pause))
     verdicts = compare(minutes)
     rows = [asdict(minute) for minute in minutes]
-    path = write("soak", {"machine": machine(), "options": args.options, "minutes": rows})
+    asked = {"clients": args.clients, "pause": args.pause, "options": args.options}
+    path = write("soak", {"machine": machine(), **asked, "minutes": rows})
     print("\n".join(["", *verdicts, f"Wrote {path}"]))
     return 1 if any(verdict.startswith("WORSE") for verdict in verdicts) else 0
 
 
-async def soak(server: Server, minutes: int, clients: int) -> list[Minute]:
+async def soak(server: Server, minutes: int, clients: int, pause: float) -> list[Minute]:
     """Load it, and print a row a minute."""
     seen: list[Minute] = []
     samples: list[Sample] = []
     async with open_session() as session:
         model = await find_model(session, server.url)
         tasks = [
-            asyncio.create_task(client(session, server.url, model, number, samples))
+            asyncio.create_task(client(session, server.url, model, number, pause, samples))
             for number in range(clients)
         ]
         print(HEAD, flush=True)
@@ -112,11 +115,17 @@ async def soak(server: Server, minutes: int, clients: int) -> list[Minute]:
 
 
 async def client(
-    session: aiohttp.ClientSession, url: str, model: str, number: int, samples: list[Sample]
+    session: aiohttp.ClientSession,
+    url: str,
+    model: str,
+    number: int,
+    pause: float,
+    samples: list[Sample],
 ) -> None:
     """Ask, read and ask again. Raises RuntimeError for an answer that is none."""
     rng = random.Random(number)
     while True:
+        await asyncio.sleep(rng.uniform(0, 2 * pause))
         prompt = random_prompt(rng, rng.randint(1, PROMPT))
         payload = Load(model, ()).payload(prompt, rng.randint(4, ANSWER))
         asking = asyncio.create_task(send(session, f"{url}/v1/completions", payload))

@@ -34,10 +34,11 @@ from supervisor import Size, Supervised  # noqa: E402
 
 CASES_PER_SECOND = 8  # of different requests; each is asked alone first
 MOST_CASES = 1500
+ALONE = 0.25  # of the time may pass until all have been asked; who has not been by then is left out
 QUIET = 30.0  # seconds after which nothing may be left of what clients wanted
 MORE_MEMORY, MORE_SHARE = 32 << 20, 0.1  # that a process may have grown by while it was in use
 MORE_FILES = 6
-LEAST = 40  # right answers before a server is weighed, and again before it is asked to end
+LEAST = 40  # requests; and right answers before a server is weighed, and again before its end
 SHOWN = 5  # odd answers
 
 
@@ -79,9 +80,11 @@ async def play_in(
     for server in world.all:
         await server.until_ready()
     say(f"{report.name}: ready, asking each request alone")
+    began = time.monotonic()
     cases = scenario.cases(seed, min(int(CASES_PER_SECOND * seconds), MOST_CASES))
     session, port = world.front.session, world.front.port
-    alone = [await ask_alone(session, port, case) for case in cases]
+    alone = await ask_each_alone(session, port, cases, began + ALONE * seconds)
+    del cases[len(alone) :]
     report.problems += [
         f"alone: {status} for {case.path} {case.body[:300]!r}"
         for case, (status, _) in zip(cases, alone, strict=True)
@@ -89,7 +92,7 @@ async def play_in(
     ]
     storm = Storm(seed, port, session, cases, alone)
     say(f"{report.name}: {len(cases)} asked, {scenario.clients} clients begin")
-    await rage(storm, world, scenario, seconds, report)
+    await rage(storm, world, scenario, seconds - (time.monotonic() - began), report)
     say(f"{report.name}: clients are gone, looking what is left")
     report.problems += await left_behind(world)
     report.problems += weigh(report)
@@ -144,6 +147,17 @@ def set_faults(world: World, on: bool) -> None:
 
 def is_chaotic(server: Supervised) -> bool:
     return str(PROGRAM) in server.command
+
+
+async def ask_each_alone(
+    session: aiohttp.ClientSession, port: int, cases: Sequence[Case], until: float
+) -> list[tuple[int, bytes]]:
+    alone: list[tuple[int, bytes]] = []
+    for case in cases:
+        if len(alone) >= LEAST and time.monotonic() > until:
+            break
+        alone.append(await ask_alone(session, port, case))
+    return alone
 
 
 async def ask_alone(session: aiohttp.ClientSession, port: int, case: Case) -> tuple[int, bytes]:
@@ -221,6 +235,8 @@ def show(report: Report, scenario: Scenario, seconds: float) -> None:
         f"  {'done to it':<16} {', '.join(f'{n} {c}' for n, c in report.done.items()) or 'nothing'}"
     )
     print(f"  {'hit by a fault':<16} {report.hit:,} requests")
+    excused = ", ".join(f"{what} {count:,}" for what, count in report.excused.items() if count)
+    print(f"  {'excused':<16} {excused or 'nothing'}")
     for name, young, old in report.sizes:
         print(f"  {'size in use':<16} {describe_size(young)}: {name}")
         print(f"  {'at the end':<16} {describe_size(old)}")

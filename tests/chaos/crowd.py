@@ -46,6 +46,7 @@ class Odd:
     detail: str
     began: float
     ended: float
+    sending: float = 0.0  # seconds that its client took to send it, as far as that may be long
 
 
 @dataclass
@@ -80,7 +81,14 @@ class Storm:
                 return number
 
     def judge(
-        self, number: int, manner: str, request_id: str, began: float, status: int, body: bytes
+        self,
+        number: int,
+        manner: str,
+        request_id: str,
+        began: float,
+        status: int,
+        body: bytes,
+        sending: float = 0.0,
     ) -> None:
         """Count an answer, and keep it if it is not as it should be."""
         case, (alone_status, alone) = self.cases[number], self.alone[number]
@@ -93,14 +101,21 @@ class Storm:
         if not (whole and (status, digest) == (alone_status, alone)):
             what = error_code(body) or ("different" if whole else "cut")
             detail = f"{status}, not {alone_status}: {body[-300:]!r}"
-            self.note(request_id, number, manner, what, detail, began)
+            self.note(request_id, number, manner, what, detail, began, sending)
         self.counts[case.kind, what or "as alone"] += 1
 
     def note(
-        self, request_id: str, number: int, manner: str, what: str, detail: str, began: float
+        self,
+        request_id: str,
+        number: int,
+        manner: str,
+        what: str,
+        detail: str,
+        began: float,
+        sending: float = 0.0,
     ) -> None:
-        case = self.cases[number]
-        self.odd.append(Odd(request_id, case, manner, what, detail, began, time.monotonic()))
+        case, now = self.cases[number], time.monotonic()
+        self.odd.append(Odd(request_id, case, manner, what, detail, began, now, sending))
 
 
 def error_code(body: bytes) -> str:
@@ -156,7 +171,7 @@ async def hurried(storm: Storm, rng: Random, request_id: str) -> None:
 async def slow(storm: Storm, rng: Random, request_id: str) -> None:
     """Sends in pieces, and reads in pieces, with rests in between."""
     number = storm.draw(rng)
-    case, began = storm.cases[number], time.monotonic()
+    case, began, sending = storm.cases[number], time.monotonic(), 0.0
     if len(case.body) > 10_000:
         return
     data = b""
@@ -164,8 +179,10 @@ async def slow(storm: Storm, rng: Random, request_id: str) -> None:
         async with asyncio.timeout(PATIENCE), connected(storm.port) as (reader, writer):
             whole = head(case, request_id, "Connection: close\r\n") + case.body
             step = max(len(whole) // 4, 1)
+            first = time.monotonic()
             for at in range(0, len(whole), step):
                 writer.write(whole[at : at + step])
+                sending = time.monotonic() - first
                 await asyncio.sleep(rng.random() * 0.1)
             while piece := await reader.read(rng.choice([1, 100, 5000])):
                 data += piece
@@ -182,7 +199,7 @@ async def slow(storm: Storm, rng: Random, request_id: str) -> None:
         storm.note(request_id, number, "slow", what, repr(error), began)
         await asyncio.sleep(0.2)
     else:
-        storm.judge(number, "slow", request_id, began, status, body)
+        storm.judge(number, "slow", request_id, began, status, body, sending)
 
 
 # ------------------------------------------------------------------------------ those that leave

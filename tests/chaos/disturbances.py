@@ -47,11 +47,11 @@ async def disturb(
     again ``until`` then."""
     while disturbances:
         for one in rng.sample(disturbances, len(disturbances)):
+            if one.__name__ in world.counts and time.monotonic() > until:
+                return
             await asyncio.sleep(rng.uniform(0.3, 1.0))
             await one(world, rng)
             world.counts[one.__name__] = world.counts.get(one.__name__, 0) + 1
-        if time.monotonic() > until:
-            return
     await asyncio.sleep(until - time.monotonic())
 
 
@@ -150,8 +150,8 @@ def is_excused(odd: Odd, windows: Sequence[Window], hit: set[str]) -> bool:
             return True
         case "deadline_exceeded":
             return odd.manner == "hurried"
-        case "request_timeout":  # these clients may be late on a busy machine
-            return odd.manner == "slow" and odd.ended - odd.began > HEAD_PATIENCE
+        case "request_timeout":  # on a busy machine a client itself may be late
+            return odd.sending > HEAD_PATIENCE
         case "not_ready":
             return bool(during)
         case "unanswered":  # what a server that drains had begun, it must answer

@@ -57,8 +57,8 @@ def test_no_wrong_answer_is_excused_and_no_cut_one_by_a_drain():
     drained = Window("drained", 1.0, 5.0, cuts=False)
     killed = Window("killed", 8.0, 9.0)
 
-    def excused(what, began, ended, hit=()):
-        odd = Odd("r1", CASE, "patient", what, "", began, ended)
+    def excused(what, began, ended, hit=(), sending=0.0):
+        odd = Odd("r1", CASE, "slow", what, "", began, ended, sending)
         return is_excused(odd, [drained, killed], set(hit))
 
     assert not excused("different", 2.0, 8.5, hit=["r1"])
@@ -69,3 +69,5 @@ def test_no_wrong_answer_is_excused_and_no_cut_one_by_a_drain():
     assert not excused("cut", 2.0, 4.0)
     assert excused("cut", 7.0, 8.5)
     assert not excused("silence", 7.0, 8.5)
+    assert not excused("request_timeout", 2.0, 60.0)
+    assert excused("request_timeout", 2.0, 60.0, sending=21.0)

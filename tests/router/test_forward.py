@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 
+import pytest
+from aiohttp.http_parser import DeflateBuffer
 from serving import ScriptRunner, texts
+
+BOMB = gzip.compress(b'{"prompt": "' + bytes(1 << 20))
 
 
 async def test_an_answer_passes_through_as_it_is(route):
@@ -33,6 +38,16 @@ async def test_errors_are_the_replicas(route):
     assert wrong.error["param"] == "messages"
     missing = await router.get("/nowhere")
     assert missing.status == 404
+
+
+async def test_a_compressed_body_is_refused_before_anybody_inflates_it(route, monkeypatch):
+    monkeypatch.setattr(DeflateBuffer, "__init__", lambda *given: pytest.fail("decompressed"))
+    router = await route(1)
+    for path in ("/v1/completions", "/v1/messages", "/anything"):
+        reply = await router.post(path, BOMB, headers={"Content-Encoding": "gzip"})
+        assert reply.status == 415, path
+    samples = await router.metrics()
+    assert not any("ruvon_router_choices_total" in name for name, count in samples.items() if count)
 
 
 async def test_a_conversation_stays_where_its_beginning_is(route):
