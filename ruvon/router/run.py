@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import os
 import signal
 import tempfile
@@ -29,6 +28,7 @@ from ruvon.router.scale import follow_load
 from ruvon.router.supervisor import Site, Supervisor
 from ruvon.server import console
 from ruvon.server.connection import Runner
+from ruvon.server.garbage import keep_for_good
 from ruvon.server.listen import allow_files, listen, listen_unix
 from ruvon.server.signals import watch_end, watch_hangup
 from ruvon.server.tls import TLS, Certificate
@@ -38,7 +38,6 @@ log = structlog.get_logger(__name__)
 
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers
 SETTLED = 0.02  # seconds between two looks at whether all is answered
-YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
 FILES = 64  # beside connections, of which each client's may have another one to a replica
 
 
@@ -97,8 +96,7 @@ def start(
     server = app[ROUTING].server
     configure_logging(server.log_level, server.log_format)
     allow_files(2 * server.max_connections + FILES)
-    gc.freeze()  # what was imported stays, and need not be looked through again and again
-    gc.set_threshold(YOUNG_OBJECTS)
+    keep_for_good()
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(run(app, supervisor, make_site))
 

@@ -24,6 +24,7 @@ from ruvon.server.connection import Runner, Server, expect
 from ruvon.server.decisions import decisions
 from ruvon.server.embeddings import embeddings
 from ruvon.server.explain import explain
+from ruvon.server.garbage import keep_for_good
 from ruvon.server.keys import KEYS, Keys, read_keys
 from ruvon.server.lag import watch_lag
 from ruvon.server.lifecycle import Start, engine_context, still_loading
@@ -51,7 +52,6 @@ from ruvon.telemetry.tracing import open_tracing
 
 log = structlog.get_logger(__name__)
 
-YOUNG_OBJECTS = 10_000  # before the garbage collector looks at them; Python's own is 700
 OTHER_FILES = 512  # that the process has open beside connections: weights, sockets, pipes
 GOODBYE = 5.0  # seconds for last bytes to reach slow readers, once all is computed
 
@@ -216,14 +216,9 @@ def fill_standard_streams() -> None:
 
 
 def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:
-    """Start an engine that lives as long as the process. So does most of what was made on the way:
-    the garbage collector, which else would stop everything to look through it every now and then
-    (for 0.2 s), leaves it alone. And it looks less often for what is new: a step of hundreds of
-    sequences makes as many objects, most of which are gone with the next."""
+    """Start an engine that lives as long as the process, with most of what is made on the way."""
     loaded = start_engine(config, progress)
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(YOUNG_OBJECTS)
+    keep_for_good()
     return loaded
 
 

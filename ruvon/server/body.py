@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -18,6 +21,8 @@ from ruvon.server.threads import Aside
 T = TypeVar("T")
 
 HURRY = 0.02  # seconds that the event loop's thread can spare for one template
+PATIENT = 0.0005  # seconds that the event loop's thread waits for the interpreter, in `politely`
+TURN = 0.002  # seconds after which others have their turn before a request goes on
 
 
 READER = web.AppKey("reader", Aside)
@@ -46,13 +51,30 @@ async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T
     held: list[object] = []  # not to be forgotten until they are used
     while True:
         try:
-            return await app[READER].run(work) if large else in_a_hurry(work)
+            if large:
+                return await app[READER].run(partial(politely, work))
+            began = time.perf_counter()
+            result = in_a_hurry(work)
+            if time.perf_counter() - began > TURN:
+                await asyncio.sleep(0)
+            return result
         except SlowTemplateError:
             large = True
             continue
         except NotCompiledError as error:
             compile = partial(app[STATE].ready().generator.compile, error.grammars)
         held += await app[COMPILER].run(compile)
+
+
+def politely(work: Callable[[], T]) -> T:
+    """Do ``work`` in a thread that leaves the interpreter to the event loop's soon after it asks:
+    one turn of the loop asks several times, and would wait for so many of Python's 5 ms."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(PATIENT)
+    try:
+        return work()
+    finally:
+        sys.setswitchinterval(usual)
 
 
 def in_a_hurry(work: Callable[[], T]) -> T:

@@ -21,7 +21,7 @@ from ruvon.server.shape import Bounds, check_shape
 
 MAX_IGNORED = 32  # names reported back
 MAX_MESSAGE = 400  # characters of a validation message: a small request must not get a huge answer
-SMALL = 4096  # bytes of a body that no count of values can make slow
+SMALL = 2048  # bytes of a body that no count of values, and no tools, can make slow
 
 R = TypeVar("R", bound=Fields)
 

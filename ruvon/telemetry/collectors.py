@@ -7,7 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import accumulate
 
-from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -35,8 +35,8 @@ def one_two_five(limit: int) -> tuple[int, ...]:
 
 
 class Tally(Collector):
-    """A histogram that takes in many equal observations at the price of one: all sequences of a
-    step wait equally long for their tokens."""
+    """A histogram to which an observation costs a fraction of a microsecond, however many of equal
+    value there are: a step of hundreds of sequences that end makes thousands."""
 
     def __init__(
         self, name: str, help: str, bounds: Iterable[float], labels: Mapping[str, str]
@@ -46,7 +46,7 @@ class Tally(Collector):
         self._counts = [0] * len(self._bounds)
         self._sum = 0.0
 
-    def observe(self, value: float, count: int) -> None:
+    def observe(self, value: float, count: int = 1) -> None:
         self._counts[bisect_left(self._bounds, value)] += count
         self._sum += value * count
 
@@ -59,14 +59,29 @@ class Tally(Collector):
 
 
 class Watched(Collector):
-    """A counter that somebody else keeps, read when it is asked for."""
+    """Numbers that somebody else keeps, read when they are asked for: a counter or a gauge, or one
+    for each value of the label ``by``."""
 
     def __init__(
-        self, name: str, help: str, read: Callable[[], int], labels: Mapping[str, str]
+        self,
+        name: str,
+        help: str,
+        read: Callable[[], float | Mapping[str, float]],
+        labels: Mapping[str, str],
+        *,
+        by: str = "",
+        family: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily,
     ) -> None:
         self._name, self._help, self._read, self._labels = name, help, read, labels
+        self._by, self._family = by, family
 
-    def collect(self) -> Iterator[CounterMetricFamily]:
-        family = CounterMetricFamily(self._name, self._help, labels=list(self._labels))
-        family.add_metric(list(self._labels.values()), self._read())
+    def collect(self) -> Iterator[CounterMetricFamily | GaugeMetricFamily]:
+        names = [*self._labels, self._by] if self._by else [*self._labels]
+        family = self._family(self._name, self._help, labels=names)
+        found, values = self._read(), [*self._labels.values()]
+        if isinstance(found, Mapping):
+            for value, number in dict(found).items():
+                family.add_metric([*values, value], number)
+        else:
+            family.add_metric(values, found)
         yield family

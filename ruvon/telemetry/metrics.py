@@ -7,7 +7,8 @@ compares.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 
 from prometheus_client import (
     CollectorRegistry,
@@ -17,6 +18,7 @@ from prometheus_client import (
     ProcessCollector,
     generate_latest,
 )
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
 from ruvon.telemetry.collectors import (
     FIRST_TOKEN_BUCKETS,
@@ -33,119 +35,122 @@ from ruvon.telemetry.totals import Totals
 
 
 class Metrics:
-    """What one engine counts. Everything is recorded from the event loop's thread."""
+    """What one engine counts. Everything is recorded from the event loop's thread, which steps wait
+    for: so what is counted are numbers of ours, and Prometheus reads them when it comes."""
 
     def __init__(self, model_name: str = "", max_model_len: int = 131072) -> None:
         self.registry = CollectorRegistry()
         self.totals = Totals()
         self._labels = {"model_name": model_name, "engine": "0"}
-        self._make_engine_metrics()
-        self._make_request_counters()
-        self._make_request_histograms(one_two_five(max_model_len))
-
-    def _make_engine_metrics(self) -> None:
-        self._running = self._gauge("num_requests_running", "Sequences in the running batch.")
-        self._waiting = self._gauge("num_requests_waiting", "Sequences waiting to be scheduled.")
-        self._waiting_by = Gauge(
-            "vllm:num_requests_waiting_by_reason",
-            "Sequences waiting, by what they wait for.",
-            [*self._labels, "reason"],
-            registry=self.registry,
-        ).labels(**self._labels, reason="capacity")
-        self._kv_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
-        self._queries = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
-        self._hits = self._counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._preemptions = self._counter("num_preemptions", "Sequences preempted.")
-        self._step_tokens = self._histogram(
-            "iteration_tokens_total", "Tokens computed in one step.", STEP_TOKENS_BUCKETS
-        )
-
-    def _make_request_counters(self) -> None:
-        self._prompt_tokens = self._counter("prompt_tokens", "Prompt tokens processed.")
-        self._output_tokens = self._counter("generation_tokens", "Tokens generated.")
-        self._prompt_cached = self._counter("prompt_tokens_cached", "Prompt tokens from the cache.")
-        self._prompt_by_source = Counter(
-            "vllm:prompt_tokens_by_source",
-            "Prompt tokens, by where their keys and values came from.",
-            [*self._labels, "source"],
-            registry=self.registry,
-        )
-        self._finished = Counter(
-            "vllm:request_success",
-            "Sequences finished, by reason.",
-            [*self._labels, "finished_reason"],
-            registry=self.registry,
-        )
+        self._publish_state()
+        self._publish_totals()
         self._rejections = Counter(
             "vllm:admission_rejections",
             "Requests refused before they were queued.",
             ["model_name", "reason"],
             registry=self.registry,
         )
-        self._waits = Counter(
-            "vllm:queue_wait_seconds",
-            "Seconds that sequences waited for their first step, by what they waited for.",
-            [*self._labels, "reason"],
-            registry=self.registry,
-        )
-        self._corrupted = self._counter(
-            "corrupted_requests", "Sequences for which something was computed that is no number."
-        )
-        for reason in ("stop", "length", "abort", "error", "deadline"):
-            self._finished.labels(**self._labels, finished_reason=reason)
+        self._make_histograms(one_two_five(max_model_len))
 
-    def _make_request_histograms(self, lengths: tuple[int, ...]) -> None:
-        self._lengths = {
-            name: self._histogram(name, help, lengths)
-            for name, help in {
-                "request_prompt_tokens": "Prompt length.",
-                "request_generation_tokens": "Output length.",
-                "request_max_num_generation_tokens": "Longest output of the request.",
-                "request_params_max_tokens": "Most tokens asked for.",
-                "request_prefill_kv_computed_tokens": "Prompt tokens not found in the cache.",
-            }.items()
-        }
-        self._params_n = self._histogram("request_params_n", "Asked n.", (1, 2, 5, 10, 20))
-        self._request_preemptions = self._histogram(
+    def _publish_state(self) -> None:
+        now, gauge = self.totals, partial(self._publish, family=GaugeMetricFamily)
+        gauge("num_requests_running", "Sequences in the running batch.", lambda: now.running)
+        gauge("num_requests_waiting", "Sequences waiting to be scheduled.", lambda: now.waiting)
+        gauge(
+            "num_requests_waiting_by_reason",
+            "Sequences waiting, by what they wait for.",
+            lambda: {"capacity": now.waiting},
+            by="reason",
+        )
+        gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.", lambda: now.kv_usage)
+
+    def _publish_totals(self) -> None:
+        now, publish = self.totals, self._publish
+        publish("prefix_cache_queries", "Prompt tokens looked up.", lambda: now.queried)
+        publish("prefix_cache_hits", "Prompt tokens found in the cache.", lambda: now.cached)
+        publish("num_preemptions", "Sequences preempted.", lambda: now.preempted)
+        publish("prompt_tokens", "Prompt tokens processed.", lambda: now.prompt_tokens)
+        publish("prompt_tokens_cached", "Prompt tokens from the cache.", lambda: now.prompt_cached)
+        publish(
+            "prompt_tokens_by_source",
+            "Prompt tokens, by where their keys and values came from.",
+            now.prompt_tokens_by_source,
+            by="source",
+        )
+        publish("generation_tokens", "Tokens generated.", lambda: now.output_tokens)
+        publish(
+            "request_success",
+            "Sequences finished, by reason.",
+            lambda: now.finished,
+            by="finished_reason",
+        )
+        publish(
+            "queue_wait_seconds",
+            "Seconds that sequences waited for their first step, by what they waited for.",
+            lambda: now.waits,
+            by="reason",
+        )
+        publish(
+            "corrupted_requests",
+            "Sequences for which something was computed that is no number.",
+            lambda: now.corrupted,
+        )
+
+    def _make_histograms(self, lengths: tuple[int, ...]) -> None:
+        make, waits = self._histogram, REQUEST_BUCKETS
+        self._step_tokens = make(
+            "iteration_tokens_total", "Tokens computed in one step.", STEP_TOKENS_BUCKETS
+        )
+        self._prompt = make("request_prompt_tokens", "Prompt length.", lengths)
+        self._computed = make(
+            "request_prefill_kv_computed_tokens", "Prompt tokens not found in the cache.", lengths
+        )
+        self._output = make("request_generation_tokens", "Output length.", lengths)
+        self._longest = make(
+            "request_max_num_generation_tokens", "Longest output of the request.", lengths
+        )
+        self._max_tokens = make("request_params_max_tokens", "Most tokens asked for.", lengths)
+        self._params_n = make("request_params_n", "Asked n.", (1, 2, 5, 10, 20))
+        self._num_preempted = make(
             "request_num_preemptions", "How often a sequence was preempted.", (0, 1, 2, 5, 10, 20)
         )
-        self._first_token = self._histogram(
+        self._first_token = make(
             "time_to_first_token_seconds", "Arrival to first token.", FIRST_TOKEN_BUCKETS
         )
-        self._inter_token = Tally(
-            "vllm:inter_token_latency_seconds", "Between two tokens.", TOKEN_LATENCY_BUCKETS,
-            self._labels,
-        )  # fmt: skip
-        self.registry.register(self._inter_token)
-        self._per_token = self._histogram(
+        self._inter_token = make(
+            "inter_token_latency_seconds", "Between two tokens.", TOKEN_LATENCY_BUCKETS
+        )
+        self._per_token = make(
             "request_time_per_output_token_seconds",
             "Mean time of a request's tokens after the first.",
             TOKEN_LATENCY_BUCKETS,
         )
-        self._seconds = {
-            name: self._histogram(f"{name}_seconds", help, REQUEST_BUCKETS)
-            for name, help in {
-                "e2e_request_latency": "Arrival to finish.",
-                "request_queue_time": "Arrival to first scheduling.",
-                "request_inference_time": "First scheduling to finish.",
-                "request_prefill_time": "First scheduling to first token.",
-                "request_decode_time": "First token to finish.",
-            }.items()
-        }
-
-    def _gauge(self, name: str, help: str) -> Gauge:
-        gauge = Gauge(f"vllm:{name}", help, list(self._labels), registry=self.registry)
-        return gauge.labels(**self._labels)
-
-    def _counter(self, name: str, help: str) -> Counter:
-        counter = Counter(f"vllm:{name}", help, list(self._labels), registry=self.registry)
-        return counter.labels(**self._labels)
-
-    def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Histogram:
-        histogram = Histogram(
-            f"vllm:{name}", help, list(self._labels), registry=self.registry, buckets=tuple(buckets)
+        self._total = make("e2e_request_latency_seconds", "Arrival to finish.", waits)
+        self._queue = make("request_queue_time_seconds", "Arrival to first scheduling.", waits)
+        self._inference = make(
+            "request_inference_time_seconds", "First scheduling to finish.", waits
         )
-        return histogram.labels(**self._labels)
+        self._prefill = make(
+            "request_prefill_time_seconds", "First scheduling to first token.", waits
+        )
+        self._decode = make("request_decode_time_seconds", "First token to finish.", waits)
+
+    def _publish(
+        self,
+        name: str,
+        help: str,
+        read: Callable[[], float | Mapping[str, float]],
+        by: str = "",
+        family: type[CounterMetricFamily | GaugeMetricFamily] = CounterMetricFamily,
+    ) -> None:
+        self.registry.register(
+            Watched(f"vllm:{name}", help, read, self._labels, by=by, family=family)
+        )
+
+    def _histogram(self, name: str, help: str, buckets: Iterable[float]) -> Tally:
+        tally = Tally(f"vllm:{name}", help, buckets, self._labels)
+        self.registry.register(tally)
+        return tally
 
     def describe_cache(self, **settings: object) -> None:
         """Publish the cache's settings as labels of ``vllm:cache_config_info``, once."""
@@ -157,11 +162,12 @@ class Metrics:
 
     def describe_ranks(self, count: int) -> None:
         """Publish ``vllm:ranks``, once."""
-        self._gauge("ranks", "Processes that compute a step between them.").set(count)
+        help = "Processes that compute a step between them."
+        self._publish("ranks", help, lambda: count, family=GaugeMetricFamily)
 
     def watch(self, name: str, help: str, read: Callable[[], int]) -> None:
         """Publish ``vllm:{name}_total``, counted elsewhere. ``read`` is called on any thread."""
-        self.registry.register(Watched(f"vllm:{name}", help, read, self._labels))
+        self._publish(name, help, read)
 
     def record_step(
         self,
@@ -177,75 +183,50 @@ class Metrics:
         """Count one engine step."""
         totals = self.totals
         totals.steps += 1
+        totals.queried += num_queried
+        totals.cached += num_cached
+        totals.preempted += num_preempted
         self.set_load(num_running, num_waiting, kv_usage)
         self._step_tokens.observe(num_tokens)
-        if num_queried:
-            totals.queried += num_queried
-            totals.cached += num_cached
-            self._queries.inc(num_queried)
-            self._hits.inc(num_cached)
-        if num_preempted:
-            self._preemptions.inc(num_preempted)
 
     def set_load(self, num_running: int, num_waiting: int, kv_usage: float) -> None:
         """Set the gauges; between steps too, since sequences come and leave there as well."""
         totals = self.totals
         totals.running, totals.waiting, totals.kv_usage = num_running, num_waiting, kv_usage
-        self._running.set(num_running)
-        self._waiting.set(num_waiting)
-        self._waiting_by.set(num_waiting)
-        self._kv_usage.set(kv_usage)
 
     def record_first_token(self, seconds: float) -> None:
         """Count a sequence's first token, ``seconds`` after it arrived."""
         self._first_token.observe(seconds)
-        self._output_tokens.inc()
         self.totals.output_tokens += 1
 
     def record_inter_token(self, seconds: float, count: int = 1) -> None:
         """Count the later tokens of ``count`` sequences, each ``seconds`` after the one before."""
         self._inter_token.observe(seconds, count)
-        self._output_tokens.inc(count)
         self.totals.output_tokens += count
 
     def record_finished(self, finished: Finished) -> None:
         """Count one completion that ended."""
-        self._finished.labels(**self._labels, finished_reason=finished.reason).inc()
-        self._corrupted.inc(finished.corrupted)
-        num_output = finished.num_output
-        for name, value in {
-            "request_prompt_tokens": finished.num_prompt,
-            "request_prefill_kv_computed_tokens": finished.num_prompt - finished.num_cached,
-            "request_generation_tokens": num_output,
-            "request_max_num_generation_tokens": num_output,
-            "request_params_max_tokens": finished.max_tokens,
-        }.items():
-            self._lengths[name].observe(value)
+        self.totals.take(finished)
+        num_prompt, num_output = finished.num_prompt, finished.num_output
+        self._prompt.observe(num_prompt)
+        self._computed.observe(num_prompt - finished.num_cached)
+        self._output.observe(num_output)
+        self._longest.observe(num_output)
+        self._max_tokens.observe(finished.max_tokens)
         self._params_n.observe(finished.n)
-        self._request_preemptions.observe(finished.num_preempted)
+        self._num_preempted.observe(finished.num_preempted)
         if num_output > 1:
             self._per_token.observe(finished.decode / (num_output - 1))
-        for name, seconds in {
-            "e2e_request_latency": finished.total,
-            "request_queue_time": finished.queue,
-            "request_inference_time": finished.prefill + finished.decode,
-            "request_prefill_time": finished.prefill,
-            "request_decode_time": finished.decode,
-        }.items():
-            self._seconds[name].observe(seconds)
-        for reason, seconds in finished.waits.items():
-            self._waits.labels(**self._labels, reason=reason).inc(seconds)
+        self._total.observe(finished.total)
+        self._queue.observe(finished.queue)
+        self._inference.observe(finished.prefill + finished.decode)
+        self._prefill.observe(finished.prefill)
+        self._decode.observe(finished.decode)
 
     def record_prompt(self, num_prompt: int, num_cached: int) -> None:
         """Count the tokens of a prompt that is computed now, ``num_cached`` of them found."""
         self.totals.prompt_tokens += num_prompt
-        self._prompt_tokens.inc(num_prompt)
-        self._prompt_cached.inc(num_cached)
-        for source, count in {
-            "local_compute": num_prompt - num_cached,
-            "local_cache_hit": num_cached,
-        }.items():
-            self._prompt_by_source.labels(**self._labels, source=source).inc(count)
+        self.totals.prompt_cached += num_cached
 
     def record_rejection(self, reason: str) -> None:
         """Count a request refused because a bound was reached, such as ``max_num_queued_reqs``."""

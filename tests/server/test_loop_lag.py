@@ -31,9 +31,10 @@ from fakes import FakeRunner, fake_logprobs
 from serving import Server, open_server
 
 from ruvon.engine.types import Plan, StepResult
+from ruvon.server.garbage import keep_for_good
 
 BUDGET = 0.020  # seconds
-TRIES = 6
+TRIES = 10
 PIECE = 0.018  # seconds that `slowness` works on an EPYC of 2021 that is left alone
 
 
@@ -41,9 +42,7 @@ PIECE = 0.018  # seconds that `slowness` works on an EPYC of 2021 that is left a
 def frozen() -> Iterator[None]:
     """As while serving, the garbage collector does not look through what was there before."""
     threshold = gc.get_threshold()
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(10_000)
+    keep_for_good()
     yield
     gc.set_threshold(*threshold)
     gc.unfreeze()
