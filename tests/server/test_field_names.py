@@ -40,7 +40,7 @@ def test_it_is_in_the_request_or_missing_there(name):
     schema = TypeAdapter(BODIES[name]).json_schema()
 
     @settings(
-        deadline=None, max_examples=60, derandomize=True, suppress_health_check=list(HealthCheck)
+        deadline=None, max_examples=40, derandomize=True, suppress_health_check=list(HealthCheck)
     )
     @given(spoilt(values(schema, schema.get("$defs", {}))))
     def send(sent: object) -> None:
