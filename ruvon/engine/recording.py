@@ -383,5 +383,5 @@ def read(lines: Iterable[bytes]) -> Iterator[Header | Event]:
             yield HEADER.validate_json(text) if number == 1 else EVENT.validate_json(text)
         except ValidationError as error:
             what = error.errors()[0]
-            where = ".".join(map(str, what["loc"]))
-            raise LoadError(f"line {number} of the recording: {where}: {what['msg']}") from error
+            told = ": ".join(filter(None, (".".join(map(str, what["loc"])), what["msg"])))
+            raise LoadError(f"line {number} of the recording: {told}") from error
