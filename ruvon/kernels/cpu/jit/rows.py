@@ -138,11 +138,6 @@ def norm(address, params, start, stop, scratch):
 
 
 @helper
-def sigmoid_times(x):
-    return sigmoid_of(x, x)
-
-
-@helper
 def sigmoid_of(x, inner):
     """x times the sigmoid of ``inner``."""
     return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
@@ -158,7 +153,7 @@ def gelu_tanh(x):
 def gated(gate, up, activation):
     """What a gate lets pass. Comparisons keep a NaN."""
     if activation == SILU_GATED:
-        return sigmoid_times(gate) * up
+        return sigmoid_of(gate, gate) * up
     if activation == GELU_TANH_GATED:
         return gelu_tanh(gate) * up
     zero, most = splat16(0.0), splat16(-7.0)
@@ -186,7 +181,7 @@ def activate16(x, activation):
     if activation == RELU:
         return larger(x, splat16(0.0))
     if activation == SILU:
-        return sigmoid_times(x)
+        return sigmoid_of(x, x)
     if activation == GELU:
         half = splat16(0.5) * x
         return fma(half, erf16(x * splat16(0.7071067811865476)), half)
