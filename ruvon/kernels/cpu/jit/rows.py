@@ -23,9 +23,8 @@ from ruvon.kernels.cpu.jit.simd import (
     fma,
     keep_first,
     larger,
-    larger_or_nan,
     load,
-    max_or_nan_lanes,
+    max_lanes,
     read_f32,
     read_i32,
     splat16,
@@ -230,8 +229,20 @@ def argmax(address, params, start, stop, scratch):
 @helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
-    whole = width // 16 * 16
+    zeros, whole = splat16(0.0), width // 16 * 16
     best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
     for at in range(0, whole, 16):
-        best = larger_or_nan(best, load(x + 4 * at))
-    return max_or_nan_lanes(best)
+        value = load(x + 4 * at)
+        best = larger(best, value)
+        nothing = fma(value, zeros, nothing)
+    found = max_lanes(best)
+    if sum_lanes(nothing) != 0:  # a NaN or an infinity
+        for at in range(width):
+            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
+    return found
+
+
+@helper
+def max_or_nan(x, y):
+    return y if y != y or y > x else x
