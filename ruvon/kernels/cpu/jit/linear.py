@@ -69,6 +69,7 @@ def make_product(kind, isa):
 
     @helper
     def row_at(a, row):
+        """Where a row of activations is."""
         if unpacked:
             return a.x + row * a.stride
         return a.x + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
