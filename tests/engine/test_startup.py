@@ -271,6 +271,14 @@ def test_what_would_do_nothing_is_refused(folder, given, message):
         start_engine(settings(folder, **given), lambda phase, share: None)
 
 
+def test_an_instruction_set_is_one_for_the_cpu_kernels(folder):
+    loaded = start_engine(
+        settings(folder, kernels="cpu", cpu_isa="portable"), lambda phase, share: None
+    )
+    loaded.close()
+    assert loaded.kernels == "cpu, portable"
+
+
 def test_what_is_not_there_is_said(tmp_path):
     with pytest.raises(LoadError, match="nowhere"):
         start_engine(settings(tmp_path / "nowhere.gguf"), lambda phase, share: None)

@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Param(IntEnum):
-    """Index of an int64 in params: what differs from step to step."""
+    """Index of an int64 in params: what differs from step to step, see `graph.sizes_of`."""
 
     TOKENS = 0
     TOKEN_PANELS = 1  # panels of `PANEL` activation rows: behind what counts the rows
@@ -40,6 +40,10 @@ WEIGHTS_COST = 3  # rows that take as long as the weights that they meet take to
 QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
 MOST_DIMS = 256
+
+# Sampling
+TILE = 128  # numbers summed up, or represented by their largest, at once
+BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 # A thread's scratch space, and its own notes at the end of it.
 SCRATCH_BYTES = 1 << 18

@@ -8,14 +8,18 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from ruvon.kernels.cpu.arguments import Sample
+from ruvon.errors import LoadError
+from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken, record_type
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.graph import Program
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
-from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.cpu.records import MOST_TOKENS, ROW, SAMPLED, TILE
+from ruvon.kernels.cpu.params import SCRATCH_BYTES, TILE, Param
 
 Records: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
+
+ROW, SAMPLED = record_type(SampledRow), record_type(SampledToken)
+MOST_TOKENS = 8 * (SCRATCH_BYTES // 2)
+"""The largest vocabulary: the marks of tokens seen before, a bit for each, lie in scratch."""
 
 SPACES_EACH = 4  # workspaces for each thread, so that others can take over what one is late with
 
@@ -31,8 +35,9 @@ class Sampler:
         capture: Capture,
         finish: Callable[[Capture, Iterable[Tensor]], Program],
     ) -> None:
-        """``capture`` is an empty one."""
-        assert vocab_size <= MOST_TOKENS
+        """``capture`` is an empty one. Raises LoadError for a vocabulary that is too large."""
+        if vocab_size > MOST_TOKENS:
+            raise LoadError(f"vocab_size {vocab_size} is more than {MOST_TOKENS}")
         rows = aligned_bytes(max_rows * ROW.itemsize)
         results = aligned_bytes(max_rows * SAMPLED.itemsize)
         self._spaces = SPACES_EACH * threads

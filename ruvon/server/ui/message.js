@@ -1,6 +1,6 @@
 // One message of a chat: its text, its reasoning and calls, its branches, and what can be done about it.
 
-import { h, grow } from "./dom.js";
+import { copy, grow, h } from "./dom.js";
 import { markdown } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -11,6 +11,11 @@ export function message(chat, node) {
     node.role === "user"
       ? h("div", { class: "words" }, node.content)
       : h("div", { class: "prose" }, markdown(node.content || ""));
+  const isWritten = chat.state.running && node.id === chat.state.conversation.leaf;
+  if (isWritten) {
+    const last = body.lastElementChild;
+    (last?.tagName === "P" ? last : body).append(h("span", { class: "caret", "aria-label": "being written" }));
+  }
   return h(
     "article",
     { class: `message ${node.role}`, "data-id": node.id },
@@ -23,12 +28,10 @@ export function message(chat, node) {
         )
       : null,
     node.role === "tool" ? h("p", { class: "label" }, `Result of ${node.name}`) : null,
-    node.content || !node.tool_calls?.length ? body : null,
+    node.content || isWritten || !node.tool_calls?.length ? body : null,
     (node.tool_calls || []).map((call) => toolCall(chat, node, call)),
     node.error ? h("p", { class: "error", role: "alert" }, node.error) : null,
-    chat.state.running && node.id === chat.state.conversation.leaf
-      ? h("span", { class: "caret", "aria-label": "being written" })
-      : footer(chat, node),
+    isWritten ? null : footer(chat, node),
   );
 }
 
@@ -70,7 +73,7 @@ function footer(chat, node) {
       : null,
     node.role === "user" ? act("Edit", () => ((chat.state.editing = node.id), chat.draw())) : null,
     node.role === "assistant" ? act("Retry", () => chat.answer(node.parent)) : null,
-    node.role === "assistant" && node.content ? act("Copy", () => navigator.clipboard?.writeText(node.content)) : null,
+    node.role === "assistant" && node.content ? act("Copy", () => copy(node.content)) : null,
     node.ids?.length ? act("Tokens", () => inspect(node)) : null,
     node.stats ? h("span", { class: "stats", title: node.stats.title }, node.stats.text) : null,
   );
