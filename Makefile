@@ -29,7 +29,7 @@ DOCS_STAMP := $(VENV)/.docs
 # Each process of tests, and the servers it starts, may take 2 GB.
 PARALLEL := --numprocesses auto --maxprocesses 8 --dist worksteal
 
-.PHONY: help setup run-api run-cli test-all test-alone test-browser browser test-optimized clients coverage chaos soak flood fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
+.PHONY: help setup run-api run-cli test-all test-alone test-browser test-optimized clients coverage chaos soak flood fmt lint mutants docs site tour bench bench-peers bench-quality dist dist-try deploy-check dashboards-check clean
 
 help: ## List the targets.
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
@@ -50,12 +50,8 @@ test-all: $(DEV_STAMP) ## Run all tests, a process for each core; ARGS= goes to 
 test-alone: $(DEV_STAMP) ## Run those that nothing may run beside.
 	$(BIN)/python -m pytest -m alone tests/server/test_loop_lag.py
 
-test-browser: browser ## Drive the page in Chromium, which has to be there (apt-get install chromium-headless-shell).
-	CHROMIUM=$${CHROMIUM:-$$(which chromium-headless-shell chromium google-chrome | head -n 1)} \
-		$(BIN)/python -m pytest tests/server/test_browser.py $(ARGS)
-
-browser: $(DEV_STAMP) ## Install what drives a browser; Chromium itself is the system's.
-	$(INSTALL) --quiet --editable '.[browser]'
+test-browser: $(DEV_STAMP) ## Drive the page in a browser: a Chromium in PATH, or CHROMIUM=.
+	$(BIN)/python -m pytest tests/server/test_browser.py $(ARGS)
 
 test-optimized: $(DEV_STAMP) ## Run bad input, faults and queues over a ruvon without asserts, as python -O has it.
 	PYTHONPATH=tests $(BIN)/python -m pytest $(PARALLEL) -p without_asserts tests/server/test_cves.py tests/server/test_malformed.py \

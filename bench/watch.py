@@ -13,6 +13,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 
 import orjson
 
@@ -58,9 +59,9 @@ def main(rows: int) -> None:
     gc.freeze()  # as a server does
     scheduler, plan = busy(rows)
     gate, recorder = Gate(time.monotonic), Recorder()
-    recorder.stepped(plan, 0.0, 1.0, [], STATS)
+    recorder.stepped(plan, 0.0, 1.0, STATS, scheduler.work)
     (event,) = recorder.since(0)
-    find = scheduler._queues._find_not_started
+    find = partial(scheduler._queues._find_not_started, None)
     standing = stand(scheduler, [], 0, 0.0)
     print(f"steps of {rows} rows, as many more waiting, microseconds")
     print(

@@ -169,6 +169,12 @@ def test_serve_takes_keys_and_origins_repeated(monkeypatch):
         (["models", "--url", "127.0.0.1:9"], "not a URL"),
         (["models", "--url", "http://127.0.0.1:9"], "http://127.0.0.1:9"),
         (["bench", "serve", "--percentile-metrics", "ttft,x"], "'x' is not one of ttft"),
+        (["bench", "serve", "--save-result", "--result-dir", __file__], "File exists"),
+        (["bench", "offline", "--output-json", "nowhere/x.json"], "nowhere is no folder"),
+        (["doctor", "http://127.0.0.1:9", "--json", "nowhere/x.json"], "nowhere is no folder"),
+        (["doctor", "http://127.0.0.1:9", "--json", "/"], "is a directory"),
+        (["replay", "nowhere"], "'nowhere' does not exist"),
+        (["replay", "/"], "is a directory"),
     ],
 )
 def test_mistakes_are_one_line_and_a_failure(args, told):
@@ -216,6 +222,12 @@ def test_complete_reads_stdin(server):
     args = ["complete", "-", "--url", server.url, "--model", "m"]
     assert invoke(*args, input="from a pipe").exit_code == 0
     assert server.asked[0][1]["prompt"] == "from a pipe"
+
+
+def test_stdin_that_is_no_text_is_told_so():
+    result = CliRunner().invoke(main, ["complete", "-"], input=b"caf\xe9")
+    assert result.exit_code == 2
+    assert "stdin is not UTF-8: unexpected end of data at 3" in result.output
 
 
 def test_models_of_a_server(server):

@@ -18,12 +18,14 @@ import click
 from ruvon import __version__
 from ruvon.cli.bench import bench
 from ruvon.cli.options import (
+    FILE_OUT,
     SettingsCommand,
     first_key,
     load_engine,
     one_model,
     read_settings,
     settings,
+    writable,
 )
 from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
@@ -168,10 +170,18 @@ def chat(name: str | None, system: str | None, **given: Any) -> None:
 def complete(prompt: str, stop: tuple[str, ...], **given: Any) -> None:
     """Continue PROMPT and stream the text to stdout. PROMPT - reads it from stdin."""
     options = take_options(given) | ({"stop": list(stop)} if stop else {})
-    text = sys.stdin.read() if prompt == "-" else prompt
+    text = read_stdin() if prompt == "-" else prompt
     for delta in open_source(given).complete(text, options):
         click.echo(delta.text, nl=False)
     click.echo()
+
+
+def read_stdin() -> str:
+    """Raises click.UsageError for what is not text."""
+    try:
+        return sys.stdin.buffer.read().decode()
+    except UnicodeDecodeError as error:
+        raise click.UsageError(f"stdin is not UTF-8: {error.reason} at {error.start}") from None
 
 
 @main.command()
@@ -244,7 +254,7 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
     "--only", "globs", multiple=True, metavar="GLOB",
     help="Checks or groups, such as chat.stream or '*.usage*'; may be repeated.",
 )  # fmt: skip
-@click.option("--json", "report", type=click.Path(path_type=Path), help="Write a report there.")
+@click.option("--json", "report", type=FILE_OUT, callback=writable, help="Write a report there.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
     "--timeout", type=float, default=60.0, show_default=True, help="Seconds that a check may take."

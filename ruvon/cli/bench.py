@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from ruvon.cli.options import (
+    FILE_OUT,
     SettingsCommand,
     first_key,
     load_engine,
     one_model,
     read_settings,
     settings,
+    writable,
 )
 from ruvon.config import EngineConfig
 from ruvon.errors import PeerError
@@ -113,11 +115,13 @@ def bench_serve(**given: Any) -> None:
     """Send random prompts to an OpenAI-compatible server and time the streams."""
     import asyncio  # a fifth of what `ruvon --help` would take
 
+    if saved := given["save_result"] or given["save_detailed"]:
+        make_folder(given["result_dir"])
     result = asyncio.run(measure(given))
     from ruvon.bench import render
 
     click.echo(render(result, given["percentile_metrics"]))
-    if given["save_result"] or given["save_detailed"]:
+    if saved:
         click.echo(f"Wrote {save(result, given)}")
     if result["failed"]:
         raise click.ClickException(f"{result['failed']} requests failed: {result['errors'][0]}")
@@ -220,6 +224,14 @@ def details(samples: Sequence[Sample], full: bool) -> dict[str, Any]:
     }
 
 
+def make_folder(path: Path) -> None:
+    """Where results are to lie: that they cannot is said before the work, not after it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise click.BadParameter(f"{error}", param_hint="--result-dir") from None
+
+
 def save(result: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
     """Write a result; without a file name, one made of what it is about."""
     rate, model = result["request_rate"], str(result["model_id"]).rpartition("/")[2]
@@ -236,7 +248,7 @@ def save(result: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
 @click.option("--output-len", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option("--num-prompts", type=click.IntRange(min=1), default=32, show_default=True)
 @click.option("--n", type=click.IntRange(min=1), default=1, help="Completions of each prompt.")
-@click.option("--output-json", type=click.Path(path_type=Path), help="Write the numbers here.")
+@click.option("--output-json", type=FILE_OUT, callback=writable, help="Write the numbers here.")
 @click.option("--disable-tqdm", is_flag=True, help="No progress bar.")
 @settings(EngineConfig)
 def bench_offline(name: str | None, config: Path | None, **given: Any) -> None:

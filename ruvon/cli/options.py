@@ -110,6 +110,18 @@ def _none_if_empty(
     return value or None
 
 
+def writable(ctx: click.Context, param: click.Parameter, value: Path | None) -> Path | None:
+    """A file that is to be written when all is done: that it cannot be is said before."""
+    folder = None if value is None else value.absolute().parent
+    if folder is not None and not os.access(folder, os.W_OK | os.X_OK):
+        raise click.BadParameter(f"{folder} is no folder that can be written to", ctx, param)
+    return value
+
+
+FILE_OUT = click.Path(path_type=Path, dir_okay=False, writable=True)
+"""The type of such an option; `writable` is its callback."""
+
+
 def first_key(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A client's key, of a variable that it may share with a server that takes several."""
     return (value or "").partition(",")[0].strip() or None

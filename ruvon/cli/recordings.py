@@ -51,7 +51,11 @@ def record(
 
 
 @click.command()
-@click.argument("path", metavar="FILE", type=click.Path(path_type=Path, allow_dash=True))
+@click.argument(
+    "path",
+    metavar="FILE",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False, allow_dash=True),
+)
 @click.option("--all", "whole", is_flag=True, help=f"Show all steps, not the first {FIRST}.")
 def replay(path: Path, whole: bool) -> None:
     """Schedule again what FILE has recorded, without a model, and compare.

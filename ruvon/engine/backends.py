@@ -134,7 +134,7 @@ def refuse_idle(spec: ModelSpec, config: EngineConfig, backend: Backend) -> None
         )
     if config.pin_threads == "on" and not backend.takes_arrays:
         raise ConfigError(f"--pin-threads on: the kernels '{ops.name}' have no threads of ours")
-    if config.cpu_isa != "auto" and ops.name != "cpu":
+    if config.cpu_isa != "auto" and not backend.takes_arrays:
         raise ConfigError(f"--cpu-isa {config.cpu_isa} is for the kernels 'cpu', not '{ops.name}'")
     share = config.gpu_memory_utilization
     if ops.device.type == "cpu" and share != EngineConfig().gpu_memory_utilization:

@@ -27,8 +27,8 @@ from ruvon.engine.transforms import (
     transforms_of,
 )
 from ruvon.engine.types import SamplingParams, SamplingRow, StepResult, TokenLogprobs
-from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, ROW
-from ruvon.kernels.cpu.sampling import Sampler
+from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT
+from ruvon.kernels.cpu.sampling import ROW, Sampler
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
@@ -140,7 +140,7 @@ def address(array: Ids | Floats) -> int:
 
 
 def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float, ...]:
-    """A row for the kernel, in the order of `sampling.Row`; ``logits`` is an address."""
+    """A row for the kernel, in the order of `SampledRow`; ``logits`` is an address."""
     sampling = row.sampling
     return (
         logits,

@@ -24,7 +24,17 @@ from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.types import Emission, Job, NotStarted, Plan, Sequence, StepResult, StepStats
+from ruvon.engine.types import (
+    Emission,
+    Finished,
+    Job,
+    NotStarted,
+    Plan,
+    Sequence,
+    StepResult,
+    StepStats,
+    Work,
+)
 from ruvon.errors import EngineDeadError
 from ruvon.grammars import Grammar
 
@@ -68,7 +78,8 @@ class Pending:
     num_tokens: int
     future: Future[StepResult]
     counted: Counters  # by this step's planning
-    not_started: NotStarted = ()  # with it
+    work: list[Work]  # of the plan
+    not_started: NotStarted  # with it
 
 
 class Engine:
@@ -194,7 +205,8 @@ class Engine:
         self._counted = replace(scheduler.counters)
         self._num_launched = plan.num_tokens
         started = self._start(plan)
-        return Pending(plan, now, self._num_launched, started, counted, scheduler.not_started)
+        aside = scheduler.work, scheduler.not_started
+        return Pending(plan, now, self._num_launched, started, counted, *aside)
 
     def _start(self, plan: Plan) -> Future[StepResult]:
         """The runner's future; a step that could not even be launched fails when it is collected,
@@ -243,7 +255,7 @@ class Engine:
             emissions, seconds = self._scheduler.commit(plan, result), result.seconds
             self.failure, self._num_failures = None, 0
         if self.recording is not None:
-            self.recording.committed(plan, result, emissions)
+            self.recording.committed(plan, result, self.finished)
         self.stats = self._measure(plan.step, pending.num_tokens, pending.counted, seconds)
         return emissions
 
@@ -320,6 +332,11 @@ class Engine:
             self._jobs.validate(job)
 
     # ---------------------------------------------------------------- statistics
+
+    @property
+    def finished(self) -> Finished:
+        """Who ended with the step collected last."""
+        return self._scheduler.finished
 
     @property
     def load(self) -> tuple[int, int, float]:

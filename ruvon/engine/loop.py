@@ -331,7 +331,7 @@ class EngineLoop:
         emissions = self.engine.collect(pending)
         self._pending.popleft()
         now = self._progress()
-        self._record_step(pending, emissions, now)
+        self._record_step(pending, now)
         self._coalescer.begin_step(behind, len(self._requests))
         self._deliver(emissions, now)
         self._coalescer.end_step()
@@ -379,11 +379,19 @@ class EngineLoop:
 
     # ---------------------------------------------------------------- metrics
 
-    def _record_step(self, pending: Pending, emissions: Sequence[Emission], now: float) -> None:
+    def _record_step(self, pending: Pending, now: float) -> None:
         stats, failure = self.engine.stats, self.engine.failure
         why = "" if failure is None else kind(failure).strip(" ()")
-        plan, not_started = pending.plan, pending.not_started
-        self.recorder.stepped(plan, pending.at, now, emissions, stats, why, not_started)
+        self.recorder.stepped(
+            pending.plan,
+            pending.at,
+            now,
+            stats,
+            pending.work,
+            self.engine.finished,
+            why,
+            pending.not_started,
+        )
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

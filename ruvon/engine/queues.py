@@ -18,7 +18,7 @@ from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
 from ruvon.engine.snapshot import QueueState
 from ruvon.engine.types import NO_BLOCKS, NotStarted, Sequence, WaitReason
-from ruvon.engine.waits import BLOCKS, PLACES, STEP, Waits
+from ruvon.engine.waits import BLOCKS, PLACES, PREFIX, STEP, Waits
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
@@ -280,6 +280,7 @@ class Queues:
         while num_joined < num_joining:
             seq = self.waiting.first(served)
             if not self._start(seq) and not self.prefixes.is_computed(seq):
+                self.waits.reason = BLOCKS if self._startable > 0 else STEP
                 break
             self.waiting.remove(seq)
             self.running[seq.id] = seq
@@ -342,28 +343,21 @@ class Queues:
     def _find_not_started(self, served: dict[str, float] | None) -> NotStarted:
         """Why those that run without blocks have none, and why the first that waits does not run;
         the others wait behind it. ``served`` is what `_join` gave, if it came to that."""
-        makers, headroom, num_running = self.prefixes.computing, self._headroom, len(self.running)
+        makers, headroom = self.prefixes.computing, self._headroom
         found: list[tuple[int, WaitReason, int]] = []
-        if num_running > self._num_holding:
+        if len(self.running) > self._num_holding:
             followers = [seq for seq in self.running.values() if not seq.tables]
             found += [
-                (seq.id, "prefix", makers[seq.awaits])
+                (seq.id, PREFIX, makers[seq.awaits])
                 if seq.awaits in makers
-                else (seq.id, "blocks", headroom)
+                else (seq.id, BLOCKS, headroom)
                 for seq in followers
             ]
         if len(self.waiting):
             first = self.waiting.first(self._served_soon() if served is None else served)
-            found.append((first.id, *self._why_waits(headroom, num_running)))
+            reason = self.waits.reason
+            found.append((first.id, reason, len(self.running) if reason == PLACES else headroom))
         return tuple(found)
-
-    def _why_waits(self, headroom: int, num_running: int) -> tuple[WaitReason, int]:
-        limits = self._limits
-        if num_running >= limits.max_seqs:
-            return "places", num_running
-        if limits.policy(len(self.waiting), num_running, limits.max_seqs) <= 0:
-            return "batch", num_running
-        return "blocks" if self._startable > 0 else "room", headroom
 
     def _is_blocked(self, seq: Sequence, headroom: int) -> bool:
         """Whether nothing has changed for the better since a sequence last found too few blocks:

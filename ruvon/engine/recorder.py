@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
-from ruvon.engine.types import Blocks, Chunk, Emission, FinishReason, NotStarted, Plan, StepStats
+from ruvon.engine.types import Finished, NotStarted, Plan, StepStats, Work
 
 ROW_BYTES = 8
 CHUNK_BYTES = 160
@@ -39,14 +39,9 @@ class Abort:
     seq_ids: tuple[int, ...]
 
 
-Work = tuple[int, int, int, int, bool, Blocks]
-"""What a step did for one sequence besides a single token: sequence id, generation, position of the
-first token, number of tokens, whether one was sampled behind them, blocks added by cache group."""
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Step:
-    """A step that is over."""
+    """A step that is over. Not ``frozen``, as one is made for each step."""
 
     number: int
     planned_at: float  # seconds, monotonic
@@ -56,7 +51,7 @@ class Step:
     work: tuple[Work, ...]
     new: tuple[tuple[int, int], ...]  # sequence id, tokens found in the prefix cache
     left: tuple[int, ...]  # sequences that runners forgot: over, or preempted
-    finished: tuple[tuple[int, FinishReason], ...]
+    finished: Finished
     stats: StepStats
     failure: str = ""  # why it came to nothing, if it did
     not_started: NotStarted = ()  # with it
@@ -101,28 +96,28 @@ class Recorder:
         plan: Plan,
         planned_at: float,
         at: float,
-        emissions: Iterable[Emission],
         stats: StepStats,
+        work: Iterable[Work] = (),
+        finished: Finished = (),
         failure: str = "",
         not_started: NotStarted = (),
     ) -> None:
         """A step's result was taken in."""
-        work = tuple([work_of(chunk) for chunk in working(plan)])
         step = Step(
             number=plan.step,
             planned_at=planned_at,
             at=at,
             num_tokens=plan.num_tokens,
             rows=plan.rows,
-            work=work,
+            work=tuple(work),
             new=tuple([(seq.seq_id, len(seq.prefix)) for seq in plan.new]),
             left=plan.ended,
-            finished=tuple([(e.seq_id, e.finish) for e in emissions if e.finish is not None]),
+            finished=finished,
             stats=stats,
             failure=failure,
             not_started=not_started,
         )
-        details = len(work) + len(not_started)
+        details = len(step.work) + len(not_started)
         self._add(step, STEP_BYTES + ROW_BYTES * len(step.rows) + CHUNK_BYTES * details)
 
     def _add(self, event: Event, num_bytes: int) -> None:
@@ -131,23 +126,3 @@ class Recorder:
         while self._num_bytes > self._max_bytes:
             self._num_bytes -= self._events.popleft()[1]
             self._num_dropped += 1
-
-
-def working(plan: Plan) -> list[Chunk]:
-    """The chunks that are more than the next token of a sequence which goes on as it was."""
-    if len(plan.rows) == plan.num_tokens:  # all are single tokens; this is where haste is needed
-        return [chunk for chunk in plan.chunks if chunk.blocks]
-    return [
-        chunk for chunk in plan.chunks if chunk.blocks or len(chunk.tokens) > 1 or not chunk.samples
-    ]
-
-
-def work_of(chunk: Chunk) -> Work:
-    return (
-        chunk.seq_id,
-        chunk.generation,
-        chunk.start,
-        len(chunk.tokens),
-        chunk.samples,
-        chunk.blocks,
-    )

@@ -20,9 +20,18 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from ruvon.engine.blocks import extend_keys
 from ruvon.engine.grouped_pool import without_group
-from ruvon.engine.recorder import Work, work_of
 from ruvon.engine.snapshot import Snapshot
-from ruvon.engine.types import Blocks, Emission, FinishReason, Plan, Pooling, Sequence, StepResult
+from ruvon.engine.types import (
+    Blocks,
+    Chunk,
+    Finished,
+    FinishReason,
+    Plan,
+    Pooling,
+    Sequence,
+    StepResult,
+    Work,
+)
 from ruvon.errors import LoadError
 
 FORMAT = 1
@@ -33,9 +42,6 @@ AS_IT_IS = (
 )  # fmt: skip
 """What a `Standing` says of a sequence in the sequence's own words."""
 MOST_CHUNKS = 200_000  # of a recording's steps; it ends by itself then, at some 50 MB
-
-Finished = tuple[tuple[int, FinishReason], ...]
-"""Sequences that a step ended, and how."""
 
 Rows = tuple[tuple[int, bool], ...]
 """How many tokens each row of a plan sampled, and whether the last of them stopped its sequence."""
@@ -203,7 +209,7 @@ def planned(plan: Plan, now: float) -> Planned:
     return Planned(
         now,
         plan.step,
-        tuple([work_of(chunk) for chunk in plan.chunks]),
+        tuple([whole(chunk) for chunk in plan.chunks]),
         tuple([(seq.seq_id, len(seq.prefix)) for seq in plan.new]),
         plan.ended,
         tuple([(row.seq_id, row.chunk, len(row.targets)) for row in plan.prompt_rows]),
@@ -211,8 +217,15 @@ def planned(plan: Plan, now: float) -> Planned:
     )
 
 
-def finishes(emissions: Iterable[Emission]) -> Finished:
-    return tuple([(e.seq_id, e.finish) for e in emissions if e.finish is not None])
+def whole(chunk: Chunk) -> Work:
+    return (
+        chunk.seq_id,
+        chunk.generation,
+        chunk.start,
+        len(chunk.tokens),
+        chunk.samples,
+        chunk.blocks,
+    )
 
 
 class Recording:
@@ -259,11 +272,9 @@ class Recording:
     def waited(self, now: float) -> None:
         self._events.append(Waited(now))
 
-    def committed(
-        self, plan: Plan, result: StepResult | None, emissions: Iterable[Emission]
-    ) -> None:
+    def committed(self, plan: Plan, result: StepResult | None, finished: Finished) -> None:
         """``result`` is None for a step that failed."""
-        self._events.append((plan, result, finishes(emissions)))
+        self._events.append((plan, result, finished))
 
     def lines(self, contents: bool = False) -> Iterator[bytes]:
         """The file, a line at a time. Sequences that still run are taken as far as they are."""
@@ -372,5 +383,5 @@ def read(lines: Iterable[bytes]) -> Iterator[Header | Event]:
             yield HEADER.validate_json(text) if number == 1 else EVENT.validate_json(text)
         except ValidationError as error:
             what = error.errors()[0]
-            where = ".".join(map(str, what["loc"]))
-            raise LoadError(f"line {number} of the recording: {where}: {what['msg']}") from error
+            told = ": ".join(filter(None, (".".join(map(str, what["loc"])), what["msg"])))
+            raise LoadError(f"line {number} of the recording: {told}") from error

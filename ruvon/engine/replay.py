@@ -20,20 +20,17 @@ from ruvon.engine.recording import (
     Committed,
     Event,
     Failed,
-    Finished,
     Forgotten,
     Header,
     Planned,
     Standing,
     Waited,
-    finishes,
     planned,
 )
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.snapshot import QueueState, Snapshot
 from ruvon.engine.types import (
     Chunk,
-    Emission,
     Plan,
     SamplingParams,
     Sequence,
@@ -198,10 +195,11 @@ def again(scheduler: Scheduler, plans: dict[int, Plan], event: Step) -> str:
         plans[made.step] = made
         return difference(event, planned(made, event.now))
     if isinstance(event, Failed):
-        emissions = scheduler.fail(plans.pop(event.step), "")
+        scheduler.fail(plans.pop(event.step), "")
     else:
-        emissions = scheduler.commit(plans.pop(event.step), result(event))
-    return finished_difference(event.finished, emissions)
+        scheduler.commit(plans.pop(event.step), result(event))
+    then, now = event.finished, scheduler.finished
+    return "" if now == then else f"finished were {then}, are {now}"
 
 
 def result(event: Committed) -> StepResult:
@@ -232,11 +230,6 @@ def difference(then: Planned, now: Planned) -> str:
     if len(then.chunks) != len(now.chunks):
         return f"there were {len(then.chunks)} chunks, there are {len(now.chunks)}"
     return ""
-
-
-def finished_difference(then: Finished, emissions: Iterable[Emission]) -> str:
-    now = finishes(emissions)
-    return "" if now == then else f"finished were {then}, are {now}"
 
 
 def replayed(scheduler: Scheduler, event: Step, difference: str) -> Replayed:

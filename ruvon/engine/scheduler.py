@@ -31,6 +31,8 @@ from ruvon.engine.types import (
     NO_BLOCKS,
     Chunk,
     Emission,
+    Finished,
+    FinishReason,
     NewSequence,
     NotStarted,
     Plan,
@@ -38,6 +40,7 @@ from ruvon.engine.types import (
     PromptRow,
     Sequence,
     StepResult,
+    Work,
 )
 
 NOTHING_SAMPLED: tuple[tuple[int, ...], None] = ((), None)
@@ -53,6 +56,8 @@ class Scheduler:
         self.counters = Counters()
         self.sequences: dict[int, Sequence] = {}  # waiting, running, and those that end with a step
         self.num_with_grammar = 0  # of ``sequences``
+        self.work: list[Work] = []  # of the latest plan
+        self.finished: Finished = ()  # with the step committed last
         self._queues = Queues(grouped, limits, self.counters)
         self._budget = Budget(limits.max_tokens, limits.chunked, limits.stages)
         self._num_committed = 0  # steps
@@ -149,6 +154,7 @@ class Scheduler:
         self._num_committed += 1
         assert plan.step == self._num_committed, "steps are committed in order"
         emissions = []
+        finished: list[tuple[int, FinishReason]] = []
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))
         for chunk in plan.chunks:
             tokens, logprobs = next(sampled) if chunk.samples else NOTHING_SAMPLED
@@ -166,9 +172,11 @@ class Scheduler:
             if emission is not None:
                 emissions.append(emission)
                 if seq.finish is not None:
+                    finished.append((seq.id, seq.finish))
                     self._end(seq)
                 elif len(emission.tokens) > 1:
                     self._queues.pend(seq, len(emission.tokens) - 1)
+        self.finished = tuple(finished)
         return emissions
 
     def fail(self, plan: Plan, error: str) -> list[Emission]:
@@ -184,16 +192,18 @@ class Scheduler:
     def _plan(self, shares: list[tuple[Sequence, int]], now: float) -> Plan:
         """The step in which each sequence computes its share."""
         chunks: list[Chunk] = []
+        work: list[Work] = []
         new: list[NewSequence] = []
         prompt_rows: list[PromptRow] = []
         pooled_rows: list[PooledRows] = []
         for seq, num_tokens in shares:
             start = seq.num_computed
             blocks = seq.added
-            if blocks:
-                seq.added = NO_BLOCKS
             if num_tokens == 1 and start == len(seq.tokens):  # what most steps are made of
                 chunks.append(Chunk(seq.id, seq.num_preempted, BEING_SAMPLED, start, blocks, True))
+                if blocks:
+                    seq.added = NO_BLOCKS
+                    work.append((seq.id, seq.num_preempted, start, 1, True, blocks))
                 self._queues.advance(seq, 1)
                 continue
             if not seq.introduced:
@@ -210,8 +220,12 @@ class Scheduler:
             samples = num_tokens == seq.num_pending and seq.max_tokens > 0
             tokens = tuple(seq.tokens[start:end])
             chunks.append(Chunk(seq.id, seq.num_preempted, tokens, start, blocks, samples))
+            if blocks or num_tokens > 1 or not samples:
+                seq.added = NO_BLOCKS
+                work.append((seq.id, seq.num_preempted, start, num_tokens, samples, blocks))
             self._queues.advance(seq, num_tokens)
         self.counters.steps += 1
+        self.work = work
         return Plan(
             self.counters.steps,
             tuple(chunks),

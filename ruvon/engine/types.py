@@ -213,13 +213,21 @@ class PooledRows:
     count: int
 
 
-WaitReason: TypeAlias = Literal["places", "blocks", "prefix", "batch", "room"]
-"""Why a sequence is not started with a step: as many run as may, it would leave too few blocks,
-another computes the same prefix right now, its batch has not ended, or enough others start."""
+WaitReason: TypeAlias = Literal["step", "places", "blocks", "prefix"]
+"""Why a sequence is not started with a step: it came while one was under way or enough others
+start, no more may run, it would leave too few blocks, or another computes the same prefix now."""
+
+Finished: TypeAlias = tuple[tuple[int, FinishReason], ...]
+"""Sequences that a step ended, and how."""
 
 NotStarted: TypeAlias = tuple[tuple[int, WaitReason, int], ...]
-"""Sequence id, why it waits, and a number: of those that run, of blocks that are free beyond what
-the running need next, or who computes the prefix."""
+"""Sequence id, why it waits, and a number: who computes the prefix, how many run where no more may,
+otherwise how many blocks are free beyond what the running need next."""
+
+Work: TypeAlias = tuple[int, int, int, int, bool, Blocks]
+"""What a step does for a sequence, unless that is but the next token of one that goes on as it was:
+sequence id, generation, position of the first token, number of tokens, whether one is sampled
+behind them, blocks added by cache group."""
 
 
 @dataclass(frozen=True, slots=True)

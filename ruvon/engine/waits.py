@@ -7,14 +7,15 @@ tells what that one has waited for, at the price of one addition a step.
 
 from __future__ import annotations
 
-from ruvon.engine.types import Sequence, Wait
+from typing import Final
 
-STEP = "step"  # the end of the step under way
-PLACES = "places"  # a place among the running: --max-num-seqs, or the way of batching
-BLOCKS = "blocks"  # cache blocks
-PREFIX = "prefix"  # another's computing what this one begins with, too
-PROMPTS = "prompts"  # it runs, but others' tokens fill the steps
-REASONS = (STEP, PLACES, BLOCKS, PREFIX, PROMPTS)
+from ruvon.engine.types import Sequence, Wait, WaitReason
+
+STEP: Final = "step"  # the end of the step under way
+PLACES: Final = "places"  # a place among the running: --max-num-seqs, or the way of batching
+BLOCKS: Final = "blocks"  # cache blocks
+PREFIX: Final = "prefix"  # another's computing what this one begins with, too
+PROMPTS: Final = "prompts"  # it runs, but others' tokens fill the steps
 
 LEAST = 1e-6  # seconds; sums of them are wrong by less
 
@@ -23,8 +24,8 @@ class Waits:
     """The clocks. ``reason`` is what the queue waits for now."""
 
     def __init__(self) -> None:
-        self.reason = STEP
-        self._seconds = {STEP: 0.0, PLACES: 0.0, BLOCKS: 0.0}
+        self.reason: WaitReason = STEP
+        self._seconds: dict[WaitReason, float] = {STEP: 0.0, PLACES: 0.0, BLOCKS: 0.0}
         self._now = 0.0
         self._num_joined = 0
 

@@ -195,7 +195,9 @@ def _gpt_oss(config: Mapping[str, Any]) -> dict[str, Any]:
         width=config["intermediate_size"],
         activation="swiglu_clamped",
     )
-    fields = _llama_family({"rms_norm_eps": 1e-5, "attention_bias": True, **config})
+    fields = _llama_family(
+        {"rms_norm_eps": 1e-5, "attention_bias": True, "rope_theta": 150_000.0, **config}
+    )
     if fields["rope"].scaling is None:  # all there are have YaRN: its key was not found
         raise LoadError("config.json lacks 'rope_parameters' (or the older 'rope_scaling')")
     return {**fields, "experts": experts, "mlp_bias": True, "sinks": True}

@@ -57,15 +57,15 @@ def fields_from_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _rope(config: Mapping[str, Any], kind: str, head_dim: int) -> RopeSpec:
-    """The rotation of one kind of layer: by its kind in ``rope_parameters``, or by the older
-    ``rope_theta`` and ``rope_scaling``, which are those of layers that see everything, and
-    ``rope_local_base_freq``."""
+    """The rotation of one kind of layer: by its kind in ``rope_parameters``, and by the older
+    ``rope_theta`` and ``rope_scaling``, which are those of layers that see everything and of which
+    the second wins, and ``rope_local_base_freq``."""
     far, by_kind = kind == "full_attention", config.get("rope_parameters") or {}
     if strangers := set(by_kind) - {"full_attention", "sliding_attention"}:
         raise LoadError(f"config.json: rope_parameters {sorted(strangers)} of no kind of layer")
     parameters = dict(by_kind.get(kind) or {})
-    if far and not parameters:
-        parameters = dict(config.get("rope_scaling") or {})
+    if far:
+        parameters |= config.get("rope_scaling") or {}
     theta = config.get("rope_theta" if far else "rope_local_base_freq") or (FAR if far else NEAR)
     told = {"rope_theta": theta, **parameters}
     return rope_from_config({**config, "rope_parameters": told, "rope_scaling": None}, head_dim)

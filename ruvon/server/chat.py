@@ -44,7 +44,8 @@ async def chat_completions(http: web.Request) -> web.StreamResponse:
 def prepare_chat(request: ChatRequest, service: Service, max_logprobs: int) -> tuple[Job, Turn]:
     """The one job of a chat, and how its answer is read."""
     logprobs = bounded(request.top_logprobs or 0, max_logprobs, "top_logprobs")
-    max_tokens = request.max_completion_tokens or request.max_tokens
+    limits = (request.max_completion_tokens, request.max_tokens)
+    max_tokens = min((limit for limit in limits if limit is not None), default=None)
     sampling = sampling_params(
         request,
         service,

@@ -56,7 +56,7 @@ class Generation:
         jobs held."""
         http, headers = self._http, ignored_header(ignored)
         interval = http.app[STATE].server.sse_keep_alive_interval
-        if stream and http.app[KEPT].wants(http):
+        if stream and http.app[KEPT].wants(http, self._writer.id):
             return await self._send_kept(headers, interval)
         async with aclosing(self._queue()) as source:
             try:

@@ -6,7 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import orjson
 from aiohttp import web
@@ -21,6 +21,7 @@ from ruvon.server.chat import prepare_chat
 from ruvon.server.completions import prepare_completion
 from ruvon.server.events import Media
 from ruvon.server.failures import ollama_error
+from ruvon.server.fields import EMPTY
 from ruvon.server.generation import Generation
 from ruvon.server.messages_api.writer import read_input
 from ruvon.server.middleware import FACTS, json_response
@@ -32,16 +33,20 @@ from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service
 from ruvon.server.writers.envelope import Tally
 
+T = TypeVar("T")
 Fields: TypeAlias = dict[str, Any]
 Understood: TypeAlias = tuple[Fields, Sequence[str], Job | None, MakeParser]
 
 VERSION = "0.12.11"  # clients ask for one that is new enough
 LINES = Media("application/x-ndjson", lambda: b"")
+KINDS = {dict: "an object", str: "a text", bool: "true or false", int: "a whole number"}
 OPTIONS = {"repeat_penalty": "repetition_penalty", "num_predict": "max_tokens"}
 DRAWING = {"max_tokens", "mirostat", "repeat_last_n", "tfs_z", *SamplingFields.model_fields}
 OF_MESSAGES = {"thinking": "reasoning_content", "tool_name": "name"}
-TRANSLATED = {"format", "think", "options", "stream", "prompt", "system", "raw", "messages"}
-SAME = {"model", "tools", "keep_alive", "suffix", "template", "images", "context"}
+CHAT = {"format", "think", "options", "messages"}  # what is read of a request, in other words
+GENERATE = {"format", "think", "options", "prompt", "system", "raw"}
+RAW = {"format", "options", "prompt", "raw"}
+SAME = {"model", "tools", "keep_alive", "suffix", "template", "images", "context", "stream"}
 
 
 async def tags(http: web.Request) -> web.Response:
@@ -117,25 +122,24 @@ async def answer(http: web.Request) -> web.StreamResponse:
 
 def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, list[str]]:
     """A request in OpenAI's words, a chat's or of a raw prompt, and what there are none for."""
-    options, prompt = data.get("options") or {}, data.get("prompt") or ""
-    if not isinstance(options, dict) or not isinstance(prompt, str):
-        raise RequestError("options should be an object, and prompt a text.", None, "invalid_type")
+    options, prompt = given(data, "options", dict) or {}, given(data, "prompt", str) or ""
+    is_raw = bool(given(data, "raw", bool)) and not is_chat
     ours = {OPTIONS.get(name, name): options[name] for name in options if name != "num_ctx"}
-    lost = [name for name in data if name not in SAME | TRANSLATED]
+    known = SAME | (CHAT if is_chat else RAW if is_raw else GENERATE)
+    lost = [name for name in data if name not in known and data[name] not in EMPTY]
     lost += [f"options.{name}"[:100] for name in ours if name not in DRAWING]
     fields = {name: data[name] for name in SAME.intersection(data)}
     fields |= {name: ours[name] for name in DRAWING.intersection(ours)}
     if isinstance(most := fields.get("max_tokens"), int) and most < 0:
         del fields["max_tokens"]  # as many as the context holds
-    if isinstance(context := options.get("num_ctx"), int):
-        bounded(context, service.max_model_len, "num_ctx")
+    bounded(given(options, "num_ctx", int), service.max_model_len, "num_ctx")
     if isinstance(name := data.get("model"), str):
         fields["model"] = name.removesuffix(":latest")
         service.check_model(fields["model"])
     if form := data.get("format"):
         kind = {"type": "json_schema", "json_schema": {"name": "format", "schema": form}}
         fields["response_format"] = {"type": "json_object"} if form == "json" else kind
-    if data.get("raw") and not is_chat:
+    if is_raw:
         return fields | {"prompt": prompt}, lost[:MAX_IGNORED]
     if isinstance(think := data.get("think"), str):
         fields["reasoning_effort"], think = think, True
@@ -147,6 +151,16 @@ def as_openai(data: Fields, service: Service, is_chat: bool) -> tuple[Fields, li
             message_as_openai(each) if isinstance(each, dict) else each for each in messages
         ]
     return fields | {"enable_thinking": think, "messages": messages}, lost[:MAX_IGNORED]
+
+
+def given(data: Fields, name: str, kind: type[T]) -> T | None:
+    """A field's value. Raises RequestError if it is of another kind."""
+    value = data.get(name)
+    if value in EMPTY:
+        return None
+    if type(value) is kind:
+        return value
+    raise RequestError(f"'{name}' should be {KINDS[kind]}.", name, "invalid_type")
 
 
 def message_as_openai(message: Fields) -> Fields:

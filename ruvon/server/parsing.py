@@ -60,7 +60,7 @@ def parse(
     try:
         request = kind.model_validate(data)
     except ValidationError as error:
-        raise explain(error) from None
+        raise explain(error, data) from None
     refuse_unserved(request)
     ignored = list(islice(unused(request), MAX_IGNORED))
     refuse_ignored(ignored, strict, kind.HARMLESS)
@@ -113,12 +113,13 @@ def within(model: Fields, prefix: str = "") -> Iterator[tuple[str, Fields]]:
                 yield from within(item, f"{prefix}{name}[{index}].")
 
 
-def explain(error: ValidationError) -> RequestError:
-    """Pydantic's findings → one bounded sentence that names the first field, in OpenAI's words."""
+def explain(error: ValidationError, data: object) -> RequestError:
+    """Pydantic's findings in ``data`` → one bounded sentence that names the first field, in
+    OpenAI's words."""
     details = error.errors(include_url=False, include_input=False, include_context=False)
     first = details[0]
     message = first["msg"][:MAX_MESSAGE]
-    param = field_name(first)
+    param = field_name(first, data)
     if first["type"] == "missing":
         return RequestError(
             f"Missing required parameter: '{param}'.", param, "missing_required_parameter"
@@ -128,13 +129,16 @@ def explain(error: ValidationError) -> RequestError:
     return RequestError(f"Invalid '{param or 'body'}': {message}{more}.", param, code)
 
 
-def field_name(detail: ErrorDetails) -> str | None:
-    """``("messages", 0, "role")`` → ``messages[0].role``. What is in angle brackets is no field but
-    says which of several models was tried."""
+def field_name(detail: ErrorDetails, data: object) -> str | None:
+    """``("messages", 0, "role")`` → ``messages[0].role``. What is not in ``data``, or in angle
+    brackets, is no field but says which of several models was tried."""
     name = ""
     for part in detail["loc"]:
         if isinstance(part, int):
-            name += f"[{part}]"
-        elif not part.startswith("<"):
-            name += f".{part}"
+            if isinstance(data, list) and part < len(data):
+                name, data = f"{name}[{part}]", data[part]
+        elif isinstance(data, dict) and part in data and not part.startswith("<"):
+            name, data = f"{name}.{part}", data[part]
+    if detail["type"] == "missing":
+        name += f".{detail['loc'][-1]}"
     return name.removeprefix(".")[:100] or None

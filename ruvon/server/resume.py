@@ -12,6 +12,7 @@ import asyncio
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from contextlib import aclosing
+from typing import TypeAlias
 
 from aiohttp import web
 
@@ -28,6 +29,14 @@ WANTED = "X-Ruvon-Resume"
 PATHS = frozenset({"/v1/chat/completions", "/v1/completions", "/v1/messages"})
 
 
+Key: TypeAlias = tuple[str, str, tuple[str, str]]
+
+
+def key(http: web.Request, name: str) -> Key:
+    """What finds a stream again: nobody goes on with it under another path or key."""
+    return name, http.path, given_keys(http)
+
+
 class Plain:
     """How a stream ends that says so itself."""
 
@@ -38,13 +47,9 @@ class Plain:
 class Kept:
     """One stream: its last events, who makes them, and who reads them."""
 
-    def __init__(
-        self, name: str, http: web.Request, grace: float, forget: Callable[[Kept], None]
-    ) -> None:
-        """``http`` began it; nobody goes on with it under another path or key. ``forget`` is called
-        when nobody has come back for ``grace`` seconds."""
-        self.name = name
-        self.origin = http.path, given_keys(http)
+    def __init__(self, name: str, key: Key, grace: float, forget: Callable[[Kept], None]) -> None:
+        """``forget`` is called when nobody has come back for ``grace`` seconds."""
+        self.name, self.key = name, key
         self.over = False  # all events are there
         self.task: asyncio.Task[None] | None = None
         self._grace, self._forget = grace, forget
@@ -147,14 +152,19 @@ class KeptStreams:
     def __init__(self, grace: float) -> None:
         """``grace``: seconds that each waits for its client; 0 keeps none."""
         self._grace = grace
-        self._streams: dict[str, Kept] = {}
+        self._streams: dict[Key, Kept] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    def wants(self, http: web.Request) -> bool:
-        """Whether a request's stream is to be kept, and may be. One that is over makes room."""
-        if http.path not in PATHS or http.headers.get(WANTED, "").lower() not in ("1", "true"):
+    def wants(self, http: web.Request, name: str) -> bool:
+        """Whether a request's stream is to be kept, and may be: clients name their requests, and of
+        two with one name the first is kept. One that is over makes room."""
+        if (
+            key(http, name) in self._streams
+            or http.path not in PATHS
+            or http.headers.get(WANTED, "").lower() not in ("1", "true")
+        ):
             return False
         if len(self) >= MOST_STREAMS:
             over = next((kept for kept in self._streams.values() if kept.over), None)
@@ -170,21 +180,20 @@ class KeptStreams:
         framing: Framing,
     ) -> Kept:
         """Begin a stream that goes on by itself."""
-        kept = Kept(name, http, self._grace, self._forget)
+        kept = Kept(name, key(http, name), self._grace, self._forget)
         kept.task = asyncio.create_task(kept.fill(events, framing))
-        self._streams[name] = kept
+        self._streams[kept.key] = kept
         return kept
 
     def _forget(self, kept: Kept) -> None:
-        self._streams.pop(kept.name, None)
+        self._streams.pop(kept.key, None)
 
     def find(self, http: web.Request) -> tuple[Kept, int]:
         """The stream that a request goes on with, and behind which number."""
         name, _, number = http.headers["Last-Event-ID"].rpartition(":")
-        kept = self._streams.get(name)
-        known = kept is not None and kept.origin == (http.path, given_keys(http))
+        kept = self._streams.get(key(http, name))
         after = int(number) if number.isascii() and number.isdigit() and len(number) < 10 else -1
-        if kept is None or not known or not kept.has(after):
+        if kept is None or not kept.has(after):
             raise StreamNotFoundError("There is no such stream to go on with, or no longer.")
         return kept, after
 

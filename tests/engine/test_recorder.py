@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
+
+import pytest
+from fakes import FakeRunner
+
 from ruvon.engine.recorder import Abort, Arrival, Recorder, Step
+from ruvon.engine.recording import whole
 from ruvon.engine.trace import chrome_trace
 from ruvon.engine.types import (
     BEING_SAMPLED,
     Chunk,
-    Emission,
+    Job,
     NewSequence,
     Plan,
     SamplingParams,
@@ -15,6 +21,7 @@ from ruvon.engine.types import (
 )
 
 STATS = StepStats(1, 4, 2, 1, 90, 100, 0, 0, 0, 0.004)
+PROMPT_WORK = [(7, 0, 2, 3, True, ((1,),))]
 
 
 def prompt_step(step: int = 1, seq_id: int = 7) -> Plan:
@@ -32,26 +39,47 @@ def story() -> Recorder:
     that is aborted."""
     recorder = Recorder()
     recorder.arrived(1.0, [7, 8], 5, 20)
-    recorder.stepped(prompt_step(1), 2.0, 3.0, [Emission(7, 0, (4,))], STATS)
+    recorder.stepped(prompt_step(1), 2.0, 3.0, STATS, PROMPT_WORK)
     recorder.aborted(3.5, [8])
-    recorder.stepped(single_step(2, 7), 4.0, 5.0, [Emission(7, 0, (4,))], STATS)
-    recorder.stepped(single_step(3, 9, ended=(7,)), 6.0, 6.5, [], STATS)
-    recorder.stepped(prompt_step(4), 7.0, 8.0, [Emission(7, 0, (4,), finish="stop")], STATS)
+    recorder.stepped(single_step(2, 7), 4.0, 5.0, STATS)
+    recorder.stepped(single_step(3, 9, ended=(7,)), 6.0, 6.5, STATS)
+    recorder.stepped(prompt_step(4), 7.0, 8.0, STATS, PROMPT_WORK, ((7, "stop"),))
     return recorder
 
 
-def test_single_tokens_are_kept_as_ids_and_the_rest_whole():
+def test_single_tokens_are_kept_as_ids():
     first, second = [event for event in story().since(0) if isinstance(event, Step)][:2]
-    assert first.work == ((7, 0, 2, 3, True, ((1,),)),)
+    assert first.work == tuple(PROMPT_WORK)
     assert first.new == ((7, 2),)
     assert second.work == ()
     assert second.rows == (7,)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_the_scheduler_tells_what_is_more_than_a_single_token(make_engine, depth):
+    engine = make_engine(FakeRunner(depth=depth), max_num_batched_tokens=32)
+    for num_prompt in (40, 70, 3):
+        engine.add(Job((97,) * num_prompt, SamplingParams(max_tokens=40, ignore_eos=True)), 0.0)
+    told, ended, pending = 0, [], deque()
+    while engine.has_work:
+        while (launched := engine.launch(0.0)) is not None:
+            more = [
+                c for c in launched.plan.chunks if c.blocks or len(c.tokens) > 1 or not c.samples
+            ]
+            assert launched.work == [whole(chunk) for chunk in more]
+            told += len(more)
+            pending.append(launched)
+        emissions = engine.collect(pending.popleft())
+        assert engine.finished == tuple((e.seq_id, e.finish) for e in emissions if e.finish)
+        ended += engine.finished
+    assert told > 10
+    assert sorted(ended) == [(0, "length"), (1, "length"), (2, "length")]
+
+
 def test_events_are_numbered_and_the_oldest_go_first():
     recorder = Recorder(max_bytes=3000)
     for step in range(100):
-        recorder.stepped(single_step(step, 1), 0.0, 1.0, [], STATS)
+        recorder.stepped(single_step(step, 1), 0.0, 1.0, STATS)
     assert recorder.end == 100
     kept = recorder.since(0)
     assert 0 < len(kept) < 10

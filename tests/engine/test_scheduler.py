@@ -741,7 +741,7 @@ def test_it_says_why_somebody_is_not_started():
     scheduler.add(sequence(0, [5]))
     assert not_started(scheduler) == ()
     scheduler.add(sequence(1, [6]))
-    assert not_started(scheduler) == ((1, "batch", 1),)
+    assert not_started(scheduler) == ((1, "places", 1),)
     run_out(scheduler)
     assert scheduler.not_started == ()
 

@@ -259,6 +259,7 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
         ({"quantization": "int8"}, "--quantization int8: the kernels 'torch' compute with plain"),
         ({"quantization": "int4"}, "--quantization int4: the kernels 'torch' compute with plain"),
         ({"pin_threads": "on"}, "--pin-threads on: the kernels 'torch'"),
+        ({"cpu_isa": "portable"}, "--cpu-isa portable is for the kernels 'cpu', not 'torch'"),
         (
             {"cpu_isa": "portable", "kernels": "auto", "block_size": 8},
             "--block-size 8",  # not slower kernels without that set
@@ -269,6 +270,14 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
 def test_what_would_do_nothing_is_refused(folder, given, message):
     with pytest.raises(ConfigError, match=message):
         start_engine(settings(folder, **given), lambda phase, share: None)
+
+
+def test_an_instruction_set_is_one_for_the_cpu_kernels(folder):
+    loaded = start_engine(
+        settings(folder, kernels="cpu", cpu_isa="portable"), lambda phase, share: None
+    )
+    loaded.close()
+    assert loaded.kernels == "cpu, portable"
 
 
 def test_what_is_not_there_is_said(tmp_path):

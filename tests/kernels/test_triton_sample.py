@@ -6,6 +6,7 @@ import torch
 from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
+from ruvon.kernels.scores import IN_PROMPT, score
 from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
 
 pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
@@ -72,11 +73,11 @@ def test_logprob_and_rank_are_the_models_own():
 def test_scores_are_the_models_and_those_of_a_row_alone():
     logits = torch.randn(5, VOCAB, device=DEVICE) * 3
     tokens = torch.tensor([0, 4999, 17, 800, 3], dtype=torch.int32, device=DEVICE)
-    norms, ranks = kernels.score(logits, tokens)
+    norms, ranks = score(logits, tokens)
     torch.testing.assert_close(norms, logits.logsumexp(-1))
     chosen = logits.gather(-1, tokens[:, None].long())
     assert ranks.tolist() == (1 + (logits > chosen).sum(-1)).tolist()
-    alone = [kernels.score(logits[i : i + 1], tokens[i : i + 1])[0] for i in range(5)]
+    alone = [score(logits[i : i + 1], tokens[i : i + 1])[0] for i in range(5)]
     assert torch.equal(torch.cat(alone), norms)
 
 
@@ -154,7 +155,7 @@ def test_penalties_and_bias():
     counts = torch.zeros(VOCAB)
     counts[torch.randperm(VOCAB)[:900]] = torch.randint(1, 4, (900,)).float()
     prompt = torch.rand(VOCAB) < 0.3
-    state.counts[0] = (counts.short() | (prompt * int(kernels.IN_PROMPT)).short()).to(DEVICE)
+    state.counts[0] = (counts.short() | (prompt * int(IN_PROMPT)).short()).to(DEVICE)
     bias = torch.randn(VOCAB).half()
     bias[100] = float("-inf")
     state.bias[0] = bias.to(DEVICE)

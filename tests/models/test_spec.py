@@ -7,6 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
+from tiny_gpt_oss import CONFIG
+from tiny_gpt_oss import YARN as OSS_YARN
+from transformers import GptOssConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ruvon.errors import LoadError
@@ -176,6 +179,23 @@ def test_gemma3_by_the_older_keys():
     assert spec.max_positions == 128  # told after scaling
     assert spec.query_scale == 168**-0.5
     assert spec.tie_embeddings
+
+
+def test_gemma3_s_older_scaling_wins_as_in_transformers():
+    both = {
+        "rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 5e5}},
+        "rope_scaling": {"rope_type": "linear", "factor": 4.0},
+    }
+    spec = spec_from_config({**GEMMA, **both})
+    assert spec.rope == RopeSpec(5e5, 256, LinearScaling(4.0))
+    assert spec.local_rope == RopeSpec(1e4, 256)
+
+
+def test_gpt_oss_turns_slowly_unless_stated():
+    unsaid = {key: value for key, value in CONFIG.items() if not key.startswith("rope_")}
+    unsaid["rope_scaling"] = OSS_YARN
+    theirs = GptOssConfig(**unsaid).rope_parameters
+    assert spec_from_config(unsaid).rope.theta == theirs["rope_theta"] == 150_000.0
 
 
 def test_architecture_by_model_type():

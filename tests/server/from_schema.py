@@ -99,14 +99,26 @@ KINDS = {
 
 @st.composite
 def spoilt(draw: st.DrawFn, whole: SearchStrategy[Any]) -> Any:
-    """A value with a few of its fields left out or replaced by anything."""
+    """A value with a few of what lies in it, however deep, left out or replaced by anything."""
     value = draw(whole)
     if not isinstance(value, dict):
         return draw(JUNK)
-    names = draw(st.lists(st.sampled_from(sorted(value)) if value else st.text(), max_size=3))
-    for name in names:
+    for _ in range(draw(st.integers(0, 3))):
+        if not (found := containers(value)):
+            break
+        inside = draw(st.sampled_from(found))
+        keys = sorted(inside) if isinstance(inside, dict) else range(len(inside))
+        key = draw(st.sampled_from(keys))
         if draw(st.booleans()):
-            value[name] = draw(JUNK)
+            inside[key] = draw(JUNK)
         else:
-            value.pop(name, None)
+            del inside[key]
     return value
+
+
+def containers(value: Any) -> list[Any]:
+    """All objects and lists in ``value`` that hold something, itself first."""
+    if not isinstance(value, dict | list) or not value:
+        return []
+    held = value.values() if isinstance(value, dict) else value
+    return [value, *(inside for each in held for inside in containers(each))]

@@ -176,6 +176,8 @@ async def test_length_ends_with_length(serve):
     for name in ("max_tokens", "max_completion_tokens"):
         choice = (await server.chat(**{name: 2})).json["choices"][0]
         assert (choice["message"]["content"], choice["finish_reason"]) == ("He", "length")
+    both = (await server.chat(max_tokens=2, max_completion_tokens=3)).json["choices"][0]
+    assert both["message"]["content"] == "He"
 
 
 async def test_special_tokens_show_when_asked(serve):

@@ -402,6 +402,9 @@ def test_tools_and_their_choice(fields, choice):
     assert tool.parameters == {"type": "object"}
 
 
+FORM = {"type": "json_schema", "schema": {"type": "object"}}
+
+
 def test_thinking_effort_and_form():
     asked = told([USER], thinking={"type": "enabled", "budget_tokens": 8})
     assert (asked.reasoning.enabled, asked.reasoning.budget) == (True, 8)
@@ -422,11 +425,12 @@ def test_thinking_effort_and_form():
         ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
         ({"tool_choice": {"type": "any", "name": "f"}}, "tool_choice.name"),
         ({"tools": [], "tool_choice": {"type": "any"}}, "tool_choice"),
-        ({"tools": [{"name": "f"}]}, "tools[0].custom.input_schema"),
+        ({"tools": [{"name": "f"}]}, "tools[0].input_schema"),
         ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens"),
         ({"thinking": {"type": "enabled", "budget_tokens": 9}}, "max_tokens"),
         ({"thinking": {"type": "adaptive", "budget_tokens": 1}}, "thinking.budget_tokens"),
         ({"output_format": {"type": "text"}}, "output_format.type"),
+        ({"output_format": FORM, "output_config": {"format": FORM}}, "output_format"),
         ({"system": [{"type": "image"}]}, "system[0].type"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role"),
@@ -441,7 +445,7 @@ def test_thinking_effort_and_form():
             {"messages": [{"role": "user", "content": [
                 {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "document"}]},
             ]}]},
-            "messages[0].content[0].tool_result.content[0]",
+            "messages[0].content[0].content[0]",
         ),
     ],
 )  # fmt: skip

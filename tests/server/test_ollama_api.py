@@ -105,6 +105,9 @@ async def test_options(serve):
         ({"think": 3}, "enable_thinking"),
         ({"prompt": ["a", "b"], "raw": True}, "prompt"),
         ({"options": [1]}, "options"),
+        ({"options": {"num_ctx": "512"}}, "num_ctx"),
+        ({"stream": "no"}, "stream"),
+        ({"raw": 1}, "raw"),
         ({"format": "yaml"}, "response_format"),
         ({"template": "{{ .Prompt }}"}, "template"),
         ({"context": [1, 2]}, "context"),
@@ -121,6 +124,19 @@ async def test_what_is_wrong_is_named_in_a_sentence(serve, fields, words):
     if words:
         assert list(reply.json) == ["error"]
         assert words in reply.json["error"]
+
+
+async def test_what_is_not_read_is_named(serve):
+    server = await serve("ok")
+    told = await chat(server, system="Be brief.", raw=True, prompt="")
+    assert told.headers["X-Ruvon-Ignored"] == "system,raw"
+    body = {"prompt": "Hi", "messages": [USER], "stream": False}
+    told = await server.post("/api/generate", body)
+    assert told.headers["X-Ruvon-Ignored"] == "messages"
+    told = await server.post("/api/generate", body | {"raw": True, "system": "x", "think": True})
+    assert told.headers["X-Ruvon-Ignored"] == "messages,system,think"
+    strict = await serve("ok", server=ServerConfig(port=0, strict=True))
+    assert (await chat(strict, system="Be brief.")).status == 400
 
 
 async def test_an_unknown_model_is_not_found(serve):

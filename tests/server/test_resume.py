@@ -133,6 +133,18 @@ async def test_only_its_own_client_finds_a_stream(serve):
     assert (await going_on(server, last, **mine)).status == 200
 
 
+async def test_a_name_that_is_taken_takes_nothing_away(serve):
+    server = await serve(TEXT, server=ServerConfig(port=0, api_key=("a", "b")))
+    keys = [{"Authorization": f"Bearer {key}"} for key in "aba"]
+    body = BODY | {"request_id": "same"}
+    first, other, second = [await server.post(CHAT, body, headers=WANTED | key) for key in keys]
+    assert ids(first.body) == ids(other.body)
+    assert ids(second.body) == []
+    for key, reply in zip(keys, (first, other), strict=False):
+        rest = await going_on(server, ids(first.body)[2], **key)
+        assert events(rest.body) == events(reply.body)[3:]
+
+
 async def test_a_second_reader_takes_over(serve):
     server = await serve(TEXT, runner=ScriptRunner(TEXT, by_hand=True))
     async with streaming(server, **WANTED) as first:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.graphs import Words
-from ruvon.kernels import sample
+from ruvon.kernels import sample, scores
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +79,7 @@ def sample_deferred(
     neutral_RP = neutral(params_RP)
     sample.sample(scores_RV.masked_fill_(~kept_RV, -torch.inf), neutral_RP, state, sampled, pdl)
     count(sampled.tokens, params_RP[:, sample.HISTORY] >= 0, slot_R, state)
-    norm_R, rank_R = sample.score(own_RV, sampled.tokens)
+    norm_R, rank_R = scores.score(own_RV, sampled.tokens)
     chosen_R = own_RV.gather(-1, sampled.tokens.clamp(min=0).long()[:, None])[:, 0]
     logprob_R = (chosen_R - norm_R).view(torch.int32)
     results[:, row_R] = torch.stack((sampled.tokens, logprob_R, rank_R))
@@ -131,7 +131,7 @@ def adjust(
     scores_RV = own_RV + torch.where(biased_R1, state.bias[slot_R].float(), 0.0)
     penalized_R1 = params_RP[:, sample.HISTORY, None] >= 0
     seen_RV = torch.where(penalized_R1, state.counts[slot_R].int(), 0)
-    number_RV = (seen_RV & sample.COUNT.value).float()
+    number_RV = (seen_RV & scores.COUNT.value).float()
     repetition_R1 = column(params_RP, sample.REPETITION)
     penalized_RV = torch.where(scores_RV > 0, scores_RV / repetition_R1, scores_RV * repetition_R1)
     scores_RV = torch.where(seen_RV != 0, penalized_RV, scores_RV)
@@ -190,5 +190,5 @@ def count(
     """Count what was sampled, where there are penalties."""
     place = (slot_R, token_R.clamp(min=0).long())
     seen_R = state.counts[place]
-    full_R = (seen_R & sample.COUNT.value) == sample.COUNT.value
+    full_R = (seen_R & scores.COUNT.value) == scores.COUNT.value
     state.counts[place] = seen_R + ((token_R >= 0) & penalized_R & ~full_R)

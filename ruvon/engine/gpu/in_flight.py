@@ -21,7 +21,7 @@ from ruvon.engine.logprobs import finite
 from ruvon.engine.matching import Masks
 from ruvon.engine.pooling import broken
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
-from ruvon.kernels import sample
+from ruvon.kernels import sample, scores
 
 ERRORS = {
     sample.NOT_A_NUMBER: NOT_A_NUMBER,
@@ -137,7 +137,7 @@ def alternatives(
     if not any(wanted.values()):
         return dict.fromkeys(wanted)
     with torch.inference_mode():
-        norm_L, _ = sample.score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
+        norm_L, _ = scores.score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
         tops: dict[int, Alternatives | None] = dict.fromkeys(wanted)
         for i, num in wanted.items():
             if num:

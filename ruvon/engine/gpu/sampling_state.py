@@ -13,7 +13,7 @@ from ruvon.engine.batch import to_device
 from ruvon.engine.gpu.deferred import NOTHING_BANNED, BadWords, DeferredRow
 from ruvon.engine.gpu.graphs import Words
 from ruvon.engine.types import BEING_SAMPLED, NewSequence, Plan, SamplingParams, SamplingRow
-from ruvon.kernels import sample
+from ruvon.kernels import sample, scores
 
 Ids: TypeAlias = Iterable[int]
 
@@ -182,8 +182,8 @@ class SlotStates:
         prompt_P, output_P = self._ids(prompt), self._ids(output)
         ones = torch.ones_like(output_P, dtype=torch.int32)
         number = torch.zeros_like(counts, dtype=torch.int32).index_add_(0, output_P, ones)
-        flags = torch.zeros_like(counts).index_fill_(0, prompt_P, sample.IN_PROMPT.value)
-        counts.copy_(number.clamp_(max=sample.COUNT.value) | flags)
+        flags = torch.zeros_like(counts).index_fill_(0, prompt_P, scores.IN_PROMPT.value)
+        counts.copy_(number.clamp_(max=scores.COUNT.value) | flags)
 
     def _write_bias(self, slot: int, sampling: SamplingParams, *, waiting: bool) -> None:
         bias = self._state.bias[slot].zero_()

@@ -18,7 +18,7 @@ from ruvon.engine.logprobs import finite
 from ruvon.engine.pooling import places
 from ruvon.engine.types import Chunk, Plan, PooledRows, PromptRow, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
-from ruvon.kernels.sample import score
+from ruvon.kernels.scores import score
 
 Piece: TypeAlias = tuple[Tensor, ...]
 """By position, on the way to the host: the best logit, the target's log-probability and rank, the

@@ -115,7 +115,7 @@ class CpuKernels:
         Kernels that are not on disk yet are compiled here, a few seconds each.
         """
         capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
-        self._capturing = Capture(capacity, self.isa)
+        self._capturing = Capture(capacity)
         try:
             finish = functools.partial(self._finish, progress)
             return Graph(forward, cache, limits, self._capturing, finish, draws=draws)
@@ -125,7 +125,7 @@ class CpuKernels:
     def sampler(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Sampler:
         """Samples tokens for up to ``max_rows`` rows of logits at once. Compiles like `capture`."""
         finish = functools.partial(self._finish, progress)
-        return Sampler(vocab_size, max_rows, self._pool.threads, Capture({}, self.isa), finish)
+        return Sampler(vocab_size, max_rows, self._pool.threads, Capture({}), finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""
@@ -151,7 +151,7 @@ class CpuKernels:
         """One operation, now."""
         tokens = arguments[0].shape[0]
         logit_rows = arguments[1].shape[0] if operation is Capture.gather_rows else 0
-        capture = Capture({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows}, self.isa)
+        capture = Capture({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows})
         made = operation(capture, *arguments)
         results = made if isinstance(made, tuple) else (made,)
         batches = [a for a in arguments if isinstance(a, ForwardBatch)]

@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 INSTRUCTION_BYTES = 256
@@ -65,9 +66,7 @@ class Output(NamedTuple):
     rows: Address = 0
     stride: int = 0
     int8: Address = 0
-    int16: Address = 0
     bf16: Address = 0
-    interleaved: Address = 0
     groups: int = 0  # of 32, in a packed row
 
 
@@ -79,10 +78,14 @@ class Tiles(NamedTuple):
     tile_bytes: int
 
 
-class Pack(NamedTuple):
+class Copy(NamedTuple):
+    """Rows as they are, or those that are asked for, or with others added to them."""
+
     x: Address
     stride: int
     out: Output
+    rows: Address = 0  # their numbers; without, one after another
+    y: Address = 0  # as x
 
 
 class Embed(NamedTuple):
@@ -95,22 +98,8 @@ class Embed(NamedTuple):
     stride: int
 
 
-class Add(NamedTuple):
-    x: Address
-    y: Address
-    out: Address
-    stride: int  # of all three
-
-
-class Gather(NamedTuple):
-    x: Address
-    rows: Address  # their numbers
-    out: Address
-    stride: int
-
-
 class Norm(NamedTuple):
-    """RMSNorm, or LayerNorm if ``centered``."""
+    """LayerNorm, or RMSNorm without a bias."""
 
     x: Address
     residual: Address
@@ -124,7 +113,8 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    x: Address  # packed
+    x: Address  # in the form that the weight wants
+    stride: int  # if that is plain rows
     weight: Tiles
     bias: Address
     activation: int
@@ -192,7 +182,9 @@ class Combine(NamedTuple):
     out_stride: int
 
 
-class Activate(NamedTuple):
+class Gate(NamedTuple):
+    """What its product cannot do: a gate's rows and, behind each, what it gates."""
+
     x: Address
     stride: int
     activation: int
@@ -251,12 +243,42 @@ class Argmax(NamedTuple):
 
 
 class Sample(NamedTuple):
-    rows: Address  # `sampling.Row`
+    rows: Address  # `SampledRow`
     row_bytes: int
-    results: Address  # `sampling.Result`
+    results: Address  # `SampledToken`
     result_bytes: int
     spaces: Address  # workspaces, float32 [vocabulary, rounded up]
     vocab_size: int
+
+
+class SampledRow(NamedTuple):
+    """What is wanted of a row."""
+
+    logits: int  # address of float32 [V]
+    temperature: float  # 0 is greedy
+    top_k: int  # 0 is off
+    min_p: float
+    top_p: float  # 1 is off
+    seed: np.uint64
+    position: int  # in the output
+    ids: int  # address of int32 token ids: allowed, banned, biased, seen, counted ones
+    amounts: int  # address of float32 amounts to add to biased and counted ones
+    num_allowed: int  # -1: all are
+    num_banned: int
+    num_biased: int
+    num_seen: int  # with repetitions
+    num_counted: int
+    repetition: float  # penalty for those seen
+    num_top: int  # how many of the likeliest are wanted; -1: no logprobs at all
+    top: int  # address of int32 [num_top]
+
+
+class SampledToken(NamedTuple):
+    """What became of a row."""
+
+    token: int  # or why there is none, see `params`
+    rank: int  # 1 is the likeliest; with logprobs only
+    norm: float  # with logprobs only: a logit less this is a log-probability
 
 
 def leaves(arguments: tuple[Any, ...]) -> Iterator[Any]:
@@ -289,3 +311,9 @@ def word(leaf: Address | float) -> int:
 def fields(kind: type) -> dict[str, Any]:
     """The type of each field of a tuple: float, another tuple, or whatever is an int64."""
     return get_type_hints(kind)
+
+
+def record_type(kind: type) -> np.dtype[np.void]:
+    """The numpy type of such tuples in memory."""
+    names = {float: "f8", np.uint64: "u8"}
+    return np.dtype([(name, names.get(each, "i8")) for name, each in fields(kind).items()])

@@ -20,23 +20,8 @@ import torch
 from torch import Tensor
 
 from ruvon.errors import ConfigError
-from ruvon.kernels.cpu.arguments import (
-    Activate,
-    Add,
-    Argmax,
-    Attention,
-    Cache,
-    Embed,
-    Gather,
-    Key,
-    Linear,
-    Norm,
-    Output,
-    Pack,
-    Place,
-    Tiles,
-    WriteKV,
-)
+from ruvon.kernels.cpu import arguments as told
+from ruvon.kernels.cpu.arguments import Cache, Key, Output, Place, Tiles
 from ruvon.kernels.cpu.formats import (
     BF16_CACHE,
     F16_CACHE,
@@ -46,7 +31,6 @@ from ruvon.kernels.cpu.formats import (
     LANES,
     Form,
 )
-from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Param
 from ruvon.kernels.ops import GATED, Activation, AttentionSpec, ForwardBatch, Packed, Rope
@@ -96,9 +80,7 @@ class Value:
             rows=Place(self, Form.ROWS, offset),
             stride=self.stride,
             int8=Place(self, Form.INT8),
-            int16=Place(self, Form.INT16),
             bf16=Place(self, Form.BF16),
-            interleaved=Place(self, Form.INTERLEAVED),
             groups=self.groups,
         )
 
@@ -115,10 +97,9 @@ PACKABLE = frozenset(Form)
 
 @dataclass(slots=True)
 class Capture:
-    """A graph in the making, for steps of at most ``capacity`` rows, for ``isa``."""
+    """A graph in the making, for steps of at most ``capacity`` rows."""
 
     capacity: dict[Param, int]
-    isa: Isa
     instructions: list[Instruction] = field(default_factory=list)
     values: dict[int, tuple[Tensor, Value]] = field(default_factory=dict)  # by id of the tensor
 
@@ -167,11 +148,11 @@ class Capture:
         return floats
 
     def packed(self, value: Value, form: Form) -> Place:
-        """Where packed rows for a product will be: written by what makes the value if that can,
-        else packed from its plain rows."""
+        """Where rows for a product will be: written by what makes the value if that can, else
+        packed from its plain rows."""
         if form not in value.makes and form not in value.wanted:
             packs = value.output()._replace(rows=0)
-            self.append(("pack", None), value.rows, Pack(value.read(), value.stride, packs))
+            self.append(("copy", None), value.rows, told.Copy(value.read(), value.stride, packs))
         return value.read(form)
 
     # Operations; what they mean is in `Ops`
@@ -179,7 +160,7 @@ class Capture:
     def embed(self, ids_T: Tensor, table: Packed, first: int | None = None) -> Tensor:
         out = self.new(Param.TOKENS, table.shape[1])
         ((kind, tiles),) = parts_of(table)
-        arguments = Embed(
+        arguments = told.Embed(
             ids=ints(ids_T),
             table=tiles_of(kind, tiles, out.width),
             first=first or 0,
@@ -193,35 +174,25 @@ class Capture:
 
     def add(self, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         x, y = self.value_of(x_TC), self.value_of(y_TC)
-        out = self.new(x.rows, x.width)
-        self.append(("add", None), x.rows, Add(x.read(), y.read(), out.read(), x.stride))
+        out = self.new(x.rows, x.width, PACKABLE)
+        arguments = told.Copy(x.read(), x.stride, out.output(), y=y.read())
+        self.append(("copy", None), x.rows, arguments)
         return self.stand_in(out)
 
     def gather_rows(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
         x = self.value_of(x_TC)
-        out = self.new(Param.LOGIT_ROWS, x.width)
-        arguments = Gather(x.read(), ints(rows_L), out.read(), x.stride)
-        self.append(("gather", None), out.rows, arguments)
+        out = self.new(Param.LOGIT_ROWS, x.width, PACKABLE)
+        arguments = told.Copy(x.read(), x.stride, out.output(), rows=ints(rows_L))
+        self.append(("copy", None), out.rows, arguments)
         return self.stand_in(out)
 
     def rms_norm(
         self, x_TC: Tensor, residual_TC: Tensor | None, weight_C: Tensor, eps: float
     ) -> tuple[Tensor, Tensor]:
-        return self._norm("rms_norm", x_TC, residual_TC, weight_C, None, eps)
+        return self.layer_norm(x_TC, residual_TC, weight_C, None, eps)
 
     def layer_norm(
         self,
-        x_TC: Tensor,
-        residual_TC: Tensor | None,
-        weight_C: Tensor,
-        bias_C: Tensor,
-        eps: float,
-    ) -> tuple[Tensor, Tensor]:
-        return self._norm("layer_norm", x_TC, residual_TC, weight_C, bias_C, eps)
-
-    def _norm(
-        self,
-        kernel: str,
         x_TC: Tensor,
         residual_TC: Tensor | None,
         weight_C: Tensor,
@@ -231,7 +202,7 @@ class Capture:
         x = self.value_of(x_TC)
         total = None if residual_TC is None else self.new(x.rows, x.width)
         out = self.new(x.rows, x.width, PACKABLE)
-        arguments = Norm(
+        arguments = told.Norm(
             x=x.read(),
             residual=None if residual_TC is None else self.value_of(residual_TC).read(),
             total=None if total is None else total.read(),
@@ -242,7 +213,7 @@ class Capture:
             eps=eps,
             out=out.output(),
         )
-        self.append((kernel, None), x.rows, arguments)
+        self.append(("norm", None), x.rows, arguments)
         return self.stand_in(out), x_TC if total is None else self.stand_in(total)
 
     def linear(
@@ -252,17 +223,18 @@ class Capture:
         gated = activation in GATED
         width = outputs // 2 if gated else outputs
         stacked = len(parts) > 1
-        if (gated and width % COLUMNS) or (stacked and activation != "none"):
+        if gated and (stacked or width % COLUMNS):
             both = self.linear(x_TK, weight, bias_N, "none")  # gate and partner do not match
-            return self._activate(both, width, activation)
+            return self._gate(both, width, activation)
         x, bias = self.value_of(x_TK), constant(bias_N)
         out = self.new(x.rows, width, ROWS_ONLY if stacked else PACKABLE)
         first = 0
         for kind, tiles in parts:
             rows = min(width - first, tiles.shape[0] * LANES) if stacked else width
             columns = round_up(rows, COLUMNS) // COLUMNS
-            arguments = Linear(
-                x=self.packed(x, self.isa.form(FORMATS[kind])),
+            arguments = told.Linear(
+                x=self.packed(x, FORMATS[kind].form),
+                stride=x.stride,
                 weight=tiles_of(kind, tiles, inputs),
                 bias=None if bias is None else bias[first:],
                 activation=ACTIVATIONS[activation],
@@ -276,12 +248,12 @@ class Capture:
             first += rows
         return self.stand_in(out)
 
-    def _activate(self, x_TN: Tensor, width: int, activation: Activation) -> Tensor:
+    def _gate(self, x_TN: Tensor, width: int, activation: Activation) -> Tensor:
         x = self.value_of(x_TN)
         out = self.new(x.rows, width)
         code = ACTIVATIONS[activation]
-        arguments = Activate(x.read(), x.stride, code, width, out.read(), out.stride)
-        self.append(("activate", None), x.rows, arguments)
+        arguments = told.Gate(x.read(), x.stride, code, width, out.read(), out.stride)
+        self.append(("gate", None), x.rows, arguments)
         return self.stand_in(out)
 
     def logits(self, x_LC: Tensor, head: Packed) -> Tensor:
@@ -290,7 +262,7 @@ class Capture:
     def argmax(self, x_LV: Tensor, out_L: Tensor) -> None:
         """Where each row is largest, into int64 ``out_L``. Not one of `Ops`."""
         x = self.value_of(x_LV)
-        arguments = Argmax(x.read(), x.stride, x.width, out_L)
+        arguments = told.Argmax(x.read(), x.stride, x.width, out_L)
         self.append(("argmax", None), x.rows, arguments, dynamic=True)
 
     def write_kv(
@@ -307,7 +279,7 @@ class Capture:
     ) -> Tensor:
         qkv = self.value_of(qkv_TE)
         out = self.new(Param.TOKENS, spec.num_heads * round_up(spec.head_dim, LANES))
-        arguments = WriteKV(
+        arguments = told.WriteKV(
             qkv=qkv.read(),
             stride=qkv.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),
@@ -341,7 +313,7 @@ class Capture:
         makes = ROWS_ONLY if spec.head_dim % GROUP else PACKABLE
         out = self.new(q.rows, spec.num_heads * spec.head_dim, makes)
         tables = batch.paged[spec.cache_group].block_tables
-        arguments = Attention(
+        arguments = told.Attention(
             queries=q.read(),
             stride=q.stride,
             cache=cache_of(k_cache_BGPD, v_cache_BGPD, spec),

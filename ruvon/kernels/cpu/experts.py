@@ -139,7 +139,8 @@ def product(
     if not gated:
         out.read()
     linear = told.Linear(
-        x=capture.packed(x, capture.isa.form(FORMATS[kind])),
+        x=capture.packed(x, FORMATS[kind].form),
+        stride=x.stride,
         weight=tiles_of(kind, tiles, x.width),
         bias=bias,
         activation=ACTIVATIONS[spec.activation if gated else "none"],

@@ -21,24 +21,18 @@ class Form(Enum):
     """How rows of activations lie in memory: plain, or packed as a product wants them."""
 
     ROWS = "plain float32"
-    INT8 = "a group is 32 codes of 8 bits, then its `tail`"
-    INT16 = "the same codes in 16 bits, ordered as `layout` says, then `tail`"
+    INT8 = "a group is 32 codes of 8 bits, then what `SCALE` and the like say"
     BF16 = "a group is 32 numbers"
-    INTERLEAVED = "float32, eight rows' numbers of each k side by side"
 
     @property
     def group_bytes(self) -> int:
         """Of one row's group."""
-        return {Form.INT8: 48, Form.INT16: 80, Form.BF16: 64}.get(self, 128)
-
-    @property
-    def tail(self) -> int:
-        """Where four numbers stand in a quantized group, behind its codes: float32 scale, float32
-        sum of codes, int32 -128 * sum, int32 -128 * sum of the first sixteen."""
-        return {Form.INT8: 32, Form.INT16: 64}[self]
+        return {Form.INT8: 48, Form.BF16: 64}.get(self, 128)
 
 
-SCALE, TOTAL, NEGATED, NEGATED_HALF = 0, 4, 8, 12  # in a tail
+SCALE, TOTAL, HALVES = 32, 36, 40
+"""Where four float32 stand in a quantized group, behind its codes: their scale, their sum, and the
+sums of the first sixteen and of the others."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +46,13 @@ class TileFormat:
     """q: "two" is int8, times a float16; "e8m0" is a power of two, the exponent less one."""
     half: bool = False  # q: a scale for each 16 values, not 32
     pairs: bool = False  # bf16: two k side by side, for the CPU's dot product of bfloat16
+
+    @property
+    def form(self) -> Form:
+        """How a product with such weights wants its activations packed."""
+        if self.pairs:
+            return Form.BF16
+        return Form.INT8 if self.quantized else Form.ROWS
 
     @property
     def quantized(self) -> bool:

@@ -18,7 +18,6 @@ from typing import Literal
 from llvmlite import binding
 
 from ruvon.errors import ConfigError
-from ruvon.kernels.cpu.formats import Form, TileFormat
 
 Dot = Literal["vpdpbusd", "maddubs", "usdot", "sdot", "plain"]
 """What multiplies bytes: x86's dot product of unsigned and signed bytes (VNNI), its product that
@@ -50,15 +49,6 @@ class Isa:
         if self.width == 64 and self.dot == "vpdpbusd":
             return [range(row, row + 1) for row in rows]
         return [rows]
-
-    def form(self, kind: TileFormat) -> Form:
-        """How a product with such weights wants its activations packed."""
-        if kind.pairs:
-            return Form.BF16
-        if not kind.quantized:
-            return Form.INTERLEAVED
-        wide = self.dot == "maddubs" and kind.bits == 8  # sums of two products overflow 16 bits
-        return Form.INT16 if wide else Form.INT8
 
 
 ISAS: tuple[Isa, ...] = (

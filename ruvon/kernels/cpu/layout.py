@@ -17,8 +17,7 @@ float16 for each row, and another for offsets. N is padded to 32, K to 32, with 
 meet no tails.
 
 **Activations** are packed by 8 rows, in a `Form` of `formats`: quantized, a group of 32 k is
-8 x 48 bytes, or 8 x 80 with codes of 16 bits, of each four the first, the third, the second and the
-fourth; for pairs, a group is 8 x 32 bfloat16; otherwise each k is 8 floats.
+8 x 48 bytes; for pairs, 8 x 32 bfloat16. Dense weights meet plain rows.
 
 **Rows** of plain activations are float32 with a stride of a multiple of 32, zeros behind the end.
 

@@ -41,6 +41,10 @@ QUERY_TOKENS = 16
 TILE_ROWS = 64  # most rows (tokens times heads) of a query tile
 MOST_DIMS = 256
 
+# Sampling
+TILE = 128  # numbers summed up, or represented by their largest, at once
+BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
+
 # A thread's scratch space, and its own notes at the end of it.
 SCRATCH_BYTES = 1 << 18
 NOTES = 128

@@ -8,14 +8,17 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
-from ruvon.kernels.cpu.arguments import Sample
+from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken, record_type
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.graph import Program
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
-from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.cpu.records import MOST_TOKENS, ROW, SAMPLED, TILE
+from ruvon.kernels.cpu.params import SCRATCH_BYTES, TILE, Param
 
 Records: TypeAlias = np.ndarray[Any, np.dtype[np.void]]
+
+ROW, SAMPLED = record_type(SampledRow), record_type(SampledToken)
+MOST_TOKENS = 8 * (SCRATCH_BYTES // 2)
+"""The largest vocabulary: the marks of tokens seen before, a bit for each, lie in scratch."""
 
 SPACES_EACH = 4  # workspaces for each thread, so that others can take over what one is late with
 

@@ -17,6 +17,7 @@ import orjson
 from ruvon.errors import RequestError
 from ruvon.grammars import Grammar, json_schema
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
+from ruvon.server.constraints import two_wishes
 from ruvon.server.conversation import Conversation
 from ruvon.server.messages_api.schemas import (
     Foreign,
@@ -232,6 +233,8 @@ def _choice(request: PromptFields, tools: Sequence[Tool]) -> ToolChoice:
 def _response(request: PromptFields) -> Grammar | None:
     config = request.output_config
     if config is not None and config.format is not None:
+        if request.output_format is not None:
+            raise two_wishes("output_config.format", "output_format")
         return json_schema(config.format.json_schema, param="output_config.format.schema")
     if request.output_format is not None:
         return json_schema(request.output_format.json_schema, param="output_format.schema")

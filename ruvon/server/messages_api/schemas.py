@@ -72,11 +72,12 @@ class ToolUseBlock(Block):
 
 
 def result_kind(value: object) -> str:
-    return "text" if isinstance(value, dict) and value.get("type") == "text" else "foreign"
+    """The tag of a block. Tags are in angle brackets, so that errors can leave them out."""
+    return "<text>" if isinstance(value, dict) and value.get("type") == "text" else "<foreign>"
 
 
 ResultBlock = Annotated[
-    Annotated[TextBlock, Tag("text")] | Annotated[Foreign, Tag("foreign")],
+    Annotated[TextBlock, Tag("<text>")] | Annotated[Foreign, Tag("<foreign>")],
     Discriminator(result_kind),
     BeforeValidator(check_block),
 ]
@@ -99,15 +100,15 @@ KINDS = ("text", "thinking", "tool_use", "tool_result")
 
 def block_kind(value: object) -> str:
     kind = value.get("type") if isinstance(value, dict) else None
-    return str(kind) if kind in KINDS else "foreign"
+    return f"<{kind}>" if kind in KINDS else "<foreign>"
 
 
 ContentBlock = Annotated[
-    Annotated[TextBlock, Tag("text")]
-    | Annotated[ThinkingBlock, Tag("thinking")]
-    | Annotated[ToolUseBlock, Tag("tool_use")]
-    | Annotated[ToolResultBlock, Tag("tool_result")]
-    | Annotated[Foreign, Tag("foreign")],
+    Annotated[TextBlock, Tag("<text>")]
+    | Annotated[ThinkingBlock, Tag("<thinking>")]
+    | Annotated[ToolUseBlock, Tag("<tool_use>")]
+    | Annotated[ToolResultBlock, Tag("<tool_result>")]
+    | Annotated[Foreign, Tag("<foreign>")],
     Discriminator(block_kind),
     BeforeValidator(check_block),
 ]
@@ -140,11 +141,11 @@ class ToolParam(Fields):
 def tool_kind(value: object) -> str:
     """A tool of another type is foreign, unless it says itself what its input is."""
     kind = value.get("type") if isinstance(value, dict) else None
-    return "foreign" if isinstance(kind, str) and kind != "custom" else "custom"
+    return "<foreign>" if isinstance(kind, str) and kind != "custom" else "<custom>"
 
 
 AnyTool = Annotated[
-    Annotated[ToolParam, Tag("custom")] | Annotated[Foreign, Tag("foreign")],
+    Annotated[ToolParam, Tag("<custom>")] | Annotated[Foreign, Tag("<foreign>")],
     Discriminator(tool_kind),
 ]
 

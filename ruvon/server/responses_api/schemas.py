@@ -36,7 +36,7 @@ class CustomFormat(Fields):
     @model_validator(mode="after")
     def _check_grammar(self) -> CustomFormat:
         if self.type == "grammar" and (self.syntax is None or self.definition is None):
-            raise PydanticCustomError("missing", "A grammar needs a syntax and a definition")
+            raise PydanticCustomError("grammar", "A grammar needs a syntax and a definition")
         return self
 
 
@@ -155,6 +155,14 @@ MOVED = {
     "prompt_logprobs": None,
     "functions": "tools",
     "function_call": "tool_choice",
+    "truncate_prompt_tokens": "truncation",
+    "thinking_budget": "thinking_token_budget",
+    "reasoning_budget": "thinking_token_budget",
+    "include_reasoning": None,
+    "continue_final_message": None,
+    "add_generation_prompt": None,
+    "return_token_ids": None,
+    "return_prompt_text": None,
 }
 """What would change the answer and is not served: chat's fields, and what OpenAI keeps for its
 clients → the field that says the same, if there is one."""

@@ -85,9 +85,17 @@ export function open(root, server) {
     const path = store.path(conversation);
     put(thread, path.length ? path.map((node) => message(chat, node)) : welcome());
     put(send, state.running ? "Stop" : "Send");
+    follow();
+  };
+  const follow = () => {
     if (!state.away) scroller.scrollTop = scroller.scrollHeight;
   };
-  const drawSoon = onFrame(draw);
+  /** The message that is being written; what is above it stays, with whatever is selected there. */
+  const drawLast = onFrame(() => {
+    if (!state.running) return;
+    thread.lastElementChild.replaceWith(message(chat, store.path(state.conversation).at(-1)));
+    follow();
+  });
   const chat = { state, draw, answer, keep };
 
   function welcome() {
@@ -128,9 +136,10 @@ export function open(root, server) {
   async function answer(parent) {
     const given = wanted();
     if (!given) return draw();
-    const messages = store.path(state.conversation, parent).map(asMessage);
+    const { conversation } = state; // another may be shown by the time it ends
+    const messages = store.path(conversation, parent).map(asMessage);
     if (settings.system?.trim()) messages.unshift({ role: "system", content: settings.system });
-    const node = store.append(state.conversation, parent, {
+    const node = store.append(conversation, parent, {
       role: "assistant",
       content: "",
       reasoning: "",
@@ -138,9 +147,9 @@ export function open(root, server) {
       ids: [],
       promptIds: [],
     });
-    state.running = new AbortController();
+    const running = (state.running = new AbortController());
     state.away = false;
-    draw();
+    keep(conversation);
     const began = performance.now();
     const times = { first: 0, last: 0, usage: null };
     try {
@@ -151,22 +160,22 @@ export function open(root, server) {
         stream_options: { include_usage: true },
         return_token_ids: true,
       };
-      const response = await request("/v1/chat/completions", { body, signal: state.running.signal });
+      const response = await request("/v1/chat/completions", { body, signal: running.signal });
       for await (const chunk of events(response)) {
         take(node, chunk, times);
-        drawSoon();
+        drawLast();
       }
     } catch (error) {
       if (error.name !== "AbortError") node.error = error.message;
     }
     node.stats = stats(node, times, began);
-    state.running = null;
-    keep();
+    if (state.running === running) state.running = null;
+    keep(conversation);
   }
 
-  function keep() {
+  function keep(conversation = state.conversation) {
     draw();
-    store.save(state.conversation).catch((error) => toast(`This conversation could not be kept: ${error.message}`));
+    store.save(conversation).catch((error) => toast(`This conversation could not be kept: ${error.message}`));
     refresh();
   }
 
@@ -204,6 +213,7 @@ export function open(root, server) {
 
   function begin(conversation) {
     state.running?.abort();
+    state.running = null;
     state.conversation = conversation || store.create();
     state.editing = null;
     state.away = false;

@@ -34,6 +34,15 @@ export function put(element, ...children) {
   return element;
 }
 
+/** Have these elements in this order; one that was there keeps the focus. */
+export function arrange(element, children) {
+  const before = element.children;
+  const focused = document.activeElement;
+  if (before.length === children.length && children.every((child, i) => child === before[i])) return;
+  element.replaceChildren(...children);
+  if (element.contains(focused)) focused.focus({ preventScroll: true });
+}
+
 /** Call `work` once before the next picture, however often it is asked for. */
 export function onFrame(work) {
   let asked = false;
@@ -53,6 +62,16 @@ export function toast(text) {
   const note = h("div", { class: "toast", role: "status" }, text);
   document.body.append(note);
   setTimeout(() => note.remove(), 5000);
+}
+
+/** Put a text where it can be pasted from, and say so. */
+export async function copy(text) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast("Copied.");
+  } catch {
+    toast("This browser lets a page copy over HTTPS or on localhost only.");
+  }
 }
 
 export const count = (n) => n.toLocaleString("en");

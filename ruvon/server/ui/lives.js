@@ -87,15 +87,13 @@ export class Lives {
 export function why(reason, amount) {
   switch (reason) {
     case "places":
-      return `all ${amount} places in a step are taken`;
+      return `no more may run beside the ${amount} that do`;
     case "blocks":
       return amount > 0
         ? `it needs more than the ${plural(amount, "block")} that the running ones leave`
         : "no block is free beyond what the running ones need next";
     case "prefix":
       return `sequence ${amount} computes the same beginning right now; it will share that`;
-    case "batch":
-      return `the batch of ${amount} that runs has to end first`;
     default:
       return "enough others start in this step";
   }

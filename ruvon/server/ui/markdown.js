@@ -1,6 +1,6 @@
 // Markdown as models write it → elements. No HTML passes through: whatever is no markup is text.
 
-import { h } from "./dom.js";
+import { copy, h } from "./dom.js";
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([\w+#.-]*)/;
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
@@ -49,8 +49,8 @@ function code(lines, at, [, mark, language]) {
   );
   const stop = end < 0 ? lines.length : end;
   const text = lines.slice(at + 1, stop).join("\n");
-  const copy = h("button", { type: "button", onclick: () => navigator.clipboard?.writeText(text) }, "copy");
-  const head = h("figcaption", null, h("span", null, language || "text"), copy);
+  const button = h("button", { type: "button", onclick: () => copy(text) }, "copy");
+  const head = h("figcaption", null, h("span", null, language || "text"), button);
   return [h("figure", { class: "code" }, head, h("pre", { tabindex: "0" }, h("code", null, text))), stop + 1];
 }
 

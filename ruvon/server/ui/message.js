@@ -1,6 +1,6 @@
 // One message of a chat: its text, its reasoning and calls, its branches, and what can be done about it.
 
-import { h, grow } from "./dom.js";
+import { copy, grow, h } from "./dom.js";
 import { markdown } from "./markdown.js";
 import * as store from "./store.js";
 
@@ -70,7 +70,7 @@ function footer(chat, node) {
       : null,
     node.role === "user" ? act("Edit", () => ((chat.state.editing = node.id), chat.draw())) : null,
     node.role === "assistant" ? act("Retry", () => chat.answer(node.parent)) : null,
-    node.role === "assistant" && node.content ? act("Copy", () => navigator.clipboard?.writeText(node.content)) : null,
+    node.role === "assistant" && node.content ? act("Copy", () => copy(node.content)) : null,
     node.ids?.length ? act("Tokens", () => inspect(node)) : null,
     node.stats ? h("span", { class: "stats", title: node.stats.title }, node.stats.text) : null,
   );

@@ -1,6 +1,6 @@
 // What the glass box has on the page, and what it shows of one state of the engine.
 
-import { count, duration, h, plural, put } from "./dom.js";
+import { arrange, count, duration, h, plural, put } from "./dom.js";
 import { drawBlocks, drawSteps, hue } from "./draw.js";
 import { lifeOf, why } from "./lives.js";
 
@@ -30,6 +30,7 @@ export function layOut(server) {
     legend: h("p", { class: "legend" }),
     hint: h("p", { class: "soft num hint" }),
     rows: h("tbody"),
+    made: new Map(), // sequence → its row
     more: h("p", { class: "soft" }),
     life: h("div"),
     loads: h("div", { class: "loads" }),
@@ -195,7 +196,7 @@ function showTiles(it, parts, state, place) {
       totals.queried ? `${Math.round((100 * totals.cached) / totals.queried)} %` : "–",
       `${count(totals.cached)} tokens`,
     ],
-    ["Preemptions", totals.preempted, "since you look"],
+    ["Preemptions", totals.preempted, "since you came"],
   ];
   put(
     parts.tiles,
@@ -213,7 +214,7 @@ function showTiles(it, parts, state, place) {
 
 /** Who is in a step, and what is left of its budget. */
 function showBatch(parts, state) {
-  if (!state.step) return put(parts.batch, h("p", { class: "soft" }, "Nothing has run since you look."));
+  if (!state.step) return put(parts.batch, h("p", { class: "soft" }, "Nothing has run since you came."));
   const [, , number, , rows, work, , left, finished, , , failure] = state.step;
   const worked = new Map(work.map((each) => [each[0], each[3]]));
   const members = [...rows.filter((id) => !worked.has(id)).map((id) => [id, 1]), ...worked];
@@ -272,46 +273,14 @@ function showRows(it, parts, state) {
       ? why(...found)
       : `${seq.preempted ? "preempted; " : ""}${waits.size ? "behind others" : "for the next step"}`;
   };
-  put(
-    parts.rows,
-    seqs.slice(0, MOST_ROWS).map((seq) =>
-      h(
-        "tr",
-        {
-          class: [seq.waits ? "waits" : "", seq.id === it.chosen ? "chosen" : ""].join(" "),
-          onclick: () => it.choose(seq.id),
-        },
-        h(
-          "td",
-          null,
-          h(
-            "button",
-            { type: "button", class: "name", "aria-pressed": String(seq.id === it.chosen) },
-            h("i", { style: { background: hue(seq.id) } }),
-            seq.id,
-          ),
-        ),
-        h("td", null, said(seq), seq.preempted ? h("em", null, ` ×${seq.preempted}`) : null),
-        h(
-          "td",
-          { class: "num" },
-          h(
-            "span",
-            { class: "share", title: `${Math.min(seq.computed, seq.prompt)} of ${seq.prompt} computed` },
-            h("i", { style: { width: `${100 * Math.min(seq.computed / seq.prompt, 1)}%` } }),
-          ),
-          seq.prompt,
-        ),
-        h("td", { class: "num" }, `${seq.output} / ${seq.most}`),
-        h(
-          "td",
-          { class: "num" },
-          seq.tables.reduce((sum, table) => sum + table.filter(Boolean).length, 0),
-        ),
-        h("td", { class: "num" }, seq.cached || ""),
-      ),
-    ),
-  );
+  const shown = seqs.slice(0, MOST_ROWS);
+  const rows = shown.map((seq) => {
+    const row = parts.made.get(seq.id) ?? newRow(it, seq.id);
+    fillRow(row, seq, said(seq), seq.id === it.chosen);
+    return row;
+  });
+  parts.made = new Map(shown.map((seq, i) => [seq.id, rows[i]]));
+  arrange(parts.rows, rows);
   put(
     parts.more,
     seqs.length > MOST_ROWS
@@ -320,6 +289,29 @@ function showRows(it, parts, state) {
         ? ""
         : "No sequences. Chat, or press a button above.",
   );
+}
+
+/** A sequence's row. It stays as long as it is shown: it may have the focus, or be half clicked. */
+function newRow(it, id) {
+  const name = h("button", { type: "button", class: "name" }, h("i", { style: { background: hue(id) } }), id);
+  const numbers = Array.from({ length: 4 }, () => h("td", { class: "num" }));
+  return h("tr", { onclick: () => it.choose(id) }, h("td", null, name), h("td"), numbers);
+}
+
+function fillRow(row, seq, said, isChosen) {
+  const [name, state, prompt, answer, blocks, cached] = row.cells;
+  row.className = [seq.waits ? "waits" : "", isChosen ? "chosen" : ""].join(" ");
+  name.firstChild.setAttribute("aria-pressed", String(isChosen));
+  put(state, said, seq.preempted ? h("em", null, ` ×${seq.preempted}`) : null);
+  const done = Math.min(seq.computed, seq.prompt);
+  const bar = h("i", { style: { width: `${(100 * done) / seq.prompt}%` } });
+  put(prompt, h("span", { class: "share", title: `${done} of ${seq.prompt} computed` }, bar), seq.prompt);
+  put(answer, `${seq.output} / ${seq.most}`);
+  put(
+    blocks,
+    seq.tables.reduce((sum, table) => sum + table.filter(Boolean).length, 0),
+  );
+  put(cached, seq.cached || "");
 }
 
 function showLife(it, parts, state) {

@@ -15,13 +15,12 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Attention, WriteKV
 from ruvon.kernels.cpu.formats import F32_CACHE, FORMATS, LANES
 from ruvon.kernels.cpu.isa import ISAS
-from ruvon.kernels.cpu.jit.rows import is_packed, write_packs
+from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
     exp16,
     fma,
     get,
-    keep_between,
     keep_first,
     larger,
     load,
@@ -128,20 +127,19 @@ def make_write_kv(cache, isa):
     A unit is one token's query heads and key/value head of one group.
     """
     size = CACHE_BYTES[cache]
-    bits, brain = 8 * size, int(FORMATS[cache].storage == "bf16")
 
     @helper
-    def write_cache(cache, slot, group, head, value):
+    def write_cache(cached, slot, group, head, value):
         """A key that was prepared, and its value, into their place in the cache."""
-        dim, page, zeros = cache.head_dim, cache.page, splat16(0.0)
+        dim, page, zeros = cached.head_dim, cached.page, splat16(0.0)
         padded, at = round_lanes(dim), slot % page
-        place = (slot // page * cache.kv_heads + group) * page * padded
-        keys = cache.keys + size * (place + at // 16 * 16 * padded + at % 16)
-        values = cache.values + size * (place + 16 * at)
+        place = (slot // page * cached.kv_heads + group) * page * padded
+        keys = cached.keys + size * (place + at // 16 * 16 * padded + at % 16)
+        values = cached.values + size * (place + 16 * at)
         for c in range(0, dim, 16):
-            scatter_lanes(bits, brain, 16, keys + size * 16 * c, load(head + 4 * c))
+            scatter_lanes(cache, keys + size * 16 * c, load(head + 4 * c))
             of_value = keep_first(load(value + 4 * c), dim - c, zeros)
-            store_lanes(bits, brain, values + size * page * c, of_value)
+            store_lanes(cache, values + size * page * c, of_value)
 
     def write_kv(address, params, start, stop, scratch):
         a, head = arguments(WriteKV, address), scratch + HEAD
@@ -201,7 +199,7 @@ def seen(x, c, seen_from, seen_to, other):
     """Lanes of x that stand for keys from ``seen_from`` to ``seen_to``, x starting at key c."""
     if seen_from <= c and c + 16 <= seen_to:
         return x
-    return keep_between(x, seen_from - c, seen_to - c, other)
+    return keep_first(other, seen_from - c, keep_first(x, seen_to - c, other))
 
 
 @helper
@@ -253,20 +251,16 @@ def finish_query(a, scratch, row, token, head):
     """Divide by the softmax's denominator and write the result."""
     sums, dim = scratch + SUMS + row * ROW_BYTES, a.cache.head_dim
     by = splat16(share_of_one(scratch, row, a.sinks, head))
-    if a.out.rows != 0:
-        out = a.out.rows + token * a.out.stride + 4 * head * dim
-        for c in range(0, dim - 15, 16):
-            store(out + 4 * c, load(sums + 4 * c) * by)
-        rest = dim % 16
-        if rest != 0:
-            last = sums + 4 * (dim - rest)
-            store(last, load(last) * by)
-            for c in range(dim - rest, dim):
-                write_f32(out + 4 * c, read_f32(sums + 4 * c))
-    if is_packed(a.out):
+    for c in range(0, 4 * dim, 64):
+        store(sums + c, load(sums + c) * by)
+    if dim % 32 == 0:
         for c in range(0, dim, 32):
-            x, y = load(sums + 4 * c) * by, load(sums + 4 * c + 64) * by
-            write_packs(a.out, token, (head * dim + c) // 32, x, y)
+            x, y = load(sums + 4 * c), load(sums + 4 * c + 64)
+            write_row(a.out, token, (head * dim + c) // 32, x, y)
+        return
+    out = a.out.rows + token * a.out.stride + 4 * head * dim  # nothing else, see `capture`
+    for c in range(0, 4 * dim, 4):
+        write_f32(out + c, read_f32(sums + c))
 
 
 @helper

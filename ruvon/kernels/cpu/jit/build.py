@@ -12,28 +12,25 @@ from numba import types
 
 from ruvon.kernels.cpu.arguments import Key
 from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
-from ruvon.kernels.cpu.jit import attention, experts, linear, rows, sample, threads
+from ruvon.kernels.cpu.jit import attention, embed, experts, linear, rows, sample, threads
 from ruvon.kernels.cpu.jit.translate import translate
 
 KERNEL = types.void(*[types.intp] * 5)
 FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "leader": (threads.lead, types.void(*[types.intp] * 2)),
     "worker": (threads.work, types.void(*[types.intp] * 4)),
-    "pack": (rows.pack, KERNEL),
-    "rms_norm": (rows.rms_norm, KERNEL),
-    "layer_norm": (rows.layer_norm, KERNEL),
-    "activate": (rows.activate, KERNEL),
-    "add": (rows.add, KERNEL),
+    "copy": (rows.copy, KERNEL),
+    "norm": (rows.norm, KERNEL),
+    "gate": (rows.gate, KERNEL),
     "route": (experts.route, KERNEL),
     "sort": (experts.sort, KERNEL),
     "dispatch": (experts.dispatch, KERNEL),
     "combine": (experts.combine, KERNEL),
-    "gather": (rows.gather, KERNEL),
     "argmax": (rows.argmax, KERNEL),
     "sample": (sample.sample, KERNEL),
 }
 FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
-    "embed": rows.make_embed,
+    "embed": embed.make_embed,
     "linear": linear.make_linear,
     "experts": experts.make_experts,
     "write_kv": attention.make_write_kv,

@@ -2,8 +2,8 @@
 
 vpdpbusd   one instruction multiplies unsigned by signed bytes and adds fours of them to int32
 maddubs    one adds pairs of such products into int16; as many of those as cannot overflow are
-           added up, then one more instruction makes int32 of pairs. Eight bits would overflow
-           at once: such codes are multiplied in 16 bits
+           added up, then one more instruction makes int32 of pairs. Signs of codes of 8 bits
+           are moved to the activations
 usdot      as vpdpbusd, on Arm; sdot: both signed
 plain      bytes widened, multiplied and added like any integers
 """
@@ -17,9 +17,8 @@ from llvmlite import ir
 
 from ruvon.kernels.cpu.formats import (
     CODED,
+    HALVES,
     LANES,
-    NEGATED,
-    NEGATED_HALF,
     TOTAL,
     VECTORS,
     TileFormat,
@@ -27,25 +26,19 @@ from ruvon.kernels.cpu.formats import (
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.simd import (
     F32,
+    F32V,
     I8,
-    I16,
     I32,
+    I32V,
     broadcast,
     call,
+    constant,
     fused,
     load_as,
     offset,
     splat,
     vector,
 )
-
-I32V, F32V = vector(I32), vector(F32)
-
-
-def constant(value: int, lanes: int = LANES) -> ir.Constant:
-    """An int32 in all lanes."""
-    signed = value - (1 << 32) if value >= 1 << 31 else value
-    return ir.Constant(vector(I32, lanes), [signed] * lanes)
 
 
 @dataclass
@@ -61,7 +54,7 @@ class Group:
     @property
     def signed(self) -> bool:
         """Whether codes of 8 bits are to be signed; they are stored with 128 on top."""
-        return self.isa.dot == "sdot" and self.kind.bits == 8
+        return self.isa.dot in ("sdot", "maddubs") and self.kind.bits == 8
 
     def load(self, number: int) -> ir.Value:
         """The ``number``-th 64 bytes."""
@@ -103,58 +96,22 @@ class Group:
 def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
     """For each row, at ``blocks``, sums [16] of (code - zero) * activation over one part of the
     group: all of it, or a half where each half has a scale. Integers, as exact in float32."""
-    b, per_part = group.b, VECTORS // group.kind.scales_per_group
+    b, kind, per_part = group.b, group.kind, VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    if group.isa.dot == "maddubs" and group.kind.bits < 8:
-        sums = [b.sitofp(each, F32V) for each in madd_bytes(group, blocks, which)]
-        return less_zero(group, blocks, part, sums)
-    start = [bias_of_zero(group, block, part) for block in blocks]
-    by = {"maddubs": madd_words, "plain": plain}.get(group.isa.dot, dot_bytes)
-    return [b.sitofp(each, F32V) for each in by(group, blocks, which, start)]
-
-
-def less_zero(
-    group: Group, blocks: list[ir.Value], part: int, sums: list[ir.Value]
-) -> list[ir.Value]:
-    """Take zero times the activation codes off sums that did not start there. As a float, since it
-    is one instruction then."""
-    if not group.kind.zero:
-        return sums
-    zero = ir.Constant(F32V, [-group.kind.zero] * LANES)
-    return [
-        fused(group.b, float_sum(group, block, part), zero, each)
-        for block, each in zip(blocks, sums, strict=True)
-    ]
-
-
-def bias_of_zero(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-zero * (sum of activation codes): where the integer sum starts, so that codes are signed."""
-    b, kind = group.b, group.kind
+    pairs = madd_signed if group.signed else madd_bytes
+    dots = {"maddubs": pairs, "plain": plain}.get(group.isa.dot, dot_bytes)
+    sums = [b.sitofp(each, F32V) for each in dots(group, blocks, which)]
     if not kind.zero or group.signed:
-        return constant(0)
-    negated = negated_sum(group, x, part)
-    shift = (128 // kind.zero).bit_length() - 1
-    return b.ashr(negated, constant(shift)) if shift else negated
+        return sums
+    zero = ir.Constant(F32V, [-kind.zero] * LANES)
+    totals = [code_sum(group, block, part) for block in blocks]
+    return [fused(b, total, zero, each) for total, each in zip(totals, sums, strict=True)]
 
 
-def negated_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
-    """-128 * sum of the activation codes in this part of the group."""
-    b, tail = group.b, group.isa.form(group.kind).tail
-    if not group.kind.half:
-        return broadcast(b, offset(b, x, tail + NEGATED), I32)
-    first = broadcast(b, offset(b, x, tail + NEGATED_HALF), I32)
-    if part == 0:
-        return first
-    return b.sub(broadcast(b, offset(b, x, tail + NEGATED), I32), first)
-
-
-def float_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
+def code_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     """The sum of the activation codes in this part of the group, as a float."""
-    b = group.b
-    if not group.kind.half:
-        return broadcast(b, offset(b, x, group.isa.form(group.kind).tail + TOTAL), F32)
-    negated = b.sitofp(negated_sum(group, x, part), F32V)
-    return b.fmul(negated, ir.Constant(F32V, [-1 / 128] * LANES))
+    at = HALVES + 4 * part if group.kind.half else TOTAL
+    return broadcast(group.b, offset(group.b, x, at), F32)
 
 
 # 4-bit floats
@@ -198,13 +155,12 @@ def coded_by_comparing(b: ir.IRBuilder, four: ir.Value) -> ir.Value:
 
 def cut(b: ir.IRBuilder, x: ir.Value, element: ir.Type, width: int) -> list[ir.Value]:
     """A vector's registers, of ``width`` bytes each, as vectors of ``element``."""
-    size = {I8: 1, I16: 2, I32: 4}[element]
     lanes = width // 4
     parts = [
         pick(b, x, range(first, first + lanes)) if lanes < LANES else x
         for first in range(0, LANES, lanes)
     ]
-    return [b.bitcast(part, vector(element, width // size)) for part in parts]
+    return [b.bitcast(part, vector(element, 8 * width // element.width)) for part in parts]
 
 
 def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
@@ -244,8 +200,7 @@ def most_in_words(bits: int) -> int:
 def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
-    ones = ir.Constant(vector(I16, width // 2), [1] * (width // 2))
-    totals: list[list[ir.Value] | None] = [None] * len(blocks)
+    totals = [cut(b, constant(0), I32, width) for _ in blocks]
     most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value]] = []
@@ -257,36 +212,43 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
                 products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
             # With few registers not all codes of a group can be at hand.
             sums = fence(b, products) if group.isa.registers == 16 else products
-        wide = [[madd(b, MADD_WORDS, part, ones) for part in parts] for parts in sums]
-        totals = [add_all(b, *args) for args in zip(totals, wide, strict=True)]
-    return [join(b, total or []) for total in totals]
-
-
-def madd_words(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
-    """Codes and activations of 16 bits: of each four the first and third, then the others."""
-    b, width = group.b, group.isa.width
-    totals: list[list[ir.Value]] = [cut(b, value, I32, width) for value in start]
-    for q in which:
-        for odd in (0, 1):
-            codes = group.codes(q)
-            words = (
-                b.lshr(b.bitcast(codes, vector(I16, 2 * LANES)), splat_words(8))
-                if odd
-                else b.and_(codes, constant(0x00FF00FF))
-            )
-            parts = cut(b, b.bitcast(words, I32V), I16, width)
-            for row, block in enumerate(blocks):
-                x = splat_bytes(b, offset(b, block, 8 * q + 4 * odd), width, I16)
-                wide = [madd(b, MADD_WORDS, part, x) for part in parts]
-                totals[row] = add_all(b, totals[row], wide)
-            totals = fence(b, totals)
+        totals = [
+            add_all(b, total, add_pairs(b, parts))
+            for total, parts in zip(totals, sums, strict=True)
+        ]
     return [join(b, total) for total in totals]
 
 
-def splat_words(value: int) -> ir.Constant:
-    return ir.Constant(vector(I16, 2 * LANES), [value] * 2 * LANES)
+def madd_signed(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
+    """Sizes of codes by activations that have taken on their signs: 16 bits hold two products."""
+    b, width = group.b, group.isa.width
+    totals = [cut(b, constant(0), I32, width) for _ in blocks]
+    for q in which:
+        codes = cut(b, group.codes(q), I8, width)
+        sizes = [with_sign(b, code, code) for code in codes]
+        for row, block in enumerate(blocks):
+            x = splat_bytes(b, offset(b, block, 4 * q), width)
+            products = [
+                madd(b, MADD_BYTES, size, with_sign(b, x, code))
+                for size, code in zip(sizes, codes, strict=True)
+            ]
+            totals[row] = add_all(b, totals[row], add_pairs(b, products))
+        totals = fence(b, totals)
+    return [join(b, total) for total in totals]
+
+
+def with_sign(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    """x, negated where y is."""
+    if x.type.count == 32:
+        return call(b, "llvm.x86.avx2.psign.b", x.type, [x, y])
+    zero = ir.Constant(x.type, [0] * x.type.count)
+    return b.select(b.icmp_signed("<", y, zero), b.sub(zero, x), x)
+
+
+def add_pairs(b: ir.IRBuilder, parts: list[ir.Value]) -> list[ir.Value]:
+    """Sums of neighbours of 16 bits, in 32."""
+    ones = ir.Constant(parts[0].type, [1] * parts[0].type.count)
+    return [madd(b, MADD_WORDS, part, ones) for part in parts]
 
 
 def splat_bytes(b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8) -> ir.Value:
@@ -310,11 +272,7 @@ def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     return [[next(news) for _ in row] for row in rows]
 
 
-def add_all(
-    b: ir.IRBuilder, totals: list[ir.Value] | None, parts: list[ir.Value]
-) -> list[ir.Value]:
-    if totals is None:
-        return parts
+def add_all(b: ir.IRBuilder, totals: list[ir.Value], parts: list[ir.Value]) -> list[ir.Value]:
     return [b.add(total, part) for total, part in zip(totals, parts, strict=True)]
 
 
@@ -328,13 +286,11 @@ DOT_BYTES = {
 }
 
 
-def dot_bytes(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def dot_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Fours of products straight into 32 bits."""
     b, isa = group.b, group.isa
     name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
-    totals = [cut(b, value, I32, isa.width) for value in start]
+    totals = [cut(b, constant(0), I32, isa.width) for _ in blocks]
     for q in which:
         codes = cut(b, group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
@@ -355,11 +311,9 @@ def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.T
     return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
 
 
-def plain(
-    group: Group, blocks: list[ir.Value], which: range, start: list[ir.Value]
-) -> list[ir.Value]:
+def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Byte by byte, in int32."""
-    b, totals = group.b, [*start]
+    b, totals = group.b, [constant(0)] * len(blocks)
     for q in which:
         for j in range(4):
             code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))

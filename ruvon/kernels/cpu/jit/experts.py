@@ -12,7 +12,7 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Combine, Dispatch, Experts, Route, Sort
 from ruvon.kernels.cpu.formats import ROWS
 from ruvon.kernels.cpu.jit.linear import make_product, two_of_next
-from ruvon.kernels.cpu.jit.rows import write_packs
+from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
     exp16,
@@ -151,7 +151,7 @@ def dispatch(address, params, start, stop, scratch):
             row = read_i32(row_of(a.routes, token, n))
             for group in range(a.out.groups):
                 at = x + 128 * group
-                write_packs(a.out, row, group, load(at), load(at + 64))
+                write_row(a.out, row, group, load(at), load(at + 64))
 
 
 def combine(address, params, start, stop, scratch):

@@ -7,7 +7,7 @@ within a panel stay in the second-level cache while one unit after another strea
 from __future__ import annotations
 
 from ruvon.kernels.cpu.arguments import Attention, Linear
-from ruvon.kernels.cpu.formats import FORMATS, GROUP, ROWS, Form
+from ruvon.kernels.cpu.formats import FORMATS, ROWS, Form
 from ruvon.kernels.cpu.isa import ISAS
 from ruvon.kernels.cpu.jit.rows import activate16, gated, is_packed, write_row
 from ruvon.kernels.cpu.jit.simd import (
@@ -108,27 +108,31 @@ def is_plain(a):
 
 def make_product(kind, isa):
     """The function that multiplies some rows by the tiles of a unit with weights of this format."""
-    form, most = ISAS[isa].form(FORMATS[kind]), ISAS[isa].rows
-    x_row = 4 if form == Form.INTERLEAVED else form.group_bytes  # from one row to the next
-    x_step = ROWS * form.group_bytes * FORMATS[kind].step // GROUP
+    most, unpacked = ISAS[isa].rows, FORMATS[kind].form == Form.ROWS
+    group_bytes = FORMATS[kind].form.group_bytes
 
     @helper
-    def multiply(w, x, steps, out, out_stride, rows, fetch, scratch):
+    def row_at(a, row):
+        if unpacked:
+            return a.x + row * a.stride
+        return a.x + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
+
+    @helper
+    def multiply(a, w, first, rows, out, out_stride, fetch, scratch):
         """One tile by some rows; those that come first fetch what comes next."""
+        steps, stride = a.weight.steps, a.stride
         for row in range(0, rows, most):
             if row > 0:
                 fetch_cache(scratch)
-            at = x + row // ROWS * steps * x_step + row % ROWS * x_row
-            count = min(most, rows - row)
-            multiply_tile(isa, kind, w, at, steps, out + row * out_stride, out_stride, count, fetch)
+            x, to, count = row_at(a, first + row), out + row * out_stride, min(most, rows - row)
+            multiply_tile(isa, kind, w, x, stride, steps, to, out_stride, count, fetch)
             fetch = w
 
     @helper
     def multiply_some(a, bias, w, fetch, partner, first, count, column, scratch):
         """As `multiply_rows`, as many rows as meet one tile after another. Nothing is fetched if
         ``fetch`` is 0."""
-        plain, steps, tile_bytes = is_plain(a), a.weight.steps, a.weight.tile_bytes
-        sums, stride, x = scratch, 256, a.x + first // ROWS * steps * x_step
+        plain, sums, stride, tile_bytes = is_plain(a), scratch, 256, a.weight.tile_bytes
         if plain:
             stride, sums = a.out.stride, a.out.rows + first * a.out.stride + 128 * column
         for tile in range(4 if a.gate_bytes != 0 else 2):
@@ -136,7 +140,7 @@ def make_product(kind, isa):
             ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
             if fetch == 0:
                 ahead = at
-            multiply(at, x, steps, sums + 64 * tile, stride, count, ahead, scratch)
+            multiply(a, at, first, count, sums + 64 * tile, stride, ahead, scratch)
         if not plain:
             for row in range(count):
                 finish_row(a, bias, sums + row * stride, first + row, column)

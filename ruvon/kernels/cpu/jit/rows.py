@@ -8,46 +8,36 @@ from __future__ import annotations
 import numpy as np
 
 from ruvon.kernels.cpu.arguments import (
-    Activate,
-    Add,
     Argmax,
-    Embed,
-    Gather,
+    Copy,
+    Gate,
     Norm,
-    Pack,
 )
-from ruvon.kernels.cpu.formats import FORMATS, ROWS, SUPER, Form
-from ruvon.kernels.cpu.jit.quantize import quantize_bytes, quantize_words
+from ruvon.kernels.cpu.formats import BF16_CACHE, ROWS, Form
+from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
-    any_equal,
+    any_within,
     arguments,
     exp16,
     fma,
     keep_first,
     larger,
+    larger_or_nan,
     load,
-    max_lanes,
-    read_bf16,
-    read_f16,
+    max_or_nan_lanes,
     read_f32,
-    read_i8,
     read_i32,
-    read_u8,
-    scatter_lanes,
     splat16,
     store,
     store_lanes,
     sum_lanes,
-    write_f32,
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
 
-INT8_BYTES, INT16_BYTES, BF16_BYTES = (
-    form.group_bytes for form in (Form.INT8, Form.INT16, Form.BF16)
-)
+INT8_BYTES, BF16_BYTES = Form.INT8.group_bytes, Form.BF16.group_bytes
 
 # Packing
 
@@ -55,7 +45,7 @@ INT8_BYTES, INT16_BYTES, BF16_BYTES = (
 @helper
 def is_packed(out):
     """Whether packed rows are asked for, in any form."""
-    return out.int8 | out.int16 | out.bf16 | out.interleaved != 0
+    return out.int8 | out.bf16 != 0
 
 
 @helper
@@ -63,16 +53,10 @@ def write_packs(out, row, group, a, b):
     """32 numbers of a row, in each packed form that is asked for."""
     block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
     if out.int8 != 0:
-        quantize_bytes(a, b, out.int8 + block * INT8_BYTES)
-    if out.int16 != 0:
-        quantize_words(a, b, out.int16 + block * INT16_BYTES)
+        quantize(a, b, out.int8 + block * INT8_BYTES)
     if out.bf16 != 0:
-        store_lanes(16, 1, out.bf16 + block * BF16_BYTES, a)
-        store_lanes(16, 1, out.bf16 + block * BF16_BYTES + 32, b)
-    if out.interleaved != 0:
-        column = out.interleaved + (row // ROWS * out.groups + group) * 128 * ROWS + row % ROWS * 4
-        scatter_lanes(32, 0, ROWS, column, a)
-        scatter_lanes(32, 0, ROWS, column + 64 * ROWS, b)
+        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES, a)
+        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES + 32, b)
 
 
 @helper
@@ -85,14 +69,17 @@ def write_row(out, row, group, a, b):
     write_packs(out, row, group, a, b)
 
 
-def pack(address, params, start, stop, scratch):
-    """Pack rows for a product."""
-    a = arguments(Pack, address)
+def copy(address, params, start, stop, scratch):
+    """Rows, or sums of two, in whatever forms are asked for."""
+    a = arguments(Copy, address)
     for row in range(start, stop):
-        x = a.x + row * a.stride
+        at = a.stride * (row if a.rows == 0 else read_i32(a.rows + 4 * row))
         for group in range(a.out.groups):
-            at = x + 128 * group
-            write_packs(a.out, row, group, load(at), load(at + 64))
+            x, y = load(a.x + at), load(a.x + at + 64)
+            if a.y != 0:
+                x, y = x + load(a.y + at), y + load(a.y + at + 64)
+            write_row(a.out, row, group, x, y)
+            at += 128
 
 
 # Norms
@@ -122,13 +109,13 @@ def finish_norm(a, source, row, scale, shift):
 
 
 @helper
-def norm_row(a, row, centered):
+def norm_row(a, row):
     x, residual, total = a.x + row * a.stride, a.residual, a.total + row * a.stride
     if residual != 0:
         residual += row * a.stride
     source = sum_with_residual(x, residual, total, a.stride)
     mean, width = np.float32(0.0), np.float32(a.width)
-    if centered:
+    if a.bias != 0:
         sums = splat16(0.0)
         for c in range(0, a.stride, 64):
             sums = sums + load(source + c)
@@ -141,16 +128,10 @@ def norm_row(a, row, centered):
     finish_norm(a, source, row, scale, mean)
 
 
-def rms_norm(address, params, start, stop, scratch):
+def norm(address, params, start, stop, scratch):
     a = arguments(Norm, address)
     for row in range(start, stop):
-        norm_row(a, row, False)
-
-
-def layer_norm(address, params, start, stop, scratch):
-    a = arguments(Norm, address)
-    for row in range(start, stop):
-        norm_row(a, row, True)
+        norm_row(a, row)
 
 
 # Activations
@@ -214,129 +195,17 @@ def activate16(x, activation):
     return x
 
 
-def activate(address, params, start, stop, scratch):
-    """The activation of a product that could not do it itself."""
-    a = arguments(Activate, address)
+def gate(address, params, start, stop, scratch):
+    a = arguments(Gate, address)
     zeros = splat16(0.0)
     for row in range(start, stop):
         x, out = a.x + row * a.stride, a.out + row * a.out_stride
         for c in range(0, a.width, 16):
-            value = load(x + 4 * c)
-            if a.activation in (SILU_GATED, GELU_TANH_GATED):
-                value = gated(value, load(x + 4 * (a.width + c)), a.activation)
-            else:
-                value = activate16(value, a.activation)
+            value = gated(load(x + 4 * c), load(x + 4 * (a.width + c)), a.activation)
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
 
 
-# Rows in and out
-
-
-def add(address, params, start, stop, scratch):
-    a = arguments(Add, address)
-    for at in range(start * a.stride, stop * a.stride, 64):
-        store(a.out + at, load(a.x + at) + load(a.y + at))
-
-
-def gather(address, params, start, stop, scratch):
-    a = arguments(Gather, address)
-    for row in range(start, stop):
-        x, out = a.x + read_i32(a.rows + 4 * row) * a.stride, a.out + row * a.stride
-        for c in range(0, a.stride, 64):
-            store(out + c, load(x + c))
-
-
-def make_coded_value(kind):
-    """The function that reads one value of a quantized tile (see `layout`)."""
-    bits, zero, half, offsets = kind.bits, kind.zero, kind.half, kind.offsets
-    step_bytes, group_bytes, table_bytes = (
-        kind.step_bytes, kind.group_scale_bytes, kind.table_bytes
-    )  # fmt: skip
-    extra, parts, super_bytes = max(bits - 4, 1), kind.scales_per_group, kind.super_bytes
-    two, single, power = (kind.scales == each for each in ("two", "f32", "e8m0"))
-    lower, floats = np.int64(15), kind.floats
-
-    @helper
-    def code_at(codes, lane, within):
-        """The code of the k that is ``within`` the group at ``codes``."""
-        q, place = within // 4, lane * 4 + within % 4
-        if bits == 8:
-            return read_u8(codes + q * 64 + place)
-        code = read_u8(codes + q // 2 * 64 + place) >> (q % 2 * 4) & lower
-        if floats:
-            twice = code & 7
-            twice += (twice > 4) + (twice > 5) + 3 * (twice > 6)
-            return zero + twice if code < 8 else zero - twice
-        if bits > 4:
-            each = 8 // extra
-            byte = read_u8(codes + 256 + q // each * 64 + place)
-            code += (byte >> (q % each * extra) & ((1 << extra) - 1)) << 4
-        return code
-
-    @helper
-    def table_number(tables, over, lane, table, part):
-        """A scale (``table`` 0) or an offset (1)."""
-        number = table * parts + part
-        if two:
-            by = read_f16(over + table * 32 + 2 * lane)
-            return np.float32(read_i8(tables + number * table_bytes + lane)) * by
-        if single:
-            return read_f32(tables + number * table_bytes + 4 * lane)
-        if power:
-            return np.float32(2.0 ** (read_u8(tables + lane) - 127))
-        return read_f16(tables + number * table_bytes + 2 * lane)
-
-    @helper
-    def coded_value(tile, lane, steps, k):
-        group, within = k // 32, k % 32
-        part = within // 16 if half else 0
-        tables = tile + steps * step_bytes
-        over = tables + steps * group_bytes + group // SUPER * super_bytes
-        tables += group * group_bytes
-        code = code_at(tile + group * step_bytes, lane, within)
-        value = np.float32(code - zero) * table_number(tables, over, lane, 0, part)
-        if offsets:
-            value += table_number(tables, over, lane, 1, part)
-        return value
-
-    return coded_value
-
-
-@helper
-def dense_value(tile, lane, k, single, brain, pairs):
-    if pairs:
-        return read_bf16(tile + k // 2 * 64 + lane * 4 + k % 2 * 2)
-    if single:
-        return read_f32(tile + k * 64 + lane * 4)
-    if brain:
-        return read_bf16(tile + k * 32 + lane * 2)
-    return read_f16(tile + k * 32 + lane * 2)
-
-
-def make_embed(kind, isa):
-    """The kernel that reads rows out of a table in tiles of this kind."""
-    form = FORMATS[kind]
-    quantized, coded_value = form.quantized, make_coded_value(form)
-    single, brain, pairs = form.storage == "f32", form.storage == "bf16", form.pairs
-
-    def embed(address, params, start, stop, scratch):
-        a = arguments(Embed, address)
-        for row in range(start, stop):
-            token = read_i32(a.ids + 4 * row) - a.first
-            out = a.out + row * a.stride
-            if token < 0 or token >= a.rows:
-                for k in range(a.width):
-                    write_f32(out + 4 * k, 0.0)
-                continue
-            tile, lane = a.table.tiles + token // 16 * a.table.tile_bytes, token % 16
-            for k in range(a.width):
-                if quantized:
-                    value = coded_value(tile, lane, a.table.steps, k)
-                else:
-                    value = dense_value(tile, lane, k, single, brain, pairs)
-                write_f32(out + 4 * k, value)
-
-    return embed
+# The largest
 
 
 @helper
@@ -344,7 +213,7 @@ def first_in_row(x, width, wanted):
     """Where a row first has this number, or a NaN if that is what is wanted."""
     at, sought = 0, splat16(wanted)
     if wanted == wanted:
-        while at + 16 <= width and not any_equal(load(x + 4 * at), sought):
+        while at + 16 <= width and not any_within(load(x + 4 * at), sought, sought):
             at += 16
     while at < width - 1:
         value = read_f32(x + 4 * at)
@@ -366,20 +235,8 @@ def argmax(address, params, start, stop, scratch):
 @helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
-    zeros, whole = splat16(0.0), width // 16 * 16
+    whole = width // 16 * 16
     best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
     for at in range(0, whole, 16):
-        value = load(x + 4 * at)
-        best = larger(best, value)
-        nothing = fma(value, zeros, nothing)
-    found = max_lanes(best)
-    if sum_lanes(nothing) != 0:  # a NaN or an infinity
-        for at in range(width):
-            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
-    return found
-
-
-@helper
-def max_or_nan(x, y):
-    return y if y != y or y > x else x
+        best = larger_or_nan(best, load(x + 4 * at))
+    return max_or_nan_lanes(best)

@@ -17,52 +17,44 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 
-from ruvon.kernels.cpu.arguments import Sample
+from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken
 from ruvon.kernels.cpu.jit.rows import first_in_row, largest
 from ruvon.kernels.cpu.jit.simd import (
+    F32,
+    F64,
     I32,
     I64,
     V,
-    any_equal,
-    any_lane,
+    any_within,
     arguments,
     exp16,
     get,
     keep_first,
-    larger,
     load,
-    max_lanes,
     number,
     operation,
     read_f32,
     read_f64,
+    read_i8,
     read_i32,
-    read_u8,
     splat16,
     store,
     sum_lanes,
     write_f32,
     write_f64,
+    write_i8,
     write_i32,
     write_i64,
-    write_u8,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.cpu.records import BROKEN, INFINITE, NOTHING_LEFT, TILE, Result, Row
+from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT, TILE, Param
 
 BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
-RANK, NORM = map(Result._fields.index, ("rank", "norm"))  # behind the token
+RANK, NORM = map(SampledToken._fields.index, ("rank", "norm"))  # behind the token
 PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 
 
 # Vectors and bits
-
-NUMBER, DOUBLE = ir.FloatType(), ir.DoubleType()
-
-
-def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
-    return any_lane(b, b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high)))
 
 
 def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
@@ -71,20 +63,19 @@ def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
 
 
 def emit_order(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    x = b.fadd(x, ir.Constant(NUMBER, 0.0))  # which makes -0 a 0
+    x = b.fadd(x, ir.Constant(F32, 0.0))  # which makes -0 a 0
     return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
 
 
 def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
     bits = flip_negative(b, b.sub(order, number(1 << 31)))
-    return b.bitcast(b.trunc(bits, I32), NUMBER)
+    return b.bitcast(b.trunc(bits, I32), F32)
 
 
 # (x, cut, kept, other): lanes of ``kept`` where x reaches ``cut``, the rest of ``other``
 where_at_least = operation(
     lambda b, x, cut, kept, other: b.select(b.fcmp_ordered(">=", x, cut), kept, other), V, V, V, V
 )
-any_within = operation(emit_any_within, V, V, V, result=types.boolean)
 # An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same
 order_of = operation(emit_order, types.float32, result=types.intp)
 float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
@@ -112,7 +103,7 @@ def emit_uniform(b: ir.IRBuilder, seed: ir.Value, position: ir.Value) -> ir.Valu
         steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
         keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
     bits = b.lshr(words[0], number(16))
-    return b.fmul(b.uitofp(bits, DOUBLE), ir.Constant(DOUBLE, 2.0**-48))
+    return b.fmul(b.uitofp(bits, F64), ir.Constant(F64, 2.0**-48))
 
 
 # A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
@@ -172,16 +163,6 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 
 
 @helper
-def max_of(x, width):
-    """The largest of some numbers that are no NaN."""
-    whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
-
-
-@helper
 def cut_of_largest(x, width, count, scratch):
     """The ``count``-th largest number, and how many equal to it are among the largest.
 
@@ -192,7 +173,7 @@ def cut_of_largest(x, width, count, scratch):
     if count <= tiles:
         for tile in range(tiles):
             first = tile * TILE
-            write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
+            write_f32(peaks + 4 * tile, largest(x + 4 * first, min(TILE, width - first)))
         low, _ = find_cut(peaks, tiles, low, high, goal, False, scratch)
     cut, ties = find_cut(x, width, low, high, goal, False, scratch)
     return cut, int(ties)
@@ -202,7 +183,7 @@ def cut_of_largest(x, width, count, scratch):
 def drop_ties(x, width, cut, kept, instead):
     """Replace those equal to ``cut``, all but the first ``kept``."""
     for start in range(0, width, 16):
-        if any_equal(load(x + 4 * start), splat16(cut)):
+        if any_within(load(x + 4 * start), splat16(cut), splat16(cut)):
             for at in range(start, min(start + 16, width)):
                 if read_f32(x + 4 * at) == cut:
                     kept -= 1
@@ -254,12 +235,12 @@ def add_amounts(ids, amounts, count, x):
 def penalize_seen(ids, count, penalty, width, x, marks):
     """Make tokens less likely, whatever the sign of their score; once each."""
     for at in range((width + 7) // 8):
-        write_u8(marks + at, 0)
+        write_i8(marks + at, 0)
     for n in range(count):
         token = read_i32(ids + 4 * n)
-        mark, bit = read_u8(marks + token // 8), 1 << token % 8
+        mark, bit = read_i8(marks + token // 8), 1 << token % 8
         if mark & bit == 0:
-            write_u8(marks + token // 8, mark | bit)
+            write_i8(marks + token // 8, mark | bit)
             score = read_f32(x + 4 * token)
             write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
 
@@ -442,7 +423,10 @@ def sample(address, params, start, stop, scratch):
     for space in range(start, stop):
         work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row, result = arguments(Row, a.rows + n * a.row_bytes), a.results + n * a.result_bytes
+            row, result = (
+                arguments(SampledRow, a.rows + n * a.row_bytes),
+                a.results + n * a.result_bytes,
+            )
             token = sample_one(row, a.vocab_size, work, scratch)
             write_i64(result, token)
             if token >= 0 and row.num_top >= 0:

@@ -24,11 +24,11 @@ from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, models, register_model
 
 from ruvon.kernels.cpu.arguments import fields
-from ruvon.kernels.cpu.formats import LANES
+from ruvon.kernels.cpu.formats import FORMATS, LANES
 from ruvon.kernels.cpu.jit.translate import helper
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
-F16, F32 = ir.HalfType(), ir.FloatType()
+F16, F32, F64 = ir.HalfType(), ir.FloatType(), ir.DoubleType()
 
 
 class BrainType(ir.Type):  # type: ignore[misc]
@@ -45,6 +45,15 @@ BF16 = BrainType()
 
 def vector(element: ir.Type, lanes: int = LANES) -> ir.VectorType:
     return ir.VectorType(element, lanes)
+
+
+F32V, I32V = vector(F32), vector(I32)
+
+
+def constant(value: int, lanes: int = LANES) -> ir.Constant:
+    """An int32 in all lanes."""
+    signed = value - (1 << 32) if value >= 1 << 31 else value
+    return ir.Constant(vector(I32, lanes), [signed] * lanes)
 
 
 class F32x16(types.Type):  # type: ignore[misc]
@@ -113,27 +122,19 @@ def fused(b: ir.IRBuilder, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
 
 def widen(b: ir.IRBuilder, raw: ir.Value) -> ir.Value:
     """Lanes of float16, or of bfloat16 held as int16, to float32: exact."""
-    lanes = raw.type.count
-    if raw.type.element == F16:
-        return b.fpext(raw, vector(F32, lanes))
     if raw.type.element == F32:
         return raw
-    wide = b.zext(raw, vector(I32, lanes))
-    sixteen = ir.Constant(vector(I32, lanes), [16] * lanes)
-    return b.bitcast(b.shl(wide, sixteen), vector(F32, lanes))
+    if raw.type.element == F16:
+        return b.fpext(raw, F32V)
+    return b.bitcast(b.shl(b.zext(raw, I32V), constant(16)), F32V)
 
 
 def narrow(b: ir.IRBuilder, value: ir.Value) -> ir.Value:
     """float32 lanes to bfloat16 in int16, rounding to nearest even (NaN is not preserved)."""
-    lanes = value.type.count
-
-    def constant(number: int) -> ir.Constant:
-        return ir.Constant(vector(I32, lanes), [number] * lanes)
-
-    bits = b.bitcast(value, vector(I32, lanes))
+    bits = b.bitcast(value, I32V)
     odd = b.and_(b.lshr(bits, constant(16)), constant(1))
     rounded = b.add(bits, b.add(odd, constant(0x7FFF)))
-    return b.trunc(b.lshr(rounded, constant(16)), vector(I16, lanes))
+    return b.trunc(b.lshr(rounded, constant(16)), vector(I16))
 
 
 def outlined(
@@ -158,9 +159,13 @@ def greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
+def greatest(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+    return call(b, f"llvm.maximum.v{x.type.count}f32", x.type, [x, y])
+
+
 def first_lanes(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
     """A mask of the lanes below ``count`` (which may be negative or above 16)."""
-    lanes = ir.Constant(vector(I32), list(range(LANES)))
+    lanes = ir.Constant(I32V, list(range(LANES)))
     return b.icmp_signed("<", lanes, splat(b, b.trunc(count, I32)))
 
 
@@ -218,26 +223,18 @@ def operation(
 
 
 def unary(name: str) -> Callable[..., ir.Value]:
-    return lambda b, x: call(b, f"llvm.{name}.v16f32", vector(F32), [x])
+    return lambda b, x: call(b, f"llvm.{name}.v16f32", F32V, [x])
 
 
-def emit_power_of_two(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
-    whole = b.fptosi(x, vector(I32))
-    biased = b.add(whole, ir.Constant(vector(I32), [127] * LANES))
-    return b.bitcast(b.shl(biased, ir.Constant(vector(I32), [23] * LANES)), vector(F32))
+def with_exponent(b: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
+    """2 ** (exponent - 127), and 0 for 0: an exponent is where a float32 has it."""
+    return b.bitcast(b.shl(exponents, constant(23)), F32V)
 
 
-def emit_keep_between(
-    b: ir.IRBuilder, x: ir.Value, start: ir.Value, stop: ir.Value, other: ir.Value
-) -> ir.Value:
-    inside = b.and_(first_lanes(b, stop), b.not_(first_lanes(b, start)))
-    return b.select(inside, x, other)
-
-
-def any_lane(b: ir.IRBuilder, lanes: ir.Value) -> ir.Value:
-    """Whether any of 16 booleans is true."""
+def emit_any_within(b: ir.IRBuilder, x: ir.Value, low: ir.Value, high: ir.Value) -> ir.Value:
+    inside = b.and_(b.fcmp_ordered(">=", x, low), b.fcmp_ordered("<=", x, high))
     bits = ir.IntType(LANES)
-    return b.icmp_unsigned("!=", b.bitcast(lanes, bits), ir.Constant(bits, 0))
+    return b.icmp_unsigned("!=", b.bitcast(inside, bits), ir.Constant(bits, 0))
 
 
 def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.Value:
@@ -254,60 +251,61 @@ def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.V
 splat16 = operation(splat, types.float32)  # one float in all lanes
 fma = operation(fused, V, V, V)  # x * y + z, rounded once
 larger = operation(greater, V, V)
+larger_or_nan = operation(greatest, V, V)  # a NaN stays
 absolute = operation(unary("fabs"), V)
 nearest = operation(unary("rint"), V)  # ties to even
-power_of_two = operation(emit_power_of_two, V)  # integral, in [-127, 127]; -127 gives 0
+# of integral numbers in [-127, 127]; -127 gives 0
+power_of_two = operation(lambda b, x: with_exponent(b, b.add(b.fptosi(x, I32V), constant(127))), V)
 sum_lanes = operation(
     lambda b, x: tree(b, x, lambda b, p, q: b.fadd(p, q)), V, result=types.float32
 )
 max_lanes = operation(lambda b, x: tree(b, x, greater), V, result=types.float32)
+max_or_nan_lanes = operation(lambda b, x: tree(b, x, greatest), V, result=types.float32)
 
 # (x, count, other): lanes below ``count`` of x, the rest of ``other``
 keep_first = operation(
     lambda b, x, count, other: b.select(first_lanes(b, count), x, other), V, types.intp, V
 )
-# (x, start, stop, other): lanes from ``start`` to below ``stop`` of x, the rest of ``other``
-keep_between = operation(emit_keep_between, V, types.intp, types.intp, V)
-any_equal = operation(
-    lambda b, x, y: any_lane(b, b.fcmp_ordered("==", x, y)), V, V, result=types.boolean
-)
+# (x, low, high): whether any lane is from low to high
+any_within = operation(emit_any_within, V, V, V, result=types.boolean)
 
 
 # Memory: vectors
 
-load = operation(lambda b, at: load_as(b, at, vector(F32), 4), types.intp)
+load = operation(lambda b, at: load_as(b, at, F32V, 4), types.intp)
 store = operation(lambda b, at, x: store_as(b, at, x, 4), types.intp, V, result=types.void)
 
 
-def stored(b: ir.IRBuilder, x: ir.Value, bits: int, brain: bool) -> ir.Value:
-    """float32 lanes as they are kept in memory: float32, float16 or bfloat16 (in int16)."""
-    if bits == 32:
+def stored(b: ir.IRBuilder, x: ir.Value, storage: str) -> ir.Value:
+    """float32 lanes as they are kept in memory, bfloat16 as int16."""
+    if storage == "f32":
         return x
-    return narrow(b, x) if brain else b.fptrunc(x, vector(F16))
+    return narrow(b, x) if storage == "bf16" else b.fptrunc(x, vector(F16))
 
 
 @intrinsic(prefer_literal=True)
-def store_lanes(typing, bits, brain, address, x):
-    """Store sixteen lanes side by side, as numbers of ``bits``, bfloat16 if ``brain``."""
+def store_lanes(typing, kind, address, x):
+    """Store sixteen lanes side by side, as dense tiles of a kind have them."""
+    storage = FORMATS[kind.literal_value].storage
 
-    def emit(b, _bits, _brain, address, x):
-        store_as(b, address, stored(b, x, bits.literal_value, bool(brain.literal_value)), 2)
+    def emit(b, _kind, address, x):
+        store_as(b, address, stored(b, x, storage), 2)
 
-    return define(types.void, (bits, brain, types.intp, f32x16), emit)
+    return define(types.void, (kind, types.intp, f32x16), emit)
 
 
 @intrinsic(prefer_literal=True)
-def scatter_lanes(typing, bits, brain, apart, address, x):
-    """Store sixteen lanes, each ``apart`` numbers behind the one before: a column of a tile."""
-    step = apart.literal_value * bits.literal_value // 8
+def scatter_lanes(typing, kind, address, x):
+    """The same as a column of a tile, each lane sixteen numbers behind the one before."""
+    form = FORMATS[kind.literal_value]
 
-    def emit(b, _bits, _brain, _apart, address, x):
-        kept = stored(b, x, bits.literal_value, bool(brain.literal_value))
+    def emit(b, _kind, address, x):
+        kept = stored(b, x, form.storage)
         for lane in range(LANES):
             value = b.extract_element(kept, ir.Constant(I32, lane))
-            store_as(b, b.add(address, ir.Constant(I64, lane * step)), value, 2)
+            store_as(b, offset(b, address, lane * form.step_bytes), value, 2)
 
-    return define(types.void, (bits, brain, apart, types.intp, f32x16), emit)
+    return define(types.void, (kind, types.intp, f32x16), emit)
 
 
 def emit_prefetch(b: ir.IRBuilder, address: ir.Value) -> None:
@@ -322,41 +320,29 @@ prefetch = operation(emit_prefetch, types.intp, result=types.void)
 # Memory: scalars
 
 
-def reader(kind: ir.Type, size: int, convert: str | None = None) -> Any:
-    """Reads an integer at an address, widened to int64, or a float, widened to float32."""
-    real = kind in (F16, F32)
+def reader(kind: ir.Type, size: int, known: types.Type = types.intp) -> Any:
+    """Reads a number at an address; an integer is widened to int64."""
 
     def emit(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
         value = load_as(b, address, kind, size)
-        return value if convert is None else getattr(b, convert)(value, F32 if real else I64)
+        return b.sext(value, I64) if kind in (I8, I32) else value
 
-    return operation(emit, types.intp, result=types.float32 if real else types.intp)
+    return operation(emit, types.intp, result=known)
 
 
-def writer(size: int, kind: types.Type, narrow: ir.Type | None = None) -> Any:
-    """Writes a number at an address, an integer cut to a narrow type."""
+def writer(kind: ir.Type, size: int, known: types.Type = types.intp) -> Any:
+    """Writes a number at an address; an integer is cut to size."""
 
     def emit(b: ir.IRBuilder, address: ir.Value, x: ir.Value) -> None:
-        store_as(b, address, x if narrow is None else b.trunc(x, narrow), size)
+        store_as(b, address, b.trunc(x, kind) if kind in (I8, I32) else x, size)
 
-    return operation(emit, types.intp, kind, result=types.void)
-
-
-def emit_read_bf16(b: ir.IRBuilder, address: ir.Value) -> ir.Value:
-    wide = b.shl(b.zext(load_as(b, address, I16, 2), I32), ir.Constant(I32, 16))
-    return b.bitcast(wide, F32)
+    return operation(emit, types.intp, known, result=types.void)
 
 
-read_i64, read_i32 = reader(I64, 8), reader(I32, 4, "sext")
-read_i8, read_u8 = reader(I8, 1, "sext"), reader(I8, 1, "zext")
-read_f32, read_f16 = reader(F32, 4), reader(F16, 2, "fpext")
-read_bf16 = operation(emit_read_bf16, types.intp, result=types.float32)
-read_f64 = operation(
-    lambda b, at: load_as(b, at, ir.DoubleType(), 8), types.intp, result=types.float64
-)
-write_f32, write_f64 = writer(4, types.float32), writer(8, types.float64)
-write_i64, write_i32 = writer(8, types.intp), writer(4, types.intp, I32)
-write_u8 = writer(1, types.intp, I8)
+read_i64, read_i32, read_i8 = reader(I64, 8), reader(I32, 4), reader(I8, 1)
+read_f32, read_f64 = reader(F32, 4, types.float32), reader(F64, 8, types.float64)
+write_i64, write_i32, write_i8 = writer(I64, 8), writer(I32, 4), writer(I8, 1)
+write_f32, write_f64 = writer(F32, 4, types.float32), writer(F64, 8, types.float64)
 
 
 @helper
@@ -384,7 +370,7 @@ def arguments(typing, kind, address):
 
         def read(kind):
             if kind is types.float64:
-                return load_as(b, next(places), ir.DoubleType(), 8)
+                return load_as(b, next(places), F64, 8)
             if kind is types.intp:
                 return load_as(b, next(places), I64, 8)
             return context.make_tuple(b, kind, [read(each) for each in kind])

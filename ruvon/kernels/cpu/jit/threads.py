@@ -6,6 +6,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
+from ruvon.kernels.cpu import thread_pool as pool
 from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header
 from ruvon.kernels.cpu.jit.simd import I64, arguments, define, get, prefetch, read_i64, write_i64
 from ruvon.kernels.cpu.jit.sync import (
@@ -38,20 +39,6 @@ from ruvon.kernels.cpu.params import (
     OWN_END,
     SCRATCH_BYTES,
     Param,
-)
-from ruvon.kernels.cpu.thread_pool import (
-    COUNT,
-    COUNTERS,
-    EPOCH,
-    FIRST,
-    JOB_BYTES,
-    JOBS,
-    PARAMS,
-    PROGRAM,
-    SCRATCH,
-    SLEEPING,
-    SLOTS,
-    STOP,
 )
 
 PARTS_EACH = 2  # parts of an instruction that are a thread's own
@@ -158,11 +145,11 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     header, told = arguments(Header, instruction), instruction + HEADER_BYTES
     units = get(params, header.counted) * header.units
     finish_reads()
-    if read_atomic(control + EPOCH) != epoch:
+    if read_atomic(control + pool.EPOCH) != epoch:
         return  # what was read may belong to a newer job
     plan_fetching(header, thread, threads, units, scratch)
     plan_cache(header, params, thread, threads, scratch)
-    counters = control + COUNTERS + number % SLOTS * 64 * (1 + threads)
+    counters = control + pool.COUNTERS + number % pool.SLOTS * 64 * (1 + threads)
     own, owners = PARTS_EACH, threads
     if header.dynamic:  # all parts are everybody's
         own, owners, thread = min(units, MOST_PARTS), 1, 0
@@ -206,17 +193,18 @@ def offer_core(scratch):
 
 
 @helper
-def run_job(control, job, epoch, thread, threads):
+def run_job(control, epoch, thread, threads):
     """All instructions of a job, unless a newer one is under way: then this one is done."""
-    program, params = read_i64(job + PROGRAM), job + PARAMS
-    count, first = read_i64(job + COUNT), read_i64(job + FIRST)
-    scratch = read_i64(control + SCRATCH) + thread * SCRATCH_BYTES
+    job = control + pool.JOBS + pool.JOB_BYTES * (epoch % 2)
+    program, params = read_i64(job + pool.PROGRAM), job + pool.PARAMS
+    count, first = read_i64(job + pool.COUNT), read_i64(job + pool.FIRST)
+    scratch = read_i64(control + pool.SCRATCH) + thread * SCRATCH_BYTES
     for index in range(count):
         instruction = program + index * INSTRUCTION_BYTES
         if threads == 1:
             run_alone(instruction, params, scratch)
             continue
-        if read_atomic(control + EPOCH) != epoch:
+        if read_atomic(control + pool.EPOCH) != epoch:
             return
         run_parts(control, epoch, instruction, params, first + index, thread, threads, scratch)
         offer_core(scratch)
@@ -224,25 +212,25 @@ def run_job(control, job, epoch, thread, threads):
 
 def lead(control, threads):
     """The calling thread's part: publish the job that was written, run it as thread 0."""
-    epoch = fetch_add(control + EPOCH, 1) + 1
-    if read_atomic(control + SLEEPING) > 0:
-        futex(control + EPOCH, FUTEX_WAKE, EVERYBODY)
-    run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, 0, threads)
+    epoch = fetch_add(control + pool.EPOCH, 1) + 1
+    if read_atomic(control + pool.SLEEPING) > 0:
+        futex(control + pool.EPOCH, FUTEX_WAKE, EVERYBODY)
+    run_job(control, epoch, 0, threads)
 
 
 @helper
 def wait_for_job(control, epoch):
     """Spin a little, then sleep, until the epoch moves on from ``epoch``; returns the new one."""
     turns = 0
-    while read_atomic(control + EPOCH) == epoch:
+    while read_atomic(control + pool.EPOCH) == epoch:
         if turns < TURNS_BEFORE_SLEEP:
             wait_a_little(turns)
             turns += 1
         else:
-            fetch_add(control + SLEEPING, 1)
-            futex(control + EPOCH, FUTEX_WAIT, epoch)
-            fetch_add(control + SLEEPING, -1)
-    return read_atomic(control + EPOCH)
+            fetch_add(control + pool.SLEEPING, 1)
+            futex(control + pool.EPOCH, FUTEX_WAIT, epoch)
+            fetch_add(control + pool.SLEEPING, -1)
+    return read_atomic(control + pool.EPOCH)
 
 
 def work(control, presence, thread, threads):
@@ -250,9 +238,9 @@ def work(control, presence, thread, threads):
     epoch = 0
     while True:
         epoch = wait_for_job(control, epoch)
-        if read_atomic(control + STOP) != 0:
+        if read_atomic(control + pool.STOP) != 0:
             return
         exchange(presence, epoch)
-        if read_atomic(control + EPOCH) == epoch:  # else that memory may be gone already
-            run_job(control, control + JOBS + JOB_BYTES * (epoch % 2), epoch, thread, threads)
+        if read_atomic(control + pool.EPOCH) == epoch:  # else that memory may be gone already
+            run_job(control, epoch, thread, threads)
         exchange(presence, 0)

@@ -23,14 +23,16 @@ from numba.extending import intrinsic
 
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
-from ruvon.kernels.cpu.jit.dots import Group, float_sum, group_sums
+from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
 from ruvon.kernels.cpu.jit.simd import (
     BF16,
     F16,
     F32,
+    F32V,
     I8,
     I16,
     I32,
+    I32V,
     I64,
     broadcast,
     call,
@@ -45,10 +47,11 @@ from ruvon.kernels.cpu.jit.simd import (
     store_as,
     vector,
     widen,
+    with_exponent,
 )
 
 Scales = Callable[[], list[ir.Value]]  # loads them when it is called first
-F32V, PAIRS = vector(F32), vector(BF16, 2 * LANES)
+PAIRS = vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
 
@@ -82,7 +85,7 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
     them, if something does, is at ``over``: products of such numbers are exact."""
     places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
     if kind.scales == "e8m0":
-        return [power_of_two(b, load_as(b, places[0], vector(I8), 16))]
+        return [with_exponent(b, b.zext(load_as(b, places[0], vector(I8), 16), I32V))]
     if kind.scales != "two":
         element = vector(F32 if kind.scales == "f32" else F16)
         return [widen(b, load_as(b, place, element, 32)) for place in places]
@@ -90,32 +93,26 @@ def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) 
         widen(b, load_as(b, offset(b, over, at), vector(F16), 32))
         for at in range(0, kind.super_bytes, 2 * LANES)
     ]
-    small = (b.sext(load_as(b, place, vector(I8), 16), vector(I32)) for place in places)
+    small = (b.sext(load_as(b, place, vector(I8), 16), I32V) for place in places)
     return [
         b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
         for number, x in enumerate(small)
     ]
 
 
-def power_of_two(b: ir.IRBuilder, exponents: ir.Value) -> ir.Value:
-    """2 ** (exponent - 127), and 0 for 0: an exponent is where a float32 has it."""
-    wide = b.zext(exponents, vector(I32))
-    return b.bitcast(b.shl(wide, ir.Constant(vector(I32), [23] * LANES)), F32V)
-
-
 def quantized_step(
-    group: Group, scales: Scales, x: ir.Value, outs: list[ir.Value]
+    group: Group, scales: Scales, x_rows: list[ir.Value], outs: list[ir.Value]
 ) -> list[ir.Value]:
-    """One group of k for all rows. Rows' groups lie behind each other from x on. What the sums are
-    multiplied by is loaded behind them, or it would have to wait on the stack."""
-    b, form = group.b, group.isa.form(group.kind)
+    """One group of k for all rows. What the sums are multiplied by is loaded behind them, or it
+    would have to wait on the stack."""
+    b = group.b
     following = []
     for rows in group.isa.in_turn(range(len(outs))):
-        blocks = [offset(b, x, row * form.group_bytes) for row in rows]
+        blocks = [x_rows[row] for row in rows]
         sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
-            by = [broadcast(b, offset(b, block, form.tail + SCALE), F32) for block in blocks]
+            by = [broadcast(b, offset(b, block, SCALE), F32) for block in blocks]
             sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
         following += sums
     return following
@@ -132,7 +129,7 @@ def group_products(
         return products
     shift = scales()[kind.scales_per_group + part]
     return [
-        fused(b, shift, float_sum(group, block, part), product)
+        fused(b, shift, code_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
     ]
 
@@ -174,12 +171,13 @@ def dot_pairs(b: ir.IRBuilder, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.V
     return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32V, [sums, w, b.bitcast(x, PAIRS)])
 
 
-def pairs_step(b: ir.IRBuilder, w: ir.Value, x: ir.Value, outs: list[ir.Value]) -> list[ir.Value]:
-    """One group of k for all rows. Rows' groups lie behind each other from x on."""
+def pairs_step(
+    b: ir.IRBuilder, w: ir.Value, x_rows: list[ir.Value], outs: list[ir.Value]
+) -> list[ir.Value]:
+    """One group of k for all rows."""
     for q in range(GROUP // 2):
         weights = load_as(b, offset(b, w, 64 * q), PAIRS, 64)
-        places = [offset(b, x, row * Form.BF16.group_bytes + 4 * q) for row in range(len(outs))]
-        numbers = [broadcast(b, place, I32) for place in places]
+        numbers = [broadcast(b, offset(b, x, 4 * q), I32) for x in x_rows]
         outs = [dot_pairs(b, out, weights, x) for out, x in zip(outs, numbers, strict=True)]
     return outs
 
@@ -203,33 +201,32 @@ def emit_product(
     kind: TileFormat,
     places: list[ir.Value],
     w: ir.Value,
-    x: ir.Value,
+    x_rows: list[ir.Value],
     steps: ir.Value,
     fetch: ir.Value,
 ) -> None:
-    """Write the sums of rows of packed activations by one tile, each row's to its place."""
-    rows = len(places)
+    """Write the sums of rows of activations by one tile, each row's to its place."""
     tables = b.add(w, b.mul(steps, number(kind.step_bytes)))
     over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
-    x_step = ROWS * isa.form(kind).group_bytes * kind.step // GROUP
+    x_step = 4 if kind.form == Form.ROWS else ROWS * kind.form.group_bytes
     ahead = kind.step_bytes + kind.group_scale_bytes
 
     def body(turn: ir.Value, carried: list[ir.Value]) -> list[ir.Value]:
         w, s, x, fetch, *outs = carried
-        emit_fetch(b, fetch, kind, rows)
+        rows = [b.add(row, x) for row in x_rows]
+        emit_fetch(b, fetch, kind, len(rows))
         if kind.quantized:
             by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
             scales = functools.cache(lambda: load_scales(b, kind, s, by))
-            outs = quantized_step(Group(b, isa, kind, w), scales, x, outs)
+            outs = quantized_step(Group(b, isa, kind, w), scales, rows, outs)
         elif kind.pairs:
-            outs = pairs_step(b, w, x, outs)
+            outs = pairs_step(b, w, rows, outs)
         else:
-            x_rows = [offset(b, x, 4 * row) for row in range(rows)]
-            outs = dense_step(b, [w], x_rows, outs, kind.storage)
+            outs = dense_step(b, [w], rows, outs, kind.storage)
         moves = {w: kind.step_bytes, s: kind.group_scale_bytes, x: x_step, fetch: ahead}
         return [*(offset(b, at, by) for at, by in moves.items()), *outs]
 
-    start = [w, tables, x, fetch, *[ZEROS] * rows]
+    start = [w, tables, number(0), fetch, *[ZEROS] * len(places)]
     _, _, _, _, *outs = counted_loop(b, steps, start, body)
     for place, value in zip(places, outs, strict=True):
         store_as(b, place, value, 4)
@@ -250,27 +247,33 @@ def for_each_count(b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[i
 
 
 @intrinsic(prefer_literal=True)
-def multiply_tile(typing, isa, kind, w, x, steps, out, out_stride, rows, fetch):
-    """``rows`` (1 to as many as the instruction set takes) rows of packed activations by one tile
-    of weights.
+def multiply_tile(typing, isa, kind, w, x, x_stride, steps, out, out_stride, rows, fetch):
+    """``rows`` (1 to as many as the instruction set takes) rows of activations by one tile of
+    weights.
 
-    ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. ``out_stride``
-    is in bytes. From ``fetch`` on, as many bytes as the tile has are brought into the cache
-    meanwhile.
+    ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. Strides are in
+    bytes; packed rows have their own. From ``fetch`` on, as many bytes as the tile has are brought
+    into the cache meanwhile.
     """
     chosen, tile = ISAS[isa.literal_value], FORMATS[kind.literal_value]
 
-    def body(b, w, x, steps, out, out_stride, rows, fetch):
+    def body(b, w, x, x_stride, steps, out, out_stride, rows, fetch):
+        if tile.form != Form.ROWS:
+            x_stride = number(tile.form.group_bytes)
+
         def of(count):
-            places = [b.add(out, b.mul(out_stride, number(row))) for row in range(count)]
-            emit_product(b, chosen, tile, places, w, x, steps, fetch)
+            x_rows, places = (
+                [b.add(first, b.mul(stride, number(row))) for row in range(count)]
+                for first, stride in ((x, x_stride), (out, out_stride))
+            )
+            emit_product(b, chosen, tile, places, w, x_rows, steps, fetch)
 
         for_each_count(b, rows, chosen.rows, of)
 
     def emit(b, _isa, _kind, *arguments):
         outlined(b, f"tile_{kind.literal_value}", [*arguments], body)
 
-    return define(types.void, (isa, kind, *(types.intp,) * 7), emit)
+    return define(types.void, (isa, kind, *(types.intp,) * 8), emit)
 
 
 TILES = 4  # tiles that attention multiplies at once
