@@ -1,4 +1,5 @@
-"""The shape of the package, read from its syntax trees: who may import whom, and where."""
+"""The shape of the package, read from its syntax trees: who may import whom, and where, and what no
+assert may do."""
 
 from __future__ import annotations
 
@@ -41,6 +42,10 @@ DEFERRED = {
     "engine/runners": "a GPU's runner needs triton, which is not on every platform",
 }
 """File or folder → why its functions may import our own modules."""
+
+
+LOOKS = {"all", "any", "enumerate", "isinstance", "len", "list", "round_up", "sorted"}
+"""Calls that change nothing."""
 
 
 def name_of(path: Path) -> str:
@@ -164,3 +169,13 @@ def test_only_the_loop_says_async(name: str) -> None:
     tree = TREES[name]
     assert not any(isinstance(n, ast.AsyncFunctionDef | ast.Await) for n in ast.walk(tree))
     assert "asyncio" not in imports_of(name)
+
+
+def test_no_assert_does_anything() -> None:
+    """``python -O`` leaves them out."""
+    nodes = (node for tree in TREES.values() for node in ast.walk(tree))
+    for node in (node for node in nodes if isinstance(node, ast.Assert)):
+        inside = list(ast.walk(node.test))
+        calls = {ast.unparse(each.func) for each in inside if isinstance(each, ast.Call)}
+        assert calls <= LOOKS, ast.unparse(node)
+        assert not any(isinstance(each, ast.NamedExpr) for each in inside), ast.unparse(node)

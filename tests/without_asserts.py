@@ -1,4 +1,5 @@
 """A plugin for pytest: ruvon as ``python -O`` has it, without its asserts; those of tests stay.
+Servers that tests start are run with ``-O``.
 
     PYTHONPATH=tests python -m pytest -p without_asserts tests/server
 
@@ -7,6 +8,7 @@ What passes without this and fails with it depends on an assert (vLLM CVE-2026-4
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -37,3 +39,8 @@ class Finder(MetaPathFinder):
 
 
 sys.meta_path.insert(0, Finder())
+
+
+def pytest_runtest_setup() -> None:
+    """Of what tests start from here on. Processes of tests are there by then."""
+    os.environ["PYTHONOPTIMIZE"] = "1"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from http import HTTPStatus
 from ipaddress import IPv6Address, ip_address
@@ -253,7 +254,8 @@ async def expect(http: web.Request) -> None:
     """``Expect: 100-continue``: ask for the body, unless its handler will refuse it at once."""
     small = (http.content_length or 0) <= http.client_max_size
     if http.version >= (1, 1) and small and is_allowed(http):
-        await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        with suppress(ConnectionError):  # it has left: its handler will hear of that
+            await http.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         http.writer.output_size = 0  # as aiohttp does: the response has not begun
 
 

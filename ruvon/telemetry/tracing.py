@@ -34,7 +34,7 @@ class Call:
     """A request that is over. ``attributes`` are the span's own, by the conventions' names."""
 
     operation: str  # chat, text_completion, embeddings
-    model: str
+    model: str  # "" while none is loaded
     headers: Mapping[str, str]
     began_at: float  # seconds, monotonic
     seconds: float
@@ -112,7 +112,7 @@ class Tracing:
 
         epoch = time.time_ns() - time.monotonic_ns()
         root = self._tracer.start_span(
-            f"{call.operation} {call.model}",
+            f"{call.operation} {call.model}".rstrip(),
             context=self._context.extract(call.headers),
             kind=SpanKind.SERVER,
             attributes={**common(call), **call.attributes},
@@ -143,9 +143,9 @@ def common(call: Call) -> dict[str, Any]:
     told = {
         "gen_ai.operation.name": call.operation,
         "gen_ai.provider.name": "ruvon",
-        "gen_ai.request.model": call.model,
-        "gen_ai.response.model": call.model,
     }
+    if call.model:
+        told |= {"gen_ai.request.model": call.model, "gen_ai.response.model": call.model}
     return told if call.error is None else told | {"error.type": call.error}
 
 

@@ -79,7 +79,8 @@ def score(
     logits = []
     for start in range(0, len(tokens), most):
         piece = tuple(tokens[start : start + most])
-        assert grouped.grow(tables, start, len(tokens)) is not None, "it is the only one"
+        grown = grouped.grow(tables, start, len(tokens))
+        assert grown is not None, "it is the only one"
         chunk, scored = Chunk(0, 0, piece, start, NO_BLOCKS, False), PromptRow(0, 0, piece, 0)
         plan = Plan(0, (chunk,), prompt_rows=(scored,))
         with torch.inference_mode():

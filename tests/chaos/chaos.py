@@ -90,7 +90,7 @@ async def play_in(
         for case, (status, _) in zip(cases, alone, strict=True)
         if status >= 500
     ]
-    storm = Storm(seed, port, session, cases, alone)
+    storm = Storm(seed, port, session, cases, alone, clients=scenario.clients)
     say(f"{report.name}: {len(cases)} asked, {scenario.clients} clients begin")
     await rage(storm, world, scenario, seconds - (time.monotonic() - began), report)
     say(f"{report.name}: clients are gone, looking what is left")
@@ -212,13 +212,17 @@ def settle(storm: Storm, world: World, report: Report) -> None:
     for what, count in Counter(odd.what for odd in unexplained).items():
         report.problems.append(f"{count} answers not explained: {what}")
     shown = {odd.what: odd for odd in reversed(unexplained)}.values()
-    report.problems += [describe(odd) for odd in [*shown, *unexplained[:SHOWN]]]
+    few = [*shown, *unexplained[:SHOWN]]
+    report.problems += [describe(odd, world) for odd in few]
 
 
-def describe(odd: Odd) -> str:
+def describe(odd: Odd, world: World) -> str:
     took = odd.ended - odd.began
+    during = [window for window in world.windows if window.touches(odd.began, odd.ended)]
+    meanwhile = ", ".join(f"{w.why} {w.began - odd.began:+.2f} s" for w in during) or "nothing"
     return (
-        f"{odd.what}, {odd.manner}, {odd.request_id}, {took:.2f} s: {odd.case.path} "
+        f"{odd.what}, {odd.manner}, {odd.request_id}, {took:.2f} s, of which it sent for "
+        f"{odd.sending:.2f}, meanwhile {meanwhile}: {odd.case.path} "
         f"{odd.case.body[:800]!r}\n      got {odd.detail}"
     )
 

@@ -7,18 +7,21 @@ import socket
 import struct
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from io import BytesIO
 from random import Random
-from typing import TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import aiohttp
 from drawn import Case
 from folding import fold, is_complete
+from wire import connected, head, parse
 
-PATIENCE = 240.0  # seconds after which an answer counts as lost for ever
+T = TypeVar("T")
+
+PATIENCE = 240.0  # seconds after which an answer counts as lost, unless the machine is that slow
+TURNS = 3  # answers for each client that others may have meanwhile
 CODES = (
     b"generation_failed", b"engine_dead", b"replica_lost", b"not_ready", b"queue_full",
     b"deadline_exceeded", b"unavailable", b"request_timeout",
@@ -59,6 +62,7 @@ class Storm:
     cases: Sequence[Case]
     alone: Sequence[tuple[int, bytes]]  # the status and the digest of what each gets alone
     over: bool = False
+    clients: int = 1
     counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # kind or manner, outcome
     odd: list[Odd] = field(default_factory=list)
 
@@ -72,6 +76,20 @@ class Storm:
             (manner,) = rng.choices(manners, weights)
             await manner(self, rng, f"c{number}-{turn}")
             turn += 1
+
+    async def await_answer(self, asking: Coroutine[Any, Any, T]) -> T:
+        """Raises TimeoutError if none comes though nobody has been answered for as long, or others
+        have all been served several times. A server that goes on slowly is waited for."""
+        task = asyncio.ensure_future(asking)
+        while True:
+            before = self.counts["valid", "as alone"]
+            done, _ = await asyncio.wait([task], timeout=PATIENCE)
+            if done:
+                return task.result()
+            if not 0 < self.counts["valid", "as alone"] - before < TURNS * self.clients:
+                task.cancel()
+                await asyncio.wait([task])
+                raise TimeoutError
 
     def draw(self, rng: Random, *, stream: bool = False) -> int:
         """The number of a request."""
@@ -145,9 +163,14 @@ async def exchange(
     case, began = storm.cases[number], time.monotonic()
     headers = {"X-Request-Id": request_id, "Content-Type": "application/json", **(more or {})}
     url = f"http://127.0.0.1:{storm.port}{case.path}"
+
+    async def ask() -> tuple[int, bytes]:
+        data, limit = BytesIO(case.body), aiohttp.ClientTimeout(None)
+        async with storm.session.post(url, data=data, headers=headers, timeout=limit) as reply:
+            return reply.status, await reply.read()
+
     try:
-        async with storm.session.post(url, data=BytesIO(case.body), headers=headers) as reply:
-            body = await reply.read()
+        status, body = await storm.await_answer(ask())
     except TimeoutError:
         storm.counts[case.kind, "silence"] += 1
         storm.note(request_id, number, manner, "silence", "", began)
@@ -157,8 +180,8 @@ async def exchange(
         storm.note(request_id, number, manner, what, repr(error), began)
         await asyncio.sleep(0.2)
     else:
-        storm.judge(number, manner, request_id, began, reply.status, body)
-        if reply.status == 503:
+        storm.judge(number, manner, request_id, began, status, body)
+        if status == 503:
             await asyncio.sleep(0.2)
 
 
@@ -171,35 +194,49 @@ async def hurried(storm: Storm, rng: Random, request_id: str) -> None:
 async def slow(storm: Storm, rng: Random, request_id: str) -> None:
     """Sends in pieces, and reads in pieces, with rests in between."""
     number = storm.draw(rng)
-    case, began, sending = storm.cases[number], time.monotonic(), 0.0
+    case, began = storm.cases[number], time.monotonic()
     if len(case.body) > 10_000:
         return
-    data = b""
+    told = Told()
     try:
-        async with asyncio.timeout(PATIENCE), connected(storm.port) as (reader, writer):
-            whole = head(case, request_id, "Connection: close\r\n") + case.body
-            step = max(len(whole) // 4, 1)
-            first = time.monotonic()
-            for at in range(0, len(whole), step):
-                writer.write(whole[at : at + step])
-                sending = time.monotonic() - first
-                await asyncio.sleep(rng.random() * 0.1)
-            while piece := await reader.read(rng.choice([1, 100, 5000])):
-                data += piece
-                if len(data) < 300:
-                    await asyncio.sleep(rng.random() * 0.05)
-            if not data:
-                raise ConnectionError("closed without an answer")
-        status, body = parse(data)
+        await storm.await_answer(
+            trickle(storm.port, head(case, request_id, CLOSE) + case.body, rng, told)
+        )
+        status, body = parse(told.data)
     except TimeoutError:
+        storm.counts[case.kind, "silence"] += 1
         storm.note(request_id, number, "slow", "silence", "", began)
     except (OSError, ValueError) as error:
-        what = "cut" if data else "unanswered"
+        what = "cut" if told.data else "unanswered"
         storm.counts[case.kind, what] += 1
-        storm.note(request_id, number, "slow", what, repr(error), began)
+        storm.note(request_id, number, "slow", what, repr(error), began, told.sending)
         await asyncio.sleep(0.2)
     else:
-        storm.judge(number, "slow", request_id, began, status, body, sending)
+        storm.judge(number, "slow", request_id, began, status, body, told.sending)
+
+
+@dataclass(slots=True)
+class Told:
+    """How far a slow client has come."""
+
+    data: bytes = b""
+    sending: float = 0.0  # seconds from the first piece to the last
+
+
+async def trickle(port: int, whole: bytes, rng: Random, told: Told) -> None:
+    """Send a few pieces, read many. Raises ConnectionError where nothing comes."""
+    async with connected(port) as (reader, writer):
+        step, first = max(len(whole) // 4, 1), time.monotonic()
+        for at in range(0, len(whole), step):
+            writer.write(whole[at : at + step])
+            told.sending = time.monotonic() - first
+            await asyncio.sleep(rng.random() * 0.1)
+        while piece := await reader.read(rng.choice([1, 100, 5000])):
+            told.data += piece
+            if len(told.data) < 300:
+                await asyncio.sleep(rng.random() * 0.05)
+        if not told.data:
+            raise ConnectionError("closed without an answer")
 
 
 # ------------------------------------------------------------------------------ those that leave
@@ -244,6 +281,7 @@ async def throw(
 ) -> None:
     """Send, wait, and break the connection off. What answer comes is of interest only if it
     ``reads``: it must be a refusal."""
+    began = time.monotonic()
     try:
         async with asyncio.timeout(10), connected(storm.port, buffer) as (reader, writer):
             for piece in pieces:
@@ -261,9 +299,14 @@ async def throw(
         return
     data = data.removeprefix(CONTINUE)
     refused = data[9:10] == b"4" or data[9:12] == b"503" or not data
-    storm.counts[name, "sent" if not reads else "refused" if refused else f"{data[:60]!r}"] += 1
+    what = "sent" if not reads else "refused" if refused else error_code(data) or "different"
+    storm.counts[name, what] += 1
+    if reads and not refused:
+        case, now = Case(name, "", b"".join(pieces)), time.monotonic()
+        storm.odd.append(Odd("", case, name, what, repr(data[-300:]), began, now))
 
 
+CLOSE = "Connection: close\r\n"
 CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
 GET = b"GET /ready HTTP/1.1\r\nHost: x\r\n"
 POST = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\n"
@@ -289,69 +332,6 @@ NONSENSE: Sequence[Sequence[bytes]] = (
     [POST + b"Expect: the-spanish-inquisition\r\nContent-Length: 2\r\n\r\n{}"],
     [POST + b"Content-Length: 6000000\r\n\r\n", *[b"x" * 100_000] * 3],
 )  # fmt: skip
-
-
-# ------------------------------------------------------------------------------ plain sockets
-
-
-class connected:
-    """A connection as ``(reader, writer)``; ``buffer`` is what its socket takes in."""
-
-    def __init__(self, port: int, buffer: int = 0) -> None:
-        self._port, self._buffer = port, buffer
-
-    async def __aenter__(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-        end = socket.socket()
-        end.setblocking(False)
-        if self._buffer:
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, self._buffer)
-        try:
-            await asyncio.get_running_loop().sock_connect(end, ("127.0.0.1", self._port))
-        except BaseException:
-            end.close()
-            raise
-        limit = self._buffer or 1 << 16
-        reader, self._writer = await asyncio.open_connection(sock=end, limit=limit)
-        return reader, self._writer
-
-    async def __aexit__(self, *_: object) -> None:
-        self._writer.close()
-        with suppress(OSError):
-            await self._writer.wait_closed()
-
-
-def head(case: Case, request_id: str, more: str = "") -> bytes:
-    return (
-        f"POST {case.path} HTTP/1.1\r\nHost: x\r\nX-Request-Id: {request_id}\r\n{more}"
-        f"Content-Type: application/json\r\nContent-Length: {len(case.body)}\r\n\r\n"
-    ).encode()
-
-
-def parse(data: bytes) -> tuple[int, bytes]:
-    """A response that ended with its connection: status and body. Raises ValueError if it is not
-    whole."""
-    top, _, body = data.partition(b"\r\n\r\n")
-    lines = top.split(b"\r\n")
-    headers = {
-        name.lower(): value.strip() for name, _, value in (one.partition(b":") for one in lines[1:])
-    }
-    if headers.get(b"transfer-encoding") == b"chunked":
-        body = unchunked(body)
-    elif len(body) != int(headers[b"content-length"]):
-        raise ValueError("a body that is not whole")
-    return int(lines[0].split()[1]), body
-
-
-def unchunked(data: bytes) -> bytes:
-    body = b""
-    while True:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        if len(data) < length + 2:
-            raise ValueError("a chunk that is not whole")
-        if not length:
-            return body
-        body, data = body + data[:length], data[length + 2 :]
 
 
 Manner: TypeAlias = Callable[[Storm, Random, str], Awaitable[None]]

@@ -14,7 +14,7 @@ from typing import TypeAlias
 from crowd import Odd
 from supervisor import Supervised, Window
 
-from ruvon.server.connection import HEAD_PATIENCE
+from ruvon.server.connection import HEAD_PATIENCE, LINGER
 
 TRAVELS = 2.0  # seconds that a request may be on its way before a busy server takes it
 
@@ -156,6 +156,8 @@ def is_excused(odd: Odd, windows: Sequence[Window], hit: set[str]) -> bool:
             return bool(during)
         case "unanswered":  # what a server that drains had begun, it must answer
             return any(w.cuts or w.began < odd.began + TRAVELS for w in during)
+        case "cut" if odd.sending > LINGER:  # refused meanwhile, and has not read that
+            return bool(during)
         case "engine_dead" | "replica_lost" | "cut":
             return any(window.cuts for window in during)
         case _:

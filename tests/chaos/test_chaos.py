@@ -69,5 +69,7 @@ def test_no_wrong_answer_is_excused_and_no_cut_one_by_a_drain():
     assert not excused("cut", 2.0, 4.0)
     assert excused("cut", 7.0, 8.5)
     assert not excused("silence", 7.0, 8.5)
+    assert excused("cut", 2.0, 4.9, sending=2.5)
+    assert not excused("cut", 6.0, 7.0, sending=2.5)
     assert not excused("request_timeout", 2.0, 60.0)
     assert excused("request_timeout", 2.0, 60.0, sending=21.0)

@@ -77,6 +77,22 @@ async def test_headers_that_never_end(serve, impatient, before):
     writer.close()
 
 
+async def test_who_asks_before_a_body_and_is_gone_is_no_fault_of_ours(serve, capsys):
+    """It leaves just before it is told to go on."""
+    server = await serve()
+    _, writer = await connect(server)
+    await server.until(lambda: connections(server).connections)
+    (handler,) = connections(server).connections
+    asked = b"Host: x\r\nExpect: 100-continue\r\nContent-Length: 2\r\n\r\n"
+    handler.data_received(b"POST /v1/completions HTTP/1.1\r\n" + asked)
+    while handler._messages:  # noqa: ASYNC110 - aiohttp's, which tells nobody
+        await asyncio.sleep(0)
+    handler.transport.abort()
+    await server.until(lambda: not len(connections(server)))
+    assert "connection_failed" not in "".join(capsys.readouterr())
+    writer.close()
+
+
 async def test_an_idle_connection_is_closed(serve):
     server = await serve(server=ServerConfig(port=0, keep_alive_timeout=1))
     reader, writer = await connect(server)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import re
 import sys
+import threading
+from pathlib import Path
 
 import pytest
 from aiohttp import web
+from ports import free_port
 from serving import Fails
 
 from ruvon.config import EngineConfig, ServerConfig
@@ -110,6 +115,14 @@ async def test_failures_are_told_as_such(traced):
     assert refused.attributes["http.response.status_code"] == 400
 
 
+async def test_while_no_model_is_there_none_is_named(traced):
+    loading = threading.Event()
+    server, spans, _ = await traced(start=lambda *given: loading.wait(), wait=False)
+    await server.chat()
+    loading.set()
+    assert "gen_ai.request.model" not in spans()["chat"].attributes
+
+
 async def test_what_is_asked_all_the_time_is_no_trace(traced):
     server, spans, _ = await traced("Hello")
     for path in ("/metrics", "/v1/models", "/nowhere", "/ready"):
@@ -173,6 +186,38 @@ async def test_what_is_left_is_sent_when_the_server_ends(serve, collector):
     assert {span.name for span in spans} == {"chat org/fake", "queue", "prefill", "decode"}
     (metrics,) = (each for each in received if isinstance(each, ExportMetricsServiceRequest))
     assert len(metrics.resource_metrics[0].scope_metrics[0].metrics) == 3
+
+
+async def test_a_collector_of_others_understands_all_of_it(serve, tmp_path):
+    """Rotel, in Rust, where it is installed (``pip install rotel``)."""
+    program = Path(pytest.importorskip("rotel").__file__).with_name("rotel-agent")
+    grpc, http = free_port(), free_port()
+    command = [
+        program, "start", "--exporter", "blackhole", "--debug-log", "traces", "--debug-log",
+        "metrics", "--debug-log-verbosity", "detailed", "--pid-file", tmp_path / "pid",
+        "--otlp-grpc-endpoint", f"127.0.0.1:{grpc}", "--otlp-http-endpoint", f"127.0.0.1:{http}",
+    ]  # fmt: skip
+    rotel = await asyncio.create_subprocess_exec(
+        *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT
+    )
+    assert b"Starting Rotel" in await rotel.stdout.readline()
+    url = f"http://127.0.0.1:{http}/v1"
+    config = ServerConfig(
+        port=0, otlp_traces_endpoint=f"{url}/traces", otlp_metrics_endpoint=f"{url}/metrics"
+    )
+    server = await serve("Hello", server=config)
+    reply = await server.chat("Hi", seed=7)
+    await server.post("/v1/chat/completions", {"messages": 7}, headers=CONTEXT)
+    await server.stack.aclose()
+    rotel.terminate()
+    told = (await rotel.communicate())[0].decode()
+    for name in ("chat org/fake", "queue", "prefill", "decode"):
+        assert re.search(rf"Name +: {name}$", told, re.MULTILINE), told
+    assert re.search(rf"Trace ID +: {TRACE}\n +Parent ID +: {PARENT}", told)
+    assert f"gen_ai.response.id: Str({reply.json['id']})" in told
+    assert "gen_ai.request.seed: Int(7)" in told
+    for name in ("request.duration", "time_to_first_token", "time_per_output_token"):
+        assert f"Name: gen_ai.server.{name}" in told
 
 
 @pytest.mark.parametrize("name", ["otlp_traces_endpoint", "otlp_metrics_endpoint"])

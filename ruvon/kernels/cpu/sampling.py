@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from ruvon.errors import LoadError
 from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken, record_type
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.graph import Program
@@ -34,8 +35,9 @@ class Sampler:
         capture: Capture,
         finish: Callable[[Capture, Iterable[Tensor]], Program],
     ) -> None:
-        """``capture`` is an empty one."""
-        assert vocab_size <= MOST_TOKENS
+        """``capture`` is an empty one. Raises LoadError for a vocabulary that is too large."""
+        if vocab_size > MOST_TOKENS:
+            raise LoadError(f"vocab_size {vocab_size} is more than {MOST_TOKENS}")
         rows = aligned_bytes(max_rows * ROW.itemsize)
         results = aligned_bytes(max_rows * SAMPLED.itemsize)
         self._spaces = SPACES_EACH * threads

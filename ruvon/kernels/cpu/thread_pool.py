@@ -84,7 +84,8 @@ class ThreadPool:
     def run(self, program: Tensor, params: Sequence[int]) -> None:
         """Run a program's instructions [count, int64 fields]; returns when all are done."""
         with self._busy, held_to(self._core_to_take()):
-            assert self.threads, "the thread pool was closed"
+            if not self.threads:
+                raise RuntimeError("the thread pool was closed")
             job = self._next_job()
             job[PROGRAM // 8] = program.data_ptr()
             job[COUNT // 8] = program.shape[0]
