@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from math import inf
 
 LOOK = 0.5  # seconds between two looks at whether a gate still counts
 
@@ -17,7 +18,7 @@ class Gate:
         self._pace = 0.0
         self._until = 0.0
         self._through = 0  # steps that may pass at once
-        self._passed_at = 0.0
+        self._passed_at = -inf  # the first step passes, however lately the clock began
         self._changed = asyncio.Event()
 
     @property

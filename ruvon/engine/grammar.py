@@ -269,12 +269,13 @@ class Trial:
     def __init__(self, vocab_size: int) -> None:
         self._vocab_size = vocab_size
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
 
     def error_of(self, text: str) -> str:
         """Why a grammar does not compile; empty if it does. Raises RuntimeError if no process can
         be had, UnavailableError if one does not come to its end for others' sake: it is bounded in
         processor time, so the grammar is to blame only for what happens within that."""
-        process = self._process or self._start()
+        process = self._started()
         request = text.encode(errors="replace")
         try:
             send(process, LENGTH.pack(len(request)) + request)
@@ -288,21 +289,30 @@ class Trial:
                 raise UnavailableError(NO_TIME, RETRY_AFTER) from None
             return TOO_COSTLY
 
-    def _start(self) -> subprocess.Popen[bytes]:
-        program = [grammar_trial.__file__, str(self._vocab_size)]
+    def _started(self) -> subprocess.Popen[bytes]:
+        """The process, ready. One that needs longer than a request waits goes on starting."""
         try:
-            process = self._process = subprocess.Popen(
-                [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
-            )  # fmt: skip
-            receive(process)
-        except (OSError, EOFError) as error:  # a TimeoutError is an OSError
+            process = self._process or self._start()
+            if not self._ready:
+                receive(process)
+        except TimeoutError:
+            raise UnavailableError(NO_TIME, RETRY_AFTER) from None
+        except (OSError, EOFError) as error:
             self.close()
             raise RuntimeError("the process that tries grammars does not start") from error
+        self._ready = True
         return process
 
+    def _start(self) -> subprocess.Popen[bytes]:
+        program = [grammar_trial.__file__, str(self._vocab_size)]
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", *program],  # -P: the folder's modules are not to be found
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, bufsize=0,
+        )  # fmt: skip
+        return self._process
+
     def close(self) -> None:
-        process, self._process = self._process, None
+        process, self._process, self._ready = self._process, None, False
         if process is None:
             return
         process.kill()  # one that has ended by itself still says how

@@ -7,6 +7,7 @@ model is run.
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ def open_checkpoint(config: EngineConfig, progress: Progress) -> Checkpoint:
     Raises LoadError if it is not there or cannot be used, ConfigError if settings contradict it.
     """
     path, name = locate(config, progress)
-    if path.suffix == ".gguf":
+    if path.suffix == ".gguf" and not path.is_dir():
         return _open_gguf(path, name, config.load_format)
     if config.load_format == "gguf":
         raise ConfigError(f"load_format gguf: {path} holds no .gguf file")
@@ -79,7 +80,7 @@ def _open_folder(folder: Path, name: str, *, dummy: bool) -> Checkpoint:
     if (adapter := folder / ADAPTER).exists():
         log.warning("adapter_left_out", file=str(adapter), reason="only the model's own is read")
     generation_path = words_folder(folder, config) / "generation_config.json"
-    generation = read_json(generation_path) if generation_path.exists() else {}
+    generation = read_json(generation_path) if os.path.lexists(generation_path) else {}
     try:
         spec = spec_from_config(config, generation)
     except LoadError as error:

@@ -28,6 +28,7 @@ from ruvon.locate import PART
 from ruvon.models.cuts import WHOLE, Cut, take, take_columns
 from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES, BlockFormat
 from ruvon.models.quantize import take_rows
+from ruvon.models.sources import pointer_to_large_file
 
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
@@ -185,7 +186,8 @@ def _open_part(path: Path) -> Part:
         struct.error,
         RecursionError,
     ) as error:
-        raise LoadError(f"{path}: not a readable GGUF file ({error})") from None
+        why = pointer_to_large_file(path) or error
+        raise LoadError(f"{path}: not a readable GGUF file ({why})") from None
 
 
 def _other_parts(first: Part) -> list[Path]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os.path
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,7 +71,9 @@ class SafetensorsFolder:
         if tensor.dtype != torch.uint8 if bytes_only else not is_number:
             raise LoadError(f"{path}: {name} has the type {tensor.dtype}, which is not supported")
         assert isinstance(tensor, Tensor)
-        return tensor
+        return (
+            tensor.float() if tensor.dtype == torch.float64 else tensor
+        )  # more than is computed with
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -80,7 +83,7 @@ def weight_files(folder: Path) -> list[Path]:
     Raises LoadError naming what is missing.
     """
     whole, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    if whole.exists():
+    if os.path.lexists(whole):
         return [whole]
     if not index.exists() and (shards := sorted(folder.glob("model--*-of-*.safetensors"))):
         return shards  # OpenAI's layout of gpt-oss-120b
@@ -103,7 +106,21 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
-        raise LoadError(f"{path}: not a readable safetensors file ({error})") from None
+        why = pointer_to_large_file(path) or error
+        raise LoadError(f"{path}: not a readable safetensors file ({why})") from None
+
+
+LFS = b"version https://git-lfs"
+
+
+def pointer_to_large_file(path: Path) -> str | None:
+    """What to do where git has left a pointer in place of a large file."""
+    try:
+        with path.open("rb") as file:
+            is_pointer = file.read(len(LFS)) == LFS
+    except OSError:
+        return None
+    return "a pointer of Git LFS; `git lfs pull` fetches the file" if is_pointer else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -76,7 +76,7 @@ def spec_from_config(
         architecture = _architecture(config)
         mixtures.check_quantization(config, architecture)
         fields = CONFIG_READERS[architecture](config)
-        ends = _ids(config.get("eos_token_id")) + _ids((generation or {}).get("eos_token_id"))
+        ends = _ends(config, "config.json") + _ends(generation or {}, "generation_config.json")
         ends += mixtures.ends(architecture, fields["vocab_size"])
         spec = ModelSpec(
             architecture=architecture,
@@ -104,10 +104,11 @@ def _architecture(config: Mapping[str, Any]) -> str:
     return str(named)
 
 
-def _ids(value: int | list[int] | None) -> list[int]:
+def _ends(stated: Mapping[str, Any], where: str) -> list[int]:
+    value = stated.get("eos_token_id")
     ids = [] if value is None else value if isinstance(value, list) else [value]
-    if not all(isinstance(id, int) for id in ids):
-        raise TypeError(f"eos_token_id {value!r}")
+    if not all(type(id) is int for id in ids):
+        raise LoadError(f"{where}: eos_token_id {value!r} makes no sense")
     return ids
 
 
@@ -247,8 +248,8 @@ def _windows(config: Mapping[str, Any], architecture: str) -> tuple[int, ...]:
 
 
 def for_each_layer(window: int, layers: int) -> tuple[int, ...]:
-    if layers > MOST_LAYERS:
-        raise ValueError(f"{layers} layers")
+    if type(layers) is not int or layers > MOST_LAYERS:
+        raise ValueError(f"{layers!r} layers")
     return (window,) * layers
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os.path
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 from ruvon.errors import LoadError
 from ruvon.models.added_tokens import add_tokens, merge_older
 from ruvon.models.byte_level import BYTE_OF
+from ruvon.models.sources import pointer_to_large_file
 
 GPT2_FILES = (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe"))
 GPT2_KINDS = (None, "gpt2", "GPT2Tokenizer", "GPT2TokenizerFast")
@@ -102,7 +104,7 @@ def unique_ids(*ids: int | None) -> tuple[int, ...]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    if not path.exists():
+    if not os.path.lexists(path):  # a link to nothing is a file that is missing
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -116,7 +118,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _read_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     path = folder / "tokenizer.json"
     try:
-        if path.exists():
+        if os.path.lexists(path):
             return tokenizers.Tokenizer.from_file(str(path))
         for names in GPT2_FILES:
             path, merges = (folder / name for name in names)
@@ -125,7 +127,7 @@ def _read_backend(folder: Path, config: dict[str, Any]) -> tokenizers.Tokenizer:
     except LoadError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise LoadError(f"{path}: {error}") from None
+        raise LoadError(f"{path}: {pointer_to_large_file(path) or error}") from None
     if any((folder / name).exists() for name in CONVERTIBLE_FILES):
         return _convert(folder, config)
     wanted = ("tokenizer.json", *(" and ".join(names) for names in GPT2_FILES), *CONVERTIBLE_FILES)
@@ -176,7 +178,7 @@ def _chat_templates(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
         extra = sorted((folder / "additional_chat_templates").glob("*.jinja"))
         named = {path.stem: path.read_text(encoding="utf-8") for path in extra}
         path = folder / "chat_template.jinja"
-        if path.exists():
+        if os.path.lexists(path):
             return named | {"default": path.read_text(encoding="utf-8")}
     except (OSError, ValueError) as error:
         raise LoadError(f"{path}: {error}") from None

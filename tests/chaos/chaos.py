@@ -95,7 +95,7 @@ async def play_in(
     await rage(storm, world, scenario, seconds - (time.monotonic() - began), report)
     say(f"{report.name}: clients are gone, looking what is left")
     report.problems += await left_behind(world)
-    report.problems += weigh(report)
+    report.problems += weigh(report, scenario.clients)
     await ask_again(storm, report)
     settle(storm, world, report)
 
@@ -187,14 +187,17 @@ async def left_behind(world: World) -> list[str]:
     return problems
 
 
-def weigh(report: Report) -> list[str]:
-    """What a process has more of than when it was younger, though no client is there any more."""
+def weigh(report: Report, clients: int) -> list[str]:
+    """What a process has more of than when it was younger, though no client is there any more. Of
+    each a connection may be kept for its next request, and a router's for it."""
     problems = []
     for name, young, old in report.sizes:
         if old.memory > young.memory + max(MORE_MEMORY, MORE_SHARE * young.memory):
             problems.append(f"{name}: memory grew from {young.memory} to {old.memory}")
         if old.files > young.files + MORE_FILES:
-            problems.append(f"{name}: {old.files} descriptors, and {young.files} in use")
+            problems.append(f"{name}: {old.files} files, and {young.files} when it was younger")
+        if old.sockets > max(young.sockets, 2 * clients):
+            problems.append(f"{name}: {old.sockets} sockets, and {young.sockets} then")
         if old.threads > young.threads + 2:
             problems.append(f"{name}: {old.threads} threads, after {young.threads}")
     return problems
@@ -249,7 +252,8 @@ def show(report: Report, scenario: Scenario, seconds: float) -> None:
 
 
 def describe_size(size: Size) -> str:
-    return f"{size.memory / 1e6:.0f} MB, {size.files} files, {size.threads} threads"
+    held = f"{size.files} files, {size.sockets} sockets, {size.threads} threads"
+    return f"{size.memory / 1e6:.0f} MB, {held}"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -121,11 +121,8 @@ def short(seed: str, size: int) -> list[Case]:
     }
     cases = []
     for case in catalogue(seed, size):
-        try:
+        if case.kind == "valid":  # others may be no JSON, or deeper than a parser's stack
             body = json.loads(case.body)
-        except ValueError:
-            body = None
-        if isinstance(body, dict) and case.kind == "valid":
             body |= {name: value for name, value in limits.items() if name in body}
             case = Case(case.kind, case.path, json.dumps(body).encode(), case.stream)
         cases.append(case)

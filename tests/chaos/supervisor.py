@@ -49,7 +49,8 @@ class Size:
     """What a process holds."""
 
     memory: int  # bytes
-    files: int
+    files: int  # descriptors but sockets
+    sockets: int
     threads: int
 
 
@@ -181,8 +182,10 @@ class Supervised:
     def size(self) -> Size:
         status = Path(f"/proc/{self.pid}/status").read_text()
         fields = dict(line.split(":", 1) for line in status.splitlines())
-        files = len(list(Path(f"/proc/{self.pid}/fd").iterdir()))
-        return Size(int(fields["VmRSS"].split()[0]) << 10, files, int(fields["Threads"]))
+        memory, threads = int(fields["VmRSS"].split()[0]) << 10, int(fields["Threads"])
+        kinds = [kind_of(path) for path in Path(f"/proc/{self.pid}/fd").iterdir()]
+        sockets = kinds.count("socket")
+        return Size(memory, len(kinds) - sockets, sockets, threads)
 
     # ---------------------------------------------------------------- what is done to it
 
@@ -229,12 +232,20 @@ class Supervised:
     async def few_files(self, spare: int) -> AsyncIterator[None]:
         """Only so many more descriptors than it has."""
         limits = resource.prlimit(self.pid, resource.RLIMIT_NOFILE)
-        few = self.size().files + spare
+        size = self.size()
+        few = size.files + size.sockets + spare
         resource.prlimit(self.pid, resource.RLIMIT_NOFILE, (few, limits[1]))
         try:
             yield
         finally:
             resource.prlimit(self.pid, resource.RLIMIT_NOFILE, limits)
+
+
+def kind_of(descriptor: Path) -> str:
+    """``socket``, ``pipe``, a path ... ; nothing of one that has just been closed."""
+    with suppress(OSError):
+        return os.readlink(descriptor).partition(":")[0]
+    return ""
 
 
 def clean_environment() -> dict[str, str]:

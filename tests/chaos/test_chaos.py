@@ -32,6 +32,13 @@ async def test_a_server_that_anything_happens_to_is_as_good_as_new():
     assert report.done.get("drain", 0) > 0
 
 
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_scenario_has_its_requests(name):
+    drawn = SCENARIOS[name].cases("1", 300)
+    assert len(drawn) == 300
+    assert any(case.stream for case in drawn)
+
+
 def test_a_stream_is_folded_to_the_same_however_it_was_cut():
     """But a lost token, an error amid it or another order of choices is another answer."""
 

@@ -545,6 +545,18 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch, pro
     compiler.close()
 
 
+def test_a_process_that_starts_slowly_is_waited_for_by_the_next_request(monkeypatch):
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    monkeypatch.setattr(compiling, "PATIENCE", 0)
+    with pytest.raises(UnavailableError, match="no time"):
+        compiler.hold(grammars.json_object())
+    starting = compiler._trial._process
+    monkeypatch.undo()
+    compiler.hold(grammars.json_object())
+    assert compiler._trial._process is starting
+    compiler.close()
+
+
 def test_an_engine_without_grammars_refuses_them_by_name():
     engine = Engine(None, EngineConfig(), max_model_len=64, num_blocks=8, vocab_size=300)
     with pytest.raises(RequestError) as refused:

@@ -259,7 +259,6 @@ def test_kernels_that_cannot_do_it_are_refused_or_replaced(folder):
         ({"quantization": "int8"}, "--quantization int8: the kernels 'torch' compute with plain"),
         ({"quantization": "int4"}, "--quantization int4: the kernels 'torch' compute with plain"),
         ({"pin_threads": "on"}, "--pin-threads on: the kernels 'torch'"),
-        ({"cpu_isa": "portable"}, "--cpu-isa portable is for the kernels 'cpu', not 'torch'"),
         (
             {"cpu_isa": "portable", "kernels": "auto", "block_size": 8},
             "--block-size 8",  # not slower kernels without that set

@@ -78,6 +78,11 @@ def test_an_adapter_is_left_out_aloud(folder):
     assert [entry["event"] for entry in logs] == ["adapter_left_out"]
 
 
+def test_a_folder_may_be_called_like_a_file(folder, tmp_path):
+    moved = folder.rename(tmp_path / "tiny.gguf")
+    assert open_checkpoint(EngineConfig(model=str(moved)), silent).format == "safetensors"
+
+
 def test_folder_with_one_gguf_file(tmp_path):
     write_gguf(tmp_path / "tiny-f16.gguf", make_reference("llama2"), "llama")
     assert opened(tmp_path).name == "tiny"

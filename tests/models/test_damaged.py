@@ -109,6 +109,30 @@ def test_configs_deeper_than_a_stack(folder, name):
         read_all(folder)
 
 
+FILES = (
+    "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json",
+    "chat_template.jinja",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_link_to_nothing_is_a_file_that_is_missing(folder, name):
+    """As the hub's cache has them where somebody has made room; not as if nobody had meant it."""
+    (folder / name).unlink(missing_ok=True)
+    (folder / name).symlink_to("blobs/gone")
+    with pytest.raises(LoadError, match=rf"{name}.*[Nn]o such file"):
+        (load if name == "model.safetensors" else read_all)(folder)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "model.gguf"])
+def test_what_git_leaves_for_large_files_is_known(folder, name):
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 1234\n"
+    (folder / name).write_text(pointer)
+    where = folder / name if name == "model.gguf" else folder
+    with pytest.raises(LoadError, match=rf"{name}.*`git lfs pull`"):
+        (read_all if name == "tokenizer.json" else load)(where)
+
+
 @pytest.mark.parametrize("size", [2**20 + 2, 2**31, 2**62])
 def test_sizes_beyond_all_memory(folder, size):
     """Nothing is made in a size that a file only claims."""

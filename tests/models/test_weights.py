@@ -118,6 +118,14 @@ def test_integers_are_refused(folder):
         load(folder)
 
 
+def test_doubles_are_rounded_to_what_is_computed_with(folder):
+    whole = logits(load(folder))
+    change(folder, lambda tensors: tensors.update({k: v.double() for k, v in tensors.items()}))
+    source = SafetensorsFolder(folder)
+    assert source.read("model.norm.weight", (64,)).dtype == torch.float32
+    assert torch.equal(logits(load(folder)), whole)
+
+
 @pytest.mark.parametrize("keep", [0, 4, 100, 50_000])
 def test_truncated_file_is_named(folder, keep):
     path = folder / "model.safetensors"

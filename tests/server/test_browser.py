@@ -25,9 +25,12 @@ playwright = pytest.importorskip("playwright.async_api", reason="needs Playwrigh
 NAMED = os.environ.get("CHROMIUM")
 NAMES = ("chromium-headless-shell", "chromium", "chromium-browser", "google-chrome")
 BROWSER = NAMED or next(filter(None, map(shutil.which, NAMES)), None)
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium, in PATH or as CHROMIUM")
+pytestmark = [
+    pytest.mark.skipif(BROWSER is None, reason="needs Chromium, in PATH or as CHROMIUM"),
+    pytest.mark.timeout(300),  # longer than all that has an end of its own here
+]
 
-PATIENCE = 75  # seconds for a test, on machines that are busy; pytest's own limit is longer
+PATIENCE = 90  # seconds for a test, and for a browser to begin, on machines that are busy
 CLOSING = 20  # seconds for a browser to end
 
 ANSWER = """Some **bold** words:
@@ -268,10 +271,9 @@ async def test_slow_motion_holds_the_engine(serve, page):
     await page.get_by_label("Speed of the engine").select_option("step by step")
     await server.until(lambda: server.service.generator.gate.pace)
     task = asyncio.create_task(server.complete("Hi", max_tokens=20, ignore_eos=True))
-    await server.until(lambda: recorder.end)
-    steps = recorder.end
+    await server.until(lambda: recorder.end == 2)  # it came, and the first step passes at once
     await page.get_by_role("button", name="Next step").click()
-    await server.until(lambda: recorder.end == steps + 1)
+    await server.until(lambda: recorder.end == 3)
     await page.goto(server.url + "/#chat")  # who leaves lets it go on
     assert (await task).status == 200
 
@@ -304,6 +306,14 @@ async def test_attention_shows_heads_and_layers(serve, page):
     assert await rows.count() == 4
     taken = page.locator(".sentence .token")
     assert [await taken.nth(i).get_attribute("title") for i in range(3)] == ["0 %", "0 %", "100 %"]
+    await taken.nth(1).press("Enter")
+    await page.keyboard.press("Tab")  # from where the focus was
+    await page.keyboard.press("Enter")
+    await page.locator(".sentence .token:nth-child(3).here").wait_for()
+    await page.locator("#pick-layer").press("ArrowUp")
+    for layer in (2, 1):
+        await page.get_by_role("heading", name=f"Layer {layer}, head 0").wait_for()
+        await page.keyboard.press("ArrowDown")
 
 
 @bounded

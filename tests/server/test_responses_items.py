@@ -342,6 +342,11 @@ def test_one_call_at_most():
     assert tool_choice(asked, toolbox(asked)) == ToolChoice(parallel=False)
 
 
+def test_a_strict_schema_is_named_by_its_place():
+    (tool,) = toolbox(request(tools=[FUNCTION])).tools
+    assert tool.param == "tools[0].parameters"
+
+
 @pytest.mark.parametrize(
     ("tool", "param"),
     [
@@ -386,12 +391,20 @@ def test_two_tools_of_one_name():
         ({"tool_choice": "some"}, "tool_choice"),
         ({"moderation": {"model": "m"}}, "moderation"),
         ({"n": 2}, "n"),
+        ({"truncate_prompt_tokens": 9}, "truncate_prompt_tokens"),
+        ({"include_reasoning": False}, "include_reasoning"),
+        ({"prompt_logprobs": 0}, "prompt_logprobs"),
     ],
 )
 def test_fields_that_are_wrong_are_named(fields, param):
     with pytest.raises(RequestError) as wrong:
         request(**fields)
     assert wrong.value.param == param
+
+
+def test_chats_fields_that_ask_for_nothing_pass():
+    fields = {"n": 1, "echo": False, "messages": [], "include_reasoning": True}
+    assert request(**fields).input
 
 
 def test_what_has_no_effect_is_named():

@@ -56,7 +56,7 @@ class Value:
     rows: Param  # says how many there are in a step
     capacity: int  # most rows
     width: int
-    makes: frozenset[Form]  # the forms that its instruction can write
+    packable: bool = False  # whether its instruction can write every form, or plain rows only
     wanted: set[Form] = field(default_factory=set)
     memory: dict[Form, Tensor] = field(default_factory=dict)  # once it is given out
 
@@ -91,10 +91,6 @@ class Value:
         )
 
 
-ROWS_ONLY = frozenset({Form.ROWS})
-PACKABLE = frozenset(Form)
-
-
 @dataclass(slots=True)
 class Capture:
     """A graph in the making, for steps of at most ``capacity`` rows."""
@@ -114,13 +110,14 @@ class Capture:
         self,
         rows: Param,
         width: int,
-        makes: frozenset[Form] = ROWS_ONLY,
         capacity: int | None = None,
+        *,
+        packable: bool = False,
     ) -> Value:
         """A value to be made by the instruction that comes next. ``capacity``: its most rows, where
         there are not as many as ``rows`` says."""
         most = self.capacity[rows] if capacity is None else capacity
-        return Value(rows, most, width, makes, set(makes if makes == ROWS_ONLY else ()))
+        return Value(rows, most, width, packable, set() if packable else {Form.ROWS})
 
     def stand_in(self, value: Value, *shape: int) -> Tensor:
         """What the model is given for a value: a tensor without memory, a row for each of as many
@@ -135,7 +132,7 @@ class Capture:
         if id(x) in self.values:
             return self.values[id(x)][1]
         flat = x.reshape(x.shape[0], -1)
-        value = Value(Param.TOKENS, flat.shape[0], flat.shape[1], ROWS_ONLY)
+        value = Value(Param.TOKENS, flat.shape[0], flat.shape[1], wanted={Form.ROWS})
         value.memory[Form.ROWS] = aligned_bytes(round_up(value.capacity, GROUP) * value.stride)
         value.floats()[: flat.shape[0]] = flat
         return value
@@ -150,7 +147,7 @@ class Capture:
     def packed(self, value: Value, form: Form) -> Place:
         """Where rows for a product will be: written by what makes the value if that can, else
         packed from its plain rows."""
-        if form not in value.makes and form not in value.wanted:
+        if not value.packable and form not in value.wanted:
             packs = value.output()._replace(rows=0)
             self.append(("copy", None), value.rows, told.Copy(value.read(), value.stride, packs))
         return value.read(form)
@@ -174,14 +171,14 @@ class Capture:
 
     def add(self, x_TC: Tensor, y_TC: Tensor) -> Tensor:
         x, y = self.value_of(x_TC), self.value_of(y_TC)
-        out = self.new(x.rows, x.width, PACKABLE)
+        out = self.new(x.rows, x.width, packable=True)
         arguments = told.Copy(x.read(), x.stride, out.output(), y=y.read())
         self.append(("copy", None), x.rows, arguments)
         return self.stand_in(out)
 
     def gather_rows(self, x_TC: Tensor, rows_L: Tensor) -> Tensor:
         x = self.value_of(x_TC)
-        out = self.new(Param.LOGIT_ROWS, x.width, PACKABLE)
+        out = self.new(Param.LOGIT_ROWS, x.width, packable=True)
         arguments = told.Copy(x.read(), x.stride, out.output(), rows=ints(rows_L))
         self.append(("copy", None), out.rows, arguments)
         return self.stand_in(out)
@@ -201,7 +198,7 @@ class Capture:
     ) -> tuple[Tensor, Tensor]:
         x = self.value_of(x_TC)
         total = None if residual_TC is None else self.new(x.rows, x.width)
-        out = self.new(x.rows, x.width, PACKABLE)
+        out = self.new(x.rows, x.width, packable=True)
         arguments = told.Norm(
             x=x.read(),
             residual=None if residual_TC is None else self.value_of(residual_TC).read(),
@@ -227,7 +224,7 @@ class Capture:
             both = self.linear(x_TK, weight, bias_N, "none")  # gate and partner do not match
             return self._gate(both, width, activation)
         x, bias = self.value_of(x_TK), constant(bias_N)
-        out = self.new(x.rows, width, ROWS_ONLY if stacked else PACKABLE)
+        out = self.new(x.rows, width, packable=not stacked)
         first = 0
         for kind, tiles in parts:
             rows = min(width - first, tiles.shape[0] * LANES) if stacked else width
@@ -310,8 +307,8 @@ class Capture:
         if id(q_THD) not in self.values:
             q_THD = torch.nn.functional.pad(q_THD, (0, -spec.head_dim % LANES))
         q = self.value_of(q_THD)
-        makes = ROWS_ONLY if spec.head_dim % GROUP else PACKABLE
-        out = self.new(q.rows, spec.num_heads * spec.head_dim, makes)
+        packable = spec.head_dim % GROUP == 0
+        out = self.new(q.rows, spec.num_heads * spec.head_dim, packable=packable)
         tables = batch.paged[spec.cache_group].block_tables
         arguments = told.Attention(
             queries=q.read(),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu import arguments as told
-from ruvon.kernels.cpu.capture import PACKABLE, Capture, Value, constant, tiles_of
+from ruvon.kernels.cpu.capture import Capture, Value, constant, tiles_of
 from ruvon.kernels.cpu.formats import FORMATS, LANES, ROWS, TileFormat
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, pack, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, PANEL, PANEL_BYTES, PANELS_AT, Param
@@ -116,7 +116,7 @@ def sort(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec) -> 
 def dispatch(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec) -> Value:
     """→ the tokens, by expert."""
     most = x.capacity * spec.top_k + min(spec.num_experts, x.capacity * spec.top_k) * (ROWS - 1)
-    rows = capture.new(x.rows, x.width, PACKABLE, most)
+    rows = capture.new(x.rows, x.width, most, packable=True)
     arguments = told.Dispatch(x.read(), x.stride, routes, rows.output())
     capture.append(("dispatch", None), x.rows, arguments)
     return rows
@@ -135,7 +135,7 @@ def product(
     (kind, tiles), columns = weight, round_up(width, COLUMNS) // COLUMNS
     expert_tiles = tiles.numel() // spec.num_experts
     gated = tiles.shape[0] * LANES > spec.num_experts * columns * COLUMNS
-    out = capture.new(x.rows, width, PACKABLE, x.capacity)
+    out = capture.new(x.rows, width, x.capacity, packable=True)
     if not gated:
         out.read()
     linear = told.Linear(

@@ -28,7 +28,7 @@ from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.formats import GROUP, Form
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
 from ruvon.kernels.cpu.meeting import KEY
-from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS, Param
+from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS
 from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
 
@@ -159,17 +159,6 @@ def sizes_of(query_starts: np.ndarray[Any, Any], logit_rows: int) -> list[int]:
     if tokens != sequences:
         tiles = int((-(-np.diff(query_starts) // QUERY_TOKENS)).sum())
     return [tokens, -(-tokens // PANEL), logit_rows, -(-logit_rows // PANEL), sequences, tiles, 1]
-
-
-assert [*Param] == [
-    Param.TOKENS,
-    Param.TOKEN_PANELS,
-    Param.LOGIT_ROWS,
-    Param.LOGIT_PANELS,
-    Param.SEQUENCES,
-    Param.QUERY_TILES,
-    Param.ONE,
-]
 
 
 class Graph:

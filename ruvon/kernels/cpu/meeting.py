@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.arguments import Address
+from ruvon.kernels.cpu.arguments import Place
 from ruvon.kernels.cpu.capture import Capture, Value
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.mesh import Mesh
@@ -27,8 +27,7 @@ Function: TypeAlias = Callable[..., Tensor]
 class Meeting(NamedTuple):
     """The arguments of what is no kernel."""
 
-    x: Address
-    out: Address
+    touched: tuple[Place, ...]
     call: Callable[[Sequence[int]], object]  # with a step's sizes, by `Param`
 
 
@@ -55,44 +54,43 @@ def traced(mesh: Mesh, capturing: Callable[[], Capture | None]) -> Mesh:
 
 def _reduce(capture: Capture, mesh: Mesh, x_TC: Tensor) -> Tensor:
     x = capture.value_of(x_TC)
-    out = capture.new(x.rows, x.width)
-    _meet(capture, x, out, lambda size: _into(out, size, mesh.reduce(x.floats()[:size])))
-    return capture.stand_in(out)
+    return _made(capture, x.rows, x.width, [x], lambda size: mesh.reduce(x.floats()[:size]))
 
 
 def _gather(capture: Capture, mesh: Mesh, x_LV: Tensor, widths: Sequence[int]) -> Tensor:
     x = capture.value_of(x_LV)
-    out = capture.new(x.rows, sum(widths))
-    _meet(capture, x, out, lambda size: _into(out, size, mesh.gather(x.floats()[:size], widths)))
-    return capture.stand_in(out)
+    return _made(
+        capture, x.rows, sum(widths), [x], lambda size: mesh.gather(x.floats()[:size], widths)
+    )
 
 
 def _send(capture: Capture, mesh: Mesh, x_TC: Tensor) -> Tensor:
     x = capture.value_of(x_TC)
-    _meet(capture, x, None, lambda size: mesh.send(x.floats()[:size]))
+    _meet(capture, x.rows, [x], lambda size: mesh.send(x.floats()[:size]))
     return x_TC
 
 
 def _receive(capture: Capture, mesh: Mesh, ids_T: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    out = capture.new(Param.TOKENS, width)
-    _meet(
-        capture, None, out, lambda size: _into(out, size, mesh.receive(ids_T[:size], width, dtype))
+    return _made(
+        capture, Param.TOKENS, width, [], lambda size: mesh.receive(ids_T[:size], width, dtype)
     )
+
+
+def _made(
+    capture: Capture, rows: Param, width: int, given: list[Value], make: Callable[[int], Tensor]
+) -> Tensor:
+    """What a meeting makes of ``given``, told how many rows there are."""
+    out = capture.new(rows, width)
+
+    def call(size: int) -> None:
+        out.floats()[:size] = make(size)
+
+    _meet(capture, rows, [*given, out], call)
     return capture.stand_in(out)
 
 
 def _meet(
-    capture: Capture, x: Value | None, out: Value | None, call: Callable[[int], object]
+    capture: Capture, rows: Param, values: list[Value], call: Callable[[int], object]
 ) -> None:
-    value = x or out
-    assert value is not None
-    meeting = Meeting(
-        x=None if x is None else x.read(),
-        out=None if out is None else out.read(),
-        call=lambda sizes: call(sizes[value.rows]),
-    )
-    capture.append(KEY, value.rows, meeting)
-
-
-def _into(out: Value, size: int, made: Tensor) -> None:
-    out.floats()[:size] = made
+    touched = tuple(value.read() for value in values)
+    capture.append(KEY, rows, Meeting(touched, lambda sizes: call(sizes[rows])))

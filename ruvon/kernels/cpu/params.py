@@ -6,7 +6,7 @@ from enum import IntEnum
 
 
 class Param(IntEnum):
-    """Index of an int64 in params: what differs from step to step."""
+    """Index of an int64 in params: what differs from step to step, see `graph.sizes_of`."""
 
     TOKENS = 0
     TOKEN_PANELS = 1  # panels of `PANEL` activation rows: behind what counts the rows

@@ -8,6 +8,7 @@ from pydantic import ConfigDict, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
+from ruvon.server.fields import EMPTY
 from ruvon.server.responses_api.input import Items
 from ruvon.server.schemas import ConstraintFields, Fields, SamplingFields
 from ruvon.server.schemas.base import Timeout, missing
@@ -167,6 +168,20 @@ MOVED = {
 """What would change the answer and is not served: chat's fields, and what OpenAI keeps for its
 clients → the field that says the same, if there is one."""
 
+NEUTRAL = {
+    "n": 1,
+    "include_reasoning": True,
+    "add_generation_prompt": True,
+    "thinking_budget": -1,
+    "reasoning_budget": -1,
+}
+
+
+def asks(name: str, value: object) -> bool:
+    """Whether a value of one of `MOVED` asks for anything."""
+    neutral = NEUTRAL.get(name, False)
+    return value not in EMPTY and (type(value), value) != (type(neutral), neutral)
+
 
 class ContextFields(Fields):
     """What makes the prompt."""
@@ -179,7 +194,7 @@ class ContextFields(Fields):
     @model_validator(mode="after")
     def _check_context(self) -> ContextFields:
         for name, value in (self.model_extra or {}).items():
-            if name in MOVED and value is not None:
+            if name in MOVED and asks(name, value):
                 instead = f"; use {MOVED[name]}" if MOVED[name] else ""
                 raise RequestError(
                     f"'{name}' is not a parameter of this API{instead}.",

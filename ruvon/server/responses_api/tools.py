@@ -79,7 +79,8 @@ def _add(box: Toolbox, tool: AnyTool, where: str, namespace: str | None) -> None
     name = flat_name(namespace, tool.name)
     box.names[name] = (namespace, tool.name)
     if isinstance(tool, FunctionTool):
-        made = Tool(name, tool.description, tool.parameters, bool(tool.strict), param=where)
+        schema = f"{where}.parameters"
+        made = Tool(name, tool.description, tool.parameters, bool(tool.strict), param=schema)
     else:
         syntax = _syntax(tool, f"{where}.format.definition")
         made = Tool(name, tool.description, custom=True, syntax=syntax, param=where)

@@ -68,7 +68,9 @@ export function open(root, server, query) {
     const sentence = h("div", { class: "sentence" });
     const choose = (layer, head) => {
       Object.assign(it, { layer, head });
+      const { id } = document.activeElement; // a number's field, made anew
       draw();
+      if (id) document.getElementById(id)?.focus();
     };
     const number = (label, key, most) =>
       h(
@@ -77,6 +79,7 @@ export function open(root, server, query) {
         `${label} `,
         h("input", {
           type: "number",
+          id: `pick-${key}`,
           min: 0,
           max: most - 1,
           value: it[key],
@@ -156,7 +159,7 @@ export function open(root, server, query) {
                 key > it.at
                   ? "comes later"
                   : `${((100 * weight(it.seen, it.layer, it.head, it.at, key)) / 255).toFixed(0)} %`,
-              onclick: () => ((it.at = key), paint()),
+              onclick: () => ((it.at = key), paint(), sentence.children[key].focus()),
             },
             visible(texts.get(id) ?? ""),
           ),

@@ -11,6 +11,11 @@ export function message(chat, node) {
     node.role === "user"
       ? h("div", { class: "words" }, node.content)
       : h("div", { class: "prose" }, markdown(node.content || ""));
+  const isWritten = chat.state.running && node.id === chat.state.conversation.leaf;
+  if (isWritten) {
+    const last = body.lastElementChild;
+    (last?.tagName === "P" ? last : body).append(h("span", { class: "caret", "aria-label": "being written" }));
+  }
   return h(
     "article",
     { class: `message ${node.role}`, "data-id": node.id },
@@ -23,12 +28,10 @@ export function message(chat, node) {
         )
       : null,
     node.role === "tool" ? h("p", { class: "label" }, `Result of ${node.name}`) : null,
-    node.content || !node.tool_calls?.length ? body : null,
+    node.content || isWritten || !node.tool_calls?.length ? body : null,
     (node.tool_calls || []).map((call) => toolCall(chat, node, call)),
     node.error ? h("p", { class: "error", role: "alert" }, node.error) : null,
-    chat.state.running && node.id === chat.state.conversation.leaf
-      ? h("span", { class: "caret", "aria-label": "being written" })
-      : footer(chat, node),
+    isWritten ? null : footer(chat, node),
   );
 }
 

@@ -113,6 +113,7 @@ def make_product(kind, isa):
 
     @helper
     def row_at(a, row):
+        """Where a row of activations is."""
         if unpacked:
             return a.x + row * a.stride
         return a.x + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
@@ -129,6 +130,7 @@ def make_product(kind, isa):
             fetch = w
 
     @helper
+<<<<<<< HEAD
     def multiply_some(a, bias, w, fetch, partner, first, count, column, scratch):
         """As `multiply_rows`, as many rows as meet one tile after another. Nothing is fetched if
         ``fetch`` is 0."""
@@ -146,13 +148,23 @@ def make_product(kind, isa):
                 finish_row(a, bias, sums + row * stride, first + row, column)
 
     @helper
+=======
+>>>>>>> origin/main
     def multiply_rows(a, bias, w, fetch, partner, first, last, column, scratch):
-        """A unit's tiles by the rows from ``first`` to below ``last``. What is fetched meanwhile
+        """A unit's tiles by the rows from ``first`` to below ``last``. What the first of them fetch
         begins at ``fetch`` and, for partners of gates, at ``partner``."""
-        for row in range(first, last, AT_ONCE):
-            count = min(AT_ONCE, last - row)
-            multiply_some(a, bias, w, fetch, partner, row, count, column, scratch)
-            fetch = 0
+        plain, tile_bytes = is_plain(a), a.weight.tile_bytes
+        for some in range(first, last, AT_ONCE):
+            sums, stride, count = scratch, 256, min(AT_ONCE, last - some)
+            if plain:
+                sums, stride = a.out.rows + some * a.out.stride + 128 * column, a.out.stride
+            for tile in range(4 if a.gate_bytes != 0 else 2):
+                at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
+                ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
+                ahead = ahead if some == first else at
+                multiply(a, at, some, count, sums + 64 * tile, stride, ahead)
+            for row in range(0 if plain else count):
+                finish_row(a, bias, sums + row * stride, some + row, column)
 
     return multiply_rows
 

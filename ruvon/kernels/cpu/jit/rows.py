@@ -23,9 +23,8 @@ from ruvon.kernels.cpu.jit.simd import (
     fma,
     keep_first,
     larger,
-    larger_or_nan,
     load,
-    max_or_nan_lanes,
+    max_lanes,
     read_f32,
     read_i32,
     splat16,
@@ -138,11 +137,6 @@ def norm(address, params, start, stop, scratch):
 
 
 @helper
-def sigmoid_times(x):
-    return sigmoid_of(x, x)
-
-
-@helper
 def sigmoid_of(x, inner):
     """x times the sigmoid of ``inner``."""
     return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
@@ -158,7 +152,7 @@ def gelu_tanh(x):
 def gated(gate, up, activation):
     """What a gate lets pass. Comparisons keep a NaN."""
     if activation == SILU_GATED:
-        return sigmoid_times(gate) * up
+        return sigmoid_of(gate, gate) * up
     if activation == GELU_TANH_GATED:
         return gelu_tanh(gate) * up
     zero, most = splat16(0.0), splat16(-7.0)
@@ -186,7 +180,7 @@ def activate16(x, activation):
     if activation == RELU:
         return larger(x, splat16(0.0))
     if activation == SILU:
-        return sigmoid_times(x)
+        return sigmoid_of(x, x)
     if activation == GELU:
         half = splat16(0.5) * x
         return fma(half, erf16(x * splat16(0.7071067811865476)), half)
@@ -235,8 +229,20 @@ def argmax(address, params, start, stop, scratch):
 @helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
-    whole = width // 16 * 16
+    zeros, whole = splat16(0.0), width // 16 * 16
     best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
     for at in range(0, whole, 16):
-        best = larger_or_nan(best, load(x + 4 * at))
-    return max_or_nan_lanes(best)
+        value = load(x + 4 * at)
+        best = larger(best, value)
+        nothing = fma(value, zeros, nothing)
+    found = max_lanes(best)
+    if sum_lanes(nothing) != 0:  # a NaN or an infinity
+        for at in range(width):
+            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
+    return found
+
+
+@helper
+def max_or_nan(x, y):
+    return y if y != y or y > x else x

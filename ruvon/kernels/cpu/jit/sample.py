@@ -30,7 +30,9 @@ from ruvon.kernels.cpu.jit.simd import (
     exp16,
     get,
     keep_first,
+    larger,
     load,
+    max_lanes,
     number,
     operation,
     read_f32,
@@ -163,6 +165,16 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 
 
 @helper
+def max_of(x, width):
+    """The largest of some numbers that are no NaN."""
+    whole = width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    for at in range(0, whole, 16):
+        best = larger(load(x + 4 * at), best)
+    return max_lanes(best)
+
+
+@helper
 def cut_of_largest(x, width, count, scratch):
     """The ``count``-th largest number, and how many equal to it are among the largest.
 
@@ -173,7 +185,7 @@ def cut_of_largest(x, width, count, scratch):
     if count <= tiles:
         for tile in range(tiles):
             first = tile * TILE
-            write_f32(peaks + 4 * tile, largest(x + 4 * first, min(TILE, width - first)))
+            write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
         low, _ = find_cut(peaks, tiles, low, high, goal, False, scratch)
     cut, ties = find_cut(x, width, low, high, goal, False, scratch)
     return cut, int(ties)
@@ -423,10 +435,8 @@ def sample(address, params, start, stop, scratch):
     for space in range(start, stop):
         work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row, result = (
-                arguments(SampledRow, a.rows + n * a.row_bytes),
-                a.results + n * a.result_bytes,
-            )
+            row = arguments(SampledRow, a.rows + n * a.row_bytes)
+            result = a.results + n * a.result_bytes
             token = sample_one(row, a.vocab_size, work, scratch)
             write_i64(result, token)
             if token >= 0 and row.num_top >= 0:

@@ -159,10 +159,6 @@ def greater(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
     return b.select(b.fcmp_ordered(">", x, y), x, y)
 
 
-def greatest(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
-    return call(b, f"llvm.maximum.v{x.type.count}f32", x.type, [x, y])
-
-
 def first_lanes(b: ir.IRBuilder, count: ir.Value) -> ir.Value:
     """A mask of the lanes below ``count`` (which may be negative or above 16)."""
     lanes = ir.Constant(I32V, list(range(LANES)))
@@ -251,7 +247,6 @@ def tree(b: ir.IRBuilder, x: ir.Value, combine: Callable[..., ir.Value]) -> ir.V
 splat16 = operation(splat, types.float32)  # one float in all lanes
 fma = operation(fused, V, V, V)  # x * y + z, rounded once
 larger = operation(greater, V, V)
-larger_or_nan = operation(greatest, V, V)  # a NaN stays
 absolute = operation(unary("fabs"), V)
 nearest = operation(unary("rint"), V)  # ties to even
 # of integral numbers in [-127, 127]; -127 gives 0
@@ -260,7 +255,6 @@ sum_lanes = operation(
     lambda b, x: tree(b, x, lambda b, p, q: b.fadd(p, q)), V, result=types.float32
 )
 max_lanes = operation(lambda b, x: tree(b, x, greater), V, result=types.float32)
-max_or_nan_lanes = operation(lambda b, x: tree(b, x, greatest), V, result=types.float32)
 
 # (x, count, other): lanes below ``count`` of x, the rest of ``other``
 keep_first = operation(
