@@ -130,26 +130,6 @@ def make_product(kind, isa):
             fetch = w
 
     @helper
-<<<<<<< HEAD
-    def multiply_some(a, bias, w, fetch, partner, first, count, column, scratch):
-        """As `multiply_rows`, as many rows as meet one tile after another. Nothing is fetched if
-        ``fetch`` is 0."""
-        plain, sums, stride, tile_bytes = is_plain(a), scratch, 256, a.weight.tile_bytes
-        if plain:
-            stride, sums = a.out.stride, a.out.rows + first * a.out.stride + 128 * column
-        for tile in range(4 if a.gate_bytes != 0 else 2):
-            at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
-            ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
-            if fetch == 0:
-                ahead = at
-            multiply(a, at, first, count, sums + 64 * tile, stride, ahead, scratch)
-        if not plain:
-            for row in range(count):
-                finish_row(a, bias, sums + row * stride, first + row, column)
-
-    @helper
-=======
->>>>>>> origin/main
     def multiply_rows(a, bias, w, fetch, partner, first, last, column, scratch):
         """A unit's tiles by the rows from ``first`` to below ``last``. What the first of them fetch
         begins at ``fetch`` and, for partners of gates, at ``partner``."""
@@ -162,7 +142,7 @@ def make_product(kind, isa):
                 at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
                 ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
                 ahead = ahead if some == first else at
-                multiply(a, at, some, count, sums + 64 * tile, stride, ahead)
+                multiply(a, at, some, count, sums + 64 * tile, stride, ahead, scratch)
             for row in range(0 if plain else count):
                 finish_row(a, bias, sums + row * stride, some + row, column)
 
