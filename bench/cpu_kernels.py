@@ -72,6 +72,9 @@ def load_graph(kernels: CpuKernels, config: EngineConfig) -> Graph:
     cache = allocate_cache(
         spec.num_layers, 32 * 16, spec.num_kv_heads, PAGE, spec.head_dim, torch.float16
     )
+    for layer in cache:
+        for tensor in layer:
+            tensor.normal_()  # memory that was never written to is one page of zeros
     return kernels.capture(model.forward, cache, Limits(PROMPT, 64, 64, 64))
 
 

@@ -10,7 +10,7 @@ from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel, random_q
 from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import Form
-from ruvon.kernels.cpu.graph import give_memory, prefetch_links
+from ruvon.kernels.cpu.graph import give_memory, new_instructions, prefetch_links
 from ruvon.kernels.cpu.layout import pack
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import Dense
@@ -74,9 +74,20 @@ def test_each_instruction_knows_the_product_that_follows():
     trace.linear(trace.add(trace.linear(x, first, None, "none"), x), second, None, "none")
     names = [line.kernel[0] for line in trace.instructions]
     tiles = {first.tensors[0].data_ptr(): "first", second.tensors[0].data_ptr(): "second"}
-    links = [tiles[link[0].data_ptr()] for link in prefetch_links(trace.instructions)]
+    memory = new_instructions(len(names))
+    links = [tiles[link[0].data_ptr()] for link in prefetch_links(trace.instructions, memory)]
     assert names == ["copy", "linear", "copy", "linear"]
     assert links == ["first", "second", "second", "first"]
+
+
+def test_each_instruction_knows_the_attention_that_follows(cpu):
+    instructions = capture(cpu, SHAPES["llama"]).program.instructions
+    memory = new_instructions(len(instructions))
+    found = [n for n, line in enumerate(instructions) if line.kernel[0] == "attention"]
+    assert len(found) > 1  # after the last one comes the first, of the next step
+    for n, (*_, told) in enumerate(prefetch_links(instructions, memory)):
+        following = next((m for m in found if m > n), found[0])
+        assert memory[following].data_ptr() < told.data_ptr() < memory[following][-1].data_ptr()
 
 
 def fresh_cache(shape, dtype=torch.float16):

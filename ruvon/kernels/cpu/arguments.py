@@ -57,6 +57,7 @@ class Header(NamedTuple):
     next_tiles: Address = 0  # those of the next product, to be fetched into the cache meanwhile
     next_units: int = 0
     next_unit_bytes: int = 0
+    next_attention: Address = 0  # arguments of the next one, whose cache is fetched meanwhile
 
 
 class Output(NamedTuple):
@@ -230,6 +231,7 @@ class Attention(NamedTuple):
     scale: float
     window: int
     sinks: Address
+    block_bytes: int  # of a block's keys, and of its values
     out: Output
 
 

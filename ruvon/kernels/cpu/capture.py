@@ -321,6 +321,7 @@ class Capture:
             scale=spec.scale,
             window=spec.window,
             sinks=constant(sinks_H),
+            block_bytes=k_cache_BGPD[0].nbytes,
             out=out.output(),
         )
         kernel = "attention", CACHES[k_cache_BGPD.dtype]

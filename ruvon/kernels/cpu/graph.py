@@ -15,7 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header, Place, leaves, words
+from ruvon.kernels.cpu.arguments import (
+    INSTRUCTION_BYTES,
+    Address,
+    Header,
+    Place,
+    leaves,
+    words,
+)
 from ruvon.kernels.cpu.capture import Capture, Instruction, Value
 from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.formats import GROUP, Form
@@ -27,6 +34,7 @@ from ruvon.kernels.ops import ForwardBatch, PagedIndex
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
 Progress: TypeAlias = Callable[[str, float], None]
+Link: TypeAlias = tuple[Address, int, int, Address]
 WORDS = INSTRUCTION_BYTES // 8
 
 
@@ -52,8 +60,8 @@ class Program:
         self._pool = pool
         wanted = {capture.value_of(tensor).read().value for tensor in results}
         give_memory(capture, wanted)
-        links = prefetch_links(self.instructions)
         self._memory = new_instructions(len(self.instructions))
+        links = prefetch_links(self.instructions, self._memory)
         for line, each, link in zip(self._memory, self.instructions, links, strict=True):
             if each.kernel == KEY:
                 continue
@@ -126,18 +134,21 @@ def give_memory(capture: Capture, results: set[Value]) -> None:
                 free[form, value.capacity, value.width].append(value.memory[form])
 
 
-def prefetch_links(instructions: Sequence[Instruction]) -> list[tuple[Any, int, int]]:
-    """For each instruction the weights of the product that follows: tiles, units, bytes of a unit.
-    After the last product comes the first, of the next step."""
-    link: tuple[Any, int, int] = (None, 0, 0)
+def prefetch_links(instructions: Sequence[Instruction], memory: Tensor) -> list[Link]:
+    """For each instruction what follows and is read from memory: the weights of the next product
+    (tiles, units, bytes of a unit), and where the next attention's arguments lie in the
+    instructions' ``memory``. After the last one comes the first, of the next step."""
+    link: Link = (None, 0, 0, None)
     links = []
-    for line in [*instructions, *instructions][::-1]:
+    for line, place in (2 * [*zip(instructions, memory, strict=True)])[::-1]:
         links.append(link)
         if line.kernel[0] == "linear":
             weight = line.arguments.weight
-            link = weight.tiles, line.units, 2 * weight.tile_bytes
+            link = weight.tiles, line.units, 2 * weight.tile_bytes, link[3]
         elif line.kernel[0] == "experts":
-            link = None, 0, 0  # nobody knows which before
+            link = None, 0, 0, link[3]  # nobody knows which before
+        elif line.kernel[0] == "attention":
+            link = *link[:3], place[len(Header._fields) :]
     return links[: len(instructions) - 1 : -1]
 
 

@@ -47,8 +47,14 @@ BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 # A thread's scratch space, and its own notes at the end of it.
 SCRATCH_BYTES = 1 << 18
+NOTES = 128
 FETCH_AT, FETCH_END, FETCH_FOR, OWN_END, OFFERED, CLOCK = (
-    SCRATCH_BYTES - 64 + 8 * n for n in range(6)
+    SCRATCH_BYTES - NOTES + 8 * n for n in range(6)
 )
 """Which weights it will fetch next and up to where; whose they are; the unit behind its own last
-one in this instruction; when it last offered its core, and what the clock says."""
+one in this instruction; when it last offered its core, and what the clock says (two words)."""
+CACHE_FOR, CACHE_SEQUENCE, CACHE_TURN, CACHE_BLOCK, CACHE_INSIDE, CACHE_LEFT = (
+    SCRATCH_BYTES - NOTES + 64 + 8 * n for n in range(6)
+)
+"""Which attention it fetches keys and values for; the sequence it is at, and how far down its next
+one is; the block and the place in its keys and values; how many bytes more it may fetch."""

@@ -38,7 +38,14 @@ from ruvon.kernels.cpu.jit.simd import (
 )
 from ruvon.kernels.cpu.jit.tiles import TILES, attend_tiles, load_dense
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import MOST_DIMS, QUERY_TOKENS, SCRATCH_BYTES, TILE_ROWS, Param
+from ruvon.kernels.cpu.params import (
+    MOST_DIMS,
+    NOTES,
+    QUERY_TOKENS,
+    SCRATCH_BYTES,
+    TILE_ROWS,
+    Param,
+)
 
 SPAN = 128  # keys
 SPAN_BYTES = 4 * SPAN + 64  # one cache line more, so that rows do not compete for cache sets
@@ -53,7 +60,7 @@ MASSES = PEAKS + TILE_ROWS * 4  # float32 [TILE_ROWS, 16]: sums of numerators, b
 HEAD = MASSES + TILE_ROWS * 64  # float32 [MOST_DIMS]: one head of one token
 ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
 WIDENED = ADDRESSES + 64  # float32 [TILES, MOST_DIMS, 16]: tiles of the cache
-assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - 64
+assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - NOTES
 
 CACHE_BYTES = tuple(kind.step_bytes // LANES for kind in FORMATS)  # of one number
 FEW_ROWS = 8  # that multiply a tile of the cache as it is

@@ -6,15 +6,35 @@ within a panel stay in the second-level cache while one unit after another strea
 
 from __future__ import annotations
 
-from ruvon.kernels.cpu.arguments import Linear
+from ruvon.kernels.cpu.arguments import Attention, Linear
 from ruvon.kernels.cpu.formats import FORMATS, ROWS, Form
 from ruvon.kernels.cpu.isa import ISAS
 from ruvon.kernels.cpu.jit.rows import activate16, gated, is_packed, write_row
-from ruvon.kernels.cpu.jit.simd import arguments, get, load, read_i64, write_i64
+from ruvon.kernels.cpu.jit.simd import (
+    arguments,
+    get,
+    load,
+    prefetch,
+    read_i32,
+    read_i64,
+    write_i64,
+)
 from ruvon.kernels.cpu.jit.tiles import multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import FETCH_AT, NONE, OWN_END, PANEL
+from ruvon.kernels.cpu.params import (
+    CACHE_BLOCK,
+    CACHE_FOR,
+    CACHE_INSIDE,
+    CACHE_LEFT,
+    CACHE_SEQUENCE,
+    CACHE_TURN,
+    FETCH_AT,
+    NONE,
+    OWN_END,
+    PANEL,
+)
 
+PIECE = 2048  # bytes of keys or values that are asked for at once
 AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
 
 
@@ -57,6 +77,30 @@ def two_of_next(a, scratch, w, size):
 
 
 @helper
+def fetch_cache(scratch):
+    """Ask for some of the keys and values that the next attention will read. Memory rests while
+    several rows meet a tile, and attention of single tokens does little but wait for it."""
+    at, s = read_i64(scratch + CACHE_FOR), read_i64(scratch + CACHE_SEQUENCE)
+    if at == 0 or s < 0 or read_i64(scratch + CACHE_LEFT) <= 0:
+        return
+    a = arguments(Attention, at)
+    block, inside = read_i64(scratch + CACHE_BLOCK), read_i64(scratch + CACHE_INSIDE)
+    place = read_i32(a.tables + s * a.table_stride + 4 * block) * a.block_bytes + inside
+    place += a.cache.keys if inside < a.block_bytes else a.cache.values - a.block_bytes
+    for line in range(0, PIECE, 64):
+        prefetch(place + line)
+    inside += PIECE
+    if inside >= 2 * a.block_bytes:
+        block, inside = block + 1, 0
+        if block * a.cache.page >= read_i32(a.contexts + 4 * s):
+            block = 0
+            write_i64(scratch + CACHE_SEQUENCE, s - read_i64(scratch + CACHE_TURN))
+        write_i64(scratch + CACHE_BLOCK, block)
+    write_i64(scratch + CACHE_INSIDE, inside)
+    write_i64(scratch + CACHE_LEFT, read_i64(scratch + CACHE_LEFT) - PIECE)
+
+
+@helper
 def is_plain(a):
     """Whether sums are what is wanted, as plain rows."""
     return a.bias == 0 and a.activation == NONE and not is_packed(a.out)
@@ -75,10 +119,12 @@ def make_product(kind, isa):
         return a.x + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
 
     @helper
-    def multiply(a, w, first, rows, out, out_stride, fetch):
+    def multiply(a, w, first, rows, out, out_stride, fetch, scratch):
         """One tile by some rows; those that come first fetch what comes next."""
         steps, stride = a.weight.steps, a.stride
         for row in range(0, rows, most):
+            if row > 0:
+                fetch_cache(scratch)
             x, to, count = row_at(a, first + row), out + row * out_stride, min(most, rows - row)
             multiply_tile(isa, kind, w, x, stride, steps, to, out_stride, count, fetch)
             fetch = w
@@ -96,7 +142,7 @@ def make_product(kind, isa):
                 at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
                 ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
                 ahead = ahead if some == first else at
-                multiply(a, at, some, count, sums + 64 * tile, stride, ahead)
+                multiply(a, at, some, count, sums + 64 * tile, stride, ahead, scratch)
             for row in range(0 if plain else count):
                 finish_row(a, bias, sums + row * stride, some + row, column)
 

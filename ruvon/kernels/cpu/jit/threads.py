@@ -25,6 +25,12 @@ from ruvon.kernels.cpu.jit.sync import (
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import (
+    CACHE_BLOCK,
+    CACHE_FOR,
+    CACHE_INSIDE,
+    CACHE_LEFT,
+    CACHE_SEQUENCE,
+    CACHE_TURN,
     CLOCK,
     FETCH_AT,
     FETCH_END,
@@ -32,6 +38,7 @@ from ruvon.kernels.cpu.params import (
     OFFERED,
     OWN_END,
     SCRATCH_BYTES,
+    Param,
 )
 
 PARTS_EACH = 2  # parts of an instruction that are a thread's own
@@ -39,6 +46,7 @@ PART_BITS = 16  # of a counter; above them is the instruction's number
 MOST_PARTS = (1 << PART_BITS) - 1
 
 MOST_FETCHED = 1 << 17  # bytes: a part of the second-level cache
+MOST_OF_CACHE = 1 << 21  # bytes of keys and values: a part of the third-level cache
 
 TURNS_BEFORE_SLEEP = 4000
 OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating system
@@ -102,6 +110,20 @@ def plan_fetching(header, thread, threads, units, scratch):
 
 
 @helper
+def plan_cache(header, params, thread, threads, scratch):
+    """Note whose keys and values this thread will fetch for the next attention, unless it began to
+    before. Sequences are attended from the last one down, by whoever is free."""
+    if header.next_attention == read_i64(scratch + CACHE_FOR):
+        return
+    write_i64(scratch + CACHE_FOR, header.next_attention)
+    write_i64(scratch + CACHE_SEQUENCE, get(params, Param.SEQUENCES) - 1 - thread)
+    write_i64(scratch + CACHE_TURN, threads)
+    write_i64(scratch + CACHE_BLOCK, 0)
+    write_i64(scratch + CACHE_INSIDE, 0)
+    write_i64(scratch + CACHE_LEFT, MOST_OF_CACHE)
+
+
+@helper
 def fetch_some(scratch, lines):
     """Ask for the next few cache lines of what was planned; False if there are none left."""
     at = read_i64(scratch + FETCH_AT)
@@ -126,6 +148,7 @@ def run_parts(control, epoch, instruction, params, number, thread, threads, scra
     if read_atomic(control + pool.EPOCH) != epoch:
         return  # what was read may belong to a newer job
     plan_fetching(header, thread, threads, units, scratch)
+    plan_cache(header, params, thread, threads, scratch)
     counters = control + pool.COUNTERS + number % pool.SLOTS * 64 * (1 + threads)
     own, owners = PARTS_EACH, threads
     if header.dynamic:  # all parts are everybody's
@@ -155,6 +178,7 @@ def run_alone(instruction, params, scratch):
     units = get(params, header.counted) * header.units
     if units:
         plan_fetching(header, 0, 1, units, scratch)
+        plan_cache(header, params, 0, 1, scratch)
         call_kernel(header.kernel, told, params, 0, units, scratch)
 
 
