@@ -81,10 +81,11 @@ lint: $(DEV_STAMP) ## Check format, lint and types.
 mutants: $(DEV_STAMP) ## Change the code and see whether tests notice; ARGS= goes to scripts/mutants.py.
 	$(BIN)/python scripts/mutants.py $(ARGS)
 
-docs: $(RUN_STAMP) ## Write anew what documents show of the code.
+docs: $(DOCS_STAMP) ## Write anew what documents show of the code, and build the site.
 	$(BIN)/python scripts/make_flags.py
 	$(BIN)/python scripts/dashboards.py
 	$(BIN)/python scripts/fragments.py
+	$(MAKE) --no-print-directory site
 
 site: $(DOCS_STAMP) ## Build the site into build/site; a broken link fails.
 	$(BIN)/python scripts/make_site.py
