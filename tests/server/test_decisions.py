@@ -156,9 +156,9 @@ async def test_the_sdk_reads_it(serve):
         ({"questions": []}, "questions"),
         ({"questions": [PREDICATE] * 257}, "questions"),
         ({"questions": [{"type": "essay", "instructions": "x"}]}, "questions[0]"),
-        ({"questions": [CHOICE | {"choices": [{"value": "a"}]}]}, "questions[0].choice.choices"),
+        ({"questions": [CHOICE | {"choices": [{"value": "a"}]}]}, "questions[0].choices"),
         ({"questions": [CHOICE | {"choices": [{"value": "a"}] * 2}]}, "questions[0].choices"),
-        ({"questions": [SCORE | {"levels": [{"label": "a"}] * 11}]}, "questions[0].score.levels"),
+        ({"questions": [SCORE | {"levels": [{"label": "a"}] * 11}]}, "questions[0].levels"),
         (
             {"questions": [CHOICE | {"choices": [{"value": str(n)} for n in range(99)]}]},
             "questions",
