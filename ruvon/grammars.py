@@ -163,8 +163,9 @@ ENCODER = json.JSONEncoder(allow_nan=False)
 
 
 def _dump(schema: Schema, param: str) -> str:
-    """As JSON, piece by piece: all at once would hold the interpreter's lock, and for what is too
-    long there is no need of the rest."""
+    """As JSON, piece by piece: all at once would hold the interpreter's lock, as one long text
+    would, and for what is too long there is no need of the rest."""
+    _check_size(_least_size(schema), param)
     pieces, size = [], 0
     try:
         for piece in ENCODER.iterencode(schema):
@@ -179,14 +180,29 @@ def _dump(schema: Schema, param: str) -> str:
         raise RequestError(f"{param}: the schema is no JSON ({error}).", param) from None
 
 
+def _least_size(schema: Schema) -> int:
+    """How many characters its JSON has at least, counted until they are too many."""
+    size, left = 0, [schema]
+    while left and size <= LONGEST:
+        value: object = left.pop()
+        size += len(value) if isinstance(value, str) else 1
+        if isinstance(value, Mapping):
+            left += [*value.keys(), *value.values()]
+        elif isinstance(value, list | tuple):
+            left += value
+    return size
+
+
 def _bounded(grammar: Grammar) -> Grammar:
-    size = len(grammar.start) + len(grammar.rules)
+    _check_size(len(grammar.start) + len(grammar.rules), grammar.param)
+    return grammar
+
+
+def _check_size(size: int, param: str) -> None:
     if size > LONGEST:
         raise RequestError(
-            f"{grammar.param}: a grammar or schema may have at most {LONGEST} characters.",
-            grammar.param,
+            f"{param}: a grammar or schema may have at most {LONGEST} characters.", param
         )
-    return grammar
 
 
 # ------------------------------------------------------------------------------ schemas, by place

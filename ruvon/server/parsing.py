@@ -6,6 +6,7 @@ knows, is reported back by name, never dropped in silence. Everything here may r
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
@@ -34,13 +35,25 @@ def load(body: bytes, bounds: Bounds) -> dict[str, Any]:
     if len(body) > SMALL:
         check_shape(body, bounds)
     try:
-        data = orjson.loads(body)
+        data = loads(body)
     except orjson.JSONDecodeError as error:
         reason = str(error)[:MAX_MESSAGE]
         raise RequestError(f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
     if not isinstance(data, dict):
         raise RequestError("The body must be a JSON object.", None, "invalid_type")
     return data
+
+
+def loads(body: bytes) -> Any:
+    """As orjson's, without the garbage collector, which would look at the growing whole time and
+    again, all in one native call. Nothing else runs meanwhile, so that is nobody's loss."""
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return orjson.loads(body)
+    finally:
+        if collects:
+            gc.enable()
 
 
 def parse(
