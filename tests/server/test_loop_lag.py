@@ -34,7 +34,7 @@ from ruvon.engine.types import Plan, StepResult
 from ruvon.server.garbage import keep_for_good
 
 BUDGET = 0.020  # seconds
-TRIES = 10
+TRIES = 20
 PIECE = 0.018  # seconds that `slowness` works on an EPYC of 2021 that is left alone
 
 
