@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import selectors
 import signal
 import subprocess
@@ -43,6 +44,7 @@ twice as long."""
 
 TOO_COSTLY = "it takes more time or memory to compile than a request may use"
 NO_TIME = "This machine had no time to compile the grammar; the request may be tried again."
+NO_ROOM = "This machine had no room to compile the grammar; the request may be tried again."
 RETRY_AFTER = 5.0  # seconds
 
 
@@ -262,6 +264,10 @@ def size_of(text: str) -> int:
     return ENTRY_BYTES + BYTES_A_CHARACTER * len(text)
 
 
+EXHAUSTED = frozenset({errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM})
+"""Of what a process needs: files, processes, memory. There may be some again soon."""
+
+
 class Trial:
     """The process that grammars are tried in, started when first needed, and again when a grammar
     has ended it. For one thread at a time."""
@@ -299,6 +305,8 @@ class Trial:
             raise UnavailableError(NO_TIME, RETRY_AFTER) from None
         except (OSError, EOFError) as error:
             self.close()
+            if isinstance(error, OSError) and error.errno in EXHAUSTED:
+                raise UnavailableError(NO_ROOM, RETRY_AFTER) from None
             raise RuntimeError("the process that tries grammars does not start") from error
         self._ready = True
         return process

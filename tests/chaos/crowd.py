@@ -31,6 +31,7 @@ SENTENCES: Mapping[bytes, str] = {
     b"NaN in the logits": "generation_failed",
     b"The engine has failed": "engine_dead",
     b"shutting down": "not_ready",
+    b"The model is still loading": "not_ready",
     b"No replica can answer now": "not_ready",
     b"time is up": "deadline_exceeded",
     b"time was up": "deadline_exceeded",

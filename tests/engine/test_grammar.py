@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import threading
 import time
@@ -532,6 +533,19 @@ async def test_why_a_grammar_does_not_compile_says_whoever_asks_for_it(compiler)
     assert loop.compile([job.sampling.grammar]) == []
     with pytest.raises(RequestError, match="nowhere"):
         loop.prepare(job)
+
+
+def test_a_machine_without_files_for_a_process_may_be_asked_again(monkeypatch):
+    def no_files(*_args, **_settings):
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
+    with monkeypatch.context() as patch:
+        patch.setattr(compiling.subprocess, "Popen", no_files)
+        with pytest.raises(UnavailableError, match="no room"):
+            compiler.hold(grammars.regex("a+"))
+    assert compiler.hold(grammars.regex("a+"))
+    compiler.close()
 
 
 @pytest.mark.parametrize("program", ["/bin/false", "/not/there"])
