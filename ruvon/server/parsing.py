@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
+from threading import Lock
 from typing import Any, TypeVar
 
 import orjson
@@ -24,6 +25,8 @@ MAX_IGNORED = 32  # names reported back
 MAX_MESSAGE = 400  # characters of a validation message: a small request must not get a huge answer
 SMALL = 2048  # bytes of a body that no count of values, and no tools, can make slow
 
+COLLECTOR = Lock()  # two that turn it off and on again could leave it off
+
 R = TypeVar("R", bound=Fields)
 
 
@@ -32,10 +35,11 @@ def load(body: bytes, bounds: Bounds) -> dict[str, Any]:
 
     Raises RequestError for what is no JSON, holds more than ``bounds``, or is no object.
     """
-    if len(body) > SMALL:
+    is_small = len(body) <= SMALL
+    if not is_small:
         check_shape(body, bounds)
     try:
-        data = loads(body)
+        data = orjson.loads(body) if is_small else loads_large(body)
     except orjson.JSONDecodeError as error:
         reason = str(error)[:MAX_MESSAGE]
         raise RequestError(f"The body is not valid JSON: {reason}.", None, "invalid_json") from None
@@ -44,16 +48,17 @@ def load(body: bytes, bounds: Bounds) -> dict[str, Any]:
     return data
 
 
-def loads(body: bytes) -> Any:
+def loads_large(body: bytes) -> Any:
     """As orjson's, without the garbage collector, which would look at the growing whole time and
     again, all in one native call. Nothing else runs meanwhile, so that is nobody's loss."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return orjson.loads(body)
-    finally:
-        if collects:
-            gc.enable()
+    with COLLECTOR:
+        collects = gc.isenabled()
+        gc.disable()
+        try:
+            return orjson.loads(body)
+        finally:
+            if collects:
+                gc.enable()
 
 
 def parse(
