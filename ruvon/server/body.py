@@ -21,6 +21,7 @@ from ruvon.server.threads import Aside
 T = TypeVar("T")
 
 HURRY = 0.02  # seconds that the event loop's thread can spare for one template
+USUAL = sys.getswitchinterval()  # not asked for later: readers of two servers may overlap
 PATIENT = 0.0005  # seconds that the event loop's thread waits for the interpreter, in `politely`
 TURN = 0.002  # seconds after which others have their turn before a request goes on
 
@@ -69,12 +70,11 @@ async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T
 def politely(work: Callable[[], T]) -> T:
     """Do ``work`` in a thread that leaves the interpreter to the event loop's soon after it asks:
     one turn of the loop asks several times, and would wait for so many of Python's 5 ms."""
-    usual = sys.getswitchinterval()
     sys.setswitchinterval(PATIENT)
     try:
         return work()
     finally:
-        sys.setswitchinterval(usual)
+        sys.setswitchinterval(USUAL)
 
 
 def in_a_hurry(work: Callable[[], T]) -> T:
