@@ -87,6 +87,8 @@ def running(
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # stop it then too
     adopt_orphans()
     started = time.perf_counter()
+    if log:
+        log.parent.mkdir(parents=True, exist_ok=True)
     with open(log or os.devnull, "wb") as output:
         process = subprocess.Popen(
             command,
