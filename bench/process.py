@@ -105,6 +105,12 @@ def running(
             stop(process)
 
 
+def environment(checkout: Path) -> dict[str, str]:
+    """The variables that make a Python import ruvon from there, compiled to bytecode once."""
+    asked = {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": ""}
+    return {**os.environ, **asked}
+
+
 def wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path | None) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while time.monotonic() < deadline:

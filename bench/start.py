@@ -10,7 +10,6 @@ turns.
 from __future__ import annotations
 
 import argparse
-import os
 import resource
 import statistics
 import subprocess
@@ -21,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from measure import machine
-from process import TICKS, family, free_port, running, stat_fields
+from process import TICKS, environment, family, free_port, running, stat_fields
 
 HERE = Path(__file__).parent.parent
 USER, SYSTEM = 11, 12  # of `stat_fields`
@@ -75,12 +74,6 @@ def serve(options: Sequence[str], checkout: Path) -> tuple[float, float]:
 def cpu_seconds(pid: int) -> float:
     fields = stat_fields(Path(f"/proc/{pid}/stat"))
     return (int(fields[USER]) + int(fields[SYSTEM])) / TICKS
-
-
-def environment(checkout: Path) -> dict[str, str]:
-    """The variables that make a Python import ruvon from there, compiled to bytecode once."""
-    asked = {"PYTHONPATH": str(checkout), "PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": ""}
-    return {**os.environ, **asked}
 
 
 def print_table(

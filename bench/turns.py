@@ -1,9 +1,11 @@
-"""ruvon and llama.cpp side by side, taking turns request by request: for machines that drift.
+"""Servers side by side, taking turns request by request: for machines that drift.
 
     python bench/turns.py [--minutes 5] [--files q4_1,q4_0] [--streams 16]
+                          [--peers ruvon,llama.cpp] [--beside OTHER/CHECKOUT ...]
 
 All servers run at once and wait their turn; only one has work at a time. Medians, with the number
-of samples and the least and the most. Uses the environments and files of bench/peers.py.
+of samples and the least and the most, and the ratio to ruvon's with the same file. Uses the
+environments and files of bench/peers.py; other checkouts of ruvon run in this one's environment.
 """
 
 from __future__ import annotations
@@ -14,18 +16,19 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from pathlib import Path
 
 from measure import Target, decode_rate, first_token, throughput
-from peer_servers import HOME, PEERS, Setting, install
+from peer_servers import HOME, PEERS, Peer, Setting, install
 from peer_weights import Weights
-from process import free_port, running
+from process import Server, environment, free_port, running
 
 from ruvon.bench import find_model, open_session
 from ruvon.locate import find_embedded
 
-Samples = dict[tuple[str, str], list[float]]
+ROOT = Path(__file__).parent.parent
+Samples = dict[tuple[str, str, str], list[float]]  # (what, server, file)
 
 
 async def between_tokens(target: Target) -> float:
@@ -49,25 +52,45 @@ def main() -> None:
     parser.add_argument("--files", default="q4_1,q4_0", type=lambda text: text.split(","))
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", default="ruvon,llama.cpp")
+    parser.add_argument("--beside", type=Path, nargs="*", default=[], help="Other checkouts.")
     args = parser.parse_args()
+    peers = {peer.name: peer for peer in PEERS}
+    chosen = [(name, peers[name], ROOT) for name in args.peers.split(",")]
+    chosen += [(str(tree), peers["ruvon"], tree.resolve()) for tree in args.beside]
     weights, urls = Weights(find_embedded()), {}
     with ExitStack() as stack:
-        for peer in (peer for peer in PEERS if peer.name in ("ruvon", "llama.cpp")):
-            install(peer)
+        for name, peer, tree in chosen:
             for format in args.files:
-                name, log = f"{peer.name} {format}", HOME / f"turns-{peer.name}-{format}.log"
-                path, port = Path(weights.path(peer, format)), free_port()
-                setting = Setting(path, format, weights.context, args.threads, port)
-                command = peer.command(peer.python, setting)
-                server = running(command, port, peer.ready, peer.env(setting), log)
-                urls[name] = stack.enter_context(server).url
+                server = started(peer, tree, weights, format, args.threads)
+                urls[name, format] = stack.enter_context(server).url
         samples = asyncio.run(take_turns(urls, args.minutes, args.streams))
-    for (kind, name), values in sorted(samples.items()):
+    print_samples(samples)
+
+
+def started(
+    peer: Peer, tree: Path, weights: Weights, format: str, threads: int
+) -> AbstractContextManager[Server]:
+    """The peer's server, which is ready; ruvon's is that of the checkout at ``tree``."""
+    install(peer)
+    path, port = Path(weights.path(peer, format)), free_port()
+    setting = Setting(path, format, weights.context, threads, port)
+    log = HOME / f"turns-{tree.name}-{peer.name}-{format}.log"
+    env = {**environment(tree), **peer.env(setting)}
+    return running(peer.command(peer.python, setting), port, peer.ready, env, log)
+
+
+def print_samples(samples: Samples) -> None:
+    medians = {key: statistics.median(values) for key, values in samples.items()}
+    for key, values in sorted(samples.items()):
+        kind, name, format = key
+        own = medians.get((kind, "ruvon", format))
+        ratio = f"{medians[key] / own:5.2f}" if own else ""
         spread = f"{min(values):.1f} to {max(values):.1f}, {len(values)} samples"
-        print(f"{kind:32s} {name:16s} {statistics.median(values):9.1f}  ({spread})")
+        print(f"{kind:28s} {format:6s} {name:16s} {medians[key]:9.1f} {ratio}  ({spread})")
 
 
-async def take_turns(urls: dict[str, str], minutes: float, streams: int) -> Samples:
+async def take_turns(urls: dict[tuple[str, str], str], minutes: float, streams: int) -> Samples:
     samples: Samples = defaultdict(list)
     kinds = {
         "between tokens, ms": between_tokens,
@@ -84,7 +107,7 @@ async def take_turns(urls: dict[str, str], minutes: float, streams: int) -> Samp
         while time.monotonic() < end:
             for kind, measure in kinds.items():
                 for name, target in targets.items():
-                    samples[kind, name].append(await measure(target))
+                    samples[kind, *name].append(await measure(target))
     return samples
 
 
