@@ -1,6 +1,6 @@
 """Servers side by side, taking turns request by request: for machines that drift.
 
-    python bench/turns.py [--minutes 5] [--files q4_1,q4_0] [--streams 16]
+    python bench/turns.py [--minutes 5] [--model FILE] [--files q4_1,q4_0] [--streams 16]
                           [--peers ruvon,llama.cpp] [--beside OTHER/CHECKOUT ...]
 
 All servers run at once and wait their turn; only one has work at a time. Medians, with the number
@@ -49,7 +49,8 @@ def output_of(streams: int) -> Callable[[Target], Awaitable[float]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--files", default="q4_1,q4_0", type=lambda text: text.split(","))
+    parser.add_argument("--model", type=Path, help="A GGUF file or a folder; default: embedded.")
+    parser.add_argument("--files", help="Formats; default: the model's own and q4_0.")
     parser.add_argument("--streams", type=int, default=16)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", default="ruvon,llama.cpp")
@@ -58,10 +59,11 @@ def main() -> None:
     peers = {peer.name: peer for peer in PEERS}
     chosen = [(name, peers[name], ROOT) for name in args.peers.split(",")]
     chosen += [(str(tree), peers["ruvon"], tree.resolve()) for tree in args.beside]
-    weights, urls = Weights(find_embedded()), {}
+    weights, urls = Weights(args.model or find_embedded()), {}
+    formats = args.files.split(",") if args.files else dict.fromkeys((weights.format, "q4_0"))
     with ExitStack() as stack:
         for name, peer, tree in chosen:
-            for format in args.files:
+            for format in formats:
                 server = started(peer, tree, weights, format, args.threads)
                 urls[name, format] = stack.enter_context(server).url
         samples = asyncio.run(take_turns(urls, args.minutes, args.streams))
