@@ -1,10 +1,11 @@
 """Servers side by side, taking turns request by request: for machines that drift.
 
     python bench/turns.py [--minutes 5] [--model FILE] [--files q4_1,q4_0] [--streams 16]
-                          [--peers ruvon,llama.cpp] [--beside OTHER/CHECKOUT ...]
+                          [--peers ruvon,llama.cpp] [--beside OTHER/CHECKOUT ...] [--apart]
 
-All servers run at once and wait their turn; only one has work at a time. Medians, with the number
-of samples and the least and the most, and the ratio to ruvon's with the same file. Uses the
+All servers run at once and wait their turn; only one has work at a time. With ``--apart`` each is
+started for its turn and ended behind it, for files that memory has room for once. Medians, with the
+number of samples and the least and the most, and the ratio to ruvon's with the same file. Uses the
 environments and files of bench/peers.py; other checkouts of ruvon run in this one's environment.
 """
 
@@ -15,8 +16,9 @@ import asyncio
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
+from functools import partial
 from pathlib import Path
 
 from measure import Target, decode_rate, first_token, throughput
@@ -55,28 +57,38 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peers", default="ruvon,llama.cpp")
     parser.add_argument("--beside", type=Path, nargs="*", default=[], help="Other checkouts.")
+    parser.add_argument("--apart", action="store_true", help="One server at a time.")
     args = parser.parse_args()
     peers = {peer.name: peer for peer in PEERS}
     chosen = [(name, peers[name], ROOT) for name in args.peers.split(",")]
     chosen += [(str(tree), peers["ruvon"], tree.resolve()) for tree in args.beside]
-    weights, urls = Weights(args.model or find_embedded()), {}
+    weights = Weights(args.model or find_embedded())
     formats = args.files.split(",") if args.files else dict.fromkeys((weights.format, "q4_0"))
-    with ExitStack() as stack:
-        for name, peer, tree in chosen:
-            for format in formats:
-                server = started(peer, tree, weights, format, args.threads)
-                urls[name, format] = stack.enter_context(server).url
-        samples = asyncio.run(take_turns(urls, args.minutes, args.streams))
+    servers = {
+        (name, format): partial(started, peer, tree, weights, format, args)
+        for name, peer, tree in chosen
+        for format in formats
+    }
+    groups = [{key: server} for key, server in servers.items()] if args.apart else [servers]
+    samples: Samples = defaultdict(list)
+    minutes, end = 0 if args.apart else args.minutes, time.monotonic() + 60 * args.minutes
+    while not samples or time.monotonic() < end:
+        for group in groups:
+            with ExitStack() as stack:
+                ready = {key: stack.enter_context(start()) for key, start in group.items()}
+                asyncio.run(take_turns(ready, samples, args.streams, minutes))
+                for key, server in ready.items():
+                    samples["memory at most, MB", *key].append(server.peak_memory() / 1e6)
     print_samples(samples)
 
 
 def started(
-    peer: Peer, tree: Path, weights: Weights, format: str, threads: int
+    peer: Peer, tree: Path, weights: Weights, format: str, args: argparse.Namespace
 ) -> AbstractContextManager[Server]:
     """The peer's server, which is ready; ruvon's is that of the checkout at ``tree``."""
     install(peer)
     path, port = Path(weights.path(peer, format)), free_port()
-    setting = Setting(path, format, weights.context, threads, port)
+    setting = Setting(path, format, weights.context, args.threads, port, args.streams)
     log = HOME / f"turns-{tree.name}-{peer.name}-{format}.log"
     env = {**environment(tree), **peer.env(setting)}
     return running(peer.command(peer.python, setting), port, peer.ready, env, log)
@@ -92,8 +104,10 @@ def print_samples(samples: Samples) -> None:
         print(f"{kind:28s} {format:6s} {name:16s} {medians[key]:9.1f} {ratio}  ({spread})")
 
 
-async def take_turns(urls: dict[tuple[str, str], str], minutes: float, streams: int) -> Samples:
-    samples: Samples = defaultdict(list)
+async def take_turns(
+    servers: Mapping[tuple[str, str], Server], samples: Samples, streams: int, minutes: float
+) -> None:
+    """Add samples of each server for so long, but one of each at least."""
     kinds = {
         "between tokens, ms": between_tokens,
         "first token of 512, ms": time_to_first,
@@ -101,16 +115,18 @@ async def take_turns(urls: dict[tuple[str, str], str], minutes: float, streams: 
     }
     async with open_session() as session:
         targets = {
-            name: Target(session, url, await find_model(session, url)) for name, url in urls.items()
+            key: Target(session, server.url, await find_model(session, server.url))
+            for key, server in servers.items()
         }
         for target in targets.values():
             await target.run(2, 32, 8, 2)  # warm-up
         end = time.monotonic() + 60 * minutes
-        while time.monotonic() < end:
+        while True:
             for kind, measure in kinds.items():
-                for name, target in targets.items():
-                    samples[kind, *name].append(await measure(target))
-    return samples
+                for key, target in targets.items():
+                    samples[kind, *key].append(await measure(target))
+            if time.monotonic() >= end:
+                return
 
 
 if __name__ == "__main__":

@@ -216,6 +216,7 @@ async def test_time_in_the_queue_counts(serve):
     replies = await asyncio.gather(server.chat(), server.chat())
     assert [reply.status for reply in replies] == [504, 504]
     assert any("(queued 0)" in reply.error["message"] for reply in replies)
+    server.fake.finish_step()
 
 
 async def test_a_stream_that_has_begun_ends_with_an_error_event(serve):
@@ -259,3 +260,4 @@ async def test_anthropic_s_clients_are_told_in_their_words(serve):
     body = BODY | {"max_tokens": 5, "timeout": 0.05}
     reply = await server.post("/v1/messages", body)
     assert (reply.status, reply.json["error"]["type"]) == (504, "timeout_error")
+    server.fake.finish_step()
