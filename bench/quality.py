@@ -1,6 +1,7 @@
 """What formats and kernels cost in quality: against float32 on the same, dequantized weights.
 
-    python bench/quality.py [--windows 8] [--text FILE] [--only bfloat16] [--no-peer]
+    python bench/quality.py [--device cuda] [--windows 8] [--text FILE] [--only bfloat16]
+                            [--no-peer]
 
 Every position of some windows of text is scored: the Kullback-Leibler divergence of the reference's
 distribution from the row's, in nats; how often both have the same likeliest token; and perplexity.
@@ -57,8 +58,8 @@ VARIANTS = (
     Variant(
         "exact: --quantization none --dtype float32", {"quantization": "none", "dtype": "float32"}
     ),
-    Variant("default: 4-bit weights, 8-bit activations, 16-bit cache"),
-    Variant("the same, 32-bit cache: --dtype float32", {"dtype": "float32"}),
+    Variant("default (on CPUs 4-bit weights, 8-bit activations, 16-bit cache)"),
+    Variant("--dtype float32 (on CPUs the same with a 32-bit cache)", {"dtype": "float32"}),
     Variant("--quantization int8", {"quantization": "int8"}),
     Variant("dense, float32", {"dtype": "float32"}, dense=True),
     Variant("dense, --dtype bfloat16", {"dtype": "bfloat16"}, dense=True),
@@ -78,9 +79,8 @@ def main() -> None:
         for variant in (variant for variant in VARIANTS if args.only in variant.name):
             say(variant.name)
             model = folder if variant.dense else None
-            with open_scorer(
-                EngineConfig(model, device="cpu", **variant.settings), WINDOW
-            ) as scorer:
+            config = EngineConfig(model, device=args.device, **variant.settings)
+            with open_scorer(config, WINDOW) as scorer:
                 rows[variant.name] = measure(map(scorer, texts), references, texts)
     trouble = add_peer(rows, references, texts) if args.peer else ""
     print(render(rows, len(texts)) + trouble)
@@ -91,6 +91,9 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument(
+        "--device", default="cpu", help="Of what is compared; the reference's is cpu."
+    )
     parser.add_argument("--windows", type=int, default=8, help=f"Pieces of {WINDOW} tokens.")
     parser.add_argument("--text", type=Path, help="Default: this project's own docs/series.")
     parser.add_argument("--only", default="", help="A part of the names of the rows to measure.")

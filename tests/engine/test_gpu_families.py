@@ -62,7 +62,7 @@ FAMILIES = {
         "model_type": "qwen3_moe",
         "num_experts": 5,
         "num_experts_per_tok": 2,
-        "moe_intermediate_size": 48,
+        "moe_intermediate_size": 96,
         "norm_topk_prob": True,
     },
     "GptOssForCausalLM": SHAPE
