@@ -171,7 +171,7 @@ def dense_tensors(file: GgufFile) -> dict[str, Tensor]:
         pair for rule in RULES.values() for pair in zip(rule.hugging_face, rule.gguf, strict=True)
     ]
     tensors = {}
-    for name, entry in file.tensors.items():
+    for name, (_, entry) in file.tensors.items():
         stem, _, kind = name.rpartition(".")
         number = stem.split(".")[1] if stem.startswith("blk.") else ""
         for theirs, ours in pairs:
