@@ -302,9 +302,7 @@ def build_all(
 
 
 def refuse_each(server: ServerConfig) -> None:
-    """Raises ConfigError for what each replica would count for itself."""
-    if server.rate_limit_tokens is not None:
-        raise ConfigError("--rate-limit-tokens is not served with several replicas yet")
+    """Raises ConfigError for what each replica would have for itself."""
     if server.ui or server.ui_step_gate:
         name = "ui" if server.ui else "ui_step_gate"
         raise ConfigError(f"{flag(name)} goes with one replica: a router has no page")

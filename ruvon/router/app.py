@@ -41,6 +41,7 @@ class Routing:
     server: ServerConfig
     restart: Restart | None = None  # where the replicas are the router's own
     changed: Callable[[Replica], None] = lambda replica: None
+    secret: bytes | None = None  # shared with replicas, which tell what was spent there
     failure: BaseException | None = None  # why it had to end
     ended: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -59,8 +60,9 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
     size = parse_size(routing.server.max_body_size)
     app = web.Application(middlewares=[observe], client_max_size=size)
     app[FLEET], app[ROUTING] = fleet, routing
-    app[KEYS] = keys = Keys(read_keys(routing.server))
-    app[rate_limits.LIMITS] = rate_limits.RateLimits(routing.server.rate_limit_requests, None)
+    app[KEYS] = keys = Keys(read_keys(routing.server), secret=routing.secret)
+    tokens = routing.server.rate_limit_tokens if routing.secret else None
+    app[rate_limits.LIMITS] = rate_limits.RateLimits(routing.server.rate_limit_requests, tokens)
     app[TLS] = load_certificate(routing.server)
     app[READER] = Aside("ruvon-read")
     app.cleanup_ctx.append(watch_files(watched(routing.server, keys, app[TLS])))
@@ -85,13 +87,31 @@ def create_router(fleet: Fleet, routing: Routing) -> web.Application:
 async def watching(app: web.Application) -> AsyncIterator[None]:
     """Look after the replicas as long as the application runs."""
     routing = app[ROUTING]
-    task = asyncio.create_task(watch(app[FLEET], routing.key, routing.changed))
+    charge = charger(app[rate_limits.LIMITS], routing.secret)
+    task = asyncio.create_task(watch(app[FLEET], routing.key, routing.changed, charge))
     yield
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
     for replica in app[FLEET].replicas:
         replica.lose()
     app[READER].close()
+
+
+def charger(limits: rate_limits.RateLimits, secret: bytes | None) -> Callable[[Replica], None]:
+    """What counts against tenants' limits what a replica says they have spent."""
+    if secret is None:
+        return lambda replica: None
+    tenants: dict[str, str] = {}  # by account
+
+    def charge(replica: Replica) -> None:
+        for account, num_tokens in replica.take_spent().items():
+            if num_tokens and account not in tenants:
+                known = limits.tenants
+                tenants.update({rate_limits.account_of(each, secret): each for each in known})
+            if account in tenants:
+                limits.spend(tenants[account], num_tokens)
+
+    return charge
 
 
 @web.middleware

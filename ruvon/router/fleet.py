@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable
 from hashlib import blake2b
 from itertools import count
+from typing import TypeAlias
 
 import structlog
 from aiohttp import web
@@ -20,6 +21,8 @@ from ruvon.router.prompt import Prompt
 from ruvon.router.replica import Replica, poll
 
 log = structlog.get_logger(__name__)
+
+Told: TypeAlias = Callable[[Replica], None]
 
 MOST_REMEMBERED = 100_000  # sessions, and ids of responses and streams
 MOST_MISSED = 3  # polls in a row, before a replica counts as gone
@@ -121,16 +124,16 @@ class Fleet:
         return chosen
 
 
-async def watch(fleet: Fleet, key: str | None, changed: Callable[[Replica], None]) -> None:
+async def watch(fleet: Fleet, key: str | None, changed: Told, heard: Told) -> None:
     """Look at every replica again and again. ``key`` is for their questions, ``changed`` is told of
-    one whose status is another than before."""
+    one whose status is another than before, ``heard`` of each that was looked at."""
     tasks: dict[Replica, asyncio.Task[None]] = {}
     try:
         while True:
             placed = [replica for replica in fleet.replicas if replica.url]
             for replica in placed:
                 if replica not in tasks or tasks[replica].done():
-                    tasks[replica] = asyncio.create_task(look(replica, key, changed))
+                    tasks[replica] = asyncio.create_task(look(replica, key, changed, heard))
             tasks = {replica: tasks[replica] for replica in placed}
             await asyncio.sleep(fleet.config.poll_interval)
     finally:
@@ -139,10 +142,11 @@ async def watch(fleet: Fleet, key: str | None, changed: Callable[[Replica], None
         await asyncio.gather(*tasks.values(), return_exceptions=True)
 
 
-async def look(replica: Replica, key: str | None, changed: Callable[[Replica], None]) -> None:
+async def look(replica: Replica, key: str | None, changed: Told, heard: Told) -> None:
     """One poll, and what follows from it."""
     before = replica.status
     await poll(replica, key)
+    heard(replica)
     if replica.num_missed >= MOST_MISSED and replica.status not in ("starting", "down"):
         replica.lose()
     if replica.status != before:

@@ -89,10 +89,16 @@ def named(line: str, name: str) -> str:
 
 
 def settings_of(
-    engine: EngineConfig, server: ServerConfig, place: Place, console: bool, **where: Any
+    engine: EngineConfig,
+    server: ServerConfig,
+    place: Place,
+    console: bool,
+    secret: bytes | None,
+    **where: Any,
 ) -> bytes:
     """What a replica is told: the same as this server, but for where it runs, and for where it
-    listens, which is ``uds``, or ``host`` and ``port``. What the router does is not done twice."""
+    listens, which is ``uds``, or ``host`` and ``port``. What the router does is not done twice;
+    ``secret`` is for what it has to know for that."""
     engine = dataclasses.replace(
         engine,
         threads=engine.threads or place.threads,
@@ -100,9 +106,10 @@ def settings_of(
     )
     log_format = "console" if console else server.log_format
     own = {"uds": None, "log_format": log_format, **where}
-    own |= dict.fromkeys(("tls_cert", "tls_key", "rate_limit_requests"))
+    own |= dict.fromkeys(("tls_cert", "tls_key", "rate_limit_requests", "rate_limit_tokens"))
     told: dict[str, Any] = {
         "cpus": place.cpus,
+        "secret": secret and secret.hex(),
         "engine": dataclasses.asdict(engine),
         "server": dataclasses.asdict(dataclasses.replace(server, **own)),
     }

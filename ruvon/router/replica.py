@@ -73,6 +73,8 @@ class Replica:
     links: set[Link] = field(default_factory=set)  # in use
     _idle: list[tuple[float, Link]] = field(default_factory=list)
     _num_evicted: int = 0  # tokens, as it last said
+    _process: str = ""  # the one that has said so
+    _spent: Mapping[str, int] = field(default_factory=dict)  # tokens by account, until `take_spent`
 
     @property
     def load(self) -> int:
@@ -102,6 +104,15 @@ class Replica:
             tokens = evicted - self._num_evicted
             self.prefixes.forget(int(tokens * self.bytes_per_token / PIECE))
         self._num_evicted = evicted
+
+    def take_spent(self) -> dict[str, int]:
+        """Tokens by account that it has told of since the last call."""
+        if "spent" not in self.told:
+            return {}
+        process, totals = self.epoch.partition("-")[0], self.told["spent"]
+        before = self._spent if process == self._process else {}
+        self._process, self._spent = process, totals
+        return {account: total - before.get(account, 0) for account, total in totals.items()}
 
     def learn_size(self, num_bytes: int, num_tokens: int) -> None:
         """A prompt had so many tokens: how many bytes a token takes, on average."""

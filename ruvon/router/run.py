@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from secrets import token_bytes
 
 import structlog
 import uvloop
@@ -56,10 +57,10 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: RouterCon
     where = places(engine, config.data_parallel_size)
     with tempfile.TemporaryDirectory(prefix="ruvon-") as folder:  # 0700
         app, supervisor = create_own(server, config)
-        shown = console.is_watched(server)
+        shown, secret = console.is_watched(server), app[ROUTING].secret
         for number, place in enumerate(where):
             path = Path(folder) / f"{number}.sock"
-            told = settings_of(engine, server, place, shown, uds=str(path))
+            told = settings_of(engine, server, place, shown, secret, uds=str(path))
             env = {"CUDA_VISIBLE_DEVICES": ",".join(place.devices)} if place.devices else {}
             supervisor.add(f"unix:{path}", HereSite(told, env))
         start(app, supervisor)
@@ -67,11 +68,12 @@ def serve_replicas(engine: EngineConfig, server: ServerConfig, config: RouterCon
 
 def serve_on_ray(engine: EngineConfig, server: ServerConfig, config: RouterConfig) -> None:
     """The same with replicas that Ray places, as many as the load wants."""
-    settings = partial(settings_of, server=server, console=console.is_watched(server))
     configure_logging(server.log_level, server.log_format)
+    app, supervisor = create_own(server, config)
+    shown, secret = console.is_watched(server), app[ROUTING].secret
+    settings = partial(settings_of, server=server, console=shown, secret=secret)
     with connected(config) as ray:
         cluster = Cluster(ray, engine, settings)
-        app, supervisor = create_own(server, config)
         for _ in range(config.data_parallel_size):
             supervisor.add("", cluster.site())
         start(app, supervisor, cluster.site)
@@ -79,7 +81,8 @@ def serve_on_ray(engine: EngineConfig, server: ServerConfig, config: RouterConfi
 
 def create_own(server: ServerConfig, config: RouterConfig) -> tuple[web.Application, Supervisor]:
     """A router over replicas of its own, and what will keep them."""
-    fleet, routing = Fleet(config), Routing(server)
+    secret = None if server.rate_limit_tokens is None else token_bytes(32)
+    fleet, routing = Fleet(config), Routing(server, secret=secret)
     app = create_router(fleet, routing)
     supervisor = Supervisor(fleet, app[METRICS].record_restart, server.shutdown_timeout)
     routing.restart, routing.changed = supervisor.restart, supervisor.note

@@ -26,7 +26,8 @@ def main() -> None:
     threading.Thread(target=end_with_router, daemon=True).start()
     from ruvon.server.app import serve
 
-    serve(EngineConfig(**told["engine"]), ServerConfig(**with_tuples(told["server"])))
+    secret = told["secret"] and bytes.fromhex(told["secret"])
+    serve(EngineConfig(**told["engine"]), ServerConfig(**with_tuples(told["server"])), secret)
 
 
 def with_tuples(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from ruvon.server.failures import speaks_anthropic
 from ruvon.server.messages_api.responses import ModelInfo, ModelPage
 from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
+from ruvon.server.rate_limits import LIMITS
 from ruvon.server.requests import check_size, read_fields
 from ruvon.server.responses import Detokenized, ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
@@ -137,8 +138,9 @@ async def ready(http: web.Request) -> web.Response:
 
 
 async def load_report(http: web.Request) -> web.Response:
-    """What a router asks: how it is, what it has to do, and what its prefix cache has lost. The
-    ``epoch`` is another one when all that was cached is gone."""
+    """What a router asks: how it is, what it has to do, what its prefix cache has lost, and, where
+    that router limits tokens, what was spent. The ``epoch`` is another one when all that was cached
+    is gone; what is before its hyphen, when the process is another one."""
     state = http.app[STATE]
     status = _status(state)
     body: dict[str, object] = {"status": status, "epoch": state.epoch}
@@ -155,6 +157,8 @@ async def load_report(http: web.Request) -> web.Response:
             "cache_tokens": cache.num_tokens,
             "evicted_tokens": cache.num_evicted,
         }
+    if (ledger := http.app[LIMITS].ledger) is not None:
+        body["spent"] = ledger.totals
     return json_response(body, 200 if body["status"] == "ready" else 503)
 
 

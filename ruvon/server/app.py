@@ -32,7 +32,7 @@ from ruvon.server.listen import allow_files, listen, listen_unix
 from ruvon.server.messages_api.handlers import count_tokens, messages
 from ruvon.server.middleware import add_request_id, observe
 from ruvon.server.openapi import dialects, openapi
-from ruvon.server.rate_limits import LIMITS, RateLimits
+from ruvon.server.rate_limits import LIMITS, Ledger, RateLimits
 from ruvon.server.reload import WATCHED, reload_now, watch_files, watched
 from ruvon.server.render import apply_template, render_chat, render_completions
 from ruvon.server.responses_api import handlers as responses
@@ -107,16 +107,19 @@ def create_app(
     server: ServerConfig,
     start: Start = start_engine,
     lines_dropped: Callable[[], int] = lambda: 0,
+    fleet_secret: bytes | None = None,
 ) -> web.Application:
     """The server as an aiohttp application. It answers at once, and loads the engine beside that;
-    ``start`` makes the engine, ``lines_dropped`` counts what the log lost. Run it with
-    ``handler_cancellation=True``."""
+    ``start`` makes the engine, ``lines_dropped`` counts what the log lost, ``fleet_secret`` is that
+    of a router that limits tokens. Run it with ``handler_cancellation=True``."""
     state = State(config, server, parse_size(server.max_body_size))
     state.http.watch("ruvon_log_lines_dropped", "Log lines not written.", lines_dropped)
     app = web.Application(middlewares=[observe], client_max_size=state.max_body_size)
     app[STATE] = state
-    app[LIMITS] = RateLimits(server.rate_limit_requests, server.rate_limit_tokens)
-    app[KEYS] = keys = Keys(read_keys(server), server.has_page)
+    ledger = None if fleet_secret is None else Ledger(fleet_secret)
+    requests, tokens = server.rate_limit_requests, server.rate_limit_tokens
+    app[LIMITS] = RateLimits(requests, tokens, ledger=ledger)
+    app[KEYS] = keys = Keys(read_keys(server), server.has_page, fleet_secret)
     app[watch.WATCHERS] = set()
     app[TLS] = load_certificate(server)
     app[READER], app[COMPILER] = Aside("ruvon-read"), Aside("ruvon-compile")
@@ -185,13 +188,13 @@ def make_runner(app: web.Application) -> web.AppRunner:
     return Runner(app, state.server, count, shutdown_timeout=GOODBYE)
 
 
-def serve(config: EngineConfig, server: ServerConfig) -> None:
-    """Serve until a signal, then drain. Raises what loading raised, and `ConfigError` when the
-    address cannot be listened on."""
+def serve(config: EngineConfig, server: ServerConfig, fleet_secret: bytes | None = None) -> None:
+    """Serve until a signal, then drain; ``fleet_secret`` as for `create_app`. Raises what loading
+    raised, and `ConfigError` when the address cannot be listened on."""
     fill_standard_streams()
     allow_files(server.max_connections + OTHER_FILES)
     sink = configure_logging(server.log_level, server.log_format)
-    app = create_app(config, server, start_for_good, lambda: sink.dropped)
+    app = create_app(config, server, start_for_good, lambda: sink.dropped, fleet_secret)
     gc.freeze()  # what was imported stays, as in `start_for_good`
     try:
         with (

@@ -99,9 +99,12 @@ class Keys:
     """The keys that open the server, as digests under a secret of this process: how long it takes
     to look one up tells nothing of how much of it was right."""
 
-    def __init__(self, keys: Iterable[Key], has_page: bool = False) -> None:
-        """``has_page``: the server has the page, and listens where `is_own` can be told."""
-        self._secret = token_bytes(32)
+    def __init__(
+        self, keys: Iterable[Key], has_page: bool = False, secret: bytes | None = None
+    ) -> None:
+        """``has_page``: the server has the page, and listens where `is_own` can be told.
+        ``secret``: another process's, whose tenants are to have the same ids."""
+        self._secret = secret or token_bytes(32)
         self._has_page = has_page
         self.replace(keys)
 

@@ -3,13 +3,17 @@
 A bucket of requests and one of tokens for each tenant. Nobody knows how long an answer gets before
 it is there: so a request is let in as long as tokens are left, what it takes is counted as it
 comes, and a tenant that has taken more than there was waits until its bucket is above zero again.
+
+Where several replicas answer, the router in front of them has the buckets. How many tokens were
+taken only they know: each keeps a `Ledger`, and the router reads it.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from hashlib import blake2b
 
 from aiohttp import web
 
@@ -50,15 +54,35 @@ class Bucket:
         return max(amount - self.level(now), 0.0) * MINUTE / self.most
 
 
+def account_of(tenant: str, secret: bytes) -> str:
+    """What a tenant is called where others may see it: those who know the secret can tell."""
+    return blake2b(tenant.encode(), key=secret, digest_size=8).hexdigest()
+
+
+class Ledger:
+    """The tokens that tenants have taken since this process began, by account."""
+
+    def __init__(self, secret: bytes) -> None:
+        self.totals: dict[str, int] = {}
+        self._secret = secret
+
+    def spend(self, tenant: str, num_tokens: int) -> None:
+        account = account_of(tenant, self._secret)
+        self.totals[account] = self.totals.get(account, 0) + num_tokens
+
+
 class RateLimits:
-    """The buckets of all tenants. A limit of None is none."""
+    """The buckets of all tenants. A limit of None is none; ``ledger`` is what a router reads that
+    has limits for all its replicas."""
 
     def __init__(
         self,
         requests: int | None,
         tokens: int | None,
         clock: Callable[[], float] = time.monotonic,
+        ledger: Ledger | None = None,
     ) -> None:
+        self.ledger = ledger
         limits = {"requests": requests, "tokens": tokens}
         self._limits = {kind: most for kind, most in limits.items() if most is not None}
         self._buckets: dict[str, dict[str, Bucket]] = {}  # by tenant, by kind
@@ -67,6 +91,11 @@ class RateLimits:
     def __bool__(self) -> bool:
         """Whether anything is limited."""
         return bool(self._limits)
+
+    @property
+    def tenants(self) -> Iterable[str]:
+        """Who has asked."""
+        return self._buckets
 
     def _of(self, tenant: str) -> dict[str, Bucket]:
         if tenant not in self._buckets:
@@ -91,6 +120,8 @@ class RateLimits:
 
     def spend(self, tenant: str, num_tokens: int) -> None:
         """Tokens were read or written."""
+        if self.ledger is not None:
+            self.ledger.spend(tenant, num_tokens)
         if "tokens" in self._limits:
             self._of(tenant)["tokens"].take(num_tokens, self._clock())
 

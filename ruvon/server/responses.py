@@ -419,6 +419,7 @@ class Load(TypedDict):
     kv_cache_usage: NotRequired[float]
     cache_tokens: NotRequired[int]
     evicted_tokens: NotRequired[int]
+    spent: NotRequired[dict[str, int]]
 
 
 class Version(TypedDict):

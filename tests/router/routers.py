@@ -55,9 +55,11 @@ class Router:
             await site.stop()
 
 
-async def open_router(replicas: list[Server], server: ServerConfig, **fields: Any) -> Router:
+async def open_router(
+    replicas: list[Server], server: ServerConfig, secret: bytes | None = None, **fields: Any
+) -> Router:
     fleet = Fleet(RouterConfig(poll_interval=0.05, **fields), [each.url for each in replicas])
-    app = create_router(fleet, Routing(server))
+    app = create_router(fleet, Routing(server, secret=secret))
     stack = AsyncExitStack()
     runner = Runner(app, server, app[METRICS].count_connections, shutdown_timeout=1)
     await runner.setup()

@@ -9,6 +9,7 @@ import ruvon
 from ruvon.config import RouterConfig
 from ruvon.router.fleet import Fleet
 from ruvon.router.metrics import RouterMetrics, Totals
+from ruvon.server.rate_limits import LIMITS
 
 REFERENCE = Path(ruvon.__file__).parent.parent / "docs" / "router.md"
 
@@ -60,3 +61,37 @@ async def test_a_keys_limit_is_that_of_all_replicas_together(route):
     assert replies[-1].error["code"] == "rate_limit_exceeded"
     assert int(replies[-1].headers["Retry-After"]) >= 1
     assert (await router.get("/v1/models")).status == 200
+
+
+async def test_tokens_are_counted_wherever_they_were_spent(route):
+    """Each replica is asked for less than the limit, and both together for more. Other keys have
+    limits of their own, though no replica tells whose is whose."""
+    router = await route(2, "Hello", key="one", token_limit=100)
+    limits, own = router.app[LIMITS], {"headers": {"Authorization": "Bearer one"}}
+    for text in ("a" * 60, "b" * 60):
+        reply = await router.post("/v1/completions", {"prompt": text}, **own)
+        assert reply.status == 200
+        assert reply.headers["X-RateLimit-Limit-Tokens"] == "100"
+    spent = [server.app[LIMITS].ledger.totals for server in router.replicas]
+    assert [[*each.values()] for each in spent] == [[66], [66]]  # END is a token, too
+    assert spent[0].keys() == spent[1].keys() != {"one"}
+    (tenant,) = limits.tenants
+    await router.until(lambda: limits.headers(tenant)["X-RateLimit-Remaining-Tokens"] == "0")
+    refused = await router.post("/v1/completions", {"prompt": "c"}, **own)
+    assert (refused.status, refused.error["code"]) == (429, "rate_limit_exceeded")
+    assert "100 tokens per minute" in refused.error["message"]
+    assert 1 <= int(refused.headers["Retry-After"]) <= 20
+    other = {"headers": {"Authorization": "Bearer root"}}
+    assert (await router.post("/v1/completions", {"prompt": "c"}, **other)).status == 200
+
+
+async def test_who_leaves_has_spent_what_was_written_until_then(route):
+    router = await route(1, "x" * 400, token_limit=60)
+    ledger, limits = router.replicas[0].app[LIMITS].ledger, router.app[LIMITS]
+    async with router.session.post(
+        f"{router.url}/v1/completions", json={"prompt": "Hi", "stream": True, "max_tokens": 300}
+    ) as answer:
+        while sum(ledger.totals.values()) < 80:
+            await answer.content.readany()
+    await router.until(lambda: limits.headers("")["X-RateLimit-Remaining-Tokens"] == "0")
+    assert (await router.complete("Hi")).status == 429

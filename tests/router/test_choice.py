@@ -109,6 +109,23 @@ def test_what_a_replica_says_is_believed():
     assert not replica.open
 
 
+def test_a_replica_tells_totals_and_what_is_new_of_them_is_taken_once():
+    replica = Fleet(RouterConfig()).add("http://localhost:1")
+
+    def taken(epoch: str, **spent: int) -> dict[str, int]:
+        replica.hear({"status": "ready", "epoch": epoch, "spent": spent})
+        return replica.take_spent()
+
+    assert taken("a-0", one=5) == {"one": 5}
+    assert taken("a-0", one=5) == {"one": 0}
+    assert taken("a-1", one=7, two=1) == {"one": 2, "two": 1}  # its cache was emptied
+    replica.hear({"status": "starting"})  # as a server of another make says it
+    replica.lose()
+    assert replica.take_spent() == {}
+    assert taken("a-1", one=8, two=1) == {"one": 1, "two": 0}
+    assert taken("b-0", one=9) == {"one": 9}  # it was started again
+
+
 def test_a_url_says_where_a_replica_is():
     assert parse_url("http://h:8000") == Address("h", 8000)
     assert parse_url("https://[::1]/") == Address("::1", 443, tls=True)

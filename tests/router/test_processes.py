@@ -9,6 +9,7 @@ import signal
 from contextlib import AbstractContextManager
 from pathlib import Path
 
+import aiohttp
 import pytest
 from embedded import Process, running
 from fakes import TINY_LLAMA
@@ -26,12 +27,12 @@ def children(process: Process) -> list[int]:
     return [int(child) for child in text.split()]
 
 
-def replicas(folder: Path) -> AbstractContextManager[Process]:
+def replicas(folder: Path, *more: str) -> AbstractContextManager[Process]:
     """Two of a tiny model, behind a router."""
     (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
     return running(
         str(folder), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
-        "--data-parallel-size", "2", "--poll-interval", "0.1", "--no-log-requests",
+        "--data-parallel-size", "2", "--poll-interval", "0.1", "--no-log-requests", *more,
     )  # fmt: skip
 
 
@@ -75,6 +76,24 @@ async def test_nobody_is_left_behind_whatever_ends_the_router(tmp_path):
         process.popen.wait()
         while any(map(is_running, workers)):  # noqa: ASYNC110 - another process's end
             await asyncio.sleep(0.05)
+
+
+@pytest.mark.slow
+@two_cores
+async def test_a_limit_in_tokens_is_that_of_all_replicas_together(tmp_path):
+    with replicas(tmp_path, "--rate-limit-tokens", "100") as process:
+        url = process.wait_for("listening")["url"]
+        await until_ready(url, 2)
+        body = {"prompt": [5] * 40, "max_tokens": 20, "ignore_eos": True}
+        async with aiohttp.ClientSession() as session:
+            for asked in range(1, 30):
+                async with session.post(f"{url}/v1/completions", json=body) as answer:
+                    told = await answer.json()
+                if answer.status != 200:
+                    break
+                await asyncio.sleep(0.2)  # two polls
+        assert (asked, answer.status) == (3, 429)
+        assert "100 tokens per minute" in told["error"]["message"]
 
 
 def test_each_replica_has_cores_or_a_gpu_of_its_own(tmp_path, monkeypatch):

@@ -249,6 +249,7 @@ async def open_server(
     server: ServerConfig | None = None,
     numbers: Mapping[str, Any] | None = None,
     wait: bool = True,
+    fleet_secret: bytes | None = None,
     **engine: Any,
 ) -> Server:
     """A server on a free port. ``engine`` are fields of `EngineConfig`, ``numbers`` override what
@@ -259,6 +260,7 @@ async def open_server(
         config,
         server or ServerConfig(port=0),
         start or fake_start(runner, config, **(numbers or {})),
+        fleet_secret=fleet_secret,
     )
     stack = AsyncExitStack()
     app_runner = make_runner(app)
