@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from cards import on_cards
 from fakes import TINY_LLAMA, emissions_of
 from test_gpu_families import build, mixed_steps, over_cache, run
 
@@ -46,8 +46,9 @@ JOBS = [
 
 
 def config_of(folder: Path, **more: Any) -> EngineConfig:
-    """So little cache that sequences are preempted, and steps that cut prompts into chunks."""
-    (folder / "config.json").write_text(json.dumps(TINY_LLAMA))
+    """So little cache that sequences are preempted, steps that cut prompts into chunks, and a width
+    for four ranks."""
+    (folder / "config.json").write_text(json.dumps(TINY_LLAMA | {"intermediate_size": 128}))
     settings: dict[str, Any] = {
         "load_format": "dummy", "device": "cuda", "kernels": "triton", "dtype": "float32",
         "max_num_seqs": 8, "max_num_batched_tokens": 48, "max_model_len": 96,
@@ -72,13 +73,16 @@ def answers(loaded: LoadedEngine, jobs: list[Job]) -> list[list[tuple[int, float
     return [*made.values()]
 
 
-@pytest.mark.parametrize("axis", ["tensor_parallel_size", "pipeline_parallel_size"])
-def test_two_processes_give_the_tokens_of_one(tmp_path, axis):
+@pytest.mark.parametrize(("ranks", "stages"), [(2, 1), (1, 2), (2, 2), (4, 1)])
+def test_processes_give_the_tokens_of_one(tmp_path, ranks, stages):
+    if torch.cuda.device_count() < ranks * stages:
+        pytest.skip(f"needs {ranks * stages} GPUs")
     config = config_of(tmp_path)
     alone = start_engine(config, silent)
     expected = answers(alone, JOBS)
     alone.close()
-    loaded = start_engine(replace(config, **{axis: 2}), silent)
+    cut = replace(config, tensor_parallel_size=ranks, pipeline_parallel_size=stages)
+    loaded = start_engine(cut, silent)
     found = answers(loaded, JOBS)
     again = answers(loaded, JOBS)
     loaded.close()
@@ -105,7 +109,6 @@ FAMILIES = ("GPT2LMHeadModel", "GptOssForCausalLM")
 def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor]]) -> None:
     """One rank's process: logits of every family are those that one GPU computes."""
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
     store = dist.FileStore(path, 2)
     mesh = process_group_mesh(store, rank=rank, size=2, device=device)
     mesh = over_memory(mesh, store, device)
@@ -115,7 +118,6 @@ def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor
         for got, want in zip(found, wanted, strict=True):
             assert (got - want).abs().max() < 1e-3 * want.abs().max(), family
             assert torch.equal(got.argmax(-1), want.argmax(-1)), family
-    mesh.close()
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):
@@ -124,4 +126,4 @@ def test_two_ranks_compute_what_one_does(tmp_path):
         family: run(over_cache(build(family, 64, make(device))), mixed_steps(), device)
         for family in FAMILIES
     }
-    processes.spawn(compute_on_cards, (str(tmp_path / "store"), expected), nprocs=2)
+    on_cards(2, compute_on_cards, str(tmp_path / "store"), expected)

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as processes
+from cards import on_cards
 from torch import Tensor
 
 from ruvon.kernels.mesh import Mesh, process_group_mesh
@@ -104,7 +105,6 @@ def test_ranks_add_up_what_they_find_in_their_mailboxes(size: int, two_shot: boo
 def meet_on_cards(rank: int, size: int, path: str) -> None:
     """One GPU's process."""
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
     store = dist.FileStore(path, size)
     over_nccl = process_group_mesh(store, rank=rank, size=size, device=device, in_order=True)
     mesh = memory_mesh.over_memory(over_nccl, store, device)
@@ -112,7 +112,6 @@ def meet_on_cards(rank: int, size: int, path: str) -> None:
         meet_in_a_graph(mesh, over_nccl, shape, torch.bfloat16, device)
     for dtype in (torch.float32, torch.float16):
         meet_in_a_graph(mesh, over_nccl, (8, 2880), dtype, device)
-    mesh.close()
 
 
 def meet_in_a_graph(
@@ -155,4 +154,4 @@ def meet_in_a_graph(
 def test_cards_add_up_in_order_whatever_the_graph_is_replayed_with(tmp_path: Path, size) -> None:
     if size > CARDS:
         pytest.skip(f"needs {size} GPUs")
-    processes.spawn(meet_on_cards, (size, str(tmp_path / "store")), nprocs=size)
+    on_cards(size, meet_on_cards, size, str(tmp_path / "store"))

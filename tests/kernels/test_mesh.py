@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as processes
+from cards import on_cards
 from meshes import on_ranks
 from torch import Tensor
 
@@ -83,7 +83,6 @@ def test_who_waits_for_a_rank_that_has_left_is_told() -> None:
 def meet_in_a_graph(rank: int, store: str, in_order: bool) -> None:
     """One rank's process: a sum and a gathering, captured once and replayed with other numbers."""
     device = torch.device("cuda", rank)
-    torch.cuda.set_device(device)
     mesh = process_group_mesh(
         dist.FileStore(store, 2), rank=rank, size=2, device=device, in_order=in_order
     )
@@ -101,12 +100,10 @@ def meet_in_a_graph(rank: int, store: str, in_order: bool) -> None:
         expected = (parts[0] + parts[1]).bfloat16()
         assert torch.equal(total.cpu(), expected)
         assert torch.equal(whole.cpu(), torch.cat((expected, expected[:, :3]), dim=1))
-    del graph
-    mesh.close()
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("in_order", [True, False])
 def test_gpus_meet_within_a_graph(tmp_path: Path, in_order: bool) -> None:
-    processes.spawn(meet_in_a_graph, (str(tmp_path / "store"), in_order), nprocs=2)
+    on_cards(2, meet_in_a_graph, str(tmp_path / "store"), in_order)
