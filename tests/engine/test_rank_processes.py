@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from embedded import running
 from fakes import TINY_LLAMA, emissions_of
 
@@ -26,6 +27,18 @@ from ruvon.grammars import regex
 from ruvon.telemetry import silent
 
 SETTINGS = {"load_format": "dummy", "device": "cpu", "kernels": "torch", "kv_cache_memory": "1MiB"}
+ON_CARDS = {"device": "cuda", "kernels": "triton"}
+WHERE = [
+    pytest.param({}, id="cpu"),
+    pytest.param(
+        ON_CARDS,
+        id="cards",
+        marks=[
+            pytest.mark.gpu,
+            pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+        ],
+    ),
+]
 
 
 @pytest.fixture
@@ -97,8 +110,9 @@ def ranks_of(server: int) -> list[int]:
     return sorted(pid for pid in children if program in Path(f"/proc/{pid}/cmdline").read_bytes())
 
 
-def serve(folder: Path, *more: str, axis: str = "tensor"):
-    settings = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]
+def serve(folder: Path, *more: str, axis: str = "tensor", **other: str):
+    """A server of two ranks; ``other`` settings than those above."""
+    settings = [f"--{name.replace('_', '-')}={value}" for name, value in (SETTINGS | other).items()]
     settings += [f"--{axis}-parallel-size=2", "--watchdog-timeout=0"]  # it shall live on
     return running("--model", str(folder), *settings, *more)
 
@@ -109,9 +123,37 @@ def ask(url: str, **body: object):
     return urllib.request.urlopen(urllib.request.Request(url, data, headers), timeout=60)
 
 
+def texts(url: str, **body: object) -> list[str]:
+    """The pieces of a streamed completion."""
+    with ask(f"{url}/v1/completions", stream=True, **body) as answer:
+        lines = [line.removeprefix(b"data: ") for line in answer if line.strip()]
+    assert lines[-1] == b"[DONE]\n"
+    return [json.loads(line)["choices"][0]["text"] for line in lines[:-1]]
+
+
 @pytest.mark.slow
-def test_a_rank_that_is_killed_under_load_ends_its_requests_and_live_says_so(folder):
-    with serve(folder) as process:
+@pytest.mark.parametrize("where", WHERE)
+def test_ranks_answer_over_http_and_end_with_their_server(folder, where):
+    with serve(folder, **where) as process:
+        url = process.wait_for("listening")["url"]
+        assert "2 ranks" in process.wait_for("ready")["computes_in"]
+        ranks = ranks_of(process.popen.pid)
+        body = {"model": folder.name, "max_tokens": 40, "ignore_eos": True, "temperature": 0}
+        with ask(f"{url}/v1/completions", **body) as answer:
+            whole = json.load(answer)["choices"][0]["text"]
+        pieces = texts(url, **body)
+        assert len(pieces) > 1
+        assert "".join(pieces) == whole
+        process.popen.terminate()
+        assert process.popen.wait(60) == 0
+        assert len(ranks) == 2
+        assert all(map(gone, ranks))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("where", WHERE)
+def test_a_rank_that_is_killed_under_load_ends_its_requests_and_live_says_so(folder, where):
+    with serve(folder, **where) as process:
         url = process.wait_for("listening")["url"]
         ready = process.wait_for("ready")
         assert "2 ranks" in ready["computes_in"]
@@ -144,8 +186,9 @@ def test_a_rank_that_is_killed_under_load_ends_its_requests_and_live_says_so(fol
 
 
 @pytest.mark.slow
-def test_ranks_end_with_a_server_that_is_killed(folder):
-    with serve(folder) as process:
+@pytest.mark.parametrize("where", WHERE)
+def test_ranks_end_with_a_server_that_is_killed(folder, where):
+    with serve(folder, **where) as process:
         process.wait_for("ready")
         ranks = ranks_of(process.popen.pid)
         assert len(ranks) == 2
