@@ -7,16 +7,13 @@ import socket
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import replace
 
 import pytest
-import torch
 from fakes import ByteTokenizer, FakeRunner, emissions_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import thread_ranks
 
-from ruvon.config import EngineConfig
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.ranks import process
 from ruvon.engine.ranks import runner as ranks_runner
@@ -24,7 +21,7 @@ from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, en
 from ruvon.engine.ranks.nodes import prove, receive
 from ruvon.engine.ranks.process import device_environments, share_cores, shares
 from ruvon.engine.ranks.ring import PLACE, PlanRing, RingReader
-from ruvon.engine.ranks.start import check_possible, slowest
+from ruvon.engine.ranks.start import slowest
 from ruvon.engine.ranks.steps import Meetings, RankError, Report, Step, why_parted
 from ruvon.engine.types import (
     BEING_SAMPLED,
@@ -309,15 +306,6 @@ def test_each_rank_has_a_gpu_of_its_own_first_and_sees_the_others(monkeypatch):
     assert named == ["4,GPU-abc,7", "GPU-abc,4,7", "7,4,GPU-abc"]
     with pytest.raises(ConfigError, match="4 ranks on this machine, which has 3 CUDA devices"):
         device_environments(4, 3)
-
-
-def test_ranks_and_stages_at_once_are_refused_on_gpus(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: True)
-    both = EngineConfig(device="cuda", tensor_parallel_size=2, pipeline_parallel_size=2)
-    with pytest.raises(ConfigError, match="--tensor-parallel-size 2 and --pipeline-parallel-size"):
-        check_possible(both)
-    for fine in ({"device": "cpu"}, {"kernels": "torch"}, {"tensor_parallel_size": 1}):
-        check_possible(replace(both, **fine))
 
 
 def test_ranks_share_the_cores_where_threads_fill_them(monkeypatch):

@@ -109,16 +109,8 @@ def check_possible(config: EngineConfig) -> None:
     """Raises ConfigError where there cannot be several ranks."""
     if sys.platform != "linux":
         raise ConfigError("--tensor-parallel-size: several ranks need Linux")
-    if config.device != "cuda":
-        return
-    if not torch.distributed.is_nccl_available():
+    if config.device == "cuda" and not torch.distributed.is_nccl_available():
         raise ConfigError("--tensor-parallel-size: torch has no NCCL here")
-    ranks, stages = config.tensor_parallel_size, config.pipeline_parallel_size
-    if ranks > 1 and stages > 1 and config.kernels != "torch":
-        raise ConfigError(
-            f"--tensor-parallel-size {ranks} and --pipeline-parallel-size {stages}: the kernels "
-            "'triton' have not been tried with both; use one of them, or --kernels torch"
-        )
 
 
 def spawn(config: EngineConfig, ranks: range, undo: ExitStack) -> list[RankProcess]:
