@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from cards import on_cards
+from cards import DEVICE, on_cards
 from fakes import TINY_LLAMA, emissions_of
 from test_gpu_families import build, mixed_steps, over_cache, run
 
@@ -20,7 +18,7 @@ from ruvon.engine.startup import LoadedEngine, start_engine
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.grammars import regex
 from ruvon.kernels.memory_mesh import over_memory
-from ruvon.kernels.mesh import process_group_mesh
+from ruvon.kernels.mesh import Mesh, Store
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.telemetry import silent
 
@@ -106,24 +104,21 @@ FAMILIES = ("GPT2LMHeadModel", "GptOssForCausalLM")
 """What differs most; the tokens of Llama are compared above."""
 
 
-def compute_on_cards(rank: int, path: str, expected: dict[str, list[torch.Tensor]]) -> None:
+def compute_on_cards(mesh: Mesh, store: Store, expected: dict[str, list[torch.Tensor]]) -> None:
     """One rank's process: logits of every family are those that one GPU computes."""
-    device = torch.device("cuda", rank)
-    store = dist.FileStore(path, 2)
-    mesh = process_group_mesh(store, rank=rank, size=2, device=device)
-    mesh = over_memory(mesh, store, device)
+    mesh = over_memory(mesh, store, DEVICE)
     for family, wanted in expected.items():
-        model = build(family, 64, make_triton_ops(torch.float32, device), mesh=mesh)
-        found = run(over_cache(model), mixed_steps(), device)
+        model = build(family, 64, make_triton_ops(torch.float32, DEVICE), mesh=mesh)
+        found = run(over_cache(model), mixed_steps(), DEVICE)
         for got, want in zip(found, wanted, strict=True):
             assert (got - want).abs().max() < 1e-3 * want.abs().max(), family
             assert torch.equal(got.argmax(-1), want.argmax(-1)), family
 
 
 def test_two_ranks_compute_what_one_does(tmp_path):
-    device, make = torch.device("cuda", 0), partial(make_triton_ops, torch.float32)
+    ops = make_triton_ops(torch.float32, DEVICE)
     expected = {
-        family: run(over_cache(build(family, 64, make(device))), mixed_steps(), device)
+        family: run(over_cache(build(family, 64, ops)), mixed_steps(), DEVICE)
         for family in FAMILIES
     }
-    on_cards(2, compute_on_cards, str(tmp_path / "store"), expected)
+    on_cards(2, tmp_path, compute_on_cards, expected)

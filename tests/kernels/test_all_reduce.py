@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as processes
-from cards import on_cards
+from cards import DEVICE, on_cards
 from torch import Tensor
 
-from ruvon.kernels.mesh import Mesh, process_group_mesh
+from ruvon.kernels.mesh import Mesh, Store
 
 pytest.importorskip("triton")  # which is not on every platform
 
@@ -102,29 +101,26 @@ def test_ranks_add_up_what_they_find_in_their_mailboxes(size: int, two_shot: boo
     processes.start_processes(meet, (boxes, two_shot), nprocs=size, start_method="fork")
 
 
-def meet_on_cards(rank: int, size: int, path: str) -> None:
+def meet_on_cards(over_nccl: Mesh, store: Store) -> None:
     """One GPU's process."""
-    device = torch.device("cuda", rank)
-    store = dist.FileStore(path, size)
-    over_nccl = process_group_mesh(store, rank=rank, size=size, device=device, in_order=True)
-    mesh = memory_mesh.over_memory(over_nccl, store, device)
+    mesh = memory_mesh.over_memory(over_nccl, store, DEVICE)
     for shape in ((1, 64), (33, 2880), (200, 4096), (700, 4096)):  # the last over NCCL
-        meet_in_a_graph(mesh, over_nccl, shape, torch.bfloat16, device)
+        meet_in_a_graph(mesh, over_nccl, shape, torch.bfloat16)
     for dtype in (torch.float32, torch.float16):
-        meet_in_a_graph(mesh, over_nccl, (8, 2880), dtype, device)
+        meet_in_a_graph(mesh, over_nccl, (8, 2880), dtype)
 
 
 def meet_in_a_graph(
-    mesh: Mesh, over_nccl: Mesh, shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    mesh: Mesh, over_nccl: Mesh, shape: tuple[int, int], dtype: torch.dtype
 ) -> None:
     """What a captured graph makes of other numbers at each replay is what NCCL gathers and torch
     adds up in order."""
     from ruvon.kernels.norm import add_norm
 
     some, columns = shape[0] // 2 + 1, shape[1]
-    x, residual = (numbers(each, 0, *shape, dtype).to(device) for each in (mesh.rank, 7))
+    x, residual = (numbers(each, 0, *shape, dtype).to(DEVICE) for each in (mesh.rank, 7))
     widths = [columns - 5 * rank for rank in range(mesh.size)]
-    norm: tuple[Any, ...] = (torch.rand(columns, device=device) + 0.5, None, EPS)
+    norm: tuple[Any, ...] = (torch.rand(columns, device=DEVICE) + 0.5, None, EPS)
 
     def calls() -> list[Any]:
         assert mesh.add_norm is not None
@@ -154,4 +150,4 @@ def meet_in_a_graph(
 def test_cards_add_up_in_order_whatever_the_graph_is_replayed_with(tmp_path: Path, size) -> None:
     if size > CARDS:
         pytest.skip(f"needs {size} GPUs")
-    on_cards(size, meet_on_cards, size, str(tmp_path / "store"))
+    on_cards(size, tmp_path, meet_on_cards)

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
-from cards import on_cards
+from cards import DEVICE, on_cards
 from meshes import on_ranks
 from torch import Tensor
 
-from ruvon.kernels.mesh import ALONE, Mesh, process_group_mesh
+from ruvon.kernels.mesh import ALONE, Mesh, Store
 
 
 def numbers(rank: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,13 +79,9 @@ def test_who_waits_for_a_rank_that_has_left_is_told() -> None:
     on_ranks(2, 1, work)
 
 
-def meet_in_a_graph(rank: int, store: str, in_order: bool) -> None:
+def meet_in_a_graph(mesh: Mesh, store: Store) -> None:
     """One rank's process: a sum and a gathering, captured once and replayed with other numbers."""
-    device = torch.device("cuda", rank)
-    mesh = process_group_mesh(
-        dist.FileStore(store, 2), rank=rank, size=2, device=device, in_order=in_order
-    )
-    x, widths = numbers(0, torch.bfloat16).to(device), (7, 3)
+    x, widths, rank = numbers(0, torch.bfloat16).to(DEVICE), (7, 3), mesh.rank
     for _ in range(2):  # connections are made at the first call, which no graph may hold
         mesh.gather(mesh.reduce(x.clone())[:, : widths[rank]], widths)
     graph = torch.cuda.CUDAGraph()
@@ -106,4 +101,4 @@ def meet_in_a_graph(rank: int, store: str, in_order: bool) -> None:
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("in_order", [True, False])
 def test_gpus_meet_within_a_graph(tmp_path: Path, in_order: bool) -> None:
-    on_cards(2, meet_in_a_graph, str(tmp_path / "store"), in_order)
+    on_cards(2, tmp_path, meet_in_a_graph, in_order=in_order)
