@@ -23,6 +23,7 @@ from ruvon.server.inside import AttentionRequest
 from ruvon.server.keys import KEYS, OPEN
 from ruvon.server.messages_api import responses as messages
 from ruvon.server.messages_api.schemas import CountRequest, MessagesRequest
+from ruvon.server.ollama import OllamaRequest, ShowRequest
 from ruvon.server.responses_api import answers
 from ruvon.server.responses_api import schemas as requests_of_items
 from ruvon.server.watch import GateRequest
@@ -75,7 +76,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Ollama",
         "Answer a conversation",
         dict[str, Any],
-        dict[str, Any],
+        OllamaRequest,
         streams=True,
         error=responses.OllamaErrorAnswer,
     ),
@@ -83,7 +84,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Ollama",
         "Answer a prompt",
         dict[str, Any],
-        dict[str, Any],
+        OllamaRequest,
         streams=True,
         error=responses.OllamaErrorAnswer,
     ),
@@ -92,7 +93,7 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "Ollama",
         "What a model can do",
         dict[str, Any],
-        dict[str, Any],
+        ShowRequest,
         error=responses.OllamaErrorAnswer,
     ),
     ("GET", "/api/version"): Operation("Ollama", "Ollama's version", responses.Version),

@@ -102,7 +102,8 @@ def refuse_unserved(request: Fields) -> None:
             raise _unsupported(name, f"; use {INSTEAD[name]}" if name in INSTEAD else "")
     for prefix, model in within(request):
         for name in model.UNSERVED.intersection(model.model_extra or ()):
-            if (model.model_extra or {})[name] not in (*EMPTY, False):
+            neutral = UNSERVED.get(name, (False,))
+            if (model.model_extra or {})[name] not in (*EMPTY, *neutral):
                 raise _unsupported(f"{prefix}{name}")
 
 
@@ -115,7 +116,8 @@ def unused(request: Fields) -> Iterator[str]:
     """Names of given fields that no model declares, such as ``messages[0].weight``."""
     for prefix, model in within(request):
         for name, value in (model.model_extra or {}).items():
-            if value not in EMPTY and name not in (ECHOED if prefix else UNSERVED):
+            known = (*ECHOED, *model.UNSERVED) if prefix else UNSERVED
+            if value not in EMPTY and name not in known:
                 yield f"{prefix}{name}"[:100]
 
 

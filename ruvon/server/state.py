@@ -153,8 +153,9 @@ class Service:
         return self.generator.prepare(replace(job, tenant=self.tenant, cache_salt=salt))
 
     def check_model(self, name: str | None) -> None:
-        """Raise for a name that is not served; no name means the model there is."""
-        if name is not None and name not in self.names:
+        """Raise for a name that is not served; no name means the model there is. ``:latest``
+        behind one says nothing: Ollama's clients add it."""
+        if name is not None and not {name, name.removesuffix(":latest")}.intersection(self.names):
             raise ModelNotFoundError(f"The model '{name[:100]}' does not exist.", "model")
 
 

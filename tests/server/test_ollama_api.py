@@ -11,7 +11,8 @@ from serving import Fails, Reply, Server
 from ruvon.config import ServerConfig
 from ruvon.deltas import Delta, ToolCall
 from ruvon.engine.types import Job
-from ruvon.server.ollama import OllamaWriter
+from ruvon.server.writers.ollama import OllamaWriter
+from ruvon.telemetry.finished import Finished
 
 USER = {"role": "user", "content": "Hi"}
 CALLED = {
@@ -70,10 +71,10 @@ async def test_generate_answers_a_prompt_or_continues_a_raw_one(serve):
     assert seen[-1] == "system\nBe brief.\nuser\nHi\nassistant\n"
     raw = await server.post("/api/generate", {"prompt": "Hi", "raw": True})
     assert "".join(line["response"] for line in lines(raw)) == "ok"
-    several = {"prompt": "Hi", "raw": True, "best_of": 2, "n": 2, "options": {"best_of": 2}}
+    several = {"prompt": "Hi", "raw": True, "n": 2, "options": {"best_of": 2}}
     reply = await server.post("/api/generate", several)
     assert "".join(line["response"] for line in lines(reply)) == "ok"
-    assert set(reply.headers["X-Ruvon-Ignored"].split(",")) == {"best_of", "n", "options.best_of"}
+    assert set(reply.headers["X-Ruvon-Ignored"].split(",")) == {"n", "options.best_of"}
     assert seen[-1] == "Hi"
 
 
@@ -84,7 +85,8 @@ async def test_options(serve):
     options = {
         "num_predict": 3, "temperature": 0.5, "top_k": 5, "top_p": 0.5, "min_p": 0.1,
         "typical_p": 0.9, "seed": 1, "repeat_penalty": 1.1, "presence_penalty": 0.1,
-        "frequency_penalty": 0.1, "num_ctx": 512, "mirostat": 0,
+        "frequency_penalty": 0.1, "num_ctx": 512, "mirostat": 0, "tfs_z": 1.0,
+        "logit_bias": {"97": 1}, "bad_words": ["x"],
     }  # fmt: skip
     reply = await chat(server, options=options | {"num_thread": 2}, keep_alive="5m", n=2)
     assert (reply.json["message"]["content"], reply.json["done_reason"]) == ("Hel", "length")
@@ -101,14 +103,17 @@ async def test_options(serve):
         ({"options": {"num_ctx": 513}}, "num_ctx"),
         ({"options": {"mirostat": 1}}, "mirostat"),
         ({"options": {"temperature": "hot"}}, "temperature"),
-        ({"options": []}, None),
-        ({"think": 3}, "enable_thinking"),
+        ({"options": []}, "options"),
+        ({"think": 3}, "think"),
         ({"prompt": ["a", "b"], "raw": True}, "prompt"),
         ({"options": [1]}, "options"),
         ({"options": {"num_ctx": "512"}}, "num_ctx"),
         ({"stream": "no"}, "stream"),
         ({"raw": 1}, "raw"),
-        ({"format": "yaml"}, "response_format"),
+        ({"format": "yaml"}, "format"),
+        ({"format": {"type": "tuple"}}, "type"),
+        ({"best_of": 2}, "best_of"),
+        ({"format": "", "options": None, "think": None, "stream": False}, None),
         ({"template": "{{ .Prompt }}"}, "template"),
         ({"context": [1, 2]}, "context"),
         ({"messages": [USER | {"images": ["aGk="]}]}, "images"),
@@ -187,7 +192,7 @@ async def test_models(serve):
 
 
 def writer() -> OllamaWriter:
-    return OllamaWriter("r1", "m", Job((1,)), is_chat=True)
+    return OllamaWriter("r1", "m", [Job((1,))], is_chat=True)
 
 
 def test_calls_come_whole():
@@ -217,3 +222,26 @@ def test_calls_come_whole():
     assert [call for piece in pieces for call in piece.get("tool_calls", [])] == calls
     assert "".join(piece["content"] for piece in pieces) == "So"
     assert "".join(piece.get("thinking", "") for piece in pieces) == "hm"
+
+
+def test_a_custom_tool_s_input_is_an_argument():
+    whole = writer()
+    whole.feed(Delta(tool_call=ToolCall(0, "call_a", "sql", "SELECT 1", custom=True)))
+    whole.feed(Delta(finish="stop"))
+    function = {"name": "sql", "arguments": {"input": "SELECT 1"}}
+    assert whole.result()["message"]["tool_calls"] == [{"id": "call_a", "function": function}]
+
+
+def test_how_long_it_took():
+    whole = writer()
+    whole.tally.finished = [
+        Finished("length", 9, 2, 0, 2, 1, 0.0, queue=1.0, prefill=2.0, decode=4.0)
+    ]
+    whole.feed(Delta(finish="length"))
+    times = {name: value / 1e9 for name, value in whole.result().items() if "duration" in name}
+    assert times == {
+        "total_duration": 7.0,
+        "load_duration": 0.0,
+        "prompt_eval_duration": 3.0,
+        "eval_duration": 4.0,
+    }

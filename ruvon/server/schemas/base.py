@@ -37,13 +37,13 @@ def as_parts(value: object) -> object:
 
 
 def as_bias(value: object) -> dict[int, float]:
-    """``{"50256": -100}`` → ``{50256: -100.0}``."""
+    """``{"50256": -100}`` → ``{50256: -100.0}``, which stays as it is."""
     if not isinstance(value, dict):
         raise PydanticCustomError("dict_type", "Input should be a map from token ids to numbers")
     if len(value) > MAX_BIASES:
         raise PydanticCustomError("too_long", f"There should be at most {MAX_BIASES} entries")
     bias = {}
-    for key, number in value.items():
+    for key, number in ((str(key), number) for key, number in value.items()):
         if not (key.isascii() and key.isdigit()) or len(key) > 10:
             raise PydanticCustomError("bias_key", "Keys should be token ids, as strings of digits")
         if type(number) not in (int, float) or not -100 <= number <= 100:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
+import orjson
 from pydantic import BeforeValidator, Field
 
 from ruvon.server.schemas.base import Fields, as_parts
@@ -23,11 +24,20 @@ Parts = Annotated[
 ]
 
 
+def as_json(value: object) -> object:
+    """``{"a": 1}`` → ``'{"a":1}'``."""
+    return orjson.dumps(value).decode() if isinstance(value, dict) else value
+
+
+Arguments = Annotated[str, BeforeValidator(as_json, json_schema_input_type=str | dict[str, Any])]
+
+
 class FunctionCall(Fields):
-    """The function a past assistant message called; ``arguments`` is JSON in a string."""
+    """The function a past assistant message called; ``arguments`` is JSON in a string, or, as some
+    clients have it, the object itself."""
 
     name: str
-    arguments: str
+    arguments: Arguments = "{}"
 
 
 class CustomCall(Fields):
