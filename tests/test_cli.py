@@ -114,6 +114,13 @@ def test_words_about_the_command_line_do_not_wait_for_heavy_imports(arguments, s
     assert not HEAVY.intersection(loaded.split())
 
 
+@pytest.mark.parametrize("group", [[], ["bench"]])
+def test_no_summary_of_a_command_is_cut(group):
+    commands = invoke(*group, "--help").output.partition("Commands:")[2]
+    assert commands
+    assert "..." not in commands
+
+
 @pytest.mark.parametrize("cls", [EngineConfig, ServerConfig])
 def test_every_setting_is_an_option_of_serve(cls):
     text = invoke("serve", "--help").output
@@ -398,8 +405,14 @@ def test_bench_serve_prints_and_saves(server, tmp_path):
     assert {"mean_ttft_ms", "p99.9_itl_ms", "request_throughput", "itls"} <= set(saved)
 
 
+def test_bench_serve_asks_one_server():
+    result = invoke("bench", "serve", "--url", "http://a", "--port", "9")
+    assert result.exit_code == 2
+    assert "two servers" in result.output
+
+
 def test_bench_serve_says_when_requests_fail(server):
     server.status = 400
-    result = invoke("bench", "serve", "--base-url", server.url)
+    result = invoke("bench", "serve", "--url", f"{server.url}/v1")
     assert result.exit_code == 1
     assert "too long" in result.output

@@ -75,9 +75,9 @@ NOT_ROUTED = (*(name for name in kinds(ServerConfig) if name not in ROUTED), *OF
 @click.argument("name", metavar="[MODEL]", required=False)
 @settings(EngineConfig, ServerConfig, RouterConfig)
 def serve(name: str | None, config: Path | None, **given: Any) -> None:
-    """Serve MODEL (a folder, GGUF file or hub id) over HTTP, as OpenAI's API.
+    """Serve MODEL over HTTP, as OpenAI's API.
 
-    Without MODEL it is the embedded SmolLM2-135M-Instruct.
+    MODEL is a folder, a GGUF file or a hub id; without it the embedded SmolLM2-135M-Instruct.
     """
     given["model"] = one_model(name, given["model"])
     engine, server, router = build_all(given, config)
@@ -113,10 +113,10 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
 @click.argument("urls", metavar="URL...", nargs=-1, required=True)
 @settings(ServerConfig, RouterConfig, without=NOT_ROUTED)
 def route_command(urls: tuple[str, ...], config: Path | None, **given: Any) -> None:
-    """Share requests out among the servers at URL..., such as http://10.0.0.5:8000 or unix:/path.
+    """Share requests out among servers.
 
-    Each request goes to the replica whose cache holds the most of its prompt, unless that one has
-    much more to do than others.
+    Each URL is one's, such as http://10.0.0.5:8000 or unix:/path. A request goes to the replica
+    whose cache holds the most of its prompt, unless that one has much more to do than others.
     """
     toml = read_settings(config)
     server, router = load(ServerConfig, given, toml=toml), load(RouterConfig, given, toml=toml)
@@ -153,7 +153,7 @@ SAMPLING = ("temperature", "top_p", "max_tokens", "seed")
 @click.option("--system", help="System message.")
 @source_options
 def chat(name: str | None, system: str | None, **given: Any) -> None:
-    """Chat in the terminal with MODEL in process, or with a server (--url)."""
+    """Chat in the terminal with MODEL, or with a server (--url)."""
     from rich.console import Console
 
     from ruvon.cli.chat import Conversation, run
@@ -193,7 +193,7 @@ def read_stdin() -> str:
     help="Key for that server.",
 )
 def models(url: str | None, api_key: str | None) -> None:
-    """List the models a server serves, or those on this machine's disk."""
+    """List the models of a server, or of this machine's disk."""
     from ruvon.cli.models import print_local, print_remote
 
     if url:
@@ -228,9 +228,10 @@ VARIED = (
 )
 @settings(EngineConfig, without=VARIED)
 def verify(name: str | None, requests: int, tokens: int, reference: bool, **given: Any) -> None:
-    """Show that the same request gives the same bytes: alone or among others, under every policy.
+    """Show that the same request gives the same bytes.
 
-    Exits with 1 and names the first difference if there is one and the kernels promise none.
+    It does alone or among others, under every policy. Exits with 1 and names the first difference
+    if there is one and the kernels promise none.
     """
     given["model"] = one_model(name, given["model"])
     config = load_engine(given, read_settings(given.pop("config")))
@@ -263,9 +264,10 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
 def doctor(
     url: str | None, globs: tuple[str, ...], report: Path | None, listing: bool, **options: Any
 ) -> None:
-    """Check that the server at BASE_URL speaks OpenAI's dialect: any server, not only ruvon's.
+    """Check that the server at BASE_URL speaks OpenAI's dialect.
 
-    Exits with 1 if a check fails that is not about an extension.
+    Any server may be asked, not only ruvon's. Exits with 1 if a check fails that is not about an
+    extension.
     """
     from rich.console import Console
 

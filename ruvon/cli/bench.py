@@ -73,9 +73,11 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 
 
 @bench.command("serve")
-@click.option("--base-url", help="The server, instead of --host and --port.")
-@click.option("--host", default="127.0.0.1", show_default=True)
-@click.option("--port", default=8000, show_default=True)
+@click.option(
+    "--url", "--base-url", envvar="RUVON_URL", help="The server, instead of --host and --port."
+)
+@click.option("--host", help="Default: 127.0.0.1.")
+@click.option("--port", type=int, help="Default: 8000.")
 @click.option("--backend", type=click.Choice(["openai", "openai-chat"]), default="openai")
 @click.option("--model", help="Default: the first that the server lists.")
 @click.option("--api-key", envvar=["RUVON_API_KEY", "OPENAI_API_KEY"], callback=first_key)
@@ -112,7 +114,10 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @click.option("--result-filename")
 @click.option("--disable-tqdm", is_flag=True, help="No progress bar.")
 def bench_serve(**given: Any) -> None:
-    """Send random prompts to an OpenAI-compatible server and time the streams."""
+    """Time the streams of an OpenAI-compatible server.
+
+    It is sent random prompts.
+    """
     import asyncio  # a fifth of what `ruvon --help` would take
 
     if saved := given["save_result"] or given["save_detailed"]:
@@ -131,7 +136,7 @@ async def measure(given: Mapping[str, Any]) -> dict[str, Any]:
     """Run the load that the flags describe, and give vLLM's result fields."""
     from ruvon.bench import find_model, open_session, run_load, summarize
 
-    base_url = (given["base_url"] or f"http://{given['host']}:{given['port']}").removesuffix("/")
+    base_url = address(**{name: given[name] for name in ("url", "host", "port")})
     async with open_session(given["api_key"]) as session:
         model = given["model"] or await find_model(session, base_url)
         requests = make_load(model, given)
@@ -142,6 +147,14 @@ async def measure(given: Mapping[str, Any]) -> dict[str, Any]:
         samples, duration, percentiles=given["metric_percentiles"], goodput=given["goodput"]
     )
     return describe(model, given) | numbers | details(samples, full=given["save_detailed"])
+
+
+def address(url: str | None, host: str | None, port: int | None) -> str:
+    """The server's, without ``/v1``. Raises click.UsageError where two are named."""
+    if url and (host or port):
+        raise click.UsageError("--url (or RUVON_URL) and --host, --port name two servers")
+    url = url or f"http://{host or '127.0.0.1'}:{port or 8000}"
+    return url.removesuffix("/").removesuffix("/v1")
 
 
 def make_load(model: str, given: Mapping[str, Any]) -> Load:
@@ -252,7 +265,10 @@ def save(result: Mapping[str, Any], given: Mapping[str, Any]) -> Path:
 @click.option("--disable-tqdm", is_flag=True, help="No progress bar.")
 @settings(EngineConfig)
 def bench_offline(name: str | None, config: Path | None, **given: Any) -> None:
-    """Measure the engine by itself, without HTTP: all prompts at once, to the end."""
+    """Measure the engine by itself, without HTTP.
+
+    It is given all prompts at once, to the end.
+    """
     own = {key: given.pop(key) for key in OFFLINE}
     given["model"] = one_model(name, given["model"])
     result = throughput(load_engine(given, read_settings(config)), own)

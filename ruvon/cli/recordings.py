@@ -41,9 +41,10 @@ def record(
     contents: bool,
     trace: bool,
 ) -> None:
-    """Record what the server at BASE_URL schedules, for `ruvon replay`.
+    """Record what the server at BASE_URL schedules.
 
-    Of what people wrote only lengths are in it, unless --contents asks for more.
+    `ruvon replay` reads it. Of what people wrote only lengths are in it, unless --contents asks for
+    more.
     """
     query = f"?steps={steps}&seconds={seconds}&contents={int(contents)}"
     path = "/debug/trace" if trace else f"/debug/recording{query}"
@@ -58,9 +59,9 @@ def record(
 )
 @click.option("--all", "whole", is_flag=True, help=f"Show all steps, not the first {FIRST}.")
 def replay(path: Path, whole: bool) -> None:
-    """Schedule again what FILE has recorded, without a model, and compare.
+    """Schedule again what FILE has recorded, and compare.
 
-    Exits with 1 at the first step that comes out differently.
+    No model is needed. Exits with 1 at the first step that comes out differently.
     """
     from ruvon.engine.recording import Planned, read
     from ruvon.engine.replay import replay as again
