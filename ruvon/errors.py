@@ -23,7 +23,8 @@
         ├── RateLimitError          429, with Retry-After
         ├── DeadlineError           504, the request's own time is up
         ├── TooManyConnectionsError 503, with Retry-After
-        ├── NotReadyError           503, still loading or draining
+        ├── NotReadyError           503, still loading, or nobody can answer now
+        │   └── ShuttingDownError   503, draining
         ├── GenerationError         500, this completion could not be computed
         └── EngineDeadError         500, the engine loop has failed
 """
@@ -202,9 +203,15 @@ class TooManyConnectionsError(UnavailableError):
 
 
 class NotReadyError(UnavailableError):
-    """The model is still loading, or the server is draining."""
+    """The model is still loading, or no replica takes requests."""
 
     code = "not_ready"
+
+
+class ShuttingDownError(NotReadyError):
+    """The server is draining: this one will take no more."""
+
+    code = "shutting_down"
 
 
 class GenerationError(UnavailableError):

@@ -27,7 +27,13 @@ from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Header, Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
-from ruvon.errors import DeadlineError, NotReadyError, QueueFullError, RequestError
+from ruvon.errors import (
+    DeadlineError,
+    NotReadyError,
+    QueueFullError,
+    RequestError,
+    ShuttingDownError,
+)
 from ruvon.grammars import Grammar
 
 log = structlog.get_logger(__name__)
@@ -203,7 +209,7 @@ class EngineLoop:
         if self.dead is not None:
             raise dead_error(self.dead) from self.dead
         if self.draining:
-            raise NotReadyError("The server is shutting down.")
+            raise ShuttingDownError("The server is shutting down.")
         if self._task is None:
             raise NotReadyError("The engine has not started.")
 

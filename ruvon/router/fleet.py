@@ -14,7 +14,7 @@ from aiohttp import web
 
 from ruvon.config import parse_size
 from ruvon.config.router import RouterConfig
-from ruvon.errors import NotReadyError
+from ruvon.errors import ShuttingDownError
 from ruvon.router.choice import choose
 from ruvon.router.prefixes import ENTRY_BYTES, Prefixes
 from ruvon.router.prompt import Prompt
@@ -97,9 +97,9 @@ class Fleet:
         return sum(replica.open for replica in self.replicas)
 
     def check_open(self) -> None:
-        """Raises NotReadyError where no new request is wanted."""
+        """Raises ShuttingDownError where no new request is wanted."""
         if self.draining:
-            raise NotReadyError("The router is shutting down.", retry_after=5.0)
+            raise ShuttingDownError("The router is shutting down.", retry_after=5.0)
 
     def choose(
         self, prompt: Prompt, session: str | None, tried: Collection[Replica]

@@ -16,7 +16,7 @@ from ruvon.deltas import Delta, FinishReason
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
-from ruvon.errors import GenerationError, NotReadyError
+from ruvon.errors import GenerationError, ShuttingDownError
 from ruvon.server.body import offload
 from ruvon.server.events import EVENTS, KEEP_ALIVE, Media, send_events
 from ruvon.server.middleware import FACTS
@@ -184,7 +184,7 @@ def check_end(finish: FinishReason | None, error: str | None) -> None:
     if finish == "error":
         raise GenerationError(error or "This completion could not be computed.")
     if finish == "abort":
-        raise NotReadyError("The server is shutting down.", retry_after=1.0)
+        raise ShuttingDownError("The server is shutting down.", retry_after=1.0)
 
 
 async def first_news(stream: Stream, patience: float) -> list[Emission]:

@@ -19,7 +19,7 @@ from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Header, Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
-from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError
+from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError, ShuttingDownError
 from ruvon.grammars import Grammar
 from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
@@ -183,7 +183,7 @@ class State:
     def ready(self) -> Service:
         """The service; raises `NotReadyError` or `EngineDeadError` when it cannot take requests."""
         if self.draining:
-            raise NotReadyError("The server is shutting down.", retry_after=5.0)
+            raise ShuttingDownError("The server is shutting down.", retry_after=5.0)
         if self.service is None:
             raise NotReadyError(
                 f"The model is still loading ({self.phase}, {self.share:.0%}).", retry_after=2.0

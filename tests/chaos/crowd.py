@@ -24,13 +24,13 @@ PATIENCE = 240.0  # seconds after which an answer counts as lost, unless the mac
 TURNS = 3  # answers for each client that others may have meanwhile
 CODES = (
     b"generation_failed", b"engine_dead", b"replica_lost", b"not_ready", b"queue_full",
-    b"deadline_exceeded", b"unavailable", b"request_timeout",
+    b"shutting_down", b"deadline_exceeded", b"unavailable", b"request_timeout",
 )  # fmt: skip
 SENTENCES: Mapping[bytes, str] = {
     b"The step that computed it failed": "generation_failed",
     b"NaN in the logits": "generation_failed",
     b"The engine has failed": "engine_dead",
-    b"shutting down": "not_ready",
+    b"shutting down": "shutting_down",
     b"The model is still loading": "not_ready",
     b"No replica can answer now": "not_ready",
     b"time is up": "deadline_exceeded",

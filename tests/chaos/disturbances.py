@@ -152,7 +152,7 @@ def is_excused(odd: Odd, windows: Sequence[Window], hit: set[str]) -> bool:
             return odd.manner == "hurried"
         case "request_timeout":  # on a busy machine a client itself may be late
             return odd.sending > HEAD_PATIENCE
-        case "not_ready":
+        case "not_ready" | "shutting_down":
             return bool(during)
         case "unanswered":  # what a server that drains had begun, it must answer
             return any(w.cuts or w.began < odd.began + TRAVELS for w in during)

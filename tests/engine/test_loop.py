@@ -22,6 +22,7 @@ from ruvon.errors import (
     NotReadyError,
     QueueFullError,
     RequestError,
+    ShuttingDownError,
 )
 
 LONG = SamplingParams(max_tokens=100, ignore_eos=True)
@@ -602,7 +603,7 @@ async def test_stopping_waits_for_what_runs_and_takes_no_more(running):
         stopping = asyncio.create_task(loop.stop(3600))
         await turn()
         assert not loop.ready
-        with pytest.raises(NotReadyError):
+        with pytest.raises(ShuttingDownError):
             loop.generate([Job((97,))])
         for _ in range(3):
             assert not stopping.done()

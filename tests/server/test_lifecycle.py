@@ -386,7 +386,7 @@ async def test_draining_lets_running_requests_finish(serve):
     assert ready.json == {"status": "draining", "phase": "draining", "percent": 100}
     assert (await server.get("/health")).status == 200
     refused = await server.chat()
-    assert (refused.status, refused.error["code"]) == (503, "not_ready")
+    assert (refused.status, refused.error["code"]) == (503, "shutting_down")
     assert "Retry-After" in refused.headers
     await server.finish(running, draining)
     assert running.result().events[-1]["choices"][0]["finish_reason"] == "stop"
@@ -405,7 +405,7 @@ async def test_draining_has_an_end(serve):
     with capture_logs() as logs:
         await server.finish(running, draining)
     assert running.result().status == 200  # it went out with the first token
-    assert running.result().events[-1]["error"]["code"] == "not_ready"
+    assert running.result().events[-1]["error"]["code"] == "shutting_down"
     (line,) = (entry for entry in logs if entry["event"] == "request")
     assert line["status"] == 503
     assert 'status="503"' in (await server.get("/metrics")).body.decode()

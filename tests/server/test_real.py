@@ -73,7 +73,7 @@ def test_the_embedded_model_from_start_to_drain():
         process.wait_for("draining")
         with pytest.raises(openai.InternalServerError) as refused:
             ask.completions.create(model=MODEL, prompt="Too late")
-        assert refused.value.code == "not_ready"
+        assert refused.value.code == "shutting_down"
         chunks = list(last)
         assert chunks[-1].usage.completion_tokens == 64
         process.wait_for("drained")
