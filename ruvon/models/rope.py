@@ -149,6 +149,10 @@ def _scaling_from_config(
             raise LoadError("config.json: RoPE scaling has a factor, but no rope_type")
         case None | "default":
             return None
+        case "dynamic":
+            # Frequencies would change with a sequence's length beyond the trained context, and with
+            # them every key that is cached. Within it, which is all that we serve, they are plain.
+            return None
         case "linear":
             original = given.get("original_max_position_embeddings")
             return LinearScaling(float(given["factor"]), original)
@@ -162,7 +166,7 @@ def _scaling_from_config(
         case "yarn":
             return _yarn_from_config(given, config)
     raise LoadError(
-        f"config.json: RoPE scaling {kind!r} is not supported (linear, llama3 and yarn are)"
+        f"config.json: RoPE scaling {kind!r} is not supported (linear, dynamic, llama3, yarn are)"
     )
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, LINEAR, LLAMA3, SHAPE, YARN
+from tiny import CONFIGS, DYNAMIC, LINEAR, LLAMA3, SHAPE, YARN
 from tiny_gpt_oss import CONFIG
 from tiny_gpt_oss import YARN as OSS_YARN
 from transformers import GptOssConfig
@@ -75,7 +75,7 @@ def test_real_llama_3_2_config():
     assert (*biases, spec.qk_norm) == (False,) * 4
 
 
-@pytest.mark.parametrize("scaling", [None, LINEAR, LLAMA3, YARN], ids=str)
+@pytest.mark.parametrize("scaling", [None, LINEAR, DYNAMIC, LLAMA3, YARN], ids=str)
 @pytest.mark.parametrize("old_keys", [False, True])
 def test_rope_frequencies_as_transformers(scaling, old_keys):
     config = type(CONFIGS["llama2"])(**SHAPE, **({"rope_parameters": scaling} if scaling else {}))
@@ -125,6 +125,17 @@ def test_yarn_extends_the_context():
     short = {**LLAMA, "max_position_embeddings": 32, "rope_parameters": YARN}
     assert spec_from_config(short).max_positions == 128
     assert spec_from_config({**short, "max_position_embeddings": 500}).max_positions == 500
+
+
+def test_dynamic_scaling_leaves_the_context_as_it_is():
+    """Beyond it transformers turn by other frequencies, all positions anew."""
+    dynamic = {**LLAMA, "rope_parameters": DYNAMIC}
+    assert spec_from_config(dynamic).max_positions == SHAPE["max_position_embeddings"]
+    longer = 2 * SHAPE["max_position_embeddings"]
+    want, _ = ROPE_INIT_FUNCTIONS["dynamic"](
+        type(CONFIGS["llama2"])(**SHAPE, rope_parameters=DYNAMIC), seq_len=longer
+    )
+    assert not torch.equal(scaled_frequencies(spec_from_config(dynamic).rope)[0], want)
 
 
 def test_linear_scaling_extends_the_context():
@@ -208,7 +219,6 @@ def test_architecture_by_model_type():
         ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported"),
         ({}, "architecture None"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({**LLAMA, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "RoPE scaling 'dynamic'"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
         ({**LLAMA, "rope_scaling": {"factor": 2.0}}, "a factor, but no rope_type"),

@@ -53,6 +53,7 @@ YARN = {
     "original_max_position_embeddings": 32,
 }
 LINEAR = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
+DYNAMIC = {**LINEAR, "rope_type": "dynamic"}
 EXPERTS = {
     **SHAPE,
     "head_dim": 32,
