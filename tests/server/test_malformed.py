@@ -46,6 +46,7 @@ async def send(server: Server, *pieces: bytes, method: str = "POST") -> list[Rep
         b"GET / HTTP/9.9\r\n\r\n",
         b"POST /v1/completions\r\n\r\n",
         b"GET /health HTTP/1.1\r\nno colon\r\n\r\n",
+        b"GET /health HTTP/1.1\r\nX-Null: \x00\r\n\r\n",
         b"GET /health HTTP/1.1\r\nX-Long: " + b"x" * 100_000 + b"\r\n\r\n",
         b"GET /" + b"x" * 100_000 + b" HTTP/1.1\r\n\r\n",
         b"GET /health HTTP/1.1\r\n" + b"X-Many: x\r\n" * 20_000 + b"\r\n",

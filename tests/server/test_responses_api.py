@@ -459,6 +459,8 @@ async def test_what_was_not_streamed_cannot_be_read_again(serve):
     made = await ask(server)
     reply = await server.get(f"{PATH}/{made['id']}?stream=true")
     assert (reply.status, reply.error["param"]) == (400, "stream")
+    reply = await server.get(f"{PATH}/{made['id']}?starting_after=1")
+    assert (reply.status, reply.headers["X-Ruvon-Ignored"]) == (200, "starting_after")
     reply = await server.get(f"{PATH}/{made['id']}?stream=true&starting_after=x")
     assert (reply.status, reply.error["param"]) == (400, "starting_after")
     reply = await server.get(f"{PATH}/{made['id']}?stream=maybe")

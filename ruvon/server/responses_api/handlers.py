@@ -143,14 +143,13 @@ class Replay:
 async def retrieve(http: web.Request) -> web.StreamResponse:
     """A response as far as it has come, or its events again."""
     entry = find(http)
-    ignored = unread(http, "stream", "starting_after")
     stream = http.query.get("stream", "false").lower()
     if stream not in ("true", "1", "false", "0"):
         raise RequestError("stream must be true or false.", "stream", "invalid_type")
     if stream in ("true", "1"):
         number = max(number_in(http, "starting_after", -1) + 1, 0)
-        return await follow(http, entry, number, ignored)
-    return as_json(entry, ignored)
+        return await follow(http, entry, number, unread(http, "stream", "starting_after"))
+    return as_json(entry, unread(http, "stream"))
 
 
 async def delete(http: web.Request) -> web.Response:
