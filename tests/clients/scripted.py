@@ -36,6 +36,7 @@ from ruvon.models.formats.harmony import Mark
 from ruvon.models.tokenizer import Tokenizer, load_tokenizer
 from ruvon.models.vocab_gguf import read_gguf_vocab
 from ruvon.server.app import create_app, make_runner
+from ruvon.server.connection import Runner
 from ruvon.server.lifecycle import Start
 from ruvon.server.listen import listen
 from ruvon.server.state import STATE
@@ -177,7 +178,7 @@ async def open_all(script: str, record: Path | None, runners: list[web.AppRunner
     if app[STATE].failure:
         raise app[STATE].failure
     if record is not None:
-        runners.append(web.AppRunner(Recorder(address, record).app()))
+        runners.append(Runner(Recorder(address, record).app(), ServerConfig(), lambda server: None))
         address = await listening(runners[-1])
     return address
 
