@@ -14,7 +14,7 @@ from ruvon.grammars import Grammar, json_schema
 from ruvon.models.chat import Turn
 from ruvon.models.formats.tools import Reasoning, Tool, ToolChoice
 from ruvon.server.body import offload
-from ruvon.server.parsing import MAX_IGNORED, refuse_ignored
+from ruvon.server.parsing import MAX_IGNORED
 from ruvon.server.requests import check_size
 from ruvon.server.schemas import GenerationFields
 from ruvon.server.state import STATE, Service
@@ -134,7 +134,8 @@ def num_characters(conversation: Conversation) -> int:
 def without_effect(http: web.Request, fields: Sequence[str], found: Sequence[str]) -> list[str]:
     """The names of a request's ``fields`` without effect, and of those ``found`` since to have
     none. Raises RequestError for these where the server is strict."""
-    refuse_ignored(found, http.app[STATE].server.strict)
+    if found and http.app[STATE].server.strict:
+        raise RequestError(f"'{found[0]}' has no effect here.", found[0], "unsupported_parameter")
     return [*fields, *found][:MAX_IGNORED]
 
 

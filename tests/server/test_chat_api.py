@@ -479,7 +479,8 @@ async def test_what_the_template_does_not_read_is_reported(serve):
     assert reply.json["metadata"] == {"a": "b"}
     assert (await server.chat(documents=[{"text": "x"}])).error["param"] == "documents"
     strict = await serve("a", server=ServerConfig(port=0, strict=True))
-    assert (await strict.chat(reasoning_effort="low")).error["param"] == "reasoning_effort"
+    error = (await strict.chat(reasoning_effort="low")).error
+    assert (error["param"], error["code"]) == ("reasoning_effort", "unsupported_parameter")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from aiohttp import web
 
 from ruvon.engine.types import Job
-from ruvon.errors import RequestError
 from ruvon.models.chat import Turn
-from ruvon.server.conversation import prepare_conversation, take_turn
+from ruvon.server.conversation import prepare_conversation, take_turn, without_effect
 from ruvon.server.events import EVENTS
 from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.messages_api.convert import LeftOut, convert
@@ -19,7 +18,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import MAX_IGNORED
 from ruvon.server.requests import read_request, sampling_params, text_options
 from ruvon.server.schemas import SamplingFields
-from ruvon.server.state import STATE, Service, service_of
+from ruvon.server.state import Service, service_of
 
 NAMES = {
     "thinking_token_budget": "thinking.budget_tokens",
@@ -33,7 +32,7 @@ async def messages(http: web.Request) -> web.StreamResponse:
     """Answer a conversation."""
     service = service_of(http)
     request, ignored, (job, turn, left_out) = await read_request(http, MessagesRequest, prepare)
-    ignored = without_effect(http, ignored, turn, left_out)
+    ignored = all_without_effect(http, ignored, turn, left_out)
     writer = MessagesWriter(request, job, service, http[FACTS]["request_id"])
     generation = Generation(http, service, [job], writer, turn.parser)
     media = EVENTS._replace(beat=writer.beat)
@@ -59,7 +58,7 @@ def prepare(
 async def count_tokens(http: web.Request) -> web.Response:
     """How long the prompt of a conversation is."""
     _, ignored, (turn, left_out) = await read_request(http, CountRequest, count)
-    ignored = without_effect(http, ignored, turn, left_out)
+    ignored = all_without_effect(http, ignored, turn, left_out)
     return json_response({"input_tokens": len(turn.prompt)}, headers=ignored_header(ignored))
 
 
@@ -68,13 +67,11 @@ def count(request: CountRequest, service: Service, max_logprobs: int) -> tuple[T
     return take_turn(conversation, service), left_out
 
 
-def without_effect(
+def all_without_effect(
     http: web.Request, fields: Sequence[str], turn: Turn, left_out: LeftOut
 ) -> list[str]:
     """The names of all that has no effect. Raises RequestError where the server is strict, and it
     is more than what changes with every request."""
     unread = [NAMES.get(name, name) for name in turn.ignored]
-    lost = [*left_out.foreign, *unread]
-    if lost and http.app[STATE].server.strict:
-        raise RequestError(f"'{lost[0]}' has no effect here.", lost[0], "unsupported_parameter")
-    return [*fields, *lost, *left_out.volatile][:MAX_IGNORED]
+    lost = without_effect(http, fields, [*left_out.foreign, *unread])
+    return [*lost, *left_out.volatile][:MAX_IGNORED]
