@@ -17,7 +17,7 @@ from ruvon.server.chat import prepare_chat
 from ruvon.server.completions import prepare_completion
 from ruvon.server.conversation import without_effect
 from ruvon.server.events import Media
-from ruvon.server.generation import Generation
+from ruvon.server.generation import Generation, ignored_header
 from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import parse
 from ruvon.server.requests import bounded, read_request
@@ -32,6 +32,7 @@ Body: TypeAlias = dict[str, Any]
 
 VERSION = "0.12.11"  # clients ask for one that is new enough
 LINES = Media("application/x-ndjson", lambda: b"")
+OF_THINK = ("enable_thinking", "reasoning_effort")  # what it becomes
 IDLE = {
     "chat": ("prompt", "system", "raw"),
     "prompt": ("messages",),
@@ -87,19 +88,15 @@ async def tags(http: web.Request) -> web.Response:
 
 async def show(http: web.Request) -> web.Response:
     """One of them, with what clients look for: the context's length, and what it can do."""
-    request, _, service = await read_request(http, ShowRequest, lambda _, service, __: service)
+    request, ignored, service = await read_request(http, ShowRequest, lambda _, it, __: it)
     family = service.architecture
-    return json_response(
-        _card(request.model, service)
-        | {
-            "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
-            "model_info": {
-                "general.architecture": family,
-                f"{family}.context_length": service.max_model_len,
-            },
-            "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
-        }
-    )
+    length = {f"{family}.context_length": service.max_model_len}
+    shown = _card(request.model.removesuffix(":latest"), service) | {
+        "capabilities": ["completion", "tools", *["thinking"] * service.chat.reasons],
+        "model_info": {"general.architecture": family, **length},
+        "parameters": "\n".join(f"{key} {value}" for key, value in service.defaults.items()),
+    }
+    return json_response(shown, headers=ignored_header(ignored))
 
 
 def _card(name: str, service: Service) -> Body:
@@ -150,7 +147,8 @@ def prepare(
         return job, PlainParser, ignored
     chat, _ = parse(ChatRequest, common | conversation(request, is_chat))
     job, turn = prepare_chat(chat, service, max_logprobs)
-    return job, turn.parser, [*ignored, *turn.ignored]
+    names = dict.fromkeys("think" if name in OF_THINK else name for name in turn.ignored)
+    return job, turn.parser, [*ignored, *names]
 
 
 def drawing(options: Options) -> Body:

@@ -140,6 +140,8 @@ async def test_what_is_not_read_is_named(serve):
     assert told.headers["X-Ruvon-Ignored"] == "messages"
     told = await server.post("/api/generate", body | {"raw": True, "system": "x", "think": True})
     assert told.headers["X-Ruvon-Ignored"] == "messages,system,think"
+    told = await chat(server, think="high")
+    assert told.headers["X-Ruvon-Ignored"] == "think"
     strict = await serve("ok", server=ServerConfig(port=0, strict=True))
     assert (await chat(strict, system="Be brief.")).status == 400
 
@@ -182,7 +184,11 @@ async def test_models(serve):
     first, second = (await server.get("/api/tags")).json["models"]
     assert (first["name"], second["model"]) == ("m", "n")
     assert first["details"]["family"] == "Fake"
-    shown = (await server.post("/api/show", {"model": "n:latest"})).json
+    reply = await server.post("/api/show", {"model": "n:latest", "verbose": True})
+    assert reply.headers["X-Ruvon-Ignored"] == "verbose"
+    shown = reply.json
+    older = (await server.post("/api/show", {"name": "n"})).json
+    assert older["digest"] == shown["digest"] == second["digest"] != first["digest"]
     assert shown["model_info"]["Fake.context_length"] == 512
     assert set(shown["capabilities"]) == {"completion", "tools"}
     assert (await server.get("/api/version")).json["version"] >= "0.12"
