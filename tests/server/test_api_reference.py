@@ -14,7 +14,11 @@ from ruvon.errors import RequestError
 from ruvon.server import constraints
 from ruvon.server.app import ROUTES
 from ruvon.server.chat import BUDGETS
+from ruvon.server.decisions import DecisionRequest
+from ruvon.server.embeddings import EmbeddingRequest
 from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
+from ruvon.server.messages_api.schemas import MessagesRequest
+from ruvon.server.ollama import OllamaRequest
 from ruvon.server.parsing import parse
 from ruvon.server.requests import PASSED
 from ruvon.server.responses_api.input import ITEM_KINDS
@@ -78,6 +82,15 @@ OF_SOME_MODELS = {
 }  # fmt: skip
 
 
+HOLDS_WITHOUT_IT = {"stream_options", "cache_control"}  # usage is told, prefixes are cached anyway
+OF_THEIR_OWN = {
+    "Messages": MessagesRequest,
+    "Ollama": OllamaRequest,
+    "Embeddings": EmbeddingRequest,
+    "Decisions": DecisionRequest,
+}
+
+
 def named(section: str, column: int = 1) -> list[str]:
     """The names in one column of a section's tables."""
     rows = [line.split("|") for line in SECTIONS[section].splitlines() if line.startswith("| `")]
@@ -94,6 +107,8 @@ def test_what_is_served_is_what_is_declared():
     items = set(ITEM_KINDS) - set(ResponsesRequest.model_fields)
     assert set(named("Responses")) - items == set(ResponsesRequest.model_fields) - sampling
     assert sampling - PENALTIES <= set(NAME.findall(SECTIONS["Responses"]))
+    for section, kind in OF_THEIR_OWN.items():
+        assert set(named(section)) == set(kind.model_fields), section
     tokens = [TokenizeRequest, TokenizeChatRequest, DetokenizeRequest]
     assert set(named("Tokens")) == {name for kind in tokens for name in kind.model_fields}
 
@@ -111,8 +126,9 @@ def test_what_is_declared_is_read():
         ResponsesRequest,
         TokenizeRequest,
         DetokenizeRequest,
+        *OF_THEIR_OWN.values(),
     ):
-        assert set(kind.model_fields) - {"stream_options"} <= read
+        assert set(kind.model_fields) - HOLDS_WITHOUT_IT <= read
 
 
 async def test_what_is_served_is_taken(serve):
