@@ -174,17 +174,19 @@ class BlockPool:
         self._references = [0, *(held[block] for block in range(1, self.num_blocks + 1))]
 
     def check(self, tables: Iterable[Iterable[int]]) -> None:
-        """Assert that the books agree with the block tables that exist; for tests."""
+        """Raise RuntimeError unless the books agree with the block tables there are; for tests."""
         held = Counter(block for table in tables for block in table if block != NULL)
         blocks = range(1, self.num_blocks + 1)
-        assert all(self._references[block] == held[block] for block in blocks)
-        free = [*self._blank, *self._cached]
-        assert sorted([*free, *held]) == list(blocks), "lost or doubled blocks"
-        assert all(self._keys[block] is None for block in self._blank)
-        assert all(self._keys[block] is not None for block in self._cached)
-        assert self._published == {
-            key: block for block, key in enumerate(self._keys) if key is not None
-        }
+        keys = {key: block for block, key in enumerate(self._keys) if key is not None}
+        agree = (
+            all(self._references[block] == held[block] for block in blocks),
+            sorted([*self._blank, *self._cached, *held]) == list(blocks),
+            all(self._keys[block] is None for block in self._blank),
+            all(self._keys[block] is not None for block in self._cached),
+            self._published == keys,
+        )
+        if not all(agree):
+            raise RuntimeError(f"blocks are lost, doubled or misfiled: {agree}")
 
     def _hold(self, block: int) -> None:
         if self._references[block] == 0:

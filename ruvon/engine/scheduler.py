@@ -91,9 +91,10 @@ class Scheduler:
         return self.counters.steps - self._num_committed
 
     def add(self, seq: Sequence) -> None:
-        """Queue a sequence, which must fit into an empty cache."""
+        """Queue a sequence. Raises ValueError for one that no empty cache holds."""
         needed = self.grouped.most_blocks(seq.num_prompt + seq.max_tokens)
-        assert needed <= self.pool.num_blocks
+        if needed > self.pool.num_blocks:
+            raise ValueError(f"{needed} blocks of {self.pool.num_blocks}: it would wait for ever")
         self.sequences[seq.id] = seq
         self.num_with_grammar += seq.sampling.grammar is not None
         if self.shares is not None:
@@ -150,9 +151,11 @@ class Scheduler:
         self.pool.restore(snapshot.pool, tables)
 
     def commit(self, plan: Plan, result: StepResult) -> list[Emission]:
-        """Take in what a step sampled: append tokens, publish blocks, finish sequences."""
+        """Take in what a step sampled: append tokens, publish blocks, finish sequences. Raises
+        RuntimeError for a step that is not the next."""
         self._num_committed += 1
-        assert plan.step == self._num_committed, "steps are committed in order"
+        if plan.step != self._num_committed:
+            raise RuntimeError(f"step {plan.step} where {self._num_committed} is next")
         emissions = []
         finished: list[tuple[int, FinishReason]] = []
         sampled = iter(zip(result.tokens, result.logprobs, strict=True))

@@ -145,7 +145,7 @@ def test_check_notices_a_block_that_was_lost():
     pool = BlockPool(2, 2)
     blocks = []
     pool.grow(blocks, 2)
-    with pytest.raises(AssertionError):
+    with pytest.raises(RuntimeError, match="lost"):
         pool.check([])
 
 
