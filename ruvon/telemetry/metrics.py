@@ -13,7 +13,6 @@ from functools import partial
 from prometheus_client import (
     CollectorRegistry,
     Counter,
-    Gauge,
     Histogram,
     ProcessCollector,
     generate_latest,
@@ -155,10 +154,9 @@ class Metrics:
     def describe_cache(self, **settings: object) -> None:
         """Publish the cache's settings as labels of ``vllm:cache_config_info``, once."""
         labels = {name: str(value) for name, value in settings.items()} | {"engine": "0"}
-        Gauge(
-            "vllm:cache_config_info", "Settings of the KV cache.", list(labels),
-            registry=self.registry,
-        ).labels(**labels).set(1)  # fmt: skip
+        name, help = "vllm:cache_config_info", "Settings of the KV cache."
+        info = Watched(name, help, lambda: 1, labels, family=GaugeMetricFamily)
+        self.registry.register(info)
 
     def describe_ranks(self, count: int) -> None:
         """Publish ``vllm:ranks``, once."""
@@ -265,7 +263,7 @@ class HttpMetrics:
 
     def gauge(self, name: str, help: str, read: Callable[[], int]) -> None:
         """Publish ``name``, which goes up and down elsewhere. ``read`` is called on any thread."""
-        Gauge(name, help, registry=self.registry).set_function(read)
+        self.registry.register(Watched(name, help, read, {}, family=GaugeMetricFamily))
 
     def record(self, handler: str, method: str, status: str, seconds: float) -> None:
         """Count one answered request; ``handler`` is the route, never the raw path."""
