@@ -26,7 +26,7 @@ from ruvon.engine.recording import FORMAT, Header, Recording
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import (
     Emission,
-    Finished,
+    Endings,
     Job,
     NotStarted,
     Plan,
@@ -334,7 +334,7 @@ class Engine:
     # ---------------------------------------------------------------- statistics
 
     @property
-    def finished(self) -> Finished:
+    def finished(self) -> Endings:
         """Who ended with the step collected last."""
         return self._scheduler.finished
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import count, islice
 
-from ruvon.engine.types import Finished, NotStarted, Plan, StepStats, Work
+from ruvon.engine.types import Endings, NotStarted, Plan, StepStats, Work
 
 ROW_BYTES = 8
 CHUNK_BYTES = 160
@@ -51,7 +51,7 @@ class Step:
     work: tuple[Work, ...]
     new: tuple[tuple[int, int], ...]  # sequence id, tokens found in the prefix cache
     left: tuple[int, ...]  # sequences that runners forgot: over, or preempted
-    finished: Finished
+    finished: Endings
     stats: StepStats
     failure: str = ""  # why it came to nothing, if it did
     not_started: NotStarted = ()  # with it
@@ -98,7 +98,7 @@ class Recorder:
         at: float,
         stats: StepStats,
         work: Iterable[Work] = (),
-        finished: Finished = (),
+        finished: Endings = (),
         failure: str = "",
         not_started: NotStarted = (),
     ) -> None:

@@ -24,7 +24,7 @@ from ruvon.engine.snapshot import Snapshot
 from ruvon.engine.types import (
     Blocks,
     Chunk,
-    Finished,
+    Endings,
     FinishReason,
     Plan,
     Pooling,
@@ -176,7 +176,7 @@ class Committed:
     ended: tuple[int, ...]
     errors: tuple[int, ...]
     scored: Mapping[int, int]  # sequence id → prompt positions with logprobs
-    finished: Finished
+    finished: Endings
     kind: Literal["commit"] = "commit"
 
 
@@ -185,7 +185,7 @@ class Failed:
     """A step that came to nothing."""
 
     step: int
-    finished: Finished
+    finished: Endings
     kind: Literal["fail"] = "fail"
 
 
@@ -197,7 +197,7 @@ Raw = (
     | Forgotten
     | Waited
     | tuple[Plan, float]
-    | tuple[Plan, StepResult | None, Finished]
+    | tuple[Plan, StepResult | None, Endings]
 )
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
@@ -272,7 +272,7 @@ class Recording:
     def waited(self, now: float) -> None:
         self._events.append(Waited(now))
 
-    def committed(self, plan: Plan, result: StepResult | None, finished: Finished) -> None:
+    def committed(self, plan: Plan, result: StepResult | None, finished: Endings) -> None:
         """``result`` is None for a step that failed."""
         self._events.append((plan, result, finished))
 
@@ -344,7 +344,7 @@ class Recording:
         )
 
     def _committed(
-        self, plan: Plan, result: StepResult | None, finished: Finished
+        self, plan: Plan, result: StepResult | None, finished: Endings
     ) -> Committed | Failed:
         if result is None:
             return Failed(plan.step, finished)

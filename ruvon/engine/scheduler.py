@@ -31,7 +31,7 @@ from ruvon.engine.types import (
     NO_BLOCKS,
     Chunk,
     Emission,
-    Finished,
+    Endings,
     FinishReason,
     NewSequence,
     NotStarted,
@@ -57,7 +57,7 @@ class Scheduler:
         self.sequences: dict[int, Sequence] = {}  # waiting, running, and those that end with a step
         self.num_with_grammar = 0  # of ``sequences``
         self.work: list[Work] = []  # of the latest plan
-        self.finished: Finished = ()  # with the step committed last
+        self.finished: Endings = ()  # with the step committed last
         self._queues = Queues(grouped, limits, self.counters)
         self._budget = Budget(limits.max_tokens, limits.chunked, limits.stages)
         self._num_committed = 0  # steps

@@ -217,7 +217,7 @@ WaitReason: TypeAlias = Literal["step", "places", "blocks", "prefix"]
 """Why a sequence is not started with a step: it came while one was under way or enough others
 start, no more may run, it would leave too few blocks, or another computes the same prefix now."""
 
-Finished: TypeAlias = tuple[tuple[int, FinishReason], ...]
+Endings: TypeAlias = tuple[tuple[int, FinishReason], ...]
 """Sequences that a step ended, and how."""
 
 NotStarted: TypeAlias = tuple[tuple[int, WaitReason, int], ...]
