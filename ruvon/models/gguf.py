@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -30,6 +30,7 @@ from ruvon.models.gguf_types import DENSE, QUANTIZED, TYPE_NAMES, BlockFormat
 from ruvon.models.quantize import take_rows
 from ruvon.models.sources import pointer_to_large_file
 
+T = TypeVar("T")
 MAGIC = b"GGUF"
 STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
@@ -158,8 +159,8 @@ class GgufFile:
         if "rope_freqs.weight" not in self.tensors:
             return None
         values = self.read("rope_freqs.weight", self.tensors["rope_freqs.weight"][1].shape)
-        if not isinstance(values, Tensor):
-            raise LoadError(f"{self.path}: rope_freqs.weight is quantized, which only matrices are")
+        if not isinstance(values, Tensor) or values.dim() != 1:
+            raise LoadError(f"{self.path}: rope_freqs.weight is no row of plain numbers")
         return tuple(values.tolist())
 
     def _interleaved_heads(self, name: str) -> int | None:
@@ -192,7 +193,10 @@ def _open_part(path: Path) -> Part:
 
 def _other_parts(first: Part) -> list[Path]:
     """Where the other parts must lie, by the first one's name."""
-    if (count := first.metadata.get("split.count", 1)) <= 1:
+    count = first.metadata.get("split.count", 1)
+    if not isinstance(count, int):
+        raise LoadError(f"{first.path}: split.count {count!r:.50} makes no sense")
+    if count <= 1:
         return []
     named = PART.search(first.path.name)
     if named is None or named.groups() != ("00001", f"{count:05}"):
@@ -207,10 +211,11 @@ def _other_parts(first: Part) -> list[Path]:
 
 
 def _values(part: Part, name: str, entry: TensorEntry, cut: Cut) -> Tensor | Quantized | Mxfp4:
-    count = prod(entry.shape)
+    size = _size(entry)
+    if entry.offset + size > len(part.data):
+        raise LoadError(f"{part.path}: truncated, the file ends inside {name}")
     if entry.kind in DENSE:
-        dtype = DENSE[entry.kind]
-        _require(part, name, entry.offset, count * dtype.itemsize)
+        dtype, count = DENSE[entry.kind], prod(entry.shape)
         flat = torch.frombuffer(part.data, dtype=dtype, count=count, offset=entry.offset)
         return take(flat.view(entry.shape), cut)
     if entry.kind not in QUANTIZED:
@@ -219,8 +224,6 @@ def _values(part: Part, name: str, entry: TensorEntry, cut: Cut) -> Tensor | Qua
     layout = QUANTIZED[entry.kind]
     if len(entry.shape) < 2 or entry.shape[-1] % layout.values:
         raise LoadError(f"{part.path}: {name} of shape {entry.shape} cannot be {layout.name}")
-    size = count // layout.values * layout.bytes
-    _require(part, name, entry.offset, size)
     raw = torch.frombuffer(part.data, dtype=torch.uint8, count=size, offset=entry.offset)
     values = _unpacked(raw, entry.shape, layout, cut)
     _let_go(part.data, entry.offset, size)
@@ -253,11 +256,6 @@ def _let_go(data: mmap.mmap, offset: int, size: int) -> None:
         data.madvise(mmap.MADV_DONTNEED, first, last - first)
 
 
-def _require(part: Part, name: str, offset: int, size: int) -> None:
-    if offset + size > len(part.data):
-        raise LoadError(f"{part.path}: truncated, the file ends inside {name}")
-
-
 def _read_header(cursor: Cursor) -> tuple[Mapping[str, Any], Mapping[str, TensorEntry]]:
     if cursor.data[:4] != MAGIC:
         raise ValueError("it does not begin with GGUF")
@@ -265,23 +263,56 @@ def _read_header(cursor: Cursor) -> tuple[Mapping[str, Any], Mapping[str, Tensor
     if (version := cursor.scalar("<I")) not in (2, 3):
         raise ValueError(f"version {version}, or big-endian; versions 2 and 3 are supported")
     num_tensors, num_values = cursor.scalar("<Q"), cursor.scalar("<Q")
-    metadata = {cursor.string(): cursor.value(cursor.scalar("<I")) for _ in range(num_values)}
-    entries = {cursor.string(): _read_entry(cursor) for _ in range(num_tensors)}
+    metadata = _once(
+        (cursor.string(), cursor.value(cursor.scalar("<I"))) for _ in range(num_values)
+    )
+    entries = _once((cursor.string(), _read_entry(cursor)) for _ in range(num_tensors))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 1:
         raise ValueError(f"general.alignment {alignment!r}")
     start = -(-cursor.at // alignment) * alignment
-    return metadata, {
-        name: TensorEntry(kind, shape, start + offset)
-        for name, (kind, shape, offset) in entries.items()
-    }
+    tensors = {name: replace(entry, offset=start + entry.offset) for name, entry in entries.items()}
+    _check_places(tensors, start, alignment)
+    return metadata, tensors
 
 
-def _read_entry(cursor: Cursor) -> tuple[int, tuple[int, ...], int]:
+def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name:.200} twice")
+        found[name] = value
+    return found
+
+
+def _read_entry(cursor: Cursor) -> TensorEntry:
+    """Its offset is from where the tensors begin."""
     if (num := cursor.scalar("<I")) > MAX_DIMENSIONS:
         raise ValueError(f"a tensor of {num} dimensions")
     shape = tuple(cursor.scalar("<Q") for _ in range(num))[::-1]
-    return cursor.scalar("<I"), shape, cursor.scalar("<Q")
+    if 0 in shape:
+        raise ValueError(f"a tensor of shape {shape}")
+    return TensorEntry(cursor.scalar("<I"), shape, cursor.scalar("<Q"))
+
+
+def _check_places(tensors: Mapping[str, TensorEntry], start: int, alignment: int) -> None:
+    """Raise ValueError where a tensor begins amid another, or where none may."""
+    end, before = start, ""
+    for name, entry in sorted(tensors.items(), key=lambda item: item[1].offset):
+        if entry.offset < end:
+            raise ValueError(f"{before:.200} and {name:.200} overlap")
+        if (entry.offset - start) % alignment:
+            raise ValueError(f"{name:.200} begins at no multiple of {alignment}")
+        end, before = entry.offset + _size(entry), name
+
+
+def _size(entry: TensorEntry) -> int:
+    """In bytes; 0 of a type that cannot be read."""
+    count = prod(entry.shape)
+    if entry.kind in DENSE:
+        return count * DENSE[entry.kind].itemsize
+    layout = QUANTIZED.get(entry.kind)
+    return 0 if layout is None else count // layout.values * layout.bytes
 
 
 def rotate_half_rows(rows: int, heads: int) -> Tensor:

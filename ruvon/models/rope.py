@@ -206,6 +206,10 @@ def rope_from_gguf(
         return RopeSpec(theta, dim, scaling)
     if isinstance(scaling, YarnScaling):
         raise LoadError(f"{arch}.rope.scaling.type 'yarn' beside rope_freqs is not supported")
+    if len(divisors) != dim // 2 or not all(0 < value < math.inf for value in divisors):
+        raise LoadError(
+            f"rope_freqs.weight is not {dim // 2} numbers above 0, as heads of {dim} need"
+        )
     factor = 1.0 if scaling is None else scaling.factor
     return RopeSpec(theta, dim, Divisors(tuple(value * factor for value in divisors)))
 

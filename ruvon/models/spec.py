@@ -6,6 +6,7 @@ computes something else than its authors meant is the worst outcome.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -304,7 +305,7 @@ TYPES: Mapping[str, type | tuple[type, ...]] = {
 
 def checked(spec: ModelSpec, where: str) -> ModelSpec:
     for name in SIZES:
-        if type(size := getattr(spec, name)) is not int or size < 1:
+        if type(size := getattr(spec, name)) is not int or not 0 < size <= sys.maxsize:
             raise LoadError(f"{where}: {name} {size!r} makes no sense")
     for name, kind in TYPES.items():
         if not isinstance(value := getattr(spec, name), kind):

@@ -1,7 +1,7 @@
 """Model files that say what cannot be: refused in an error of ours, never with a traceback, and
 never with more memory than the file is large (llama.cpp CVE-2026-21869, 27940, Ollama 7482).
 
-Damaged GGUF files are in `test_gguf.TestDamage`.
+Damaged GGUF files are in `test_gguf.TestDamage` and `test_damaged_gguf`.
 """
 
 from __future__ import annotations
