@@ -1,6 +1,6 @@
-"""Keys and values into the paged cache, and attention over it.
+"""Attention over the paged cache.
 
-Attention works on one *query tile* at a time: up to 16 tokens of one sequence and the query heads
+It works on one *query tile* at a time: up to 16 tokens of one sequence and the query heads
 that share one key/value head. It walks the sequence's keys in spans of 128, counted from position
 0, with a running maximum and sum (the "online" softmax). A span's scores are products of the tile
 with blocks of keys, 16 keys across the lanes of a vector; keys that a row may not see count as
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from ruvon.kernels.cpu.arguments import Attention, WriteKV
-from ruvon.kernels.cpu.formats import F32_CACHE, FORMATS, LANES
-from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.cpu.arguments import Attention
+from ruvon.kernels.cpu.formats import LANES, TileFormat
+from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
     exp16,
-    fma,
     get,
     keep_first,
     larger,
@@ -28,16 +27,15 @@ from ruvon.kernels.cpu.jit.simd import (
     prefetch,
     read_f32,
     read_i32,
-    scatter_lanes,
     splat16,
     store,
-    store_lanes,
     sum_lanes,
     write_f32,
     write_i64,
 )
-from ruvon.kernels.cpu.jit.tiles import TILES, attend_tiles, load_dense
+from ruvon.kernels.cpu.jit.tiles import TILES, make_attend_tiles, make_load
 from ruvon.kernels.cpu.jit.translate import helper
+from ruvon.kernels.cpu.jit.write_kv import round_lanes
 from ruvon.kernels.cpu.params import (
     MOST_DIMS,
     NOTES,
@@ -57,107 +55,12 @@ QUERIES = SCORES + TILE_ROWS * SPAN_BYTES  # float32 [TILE_ROWS, MOST_DIMS]
 SUMS = QUERIES + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS, MOST_DIMS]: weighted values
 PEAKS = SUMS + TILE_ROWS * ROW_BYTES  # float32 [TILE_ROWS]
 MASSES = PEAKS + TILE_ROWS * 4  # float32 [TILE_ROWS, 16]: sums of numerators, by lanes
-HEAD = MASSES + TILE_ROWS * 64  # float32 [MOST_DIMS]: one head of one token
-ADDRESSES = HEAD + ROW_BYTES  # int64 [TILES]
+ADDRESSES = MASSES + TILE_ROWS * 64  # int64 [TILES]
 WIDENED = ADDRESSES + 64  # float32 [TILES, MOST_DIMS, 16]: tiles of the cache
 assert WIDENED + 64 * TILES * MOST_DIMS <= SCRATCH_BYTES - NOTES
 
-CACHE_BYTES = tuple(kind.step_bytes // LANES for kind in FORMATS)  # of one number
 FEW_ROWS = 8  # that multiply a tile of the cache as it is
 LOWEST = np.float32(-1e30)  # below every score; not infinite, so that differences stay numbers
-
-
-@helper
-def normalize_head(head, dim, weight, eps):
-    """RMS norm of one head in place; lanes behind its end stay zero."""
-    squares, zeros = splat16(0.0), splat16(0.0)
-    for c in range(0, dim, 16):
-        value = load(head + 4 * c)
-        squares = fma(value, value, squares)
-    by = splat16(np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(dim) + eps)))
-    for c in range(0, dim, 16):
-        value = load(head + 4 * c) * by * load(weight + 4 * c)
-        store(head + 4 * c, keep_first(value, dim - c, zeros))
-
-
-@helper
-def rotate_head(head, pairs, cos, sin):
-    """Rotate dims (i, i + pairs) in place."""
-    high = head + 4 * pairs
-    if pairs % 16 == 0:
-        for c in range(0, 4 * pairs, 64):
-            a, b, x, y = load(head + c), load(high + c), load(cos + c), load(sin + c)
-            store(head + c, a * x - b * y)
-            store(high + c, b * x + a * y)
-        return
-    for c in range(0, 4 * pairs, 4):
-        a, b = read_f32(head + c), read_f32(high + c)
-        x, y = read_f32(cos + c), read_f32(sin + c)
-        write_f32(head + c, np.float32(a * x) - np.float32(b * y))
-        write_f32(high + c, np.float32(b * x) + np.float32(a * y))
-
-
-@helper
-def prepare_head(a, source, position, norm, head):
-    """Copy one head to ``head``, norm and rotate it there."""
-    dim, zeros = a.cache.head_dim, splat16(0.0)
-    for c in range(0, dim, 16):
-        store(head + 4 * c, keep_first(load(source + 4 * c), dim - c, zeros))
-    if norm != 0:
-        normalize_head(head, dim, norm, a.eps)
-    if a.pairs != 0:
-        at = position * 4 * a.pairs
-        rotate_head(head, a.pairs, a.cos + at, a.sin + at)
-
-
-@helper
-def write_queries(a, token, group, position, head):
-    """The query heads of one token that share a key/value head, one after another."""
-    dim, share = a.cache.head_dim, a.cache.heads // a.cache.kv_heads
-    row, out, padded = a.qkv + token * a.stride, a.out + token * a.out_stride, round_lanes(dim)
-    for h in range(group * share, (group + 1) * share):
-        prepare_head(a, row + 4 * h * dim, position, a.q_norm, head)
-        for c in range(0, dim, 16):
-            store(out + 4 * (h * padded + c), load(head + 4 * c))
-
-
-def make_write_kv(cache, isa):
-    """The kernel that splits q | k | v, norms and rotates q and k, and fills the cache.
-
-    A unit is one token's query heads and key/value head of one group.
-    """
-    size = CACHE_BYTES[cache]
-
-    @helper
-    def write_cache(cached, slot, group, head, value):
-        """A key that was prepared, and its value, into their place in the cache."""
-        dim, page, zeros = cached.head_dim, cached.page, splat16(0.0)
-        padded, at = round_lanes(dim), slot % page
-        place = (slot // page * cached.kv_heads + group) * page * padded
-        keys = cached.keys + size * (place + at // 16 * 16 * padded + at % 16)
-        values = cached.values + size * (place + 16 * at)
-        for c in range(0, dim, 16):
-            scatter_lanes(cache, keys + size * 16 * c, load(head + 4 * c))
-            of_value = keep_first(load(value + 4 * c), dim - c, zeros)
-            store_lanes(cache, values + size * page * c, of_value)
-
-    def write_kv(address, params, start, stop, scratch):
-        a, head = arguments(WriteKV, address), scratch + HEAD
-        groups, dim = a.cache.kv_heads, a.cache.head_dim
-        for unit in range(start, stop):
-            token, group = unit // groups, unit % groups
-            position, slot = read_i32(a.positions + 4 * token), read_i32(a.slots + 4 * token)
-            write_queries(a, token, group, position, head)
-            key = a.qkv + token * a.stride + 4 * (a.cache.heads + group) * dim
-            prepare_head(a, key, position, a.k_norm, head)
-            write_cache(a.cache, slot, group, head, key + 4 * groups * dim)
-
-    return write_kv
-
-
-@helper
-def round_lanes(count):
-    return (count + 15) // 16 * 16
 
 
 @helper
@@ -270,10 +173,14 @@ def cached_at(cache, table, key, group):
     return (block * cache.kv_heads + group) * cache.page
 
 
-def make_rows(cache, isa, fresh, x_stride, out_stride):
+def make_rows(cache: TileFormat, isa: Isa, fresh: bool, x_stride: int, out_stride: int):
     """The function that multiplies the tiles that were noted by all rows, a few at once; see
-    `attend_tiles`."""
-    most, wide = ISAS[isa].rows, F32_CACHE
+    `make_attend_tiles`."""
+    most = isa.rows
+    attend_wide, attend_stored = (
+        make_attend_tiles(isa, storage, fresh, x_stride, out_stride)
+        for storage in ("f32", cache.storage)
+    )
 
     @helper
     def multiply_rows(many, scratch, x, steps, out, rows):
@@ -281,33 +188,33 @@ def make_rows(cache, isa, fresh, x_stride, out_stride):
         for row in range(0, rows, most):
             count, at, to = min(most, rows - row), x + row * x_stride, out + row * out_stride
             if many:
-                attend_tiles(isa, wide, fresh, x_stride, out_stride, tiles, at, steps, to, count)
+                attend_wide(tiles, at, steps, to, count)
             else:
-                attend_tiles(isa, cache, fresh, x_stride, out_stride, tiles, at, steps, to, count)
+                attend_stored(tiles, at, steps, to, count)
 
     return multiply_rows
 
 
-def make_spans(cache, isa):
+def make_spans(cache: TileFormat, isa: Isa):
     """The two products of a span of keys, for a cache of this kind: ``score_span``, ``mix_span``.
 
     Each takes `TILES` tiles at once and notes first where they lie. If ``many`` rows will multiply
     a tile it is widened to float32 there: that costs less than to do so for every few of them, and
     is exact.
     """
-    size = CACHE_BYTES[cache]
+    size, load_stored = cache.step_bytes // LANES, make_load(cache.storage)
 
     @helper
     def place_tile(tile, vectors, many, t, scratch):
         if many and size < 4:
             wide = scratch + WIDENED + 64 * MOST_DIMS * t
             for n in range(vectors):
-                store(wide + 64 * n, load_dense(cache, tile + 16 * size * n))
+                store(wide + 64 * n, load_stored(tile + 16 * size * n))
             tile = wide
         write_i64(scratch + ADDRESSES + 8 * t, tile)
 
-    score_rows = make_rows(cache, isa, 1, ROW_BYTES, SPAN_BYTES)
-    mix_rows = make_rows(cache, isa, 0, SPAN_BYTES, ROW_BYTES)
+    score_rows = make_rows(cache, isa, True, ROW_BYTES, SPAN_BYTES)
+    mix_rows = make_rows(cache, isa, False, SPAN_BYTES, ROW_BYTES)
 
     @helper
     def score_span(cached, scratch, table, group, at, skipped, keys, rows):
@@ -345,7 +252,7 @@ def make_spans(cache, isa):
     return score_span, mix_span
 
 
-def make_attention(cache, isa):
+def make_attention(cache: TileFormat, isa: Isa):
     """The attention kernel for a cache of this kind. A unit is one query tile of one head group."""
     score_span, mix_span = make_spans(cache, isa)
 

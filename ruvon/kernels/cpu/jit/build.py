@@ -11,8 +11,18 @@ from llvmlite import binding
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Key
-from ruvon.kernels.cpu.isa import ISAS, Isa, target_features
-from ruvon.kernels.cpu.jit import attention, embed, experts, linear, rows, sample, threads
+from ruvon.kernels.cpu.formats import FORMATS, TileFormat
+from ruvon.kernels.cpu.isa import Isa, target_features
+from ruvon.kernels.cpu.jit import (
+    attention,
+    embed,
+    experts,
+    linear,
+    rows,
+    sample,
+    threads,
+    write_kv,
+)
 from ruvon.kernels.cpu.jit.translate import translate
 
 KERNEL = types.void(*[types.intp] * 5)
@@ -29,11 +39,11 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "argmax": (rows.argmax, KERNEL),
     "sample": (sample.sample, KERNEL),
 }
-FACTORIES: dict[str, Callable[[int, int], Callable[..., None]]] = {
+FACTORIES: dict[str, Callable[[TileFormat, Isa], Callable[..., None]]] = {
     "embed": embed.make_embed,
     "linear": linear.make_linear,
     "experts": experts.make_experts,
-    "write_kv": attention.make_write_kv,
+    "write_kv": write_kv.make_write_kv,
     "attention": attention.make_attention,
 }
 SPEED = 3  # LLVM's -O3, less its search for loops to vectorize: ours are vectors already
@@ -68,7 +78,7 @@ def to_llvm(key: Key, isa: Isa, symbol: str) -> binding.ModuleRef:
     if kind is None:
         function, signature = FUNCTIONS[name]
     else:
-        function, signature = FACTORIES[name](kind, ISAS.index(isa)), KERNEL
+        function, signature = FACTORIES[name](FORMATS[kind], isa), KERNEL
     text, inner = translate(function, signature)
     text += c_function(symbol, inner, len(signature.args))
     module = binding.parse_assembly(text)

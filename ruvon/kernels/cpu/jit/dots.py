@@ -10,42 +10,20 @@ plain      bytes widened, multiplied and added like any integers
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from llvmlite import ir
 
-from ruvon.kernels.cpu.formats import (
-    CODED,
-    HALVES,
-    LANES,
-    TOTAL,
-    VECTORS,
-    TileFormat,
-)
+from ruvon.kernels.cpu.formats import CODED, HALVES, LANES, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
-from ruvon.kernels.cpu.jit.simd import (
-    F32,
-    F32V,
-    I8,
-    I32,
-    I32V,
-    broadcast,
-    call,
-    constant,
-    fused,
-    load_as,
-    offset,
-    splat,
-    vector,
-)
+from ruvon.kernels.cpu.jit.llvm import F32, F32V, I8, I32, I32V, Builder, constant, vector
 
 
 @dataclass
 class Group:
     """One group of a tile, its codes as they come out of memory."""
 
-    b: ir.IRBuilder
+    b: Builder
     isa: Isa
     kind: TileFormat
     w: ir.Value  # where it lies
@@ -59,7 +37,7 @@ class Group:
     def load(self, number: int) -> ir.Value:
         """The ``number``-th 64 bytes."""
         if number not in self.loaded:
-            self.loaded[number] = load_as(self.b, offset(self.b, self.w, 64 * number), I32V, 64)
+            self.loaded[number] = self.b.load_as(self.b.offset(self.w, 64 * number), I32V, 64)
         return self.loaded[number]
 
     def codes(self, q: int) -> ir.Value:
@@ -105,13 +83,13 @@ def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value
         return sums
     zero = ir.Constant(F32V, [-kind.zero] * LANES)
     totals = [code_sum(group, block, part) for block in blocks]
-    return [fused(b, total, zero, each) for total, each in zip(totals, sums, strict=True)]
+    return [b.fused(total, zero, each) for total, each in zip(totals, sums, strict=True)]
 
 
 def code_sum(group: Group, x: ir.Value, part: int) -> ir.Value:
     """The sum of the activation codes in this part of the group, as a float."""
     at = HALVES + 4 * part if group.kind.half else TOTAL
-    return broadcast(group.b, offset(group.b, x, at), F32)
+    return group.b.broadcast(group.b.offset(x, at), F32)
 
 
 # 4-bit floats
@@ -123,17 +101,17 @@ LOOK_UPS = {
 }
 
 
-def coded(b: ir.IRBuilder, four: ir.Value, isa: Isa) -> ir.Value:
+def coded(b: Builder, four: ir.Value, isa: Isa) -> ir.Value:
     """The integers that the 4-bit floats in each byte stand for."""
     if isa.machine == "any":
         return coded_by_comparing(b, four)
     name, table = LOOK_UPS[isa.machine, isa.width], [*CODED] * (isa.width // len(CODED))
     numbers = ir.Constant(vector(I8, isa.width), table)
-    found = [call(b, name, numbers.type, [numbers, part]) for part in cut(b, four, I8, isa.width)]
-    return join(b, [b.bitcast(part, vector(I32, isa.width // 4)) for part in found])
+    found = [b.invoke(name, numbers.type, [numbers, part]) for part in b.cut(four, I8, isa.width)]
+    return b.join([b.bitcast(part, vector(I32, isa.width // 4)) for part in found])
 
 
-def coded_by_comparing(b: ir.IRBuilder, four: ir.Value) -> ir.Value:
+def coded_by_comparing(b: Builder, four: ir.Value) -> ir.Value:
     """Twice a 4-bit float's size is its lower three bits up to 4, then 6, 8 and 12."""
     bytes_of = vector(I8, 4 * LANES)
 
@@ -150,46 +128,17 @@ def coded_by_comparing(b: ir.IRBuilder, four: ir.Value) -> ir.Value:
     return b.bitcast(b.select(negative, b.sub(zero, twice), b.add(zero, twice)), I32V)
 
 
-# In registers of the machine's own width
-
-
-def cut(b: ir.IRBuilder, x: ir.Value, element: ir.Type, width: int) -> list[ir.Value]:
-    """A vector's registers, of ``width`` bytes each, as vectors of ``element``."""
-    lanes = width // 4
-    parts = [
-        pick(b, x, range(first, first + lanes)) if lanes < LANES else x
-        for first in range(0, LANES, lanes)
-    ]
-    return [b.bitcast(part, vector(element, 8 * width // element.width)) for part in parts]
-
-
-def join(b: ir.IRBuilder, parts: list[ir.Value]) -> ir.Value:
-    """Vectors of int32, end to end."""
-    while len(parts) > 1:
-        lanes = 2 * parts[0].type.count
-        order = ir.Constant(vector(I32, lanes), list(range(lanes)))
-        parts = [
-            b.shuffle_vector(low, high, order)
-            for low, high in zip(parts[::2], parts[1::2], strict=True)
-        ]
-    return parts[0]
-
-
-def pick(b: ir.IRBuilder, x: ir.Value, lanes: Sequence[int]) -> ir.Value:
-    return b.shuffle_vector(x, x, ir.Constant(vector(I32, len(lanes)), [*lanes]))
-
-
 # maddubs
 
 MADD_BYTES = {32: "llvm.x86.avx2.pmadd.ub.sw", 64: "llvm.x86.avx512.pmaddubs.w.512"}
 MADD_WORDS = {32: "llvm.x86.avx2.pmadd.wd", 64: "llvm.x86.avx512.pmaddw.d.512"}
 
 
-def madd(b: ir.IRBuilder, names: dict[int, str], x: ir.Value, y: ir.Value) -> ir.Value:
+def madd(b: Builder, names: dict[int, str], x: ir.Value, y: ir.Value) -> ir.Value:
     """Products of neighbours, added by pairs, in elements twice as wide."""
     element, lanes = x.type.element, x.type.count
     wide = vector(ir.IntType(2 * element.width), lanes // 2)
-    return call(b, names[element.width * lanes // 8], wide, [x, y])
+    return b.invoke(names[element.width * lanes // 8], wide, [x, y])
 
 
 def most_in_words(bits: int) -> int:
@@ -200,13 +149,13 @@ def most_in_words(bits: int) -> int:
 def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Added up in 16 bits as long as that is sure to fit, then in 32."""
     b, width = group.b, group.isa.width
-    totals = [cut(b, constant(0), I32, width) for _ in blocks]
+    totals = [b.cut(constant(0), I32, width) for _ in blocks]
     most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
         sums: list[list[ir.Value]] = []
         for q in range(first, min(first + most, which.stop)):
-            codes = cut(b, group.codes(q), I8, width)
-            xs = [splat_bytes(b, offset(b, block, 4 * q), width) for block in blocks]
+            codes = b.cut(group.codes(q), I8, width)
+            xs = [splat_bytes(b, b.offset(block, 4 * q), width) for block in blocks]
             products = [[madd(b, MADD_BYTES, code, x) for code in codes] for x in xs]
             if sums:
                 products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
@@ -216,48 +165,48 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
             add_all(b, total, add_pairs(b, parts))
             for total, parts in zip(totals, sums, strict=True)
         ]
-    return [join(b, total) for total in totals]
+    return [b.join(total) for total in totals]
 
 
 def madd_signed(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
     """Sizes of codes by activations that have taken on their signs: 16 bits hold two products."""
     b, width = group.b, group.isa.width
-    totals = [cut(b, constant(0), I32, width) for _ in blocks]
+    totals = [b.cut(constant(0), I32, width) for _ in blocks]
     for q in which:
-        codes = cut(b, group.codes(q), I8, width)
+        codes = b.cut(group.codes(q), I8, width)
         sizes = [with_sign(b, code, code) for code in codes]
         for row, block in enumerate(blocks):
-            x = splat_bytes(b, offset(b, block, 4 * q), width)
+            x = splat_bytes(b, b.offset(block, 4 * q), width)
             products = [
                 madd(b, MADD_BYTES, size, with_sign(b, x, code))
                 for size, code in zip(sizes, codes, strict=True)
             ]
             totals[row] = add_all(b, totals[row], add_pairs(b, products))
         totals = fence(b, totals)
-    return [join(b, total) for total in totals]
+    return [b.join(total) for total in totals]
 
 
-def with_sign(b: ir.IRBuilder, x: ir.Value, y: ir.Value) -> ir.Value:
+def with_sign(b: Builder, x: ir.Value, y: ir.Value) -> ir.Value:
     """x, negated where y is."""
     if x.type.count == 32:
-        return call(b, "llvm.x86.avx2.psign.b", x.type, [x, y])
+        return b.invoke("llvm.x86.avx2.psign.b", x.type, [x, y])
     zero = ir.Constant(x.type, [0] * x.type.count)
     return b.select(b.icmp_signed("<", y, zero), b.sub(zero, x), x)
 
 
-def add_pairs(b: ir.IRBuilder, parts: list[ir.Value]) -> list[ir.Value]:
+def add_pairs(b: Builder, parts: list[ir.Value]) -> list[ir.Value]:
     """Sums of neighbours of 16 bits, in 32."""
     ones = ir.Constant(parts[0].type, [1] * parts[0].type.count)
     return [madd(b, MADD_WORDS, part, ones) for part in parts]
 
 
-def splat_bytes(b: ir.IRBuilder, address: ir.Value, width: int, element: ir.Type = I8) -> ir.Value:
+def splat_bytes(b: Builder, address: ir.Value, width: int, element: ir.Type = I8) -> ir.Value:
     """Four bytes from memory, again and again through a register."""
-    lanes = splat(b, load_as(b, address, I32, 4), width // 4)
+    lanes = b.splat(b.load_as(address, I32, 4), width // 4)
     return b.bitcast(lanes, vector(element, 8 * width // element.width))
 
 
-def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
+def fence(b: Builder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     """The same sums, all of which are there before anything that comes after is loaded.
 
     Left alone, LLVM takes one row after the other through the whole group, and keeps the codes on
@@ -272,7 +221,7 @@ def fence(b: ir.IRBuilder, rows: list[list[ir.Value]]) -> list[list[ir.Value]]:
     return [[next(news) for _ in row] for row in rows]
 
 
-def add_all(b: ir.IRBuilder, totals: list[ir.Value], parts: list[ir.Value]) -> list[ir.Value]:
+def add_all(b: Builder, totals: list[ir.Value], parts: list[ir.Value]) -> list[ir.Value]:
     return [b.add(total, part) for total, part in zip(totals, parts, strict=True)]
 
 
@@ -290,25 +239,25 @@ def dot_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Val
     """Fours of products straight into 32 bits."""
     b, isa = group.b, group.isa
     name, element = DOT_BYTES[isa.dot, isa.width], I32 if isa.machine == "x86_64" else I8
-    totals = [cut(b, constant(0), I32, isa.width) for _ in blocks]
+    totals = [b.cut(constant(0), I32, isa.width) for _ in blocks]
     for q in which:
-        codes = cut(b, group.codes(q), element, isa.width)
+        codes = b.cut(group.codes(q), element, isa.width)
         for row, block in enumerate(blocks):
             x = same_bytes(b, block, q, isa, element)
             totals[row] = [
-                call(b, name, total.type, [total, part, x])
+                b.invoke(name, total.type, [total, part, x])
                 for total, part in zip(totals[row], codes, strict=True)
             ]
-    return [join(b, total) for total in totals]
+    return [b.join(total) for total in totals]
 
 
-def same_bytes(b: ir.IRBuilder, block: ir.Value, q: int, isa: Isa, element: ir.Type) -> ir.Value:
+def same_bytes(b: Builder, block: ir.Value, q: int, isa: Isa, element: ir.Type) -> ir.Value:
     """The q-th four bytes of a row's group, again and again through a register. On Arm, a product
     takes them out of a register that holds the next ones too."""
     if isa.machine == "x86_64":
-        return splat_bytes(b, offset(b, block, 4 * q), isa.width, element)
-    fours = load_as(b, offset(b, block, q // 4 * 16), vector(I32, 4), 16)
-    return b.bitcast(pick(b, fours, [q % 4] * 4), vector(element, 16))
+        return splat_bytes(b, b.offset(block, 4 * q), isa.width, element)
+    fours = b.load_as(b.offset(block, q // 4 * 16), vector(I32, 4), 16)
+    return b.bitcast(b.pick(fours, [q % 4] * 4), vector(element, 16))
 
 
 def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
@@ -318,6 +267,6 @@ def plain(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
         for j in range(4):
             code = b.and_(b.lshr(group.codes(q), constant(8 * j)), constant(255))
             for row, block in enumerate(blocks):
-                x = b.sext(load_as(b, offset(b, block, 4 * q + j), I8, 1), I32)
-                totals[row] = b.add(totals[row], b.mul(code, splat(b, x)))
+                x = b.sext(b.load_as(b.offset(block, 4 * q + j), I8, 1), I32)
+                totals[row] = b.add(totals[row], b.mul(code, b.splat(x)))
     return totals

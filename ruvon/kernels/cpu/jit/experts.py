@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 
 from ruvon.kernels.cpu.arguments import Combine, Dispatch, Experts, Route, Sort
-from ruvon.kernels.cpu.formats import ROWS
+from ruvon.kernels.cpu.formats import ROWS, TileFormat
+from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.linear import make_product, two_of_next
 from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
@@ -197,7 +198,7 @@ def tiles_of(a, item, unit_bytes):
     return a.product.weight.tiles + expert * a.expert_tiles + column * unit_bytes
 
 
-def make_experts(kind, isa):
+def make_experts(kind: TileFormat, isa: Isa):
     """The product of experts with weights of this format."""
     multiply_rows = make_product(kind, isa)
 

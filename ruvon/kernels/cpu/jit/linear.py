@@ -7,8 +7,8 @@ within a panel stay in the second-level cache while one unit after another strea
 from __future__ import annotations
 
 from ruvon.kernels.cpu.arguments import Attention, Linear
-from ruvon.kernels.cpu.formats import FORMATS, ROWS, Form
-from ruvon.kernels.cpu.isa import ISAS
+from ruvon.kernels.cpu.formats import ROWS, Form, TileFormat
+from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.rows import activate16, gated, is_packed, write_row
 from ruvon.kernels.cpu.jit.simd import (
     arguments,
@@ -19,7 +19,7 @@ from ruvon.kernels.cpu.jit.simd import (
     read_i64,
     write_i64,
 )
-from ruvon.kernels.cpu.jit.tiles import multiply_tile
+from ruvon.kernels.cpu.jit.tiles import make_multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import (
     CACHE_BLOCK,
@@ -106,10 +106,10 @@ def is_plain(a):
     return a.bias == 0 and a.activation == NONE and not is_packed(a.out)
 
 
-def make_product(kind, isa):
+def make_product(kind: TileFormat, isa: Isa):
     """The function that multiplies some rows by the tiles of a unit with weights of this format."""
-    most, unpacked = ISAS[isa].rows, FORMATS[kind].form == Form.ROWS
-    group_bytes = FORMATS[kind].form.group_bytes
+    most, unpacked, group_bytes = isa.rows, kind.form == Form.ROWS, kind.form.group_bytes
+    multiply_tile = make_multiply_tile(isa, kind)
 
     @helper
     def row_at(a, row):
@@ -126,7 +126,7 @@ def make_product(kind, isa):
             if row > 0:
                 fetch_cache(scratch)
             x, to, count = row_at(a, first + row), out + row * out_stride, min(most, rows - row)
-            multiply_tile(isa, kind, w, x, stride, steps, to, out_stride, count, fetch)
+            multiply_tile(w, x, stride, steps, to, out_stride, count, fetch)
             fetch = w
 
     @helper
@@ -149,7 +149,7 @@ def make_product(kind, isa):
     return multiply_rows
 
 
-def make_linear(kind, isa):
+def make_linear(kind: TileFormat, isa: Isa):
     """The product with weights of this format."""
     multiply_rows = make_product(kind, isa)
 

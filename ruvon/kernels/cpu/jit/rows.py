@@ -13,7 +13,7 @@ from ruvon.kernels.cpu.arguments import (
     Gate,
     Norm,
 )
-from ruvon.kernels.cpu.formats import BF16_CACHE, ROWS, Form
+from ruvon.kernels.cpu.formats import ROWS, Form
 from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
@@ -24,12 +24,12 @@ from ruvon.kernels.cpu.jit.simd import (
     keep_first,
     larger,
     load,
+    make_store,
     max_lanes,
     read_f32,
     read_i32,
     splat16,
     store,
-    store_lanes,
     sum_lanes,
     write_i64,
 )
@@ -37,6 +37,7 @@ from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
 
 INT8_BYTES, BF16_BYTES = Form.INT8.group_bytes, Form.BF16.group_bytes
+store_bf16 = make_store("bf16")
 
 # Packing
 
@@ -54,8 +55,8 @@ def write_packs(out, row, group, a, b):
     if out.int8 != 0:
         quantize(a, b, out.int8 + block * INT8_BYTES)
     if out.bf16 != 0:
-        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES, a)
-        store_lanes(BF16_CACHE, out.bf16 + block * BF16_BYTES + 32, b)
+        store_bf16(out.bf16 + block * BF16_BYTES, a)
+        store_bf16(out.bf16 + block * BF16_BYTES + 32, b)
 
 
 @helper

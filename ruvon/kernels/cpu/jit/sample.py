@@ -18,12 +18,9 @@ from llvmlite import ir
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken
+from ruvon.kernels.cpu.jit.llvm import F32, F64, I32, I64, Builder, number
 from ruvon.kernels.cpu.jit.rows import first_in_row, largest
 from ruvon.kernels.cpu.jit.simd import (
-    F32,
-    F64,
-    I32,
-    I64,
     V,
     any_within,
     arguments,
@@ -33,7 +30,6 @@ from ruvon.kernels.cpu.jit.simd import (
     larger,
     load,
     max_lanes,
-    number,
     operation,
     read_f32,
     read_f64,
@@ -59,17 +55,17 @@ PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 # Vectors and bits
 
 
-def flip_negative(b: ir.IRBuilder, bits: ir.Value) -> ir.Value:
+def flip_negative(b: Builder, bits: ir.Value) -> ir.Value:
     """Between a float's bits, as a signed integer, and an integer of the same order."""
     return b.select(b.icmp_signed("<", bits, number(0)), b.xor(bits, number(0x7FFFFFFF)), bits)
 
 
-def emit_order(b: ir.IRBuilder, x: ir.Value) -> ir.Value:
+def emit_order(b: Builder, x: ir.Value) -> ir.Value:
     x = b.fadd(x, ir.Constant(F32, 0.0))  # which makes -0 a 0
     return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
 
 
-def emit_float(b: ir.IRBuilder, order: ir.Value) -> ir.Value:
+def emit_float(b: Builder, order: ir.Value) -> ir.Value:
     bits = flip_negative(b, b.sub(order, number(1 << 31)))
     return b.bitcast(b.trunc(bits, I32), F32)
 
@@ -83,14 +79,14 @@ order_of = operation(emit_order, types.float32, result=types.intp)
 float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
 
 
-def wide_product(b: ir.IRBuilder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
+def wide_product(b: Builder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
     """The upper and lower 64 bits of an unsigned product."""
     wide = ir.IntType(128)
     product = b.mul(b.zext(x, wide), ir.Constant(wide, factor))
     return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
 
 
-def emit_uniform(b: ir.IRBuilder, seed: ir.Value, position: ir.Value) -> ir.Value:
+def emit_uniform(b: Builder, seed: ir.Value, position: ir.Value) -> ir.Value:
     words = [b.add(position, number(1)), number(0), number(0), number(0)]
     keys = [seed, number(0)]
     for _ in range(10):

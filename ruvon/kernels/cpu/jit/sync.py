@@ -14,16 +14,8 @@ from typing import Any
 from llvmlite import ir
 from numba import types
 
-from ruvon.kernels.cpu.jit.simd import (
-    I32,
-    I64,
-    call,
-    load_as,
-    number,
-    offset,
-    operation,
-    pointer,
-)
+from ruvon.kernels.cpu.jit.llvm import I32, I64, Builder, number
+from ruvon.kernels.cpu.jit.simd import operation
 from ruvon.kernels.cpu.jit.translate import helper
 
 SPINS = 2000  # of some 20 ns, before a waiting thread gives way at each further turn
@@ -35,7 +27,7 @@ def atomic(name: str) -> Any:
     """Atomically changes what is at an address, in order with all reads and writes before and
     after; returns the old."""
     return operation(
-        lambda b, at, value: b.atomic_rmw(name, pointer(b, at, I64), value, "seq_cst"),
+        lambda b, at, value: b.atomic_rmw(name, b.pointer(at, I64), value, "seq_cst"),
         types.intp,
         types.intp,
         result=types.intp,
@@ -45,8 +37,8 @@ def atomic(name: str) -> Any:
 fetch_add, exchange = atomic("add"), atomic("xchg")
 
 
-def emit_replace(b: ir.IRBuilder, address: ir.Value, old: ir.Value, new: ir.Value) -> ir.Value:
-    at = pointer(b, address, I64)
+def emit_replace(b: Builder, address: ir.Value, old: ir.Value, new: ir.Value) -> ir.Value:
+    at = b.pointer(address, I64)
     return b.extract_value(b.cmpxchg(at, old, new, "seq_cst", "seq_cst"), 1)
 
 
@@ -56,38 +48,38 @@ replace_if = operation(emit_replace, types.intp, types.intp, types.intp, result=
 # What is read afterwards is at least as new; what was added or exchanged before is seen by others
 # before this reads. On Arm, "acquire" would not say so.
 read_atomic = operation(
-    lambda b, at: b.load_atomic(pointer(b, at, I64), "seq_cst", 8), types.intp, result=types.intp
+    lambda b, at: b.load_atomic(b.pointer(at, I64), "seq_cst", 8), types.intp, result=types.intp
 )
 
 # What was read before is not newer than what is read afterwards. x86 never reads in another order.
 finish_reads = operation(lambda b: b.fence("acquire"), result=types.void)
 
 
-def emit_pause(b: ir.IRBuilder) -> None:
+def emit_pause(b: Builder) -> None:
     machine = platform.machine()
     if machine in ("x86_64", "AMD64"):
-        call(b, "llvm.x86.sse2.pause", ir.VoidType(), [])
+        b.invoke("llvm.x86.sse2.pause", ir.VoidType(), [])
     elif machine in ("aarch64", "arm64"):
-        call(b, "llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
+        b.invoke("llvm.aarch64.hint", ir.VoidType(), [ir.Constant(I32, 1)])
 
 
-def emit_give_way(b: ir.IRBuilder) -> None:
-    call(b, "sched_yield", I32, [])
+def emit_give_way(b: Builder) -> None:
+    b.invoke("sched_yield", I32, [])
 
 
-def emit_clock(b: ir.IRBuilder, buffer: ir.Value) -> ir.Value:
-    call(b, "clock_gettime", I32, [ir.Constant(I32, time.CLOCK_MONOTONIC), buffer])
-    seconds = load_as(b, buffer, I64, 8)
-    return b.add(b.mul(seconds, number(10**9)), load_as(b, offset(b, buffer, 8), I64, 8))
+def emit_clock(b: Builder, buffer: ir.Value) -> ir.Value:
+    b.invoke("clock_gettime", I32, [ir.Constant(I32, time.CLOCK_MONOTONIC), buffer])
+    seconds = b.load_as(buffer, I64, 8)
+    return b.add(b.mul(seconds, number(10**9)), b.load_as(b.offset(buffer, 8), I64, 8))
 
 
-def emit_futex(b: ir.IRBuilder, address: ir.Value, action: ir.Value, value: ir.Value) -> None:
+def emit_futex(b: Builder, address: ir.Value, action: ir.Value, value: ir.Value) -> None:
     if FUTEX:
         arguments = [number(FUTEX), address, action, value, number(0), number(0), number(0)]
-        call(b, "syscall", I64, arguments)
+        b.invoke("syscall", I64, arguments)
     else:
         waits = b.icmp_signed("==", action, number(FUTEX_WAIT))
-        call(b, "usleep", I32, [b.select(waits, ir.Constant(I32, 1000), ir.Constant(I32, 0))])
+        b.invoke("usleep", I32, [b.select(waits, ir.Constant(I32, 1000), ir.Constant(I32, 0))])
 
 
 pause = operation(emit_pause, result=types.void)  # tells the core that this is a spin loop

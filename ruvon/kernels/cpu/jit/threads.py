@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
 from ruvon.kernels.cpu import thread_pool as pool
 from ruvon.kernels.cpu.arguments import INSTRUCTION_BYTES, Header
-from ruvon.kernels.cpu.jit.simd import I64, arguments, define, get, prefetch, read_i64, write_i64
+from ruvon.kernels.cpu.jit.llvm import I64, Builder
+from ruvon.kernels.cpu.jit.simd import arguments, get, operation, prefetch, read_i64, write_i64
 from ruvon.kernels.cpu.jit.sync import (
     EVERYBODY,
     FUTEX_WAIT,
@@ -55,15 +55,12 @@ OFFER_EVERY = 1_000_000  # nanoseconds; less than a time slice of the operating 
 HEADER_BYTES = 8 * len(Header._fields)
 
 
-@intrinsic
-def call_kernel(typing, kernel, arguments, params, start, stop, scratch):
-    """Call the C function at an address."""
+def emit_call(b: Builder, kernel: ir.Value, *arguments: ir.Value) -> None:
+    b.call(b.pointer(kernel, ir.FunctionType(ir.VoidType(), [I64] * len(arguments))), arguments)
 
-    def emit(b, kernel, *arguments):
-        kind = ir.FunctionType(ir.VoidType(), [I64] * 5)
-        b.call(b.inttoptr(kernel, kind.as_pointer()), arguments)
 
-    return define(types.void, (types.intp,) * 6, emit)
+# (kernel, arguments, params, start, stop, scratch): call the C function at an address
+call_kernel = operation(emit_call, *(types.intp,) * 6, result=types.void)
 
 
 @helper

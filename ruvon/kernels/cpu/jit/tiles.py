@@ -16,15 +16,15 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 from llvmlite import ir
 from numba import types
-from numba.extending import intrinsic
 
-from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
-from ruvon.kernels.cpu.isa import ISAS, Isa
+from ruvon.kernels.cpu.formats import GROUP, LANES, ROWS, SCALE, SUPER, Form, TileFormat
+from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.dots import Group, code_sum, group_sums
-from ruvon.kernels.cpu.jit.simd import (
+from ruvon.kernels.cpu.jit.llvm import (
     BF16,
     F16,
     F32,
@@ -34,66 +34,31 @@ from ruvon.kernels.cpu.jit.simd import (
     I32,
     I32V,
     I64,
-    broadcast,
-    call,
-    define,
-    emit_prefetch,
-    f32x16,
-    fused,
-    load_as,
+    Builder,
     number,
-    offset,
-    outlined,
-    store_as,
     vector,
-    widen,
-    with_exponent,
 )
+from ruvon.kernels.cpu.jit.simd import operation
 
 Scales = Callable[[], list[ir.Value]]  # loads them when it is called first
 PAIRS = vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
 
-def counted_loop(
-    b: ir.IRBuilder,
-    count: ir.Value,
-    start: list[ir.Value],
-    body: Callable[[ir.Value, list[ir.Value]], list[ir.Value]],
-) -> list[ir.Value]:
-    """``count`` (at least 1) turns of ``body``, which maps the number of the turn and the carried
-    values to their next."""
-    before, loop, after = b.block, b.append_basic_block("loop"), b.append_basic_block("after")
-    b.branch(loop)
-    b.position_at_end(loop)
-    turn = b.phi(I64)
-    turn.add_incoming(number(0), before)
-    carried = [b.phi(value.type) for value in start]
-    for phi, value in zip(carried, start, strict=True):
-        phi.add_incoming(value, before)
-    following = body(turn, carried)
-    next_turn = b.add(turn, number(1))
-    for phi, value in zip((turn, *carried), (next_turn, *following), strict=True):
-        phi.add_incoming(value, b.block)
-    b.cbranch(b.icmp_signed("<", next_turn, count), loop, after)
-    b.position_at_end(after)
-    return following
-
-
-def load_scales(b: ir.IRBuilder, kind: TileFormat, s: ir.Value, over: ir.Value) -> list[ir.Value]:
+def load_scales(b: Builder, kind: TileFormat, s: ir.Value, over: ir.Value) -> list[ir.Value]:
     """The scales of one group (two if halves), then its offsets if there are any. What multiplies
     them, if something does, is at ``over``: products of such numbers are exact."""
-    places = [offset(b, s, i * kind.table_bytes) for i in range(kind.tables)]
+    places = [b.offset(s, i * kind.table_bytes) for i in range(kind.tables)]
     if kind.scales == "e8m0":
-        return [with_exponent(b, b.zext(load_as(b, places[0], vector(I8), 16), I32V))]
+        return [b.with_exponent(b.zext(b.load_as(places[0], vector(I8), 16), I32V))]
     if kind.scales != "two":
         element = vector(F32 if kind.scales == "f32" else F16)
-        return [widen(b, load_as(b, place, element, 32)) for place in places]
+        return [b.widen(b.load_as(place, element, 32)) for place in places]
     by = [
-        widen(b, load_as(b, offset(b, over, at), vector(F16), 32))
+        b.widen(b.load_as(b.offset(over, at), vector(F16), 32))
         for at in range(0, kind.super_bytes, 2 * LANES)
     ]
-    small = (b.sext(load_as(b, place, vector(I8), 16), I32V) for place in places)
+    small = (b.sext(b.load_as(place, vector(I8), 16), I32V) for place in places)
     return [
         b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
         for number, x in enumerate(small)
@@ -112,8 +77,8 @@ def quantized_step(
         sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
             products = group_products(group, blocks, scales, part)
-            by = [broadcast(b, offset(b, block, SCALE), F32) for block in blocks]
-            sums = [fused(b, *args) for args in zip(products, by, sums, strict=True)]
+            by = [b.broadcast(b.offset(block, SCALE), F32) for block in blocks]
+            sums = [b.fused(*args) for args in zip(products, by, sums, strict=True)]
         following += sums
     return following
 
@@ -129,7 +94,7 @@ def group_products(
         return products
     shift = scales()[kind.scales_per_group + part]
     return [
-        fused(b, shift, code_sum(group, block, part), product)
+        b.fused(shift, code_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
     ]
 
@@ -137,17 +102,13 @@ def group_products(
 DENSE = {"f32": vector(F32), "f16": vector(F16), "bf16": vector(I16)}  # as they are in memory
 
 
-@intrinsic(prefer_literal=True)
-def load_dense(typing, kind, address):
-    """Sixteen numbers of a dense tile."""
-    element = DENSE[FORMATS[kind.literal_value].storage]
-    return define(
-        f32x16, (kind, types.intp), lambda b, _, address: widen(b, load_as(b, address, element, 2))
-    )
+def make_load(storage: str) -> Any:
+    """The function that loads sixteen numbers of a dense tile as floats."""
+    return operation(lambda b, at: b.widen(b.load_as(at, DENSE[storage], 2)), types.intp)
 
 
 def dense_step(
-    b: ir.IRBuilder,
+    b: Builder,
     tiles: list[ir.Value],
     x_rows: list[ir.Value],
     sums: list[ir.Value],
@@ -157,32 +118,32 @@ def dense_step(
 
     ``sums`` is row by row, a row's tiles side by side.
     """
-    weights = [widen(b, load_as(b, tile, DENSE[storage], 32)) for tile in tiles]
-    numbers = [broadcast(b, x, F32) for x in x_rows]
+    weights = [b.widen(b.load_as(tile, DENSE[storage], 32)) for tile in tiles]
+    numbers = [b.broadcast(x, F32) for x in x_rows]
     pairs = [(weight, x) for x in numbers for weight in weights]
-    return [fused(b, weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
+    return [b.fused(weight, x, total) for (weight, x), total in zip(pairs, sums, strict=True)]
 
 
 PAIRS_LATENCY = 6  # cycles until the sums of `dot_pairs` can be added to
 
 
-def dot_pairs(b: ir.IRBuilder, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
+def dot_pairs(b: Builder, sums: ir.Value, w: ir.Value, x: ir.Value) -> ir.Value:
     """Add to each float32 lane the two products of its bfloat16 pairs. Subnormals count as zero."""
-    return call(b, "llvm.x86.avx512bf16.dpbf16ps.512", F32V, [sums, w, b.bitcast(x, PAIRS)])
+    return b.invoke("llvm.x86.avx512bf16.dpbf16ps.512", F32V, [sums, w, b.bitcast(x, PAIRS)])
 
 
 def pairs_step(
-    b: ir.IRBuilder, w: ir.Value, x_rows: list[ir.Value], outs: list[ir.Value]
+    b: Builder, w: ir.Value, x_rows: list[ir.Value], outs: list[ir.Value]
 ) -> list[ir.Value]:
     """One group of k for all rows."""
     for q in range(GROUP // 2):
-        weights = load_as(b, offset(b, w, 64 * q), PAIRS, 64)
-        numbers = [broadcast(b, offset(b, x, 4 * q), I32) for x in x_rows]
+        weights = b.load_as(b.offset(w, 64 * q), PAIRS, 64)
+        numbers = [b.broadcast(b.offset(x, 4 * q), I32) for x in x_rows]
         outs = [dot_pairs(b, out, weights, x) for out, x in zip(outs, numbers, strict=True)]
     return outs
 
 
-def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileFormat, rows: int) -> None:
+def emit_fetch(b: Builder, address: ir.Value, kind: TileFormat, rows: int) -> None:
     """Ask for a step's worth of what will be multiplied after this tile. What the hardware fetches
     by itself ends at each 4 KB; this doubles what one row's product gets out of memory, into the
     second-level cache: the first has too few requests in flight.
@@ -192,11 +153,11 @@ def emit_fetch(b: ir.IRBuilder, address: ir.Value, kind: TileFormat, rows: int) 
     """
     size = kind.step_bytes + kind.group_scale_bytes
     for line in range(0, size, 256 if kind.pairs and rows <= PAIRS_LATENCY else 64):
-        emit_prefetch(b, offset(b, address, line))
+        b.prefetch(b.offset(address, line))
 
 
 def emit_product(
-    b: ir.IRBuilder,
+    b: Builder,
     isa: Isa,
     kind: TileFormat,
     places: list[ir.Value],
@@ -224,63 +185,46 @@ def emit_product(
         else:
             outs = dense_step(b, [w], rows, outs, kind.storage)
         moves = {w: kind.step_bytes, s: kind.group_scale_bytes, x: x_step, fetch: ahead}
-        return [*(offset(b, at, by) for at, by in moves.items()), *outs]
+        return [*(b.offset(at, by) for at, by in moves.items()), *outs]
 
     start = [w, tables, number(0), fetch, *[ZEROS] * len(places)]
-    _, _, _, _, *outs = counted_loop(b, steps, start, body)
+    _, _, _, _, *outs = b.counted_loop(steps, start, body)
     for place, value in zip(places, outs, strict=True):
-        store_as(b, place, value, 4)
+        b.store_as(place, value, 4)
 
 
-def for_each_count(b: ir.IRBuilder, rows: ir.Value, most: int, emit: Callable[[int], None]) -> None:
-    """A copy of the code for each number of rows from 1 to ``most``, and a jump to the right
-    one."""
-    done = b.append_basic_block("done")
-    switch = b.switch(rows, done)
-    for count in range(1, most + 1):
-        case = b.append_basic_block(f"rows{count}")
-        switch.add_case(number(count), case)
-        b.position_at_end(case)
-        emit(count)
-        b.branch(done)
-    b.position_at_end(done)
+def make_multiply_tile(isa: Isa, kind: TileFormat) -> Any:
+    """The function that multiplies some rows of activations, 1 to as many as the instruction set
+    takes at once, by one tile of weights.
 
-
-@intrinsic(prefer_literal=True)
-def multiply_tile(typing, isa, kind, w, x, x_stride, steps, out, out_stride, rows, fetch):
-    """``rows`` (1 to as many as the instruction set takes) rows of activations by one tile of
-    weights.
-
-    ``isa`` and ``kind`` index `ISAS` and `FORMATS` and are constants of the kernel. Strides are in
-    bytes; packed rows have their own. From ``fetch`` on, as many bytes as the tile has are brought
-    into the cache meanwhile.
+    Strides are in bytes; packed rows have their own. From ``fetch`` on, as many bytes as the tile
+    has are brought into the cache meanwhile.
     """
-    chosen, tile = ISAS[isa.literal_value], FORMATS[kind.literal_value]
 
     def body(b, w, x, x_stride, steps, out, out_stride, rows, fetch):
-        if tile.form != Form.ROWS:
-            x_stride = number(tile.form.group_bytes)
+        if kind.form != Form.ROWS:
+            x_stride = number(kind.form.group_bytes)
 
         def of(count):
             x_rows, places = (
                 [b.add(first, b.mul(stride, number(row))) for row in range(count)]
                 for first, stride in ((x, x_stride), (out, out_stride))
             )
-            emit_product(b, chosen, tile, places, w, x_rows, steps, fetch)
+            emit_product(b, isa, kind, places, w, x_rows, steps, fetch)
 
-        for_each_count(b, rows, chosen.rows, of)
+        b.for_each_count(rows, isa.rows, of)
 
-    def emit(b, _isa, _kind, *arguments):
-        outlined(b, f"tile_{kind.literal_value}", [*arguments], body)
+    def emit(b, *arguments):
+        b.outlined("multiply_tile", [*arguments], body)
 
-    return define(types.void, (isa, kind, *(types.intp,) * 8), emit)
+    return operation(emit, *(types.intp,) * 8, result=types.void)
 
 
 TILES = 4  # tiles that attention multiplies at once
 
 
 def emit_attend(
-    b: ir.IRBuilder,
+    b: Builder,
     storage: str,
     tiles: list[ir.Value],
     x_rows: list[ir.Value],
@@ -295,12 +239,12 @@ def emit_attend(
         at, *rest = carried
         here, sums = rest[: len(tiles)], rest[len(tiles) :]
         sums = dense_step(b, here, [b.add(row, at) for row in x_rows], sums, storage)
-        return [offset(b, at, 4), *(offset(b, tile, element_bytes) for tile in here), *sums]
+        return [b.offset(at, 4), *(b.offset(tile, element_bytes) for tile in here), *sums]
 
-    start = [ZEROS if fresh else load_as(b, place, F32V, 4) for place in places]
-    after = counted_loop(b, steps, [number(0), *tiles, *start], body)
+    start = [ZEROS if fresh else b.load_as(place, F32V, 4) for place in places]
+    after = b.counted_loop(steps, [number(0), *tiles, *start], body)
     for place, value in zip(places, after[1 + len(tiles) :], strict=True):
-        store_as(b, place, value, 4)
+        b.store_as(place, value, 4)
 
 
 def tiles_at_once(isa: Isa, rows: int) -> int:
@@ -309,33 +253,29 @@ def tiles_at_once(isa: Isa, rows: int) -> int:
     return next(n for n in (4, 2, 1) if rows * n <= most or n == 1)
 
 
-@intrinsic(prefer_literal=True)
-def attend_tiles(typing, isa, kind, fresh, x_stride, out_stride, addresses, x, steps, out, rows):
-    """out[row, 16 * t : 16 * t + 16] = or += sum over k of x[row, k] * tile t[k], for attention.
+def make_attend_tiles(isa: Isa, storage: str, fresh: bool, x_stride: int, out_stride: int) -> Any:
+    """The function that attention multiplies `TILES` tiles with, at ``addresses`` in memory:
+    out[row, 16 * t : 16 * t + 16] = or += sum over k of x[row, k] * tile t[k].
 
-    ``addresses`` points at those of `TILES` tiles. Here x is plain float32, a row every
-    ``x_stride`` bytes. Instruction set, kind, ``fresh`` (start from zero, not from out) and strides
-    are constants of the kernel.
+    Here x is plain float32. Strides are in bytes; ``fresh`` starts from zero, not from out.
     """
-    chosen, storage = ISAS[isa.literal_value], FORMATS[kind.literal_value].storage
-    x_bytes, out_bytes, new = (c.literal_value for c in (x_stride, out_stride, fresh))
 
     def body(b, addresses, x, steps, out, rows):
-        tiles = [load_as(b, offset(b, addresses, 8 * t), I64, 8) for t in range(TILES)]
+        tiles = [b.load_as(b.offset(addresses, 8 * t), I64, 8) for t in range(TILES)]
 
         def of(count):
-            x_rows = [offset(b, x, x_bytes * row) for row in range(count)]
-            at_once = tiles_at_once(chosen, count)
+            x_rows = [b.offset(x, x_stride * row) for row in range(count)]
+            at_once = tiles_at_once(isa, count)
             for first in range(0, TILES, at_once):
                 some = range(first, first + at_once)
                 places = [
-                    offset(b, out, out_bytes * row + 64 * t) for row in range(count) for t in some
+                    b.offset(out, out_stride * row + 64 * t) for row in range(count) for t in some
                 ]
-                emit_attend(b, storage, tiles[first : some.stop], x_rows, steps, places, bool(new))
+                emit_attend(b, storage, tiles[first : some.stop], x_rows, steps, places, fresh)
 
-        for_each_count(b, rows, chosen.rows, of)
+        b.for_each_count(rows, isa.rows, of)
 
-    def emit(b, _i, _k, _f, _x, _o, *arguments):
-        outlined(b, f"attend_{storage}_{x_bytes}_{out_bytes}_{new}", [*arguments], body)
+    def emit(b, *arguments):
+        b.outlined(f"attend_{storage}_{'new' if fresh else 'on'}", [*arguments], body)
 
-    return define(types.void, (isa, kind, fresh, x_stride, out_stride, *(types.intp,) * 5), emit)
+    return operation(emit, *(types.intp,) * 5, result=types.void)
