@@ -17,6 +17,7 @@ from ruvon.kernels.cpu.jit import (
     attention,
     embed,
     experts,
+    largest,
     linear,
     rows,
     sample,
@@ -36,7 +37,7 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "sort": (experts.sort, KERNEL),
     "dispatch": (experts.dispatch, KERNEL),
     "combine": (experts.combine, KERNEL),
-    "argmax": (rows.argmax, KERNEL),
+    "argmax": (largest.argmax, KERNEL),
     "sample": (sample.sample, KERNEL),
 }
 FACTORIES: dict[str, Callable[[TileFormat, Isa], Callable[..., None]]] = {

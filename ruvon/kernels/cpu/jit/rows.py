@@ -8,7 +8,6 @@ from __future__ import annotations
 import numpy as np
 
 from ruvon.kernels.cpu.arguments import (
-    Argmax,
     Copy,
     Gate,
     Norm,
@@ -17,7 +16,6 @@ from ruvon.kernels.cpu.formats import ROWS, Form
 from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
     absolute,
-    any_within,
     arguments,
     exp16,
     fma,
@@ -25,13 +23,10 @@ from ruvon.kernels.cpu.jit.simd import (
     larger,
     load,
     make_store,
-    max_lanes,
-    read_f32,
     read_i32,
     splat16,
     store,
     sum_lanes,
-    write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
@@ -198,52 +193,3 @@ def gate(address, params, start, stop, scratch):
         for c in range(0, a.width, 16):
             value = gated(load(x + 4 * c), load(x + 4 * (a.width + c)), a.activation)
             store(out + 4 * c, keep_first(value, a.width - c, zeros))
-
-
-# The largest
-
-
-@helper
-def first_in_row(x, width, wanted):
-    """Where a row first has this number, or a NaN if that is what is wanted."""
-    at, sought = 0, splat16(wanted)
-    if wanted == wanted:
-        while at + 16 <= width and not any_within(load(x + 4 * at), sought, sought):
-            at += 16
-    while at < width - 1:
-        value = read_f32(x + 4 * at)
-        if value == wanted or (wanted != wanted and value != value):
-            return at
-        at += 1
-    return at
-
-
-def argmax(address, params, start, stop, scratch):
-    """Where each row is largest, the first place if there are several, as int64. A NaN counts as
-    larger than any number, as in numpy."""
-    a = arguments(Argmax, address)
-    for row in range(start, stop):
-        x = a.x + row * a.stride
-        write_i64(a.out + 8 * row, first_in_row(x, a.width, largest(x, a.width)))
-
-
-@helper
-def largest(x, width):
-    """The largest number, or NaN if there is one."""
-    zeros, whole = splat16(0.0), width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
-    for at in range(0, whole, 16):
-        value = load(x + 4 * at)
-        best = larger(best, value)
-        nothing = fma(value, zeros, nothing)
-    found = max_lanes(best)
-    if sum_lanes(nothing) != 0:  # a NaN or an infinity
-        for at in range(width):
-            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
-    return found
-
-
-@helper
-def max_or_nan(x, y):
-    return y if y != y or y > x else x

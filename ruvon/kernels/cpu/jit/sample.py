@@ -1,12 +1,8 @@
 """The kernel that samples tokens. What it computes is told by `ruvon.engine.sampler`, in numpy.
 
 A unit of work is a *workspace*, which serves every so many rows one after the other: a row's
-weights, V floats, stay in the cache of whoever works on it. Nothing is sorted. A filter's threshold
-is found digit by digit (`find_cut`): sum up what falls in each bin of 2048, walk down from the top
-to the bin where the goal is reached, and look at that bin alone, twice more. Most of a vocabulary
-cannot matter and is passed over sixteen at a time.
-
-All sums have one order, so a row's token depends on that row alone.
+weights, V floats, stay in the cache of whoever works on it. All sums have one order, so a row's
+token depends on that row alone.
 """
 
 from __future__ import annotations
@@ -18,21 +14,24 @@ from llvmlite import ir
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken
-from ruvon.kernels.cpu.jit.llvm import F32, F64, I32, I64, Builder, number
-from ruvon.kernels.cpu.jit.rows import first_in_row, largest
+from ruvon.kernels.cpu.jit.largest import (
+    cut_of_largest,
+    drop_ties,
+    find_cut,
+    first_in_row,
+    largest,
+    list_largest,
+    where_at_least,
+)
+from ruvon.kernels.cpu.jit.llvm import F64, I64, Builder, number
 from ruvon.kernels.cpu.jit.simd import (
-    V,
-    any_within,
     arguments,
     exp16,
     get,
     keep_first,
-    larger,
     load,
-    max_lanes,
     operation,
     read_f32,
-    read_f64,
     read_i8,
     read_i32,
     splat16,
@@ -41,162 +40,12 @@ from ruvon.kernels.cpu.jit.simd import (
     write_f32,
     write_f64,
     write_i8,
-    write_i32,
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT, TILE, Param
 
-BINS, BIN_BITS = 0, 11  # in scratch: 2048 float64
 RANK, NORM = map(SampledToken._fields.index, ("rank", "norm"))  # behind the token
-PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
-
-
-# Vectors and bits
-
-
-def flip_negative(b: Builder, bits: ir.Value) -> ir.Value:
-    """Between a float's bits, as a signed integer, and an integer of the same order."""
-    return b.select(b.icmp_signed("<", bits, number(0)), b.xor(bits, number(0x7FFFFFFF)), bits)
-
-
-def emit_order(b: Builder, x: ir.Value) -> ir.Value:
-    x = b.fadd(x, ir.Constant(F32, 0.0))  # which makes -0 a 0
-    return b.add(flip_negative(b, b.sext(b.bitcast(x, I32), I64)), number(1 << 31))
-
-
-def emit_float(b: Builder, order: ir.Value) -> ir.Value:
-    bits = flip_negative(b, b.sub(order, number(1 << 31)))
-    return b.bitcast(b.trunc(bits, I32), F32)
-
-
-# (x, cut, kept, other): lanes of ``kept`` where x reaches ``cut``, the rest of ``other``
-where_at_least = operation(
-    lambda b, x, cut, kept, other: b.select(b.fcmp_ordered(">=", x, cut), kept, other), V, V, V, V
-)
-# An integer from 0 to below 2 ** 32, larger for larger floats; equal ones have the same
-order_of = operation(emit_order, types.float32, result=types.intp)
-float_at = operation(emit_float, types.intp, result=types.float32)  # of an order
-
-
-def wide_product(b: Builder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
-    """The upper and lower 64 bits of an unsigned product."""
-    wide = ir.IntType(128)
-    product = b.mul(b.zext(x, wide), ir.Constant(wide, factor))
-    return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
-
-
-def emit_uniform(b: Builder, seed: ir.Value, position: ir.Value) -> ir.Value:
-    words = [b.add(position, number(1)), number(0), number(0), number(0)]
-    keys = [seed, number(0)]
-    for _ in range(10):
-        high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
-        other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
-        words = [
-            b.xor(b.xor(other_high, words[1]), keys[0]),
-            other_low,
-            b.xor(b.xor(high, words[3]), keys[1]),
-            low,
-        ]
-        steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
-        keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
-    bits = b.lshr(words[0], number(16))
-    return b.fmul(b.uitofp(bits, F64), ir.Constant(F64, 2.0**-48))
-
-
-# A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
-# numpy counts one on before it draws
-uniform = operation(emit_uniform, types.intp, types.intp, result=types.float64)
-
-
-# Thresholds
-
-
-@helper
-def fill_bins(x, width, low, high, above, shift, by_mass, bins):
-    """Sum up those from ``low`` to ``high`` that begin with the digits ``above``, by their next
-    digit. By mass each counts as much as it is, else 1."""
-    for bin in range(1 << BIN_BITS):
-        write_f64(bins + 8 * bin, 0.0)
-    least, most, mask = splat16(low), splat16(high), (1 << BIN_BITS) - 1
-    for start in range(0, width, 16):
-        if not any_within(load(x + 4 * start), least, most):
-            continue
-        for at in range(start, min(start + 16, width)):
-            value = read_f32(x + 4 * at)
-            order = order_of(value)
-            if low <= value <= high and order >> (shift + BIN_BITS) == above:
-                bin = bins + 8 * (order >> shift & mask)
-                write_f64(bin, read_f64(bin) + (np.float64(value) if by_mass else 1.0))
-
-
-@helper
-def walk_down(bins, goal):
-    """The highest bin at which the sum from the top reaches ``goal``, and what is still wanted
-    there. Rounding may leave a little wanted in the end: then it is the last that has anything."""
-    last, wanted = 0, goal
-    for bin in range((1 << BIN_BITS) - 1, -1, -1):
-        inside = read_f64(bins + 8 * bin)
-        if inside != 0:
-            last, wanted = bin, min(goal, inside)
-            if inside >= goal:
-                break
-            goal -= inside
-    return last, wanted
-
-
-@helper
-def find_cut(x, width, low, high, goal, by_mass, scratch):
-    """Of the numbers from ``low`` to ``high`` (there must be one), going down from the largest:
-    the number at which their sum or count reaches ``goal``, and how much of that is contributed by
-    those equal to it."""
-    bins, above = scratch + BINS, 0
-    for shift in (2 * BIN_BITS, BIN_BITS, 0):
-        fill_bins(x, width, low, high, above, shift, by_mass, bins)
-        digit, goal = walk_down(bins, goal)
-        above = (above << BIN_BITS) + digit
-        low = max(low, float_at(above << shift))
-        high = min(high, float_at((above + 1) << shift))
-    return low, goal
-
-
-@helper
-def max_of(x, width):
-    """The largest of some numbers that are no NaN."""
-    whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
-
-
-@helper
-def cut_of_largest(x, width, count, scratch):
-    """The ``count``-th largest number, and how many equal to it are among the largest.
-
-    As many numbers as tiles reach the count-th highest peak, so nothing below that is looked at.
-    """
-    tiles, peaks = (width + TILE - 1) // TILE, scratch + PEAKS
-    low, high, goal = np.float32(-np.inf), np.float32(np.inf), np.float64(count)
-    if count <= tiles:
-        for tile in range(tiles):
-            first = tile * TILE
-            write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
-        low, _ = find_cut(peaks, tiles, low, high, goal, False, scratch)
-    cut, ties = find_cut(x, width, low, high, goal, False, scratch)
-    return cut, int(ties)
-
-
-@helper
-def drop_ties(x, width, cut, kept, instead):
-    """Replace those equal to ``cut``, all but the first ``kept``."""
-    for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), splat16(cut), splat16(cut)):
-            for at in range(start, min(start + 16, width)):
-                if read_f32(x + 4 * at) == cut:
-                    kept -= 1
-                    if kept < 0:
-                        write_f32(x + 4 * at, instead)
 
 
 # Scores
@@ -271,6 +120,36 @@ def edit(row, x, width, out, scratch):
 
 
 # Weights, and a token by them
+
+
+def wide_product(b: Builder, x: ir.Value, factor: int) -> tuple[ir.Value, ir.Value]:
+    """The upper and lower 64 bits of an unsigned product."""
+    wide = ir.IntType(128)
+    product = b.mul(b.zext(x, wide), ir.Constant(wide, factor))
+    return b.trunc(b.lshr(product, ir.Constant(wide, 64)), I64), b.trunc(product, I64)
+
+
+def emit_uniform(b: Builder, seed: ir.Value, position: ir.Value) -> ir.Value:
+    words = [b.add(position, number(1)), number(0), number(0), number(0)]
+    keys = [seed, number(0)]
+    for _ in range(10):
+        high, low = wide_product(b, words[0], 0xD2E7470EE14C6C93)
+        other_high, other_low = wide_product(b, words[2], 0xCA5A826395121157)
+        words = [
+            b.xor(b.xor(other_high, words[1]), keys[0]),
+            other_low,
+            b.xor(b.xor(high, words[3]), keys[1]),
+            low,
+        ]
+        steps = (0x9E3779B97F4A7C15, 0xBB67AE8584CAA73B)
+        keys = [b.add(key, number(by)) for key, by in zip(keys, steps, strict=True)]
+    bits = b.lshr(words[0], number(16))
+    return b.fmul(b.uitofp(bits, F64), ir.Constant(F64, 2.0**-48))
+
+
+# A number in [0, 1) out of Philox4x64-10 by seed and position, as `ruvon.engine.sampler` draws it:
+# numpy counts one on before it draws
+uniform = operation(emit_uniform, types.intp, types.intp, result=types.float64)
 
 
 @helper
@@ -397,20 +276,6 @@ def count_above(x, width, value):
         numbers = keep_first(load(x + 4 * at), width - at, low)
         counts = counts + where_at_least(limit, numbers, zeros, one)
     return int(sum_lanes(counts))
-
-
-@helper
-def list_largest(x, width, count, ids, scratch):
-    """Write where the ``count`` largest numbers are, in order of index; of equals the first."""
-    cut, ties = cut_of_largest(x, width, count, scratch)
-    for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), splat16(cut), splat16(np.inf)):
-            for at in range(start, min(start + 16, width)):
-                value = read_f32(x + 4 * at)
-                ties -= 1 if value == cut else 0
-                if value > cut or (value == cut and ties >= 0):
-                    write_i32(ids, at)
-                    ids += 4
 
 
 @helper
