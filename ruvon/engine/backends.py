@@ -214,8 +214,8 @@ def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
     from ruvon.kernels.cpu import CpuKernels, Limits
-    from ruvon.kernels.cpu.capture import check_attention
     from ruvon.kernels.cpu.formats import LANES
+    from ruvon.kernels.cpu.operations import check_attention
 
     spec, mesh = share.local, share.mesh
     asked = None if config.dtype == "auto" else getattr(torch, config.dtype)

@@ -12,6 +12,7 @@ from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import Form
 from ruvon.kernels.cpu.graph import give_memory, new_instructions, prefetch_links
 from ruvon.kernels.cpu.layout import pack
+from ruvon.kernels.cpu.operations import add, linear, rms_norm
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import Dense
 
@@ -33,14 +34,14 @@ SHAPES = {
 def traced():
     """An empty capture, and a tensor that stands for 4 tokens of width 64."""
     made = Capture({Param.TOKENS: 4, Param.LOGIT_ROWS: 4})
-    return made, made.add(torch.ones(4, 64), torch.ones(4, 64))
+    return made, add(made, torch.ones(4, 64), torch.ones(4, 64))
 
 
 def test_memory_is_given_on_after_the_last_use():
     trace, first = traced()
-    second = trace.add(first, first)
-    third = trace.add(second, second)
-    last = trace.add(third, second)
+    second = add(trace, first, first)
+    third = add(trace, second, second)
+    last = add(trace, third, second)
     values = [trace.value_of(x).read().value for x in (first, second, third, last)]
     give_memory(trace, {values[3]})
     addresses = [value.memory[Form.ROWS].data_ptr() for value in values]
@@ -50,8 +51,8 @@ def test_memory_is_given_on_after_the_last_use():
 
 def test_results_keep_their_memory():
     trace, first = traced()
-    second = trace.add(first, first)
-    third = trace.add(second, second)
+    second = add(trace, first, first)
+    third = add(trace, second, second)
     values = [trace.value_of(x).read().value for x in (first, second, third)]
     give_memory(trace, {values[0]})
     assert len({value.memory[Form.ROWS].data_ptr() for value in values}) == 3
@@ -59,9 +60,9 @@ def test_results_keep_their_memory():
 
 def test_values_are_made_in_the_forms_that_somebody_wants():
     trace, x = traced()
-    normed, _ = trace.rms_norm(x, None, torch.ones(64), 1e-5)
+    normed, _ = rms_norm(trace, x, None, torch.ones(64), 1e-5)
     weight = pack(random_quantized(32, 64, 4), None, bf16=False)
-    out = trace.linear(normed, weight, None, "none")
+    out = linear(trace, normed, weight, None, "none")
     give_memory(trace, {trace.value_of(out).read().value})
     assert trace.value_of(normed).memory.keys() == {Form.INT8}
     assert trace.value_of(out).memory.keys() == {Form.ROWS}
@@ -71,7 +72,8 @@ def test_values_are_made_in_the_forms_that_somebody_wants():
 def test_each_instruction_knows_the_product_that_follows():
     trace, x = traced()
     first, second = (pack(Dense(torch.ones(64, 64)), None, bf16=False) for _ in range(2))
-    trace.linear(trace.add(trace.linear(x, first, None, "none"), x), second, None, "none")
+    once = linear(trace, x, first, None, "none")
+    linear(trace, add(trace, once, x), second, None, "none")
     names = [line.kernel[0] for line in trace.instructions]
     tiles = {first.tensors[0].data_ptr(): "first", second.tensors[0].data_ptr(): "second"}
     memory = new_instructions(len(names))

@@ -13,11 +13,11 @@
 
 Outside of `capture`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
-From the outside in: `graph` replays a step and `sampling` has a program of its own; `capture`
-traces a model's calls, `meeting` those of a mesh, `arguments` says what its kernels are told,
-`thread_pool` runs them, `isa` what the CPU can do, `formats` and `layout` how data lies in memory;
-`compiled` keeps machine code between starts. The kernels are in `jit`, and so is numba: only
-imported to be compiled.
+From the outside in: `graph` replays a step and `sampling` has a program of its own; `operations`
+are what a model calls, `capture` what they leave behind, `meeting` where ranks meet; `arguments`
+says what kernels are told, `thread_pool` runs them, `isa` what the CPU can do, `formats` and
+`layout` how data lies in memory; `compiled` keeps machine code between starts. The kernels are in
+`jit`, and so is numba: only imported to be compiled.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.kernels.cpu import operations
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
 from ruvon.kernels.cpu.experts import experts, pack_experts
@@ -83,20 +84,21 @@ class CpuKernels:
         )
         self._capturing: Capture | None = None
         self.mesh = traced(mesh, lambda: self._capturing)
+        operate = functools.partial(functools.partial, self._operate)
         self.ops = Ops(
             name=f"cpu, {self.isa.name}",
             pack=self._pack,
-            embed=functools.partial(self._operate, Capture.embed),
-            add=functools.partial(self._operate, Capture.add),
-            rms_norm=functools.partial(self._operate, Capture.rms_norm),
-            layer_norm=functools.partial(self._operate, Capture.layer_norm),
-            linear=functools.partial(self._operate, Capture.linear),
-            write_kv=functools.partial(self._operate, Capture.write_kv),
-            attention=functools.partial(self._operate, Capture.attention),
-            gather_rows=functools.partial(self._operate, Capture.gather_rows),
-            logits=functools.partial(self._operate, Capture.logits),
+            embed=operate(operations.embed),
+            add=operate(operations.add),
+            rms_norm=operate(operations.rms_norm),
+            layer_norm=operate(operations.layer_norm),
+            linear=operate(operations.linear),
+            write_kv=operate(operations.write_kv),
+            attention=operate(operations.attention),
+            gather_rows=operate(operations.gather_rows),
+            logits=operate(operations.logits),
             pack_experts=self._pack_experts,
-            experts=functools.partial(self._operate, experts),
+            experts=operate(experts),
             batch_invariant=True,
         )
 
@@ -150,7 +152,7 @@ class CpuKernels:
     def _compute(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         """One operation, now."""
         tokens = arguments[0].shape[0]
-        logit_rows = arguments[1].shape[0] if operation is Capture.gather_rows else 0
+        logit_rows = arguments[1].shape[0] if operation is operations.gather_rows else 0
         capture = Capture({Param.TOKENS: tokens, Param.LOGIT_ROWS: logit_rows})
         made = operation(capture, *arguments)
         results = made if isinstance(made, tuple) else (made,)

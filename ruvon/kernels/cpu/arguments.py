@@ -60,11 +60,17 @@ class Header(NamedTuple):
     next_attention: Address = 0  # arguments of the next one, whose cache is fetched meanwhile
 
 
+class Rows(NamedTuple):
+    """Plain rows: where the first is, and from each to the next."""
+
+    at: Address = 0
+    stride: int = 0
+
+
 class Output(NamedTuple):
     """Where rows go, in each form that somebody wants."""
 
-    rows: Address = 0
-    stride: int = 0
+    rows: Rows = Rows()
     int8: Address = 0
     bf16: Address = 0
     groups: int = 0  # of 32, in a packed row
@@ -79,13 +85,14 @@ class Tiles(NamedTuple):
 
 
 class Copy(NamedTuple):
-    """Rows as they are, or those that are asked for, or with others added to them."""
+    """Rows as they are, or those that are asked for, or with others added to them or gated."""
 
-    x: Address
-    stride: int
+    x: Rows
     out: Output
     rows: Address = 0  # their numbers; without, one after another
-    y: Address = 0  # as x
+    y: Address = 0  # others, as far apart
+    activation: int = 0  # of a gate, which x is then; 0 adds
+    width: int = 0  # of what is gated
 
 
 class Embed(NamedTuple):
@@ -94,17 +101,15 @@ class Embed(NamedTuple):
     first: int  # id of the table's first row; ids that it does not have give zeros
     rows: int
     width: int
-    out: Address
-    stride: int
+    out: Rows
 
 
 class Norm(NamedTuple):
     """LayerNorm, or RMSNorm without a bias."""
 
-    x: Address
-    residual: Address
+    x: Rows
+    residual: Address  # as far apart
     total: Address  # x + residual out
-    stride: int  # of all three
     width: int
     weight: Address
     bias: Address
@@ -113,8 +118,7 @@ class Norm(NamedTuple):
 
 
 class Linear(NamedTuple):
-    x: Address  # in the form that the weight wants
-    stride: int  # if that is plain rows
+    x: Rows  # in the form that the weight wants; what is packed has its own stride
     weight: Tiles
     bias: Address
     activation: int
@@ -129,16 +133,14 @@ class Routes(NamedTuple):
     """A row for each token: its experts, their weights in float32, and where in the rows of all
     experts each of them has it, ``top_k`` of each."""
 
-    rows: Address
-    stride: int
+    rows: Rows
     top_k: int
 
 
 class Route(NamedTuple):
     """Each token's experts, in a row of `Routes`."""
 
-    logits: Address
-    stride: int
+    logits: Rows
     experts: int
     renormalize: int  # whether the weights of the chosen sum to 1
     out: Routes
@@ -156,8 +158,7 @@ class Sort(NamedTuple):
 class Dispatch(NamedTuple):
     """Pack tokens for their experts."""
 
-    x: Address
-    stride: int
+    x: Rows
     routes: Routes
     out: Output
 
@@ -175,22 +176,9 @@ class Experts(NamedTuple):
 class Combine(NamedTuple):
     """A token's weighted sum of what its experts made of it."""
 
-    x: Address
-    stride: int
+    x: Rows
     routes: Routes
-    out: Address
-    out_stride: int
-
-
-class Gate(NamedTuple):
-    """What its product cannot do: a gate's rows and, behind each, what it gates."""
-
-    x: Address
-    stride: int
-    activation: int
-    width: int
-    out: Address
-    out_stride: int
+    out: Rows
 
 
 class Cache(NamedTuple):
@@ -205,8 +193,7 @@ class Cache(NamedTuple):
 
 
 class WriteKV(NamedTuple):
-    qkv: Address
-    stride: int
+    qkv: Rows
     cache: Cache
     positions: Address
     slots: Address
@@ -216,13 +203,11 @@ class WriteKV(NamedTuple):
     q_norm: Address
     k_norm: Address
     eps: float
-    out: Address  # queries, heads padded to whole vectors
-    out_stride: int
+    out: Rows  # queries, heads padded to whole vectors
 
 
 class Attention(NamedTuple):
-    queries: Address
-    stride: int
+    queries: Rows
     cache: Cache
     starts: Address  # first token of each sequence
     contexts: Address
@@ -236,17 +221,14 @@ class Attention(NamedTuple):
 
 
 class Argmax(NamedTuple):
-    x: Address
-    stride: int
+    x: Rows
     width: int
     out: Address  # int64
 
 
 class Sample(NamedTuple):
     rows: Address  # `SampledRow`
-    row_bytes: int
     results: Address  # `SampledToken`
-    result_bytes: int
     spaces: Address  # workspaces, float32 [vocabulary, rounded up]
     vocab_size: int
 

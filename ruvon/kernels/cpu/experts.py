@@ -10,9 +10,11 @@ from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu import arguments as told
-from ruvon.kernels.cpu.capture import Capture, Value, constant, tiles_of
+from ruvon.kernels.cpu.arguments import Rows
+from ruvon.kernels.cpu.capture import Capture, Value
 from ruvon.kernels.cpu.formats import FORMATS, LANES, ROWS, TileFormat
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, pack, parts_of, round_up
+from ruvon.kernels.cpu.operations import constant, linear, tiles_of
 from ruvon.kernels.cpu.params import ACTIVATIONS, PANEL, PANEL_BYTES, PANELS_AT, Param
 from ruvon.kernels.ops import Experts, ExpertsSpec, Packed, PackedExperts, Stacked, Weight
 
@@ -66,7 +68,7 @@ def experts(
     """What it means is in `Ops`."""
     spec, (up, down, up_bias, down_bias) = experts.spec, experts.tensors
     up_kind, down_kind = map(int, experts.kind.split(","))
-    logits = capture.linear(x_TC, without_pairs(router), bias_E, "none")
+    logits = linear(capture, x_TC, without_pairs(router), bias_E, "none")
     x = capture.value_of(x_TC)
     routes = route(capture, capture.value_of(logits), spec)
     panels = sort(capture, x, routes, spec)
@@ -75,9 +77,9 @@ def experts(
     assert down is not None
     hidden = product(capture, rows, panels, (up_kind, up), up_bias, spec.width, spec)
     made = product(capture, hidden, panels, (down_kind, down), down_bias, x.width, spec)
-    out = capture.new(x.rows, x.width)
-    weighted = told.Combine(made.read(), made.stride, routes, out.read(), out.stride)
-    capture.append(("combine", None), x.rows, weighted)
+    out = capture.new(x.counted, x.width)
+    weighted = told.Combine(made.rows(), routes, out.rows())
+    capture.append(("combine", None), x.counted, weighted)
     return capture.stand_in(out)
 
 
@@ -95,12 +97,10 @@ def without_pairs(router: Packed) -> Packed:
 
 
 def route(capture: Capture, logits: Value, spec: ExpertsSpec) -> told.Routes:
-    value = capture.new(logits.rows, 3 * spec.top_k)
-    routes = told.Routes(value.read(), value.stride, spec.top_k)
-    wanted = told.Route(
-        logits.read(), logits.stride, spec.num_experts, int(spec.renormalize), routes
-    )
-    capture.append(("route", None), logits.rows, wanted)
+    value = capture.new(logits.counted, 3 * spec.top_k)
+    routes = told.Routes(value.rows(), spec.top_k)
+    wanted = told.Route(logits.rows(), spec.num_experts, int(spec.renormalize), routes)
+    capture.append(("route", None), logits.counted, wanted)
     return routes
 
 
@@ -108,7 +108,7 @@ def sort(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec) -> 
     """→ the panels."""
     most = spec.num_experts + x.capacity * spec.top_k // PANEL
     panels = aligned_bytes(PANELS_AT + most * PANEL_BYTES)
-    wanted = told.Sort(routes, x.rows, spec.num_experts, panels)
+    wanted = told.Sort(routes, x.counted, spec.num_experts, panels)
     capture.append(("sort", None), Param.ONE, wanted)
     return panels
 
@@ -116,9 +116,9 @@ def sort(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec) -> 
 def dispatch(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec) -> Value:
     """→ the tokens, by expert."""
     most = x.capacity * spec.top_k + min(spec.num_experts, x.capacity * spec.top_k) * (ROWS - 1)
-    rows = capture.new(x.rows, x.width, most, packable=True)
-    arguments = told.Dispatch(x.read(), x.stride, routes, rows.output())
-    capture.append(("dispatch", None), x.rows, arguments)
+    rows = capture.new(x.counted, x.width, most, packable=True)
+    arguments = told.Dispatch(x.rows(), routes, rows.output())
+    capture.append(("dispatch", None), x.counted, arguments)
     return rows
 
 
@@ -135,16 +135,15 @@ def product(
     (kind, tiles), columns = weight, round_up(width, COLUMNS) // COLUMNS
     expert_tiles = tiles.numel() // spec.num_experts
     gated = tiles.shape[0] * LANES > spec.num_experts * columns * COLUMNS
-    out = capture.new(x.rows, width, x.capacity, packable=True)
+    out = capture.new(x.counted, width, x.capacity, packable=True)
     if not gated:
         out.read()
-    linear = told.Linear(
-        x=capture.packed(x, FORMATS[kind].form),
-        stride=x.stride,
+    of_all = told.Linear(
+        x=Rows(capture.packed(x, FORMATS[kind].form), x.stride),
         weight=tiles_of(kind, tiles, x.width),
         bias=bias,
         activation=ACTIVATIONS[spec.activation if gated else "none"],
-        counted=x.rows,
+        counted=x.counted,
         columns=columns,
         width=columns * COLUMNS,
         gate_bytes=expert_tiles // 2 if gated else 0,
@@ -152,6 +151,6 @@ def product(
     )
     shares = columns * spec.top_k
     bias_bytes = 4 * columns * COLUMNS * (2 if gated else 1)
-    arguments = told.Experts(panels, shares, expert_tiles, bias_bytes, linear)
+    arguments = told.Experts(panels, shares, expert_tiles, bias_bytes, of_all)
     capture.append(("experts", kind), Param.ONE, arguments, units=shares)
     return out

@@ -28,6 +28,7 @@ from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.formats import GROUP, Form
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
 from ruvon.kernels.cpu.meeting import KEY
+from ruvon.kernels.cpu.operations import argmax
 from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS
 from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
@@ -184,7 +185,7 @@ class Graph:
         logits = forward(self._batch, cache)
         likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
         if draws:
-            capture.argmax(logits, likeliest)
+            argmax(capture, logits, likeliest)
         self._likeliest = likeliest.numpy()
         self.program = finish(capture, [logits])
         self._logits = capture.result(logits)

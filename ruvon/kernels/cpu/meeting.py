@@ -54,19 +54,19 @@ def traced(mesh: Mesh, capturing: Callable[[], Capture | None]) -> Mesh:
 
 def _reduce(capture: Capture, mesh: Mesh, x_TC: Tensor) -> Tensor:
     x = capture.value_of(x_TC)
-    return _made(capture, x.rows, x.width, [x], lambda size: mesh.reduce(x.floats()[:size]))
+    return _made(capture, x.counted, x.width, [x], lambda size: mesh.reduce(x.floats()[:size]))
 
 
 def _gather(capture: Capture, mesh: Mesh, x_LV: Tensor, widths: Sequence[int]) -> Tensor:
     x = capture.value_of(x_LV)
     return _made(
-        capture, x.rows, sum(widths), [x], lambda size: mesh.gather(x.floats()[:size], widths)
+        capture, x.counted, sum(widths), [x], lambda size: mesh.gather(x.floats()[:size], widths)
     )
 
 
 def _send(capture: Capture, mesh: Mesh, x_TC: Tensor) -> Tensor:
     x = capture.value_of(x_TC)
-    _meet(capture, x.rows, [x], lambda size: mesh.send(x.floats()[:size]))
+    _meet(capture, x.counted, [x], lambda size: mesh.send(x.floats()[:size]))
     return x_TC
 
 

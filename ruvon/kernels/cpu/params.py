@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from enum import IntEnum
+from typing import get_args
+
+from ruvon.kernels.ops import Activation
 
 
 class Param(IntEnum):
@@ -19,17 +22,11 @@ class Param(IntEnum):
 
 PANEL = 128  # rows that stay in a cache while weights stream by: 128 x 1536 int8 is 0.3 MB
 
-NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED, SWIGLU_CLAMPED = range(8)
-ACTIVATIONS = {
-    "none": NONE,
-    "gelu_tanh": GELU_TANH,
-    "gelu": GELU,
-    "relu": RELU,
-    "silu": SILU,
-    "silu_gated": SILU_GATED,
-    "gelu_tanh_gated": GELU_TANH_GATED,
-    "swiglu_clamped": SWIGLU_CLAMPED,
-}
+ACTIVATIONS = {name: number for number, name in enumerate(get_args(Activation))}
+NONE, GELU_TANH, GELU, RELU, SILU, SILU_GATED, GELU_TANH_GATED = (
+    ACTIVATIONS[name]
+    for name in ("none", "gelu_tanh", "gelu", "relu", "silu", "silu_gated", "gelu_tanh_gated")
+)
 
 # Of experts: some rows of one of them are a panel. Of each is noted, as int64, which expert, its
 # first row, how many rows, and what a column of all panels before it costs.

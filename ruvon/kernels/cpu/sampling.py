@@ -42,7 +42,7 @@ class Sampler:
         results = aligned_bytes(max_rows * SAMPLED.itemsize)
         self._spaces = SPACES_EACH * threads
         spaces = aligned_bytes(self._spaces * round_up(vocab_size, TILE) * 4)
-        arguments = Sample(rows, ROW.itemsize, results, SAMPLED.itemsize, spaces, vocab_size)
+        arguments = Sample(rows, results, spaces, vocab_size)
         capture.append(("sample", None), Param.SEQUENCES, arguments, dynamic=True)
         self._rows, self._results = rows.numpy().view(ROW), results.numpy().view(SAMPLED)
         self._program = finish(capture, ())

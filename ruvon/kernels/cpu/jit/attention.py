@@ -27,6 +27,7 @@ from ruvon.kernels.cpu.jit.simd import (
     prefetch,
     read_f32,
     read_i32,
+    row_at,
     splat16,
     store,
     sum_lanes,
@@ -89,7 +90,7 @@ def gather_queries(a, scratch, group, first, count):
     zeros = splat16(0.0)
     for row in range(count * share):
         token, head = first + row // share, group * share + row % share
-        source = a.queries + token * a.stride + 4 * head * dim
+        source = row_at(a.queries, token) + 4 * head * dim
         for c in range(0, 4 * dim, 64):
             store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
             store(scratch + SUMS + row * ROW_BYTES + c, zeros)
@@ -161,7 +162,7 @@ def finish_query(a, scratch, row, token, head):
             x, y = load(sums + 4 * c), load(sums + 4 * c + 64)
             write_row(a.out, token, (head * dim + c) // 32, x, y)
         return
-    out = a.out.rows + token * a.out.stride + 4 * head * dim  # nothing else, see `capture`
+    out = row_at(a.out.rows, token) + 4 * head * dim  # nothing else, see `capture`
     for c in range(0, 4 * dim, 4):
         write_f32(out + c, read_f32(sums + c))
 

@@ -32,7 +32,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., None], types.Type]] = {
     "worker": (threads.work, types.void(*[types.intp] * 4)),
     "copy": (rows.copy, KERNEL),
     "norm": (rows.norm, KERNEL),
-    "gate": (rows.gate, KERNEL),
     "route": (experts.route, KERNEL),
     "sort": (experts.sort, KERNEL),
     "dispatch": (experts.dispatch, KERNEL),

@@ -19,6 +19,7 @@ from ruvon.kernels.cpu.jit.simd import (
     load,
     operation,
     read_i32,
+    row_at,
     splat16,
     store,
 )
@@ -75,7 +76,7 @@ def make_embed(kind: TileFormat, isa: Isa):
         a = arguments(Embed, address)
         zeros = splat16(0.0)
         for row in range(start, stop):
-            token, out = read_i32(a.ids + 4 * row) - a.first, a.out + row * a.stride
+            token, out = read_i32(a.ids + 4 * row) - a.first, row_at(a.out, row)
             known = 0 <= token < a.rows
             tile = a.table.tiles + token // 16 * a.table.tile_bytes
             for k in range(0, a.width, 32):

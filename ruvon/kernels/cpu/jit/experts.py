@@ -24,6 +24,7 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f32,
     read_i32,
     read_i64,
+    row_at,
     splat16,
     store,
     sum_lanes,
@@ -38,7 +39,7 @@ from ruvon.kernels.cpu.params import OWN_END, PANEL, PANEL_BYTES, PANELS_AT, WEI
 @helper
 def expert_of(routes, token, n):
     """Where the ``n``-th expert of a token is written, then its weight, then its row."""
-    return routes.rows + token * routes.stride + 4 * n
+    return row_at(routes.rows, token) + 4 * n
 
 
 @helper
@@ -78,7 +79,7 @@ def route(address, params, start, stop, scratch):
     a = arguments(Route, address)
     kept = scratch + 4 * (a.experts + 16)
     for token in range(start, stop):
-        logits = a.logits + token * a.stride
+        logits = row_at(a.logits, token)
         for e in range(a.experts):
             write_i32(scratch + 4 * e, 0)
         for n in range(a.out.top_k):
@@ -147,7 +148,7 @@ def sort(address, params, start, stop, scratch):
 def dispatch(address, params, start, stop, scratch):
     a = arguments(Dispatch, address)
     for token in range(start, stop):
-        x = a.x + token * a.stride
+        x = row_at(a.x, token)
         for n in range(a.routes.top_k):
             row = read_i32(row_of(a.routes, token, n))
             for group in range(a.out.groups):
@@ -159,13 +160,13 @@ def combine(address, params, start, stop, scratch):
     """In the order of the token's own logits, whatever else there is in the step."""
     a = arguments(Combine, address)
     for token in range(start, stop):
-        out = a.out + token * a.out_stride
-        for c in range(0, a.out_stride, 64):
+        out = row_at(a.out, token)
+        for c in range(0, a.out.stride, 64):
             total = splat16(0.0)
             for n in range(a.routes.top_k):
                 weight = splat16(read_f32(weight_of(a.routes, token, n)))
                 row = read_i32(row_of(a.routes, token, n))
-                total = fma(weight, load(a.x + row * a.stride + c), total)
+                total = fma(weight, load(row_at(a.x, row) + c), total)
             store(out + c, total)
 
 

@@ -25,6 +25,7 @@ from ruvon.kernels.cpu.jit.simd import (
     operation,
     read_f32,
     read_f64,
+    row_at,
     splat16,
     sum_lanes,
     write_f32,
@@ -62,7 +63,7 @@ def argmax(address, params, start, stop, scratch):
     larger than any number, as in numpy."""
     a = arguments(Argmax, address)
     for row in range(start, stop):
-        x = a.x + row * a.stride
+        x = row_at(a.x, row)
         write_i64(a.out + 8 * row, first_in_row(x, a.width, largest(x, a.width)))
 
 

@@ -17,6 +17,7 @@ from ruvon.kernels.cpu.jit.simd import (
     prefetch,
     read_i32,
     read_i64,
+    row_at,
     write_i64,
 )
 from ruvon.kernels.cpu.jit.tiles import make_multiply_tile
@@ -112,20 +113,20 @@ def make_product(kind: TileFormat, isa: Isa):
     multiply_tile = make_multiply_tile(isa, kind)
 
     @helper
-    def row_at(a, row):
+    def place_of(a, row):
         """Where a row of activations is."""
         if unpacked:
-            return a.x + row * a.stride
-        return a.x + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
+            return row_at(a.x, row)
+        return a.x.at + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
 
     @helper
     def multiply(a, w, first, rows, out, out_stride, fetch, scratch):
         """One tile by some rows; those that come first fetch what comes next."""
-        steps, stride = a.weight.steps, a.stride
+        steps, stride = a.weight.steps, a.x.stride
         for row in range(0, rows, most):
             if row > 0:
                 fetch_cache(scratch)
-            x, to, count = row_at(a, first + row), out + row * out_stride, min(most, rows - row)
+            x, to, count = place_of(a, first + row), out + row * out_stride, min(most, rows - row)
             multiply_tile(w, x, stride, steps, to, out_stride, count, fetch)
             fetch = w
 
@@ -137,7 +138,7 @@ def make_product(kind: TileFormat, isa: Isa):
         for some in range(first, last, AT_ONCE):
             sums, stride, count = scratch, 256, min(AT_ONCE, last - some)
             if plain:
-                sums, stride = a.out.rows + some * a.out.stride + 128 * column, a.out.stride
+                sums, stride = row_at(a.out.rows, some) + 128 * column, a.out.rows.stride
             for tile in range(4 if a.gate_bytes != 0 else 2):
                 at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
                 ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ruvon.kernels.cpu.arguments import (
-    Copy,
-    Gate,
-    Norm,
-)
+from ruvon.kernels.cpu.arguments import Copy, Norm
 from ruvon.kernels.cpu.formats import ROWS, Form
 from ruvon.kernels.cpu.jit.quantize import quantize
 from ruvon.kernels.cpu.jit.simd import (
@@ -24,12 +20,21 @@ from ruvon.kernels.cpu.jit.simd import (
     load,
     make_store,
     read_i32,
+    row_at,
     splat16,
     store,
     sum_lanes,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import GELU, GELU_TANH, GELU_TANH_GATED, RELU, SILU, SILU_GATED
+from ruvon.kernels.cpu.params import (
+    GELU,
+    GELU_TANH,
+    GELU_TANH_GATED,
+    NONE,
+    RELU,
+    SILU,
+    SILU_GATED,
+)
 
 INT8_BYTES, BF16_BYTES = Form.INT8.group_bytes, Form.BF16.group_bytes
 store_bf16 = make_store("bf16")
@@ -57,24 +62,11 @@ def write_packs(out, row, group, a, b):
 @helper
 def write_row(out, row, group, a, b):
     """32 numbers of a row: plain, packed, or both."""
-    if out.rows != 0:
-        at = out.rows + row * out.stride + 128 * group
+    if out.rows.at != 0:
+        at = row_at(out.rows, row) + 128 * group
         store(at, a)
         store(at + 64, b)
     write_packs(out, row, group, a, b)
-
-
-def copy(address, params, start, stop, scratch):
-    """Rows, or sums of two, in whatever forms are asked for."""
-    a = arguments(Copy, address)
-    for row in range(start, stop):
-        at = a.stride * (row if a.rows == 0 else read_i32(a.rows + 4 * row))
-        for group in range(a.out.groups):
-            x, y = load(a.x + at), load(a.x + at + 64)
-            if a.y != 0:
-                x, y = x + load(a.y + at), y + load(a.y + at + 64)
-            write_row(a.out, row, group, x, y)
-            at += 128
 
 
 # Norms
@@ -94,7 +86,7 @@ def sum_with_residual(x, residual, total, stride):
 def finish_norm(a, source, row, scale, shift):
     """(source - shift) * scale * weight (+ bias)."""
     minus, by = splat16(shift), splat16(scale)
-    for c in range(0, a.stride, 128):
+    for c in range(0, a.x.stride, 128):
         x = (load(source + c) - minus) * by * load(a.weight + c)
         y = (load(source + c + 64) - minus) * by * load(a.weight + c + 64)
         if a.bias != 0:
@@ -105,18 +97,18 @@ def finish_norm(a, source, row, scale, shift):
 
 @helper
 def norm_row(a, row):
-    x, residual, total = a.x + row * a.stride, a.residual, a.total + row * a.stride
+    x, residual, total = row_at(a.x, row), a.residual, a.total + row * a.x.stride
     if residual != 0:
-        residual += row * a.stride
-    source = sum_with_residual(x, residual, total, a.stride)
+        residual += row * a.x.stride
+    source = sum_with_residual(x, residual, total, a.x.stride)
     mean, width = np.float32(0.0), np.float32(a.width)
     if a.bias != 0:
         sums = splat16(0.0)
-        for c in range(0, a.stride, 64):
+        for c in range(0, a.x.stride, 64):
             sums = sums + load(source + c)
         mean = np.float32(sum_lanes(sums) / width)
     squares, minus, zeros = splat16(0.0), splat16(mean), splat16(0.0)
-    for c in range(0, a.stride, 64):
+    for c in range(0, a.x.stride, 64):
         away = keep_first(load(source + c) - minus, a.width - c // 4, zeros)
         squares = fma(away, away, squares)
     scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / width + a.eps))
@@ -185,11 +177,28 @@ def activate16(x, activation):
     return x
 
 
-def gate(address, params, start, stop, scratch):
-    a = arguments(Gate, address)
-    zeros = splat16(0.0)
+# Copies
+
+
+@helper
+def let_pass(a, row, group, x, y):
+    """What 32 numbers of a gate let pass of those behind it; nothing beyond the end."""
+    at, left, zeros = a.y + row * a.x.stride + 128 * group, a.width - 32 * group, splat16(0.0)
+    x, y = gated(x, load(at), a.activation), gated(y, load(at + 64), a.activation)
+    return keep_first(x, left, zeros), keep_first(y, left - 16, zeros)
+
+
+def copy(address, params, start, stop, scratch):
+    """Rows, sums of two, or products with a gate, in whatever forms are asked for."""
+    a = arguments(Copy, address)
     for row in range(start, stop):
-        x, out = a.x + row * a.stride, a.out + row * a.out_stride
-        for c in range(0, a.width, 16):
-            value = gated(load(x + 4 * c), load(x + 4 * (a.width + c)), a.activation)
-            store(out + 4 * c, keep_first(value, a.width - c, zeros))
+        source = row if a.rows == 0 else read_i32(a.rows + 4 * row)
+        at = source * a.x.stride
+        for group in range(a.out.groups):
+            x, y = load(a.x.at + at), load(a.x.at + at + 64)
+            if a.activation != NONE:
+                x, y = let_pass(a, source, group, x, y)
+            elif a.y != 0:
+                x, y = x + load(a.y + at), y + load(a.y + at + 64)
+            write_row(a.out, row, group, x, y)
+            at += 128

@@ -45,6 +45,7 @@ from ruvon.kernels.cpu.jit.simd import (
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT, TILE, Param
 
+ROW_BYTES, RESULT_BYTES = 8 * len(SampledRow._fields), 8 * len(SampledToken._fields)
 RANK, NORM = map(SampledToken._fields.index, ("rank", "norm"))  # behind the token
 
 
@@ -296,8 +297,8 @@ def sample(address, params, start, stop, scratch):
     for space in range(start, stop):
         work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row = arguments(SampledRow, a.rows + n * a.row_bytes)
-            result = a.results + n * a.result_bytes
+            row = arguments(SampledRow, a.rows + n * ROW_BYTES)
+            result = a.results + n * RESULT_BYTES
             token = sample_one(row, a.vocab_size, work, scratch)
             write_i64(result, token)
             if token >= 0 and row.num_top >= 0:

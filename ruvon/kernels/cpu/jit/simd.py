@@ -186,6 +186,12 @@ def get(params, number):
     return read_i64(params + 8 * number)
 
 
+@helper
+def row_at(rows, row):
+    """Where one of some plain rows lies."""
+    return rows.at + row * rows.stride
+
+
 def numba_type(kind: Any) -> types.Type:
     """Of a field of arguments, or of a whole tuple of them."""
     if kind is float:

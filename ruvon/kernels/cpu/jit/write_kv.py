@@ -16,6 +16,7 @@ from ruvon.kernels.cpu.jit.simd import (
     make_store,
     read_f32,
     read_i32,
+    row_at,
     splat16,
     store,
     sum_lanes,
@@ -76,7 +77,7 @@ def prepare_head(a, source, position, norm, head):
 def write_queries(a, token, group, position, head):
     """The query heads of one token that share a key/value head, one after another."""
     dim, share = a.cache.head_dim, a.cache.heads // a.cache.kv_heads
-    row, out, padded = a.qkv + token * a.stride, a.out + token * a.out_stride, round_lanes(dim)
+    row, out, padded = row_at(a.qkv, token), row_at(a.out, token), round_lanes(dim)
     for h in range(group * share, (group + 1) * share):
         prepare_head(a, row + 4 * h * dim, position, a.q_norm, head)
         for c in range(0, dim, 16):
@@ -111,7 +112,7 @@ def make_write_kv(cache: TileFormat, isa: Isa):
             token, group = unit // groups, unit % groups
             position, slot = read_i32(a.positions + 4 * token), read_i32(a.slots + 4 * token)
             write_queries(a, token, group, position, head)
-            key = a.qkv + token * a.stride + 4 * (a.cache.heads + group) * dim
+            key = row_at(a.qkv, token) + 4 * (a.cache.heads + group) * dim
             prepare_head(a, key, position, a.k_norm, head)
             write_cache(a.cache, slot, group, head, key + 4 * groups * dim)
 
