@@ -42,16 +42,22 @@ MOST_DIMS = 256
 TILE = 128  # numbers summed up, or represented by their largest, at once
 BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
-# A thread's scratch space, and its own notes at the end of it.
-SCRATCH_BYTES = 1 << 18
+SCRATCH_BYTES = 1 << 18  # a thread's own, with its notes at the end
 NOTES = 128
-FETCH_AT, FETCH_END, FETCH_FOR, OWN_END, OFFERED, CLOCK = (
-    SCRATCH_BYTES - NOTES + 8 * n for n in range(6)
-)
-"""Which weights it will fetch next and up to where; whose they are; the unit behind its own last
-one in this instruction; when it last offered its core, and what the clock says (two words)."""
-CACHE_FOR, CACHE_SEQUENCE, CACHE_TURN, CACHE_BLOCK, CACHE_INSIDE, CACHE_LEFT = (
-    SCRATCH_BYTES - NOTES + 64 + 8 * n for n in range(6)
-)
-"""Which attention it fetches keys and values for; the sequence it is at, and how far down its next
-one is; the block and the place in its keys and values; how many bytes more it may fetch."""
+
+
+class Note(IntEnum):
+    """Where in its scratch space a thread notes what it knows of an instruction and the next."""
+
+    OWN_END = SCRATCH_BYTES - NOTES  # the unit behind its own last one in this instruction
+    FETCH_FOR = OWN_END + 8  # whose weights it fetches next: where they begin
+    FETCH_AT = OWN_END + 16  # which of them come next,
+    FETCH_END = OWN_END + 24  # and up to where
+    CACHE_FOR = OWN_END + 32  # which attention it fetches keys and values for
+    CACHE_SEQUENCE = OWN_END + 40  # the sequence it is at,
+    CACHE_TURN = OWN_END + 48  # and how far down its next one is
+    CACHE_BLOCK = OWN_END + 56
+    CACHE_INSIDE = OWN_END + 64  # the place in a block's keys and values
+    CACHE_LEFT = OWN_END + 72  # how many bytes more it may fetch
+    OFFERED = OWN_END + 80  # when it last offered its core
+    CLOCK = OWN_END + 88  # what the clock says, in two words

@@ -76,8 +76,7 @@ def group_sums(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value
     group: all of it, or a half where each half has a scale. Integers, as exact in float32."""
     b, kind, per_part = group.b, group.kind, VECTORS // group.kind.scales_per_group
     which = range(part * per_part, (part + 1) * per_part)
-    pairs = madd_signed if group.signed else madd_bytes
-    dots = {"maddubs": pairs, "plain": plain}.get(group.isa.dot, dot_bytes)
+    dots = {"maddubs": madd_bytes, "plain": plain}.get(group.isa.dot, dot_bytes)
     sums = [b.sitofp(each, F32V) for each in dots(group, blocks, which)]
     if not kind.zero or group.signed:
         return sums
@@ -142,12 +141,14 @@ def madd(b: Builder, names: dict[int, str], x: ir.Value, y: ir.Value) -> ir.Valu
 
 
 def most_in_words(bits: int) -> int:
-    """How many sums of two products of a code and an activation an int16 is sure to hold."""
-    return int((2**15 - 1) // (2 * 127 * (2**bits - 1)))
+    """How many sums of two products of a code and an activation an int16 is sure to hold. Sizes of
+    codes of 8 bits are at most 128."""
+    return max(int((2**15 - 1) // (2 * 127 * (2**bits - 1))), 1)
 
 
 def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
-    """Added up in 16 bits as long as that is sure to fit, then in 32."""
+    """Added up in 16 bits as long as that is sure to fit, then in 32. Of signed codes, their sizes
+    are multiplied, by activations that have taken on their signs."""
     b, width = group.b, group.isa.width
     totals = [b.cut(constant(0), I32, width) for _ in blocks]
     most = most_in_words(group.kind.factor_bits)
@@ -156,34 +157,25 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
         for q in range(first, min(first + most, which.stop)):
             codes = b.cut(group.codes(q), I8, width)
             xs = [splat_bytes(b, b.offset(block, 4 * q), width) for block in blocks]
-            products = [[madd(b, MADD_BYTES, code, x) for code in codes] for x in xs]
+            products = [[madd_code(group, code, x) for code in codes] for x in xs]
             if sums:
                 products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
             # With few registers not all codes of a group can be at hand.
-            sums = fence(b, products) if group.isa.registers == 16 else products
+            sums = fence(b, products) if most > 1 and group.isa.registers == 16 else products
         totals = [
             add_all(b, total, add_pairs(b, parts))
             for total, parts in zip(totals, sums, strict=True)
         ]
+        if most == 1:
+            totals = fence(b, totals)
     return [b.join(total) for total in totals]
 
 
-def madd_signed(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Value]:
-    """Sizes of codes by activations that have taken on their signs: 16 bits hold two products."""
-    b, width = group.b, group.isa.width
-    totals = [b.cut(constant(0), I32, width) for _ in blocks]
-    for q in which:
-        codes = b.cut(group.codes(q), I8, width)
-        sizes = [with_sign(b, code, code) for code in codes]
-        for row, block in enumerate(blocks):
-            x = splat_bytes(b, b.offset(block, 4 * q), width)
-            products = [
-                madd(b, MADD_BYTES, size, with_sign(b, x, code))
-                for size, code in zip(sizes, codes, strict=True)
-            ]
-            totals[row] = add_all(b, totals[row], add_pairs(b, products))
-        totals = fence(b, totals)
-    return [b.join(total) for total in totals]
+def madd_code(group: Group, code: ir.Value, x: ir.Value) -> ir.Value:
+    b = group.b
+    if group.signed:
+        code, x = with_sign(b, code, code), with_sign(b, x, code)
+    return madd(b, MADD_BYTES, code, x)
 
 
 def with_sign(b: Builder, x: ir.Value, y: ir.Value) -> ir.Value:

@@ -33,7 +33,7 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import OWN_END, PANEL, PANEL_BYTES, PANELS_AT, WEIGHTS_COST
+from ruvon.kernels.cpu.params import PANEL, PANEL_BYTES, PANELS_AT, WEIGHTS_COST, Note
 
 
 @helper
@@ -216,7 +216,7 @@ def make_experts(kind: TileFormat, isa: Isa):
 
     def experts(address, params, start, stop, scratch):
         a = arguments(Experts, address)
-        unit_bytes, own_end = 2 * a.product.weight.tile_bytes, read_i64(scratch + OWN_END)
+        unit_bytes, own_end = 2 * a.product.weight.tile_bytes, read_i64(scratch + Note.OWN_END)
         end, going_on = item_at(a, stop), read_i64(a.panels) * a.product.columns
         if stop >= own_end:
             going_on = end

@@ -22,18 +22,7 @@ from ruvon.kernels.cpu.jit.simd import (
 )
 from ruvon.kernels.cpu.jit.tiles import make_multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import (
-    CACHE_BLOCK,
-    CACHE_FOR,
-    CACHE_INSIDE,
-    CACHE_LEFT,
-    CACHE_SEQUENCE,
-    CACHE_TURN,
-    FETCH_AT,
-    NONE,
-    OWN_END,
-    PANEL,
-)
+from ruvon.kernels.cpu.params import NONE, PANEL, Note
 
 PIECE = 2048  # bytes of keys or values that are asked for at once
 AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first-level cache
@@ -61,10 +50,10 @@ def finish_row(a, bias, sums, row, column):
 def tiles_of_next(scratch, own, size):
     """Where this thread's first tiles of the next product lie; its ``own`` if nobody knows. So
     memory never rests while products follow each other."""
-    at = read_i64(scratch + FETCH_AT)
+    at = read_i64(scratch + Note.FETCH_AT)
     if at == 0:
         return own
-    write_i64(scratch + FETCH_AT, at + size)
+    write_i64(scratch + Note.FETCH_AT, at + size)
     return at
 
 
@@ -81,11 +70,11 @@ def two_of_next(a, scratch, w, size):
 def fetch_cache(scratch):
     """Ask for some of the keys and values that the next attention will read. Memory rests while
     several rows meet a tile, and attention of single tokens does little but wait for it."""
-    at, s = read_i64(scratch + CACHE_FOR), read_i64(scratch + CACHE_SEQUENCE)
-    if at == 0 or s < 0 or read_i64(scratch + CACHE_LEFT) <= 0:
+    at, s = read_i64(scratch + Note.CACHE_FOR), read_i64(scratch + Note.CACHE_SEQUENCE)
+    if at == 0 or s < 0 or read_i64(scratch + Note.CACHE_LEFT) <= 0:
         return
     a = arguments(Attention, at)
-    block, inside = read_i64(scratch + CACHE_BLOCK), read_i64(scratch + CACHE_INSIDE)
+    block, inside = read_i64(scratch + Note.CACHE_BLOCK), read_i64(scratch + Note.CACHE_INSIDE)
     place = read_i32(a.tables + s * a.table_stride + 4 * block) * a.block_bytes + inside
     place += a.cache.keys if inside < a.block_bytes else a.cache.values - a.block_bytes
     for line in range(0, PIECE, 64):
@@ -95,10 +84,10 @@ def fetch_cache(scratch):
         block, inside = block + 1, 0
         if block * a.cache.page >= read_i32(a.contexts + 4 * s):
             block = 0
-            write_i64(scratch + CACHE_SEQUENCE, s - read_i64(scratch + CACHE_TURN))
-        write_i64(scratch + CACHE_BLOCK, block)
-    write_i64(scratch + CACHE_INSIDE, inside)
-    write_i64(scratch + CACHE_LEFT, read_i64(scratch + CACHE_LEFT) - PIECE)
+            write_i64(scratch + Note.CACHE_SEQUENCE, s - read_i64(scratch + Note.CACHE_TURN))
+        write_i64(scratch + Note.CACHE_BLOCK, block)
+    write_i64(scratch + Note.CACHE_INSIDE, inside)
+    write_i64(scratch + Note.CACHE_LEFT, read_i64(scratch + Note.CACHE_LEFT) - PIECE)
 
 
 @helper
@@ -162,7 +151,7 @@ def make_linear(kind: TileFormat, isa: Isa):
             w = a.weight.tiles + column * unit_bytes
             bias = 0 if a.bias == 0 else a.bias + 128 * column
             fetch, partner = w + unit_bytes, w + unit_bytes + a.gate_bytes
-            if unit + 1 >= read_i64(scratch + OWN_END):
+            if unit + 1 >= read_i64(scratch + Note.OWN_END):
                 fetch, partner = two_of_next(a, scratch, w, unit_bytes)
             last = min(rows, (panel + 1) * PANEL)
             multiply_rows(a, bias, w, fetch, partner, panel * PANEL, last, column, scratch)

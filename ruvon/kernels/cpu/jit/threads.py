@@ -24,22 +24,7 @@ from ruvon.kernels.cpu.jit.sync import (
     wait_a_little,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import (
-    CACHE_BLOCK,
-    CACHE_FOR,
-    CACHE_INSIDE,
-    CACHE_LEFT,
-    CACHE_SEQUENCE,
-    CACHE_TURN,
-    CLOCK,
-    FETCH_AT,
-    FETCH_END,
-    FETCH_FOR,
-    OFFERED,
-    OWN_END,
-    SCRATCH_BYTES,
-    Param,
-)
+from ruvon.kernels.cpu.params import SCRATCH_BYTES, Note, Param
 
 PARTS_EACH = 2  # parts of an instruction that are a thread's own
 PART_BITS = 16  # of a counter; above them is the instruction's number
@@ -93,42 +78,42 @@ def is_done(word, number, parts):
 @helper
 def plan_fetching(header, thread, threads, units, scratch):
     """Note which tiles this thread will multiply next, unless it began to fetch them before."""
-    write_i64(scratch + OWN_END, (thread + 1) * units // threads)
+    write_i64(scratch + Note.OWN_END, (thread + 1) * units // threads)
     tiles, size = header.next_tiles, header.next_unit_bytes
-    if tiles == read_i64(scratch + FETCH_FOR):
+    if tiles == read_i64(scratch + Note.FETCH_FOR):
         return
     first, last = (
         thread * header.next_units // threads,
         (thread + 1) * header.next_units // threads,
     )
-    write_i64(scratch + FETCH_FOR, tiles)
-    write_i64(scratch + FETCH_AT, tiles + first * size)
-    write_i64(scratch + FETCH_END, tiles + min(last * size, first * size + MOST_FETCHED))
+    write_i64(scratch + Note.FETCH_FOR, tiles)
+    write_i64(scratch + Note.FETCH_AT, tiles + first * size)
+    write_i64(scratch + Note.FETCH_END, tiles + min(last * size, first * size + MOST_FETCHED))
 
 
 @helper
 def plan_cache(header, params, thread, threads, scratch):
     """Note whose keys and values this thread will fetch for the next attention, unless it began to
     before. Sequences are attended from the last one down, by whoever is free."""
-    if header.next_attention == read_i64(scratch + CACHE_FOR):
+    if header.next_attention == read_i64(scratch + Note.CACHE_FOR):
         return
-    write_i64(scratch + CACHE_FOR, header.next_attention)
-    write_i64(scratch + CACHE_SEQUENCE, get(params, Param.SEQUENCES) - 1 - thread)
-    write_i64(scratch + CACHE_TURN, threads)
-    write_i64(scratch + CACHE_BLOCK, 0)
-    write_i64(scratch + CACHE_INSIDE, 0)
-    write_i64(scratch + CACHE_LEFT, MOST_OF_CACHE)
+    write_i64(scratch + Note.CACHE_FOR, header.next_attention)
+    write_i64(scratch + Note.CACHE_SEQUENCE, get(params, Param.SEQUENCES) - 1 - thread)
+    write_i64(scratch + Note.CACHE_TURN, threads)
+    write_i64(scratch + Note.CACHE_BLOCK, 0)
+    write_i64(scratch + Note.CACHE_INSIDE, 0)
+    write_i64(scratch + Note.CACHE_LEFT, MOST_OF_CACHE)
 
 
 @helper
 def fetch_some(scratch, lines):
     """Ask for the next few cache lines of what was planned; False if there are none left."""
-    at = read_i64(scratch + FETCH_AT)
-    if at >= read_i64(scratch + FETCH_END):
+    at = read_i64(scratch + Note.FETCH_AT)
+    if at >= read_i64(scratch + Note.FETCH_END):
         return False
     for line in range(lines):
         prefetch(at + 64 * line)
-    write_i64(scratch + FETCH_AT, at + 64 * lines)
+    write_i64(scratch + Note.FETCH_AT, at + 64 * lines)
     return True
 
 
@@ -183,10 +168,10 @@ def run_alone(instruction, params, scratch):
 def offer_core(scratch):
     """Give way if that is due. Where programs compete for the cores, steps then take two thirds
     of the time they took when threads were interrupted with parts in hand."""
-    now = clock(scratch + CLOCK)
-    if now - read_i64(scratch + OFFERED) > OFFER_EVERY:
+    now = clock(scratch + Note.CLOCK)
+    if now - read_i64(scratch + Note.OFFERED) > OFFER_EVERY:
         give_way()
-        write_i64(scratch + OFFERED, clock(scratch + CLOCK))
+        write_i64(scratch + Note.OFFERED, clock(scratch + Note.CLOCK))
 
 
 @helper
