@@ -12,7 +12,7 @@ from ruvon.cli.options import first_key
 from ruvon.errors import RuvonError
 
 if TYPE_CHECKING:
-    from ruvon.engine.recording import Planned
+    from ruvon.engine.events import Planned
     from ruvon.engine.replay import Replayed
 
 FIRST = 20  # lines shown of a replay
@@ -63,7 +63,7 @@ def replay(path: Path, whole: bool) -> None:
 
     No model is needed. Exits with 1 at the first step that comes out differently.
     """
-    from ruvon.engine.recording import Planned, read
+    from ruvon.engine.events import Planned, read
     from ruvon.engine.replay import replay as again
 
     num_plans = 0

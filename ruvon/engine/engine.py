@@ -15,6 +15,7 @@ from typing import Protocol
 from ruvon import __version__
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
+from ruvon.engine.events import FORMAT, Header
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.jobs import Jobs
@@ -22,7 +23,7 @@ from ruvon.engine.live import Standing, stand
 from ruvon.engine.policies import ORDERS, POLICIES
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.queues import Counters, Limits
-from ruvon.engine.recording import FORMAT, Header, Recording
+from ruvon.engine.recording import Recording
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import (
     Emission,

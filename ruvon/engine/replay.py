@@ -8,10 +8,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ruvon.engine.blocks import KEY_BYTES, BlockPool, PoolState
-from ruvon.engine.grouped_pool import GroupedPool, group_key
-from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.queues import Limits
-from ruvon.engine.recording import (
+from ruvon.engine.events import (
     AS_IT_IS,
     FORMAT,
     Aborted,
@@ -27,6 +24,9 @@ from ruvon.engine.recording import (
     Waited,
     planned,
 )
+from ruvon.engine.grouped_pool import GroupedPool, group_key
+from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.queues import Limits
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.snapshot import QueueState, Snapshot
 from ruvon.engine.types import (

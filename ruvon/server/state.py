@@ -13,10 +13,11 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
+from ruvon.engine.events import Header
 from ruvon.engine.gate import Gate
 from ruvon.engine.live import Standing
 from ruvon.engine.recorder import Recorder
-from ruvon.engine.recording import Header, Recording
+from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError, ShuttingDownError

@@ -7,8 +7,8 @@ from collections import deque
 import pytest
 from fakes import FakeRunner
 
+from ruvon.engine.events import whole
 from ruvon.engine.recorder import Abort, Arrival, Recorder, Step
-from ruvon.engine.recording import whole
 from ruvon.engine.trace import chrome_trace
 from ruvon.engine.types import (
     BEING_SAMPLED,
