@@ -26,7 +26,8 @@ from hardware import cpu_name
 from process import Server
 
 import ruvon
-from ruvon.bench import Backend, Load, Sample, random_requests, run_load, summarize
+from ruvon.bench import Backend, Load, Sample, random_requests, run_load
+from ruvon.bench.result import summarize
 
 CONCURRENCIES = (1, 4, 16, 32)
 MIXED = 16  # streams of the mixed load, beside its long prompts

@@ -17,7 +17,8 @@ from typing import Any
 from measure import machine, write
 from process import free_port, running
 
-from ruvon.bench import Load, find_model, open_session, random_prompt, run_load, summarize
+from ruvon.bench import Load, find_model, open_session, random_prompt, run_load
+from ruvon.bench.result import summarize
 
 POLICIES = ("sequential", "static", "continuous")
 COLUMNS = {

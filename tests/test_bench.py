@@ -16,10 +16,9 @@ from ruvon.bench import (
     open_session,
     random_prompt,
     random_requests,
-    render,
     run_load,
-    summarize,
 )
+from ruvon.bench.result import render, summarize
 from ruvon.errors import PeerError
 
 

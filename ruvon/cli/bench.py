@@ -123,7 +123,7 @@ def bench_serve(**given: Any) -> None:
     if saved := given["save_result"] or given["save_detailed"]:
         make_folder(given["result_dir"])
     result = asyncio.run(measure(given))
-    from ruvon.bench import render
+    from ruvon.bench.result import render
 
     click.echo(render(result, given["percentile_metrics"]))
     if saved:
@@ -134,7 +134,8 @@ def bench_serve(**given: Any) -> None:
 
 async def measure(given: Mapping[str, Any]) -> dict[str, Any]:
     """Run the load that the flags describe, and give vLLM's result fields."""
-    from ruvon.bench import find_model, open_session, run_load, summarize
+    from ruvon.bench import find_model, open_session, run_load
+    from ruvon.bench.result import summarize
 
     base_url = address(**{name: given[name] for name in ("url", "host", "port")})
     async with open_session(given["api_key"]) as session:
