@@ -7,7 +7,8 @@ from typing import Any
 from ruvon.doctor.ask import check_answered, events, of_type, refusal
 from ruvon.doctor.check import collect
 from ruvon.doctor.expect import expect, expect_equal, expect_shape
-from ruvon.doctor.groups.responses import REQUIRED, post, respond, text_of
+from ruvon.doctor.groups.responses import post, respond, text_of
+from ruvon.doctor.groups.responses_tools import REQUIRED
 from ruvon.doctor.probe import Probe, Reply
 
 ENDS = ("response.completed", "response.incomplete", "response.failed")
