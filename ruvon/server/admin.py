@@ -23,8 +23,8 @@ from ruvon.server.middleware import json_response
 from ruvon.server.parsing import load, parse
 from ruvon.server.rate_limits import LIMITS
 from ruvon.server.requests import check_size, read_fields
-from ruvon.server.responses import Detokenized, ModelCard, TokenizerInfo
 from ruvon.server.schemas import DetokenizeRequest, TokenizeChatRequest, TokenizeRequest
+from ruvon.server.service_responses import Detokenized, ModelCard, TokenizerInfo
 from ruvon.server.shape import Bounds
 from ruvon.server.state import STATE, Service, State, service_of
 

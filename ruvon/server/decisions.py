@@ -29,11 +29,11 @@ from ruvon.server.conversation import Conversation, prepare_conversation, withou
 from ruvon.server.generation import ignored_header
 from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.requests import read_request
-from ruvon.server.responses import Answered, DecisionAnswer
 from ruvon.server.responses_api.input import Contents, Items, ReferenceItem
 from ruvon.server.responses_api.items import Transcript, text_of
 from ruvon.server.schemas import Fields
 from ruvon.server.schemas.base import Timeout
+from ruvon.server.service_responses import Answered, DecisionAnswer
 from ruvon.server.state import Service, service_of
 
 MOST_QUESTIONS = 256  # as completions of one request

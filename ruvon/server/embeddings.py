@@ -23,10 +23,10 @@ from ruvon.server.completions import encode_text
 from ruvon.server.generation import ignored_header
 from ruvon.server.middleware import FACTS
 from ruvon.server.requests import read_request
-from ruvon.server.responses import Embeddings
 from ruvon.server.schemas import Fields
 from ruvon.server.schemas.base import Timeout
 from ruvon.server.schemas.completions import as_prompts
+from ruvon.server.service_responses import Embeddings
 from ruvon.server.state import Service, service_of
 
 MOST_TEXTS = 2048  # OpenAI's

@@ -10,7 +10,7 @@ from aiohttp import web
 from ruvon.errors import RequestNotFoundError
 from ruvon.server.keys import KEYS, TENANT
 from ruvon.server.middleware import json_response
-from ruvon.server.responses import Explanation
+from ruvon.server.service_responses import Explanation
 from ruvon.server.state import Service, service_of
 from ruvon.server.work import REQUESTS, Remembered
 from ruvon.telemetry.finished import Finished, last_of

@@ -16,6 +16,7 @@ from pydantic.json_schema import JsonSchemaMode
 
 from ruvon import __version__
 from ruvon.server import responses, schemas
+from ruvon.server import service_responses as service
 from ruvon.server.body import offload
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
@@ -52,10 +53,10 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         "OpenAI", "Continue texts", responses.TextAnswer, schemas.CompletionRequest, streams=True
     ),
     ("POST", "/v1/embeddings"): Operation(
-        "OpenAI", "Texts as vectors", responses.Embeddings, EmbeddingRequest
+        "OpenAI", "Texts as vectors", service.Embeddings, EmbeddingRequest
     ),
     ("POST", "/v1/decisions"): Operation(
-        "OpenAI", "Answer typed questions", responses.Answered, DecisionRequest
+        "OpenAI", "Answer typed questions", service.Answered, DecisionRequest
     ),
     ("POST", "/v1/messages"): Operation(
         "Anthropic",
@@ -96,15 +97,15 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         ShowRequest,
         error=responses.OllamaErrorAnswer,
     ),
-    ("GET", "/api/version"): Operation("Ollama", "Ollama's version", responses.Version),
+    ("GET", "/api/version"): Operation("Ollama", "Ollama's version", service.Version),
     ("GET", "/v1/models"): Operation(
         "OpenAI",
         "The served names; Anthropic's list with the header anthropic-version",
-        responses.ModelList | messages.ModelPage,
+        service.ModelList | messages.ModelPage,
         queries={"limit": int, "after_id": str, "before_id": str},
     ),
     ("GET", "/v1/models/{name}"): Operation(
-        "OpenAI", "One served name", responses.ModelCard | messages.ModelInfo
+        "OpenAI", "One served name", service.ModelCard | messages.ModelInfo
     ),
     ("POST", "/v1/responses"): Operation(
         "OpenAI",
@@ -143,41 +144,41 @@ OPERATIONS: Mapping[tuple[str, str], Operation] = {
         queries={"limit": int, "order": Literal["asc", "desc"], "after": str},
     ),
     ("POST", "/v1/chat/completions/render"): Operation(
-        "tokens", "What a chat gives the model", responses.Rendered, schemas.ChatRequest
+        "tokens", "What a chat gives the model", service.Rendered, schemas.ChatRequest
     ),
     ("POST", "/v1/completions/render"): Operation(
         "tokens",
         "What completions give the model",
-        list[responses.Rendered],
+        list[service.Rendered],
         schemas.CompletionRequest,
     ),
     ("POST", "/apply-template"): Operation(
-        "tokens", "A chat's prompt as text", responses.Prompt, schemas.ChatRequest
+        "tokens", "A chat's prompt as text", service.Prompt, schemas.ChatRequest
     ),
     ("POST", "/tokenize"): Operation(
         "tokens",
         "A prompt, or messages, as ids",
-        responses.Tokens,
+        service.Tokens,
         schemas.TokenizeRequest | schemas.TokenizeChatRequest,
     ),
     ("POST", "/detokenize"): Operation(
-        "tokens", "Ids as text", responses.Detokenized, schemas.DetokenizeRequest
+        "tokens", "Ids as text", service.Detokenized, schemas.DetokenizeRequest
     ),
     ("GET", "/tokenizer_info"): Operation(
-        "tokens", "What a tokenizer at the client needs", responses.TokenizerInfo
+        "tokens", "What a tokenizer at the client needs", service.TokenizerInfo
     ),
-    ("GET", "/health"): Operation("state", "Whether requests are answered", responses.Status),
-    ("GET", "/live"): Operation("state", "Whether the process works", responses.Status),
-    ("GET", "/ready"): Operation("state", "Whether requests are wanted", responses.Readiness),
-    ("GET", "/load"): Operation("state", "What a router asks", responses.Load),
-    ("GET", "/version"): Operation("state", "ruvon's version", responses.Version),
+    ("GET", "/health"): Operation("state", "Whether requests are answered", service.Status),
+    ("GET", "/live"): Operation("state", "Whether the process works", service.Status),
+    ("GET", "/ready"): Operation("state", "Whether requests are wanted", service.Readiness),
+    ("GET", "/load"): Operation("state", "What a router asks", service.Load),
+    ("GET", "/version"): Operation("state", "ruvon's version", service.Version),
     ("GET", "/v1/requests/{id}/explain"): Operation(
-        "state", "Why a request took so long", responses.Explanation
+        "state", "Why a request took so long", service.Explanation
     ),
     ("GET", "/debug/steps"): Operation(
         "state",
         "The last steps in numbers; for admin keys",
-        responses.Steps,
+        service.Steps,
         queries={"since": int, "limit": int},
     ),
     ("GET", "/about"): Operation("state", "What the page has to know", dict[str, Any]),

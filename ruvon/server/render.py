@@ -15,8 +15,8 @@ from ruvon.server.chat import prepare_chat
 from ruvon.server.completions import prepare_completion
 from ruvon.server.generation import ignored_header
 from ruvon.server.requests import read_request
-from ruvon.server.responses import Rendered
 from ruvon.server.schemas import ChatRequest, CompletionRequest
+from ruvon.server.service_responses import Rendered
 from ruvon.server.state import Service
 
 

@@ -8,11 +8,7 @@ from ruvon.deltas import Delta, TokenLogprobs
 from ruvon.engine.types import Job
 from ruvon.models.tokenizer import Tokenizer
 from ruvon.server.events import DONE, error_event
-from ruvon.server.responses import (
-    ChatChoice,
-    ChatChunkChoice,
-    ChatDelta,
-)
+from ruvon.server.responses import ChatChoice, ChatChunkChoice, ChatDelta
 from ruvon.server.schemas import ChatRequest
 from ruvon.server.state import Service
 from ruvon.server.writers.envelope import Envelope
