@@ -139,5 +139,5 @@ FORMATS: tuple[TileFormat, ...] = (
 )
 """A kernel is told its format by the index here."""
 
-F32_CACHE, F16_CACHE, BF16_CACHE = (FORMATS.index(TileFormat(s)) for s in ("f32", "f16", "bf16"))
-"""How keys and values are stored."""
+F16_CACHE = FORMATS.index(TileFormat("f16"))
+"""How keys and values are stored unless something else is asked for."""

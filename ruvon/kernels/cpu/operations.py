@@ -9,12 +9,12 @@ from ruvon.errors import ConfigError
 from ruvon.kernels.cpu import arguments as told
 from ruvon.kernels.cpu.arguments import Cache, Rows, Tiles
 from ruvon.kernels.cpu.capture import Capture
-from ruvon.kernels.cpu.formats import BF16_CACHE, F16_CACHE, F32_CACHE, FORMATS, GROUP, LANES
-from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, parts_of, round_up
+from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, TileFormat
+from ruvon.kernels.cpu.layout import COLUMNS, STORAGES, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Param
 from ruvon.kernels.ops import GATED, Activation, AttentionSpec, ForwardBatch, Packed, Rope
 
-CACHES = {torch.float32: F32_CACHE, torch.float16: F16_CACHE, torch.bfloat16: BF16_CACHE}
+CACHES = {dtype: FORMATS.index(TileFormat(storage)) for dtype, storage in STORAGES.items()}
 PANELS = {Param.TOKENS: Param.TOKEN_PANELS, Param.LOGIT_ROWS: Param.LOGIT_PANELS}
 
 
