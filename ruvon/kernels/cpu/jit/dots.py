@@ -11,22 +11,25 @@ plain      bytes widened, multiplied and added like any integers
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llvmlite import ir
 
 from ruvon.kernels.cpu.formats import CODED, HALVES, LANES, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
-from ruvon.kernels.cpu.jit.llvm import F32, F32V, I8, I32, I32V, Builder, constant, vector
+from ruvon.kernels.cpu.jit.llvm import F16, F32, F32V, I8, I32, I32V, Builder, constant, vector
 
 
 @dataclass
 class Group:
-    """One group of a tile, its codes as they come out of memory."""
+    """One group of a tile, as it comes out of memory."""
 
     b: Builder
     isa: Isa
     kind: TileFormat
-    w: ir.Value  # where it lies
+    w: ir.Value  # where its codes lie,
+    s: ir.Value  # its scales,
+    over: ir.Value  # and what multiplies them, if something does
     loaded: dict[int, ir.Value] = field(default_factory=dict)
 
     @property
@@ -50,6 +53,27 @@ class Group:
         if self.kind.floats:
             return coded(b, four, self.isa)
         return b.or_(four, self.upper(q)) if self.kind.bits > 4 else four
+
+    @cached_property
+    def scales(self) -> list[ir.Value]:
+        """Those of the group (two if halves), then its offsets if there are any; loaded where they
+        are first asked for. Products of such numbers are exact."""
+        b, kind = self.b, self.kind
+        places = [b.offset(self.s, i * kind.table_bytes) for i in range(kind.tables)]
+        if kind.scales == "e8m0":
+            return [b.with_exponent(b.zext(b.load_as(places[0], vector(I8), 16), I32V))]
+        if kind.scales != "two":
+            element = vector(F32 if kind.scales == "f32" else F16)
+            return [b.widen(b.load_as(place, element, 32)) for place in places]
+        by = [
+            b.widen(b.load_as(b.offset(self.over, at), vector(F16), 32))
+            for at in range(0, kind.super_bytes, 2 * LANES)
+        ]
+        small = (b.sext(b.load_as(place, vector(I8), 16), I32V) for place in places)
+        return [
+            b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
+            for number, x in enumerate(small)
+        ]
 
     def upper_half(self, pair: ir.Value) -> ir.Value:
         """The upper four bits of each byte. Arm has shifts of bytes."""

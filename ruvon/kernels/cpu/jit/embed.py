@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from llvmlite import ir
@@ -23,19 +22,19 @@ from ruvon.kernels.cpu.jit.simd import (
     splat16,
     store,
 )
-from ruvon.kernels.cpu.jit.tiles import DENSE, Scales, load_scales
+from ruvon.kernels.cpu.jit.tiles import DENSE
 
 ANY: Isa = ISAS[-1]  # tables are read the same way everywhere
 
 
-def coded_numbers(group: Group, scales: Scales, k: int) -> ir.Value:
+def coded_numbers(group: Group, k: int) -> ir.Value:
     """The ``k``-th of each of the 16 rows in a group of a quantized tile."""
     b, kind = group.b, group.kind
     shifted = b.lshr(group.codes(k // 4), constant(8 * (k % 4)))
     codes = b.sub(b.and_(shifted, constant(255)), constant(kind.zero))
     part = k * kind.scales_per_group // GROUP
-    numbers = b.fmul(b.sitofp(codes, F32V), scales()[part])
-    return b.fadd(numbers, scales()[kind.scales_per_group + part]) if kind.offsets else numbers
+    numbers = b.fmul(b.sitofp(codes, F32V), group.scales[part])
+    return b.fadd(numbers, group.scales[kind.scales_per_group + part]) if kind.offsets else numbers
 
 
 def dense_numbers(b: Builder, kind: TileFormat, w: ir.Value, k: int) -> ir.Value:
@@ -56,13 +55,9 @@ def make_read_group(kind: TileFormat) -> Any:
         over = b.add(tables, b.mul(steps, number(kind.group_scale_bytes)))
         over = b.add(over, b.mul(b.udiv(group, number(SUPER)), number(kind.super_bytes)))
         tables = b.add(tables, b.mul(group, number(kind.group_scale_bytes)))
-        scales = functools.cache(lambda: load_scales(b, kind, tables, over))
-        codes = Group(b, ANY, kind, w)
+        whole = Group(b, ANY, kind, w, tables, over)
         for k in range(GROUP):
-            if kind.quantized:
-                numbers = coded_numbers(codes, scales, k)
-            else:
-                numbers = dense_numbers(b, kind, w, k)
+            numbers = coded_numbers(whole, k) if kind.quantized else dense_numbers(b, kind, w, k)
             b.store_as(b.offset(out, 4 * k), b.extract_element(numbers, lane), 4)
 
     return operation(emit, *(types.intp,) * 5, result=types.void)

@@ -14,8 +14,6 @@ sums. See `layout` for how all of them lie in memory.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -29,10 +27,8 @@ from ruvon.kernels.cpu.jit.llvm import (
     F16,
     F32,
     F32V,
-    I8,
     I16,
     I32,
-    I32V,
     I64,
     Builder,
     number,
@@ -40,34 +36,11 @@ from ruvon.kernels.cpu.jit.llvm import (
 )
 from ruvon.kernels.cpu.jit.simd import operation
 
-Scales = Callable[[], list[ir.Value]]  # loads them when it is called first
 PAIRS = vector(BF16, 2 * LANES)
 ZEROS = ir.Constant(F32V, [0.0] * LANES)
 
 
-def load_scales(b: Builder, kind: TileFormat, s: ir.Value, over: ir.Value) -> list[ir.Value]:
-    """The scales of one group (two if halves), then its offsets if there are any. What multiplies
-    them, if something does, is at ``over``: products of such numbers are exact."""
-    places = [b.offset(s, i * kind.table_bytes) for i in range(kind.tables)]
-    if kind.scales == "e8m0":
-        return [b.with_exponent(b.zext(b.load_as(places[0], vector(I8), 16), I32V))]
-    if kind.scales != "two":
-        element = vector(F32 if kind.scales == "f32" else F16)
-        return [b.widen(b.load_as(place, element, 32)) for place in places]
-    by = [
-        b.widen(b.load_as(b.offset(over, at), vector(F16), 32))
-        for at in range(0, kind.super_bytes, 2 * LANES)
-    ]
-    small = (b.sext(b.load_as(place, vector(I8), 16), I32V) for place in places)
-    return [
-        b.fmul(b.sitofp(x, F32V), by[number // kind.scales_per_group])
-        for number, x in enumerate(small)
-    ]
-
-
-def quantized_step(
-    group: Group, scales: Scales, x_rows: list[ir.Value], outs: list[ir.Value]
-) -> list[ir.Value]:
+def quantized_step(group: Group, x_rows: list[ir.Value], outs: list[ir.Value]) -> list[ir.Value]:
     """One group of k for all rows. What the sums are multiplied by is loaded behind them, or it
     would have to wait on the stack."""
     b = group.b
@@ -76,23 +49,21 @@ def quantized_step(
         blocks = [x_rows[row] for row in rows]
         sums = [outs[row] for row in rows]
         for part in range(group.kind.scales_per_group):
-            products = group_products(group, blocks, scales, part)
+            products = group_products(group, blocks, part)
             by = [b.broadcast(b.offset(block, SCALE), F32) for block in blocks]
             sums = [b.fused(*args) for args in zip(products, by, sums, strict=True)]
         following += sums
     return following
 
 
-def group_products(
-    group: Group, blocks: list[ir.Value], scales: Scales, part: int
-) -> list[ir.Value]:
+def group_products(group: Group, blocks: list[ir.Value], part: int) -> list[ir.Value]:
     """Each row's share of one group (or half a group), before the activation's scale."""
     b, kind = group.b, group.kind
     sums = group_sums(group, blocks, part)
-    products = [b.fmul(each, scales()[part]) for each in sums]
+    products = [b.fmul(each, group.scales[part]) for each in sums]
     if not kind.offsets:
         return products
-    shift = scales()[kind.scales_per_group + part]
+    shift = group.scales[kind.scales_per_group + part]
     return [
         b.fused(shift, code_sum(group, block, part), product)
         for block, product in zip(blocks, products, strict=True)
@@ -178,8 +149,7 @@ def emit_product(
         emit_fetch(b, fetch, kind, len(rows))
         if kind.quantized:
             by = b.add(over, b.mul(b.udiv(turn, number(SUPER)), number(kind.super_bytes)))
-            scales = functools.cache(lambda: load_scales(b, kind, s, by))
-            outs = quantized_step(Group(b, isa, kind, w), scales, rows, outs)
+            outs = quantized_step(Group(b, isa, kind, w, s, by), rows, outs)
         elif kind.pairs:
             outs = pairs_step(b, w, rows, outs)
         else:
