@@ -16,8 +16,9 @@ from collections import deque
 from dataclasses import replace
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine
 from ruvon.engine.startup import LoadedEngine, start_engine
+from ruvon.engine.steps import Pending
 from ruvon.engine.types import Job, SamplingParams
 from ruvon.telemetry import silent
 

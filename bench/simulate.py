@@ -18,7 +18,8 @@ from typing import NamedTuple
 from conversations import Conversation, Turn
 
 from ruvon.config import EngineConfig, RouterConfig
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine
+from ruvon.engine.steps import Pending
 from ruvon.engine.types import Job, Plan, SamplingParams, StepResult
 from ruvon.errors import QueueFullError
 from ruvon.router.fleet import Fleet

@@ -34,8 +34,8 @@ from ruvon.completion import (
 from ruvon.config import EngineConfig
 from ruvon.deltas import Delta
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
-from ruvon.engine.engine import Pending
 from ruvon.engine.startup import LoadedEngine, start_engine
+from ruvon.engine.steps import Pending
 from ruvon.engine.types import Emission, Job, SamplingParams, TextOptions, gather
 from ruvon.errors import EngineDeadError, QueueFullError, RequestError
 from ruvon.models.chat import Options, PlainParser

@@ -13,9 +13,10 @@ import numpy as np
 
 from ruvon.engine.batch import BlockTables
 from ruvon.engine.blocks import NULL, first_block
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.runner import SamplingRows
+from ruvon.engine.steps import Pending
 from ruvon.engine.types import (
     BEING_SAMPLED,
     PLACEHOLDER,

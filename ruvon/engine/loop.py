@@ -19,13 +19,14 @@ import structlog
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
-from ruvon.engine.engine import Engine, Pending, dead_error, kind
+from ruvon.engine.engine import Engine, dead_error, kind
 from ruvon.engine.events import Header
 from ruvon.engine.gate import Gate
 from ruvon.engine.live import Standing
 from ruvon.engine.open_requests import LoopMetrics, OpenRequests
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.recording import Recording
+from ruvon.engine.steps import Pending
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import (

@@ -10,9 +10,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
 from ruvon.engine.startup import LoadedEngine
+from ruvon.engine.steps import Pending
 from ruvon.verify.answers import Answer, Difference, Outcome, find_difference
 from ruvon.verify.requests import Requests, outgrows
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from ruvon import grammars
 from ruvon.config import EngineConfig
 from ruvon.engine.blocks import NULL
-from ruvon.engine.engine import Engine, Pending
+from ruvon.engine.engine import Engine
 from ruvon.engine.events import read
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import longest_chunk, most_blocks
@@ -30,6 +30,7 @@ from ruvon.engine.matching import Matchers
 from ruvon.engine.ranks.codec import decode_plan, decode_result, encode_plan, encode_result
 from ruvon.engine.recording import Recording
 from ruvon.engine.replay import replay as recorded_again
+from ruvon.engine.steps import Pending
 from ruvon.engine.types import Emission, Job, Plan, SamplingParams, StepResult
 
 ALPHABET = (*range(97, 97 + 11), *ByteTokenizer.eos_ids)  # small: sequences do stop by themselves

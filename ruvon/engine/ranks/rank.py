@@ -25,7 +25,6 @@ import torch
 import torch.distributed as dist
 
 from ruvon.config import EngineConfig
-from ruvon.engine.engine import Runner
 from ruvon.engine.kv_cache import MemoryPlan
 from ruvon.engine.ranks.channel import Channel, Frame, Kind
 from ruvon.engine.ranks.codec import decode_plan, encode_result
@@ -41,6 +40,7 @@ from ruvon.engine.ranks.process import hold_on_to
 from ruvon.engine.ranks.ring import NUMBER, RingReader, read_whole
 from ruvon.engine.ranks.steps import Meetings, Report
 from ruvon.engine.startup import Partners, start_engine
+from ruvon.engine.steps import Runner
 from ruvon.engine.types import StepResult
 from ruvon.grammars import Grammar
 from ruvon.kernels.mesh import Mesh, process_group_mesh
