@@ -20,9 +20,9 @@ from cpu_products import FORMATS
 from torch import Tensor
 
 from ruvon.engine.resources import cores_to_pin
-from ruvon.kernels.cpu import CpuKernels, Limits
+from ruvon.kernels.cpu import CpuKernels
 from ruvon.kernels.cpu.graph import sizes_of
-from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, ForwardBatch, PackedExperts
+from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, ForwardBatch, PackedExperts, StepLimits
 
 SECONDS = 2.0
 LAYERS = 2
@@ -71,7 +71,7 @@ def report(kernels, layers, router, tokens: int, hidden: int) -> None:
         outs = [kernels.ops.experts(x, router, None, layer) for layer in layers]
         return kernels.ops.add(*outs)
 
-    graph = kernels.capture(forward, [], Limits(tokens, 1, tokens, 1), draws=False)
+    graph = kernels.capture(forward, [], StepLimits(tokens, 1, tokens, 1), draws=False)
     sizes = sizes_of(np.array([0, tokens], np.int32), tokens)
     whole = best_of(lambda: graph.program.run(sizes)) / LAYERS
     parts: dict[str, float] = {}

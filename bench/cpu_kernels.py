@@ -21,12 +21,12 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.resources import cores_to_pin
-from ruvon.kernels.cpu import CpuKernels, Graph, Limits, allocate_cache
+from ruvon.kernels.cpu import CpuKernels, Graph, allocate_cache
 from ruvon.kernels.cpu.capture import Instruction
 from ruvon.kernels.cpu.formats import FORMATS
 from ruvon.kernels.cpu.graph import sizes_of
 from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.ops import ForwardBatch, PagedIndex
+from ruvon.kernels.ops import ForwardBatch, PagedIndex, StepLimits
 from ruvon.models import load_model
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.telemetry import silent
@@ -75,7 +75,7 @@ def load_graph(kernels: CpuKernels, config: EngineConfig) -> Graph:
     for layer in cache:
         for tensor in layer:
             tensor.normal_()  # memory that was never written to is one page of zeros
-    return kernels.capture(model.forward, cache, Limits(PROMPT, 64, 64, 64))
+    return kernels.capture(model.forward, cache, StepLimits(PROMPT, 64, 64, 64))
 
 
 def batches() -> dict[str, ForwardBatch]:

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.resources import cores_to_pin
-from ruvon.kernels.cpu import CpuKernels, Limits
+from ruvon.kernels.cpu import CpuKernels
 from ruvon.kernels.cpu.graph import sizes_of
-from ruvon.kernels.ops import Dense, ForwardBatch, Mxfp4, Quantized, Weight
+from ruvon.kernels.ops import Dense, ForwardBatch, Mxfp4, Quantized, StepLimits, Weight
 
 WEIGHT_BYTES = 1 << 26  # of all weights of a shape: more than caches hold
 SECONDS = 2  # that the columns take turns, at least
@@ -136,7 +136,7 @@ def ours(kernels: CpuKernels, weights: list[Weight], rows: int) -> tuple[Work, i
         outs = [kernels.ops.linear(x, weight, None, "none") for weight in packed]
         return functools.reduce(kernels.ops.add, outs)  # somebody has to read them
 
-    graph = kernels.capture(forward, [], Limits(rows, 1, rows, 1))
+    graph = kernels.capture(forward, [], StepLimits(rows, 1, rows, 1))
     sizes = sizes_of(np.array([0, rows], np.int32), rows)
     graph.program.run(sizes)  # packs x
     instructions = enumerate(graph.program.instructions)

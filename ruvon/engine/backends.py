@@ -20,7 +20,7 @@ from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingRow, StepResult
 from ruvon.errors import ConfigError
 from ruvon.kernels.mesh import ALONE, Mesh
-from ruvon.kernels.ops import Ops
+from ruvon.kernels.ops import Ops, StepLimits
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.models import Model
 from ruvon.models.layers import attention_spec
@@ -34,17 +34,6 @@ FEWEST_CODES = 1 << 23
 """Smaller weights of a GGUF file are multiplied out on a GPU: reading half or a quarter of so few
 bytes saves less than codes take to become numbers (docs/log.md)."""
 LOGITS_BYTES = 64 << 20  # at once; only prompt logprobs want that many
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """The largest step that will ever be planned."""
-
-    tokens: int
-    sequences: int
-    logit_rows: int  # at once: the runner asks for more in pieces
-    blocks_per_sequence: int
-    cache_groups: int
 
 
 def step_limits(spec: ModelSpec, config: EngineConfig, memory: MemoryPlan) -> StepLimits:
@@ -213,7 +202,7 @@ def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
     Raises ConfigError for a model or setting that they do not do.
     """
     from ruvon.engine.cpu_sampler import CpuSampler  # as the kernels, not used by every backend
-    from ruvon.kernels.cpu import CpuKernels, Limits
+    from ruvon.kernels.cpu import CpuKernels
     from ruvon.kernels.cpu.formats import LANES
     from ruvon.kernels.cpu.operations import check_attention
 
@@ -233,17 +222,10 @@ def cpu_backend(share: Share, config: EngineConfig, threads: int) -> Backend:
         raise
 
     def capture(model: Model, cache: Cache, limits: StepLimits, progress: Progress) -> Step:
-        largest = Limits(
-            tokens=limits.tokens,
-            sequences=limits.sequences,
-            logit_rows=limits.logit_rows,
-            blocks_per_sequence=limits.blocks_per_sequence,
-            cache_groups=limits.cache_groups,
-        )
-        graph = kernels.capture(model.forward, cache, largest, progress, draws=mesh.is_last)
+        graph = kernels.capture(model.forward, cache, limits, progress, draws=mesh.is_last)
         sampler = kernels.sampler(spec.vocab_size, limits.sequences, progress)
         # Few servers are asked for hidden states, but streams would wait while it is captured.
-        every_row = replace(largest, logit_rows=limits.tokens)
+        every_row = replace(limits, logit_rows=limits.tokens)
         hidden = kernels.capture(model.hidden, cache, every_row, draws=False)
         return Step(graph.replay, CpuSampler(sampler, lambda: graph.argmax), hidden.replay)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ruvon.config import EngineConfig
-from ruvon.engine.backends import Backend, StepLimits, step_limits
+from ruvon.engine.backends import Backend, step_limits
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.kv_cache import Cache, MemoryPlan, allocate_cache
 from ruvon.engine.matching import Matchers
@@ -18,6 +18,7 @@ from ruvon.engine.resources import available_cores
 from ruvon.engine.runner import Forward, Runner
 from ruvon.engine.types import SamplingRow, StepResult
 from ruvon.engine.warm_up import RARE, scoring_plans, short_step
+from ruvon.kernels.ops import StepLimits
 from ruvon.models import Model
 from ruvon.telemetry import Progress
 

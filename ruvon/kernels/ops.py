@@ -41,6 +41,17 @@ CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)
+class StepLimits:
+    """The largest step that will ever be computed."""
+
+    tokens: int
+    sequences: int
+    logit_rows: int  # at once: the runner asks for more in pieces
+    blocks_per_sequence: int
+    cache_groups: int = 1
+
+
+@dataclass(frozen=True, slots=True)
 class PagedIndex:
     """Where a step's keys and values are in the cache, for the layers of one cache group.
 

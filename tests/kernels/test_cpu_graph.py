@@ -7,16 +7,16 @@ import pytest
 import torch
 from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel, random_quantized
 
-from ruvon.kernels.cpu import CpuKernels, Limits, allocate_cache
+from ruvon.kernels.cpu import CpuKernels, allocate_cache
 from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import Form
 from ruvon.kernels.cpu.graph import give_memory, new_instructions, prefetch_links
 from ruvon.kernels.cpu.layout import pack
 from ruvon.kernels.cpu.operations import add, linear, rms_norm
 from ruvon.kernels.cpu.params import Param
-from ruvon.kernels.ops import Dense
+from ruvon.kernels.ops import Dense, StepLimits
 
-LIMITS = Limits(tokens=300, sequences=8, logit_rows=300, blocks_per_sequence=BLOCKS)
+LIMITS = StepLimits(tokens=300, sequences=8, logit_rows=300, blocks_per_sequence=BLOCKS)
 SHAPES = {
     "llama": Shape(),
     "dense llama": Shape(quantized=False),

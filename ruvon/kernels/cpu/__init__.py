@@ -5,7 +5,7 @@
     cpu = CpuKernels(threads=2)
     model = load_model(checkpoint, config, cpu.ops, progress)      # cpu.ops is an `Ops`
     cache = allocate_cache(layers, blocks, kv_heads, block_size, head_dim, torch.float16)
-    graph = cpu.capture(model.forward, cache, Limits(512, 64, 64, 128), progress)
+    graph = cpu.capture(model.forward, cache, StepLimits(512, 64, 64, 128), progress)
     logits_LV = graph.replay(batch)                                # the runner's forward
     graph.argmax                                                   # greedy tokens [L], computed
     cpu.sampler(vocab_size, 64)(rows)                              # sampled tokens, see `sampling`
@@ -35,7 +35,7 @@ from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
 from ruvon.kernels.cpu.experts import experts, pack_experts
 from ruvon.kernels.cpu.formats import LANES
-from ruvon.kernels.cpu.graph import Forward, Graph, Limits, Program, Progress, sizes_of
+from ruvon.kernels.cpu.graph import Forward, Graph, Program, Progress, sizes_of
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.meeting import KEY, traced
@@ -43,9 +43,18 @@ from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.cpu.sampling import Sampler
 from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.mesh import ALONE, Mesh
-from ruvon.kernels.ops import Experts, ExpertsSpec, ForwardBatch, Ops, Packed, PackedExperts, Weight
+from ruvon.kernels.ops import (
+    Experts,
+    ExpertsSpec,
+    ForwardBatch,
+    Ops,
+    Packed,
+    PackedExperts,
+    StepLimits,
+    Weight,
+)
 
-__all__ = ["CpuKernels", "Graph", "Limits", "Sampler", "allocate_cache"]
+__all__ = ["CpuKernels", "Graph", "Sampler", "allocate_cache"]
 
 
 class CpuKernels:
@@ -106,7 +115,7 @@ class CpuKernels:
         self,
         forward: Forward,
         cache: Sequence[tuple[Tensor, Tensor]],
-        limits: Limits,
+        limits: StepLimits,
         progress: Progress | None = None,
         *,
         draws: bool = True,

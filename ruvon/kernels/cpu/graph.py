@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -31,23 +30,12 @@ from ruvon.kernels.cpu.meeting import KEY
 from ruvon.kernels.cpu.operations import argmax
 from ruvon.kernels.cpu.params import PANEL, QUERY_TOKENS
 from ruvon.kernels.cpu.thread_pool import ThreadPool
-from ruvon.kernels.ops import ForwardBatch, PagedIndex
+from ruvon.kernels.ops import ForwardBatch, PagedIndex, StepLimits
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
 Progress: TypeAlias = Callable[[str, float], None]
 Link: TypeAlias = tuple[Address, int, int, Address]
 WORDS = INSTRUCTION_BYTES // 8
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The largest step a graph must serve."""
-
-    tokens: int
-    sequences: int
-    logit_rows: int
-    blocks_per_sequence: int
-    cache_groups: int = 1
 
 
 class Program:
@@ -169,7 +157,7 @@ class Graph:
         self,
         forward: Forward,
         cache: Sequence[tuple[Tensor, Tensor]],
-        limits: Limits,
+        limits: StepLimits,
         capture: Capture,
         finish: Callable[[Capture, Iterable[Tensor]], Program],
         *,
@@ -218,7 +206,7 @@ COPIED = ("token_ids", "positions", "query_starts", "context_lens", "logit_rows"
 STARTS = COPIED.index("query_starts")
 
 
-def empty_batch(limits: Limits) -> ForwardBatch:
+def empty_batch(limits: StepLimits) -> ForwardBatch:
     """The batch whose memory the instructions read."""
 
     def ints(*shape: int) -> Tensor:
