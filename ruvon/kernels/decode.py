@@ -291,11 +291,14 @@ def _decode_kernel(
 
 def decode_tile(share: int, block_d: int, programs: int) -> DecodeTile:
     """As measured on an H100. More keys or stages need more registers, and then fewer programs
-    share a multiprocessor. Programs that all start at once ask for their keys before they wait; of
-    more, each would ask for what it is about to read anyway, which costs a tenth."""
+    share a multiprocessor: of many that multiply, a warp each with few keys is fastest. Programs
+    that all start at once ask for their keys before they wait; of more, each would ask for what it
+    is about to read anyway, which costs a tenth."""
     few = programs <= PROGRAMS
     if share > 1 and few and block_d <= 64:
         return DecodeTile(128, 4, 2)
+    if share > 1 and programs > 3 * PROGRAMS and block_d <= 64:
+        return DecodeTile(16, 1, 3, ask=False)
     if share == 1 and programs > 6 * PROGRAMS and block_d <= 64:
         return DecodeTile(32, 4, 3, ask=False)
     return DecodeTile(64 if block_d <= 128 else 32, 4, 2, ask=few)
