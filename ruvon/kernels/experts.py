@@ -9,7 +9,7 @@ in every run. Grids depend on the number of tokens alone, so all of it can be ca
 
 from __future__ import annotations
 
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import torch
 import triton
@@ -18,6 +18,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ruvon.kernels.activation import sigmoid
+from ruvon.kernels.expert_tiles import BATCH_INVARIANT, ExpertsTile, experts_tiles
 from ruvon.kernels.expert_weights import GATES, PAIR
 from ruvon.kernels.mxfp4 import GROUP, LINES, ROWS, Codes, multiply_mxfp4
 from ruvon.kernels.norm import rms_norm
@@ -95,9 +96,42 @@ def _store(
 
 
 @triton.jit
+def _tile_product(
+    x_ptr, x_desc, weight_desc, codes, bias_ptr, out_ptr, routing, x_stride, expert, first_row,
+    first, end, TOKENS: tl.constexpr, N: tl.constexpr, K: tl.constexpr, TOP_K: tl.constexpr,
+    UP: tl.constexpr, GATE: tl.constexpr, MXFP4: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SORTED: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Places ``first`` to ``end`` of the order, at most ``TOKENS``, by `TILE.rows` of a weight."""
+    places = first + tl.arange(0, TOKENS)
+    used = places < end
+    if UP and not SORTED:
+        sources = tl.load(routing.order + places, mask=used, other=0) // TOP_K
+    else:
+        sources = tl.where(used, places, 0)
+    x_at = x_ptr + sources.to(tl.int64) * x_stride
+    sums = _no_sums(TILE.rows, TOKENS)
+    if MXFP4:
+        sums = multiply_mxfp4(
+            sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first,
+            N, K, TILE.columns, TILE.stages, SORTED, TILE.overlap,
+        )  # fmt: skip
+    else:
+        sums = _multiply_dense(
+            sums, weight_desc, expert, first_row, x_at, used, x_desc, first,
+            N, K, TILE.columns, TILE.stages, SORTED,
+        )  # fmt: skip
+    _store(
+        sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
+        HAS_BIAS,
+    )  # fmt: skip
+
+
+@triton.jit
 def _experts_kernel(
     x_ptr,
     x_desc,  # of rows in order, or None
+    few_desc,  # the same, in boxes for tiles of few tokens
     weight_desc,  # of the words of Codes, or of a dense weight
     codes,  # Codes, or None
     bias_ptr,
@@ -128,28 +162,18 @@ def _experts_kernel(
     release(PDL)
     if expert >= 0:
         first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
-        places = first + tl.arange(0, TILE.tokens)
-        used = places < end
-        if UP and not SORTED:
-            sources = tl.load(routing.order + places, mask=used, other=0) // TOP_K
-        else:
-            sources = tl.where(used, places, 0)
-        x_at = x_ptr + sources.to(tl.int64) * x_stride
-        sums = _no_sums(TILE.rows, TILE.tokens)
-        if MXFP4:
-            sums = multiply_mxfp4(
-                sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first,
-                N, K, TILE.columns, TILE.stages, SORTED,
+        if TILE.few and end - first <= TILE.few:
+            _tile_product(
+                x_ptr, few_desc, weight_desc, codes, bias_ptr, out_ptr, routing, x_stride,
+                expert, first_row, first, end, TILE.few,
+                N, K, TOP_K, UP, GATE, MXFP4, HAS_BIAS, SORTED, TILE,
             )  # fmt: skip
         else:
-            sums = _multiply_dense(
-                sums, weight_desc, expert, first_row, x_at, used, x_desc, first,
-                N, K, TILE.columns, TILE.stages, SORTED,
+            _tile_product(
+                x_ptr, x_desc, weight_desc, codes, bias_ptr, out_ptr, routing, x_stride,
+                expert, first_row, first, end, TILE.tokens,
+                N, K, TOP_K, UP, GATE, MXFP4, HAS_BIAS, SORTED, TILE,
             )  # fmt: skip
-        _store(
-            sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
-            HAS_BIAS,
-        )  # fmt: skip
 
 
 @triton.jit
@@ -182,34 +206,6 @@ def _combine_kernel(
         at = parts_ptr + (token * TOP_K + i) * C + columns
         total += weight * tl.load(at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out_ptr + token * C + columns, total.to(out_ptr.dtype.element_ty), mask=inside)
-
-
-class ExpertsTile(NamedTuple):
-    tokens: int
-    rows: int  # of the weight
-    columns: int
-    stages: int
-    warps: int = 4
-    bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
-
-
-def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
-    """For the first product and the second; both have as many tokens."""
-    each = tokens * spec.top_k / spec.num_experts
-    if each <= 4:
-        return (ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3),) * 2
-    if each <= 8:
-        return (ExpertsTile(16, 64, 256, 3),) * 2
-    if each <= 16:
-        return (ExpertsTile(32, 128, 128, 4),) * 2
-    if each <= 128:
-        return (ExpertsTile(64, 128, 128, 4, bulk=True),) * 2
-    if each <= 512:
-        return (ExpertsTile(128, 128, 64, 4, 8, bulk=True),) * 2
-    return (ExpertsTile(256, 128, 64, 4, 8, bulk=True),) * 2
-
-
-BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
 
 
 Tiles: TypeAlias = tuple[ExpertsTile, ExpertsTile]
@@ -296,10 +292,13 @@ def _product(
     if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
         tile = tile._replace(columns=64, stages=2)
     tile, weight_desc = _boxes(weight, n, tile)
-    x_desc = TensorDescriptor.from_tensor(x_TK, [tile.tokens, tile.columns]) if tile.bulk else None
+    x_desc, few_desc = (
+        TensorDescriptor.from_tensor(x_TK, [tokens, tile.columns]) if tile.bulk and tokens else None
+        for tokens in (tile.tokens, tile.few)
+    )
     out_TN = x_TK.new_empty(routing.order.shape[0], hidden or spec.width)
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
-        x_TK, x_desc, weight_desc, codes, bias_N, out_TN, routing,
+        x_TK, x_desc, few_desc, weight_desc, codes, bias_N, out_TN, routing,
         x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=not hidden, GATE=GATES[spec.activation],
         MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
         num_warps=tile.warps, launch_pdl=pdl,

@@ -186,10 +186,18 @@ def _rows(lines):
 
 
 @triton.jit
+def _wait_for(sums):
+    """``sums``, when the matrix unit has made them. No instruction, but a use of them, for want of
+    which the compiler lets a loop's turns overlap: then registers hold the weights of two, and each
+    is moved to where the unit reads it. Other programs overlap, and there is room for more."""
+    return tl.inline_asm_elementwise("", "=f,0", [sums], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
 def multiply_mxfp4(
     sums, words_desc, codes, expert, first_row, x_at, used, x_desc, first_place,
     N: tl.constexpr, K: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-    SORTED: tl.constexpr,
+    SORTED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """``sums [rows of the weight, rows of x]`` plus their products. ``words_desc`` reads
     ``codes.words``; x is read through its own where it is ``SORTED``, else where ``x_at`` says."""
@@ -217,4 +225,6 @@ def multiply_mxfp4(
             mask = used[None, :] & (columns < K)[:, None]
             x = tl.load(x_at[None, :] + columns[:, None], mask=mask, other=0.0)
         sums = tl.dot(weight, x, sums, input_precision="ieee")
+        if tl.bfloat16 == DTYPE and not OVERLAP:
+            sums = _wait_for(sums)
     return sums * tl.load(codes.factors + expert)

@@ -4,8 +4,9 @@ interpreter (float32 only) where there is none."""
 import pytest
 import torch
 
+from ruvon.kernels.expert_tiles import ExpertsTile
 from ruvon.kernels.expert_weights import pack_experts
-from ruvon.kernels.experts import ExpertsTile, experts
+from ruvon.kernels.experts import experts
 from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, Mxfp4
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.reference import route as plain_route
@@ -82,7 +83,7 @@ def test_experts(dtype, tokens, weight, clamped):
     [
         ExpertsTile(16, 64, 64, 2),
         ExpertsTile(32, 128, 128, 3, bulk=True),
-        ExpertsTile(64, 64, 256, 2, 8, bulk=True),
+        ExpertsTile(64, 64, 256, 2, 8, bulk=True, overlap=True),
     ],
 )
 @pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
@@ -91,6 +92,18 @@ def test_tiles_that_nothing_fills(dtype, weight, tile):
     layer = make_layer(spec, 160, weight)
     x = torch.randn(21, 160, device=DEVICE).to(dtype)
     check(spec, layer, random_dense(3, 160), None, x, dtype, (tile, tile))
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
+def test_tiles_of_few_tokens(dtype, weight, bulk):
+    """One expert's second tile has no more than `few` tokens, its first and others' have more."""
+    spec = ExpertsSpec(4, 2, 32, "swiglu_clamped")
+    layer = make_layer(spec, 64, weight)
+    bias = torch.tensor([9.0, 0.0, 0.0, 0.0], device=DEVICE)
+    x = torch.randn(36, 64, device=DEVICE).to(dtype)
+    tile = ExpertsTile(32, 64, 64, 2, bulk=bulk, few=16)
+    check(spec, layer, random_dense(4, 64), bias, x, dtype, (tile, tile))
 
 
 @pytest.mark.parametrize("tokens", [3, 20])

@@ -1,0 +1,37 @@
+"""Which tiles `ruvon.kernels.experts` takes, as measured on an H100 (docs/log.md)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from ruvon.kernels.ops import ExpertsSpec
+
+
+class ExpertsTile(NamedTuple):
+    tokens: int
+    rows: int  # of the weight
+    columns: int
+    stages: int
+    warps: int = 4
+    bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
+    few: int = 0  # a tile with no more tokens takes the time of so many; 0: all take the same
+    overlap: bool = False  # whether a program's matrix unit runs while it unpacks what comes next
+
+
+def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
+    """For the first product and the second; both have as many tokens."""
+    each = tokens * spec.top_k / spec.num_experts
+    if each <= 4:
+        return (ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3),) * 2
+    if each <= 8:
+        return (ExpertsTile(16, 64, 256, 3),) * 2
+    if each <= 16:
+        return (ExpertsTile(32, 128, 128, 4, few=16),) * 2
+    if each <= 128:
+        return (ExpertsTile(64, 128, 128, 3, bulk=True, few=32),) * 2
+    if each <= 512:
+        return (ExpertsTile(128, 128, 64, 4, 8, bulk=True, overlap=True),) * 2
+    return (ExpertsTile(256, 128, 64, 4, 8, bulk=True, overlap=True),) * 2
+
+
+BATCH_INVARIANT = ExpertsTile(64, 64, 128, 4)
