@@ -27,6 +27,7 @@ from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
 from ruvon.kernels.pdl import release, wait
 from ruvon.kernels.routing import Routing, route
 from ruvon.kernels.split_k import Workspace
+from ruvon.kernels.tiles import STREAMED_ROWS
 
 
 @triton.jit
@@ -222,7 +223,7 @@ def experts(
     tiles: Tiles | None = None,
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it."""
-    spec = experts.spec
+    spec, pdl = experts.spec, pdl and x_TC.shape[0] <= STREAMED_ROWS
     chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
     tiles = tiles or chosen
     routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
@@ -242,6 +243,7 @@ def norm_experts(
 ) -> tuple[Tensor, Tensor]:
     """(`experts` of the RMSNorm of x + residual, that sum): for few tokens in a launch less."""
     spec, tiles = experts.spec, experts_tiles(x_TC.shape[0], experts.spec)
+    pdl = pdl and x_TC.shape[0] <= STREAMED_ROWS  # beside cuBLAS's products early starts cost time
     norm = (x_TC, residual_TC, norm_weight_C, eps)
     if x_TC.shape[0] <= FEW_TOKENS:
         normed_TC, total_TC, routing = norm_route(
