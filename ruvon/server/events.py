@@ -11,7 +11,7 @@ import orjson
 import structlog
 from aiohttp import web
 
-from ruvon.errors import UnavailableError
+from ruvon.errors import RequestError, UnavailableError
 from ruvon.server.failures import failure, openai_error
 
 log = structlog.get_logger(__name__)
@@ -147,7 +147,7 @@ class Pulse:
 
 
 def log_failure(error: Exception) -> None:
-    if isinstance(error, UnavailableError):
+    if isinstance(error, RequestError | UnavailableError):
         log.warning("stream_failed", error=error.message, error_code=error.code)
     else:
         log.error("stream_failed", exc_info=error)

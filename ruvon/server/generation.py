@@ -14,9 +14,10 @@ from aiohttp import web
 
 from ruvon.deltas import Delta, FinishReason
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
+from ruvon.engine.draw import NOTHING_LEFT
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
-from ruvon.errors import GenerationError, ShuttingDownError
+from ruvon.errors import GenerationError, RequestError, ShuttingDownError
 from ruvon.server.body import offload
 from ruvon.server.events import EVENTS, KEEP_ALIVE, Media, send_events
 from ruvon.server.middleware import FACTS
@@ -181,6 +182,8 @@ def cache_headers(num_prompt: int, num_cached: int) -> dict[str, str]:
 
 def check_end(finish: FinishReason | None, error: str | None) -> None:
     """Raise for a completion that did not come to its end."""
+    if finish == "error" and error == NOTHING_LEFT:
+        raise RequestError(f"{NOTHING_LEFT[0].upper()}{NOTHING_LEFT[1:]}.", None, "no_token_left")
     if finish == "error":
         raise GenerationError(error or "This completion could not be computed.")
     if finish == "abort":

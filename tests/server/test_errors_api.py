@@ -10,6 +10,7 @@ import pytest
 from serving import Fails, ScriptRunner
 
 from ruvon.config import ServerConfig
+from ruvon.engine.draw import NOTHING_LEFT
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -236,6 +237,16 @@ async def test_a_failing_first_step_has_a_status(serve, stream):
     assert reply.error["code"] == "generation_failed"
     assert reply.headers["X-Should-Retry"] == "false"
     assert (await server.chat(stream=stream)).status == 200  # the next one is fine
+    server.assert_idle()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_request_that_rules_out_every_token_is_the_client_s_fault(serve, stream):
+    server = await serve()
+    server.fake.errors[0] = NOTHING_LEFT
+    reply = await server.chat(stream=stream)
+    assert (reply.status, reply.error["code"]) == (400, "no_token_left")
+    assert reply.error["message"].startswith("No token is left: ")
     server.assert_idle()
 
 
