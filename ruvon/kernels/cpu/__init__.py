@@ -35,7 +35,7 @@ from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
 from ruvon.kernels.cpu.experts import experts, pack_experts
 from ruvon.kernels.cpu.formats import LANES
-from ruvon.kernels.cpu.graph import Forward, Graph, Program, Progress, sizes_of
+from ruvon.kernels.cpu.graph import Forward, Graph, Program, sizes_of
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
 from ruvon.kernels.cpu.meeting import KEY, traced
@@ -53,6 +53,7 @@ from ruvon.kernels.ops import (
     StepLimits,
     Weight,
 )
+from ruvon.telemetry import Progress
 
 __all__ = ["CpuKernels", "Graph", "Sampler", "allocate_cache"]
 

@@ -33,7 +33,6 @@ from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.ops import ForwardBatch, PagedIndex, StepLimits
 
 Forward: TypeAlias = Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor]
-Progress: TypeAlias = Callable[[str, float], None]
 Link: TypeAlias = tuple[Address, int, int, Address]
 WORDS = INSTRUCTION_BYTES // 8
 
