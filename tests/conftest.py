@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
 import pytest
+import structlog
 import torch
 from fakes import ByteTokenizer, FakeRunner
 from hypothesis import HealthCheck, settings
@@ -43,6 +44,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def one_thread() -> None:
     """What tests multiply is small, and another process of theirs has the next core."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def own_logging() -> Iterator[None]:
+    """Commands that ran in this process have set up logging, which the next test finds as usual."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -179,7 +179,6 @@ def stderr(capsys):
     """Lines on stderr so far; what logging was is put back."""
     handlers, level = logging.root.handlers[:], logging.root.level
     yield lambda: capsys.readouterr().err.splitlines()
-    structlog.reset_defaults()
     logging.root.handlers, logging.root.level = handlers, level
 
 
