@@ -10,6 +10,7 @@ plain      bytes widened, multiplied and added like any integers
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -177,15 +178,18 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
     totals = [b.cut(constant(0), I32, width) for _ in blocks]
     most = most_in_words(group.kind.factor_bits)
     for first in range(which.start, which.stop, most):
-        sums: list[list[ir.Value]] = []
+        sums: Iterable[list[ir.Value]] = []
         for q in range(first, min(first + most, which.stop)):
             codes = b.cut(group.codes(q), I8, width)
             xs = [splat_bytes(b, b.offset(block, 4 * q), width) for block in blocks]
-            products = [[madd_code(group, code, x) for code in codes] for x in xs]
+            rows = ([madd_code(group, code, x) for code in codes] for x in xs)
+            # What goes into 32 bits at once does so row by row.
+            products = rows if most == 1 else [*rows]
             if sums:
                 products = [add_all(b, *args) for args in zip(sums, products, strict=True)]
             # With few registers not all codes of a group can be at hand.
-            sums = fence(b, products) if most > 1 and group.isa.registers == 16 else products
+            few = most > 1 and group.isa.registers == 16
+            sums = fence(b, [*products]) if few else products
         totals = [
             add_all(b, total, add_pairs(b, parts))
             for total, parts in zip(totals, sums, strict=True)
