@@ -36,6 +36,7 @@ STRING, ARRAY = 8, 9
 SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?",
            10: "<Q", 11: "<q", 12: "<d"}  # fmt: skip
 MAX_DIMENSIONS = 4
+NO_NUMBER = 255  # as a scale of MXFP4
 MOST_ITEMS = 1 << 23  # of an array; vocabularies have some 300,000
 
 
@@ -226,6 +227,8 @@ def _values(part: Part, name: str, entry: TensorEntry, cut: Cut) -> Tensor | Qua
         raise LoadError(f"{part.path}: {name} of shape {entry.shape} cannot be {layout.name}")
     raw = torch.frombuffer(part.data, dtype=torch.uint8, count=size, offset=entry.offset)
     values = _unpacked(raw, entry.shape, layout, cut)
+    if not _finite(values):
+        raise LoadError(f"{part.path}: {name} has scales that are no numbers")
     _let_go(part.data, entry.offset, size)
     return values
 
@@ -245,6 +248,17 @@ def _unpacked(
     inside = range(columns.start - first, columns.stop - first)
     whole = len(inside) == (ends[1] - ends[0]) * layout.values
     return values if whole else take_columns(values, inside)
+
+
+def _finite(values: Tensor | Quantized | Mxfp4) -> bool:
+    """Whether all scales are numbers. Where they are not, rounding to codes would hide it."""
+    match values:
+        case Quantized():
+            tables = (values.scales, values.offsets, values.blocks)
+            return all(bool(table.isfinite().all()) for table in tables if table is not None)
+        case Mxfp4():
+            return not bool((values.scales_NK == NO_NUMBER).any())
+    return True
 
 
 def _let_go(data: mmap.mmap, offset: int, size: int) -> None:

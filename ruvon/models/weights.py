@@ -121,12 +121,12 @@ class Weights:
     def norm(self, key: str, size: int, layer: int = 0, kind: str = "weight") -> Tensor:
         """A norm's weight or bias, or another vector that wants precision: float32 [size]."""
         (vector,) = self._parts(key, (size,), (), layer, kind)
-        return self.plain(key, vector).to(self.ops.device, torch.float32)
+        return self._vector(key, vector).to(self.ops.device, torch.float32)
 
     def bias(self, key: str, rows: Sequence[int], layer: int = 0) -> Tensor | None:
         """A projection's bias in the compute dtype, [sum(rows)]. None where another rank adds it:
         to a sum over all of them it is added once."""
-        parts = [self.plain(key, part) for part in self._parts(key, rows, (), layer, "bias")]
+        parts = [self._vector(key, part) for part in self._parts(key, rows, (), layer, "bias")]
         if not self.adds_bias(key):
             return None
         return torch.cat(parts).to(self.ops.device, self.ops.dtype)
@@ -204,6 +204,13 @@ class Weights:
             values = self.read(found, shape, cut)
             parts.append(values.T if turned and isinstance(values, Tensor) else values)
         return parts
+
+    def _vector(self, key: str, values: Tensor | Quantized | Mxfp4) -> Tensor:
+        """All numbers: where products round their inputs to codes, nothing would tell later."""
+        vector = self.plain(key, values)
+        if not vector.isfinite().all():
+            raise LoadError(f"{self.source.path}: {key} has values that are no numbers")
+        return vector
 
     def plain(self, key: str, values: Tensor | Quantized | Mxfp4) -> Tensor:
         """What is no matrix of a GGUF file, of which alone there are quantized ones."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from gguf import GGMLQuantizationType
 from gguf_files import write_gguf
 from tiny import VOCAB, load, make_reference
 
@@ -184,3 +185,24 @@ def test_divisors_of_frequencies_that_are_none(original, entry):
     original.write_pairs(original.metadata.items(), [("rope_freqs.weight", entry)])
     with pytest.raises(LoadError, match=r"rope_freqs.weight is no"):
         load(original.path)
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "kind"),
+    [
+        (Q, b"\x00\x7e", GGMLQuantizationType.Q8_0),  # NaN as a float16, which a block's scale is
+        (Q, b"\x00\x7c", GGMLQuantizationType.Q4_0),  # infinity
+        ("output_norm.weight", b"\x00\x00\xc0\x7f", GGMLQuantizationType.F32),
+        ("blk.1.attn_norm.weight", b"\x00\x00\xc0\xff", GGMLQuantizationType.Q8_0),
+    ],
+)
+def test_scales_and_norms_that_are_no_numbers(tmp_path, name, raw, kind):
+    """Products of codes would make some number of them, and a wrong answer."""
+    path = tmp_path / "tiny.gguf"
+    write_gguf(path, make_reference("llama2"), "llama", kind)
+    at, data = GgufFile(path).tensors[name][1].offset, bytearray(path.read_bytes())
+    load(path)
+    data[at : at + len(raw)] = raw
+    path.write_bytes(data)
+    with pytest.raises(LoadError, match=r"tiny\.gguf: .* that are no numbers"):
+        load(path)
