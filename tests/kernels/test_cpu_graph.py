@@ -1,7 +1,9 @@
 """Whole models as graphs: right, and the same to the last bit however the work is cut."""
 
+import gc
 import os
 import threading
+import weakref
 
 import pytest
 import torch
@@ -282,6 +284,18 @@ def test_closing_leaves_a_program_that_is_stuck_alone():
     assert kernels._pool.threads == 2
     kernels.close()
     assert kernels._pool.threads == 0
+
+
+def test_code_stays_while_a_thread_may_be_in_it():
+    kernels = CpuKernels(2)
+    pool, code = kernels._pool, weakref.ref(kernels._compiled)
+    del kernels
+    gc.collect()
+    assert code() is not None
+    pool.close()
+    del pool
+    gc.collect()
+    assert code() is None
 
 
 def test_a_crowd_of_threads_on_few_cores(cpu):

@@ -99,6 +99,20 @@ def test_quantized_linear(cpu, reference, name, rows):
     assert_close(cpu.ops.linear(x, packed, None, "none"), expected)
 
 
+@pytest.mark.parametrize("name", ["q4_1", "q5_k", "q6_k", "q8_0"])
+@pytest.mark.parametrize("rows", [1, 2, 13])
+def test_no_number_becomes_none(cpu, portable, name, rows):
+    """Integers have no NaN, but what is made of one has to be."""
+    weight, x = random_quantized(32, 256, **FORMATS[name]), torch.randn(rows, 256)
+    bad = x.clone()
+    bad[-1, 77] = torch.nan
+    for ops in (cpu.ops, portable.ops):
+        packed = ops.pack(weight)
+        right, out = (ops.linear(each, packed, None, "none") for each in (x, bad))
+        assert out[-1].isnan().all()
+        assert torch.equal(out[:-1], right[:-1])
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("n", [64, 96, 128])  # halves of 32, 48 (not whole tiles) and 64
 def test_epilogues(cpu, reference, activation, n):

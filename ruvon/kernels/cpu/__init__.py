@@ -86,12 +86,7 @@ class CpuKernels:
         self.isa = choose(isa)
         self._compiled = Compiled(self.isa, cores=threads)
         self._dense_dtype = dense_dtype
-        self._pool = ThreadPool(
-            threads,
-            self._compiled.address(("leader", None)),
-            self._compiled.address(("worker", None)),
-            cores,
-        )
+        self._pool = ThreadPool(threads, self._compiled, cores)
         self._capturing: Capture | None = None
         self.mesh = traced(mesh, lambda: self._capturing)
         operate = functools.partial(functools.partial, self._operate)

@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ruvon.kernels.cpu.compiled import Compiled
 from ruvon.kernels.cpu.layout import aligned_bytes
 from ruvon.kernels.cpu.params import SCRATCH_BYTES
 
@@ -54,19 +55,24 @@ class ThreadPool:
     """
 
     def __init__(
-        self, threads: int, leader: int, worker: int, cores: Sequence[int] | None = None
+        self, threads: int, compiled: Compiled, cores: Sequence[int] | None = None
     ) -> None:
-        """``leader`` and ``worker`` are the addresses of the compiled entries of `jit.threads`,
+        """``compiled`` has the entries of `jit.threads`, and stays while a thread is in one;
         ``cores`` has one for each thread to be held to."""
         self.threads = threads
+        self._compiled = compiled
         counters = SLOTS * 64 * (1 + threads)
         control = aligned_bytes(COUNTERS + counters + 64 * threads).view(torch.int64)
         self._control = control.numpy()
         self._presence = self._control[(COUNTERS + counters) // 8 :: 8]
         self._scratch = aligned_bytes(threads * SCRATCH_BYTES)
         self._control[SCRATCH // 8] = self._scratch.data_ptr()
-        self._leader = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(leader)
-        self._worker = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(worker)
+        self._leader = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(
+            compiled.address(("leader", None))
+        )
+        self._worker = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(
+            compiled.address(("worker", None))
+        )
         self._address = int(self._control.ctypes.data)
         self._epoch = 0
         self._first = 1  # number of the next program's first instruction

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from llvmlite import ir
 from numba import types
 
@@ -37,7 +39,11 @@ def emit_quantize(b: Builder, x: ir.Value, y: ir.Value, block: ir.Value) -> None
     for half, each in enumerate(codes):
         b.store_as(b.offset(block, LANES * half), each, 1)
     first, second = sum_halves(b, *(b.sext(each, I32V) for each in codes))
-    b.store_as(b.offset(block, SCALE), b.fmul(peak, ir.Constant(F32, 1 / 127)), 4)
+    # A NaN is larger than nothing, and no integer: without this it would pass for a number.
+    lost = b.bitcast(b.fcmp_unordered("uno", x, y), ir.IntType(LANES))
+    lost = b.icmp_unsigned("!=", lost, ir.Constant(ir.IntType(LANES), 0))
+    scale = b.select(lost, ir.Constant(F32, math.nan), b.fmul(peak, ir.Constant(F32, 1 / 127)))
+    b.store_as(b.offset(block, SCALE), scale, 4)
     for at, total in ((TOTAL, b.add(first, second)), (HALVES, first), (HALVES + 4, second)):
         b.store_as(b.offset(block, at), b.sitofp(total, F32), 4)
 
