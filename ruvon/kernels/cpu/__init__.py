@@ -89,21 +89,20 @@ class CpuKernels:
         self._pool = ThreadPool(threads, self._compiled, cores)
         self._capturing: Capture | None = None
         self.mesh = traced(mesh, lambda: self._capturing)
-        operate = functools.partial(functools.partial, self._operate)
         self.ops = Ops(
             name=f"cpu, {self.isa.name}",
             pack=self._pack,
-            embed=operate(operations.embed),
-            add=operate(operations.add),
-            rms_norm=operate(operations.rms_norm),
-            layer_norm=operate(operations.layer_norm),
-            linear=operate(operations.linear),
-            write_kv=operate(operations.write_kv),
-            attention=operate(operations.attention),
-            gather_rows=operate(operations.gather_rows),
-            logits=operate(operations.logits),
+            embed=self._operation(operations.embed),
+            add=self._operation(operations.add),
+            rms_norm=self._operation(operations.rms_norm),
+            layer_norm=self._operation(operations.layer_norm),
+            linear=self._operation(operations.linear),
+            write_kv=self._operation(operations.write_kv),
+            attention=self._operation(operations.attention),
+            gather_rows=self._operation(operations.gather_rows),
+            logits=self._operation(operations.logits),
             pack_experts=self._pack_experts,
-            experts=operate(experts),
+            experts=self._operation(experts),
             batch_invariant=True,
         )
 
@@ -148,6 +147,9 @@ class CpuKernels:
 
     def _pack_experts(self, experts: Experts, spec: ExpertsSpec) -> PackedExperts:
         return pack_experts(experts, spec, self._dense_dtype, self.isa.bf16)
+
+    def _operation(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        return functools.partial(self._operate, operation)
 
     def _operate(self, operation: Callable[..., Any], *arguments: Any) -> Any:
         if self._capturing is not None:
