@@ -86,7 +86,7 @@ class CpuKernels:
         self.isa = choose(isa)
         self._compiled = Compiled(self.isa, cores=threads)
         self._dense_dtype = dense_dtype
-        self._pool = ThreadPool(threads, self._compiled, cores)
+        self._pool = ThreadPool(threads, self._compiled.address, cores)
         self._capturing: Capture | None = None
         self.mesh = traced(mesh, lambda: self._capturing)
         self.ops = Ops(

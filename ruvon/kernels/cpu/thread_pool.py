@@ -22,7 +22,7 @@ import ctypes
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.kernels.cpu.compiled import Compiled
+from ruvon.kernels.cpu.arguments import Key
 from ruvon.kernels.cpu.layout import aligned_bytes
 from ruvon.kernels.cpu.params import SCRATCH_BYTES
 
@@ -55,24 +55,20 @@ class ThreadPool:
     """
 
     def __init__(
-        self, threads: int, compiled: Compiled, cores: Sequence[int] | None = None
+        self, threads: int, address: Callable[[Key], int], cores: Sequence[int] | None = None
     ) -> None:
-        """``compiled`` has the entries of `jit.threads`, and stays while a thread is in one;
-        ``cores`` has one for each thread to be held to."""
+        """``address`` finds the entries of `jit.threads`, and belongs to what keeps their code,
+        which stays while a thread is in one; ``cores`` has one for each thread to be held to."""
         self.threads = threads
-        self._compiled = compiled
+        self._code = address
         counters = SLOTS * 64 * (1 + threads)
         control = aligned_bytes(COUNTERS + counters + 64 * threads).view(torch.int64)
         self._control = control.numpy()
         self._presence = self._control[(COUNTERS + counters) // 8 :: 8]
         self._scratch = aligned_bytes(threads * SCRATCH_BYTES)
         self._control[SCRATCH // 8] = self._scratch.data_ptr()
-        self._leader = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(
-            compiled.address(("leader", None))
-        )
-        self._worker = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(
-            compiled.address(("worker", None))
-        )
+        self._leader = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 2)(address(("leader", None)))
+        self._worker = ctypes.CFUNCTYPE(None, *[ctypes.c_ssize_t] * 4)(address(("worker", None)))
         self._address = int(self._control.ctypes.data)
         self._epoch = 0
         self._first = 1  # number of the next program's first instruction
