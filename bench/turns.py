@@ -18,9 +18,9 @@ import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack
-from functools import partial
 from pathlib import Path
 
+from aiohttp import ClientSession
 from measure import Target, decode_rate, first_token, throughput
 from peer_servers import HOME, PEERS, Peer, Setting, install
 from peer_weights import Weights
@@ -64,34 +64,48 @@ def main() -> None:
     chosen += [(str(tree), peers["ruvon"], tree.resolve()) for tree in args.beside]
     weights = Weights(args.model or find_embedded())
     formats = args.files.split(",") if args.files else dict.fromkeys((weights.format, "q4_0"))
-    servers = {
-        (name, format): partial(started, peer, tree, weights, format, args)
+    entrants = {
+        (name, format): Entrant(peer, tree, weights, format, args)
         for name, peer, tree in chosen
         for format in formats
+        if peer.reads(format)
     }
-    groups = [{key: server} for key, server in servers.items()] if args.apart else [servers]
+    groups = [{key: each} for key, each in entrants.items()] if args.apart else [entrants]
     samples: Samples = defaultdict(list)
     minutes, end = 0 if args.apart else args.minutes, time.monotonic() + 60 * args.minutes
     while not samples or time.monotonic() < end:
         for group in groups:
             with ExitStack() as stack:
-                ready = {key: stack.enter_context(start()) for key, start in group.items()}
-                asyncio.run(take_turns(ready, samples, args.streams, minutes))
+                ready = {key: stack.enter_context(each.running()) for key, each in group.items()}
+                asyncio.run(take_turns(group, ready, samples, args.streams, minutes))
                 for key, server in ready.items():
+                    samples["ready, s", *key].append(server.ready_seconds)
                     samples["memory at most, MB", *key].append(server.peak_memory() / 1e6)
     print_samples(samples)
 
 
-def started(
-    peer: Peer, tree: Path, weights: Weights, format: str, args: argparse.Namespace
-) -> AbstractContextManager[Server]:
-    """The peer's server, which is ready; ruvon's is that of the checkout at ``tree``."""
-    install(peer)
-    path, port = Path(weights.path(peer, format)), free_port()
-    setting = Setting(path, format, weights.context, args.threads, port, args.streams)
-    log = HOME / f"turns-{tree.name}-{peer.name}-{format}.log"
-    env = {**environment(tree), **peer.env(setting)}
-    return running(peer.command(peer.python, setting), port, peer.ready, env, log)
+class Entrant:
+    """A peer's server, not yet started; ruvon's is that of the checkout at ``tree``."""
+
+    def __init__(
+        self, peer: Peer, tree: Path, weights: Weights, format: str, args: argparse.Namespace
+    ) -> None:
+        install(peer)
+        self._peer, self._tree = peer, tree
+        path, port = Path(weights.path(peer, format)), free_port()
+        self._setting = Setting(path, format, weights.context, args.threads, port, args.streams)
+
+    def running(self) -> AbstractContextManager[Server]:
+        """The server, which is ready."""
+        peer, setting = self._peer, self._setting
+        log = HOME / f"turns-{self._tree.name}-{peer.name}-{setting.format}.log"
+        env = {**environment(self._tree), **peer.env(setting)}
+        return running(peer.command(peer.python, setting), setting.port, peer.ready, env, log)
+
+    async def target(self, session: ClientSession, url: str) -> Target:
+        peer = self._peer
+        name = str(self._setting.model) if peer.names_model else await find_model(session, url)
+        return Target(session, url, name, peer.backend, peer.ignore_eos)
 
 
 def print_samples(samples: Samples) -> None:
@@ -105,7 +119,11 @@ def print_samples(samples: Samples) -> None:
 
 
 async def take_turns(
-    servers: Mapping[tuple[str, str], Server], samples: Samples, streams: int, minutes: float
+    entrants: Mapping[tuple[str, str], Entrant],
+    servers: Mapping[tuple[str, str], Server],
+    samples: Samples,
+    streams: int,
+    minutes: float,
 ) -> None:
     """Add samples of each server for so long, but one of each at least."""
     kinds = {
@@ -115,8 +133,7 @@ async def take_turns(
     }
     async with open_session() as session:
         targets = {
-            key: Target(session, server.url, await find_model(session, server.url))
-            for key, server in servers.items()
+            key: await entrants[key].target(session, server.url) for key, server in servers.items()
         }
         for target in targets.values():
             await target.run(2, 32, 8, 2)  # warm-up
