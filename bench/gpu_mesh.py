@@ -3,9 +3,10 @@
     python bench/gpu_mesh.py [--ranks 2] [--columns 4096] [--vocab 128256]
 
 Microseconds a call of bfloat16 rows (of logits, float32), medians of 20 replays of 40 calls in a
-row: through mailboxes (`ruvon.kernels.all_reduce`), over NCCL, and torch's own kernels on symmetric
-memory. A norm is that of the sum and a residual. What mailboxes make is compared with what NCCL
-gathers and torch adds up in order: the same bits.
+row: through mailboxes (`ruvon.kernels.all_reduce`) or as copies (`ruvon.kernels.copied_sums`), over
+NCCL, and torch's own kernels on symmetric memory. A norm is that of the sum and a residual. What we
+make is compared with what NCCL gathers and torch adds up in order: the same bits. For many rows,
+also a product by as many columns in front, its sum and the norm.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from ruvon.kernels.memory_mesh import over_memory
 from ruvon.kernels.mesh import Mesh, process_group_mesh
 from ruvon.kernels.norm import add_norm
 
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+MANY = 512  # rows from which on products are measured
 LOGITS = (1, 8, 16, 32, 128, 256)
 EPS = 1e-5
 
@@ -79,8 +81,11 @@ def run(mesh: Mesh, size: int, columns: int, vocab: int, path: str) -> None:
     direct = over_memory(nccl, dist.PrefixStore("memory", store), DEVICE)
     own = torch_sums(dist.PrefixStore("torch", store), mesh.rank, size, ROWS[-1] * columns)
     tell: Callable[..., object] = print if mesh.rank == 0 else str
-    tell("| rows | KB | sum | and norm | NCCL | and norm | torch one-shot | two-shot |")
-    tell("|---:|---:|---:|---:|---:|---:|---:|---:|")
+    tell(
+        "| rows | KB | sum | and norm | NCCL | and norm | torch one-shot | two-shot "
+        "| product, sum, norm | NCCL |"
+    )
+    tell("|---:|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
     for rows in ROWS:
         x = torch.randn(rows, columns, device=DEVICE).bfloat16()
         assert torch.equal(direct.reduce(x.clone()), ordered.reduce(x))
@@ -95,15 +100,24 @@ def run(mesh: Mesh, size: int, columns: int, vocab: int, path: str) -> None:
 
 def sums(x: Tensor, direct: Mesh, nccl: Mesh, own: list[Callable[[Tensor], Tensor]]) -> str:
     """The times of a row of the table."""
-    norm = (torch.randn_like(x), torch.ones(x.shape[1], device=DEVICE), None, EPS)
     assert direct.add_norm is not None
+    norm = (torch.randn_like(x), torch.ones(x.shape[1], device=DEVICE), None, EPS)
+    weight, ours = torch.randn(x.shape[1], x.shape[1], device=DEVICE).bfloat16(), direct.add_norm
+
+    def product(x: Tensor, y: Tensor | None = None) -> Tensor:
+        return torch.mm(x, weight, out=y)
+
     calls: list[Callable[[], object]] = [
         partial(direct.reduce, x),
-        partial(direct.add_norm, x, *norm),
+        partial(ours, x, *norm),
         partial(nccl.reduce, x),
         lambda: add_norm(nccl.reduce(x), *norm, True),
         *[partial(each, x) for each in own],
     ]
+    if len(x) >= MANY:
+        other = torch.randn_like(x)  # for sums over NCCL take the place of x, and grow
+        calls.append(lambda: ours(direct.multiply(product, other, len(weight)), *norm))
+        calls.append(lambda: add_norm(nccl.reduce(product(other)), *norm, True))
     return " | ".join(f"{microseconds(call):.1f}" for call in calls)
 
 

@@ -95,10 +95,9 @@ def _sum_kernel(
     tl.store(turns_ptr + program, 1 - turn)
 
 
-def fits(x_TC: Tensor, boxes: Mailboxes) -> bool:
+def fits(rows: int, columns: int, itemsize: int, boxes: Mailboxes) -> bool:
     """Whether there is room for as many rows, of that size."""
-    rows, columns = x_TC.shape
-    each = triton.cdiv(rows, boxes.programs) * columns * x_TC.itemsize
+    each = triton.cdiv(rows, boxes.programs) * columns * itemsize
     return rows > 0 and columns <= LARGEST_ROW and each <= boxes.capacity
 
 

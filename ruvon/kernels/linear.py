@@ -67,6 +67,17 @@ def linear(
     return apply_activation(F.linear(x_TK, dense_NK, bias_N), activation, pdl)
 
 
+def linear_into(
+    x_TK: Tensor, weight: Packed, bias_N: Tensor | None, y_TN: Tensor, pdl: bool = False
+) -> Tensor:
+    """`linear` of many rows, without an activation, in place of ``y_TN``, which it returns."""
+    codes = weight.kind != "dense"
+    dense_NK = take_rows(weight, None, x_TK.dtype, pdl) if codes else weight.tensors[0]
+    if bias_N is None:
+        return torch.mm(x_TK, dense_NK.T, out=y_TN)
+    return torch.addmm(bias_N, x_TK, dense_NK.T, out=y_TN)
+
+
 def batch_invariant_linear(
     x_TK: Tensor,
     weight: Packed,

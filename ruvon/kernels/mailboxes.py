@@ -101,21 +101,29 @@ def make_mailboxes(
 
 
 def share_mailboxes(store: Store, name: str, rank: int, size: int) -> Mailboxes:
-    """Mailboxes in torch's symmetric memory, of the current device. Blocks until all ranks have
-    called it.
+    """Mailboxes, of the current device; see `share_memory`."""
+    count = 2 * size * PROGRAMS * CAPACITY // 4  # of 32 bits
+    boxes, held = share_memory(store, name, rank, size, count, EMPTY_WIDE.value)
+    return make_mailboxes(rank, boxes, held=held)
+
+
+def share_memory(
+    store: Store, name: str, rank: int, size: int, count: int, value: int
+) -> tuple[list[Tensor], object]:
+    """(``count`` int32 of each rank, all of them ``value``, in torch's symmetric memory; what holds
+    it). Blocks until all ranks have called it, each on its current device.
 
     Raises RuntimeError where a GPU cannot reach another's memory.
     """
     device = torch.device("cuda", torch.cuda.current_device())
-    count = 2 * size * PROGRAMS * CAPACITY // 4  # of 32 bits
     places = c10d.ProcessGroup(store, rank, size)
     c10d._register_process_group(name, places)  # by which name torch finds it below
     try:
         own = c10d._SymmetricMemory.empty_strided_p2p((count,), (1,), torch.int32, device, name)
-        own.fill_(EMPTY_WIDE.value)
+        own.fill_(value)
         torch.cuda.synchronize()  # before anybody can write into it
         memory = c10d._SymmetricMemory.rendezvous(own, name)
-        boxes = [memory.get_buffer(other, (count,), torch.int32) for other in range(size)]
+        parts = [memory.get_buffer(other, (count,), torch.int32) for other in range(size)]
     finally:
         c10d._unregister_process_group(name)
-    return make_mailboxes(rank, boxes, held=(own, memory))
+    return parts, (own, memory)

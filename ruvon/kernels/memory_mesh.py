@@ -11,32 +11,33 @@ from torch import Tensor
 
 from ruvon.kernels.all_gather import gather_ranks, most_rows
 from ruvon.kernels.all_reduce import fits, sum_add_norm, sum_ranks
+from ruvon.kernels.copied_sums import MOST_RANKS, CopiedSums, share_landing
 from ruvon.kernels.mailboxes import Mailboxes, share_mailboxes
-from ruvon.kernels.mesh import Mesh, Store
-from ruvon.kernels.norm import add_norm
+from ruvon.kernels.mesh import Mesh, Product, Store
+from ruvon.kernels.norm import Norm, add_norm
 from ruvon.kernels.pdl import supports_pdl
 
 GATHERED_BYTES = 16 << 20  # of a rank: beyond that NCCL is as fast
 
 
 def over_memory(mesh: Mesh, store: Store, device: torch.device) -> Mesh:
-    """The same mesh, whose ranks are GPUs of one machine: what fits goes through mailboxes.
+    """The same mesh, whose ranks are GPUs of one machine: few rows go through mailboxes, and the
+    sums of many as copies, where two add up.
 
     If any GPU does not reach the memory of all others, none of them can: raises RuntimeError on
     all ranks.
     """
     if mesh.size == 1:
         return mesh
-    name, boxes, error = f"ruvon-stage{mesh.stage}", None, None
-    within = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+    shared, error = None, None
     if _on_all(mesh, device, _reaches_all()):  # or some would wait for others below
         try:
-            boxes = share_mailboxes(within, name, mesh.rank, mesh.size)
+            shared = _share(mesh, store)
         except RuntimeError as caught:
             error = caught
-    if not _on_all(mesh, device, boxes is not None) or boxes is None:
+    if not _on_all(mesh, device, shared is not None) or shared is None:
         raise RuntimeError("some GPU does not reach the memory of all others") from error
-    return _through(mesh, boxes, supports_pdl(device))
+    return _through(mesh, *shared, supports_pdl(device))
 
 
 def _reaches_all() -> bool:
@@ -45,19 +46,47 @@ def _reaches_all() -> bool:
     return all(torch.cuda.can_device_access_peer(own, other) for other in others)
 
 
+def _share(mesh: Mesh, store: Store) -> tuple[Mailboxes, CopiedSums | None]:
+    rank, size, name = mesh.rank, mesh.size, f"ruvon-stage{mesh.stage}"
+    boxes = share_mailboxes(_within(store, name), name, rank, size)
+    if size > MOST_RANKS:
+        return boxes, None
+    name += "-landing"
+    return boxes, CopiedSums(boxes, share_landing(_within(store, name), name, rank, size))
+
+
+def _within(store: Store, name: str) -> Store:
+    return dist.PrefixStore(name, store)  # type: ignore[attr-defined]
+
+
 def _on_all(mesh: Mesh, device: torch.device, true: bool) -> bool:
     """Whether it is true on every rank."""
     return bool(mesh.reduce(torch.full((1, 1), float(true), device=device)).item() == mesh.size)
 
 
-def _through(mesh: Mesh, boxes: Mailboxes, pdl: bool) -> Mesh:
+def _through(mesh: Mesh, boxes: Mailboxes, copied: CopiedSums | None, pdl: bool) -> Mesh:
+    def copies(x: Tensor, width: int) -> CopiedSums | None:
+        """Where sums of as many rows of ``width`` are copies."""
+        fit = copied is not None and copied.fits(len(x), width, x.itemsize)
+        return copied if fit and not fits(len(x), width, x.itemsize, boxes) else None
+
+    def multiply(product: Product, x: Tensor, width: int) -> Tensor:
+        if sums := copies(x, width):
+            return sums.multiply(product, x, width)
+        return product(x)
+
     def reduce(x: Tensor) -> Tensor:
-        return sum_ranks(x, boxes, pdl) if fits(x, boxes) else mesh.reduce(x)
+        if sums := copies(x, x.shape[1]):
+            return sums.add(x)[1]
+        fit = fits(len(x), x.shape[1], x.itemsize, boxes)
+        return sum_ranks(x, boxes, pdl) if fit else mesh.reduce(x)
 
     def sum_norm(
         x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor | None, eps: float
     ) -> tuple[Tensor, Tensor]:
-        if fits(x, boxes):
+        if sums := copies(x, x.shape[1]):
+            return sums.add(x, residual, Norm(weight, bias, eps))
+        if fits(len(x), x.shape[1], x.itemsize, boxes):
             return sum_add_norm(x, residual, weight, bias, eps, boxes, pdl)
         return add_norm(mesh.reduce(x), residual, weight, bias, eps, pdl)
 
@@ -67,4 +96,4 @@ def _through(mesh: Mesh, boxes: Mailboxes, pdl: bool) -> Mesh:
             return gather_ranks(x, widths, boxes, pdl)
         return mesh.gather(x, widths)
 
-    return replace(mesh, reduce=reduce, gather=gather, add_norm=sum_norm)
+    return replace(mesh, reduce=reduce, gather=gather, multiply=multiply, add_norm=sum_norm)

@@ -34,6 +34,9 @@ Store: TypeAlias = Any
 Group: TypeAlias = Any
 """A `ProcessGroupGloo` or a `ProcessGroupNCCL`."""
 
+Product: TypeAlias = Callable[..., Tensor]
+"""x_TK → y_TN, whose rows do not depend on each other; or (x_TK, y_TN), and y is filled."""
+
 
 def _same(x: Tensor) -> Tensor:
     return x
@@ -41,6 +44,10 @@ def _same(x: Tensor) -> Tensor:
 
 def _only_part(x: Tensor, widths: Sequence[int]) -> Tensor:
     return x
+
+
+def _at_once(product: Product, x_TK: Tensor, width: int) -> Tensor:
+    return product(x_TK)
 
 
 def _no_stage(ids_T: Tensor, width: int, dtype: torch.dtype) -> Tensor:
@@ -74,6 +81,10 @@ class Mesh:
     receive: Callable[[Tensor, int, torch.dtype], Tensor] = _no_stage
     """(ids_T, C, dtype) → x_TC, what the stage before has sent; as many rows as ids, where they
     lie."""
+
+    multiply: Callable[[Product, Tensor, int], Tensor] = _at_once
+    """(product, x_TK, N) → the product of x [T, N], of which the next call here is to make the sum:
+    for ranks that send each other some rows while they multiply the next."""
 
     add_norm: Callable[..., tuple[Tensor, Tensor]] | None = None
     """(x_TC, residual_TC or None, norm weight, norm bias or None, eps) → (normed, s + residual),

@@ -288,6 +288,10 @@ class Ops:
     activation) → (product, x + residual). A norm and the product after it, for a table that has
     them in one launch; the norm is RMSNorm where it has no bias. None: two calls."""
 
+    linear_into: Callable[[Tensor, Packed, Tensor | None, Tensor], Tensor] | None = None
+    """(x_TK, weight, bias_N or None, y_TN) → y: ``linear`` of many rows with a place for what it
+    makes, for products in parts. None: there are none."""
+
     attend: Callable[..., Tensor] | None = None
     """``write_kv``'s arguments and ``sinks_H`` → what ``attention`` then returns. None: two
     calls."""

@@ -51,6 +51,7 @@ def make_torch_ops(dtype: torch.dtype, device: torch.device) -> Ops:
         rms_norm=rms_norm,
         layer_norm=layer_norm,
         linear=linear,
+        linear_into=linear_into,
         write_kv=write_kv,
         attention=attention,
         gather_rows=gather_rows,
@@ -122,6 +123,10 @@ def activate(x_TN: Tensor, activation: Activation) -> Tensor:
 
 def linear(x_TK: Tensor, weight: Packed, bias_N: Tensor | None, activation: Activation) -> Tensor:
     return activate(F.linear(x_TK, weight.tensors[0], bias_N), activation)
+
+
+def linear_into(x_TK: Tensor, weight: Packed, bias_N: Tensor | None, y_TN: Tensor) -> Tensor:
+    return y_TN.copy_(linear(x_TK, weight, bias_N, "none"))
 
 
 def route(

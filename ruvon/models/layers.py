@@ -32,15 +32,21 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Linear:
-    """act(x Wᵀ + b). Where ranks share the columns, a summand of that: the norm behind it adds the
-    ranks' up."""
+    """act(x Wᵀ + b). Where ranks share the columns, which are ``mesh`` then, a summand of that: the
+    norm behind it adds the ranks' up."""
 
     ops: Ops
     weight: Packed
     bias_N: Tensor | None = None
     activation: Activation = "none"
+    mesh: Mesh = ALONE
 
     def __call__(self, x_TK: Tensor) -> Tensor:
+        return self.mesh.multiply(self._product, x_TK, self.weight.shape[0])
+
+    def _product(self, x_TK: Tensor, y_TN: Tensor | None = None) -> Tensor:
+        if y_TN is not None and self.ops.linear_into is not None:
+            return self.ops.linear_into(x_TK, self.weight, self.bias_N, y_TN)
         return self.ops.linear(x_TK, self.weight, self.bias_N, self.activation)
 
 
@@ -219,7 +225,9 @@ def load_linear(
     """The projection ``key`` of a layer; ``rows`` are those of its parts."""
     bias_N = weights.bias(key, rows, layer) if bias else None
     weight = weights.matrix(key, rows, columns, layer)
-    return Linear(weights.ops, weight, bias_N, activation)
+    summed = weights.rules[key].columns is not None and weights.ops.linear_into is not None
+    mesh = weights.share.mesh if summed else ALONE
+    return Linear(weights.ops, weight, bias_N, activation, mesh)
 
 
 def load_rms_norm(weights: Weights, key: str, size: int, eps: float, layer: int = 0) -> RMSNorm:

@@ -1,5 +1,5 @@
-"""Sums through mailboxes: on GPUs against NCCL; without any, in Triton's interpreter, by processes
-that write into each other's memory."""
+"""Sums through mailboxes and as copies: on GPUs against NCCL; without any, in Triton's interpreter,
+by processes that write into each other's memory."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ from ruvon.kernels.mesh import Mesh, Store
 
 pytest.importorskip("triton")  # which is not on every platform
 
-from ruvon.kernels import all_gather, all_reduce, memory_mesh
+from ruvon.kernels import all_gather, all_reduce, copied_sums, memory_mesh
+from ruvon.kernels.copied_sums import CopiedSums, make_landing
 from ruvon.kernels.mailboxes import EMPTY_WIDE, make_mailboxes
+from ruvon.kernels.norm import Norm
 
 CARDS = torch.cuda.device_count()
 HIDDEN, EPS = 24, 1e-5
@@ -101,11 +103,58 @@ def test_ranks_add_up_what_they_find_in_their_mailboxes(size: int, two_shot: boo
     processes.start_processes(meet, (boxes, two_shot), nprocs=size, start_method="fork")
 
 
+def copy(rank: int, boxes: list[Tensor], landings: list[Tensor]) -> None:
+    """One rank's process: sums of products that are on their way while they are computed, and of
+    what is whole already, one after another."""
+    wait_politely()
+    copied_sums.PART_BYTES, copied_sums.LINES = 4 * HIDDEN, 2
+    copied = CopiedSums(make_mailboxes(rank, boxes, programs=1), make_landing(landings))
+    size, dtype = len(boxes), torch.float32
+    weight, bias = torch.rand(HIDDEN) + 0.5, torch.rand(HIDDEN)
+    for call, rows in enumerate((7, 1, 8, 3, 7)):
+        x, products = numbers(rank, call, rows, HIDDEN, dtype), []
+
+        def product(x: Tensor, y: Tensor, products: list[int] = products) -> Tensor:
+            products.append(len(x))
+            return y.copy_(x)
+
+        if call != 3:
+            x = copied.multiply(product, x, HIDDEN)
+            assert products == [2] * (rows // 2) + [1] * (rows % 2)
+        total = expected(call, rows, HIDDEN, size, dtype)
+        residual = numbers(9, call, rows, HIDDEN, dtype) if call % 3 == 0 else None
+        wanted = total if residual is None else total + residual
+        if call == 1:
+            assert torch.allclose(copied.add(x)[1], wanted, atol=1e-38, rtol=0)
+            continue
+        given = bias if call % 2 else None
+        result, stream = copied.add(x, residual, Norm(weight, given, EPS))
+        assert torch.allclose(stream, wanted, atol=1e-38, rtol=0)
+        assert torch.allclose(result.double(), normed(stream, weight, given), atol=1e-5, rtol=0)
+    assert not copied.fits(9, HIDDEN, 4)
+    assert copied.fits(8, HIDDEN, 4)
+
+
+@pytest.mark.skipif(CARDS > 0, reason="a GPU's programs do not wait for another process")
+@pytest.mark.usefixtures("triton_device")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("size", [2, 3])
+def test_ranks_add_up_what_others_copy_to_them(size: int) -> None:
+    boxes = [torch.full((2 * size * 16,), EMPTY_WIDE.value, dtype=torch.int32) for _ in range(size)]
+    landings = [
+        torch.zeros(copied_sums.FLAGS + (size - 1) * 8 * HIDDEN, dtype=torch.int32)
+        for _ in range(size)
+    ]
+    for memory in (*boxes, *landings):
+        memory.share_memory_()
+    processes.start_processes(copy, (boxes, landings), nprocs=size, start_method="fork")
+
+
 def meet_on_cards(over_nccl: Mesh, store: Store) -> None:
     """One GPU's process."""
     mesh = memory_mesh.over_memory(over_nccl, store, DEVICE)
-    for shape in ((1, 64), (33, 2880), (200, 4096), (700, 4096)):  # the last over NCCL
-        meet_in_a_graph(mesh, over_nccl, shape, torch.bfloat16)
+    for shape in ((1, 64), (33, 2880), (200, 4096), (700, 4096), (3001, 2880)):
+        meet_in_a_graph(mesh, over_nccl, shape, torch.bfloat16)  # the last two not by mailboxes
     for dtype in (torch.float32, torch.float16):
         meet_in_a_graph(mesh, over_nccl, (8, 2880), dtype)
 
@@ -122,9 +171,13 @@ def meet_in_a_graph(
     widths = [columns - 5 * rank for rank in range(mesh.size)]
     norm: tuple[Any, ...] = (torch.rand(columns, device=DEVICE) + 0.5, None, EPS)
 
+    def product(x: Tensor, y: Tensor | None = None) -> Tensor:
+        return x.clone() if y is None else y.copy_(x)
+
     def calls() -> list[Any]:
         assert mesh.add_norm is not None
         return [
+            mesh.add_norm(mesh.multiply(product, x, columns), residual, *norm),
             mesh.reduce(x.clone()),
             mesh.add_norm(x.clone(), residual, *norm),
             mesh.add_norm(x[:some].clone(), None, *norm),
@@ -139,7 +192,8 @@ def meet_in_a_graph(
         x.copy_(numbers(mesh.rank, step, *shape, dtype))
         graph.replay()
         total = over_nccl.reduce(torch.where(x.abs() < 1e-38, 0, x))
-        wanted = [total, add_norm(total, residual, *norm), add_norm(total[:some], None, *norm)]
+        summed = add_norm(total, residual, *norm)
+        wanted = [summed, total, summed, add_norm(total[:some], None, *norm)]
         wanted.append(over_nccl.gather(x[:, : widths[mesh.rank]], widths))
         for got, want in zip(made, wanted * 2, strict=True):
             torch.testing.assert_close(got, want, atol=1e-38, rtol=0)

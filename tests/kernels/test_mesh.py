@@ -25,6 +25,7 @@ def test_alone_gives_back_what_it_is_given() -> None:
     assert ALONE.reduce(x) is x
     assert ALONE.gather(x, (7,)) is x
     assert ALONE.send(x) is x
+    assert torch.equal(ALONE.multiply(torch.t, x, 5), x.T)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -70,6 +70,8 @@ def test_products_of_codes(ops, dtype, kind, rows, activation, n, k):
     plain = Packed("dense", packed.shape, (values,))
     expected = reference.linear(x.float(), plain, bias.float(), activation)
     assert_near(ops.linear(x, packed, bias, activation), expected, dtype)
+    if activation == "none":
+        assert_near(ops.linear_into(x, packed, bias, x.new_empty(rows, n)), expected, dtype)
     assert_near(ops.logits(x, packed), reference.logits(x.float(), plain), dtype)
 
 

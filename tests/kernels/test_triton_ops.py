@@ -78,6 +78,17 @@ def test_linear(ops, dtype, rows, n, k, activation):
     assert_close(actual, expected, dtype)
 
 
+@pytest.mark.parametrize("biased", [True, False])
+def test_a_product_in_a_place_of_its_own(ops, dtype, biased):
+    x, bias = randn(70, 96, dtype=dtype), randn(48, dtype=dtype) if biased else None
+    weight, whole = ops.pack(Dense(randn(48, 96) * 0.1)), randn(150, 48, dtype=dtype)
+    y, around = whole[70:140], whole.clone()
+    assert ops.linear_into(x, weight, bias, y) is y
+    assert_close(y, reference.linear_into(x, weight, bias, torch.empty_like(y)), dtype)
+    around[70:140] = y
+    assert torch.equal(whole, around)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "relu", "silu"])
 def test_other_activations(ops, dtype, activation):
     for rows in (1, 20, 70):

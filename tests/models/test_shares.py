@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from tiny import load, make_reference
 
 from ruvon.errors import ConfigError, LoadError
-from ruvon.kernels.mesh import Mesh
+from ruvon.kernels.mesh import Mesh, Product
 from ruvon.models import Model
 from ruvon.models.shares import heads_of, share_of
 from ruvon.models.spec import ModelSpec
@@ -97,6 +98,28 @@ def test_ranks_compute_what_one_does(
             torch.testing.assert_close(step, one, atol=1e-5, rtol=0)
             assert torch.equal(step.argmax(-1), one.argmax(-1))
             assert torch.equal(step, first), "ranks differ"
+
+
+@pytest.mark.parametrize("name", ["llama-biased", "gpt2", "gemma3", "gpt-oss"])
+def test_products_that_ranks_add_up_may_be_made_in_parts(name: str, tmp_path: Path) -> None:
+    if name == "gpt-oss":
+        tiny_gpt_oss.save_gpt_oss(tmp_path)
+    else:
+        make_reference(name, **WIDE).save_pretrained(tmp_path)
+    expected, parts = run(load(tmp_path)), []
+
+    def in_parts(product: Product, x: torch.Tensor, width: int) -> torch.Tensor:
+        y, half = x.new_empty(len(x), width), len(x) // 2
+        parts.extend(product(x[rows], y[rows]) for rows in (slice(half), slice(half, None)))
+        return y
+
+    def work(mesh: Mesh) -> list[torch.Tensor]:
+        return run(load(tmp_path, mesh=replace(mesh, multiply=in_parts)))
+
+    for found in on_ranks(2, 1, work):
+        for step, one in zip(found, expected, strict=True):
+            torch.testing.assert_close(step, one, atol=1e-5, rtol=0)
+    assert parts
 
 
 def spec_of(**sizes: int) -> ModelSpec:
