@@ -26,6 +26,7 @@ from ruvon.kernels.routing import (
 from ruvon.kernels.split_k import Workspace
 
 FEW_TOKENS = BLOCK_T.value
+SUMMED_TOKENS = 8  # for which this is faster than a norm behind a sum of ranks, and a choice
 EACH = 4  # experts of one program
 
 

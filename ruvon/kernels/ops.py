@@ -309,6 +309,10 @@ class Ops:
     """(x_TC, residual_TC or None, norm weight_C, eps, router E×C, bias_E or None, experts) →
     (``experts``' y_TC of the RMSNorm, x + residual). None: two calls."""
 
+    norm_experts_rows: int = 0
+    """For up to how many tokens ranks that could sum with a norm had better sum alone, and call
+    ``norm_experts``."""
+
     dtype: torch.dtype = torch.float32
     """What x is computed in; biases come in it, norm weights and rope tables in float32."""
 

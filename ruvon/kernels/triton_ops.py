@@ -17,6 +17,7 @@ from ruvon.kernels import (
     kv,
     linear,
     norm,
+    norm_routing,
     split_k,
 )
 from ruvon.kernels.ops import Dense, Ops, Packed, Quantized, Stacked, Weight
@@ -70,6 +71,7 @@ def make_triton_ops(
         linear_into=partial(linear.linear_into, pdl=pdl),
         attend=partial(attention.attend, workspace=workspace, pdl=pdl),
         norm_experts=partial(experts.norm_experts, workspace=sums, pdl=pdl),
+        norm_experts_rows=norm_routing.SUMMED_TOKENS,
         dtype=dtype,
         device=device,
     )

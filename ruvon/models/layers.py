@@ -163,9 +163,11 @@ class Mixture:
 def norm_mixture(
     norm: RMSNorm, mixture: Mixture, x_TC: Tensor, residual_TC: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """→ (mixture(norm(x + residual)), x + residual), in one operation where there is one."""
-    fused = mixture.ops.norm_experts
-    if fused is None or norm.mesh.add_norm is not None:
+    """→ (mixture(norm(x + residual)), x + residual), in one operation where there is one, of few
+    tokens also where ranks could sum with the norm."""
+    ops, fused = mixture.ops, mixture.ops.norm_experts
+    sums = norm.mesh.add_norm is not None
+    if fused is None or (sums and len(x_TC) > ops.norm_experts_rows):
         x_TC, residual_TC = norm(x_TC, residual_TC)
         return mixture(x_TC), residual_TC
     router, x_TC = (mixture.router, mixture.router_bias_E), norm.mesh.reduce(x_TC)

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import tiny_gpt_oss
@@ -21,7 +21,9 @@ from tiny import load, make_reference
 
 from ruvon.errors import ConfigError, LoadError
 from ruvon.kernels.mesh import Mesh, Product
+from ruvon.kernels.ops import Ops
 from ruvon.models import Model
+from ruvon.models.layers import Mixture, RMSNorm, norm_mixture
 from ruvon.models.shares import heads_of, share_of
 from ruvon.models.spec import ModelSpec
 
@@ -120,6 +122,18 @@ def test_products_that_ranks_add_up_may_be_made_in_parts(name: str, tmp_path: Pa
         for step, one in zip(found, expected, strict=True):
             torch.testing.assert_close(step, one, atol=1e-5, rtol=0)
     assert parts
+
+
+def test_few_tokens_of_ranks_are_normed_with_their_choice() -> None:
+    ops = SimpleNamespace(
+        norm_experts=lambda x, *_: (x + 1, x), experts=lambda x, *_: x + 2, norm_experts_rows=2
+    )
+    mesh = Mesh(size=2, reduce=lambda x: 10 * x, add_norm=lambda x, *_: (100 * x, x))
+    norm = RMSNorm(cast("Ops", ops), torch.ones(3), 1e-5, mesh)
+    mixture = Mixture(cast("Ops", ops), *(cast("Any", None),) * 3)
+    few, many = torch.ones(2, 3), torch.ones(3, 3)
+    assert norm_mixture(norm, mixture, few, None)[0].unique().tolist() == [11]
+    assert norm_mixture(norm, mixture, many, None)[0].unique().tolist() == [102]
 
 
 def spec_of(**sizes: int) -> ModelSpec:
