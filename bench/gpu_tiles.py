@@ -47,6 +47,7 @@ PRODUCTS = {
                    Product(1024, 3072), Product(151936, 1024, "head")),
     "gpt-oss": (Product(5120, 2880), Product(2880, 4096), Product(128, 2880),
                 Product(201088, 2880, "head")),
+    "gpt-oss/2": (Product(2560, 2880), Product(2880, 2048)),
 }  # fmt: skip
 TILES = (  # outputs, columns, stages, warps, whether the weight is the side that takes 64
     (64, 64, 8, 4, True), (64, 128, 4, 4, True), (64, 128, 6, 4, True), (64, 256, 3, 4, True),
