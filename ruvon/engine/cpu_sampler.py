@@ -16,7 +16,7 @@ import numpy as np
 from torch import Tensor
 
 from ruvon.engine.draw import Floats, Indices, is_greedy, undrawable
-from ruvon.engine.logprobs import finite
+from ruvon.engine.logprobs import entry
 from ruvon.engine.sampler import RowResult, greedy_result, join_rows, sample_row
 from ruvon.engine.transforms import (
     completing_ids,
@@ -26,7 +26,7 @@ from ruvon.engine.transforms import (
     stopping_ids,
     transforms_of,
 )
-from ruvon.engine.types import SamplingParams, SamplingRow, StepResult, TokenLogprobs
+from ruvon.engine.types import SamplingParams, SamplingRow, StepResult
 from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT
 from ruvon.kernels.cpu.sampling import ROW, Sampler
 
@@ -172,6 +172,5 @@ def outcome(
         *row.sampling.logprob_token_ids,
         *top[np.argsort(-logits_V[top], kind="stable")].tolist(),
     ]
-    logprob, *others = (finite(float(logit) - norm) for logit in logits_V[[token, *best]])
-    likeliest = tuple(zip(best, others, strict=True))
-    return (token,), (TokenLogprobs(token, logprob, rank, likeliest),), None
+    logprob, *others = (float(logit) - norm for logit in logits_V[[token, *best]])
+    return (token,), (entry(token, logprob, rank, best, others),), None

@@ -25,12 +25,17 @@ def token_logprobs(
     if num_top and not wanted:
         ids = largest(logits_V, min(num_top, len(logits_V)))
         top = ids[np.argsort(-logits_V[ids], kind="stable")].tolist()
-    return TokenLogprobs(
-        token=token,
-        logprob=finite(float(logits_V[token]) - norm),
-        rank=int(np.count_nonzero(logits_V > logits_V[token])) + 1,
-        top=tuple((other, finite(float(logits_V[other]) - norm)) for other in top),
-    )
+    rank = int(np.count_nonzero(logits_V > logits_V[token])) + 1
+    logprob, *others = (float(logit) - norm for logit in logits_V[[token, *top]])
+    return entry(token, logprob, rank, top, others)
+
+
+def entry(
+    token: int, logprob: float, rank: int, top: Iterable[int], logprobs: Iterable[float]
+) -> TokenLogprobs:
+    """With the alternatives ``top``, and ``logprobs`` of theirs."""
+    pairs = zip(top, map(finite, logprobs), strict=True)
+    return TokenLogprobs(token, finite(logprob), rank, tuple(pairs))
 
 
 def finite(logprob: float) -> float:

@@ -133,11 +133,15 @@ class Matchers:
         return Masks(list(rows), masks_RW, future)
 
     def fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
-        """Compute the masks of rows whose histories are complete. Errors by sequence: the mask of a
-        row with an error allows nothing, nor does that of a row whose grammar is complete."""
+        """Compute the masks of rows whose histories are complete; that of a row without a grammar
+        allows everything. Errors by sequence: the mask of a row with an error allows nothing, nor
+        does that of a row whose grammar is complete."""
         errors: dict[int, str] = {}
         turns: list[list[tuple[Matching, int]]] = [[] for _ in range(self._num_threads)]
         for place, row in enumerate(rows):
+            if row.sampling.grammar is None:
+                masks_RW[place] = -1
+                continue
             matching = self._find(row, errors)
             if matching is None or matching.is_over:
                 masks_RW[place] = 0
@@ -267,6 +271,13 @@ def allow(mask_W: Ints, token: int) -> None:
     mask_W.view(np.uint32)[token >> 5] = 1 << (token & 31)
 
 
+def ban(mask_W: Ints, tokens: Iterable[int]) -> None:
+    """Take tokens out of a mask, whatever is left."""
+    words_W = mask_W.view(np.uint32)
+    for token in tokens:
+        words_W[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+
+
 def withhold(masks_RW: Ints, withheld: Mapping[int, Sequence[int]]) -> None:
     """Take tokens out of rows of masks, but for a row of which nothing would be left."""
     hits: dict[int, list[int]] = {}  # nearly always none
@@ -276,10 +287,8 @@ def withhold(masks_RW: Ints, withheld: Mapping[int, Sequence[int]]) -> None:
             for row, tokens in withheld.items():
                 if column_R[row] >> (token & 31) & 1 and token in tokens:
                     hits.setdefault(row, []).append(token)
-    words_RW = masks_RW.view(np.uint32)
     for row, tokens in hits.items():
-        kept_W = words_RW[row].copy()
-        for token in tokens:
-            kept_W[token >> 5] &= np.uint32(0xFFFFFFFF ^ (1 << (token & 31)))
+        kept_W = masks_RW[row].copy()
+        ban(kept_W, tokens)
         if kept_W.any():
-            words_RW[row] = kept_W
+            masks_RW[row] = kept_W

@@ -89,10 +89,9 @@ def make_gpu_runner(
     progress("compiling kernels", 0.0)
     longest, num_groups = min(limits.tokens, memory.max_model_len), len(memory.windows)
     for plan in scoring_plans(longest, config.block_size, num_groups):
-        (chunk,), (row,) = plan.chunks, plan.prompt_rows
-        scores = scorer.launch(chunk, row, [[*blocks] for blocks in chunk.blocks])
-        if matchers is not None:
-            scores.read()
+        (chunk,) = plan.chunks
+        tables = {chunk.seq_id: tuple([[*blocks] for blocks in chunk.blocks])}
+        scorer.launch(plan, tables).read({})
     runner = GpuRunner(
         partial(model.forward, cache=cache),
         scorer,

@@ -5,7 +5,7 @@ Ids repeat harmlessly where the new value is computed from a value read before a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -37,11 +37,20 @@ def ban_words(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) 
 
 
 def completing_ids(row: SamplingRow) -> list[int]:
-    return [
-        last
-        for *head, last in row.sampling.bad_words
-        if not head or row.history[-len(head) :] == head
-    ]
+    """There may be hundreds of words, which have few lengths."""
+    if row.word_ends is None:
+        row.word_ends = ends_by_head(row.sampling.bad_words)
+    size = len(row.history)
+    lengths = {len(head) for head in row.word_ends}
+    heads = [tuple(row.history[size - length :]) for length in lengths if length <= size]
+    return [last for head in heads for last in row.word_ends.get(head, ())]
+
+
+def ends_by_head(words: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
+    ends: dict[tuple[int, ...], list[int]] = {}
+    for *head, last in words:
+        ends.setdefault(tuple(head), []).append(last)
+    return ends
 
 
 def delay_stop(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
@@ -62,6 +71,12 @@ def stopping_ids(row: SamplingRow, eos_token_ids: Sequence[int]) -> list[int]:
 def bias(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:
     for token, amount in row.sampling.logit_bias.items():
         scores_V[token] += amount
+
+
+def is_penalized(sampling: SamplingParams) -> bool:
+    return sampling.repetition_penalty != 1 or bool(
+        sampling.frequency_penalty or sampling.presence_penalty
+    )
 
 
 def penalize_repetition(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) -> None:

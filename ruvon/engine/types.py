@@ -265,8 +265,8 @@ class SamplingRow:
     num_prompt: int
     seed: int
     plain: bool = field(init=False)
-    mask: np.ndarray[Any, np.dtype[np.int32]] | None = None
-    """What its grammar allows now, a bit a token; set for each step."""
+    mask: np.ndarray[Any, np.dtype[np.int32]] | None = None  # what its grammar allows, by bits
+    word_ends: Mapping[tuple[int, ...], list[int]] | None = None  # bad words', once looked for
 
     def __post_init__(self) -> None:
         self.plain = is_plain(self.sampling)

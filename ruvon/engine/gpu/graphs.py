@@ -126,6 +126,7 @@ class Captured:
     replay: Callable[[], object]
     sample_masked: Callable[[], object]  # the rows of the last replay that have a mask
     logits_LV: Tensor  # of the last replay; all buckets share the memory
+    params_LP: Tensor  # int32, of the same
     graphs: Graphs  # which holds the memory that a replay works in
 
 
@@ -191,27 +192,21 @@ class Graphs:
         self._staged_inputs[:, : layout.size] = torch.from_numpy(layout.blank)
         logits = self._step(bucket)  # compiles kernels, and lets cuBLAS make up its mind
         masked = partial(self.sample, bucket, masked=True)
-        if self._samples:
-            masked(logits)
+        masked(logits)
+        params = layout.views(self._words)["params"]
         if not self._words.is_cuda:
             replay = torch.inference_mode()(lambda: logits.copy_(self._step(bucket)))
-            return Captured(replay, partial(masked, logits), logits, self)
+            return Captured(replay, partial(masked, logits), logits, params, self)
         torch.cuda.synchronize()
         step, rest = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(step, pool=pool):
             logits = self._step(bucket)
-        if not self._samples:
-            return Captured(step.replay, partial(masked, logits), logits, self)
         with torch.cuda.graph(rest, pool=pool):
             masked(logits)
-        return Captured(step.replay, rest.replay, borrow(logits), self)
+        return Captured(step.replay, rest.replay, borrow(logits), params, self)
 
     def _step(self, bucket: Bucket) -> Tensor:
-        """Compute logits, then sample; a stage that does not has none."""
         logits_LV = self.forward(bucket)
-        if not self._samples:
-            store_outputs(self.results, self._staged_results, self._turn, self._pdl)
-            return self.results
         self.sample(bucket, logits_LV)
         return logits_LV
 
@@ -256,9 +251,10 @@ class Graphs:
         params = self.layouts[bucket].views(self._words)["params"]
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
-        if masked:
+        if masked and self._samples:
             load_masks(self.staged_masks, self._state.masks, params, sample.MASK, self._pdl)
-        sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
+        if self._samples:
+            sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
         store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
 
 

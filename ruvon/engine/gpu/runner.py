@@ -5,12 +5,11 @@ a fraction of a millisecond. Whoever asks for the result waits for the device an
 thread waits only for those who want to be called. Where a chunk has a placeholder for a token, the
 device fills in what the sequence's slot sampled last.
 
-What no graph does is launched behind it, and computed on the device as well: rows whose sampling is
-deferred, and prompt logprobs.
+What no graph does is launched behind it, and computed on the device as well: prompt logprobs.
 
-Rows with a grammar wait for their masks, for which the tokens of the step before have to be known.
-So whoever reads a step back ends the next one, which computes logits meanwhile: it checks the
-tokens, fills the masks, sends them and launches the rest.
+Rows with a grammar, or with bad words, wait for their masks, for which the tokens of the step
+before have to be known. So whoever reads a step back ends the next one, which computes logits
+meanwhile: it checks the tokens, fills the masks, sends them and launches the rest.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -26,24 +25,23 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import Windows
-from ruvon.engine.gpu.deferred import DeferredRow, sample_deferred
+from ruvon.engine.batch import Ints, Windows
 from ruvon.engine.gpu.graphs import (
     NUM_STAGING,
     Bucket,
     Captured,
     Graphs,
-    StagingBuffer,
-    Words,
     mixed_buckets,
     single_buckets,
 )
-from ruvon.engine.gpu.in_flight import Alternatives, InFlightStep, StepFuture, alternatives
+from ruvon.engine.gpu.in_flight import InFlightStep, StepFuture
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.sampling_state import SlotStates
-from ruvon.engine.gpu.scoring import PooledSum, PromptScores, Scorer
-from ruvon.engine.matching import Masks, Matchers
+from ruvon.engine.gpu.scoring import Scorer, Top, alternatives
+from ruvon.engine.gpu.typical import is_typical, narrow_masks
+from ruvon.engine.matching import Masks, Matchers, ban
+from ruvon.engine.transforms import completing_ids
 from ruvon.engine.types import Plan, SamplingRow, StepResult
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch
@@ -147,82 +145,59 @@ class GpuRunner:
             latest.step.masks.are_there()
         staging = self._staging[0]
         bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
-        deferred = self._inputs.write(plan, bucket, staging)
+        self._inputs.write(plan, bucket, staging)
         captured = self._captured[bucket]
-        if self._matchers is None:
-            return self._send_on(plan, captured, began)
-        self._matchers.follow(plan)
+        if self._matchers is not None:
+            self._matchers.follow(plan)
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
-        rows = self._states.rows_with_grammar(plan.rows)
-        masks = Masks(list(rows), self._masks_RW[: len(rows)], Future()) if rows else None
-        tops = self._alternatives(plan, captured.logits_LV)
-        scores, pooled = self._score(plan), self._pool(plan)
-        self.num_misses += bool(deferred or scores or pooled)
-        step = InFlightStep(plan, staging, began, tops, scores, pooled, masks)
+        step = InFlightStep(plan, staging, began, self._scorer.launch(plan, self._batch.tables))
+        rows: dict[int, SamplingRow] = {}
+        if self._matchers is not None:
+            step.tops = self._alternatives(plan, captured.logits_LV)
+            rows = self._states.masked_rows(plan.rows)
         future = StepFuture(step, self._take, self._waiter)
         self._in_flight.append(future)
-        if masks is None:
-            self._end(deferred, captured.logits_LV, staging)
-        else:
-            end = partial(self._end_masked, step, captured, deferred, list(rows.values()))
-            if latest is None or not latest.call_when_read(end):
-                self._waiter.submit(end)
-        return future
-
-    def _send_on(self, plan: Plan, captured: Captured, began: float) -> Future[StepResult]:
-        """Launch a step, and send what the next stages will ask for, as often as they will."""
-        staging = self._staging[0]
-        captured.replay()
-        self._staging.rotate(-1)
-        self._score(plan)
-        self._pool(plan)
-        future = StepFuture(InFlightStep(plan, staging, began, {}, ()), self._take, self._waiter)
-        self._in_flight.append(future)
-        self._end((), captured.logits_LV, staging)
+        self.num_misses += not step.scored.is_empty or any(map(is_typical, rows.values()))
+        if not rows:
+            step.end(self._stream)
+            return future
+        places = [i for i, row in rows.items() if row.sampling.grammar is not None]
+        step.masks = masks = Masks(places, self._masks_RW[: len(rows)], Future())
+        end = partial(self._end_masked, step, masks, captured, rows)
+        if latest is None or not latest.call_when_read(end):
+            self._waiter.submit(end)
         return future
 
     def _end_masked(
-        self,
-        step: InFlightStep,
-        captured: Captured,
-        deferred: Sequence[DeferredRow],
-        rows: Sequence[SamplingRow],
+        self, step: InFlightStep, masks: Masks, captured: Captured, rows: Mapping[int, SamplingRow]
     ) -> None:
         """Fill the masks of a step whose predecessor has been read, and launch its end."""
-        masks = step.masks
-        assert masks is not None
         try:
-            errors = self._fill(rows, masks.masks_RW)
+            errors = self._fill([*rows.values()], masks.masks_RW)
             with torch.inference_mode(), torch.cuda.stream(self._stream):
+                staged_RW = self._graphs.staged_masks
+                narrow_masks(rows, staged_RW, captured.logits_LV, captured.params_LP, self._state)
                 captured.sample_masked()
-                self._end(deferred, captured.logits_LV, step.staging)
+                step.end(self._stream)
         except BaseException as error:  # the step's, not that of who has read the one before
             masks.filling.set_exception(error)
         else:
             masks.filling.set_result(errors)
 
-    def _fill(self, rows: Sequence[SamplingRow], masks_RW: Words) -> dict[int, str]:
-        """Errors by sequence; if it was not foreseen, it is that of all of them."""
+    def _fill(self, rows: Sequence[SamplingRow], masks_RW: Ints) -> dict[int, str]:
+        """Errors by sequence; if it was not foreseen, it is that of all who have a grammar."""
         assert self._matchers is not None
         try:
-            return self._matchers.fill(rows, masks_RW)
+            errors = self._matchers.fill(rows, masks_RW)
         except BaseException as error:  # a panic of the library's is no Exception
-            masks_RW[:] = 0
+            masks_RW[:] = -1
             reason = f"its mask could not be computed ({type(error).__name__})"
-            return {row.seq_id: reason for row in rows}
-
-    def _end(
-        self, deferred: Sequence[DeferredRow], logits_LV: Tensor, staging: StagingBuffer
-    ) -> None:
-        """Launch the end of a step: what no graph has sampled, and the mark that it is over."""
-        if deferred:
-            with torch.inference_mode():
-                results = self._graphs.results
-                sample_deferred(deferred, logits_LV, self._state, results, self._pdl)
-                staging.results.copy_(results, non_blocking=True)
-        if staging.done is not None:
-            staging.done.record(self._stream)
+            errors = {row.seq_id: reason for row in rows if row.sampling.grammar is not None}
+        for row, mask_W in zip(rows, masks_RW, strict=True):
+            if row.sampling.bad_words:
+                ban(mask_W, completing_ids(row))
+        return errors
 
     def _take(self, step: InFlightStep, result: StepResult) -> StepResult:
         """Check what a step has sampled, and take note of it."""
@@ -256,24 +231,10 @@ class GpuRunner:
             return True
         return False
 
-    def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Alternatives | None]:
+    def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Top | None]:
         """For rows that want logprobs, the likeliest tokens."""
-        wanted = self._states.num_logprobs
-        if not wanted:
-            return {}
-        rows = {i: wanted[seq_id] for i, seq_id in enumerate(plan.rows) if seq_id in wanted}
-        return alternatives(logits_LV[: len(plan.rows)], rows)
-
-    def _score(self, plan: Plan) -> list[PromptScores]:
-        return [
-            self._scorer.launch(chunk, row, self._batch.tables[chunk.seq_id])
-            for row in plan.prompt_rows
-            for chunk in [plan.chunks[row.chunk]]
-        ]
-
-    def _pool(self, plan: Plan) -> list[PooledSum]:
-        return [
-            self._scorer.pool(chunk, row, self._batch.tables[chunk.seq_id])
-            for row in plan.pooled_rows
-            for chunk in [plan.chunks[row.chunk]]
-        ]
+        wanted = {
+            place: row.sampling.logprob_token_ids or row.sampling.logprobs or 0
+            for place, row in self._states.scored_rows(plan.rows).items()
+        }
+        return alternatives(logits_LV[: len(plan.rows)], wanted) if wanted else {}

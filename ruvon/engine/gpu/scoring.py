@@ -1,28 +1,38 @@
-"""Prompt logprobs: chunks are run once more for the hidden states of all their tokens, and scored
-on the device a piece at a time; what comes back is a few numbers a position."""
+"""What a model thought of tokens, computed on the device: what comes back is a few numbers each.
+
+Of prompts, chunks are run once more for the hidden states of all their tokens, and scored a piece
+at a time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import Windows, lay_out, to_device
+from ruvon.engine.batch import Windows, ints, lay_out, to_device
 from ruvon.engine.draw import undrawable
-from ruvon.engine.logprobs import finite
-from ruvon.engine.pooling import places
-from ruvon.engine.types import Chunk, Plan, PooledRows, PromptRow, TokenLogprobs
+from ruvon.engine.logprobs import entry
+from ruvon.engine.pooling import broken
+from ruvon.engine.types import Chunk, Floats64, Plan, PromptRow, Tables, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.scores import score
 
+
+class Top(NamedTuple):
+    """The likeliest tokens of a row or of several, on their way to the host."""
+
+    ids: Tensor
+    logprobs: Tensor
+
+
 Piece: TypeAlias = tuple[Tensor, ...]
 """By position, on the way to the host: the best logit, the target's log-probability and rank, the
-alternatives' log-probabilities and ids."""
+alternatives' ids and log-probabilities."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,25 +49,38 @@ class PromptScores:
             [value for part in parts for value in part.tolist()]
             for parts in zip(*self.pieces, strict=True)
         ]
-        for target, best, logprob, rank, values, ids in zip(
-            self.row.targets, *columns, strict=True
-        ):
+        for target, best, *about in zip(self.row.targets, *columns, strict=True):
             error = undrawable(best) or error
-            top = tuple((token, finite(value)) for token, value in zip(ids, values, strict=True))
-            entries.append(TokenLogprobs(target, finite(logprob), rank, top))
+            entries.append(entry(target, *about))
         return tuple(entries if error is None else ()), error
 
 
-@dataclass(frozen=True, slots=True)
-class PooledSum:
-    """The sum of a chunk's hidden states, on the way to the host."""
+class Scored(NamedTuple):
+    """What comes of a step's prompts, by sequence."""
 
-    seq_id: int
-    sum_C: Tensor
+    prompts: dict[int, PromptScores]
+    sums: dict[int, Tensor]  # of hidden states, on the way to the host
+
+    @property
+    def is_empty(self) -> bool:
+        return not (self.prompts or self.sums)
+
+    def read(
+        self, errors: dict[int, str]
+    ) -> tuple[dict[int, tuple[TokenLogprobs, ...]], dict[int, Floats64]]:
+        """Logprobs and sums, once the step is over; ``errors`` get what there is against them."""
+        told = {}
+        for seq_id, scores in self.prompts.items():
+            told[seq_id], error = scores.read()
+            if error is not None:
+                errors.setdefault(seq_id, error)
+        sums = {seq_id: sum_C.numpy() for seq_id, sum_C in self.sums.items()}
+        errors.update(broken(sums))
+        return told, sums
 
 
 class Scorer:
-    """Launches what scores a chunk, or adds up its hidden states, on the current stream."""
+    """Launches what scores chunks, or adds up their hidden states, on the current stream."""
 
     def __init__(
         self,
@@ -78,44 +101,76 @@ class Scorer:
         self._windows = windows
         self._piece = max(max_logit_rows // 16, 1) * 16  # all begin on boundaries that kernels like
 
-    def launch(self, chunk: Chunk, row: PromptRow, tables: Sequence[list[int]]) -> PromptScores:
-        """Score ``row.targets``, which follow the tokens of a chunk. One chunk at a time: kernels
-        are compiled for numbers of sequences."""
-        plan = Plan(0, (replace(chunk, samples=False),), prompt_rows=(replace(row, chunk=0),))
+    def launch(self, plan: Plan, tables: Mapping[int, Tables]) -> Scored:
+        """What a plan's ``prompt_rows`` and ``pooled_rows`` want; a stage before the last tells
+        nothing."""
+        scored = Scored({}, {})
         with torch.inference_mode():
-            layout = lay_out(plan, {chunk.seq_id: tables}, self._block_size, self._windows)
-            hidden_QC = self._hidden(layout.to_batch(self._device))
-            if self._logits is None:
-                return PromptScores(row, [])
-            targets = np.array(row.targets, dtype=np.int32)
-            targets_Q = to_device((targets,), self._device)[0]
-            hidden_QC = hidden_QC[: len(targets)]  # the last token of a prompt has no target
-            cut = partial(torch.split, split_size_or_sections=self._piece)
-            pieces = zip(cut(hidden_QC), cut(targets_Q), strict=True)
-            return PromptScores(row, [self._score(*piece, row.num_top) for piece in pieces])
+            for row in plan.prompt_rows:
+                hidden_QC = self._run(plan.chunks[row.chunk], 0, len(row.targets), tables)
+                if self._logits is not None:
+                    scored.prompts[row.seq_id] = self._score(hidden_QC, row, self._logits)
+            for rows in plan.pooled_rows:
+                hidden_LC = self._run(plan.chunks[rows.chunk], rows.first, rows.count, tables)
+                if self._logits is not None:
+                    sum_C = hidden_LC.sum(0, dtype=torch.float64)
+                    scored.sums[rows.seq_id] = to_host(sum_C)
+        return scored
 
-    def pool(self, chunk: Chunk, row: PooledRows, tables: Sequence[list[int]]) -> PooledSum:
-        """Add up the hidden states of ``row``, one chunk at a time as well."""
+    def _run(self, chunk: Chunk, first: int, count: int, tables: Mapping[int, Tables]) -> Tensor:
+        """The hidden states of so many tokens. One chunk at a time: kernels are compiled for
+        numbers of sequences."""
         plan = Plan(0, (replace(chunk, samples=False),))
-        with torch.inference_mode():
-            layout = lay_out(plan, {chunk.seq_id: tables}, self._block_size, self._windows)
-            rows = places((replace(row, chunk=0),), layout.query_starts)
-            hidden_LC = self._hidden(replace(layout, logit_rows=rows).to_batch(self._device))
-            return PooledSum(row.seq_id, to_host(hidden_LC.sum(0, dtype=torch.float64)))
+        layout = lay_out(plan, tables, self._block_size, self._windows)
+        layout.logit_rows = ints([*range(first, first + count)])
+        return self._hidden(layout.to_batch(self._device))
 
-    def _score(self, hidden_QC: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
-        assert self._logits is not None
-        logits_QV = self._logits(hidden_QC)
-        norm_Q, rank_Q = score(logits_QV, targets_Q)
-        top = logits_QV.topk(min(num_top, logits_QV.shape[1]))
-        results = (
-            logits_QV.amax(-1),
-            logits_QV.gather(-1, targets_Q[:, None].long())[:, 0] - norm_Q,
-            rank_Q,
-            top.values - norm_Q[:, None],
-            top.indices,
-        )
-        return tuple([to_host(values) for values in results])
+    def _score(
+        self, hidden_QC: Tensor, row: PromptRow, logits: Callable[[Tensor], Tensor]
+    ) -> PromptScores:
+        """Score ``row.targets``, which follow the tokens of a chunk."""
+        (targets_Q,) = to_device((ints([*row.targets]),), self._device)
+        cut = partial(torch.split, split_size_or_sections=self._piece)
+        pieces = [
+            score_piece(logits(piece_QC), piece_Q, row.num_top)
+            for piece_QC, piece_Q in zip(cut(hidden_QC), cut(targets_Q), strict=True)
+        ]
+        return PromptScores(row, pieces)
+
+
+def score_piece(logits_QV: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
+    norm_Q, rank_Q = score(logits_QV, targets_Q)
+    logprob_Q = logits_QV.gather(-1, targets_Q[:, None].long())[:, 0] - norm_Q
+    top = likeliest(logits_QV, norm_Q, num_top)
+    return (to_host(logits_QV.amax(-1)), to_host(logprob_Q), to_host(rank_Q), *top)
+
+
+def alternatives(
+    logits_LV: Tensor, wanted: Mapping[int, int | tuple[int, ...]]
+) -> dict[int, Top | None]:
+    """The likeliest tokens of some rows of logits: row → how many are ``wanted``, or which.
+
+    All rows' norms come from one kernel, for torch's own sum of a row depends on where it begins in
+    memory, and so on its place in the batch.
+    """
+    if not any(wanted.values()):
+        return dict.fromkeys(wanted)
+    with torch.inference_mode():
+        norm_L, _ = score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
+        return {
+            i: likeliest(logits_LV[i], norm_L[i], each) if each else None
+            for i, each in wanted.items()
+        }
+
+
+def likeliest(logits_QV: Tensor, norm_Q: Tensor, wanted: int | tuple[int, ...]) -> Top:
+    """The likeliest tokens of each row, so many, or those that are wanted."""
+    if isinstance(wanted, int):
+        logits, ids = logits_QV.topk(min(wanted, logits_QV.shape[-1]))
+    else:
+        (words,) = to_device((ints([*wanted]),), logits_QV.device)
+        logits, ids = logits_QV[..., words.long()], words
+    return Top(to_host(ids), to_host(logits - norm_Q[..., None]))
 
 
 def to_host(values: Tensor) -> Tensor:
