@@ -24,7 +24,6 @@ from measure import write
 from torch import Tensor
 
 from ruvon.engine.gpu.graphs import Bucket, StepWords
-from ruvon.kernels import sample
 from ruvon.kernels.ops import (
     Activation,
     AttentionSpec,
@@ -129,8 +128,7 @@ def measure_staging(report: Report) -> None:
         tables = zeros(1, sequences, 128)
 
         load = partial(
-            load_inputs, staged, turn, words, last_tokens, tables, layout.places, PAGE,
-            (sample.PARAMS, sample.SLOT, sample.DRAW), pdl,
+            load_inputs, staged, turn, words, layout.views(words), last_tokens, tables, PAGE, pdl,
         )  # fmt: skip
 
         def run(i: int, load: Callable[[], None] = load) -> None:

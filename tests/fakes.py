@@ -172,6 +172,7 @@ class FakeRunner:
         self._tables = BlockTables()
         self._generations: dict[int, int] = {}
         self._rows = SamplingRows()
+        self._sampled: dict[int, int] = {}  # by the step before: a sequence's last token
         self._failed: dict[int, int] = {}  # seq id → its first step that failed
         self._unlaunched: deque[Plan] = deque()  # whose rows are to be followed in their turn
         self._step = 0  # being computed
@@ -240,7 +241,7 @@ class FakeRunner:
         self._rows.follow(plan)
         if self._matchers is not None:
             self._matchers.follow(plan)
-        rows = self._rows.of(plan.rows)
+        rows = [self._rows[seq_id] for seq_id in plan.rows]
         masks = self._matchers and self._matchers.begin(with_grammar(rows))
         if masks:
             masks.hand_to(rows)
@@ -265,12 +266,14 @@ class FakeRunner:
         )
         if masks and self._matchers:
             result = self._matchers.accept(plan.rows, masks, result)
-        self._rows.record(plan, result)
+        self._rows.record(plan, result.tokens)
+        told = zip(plan.rows, result.tokens, strict=True)
+        self._sampled = {seq_id: tokens[-1] for seq_id, tokens in told if tokens}
         return result
 
     def _follow_failed(self, plan: Plan) -> None:
         self._rows.follow(plan)
-        self._rows.sampled = {}
+        self._sampled = {}
 
     def _fail(self, plan: Plan, tables: Tables) -> None:
         """Raise, and leave rubbish behind."""
@@ -325,9 +328,8 @@ class FakeRunner:
         """With the token that was being sampled when it was planned; 0 if its row has failed."""
         if chunk.tokens != BEING_SAMPLED:
             return chunk
-        sampled = self._rows.sampled
-        assert chunk.seq_id in {*sampled, *self.errors, *self._failed}
-        return replace(chunk, tokens=(sampled.get(chunk.seq_id, 0),))
+        assert chunk.seq_id in {*self._sampled, *self.errors, *self._failed}
+        return replace(chunk, tokens=(self._sampled.get(chunk.seq_id, 0),))
 
     def _slot(self, table: Sequence[int], position: int) -> int:
         block, offset = divmod(position, self.block_size)

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ruvon.engine.blocks import first_block
-from ruvon.engine.types import BEING_SAMPLED, Chunk, Plan
+from ruvon.engine.types import BEING_SAMPLED, Chunk, Plan, SamplingRow
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
 
 Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
@@ -25,7 +25,7 @@ Ints: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 Windows: TypeAlias = tuple[int, ...]
 """How many tokens each cache group sees; 0 is all of them."""
 
-NOTHING: Mapping[int, int] = MappingProxyType({})
+NOTHING: Mapping[int, SamplingRow] = MappingProxyType({})
 
 
 class BlockTables(dict[int, tuple[list[int], ...]]):
@@ -70,13 +70,13 @@ class PendingBatch:
     placeholders: list[tuple[int, int]]  # (place in token_ids, the sequence it belongs to)
 
     def to_batch(
-        self, device: torch.device | None, sampled: Mapping[int, int] = NOTHING
+        self, device: torch.device | None, rows: Mapping[int, SamplingRow] = NOTHING
     ) -> ForwardBatch:
-        """On a device, or as the numpy arrays that they are here. ``sampled`` has, by sequence, the
-        tokens that were being sampled when the plan was made; one that is not in there has failed,
-        and anything may stand for it."""
+        """On a device, or as the numpy arrays that they are here. ``rows`` have, by sequence, the
+        tokens that were being sampled when the plan was made; if that has failed, anything may
+        stand for one."""
         for place, seq_id in self.placeholders:
-            self.token_ids[place] = sampled.get(seq_id, 0)
+            self.token_ids[place] = rows[seq_id].history[-1]
         arrays = (
             self.token_ids,
             self.positions,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import replace
 from itertools import chain
@@ -19,7 +19,7 @@ from ruvon.engine.batch import BlockTables, PendingBatch, Windows, lay_out
 from ruvon.engine.logprobs import score_prompts
 from ruvon.engine.matching import Matchers, with_grammar
 from ruvon.engine.pooling import broken, places, pool
-from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingRow, StepResult
+from ruvon.engine.types import BEING_SAMPLED, Plan, SamplingParams, SamplingRow, StepResult
 from ruvon.kernels.ops import ForwardBatch
 
 Forward: TypeAlias = Callable[[ForwardBatch], Tensor]
@@ -120,11 +120,11 @@ class Runner:
             self._at_start()
         except BaseException as error:  # nobody waits here, but somebody will for the first step
             broken = error
-        state = SamplingRows()
+        rows = SamplingRows()
         while (launched := self._launched.get()) is not None:
             plan, layout, future = launched
             try:
-                state.follow(plan)
+                rows.follow(plan)
                 if self._matchers is not None:
                     self._matchers.follow(plan)
                 if not future.set_running_or_notify_cancel():
@@ -133,46 +133,45 @@ class Runner:
                     raise broken
                 if isinstance(layout, Exception):
                     raise layout
-                result = self._run(plan, layout, state)
+                result = self._run(plan, layout, rows)
             except BaseException as error:
-                state.sampled = {}
                 future.set_exception(error)
             else:
-                state.record(plan, result)
+                rows.record(plan, result.tokens)
                 future.set_result(result)
 
-    def _run(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
+    def _run(self, plan: Plan, layout: PendingBatch, rows: SamplingRows) -> StepResult:
         began = time.perf_counter()
         with torch.inference_mode():
             if not self._samples:
-                result = self._send_on(plan, layout, state)
+                result = self._send_on(plan, layout, rows)
             elif len(plan.pooled_rows) == len(plan.chunks):
                 result = NOTHING  # all that is wanted are hidden states
             else:
-                result = self._sample(plan, layout.to_batch(self._device, state.sampled), state)
+                result = self._sample(plan, layout.to_batch(self._device, rows), rows)
             if plan.pooled_rows and self._samples:
-                result = self._pool(plan, layout, state, result)
+                result = self._pool(plan, layout, rows, result)
         return replace(result, seconds=time.perf_counter() - began)
 
-    def _send_on(self, plan: Plan, layout: PendingBatch, state: SamplingRows) -> StepResult:
+    def _send_on(self, plan: Plan, layout: PendingBatch, rows: SamplingRows) -> StepResult:
         """What the next stages will ask for, as often as they will."""
-        batch = layout.to_batch(self._device, state.sampled)
+        batch = layout.to_batch(self._device, rows)
         if len(plan.pooled_rows) < len(plan.chunks):
             deque(self._logits(batch), 0)
         if plan.pooled_rows:
-            rows = places(plan.pooled_rows, layout.query_starts)
+            pooled = places(plan.pooled_rows, layout.query_starts)
             assert self._hidden is not None
-            self._hidden(replace(layout, logit_rows=rows).to_batch(self._device, state.sampled))
+            self._hidden(replace(layout, logit_rows=pooled).to_batch(self._device, rows))
         return StepResult(((),) * len(plan.rows), (None,) * len(plan.rows))
 
-    def _sample(self, plan: Plan, batch: ForwardBatch, state: SamplingRows) -> StepResult:
+    def _sample(self, plan: Plan, batch: ForwardBatch, rows: SamplingRows) -> StepResult:
         pieces = self._logits(batch)
-        rows = state.of(plan.rows)
-        masks = self._matchers and self._matchers.begin(with_grammar(rows))
+        sampling = [rows[seq_id] for seq_id in plan.rows]
+        masks = self._matchers and self._matchers.begin(with_grammar(sampling))
         first = next(pieces)
         if masks:
-            masks.hand_to(rows)
-        sampled = self._sampler(first[: len(plan.rows)], rows)
+            masks.hand_to(sampling)
+        sampled = self._sampler(first[: len(plan.rows)], sampling)
         if masks and self._matchers:
             sampled = self._matchers.accept(plan.rows, masks, sampled)
         scores = score_prompts(chain((first[len(plan.rows) :],), pieces), plan.prompt_rows)
@@ -181,12 +180,12 @@ class Runner:
         )
 
     def _pool(
-        self, plan: Plan, layout: PendingBatch, state: SamplingRows, result: StepResult
+        self, plan: Plan, layout: PendingBatch, rows: SamplingRows, result: StepResult
     ) -> StepResult:
         """``result`` with hidden states, for which the step is computed again where it has been:
         it writes the same keys and values to the same slots."""
-        rows = places(plan.pooled_rows, layout.query_starts)
-        batch = replace(layout, logit_rows=rows).to_batch(self._device, state.sampled)
+        pooled = places(plan.pooled_rows, layout.query_starts)
+        batch = replace(layout, logit_rows=pooled).to_batch(self._device, rows)
         assert self._hidden is not None
         sums = pool(self._hidden(batch), plan.pooled_rows)
         return replace(result, pooled=sums, errors={**result.errors, **broken(sums)})
@@ -210,34 +209,43 @@ NOTHING = StepResult((), ())
 Launched: TypeAlias = tuple[Plan, PendingBatch | Exception, Future[StepResult]]
 
 
-class SamplingRows:
+class SamplingRows(dict[int, SamplingRow]):
     """What a sampler is told of every sequence: kept from a stream of plans, each followed once and
     in order, and from what has been sampled for them."""
 
-    def __init__(self) -> None:
-        self.sampled: dict[int, int] = {}  # by the step before: a sequence's last token
-        self._rows: dict[int, SamplingRow] = {}
+    def __init__(
+        self, looks_back: Callable[[SamplingParams], bool] = lambda sampling: True
+    ) -> None:
+        """``looks_back``: whose history is kept, for its sampling depends on it."""
+        self._looks_back = looks_back
+        self._histories: dict[int, list[int]] = {}
 
     def follow(self, plan: Plan) -> None:
-        """Take in what a plan says; the step before has been recorded."""
+        """Take in what a plan says. All steps before the latest have been recorded."""
         for seq_id in plan.ended:
-            self._rows.pop(seq_id, None)
+            self._forget(seq_id)
         for new in plan.new:
-            self._rows[new.seq_id] = SamplingRow(
-                new.seq_id, new.sampling, list(new.prefix), new.num_prompt, new.seed
-            )
-        for chunk in plan.chunks:
-            history = self._rows[chunk.seq_id].history
-            if chunk.tokens == BEING_SAMPLED:
-                history.append(self.sampled.get(chunk.seq_id, 0))
-            else:
-                history += chunk.tokens
+            self._forget(new.seq_id)
+            row = SamplingRow(new.seq_id, new.sampling, [*new.prefix], new.num_prompt, new.seed)
+            self[new.seq_id] = row
+            if self._looks_back(new.sampling):
+                self._histories[new.seq_id] = row.history
+        if self._histories:
+            for chunk in plan.chunks:
+                history = self._histories.get(chunk.seq_id)
+                if history is not None and chunk.tokens != BEING_SAMPLED:
+                    history[chunk.start :] = chunk.tokens
 
-    def record(self, plan: Plan, result: StepResult) -> None:
-        """Remember what a step has sampled: the next may go on with it."""
-        rows = zip(plan.rows, result.tokens, strict=True)
-        self.sampled = {seq_id: tokens[-1] for seq_id, tokens in rows if tokens}
+    def _forget(self, seq_id: int) -> None:
+        self.pop(seq_id, None)
+        self._histories.pop(seq_id, None)
 
-    def of(self, seq_ids: Iterable[int]) -> list[SamplingRow]:
-        """The rows of some sequences, as far as plans have been followed."""
-        return [self._rows[seq_id] for seq_id in seq_ids]
+    def record(self, plan: Plan, tokens: Sequence[tuple[int, ...]]) -> None:
+        """Take in what a step has sampled: the next may go on with it."""
+        if not self._histories:
+            return
+        ends = [chunk.start + len(chunk.tokens) for chunk in plan.chunks if chunk.samples]
+        for seq_id, end, sampled in zip(plan.rows, ends, tokens, strict=True):
+            history = self._histories.get(seq_id)
+            if history is not None and len(history) == end:  # or it has been told already
+                history += sampled

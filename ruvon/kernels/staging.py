@@ -9,32 +9,16 @@ own copy up.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.pdl import release, wait
+from ruvon.kernels.sample import DRAW, MASK, PARAMS, SLOT
 
 BLOCK = 256
-
-
-class Places(NamedTuple):
-    """Where among the words of a step its inputs begin; token ids are at 0."""
-
-    num_ids: int
-    positions: int
-    slots: int  # of each cache group, one behind the other
-    context_lens: int
-    logit_rows: int
-    params: int  # of so many words each, one of which is the row's place in the persistent batch
-    mode: int  # a word: 0 to take all from the staging buffer, 1 to advance
-    new_blocks: int  # by cache group and row, if advancing: what the table grows by, or -1
-    patches: int  # pairs of words (place, block) up to
-    end: int
-    num_rows: int
-    slot_stride: int  # words from one group's slots to the next's
 
 
 @triton.jit
@@ -103,23 +87,28 @@ def load_inputs(
     staging_BW: Tensor,
     turn: Tensor,
     words: Tensor,
+    inputs: Mapping[str, Tensor],
     last_tokens: Tensor,
     tables_GSW: Tensor,
-    places: Places,
     block_size: int,
-    param_words: tuple[int, int, int],
     pdl: bool = False,
 ) -> None:
     """Bring ``words`` up to date from the staging buffer whose ``turn`` it is.
 
+    ``inputs`` are parts of the words:
+
+    - ``token_ids``, ``positions`` [T], ``slots`` [cache groups, T or more] by token;
+    - ``context_lens`` [S] by slot of the persistent batch, ``logit_rows`` [S] and ``params``
+      [S, PARAMS] by row;
+    - ``mode`` [1]: 0 to take all from the staging buffer, 1 to advance;
+    - ``new_blocks`` [cache groups, S]: if advancing, what a row's table grows by, or -1;
+    - ``patches`` [N, 2]: (place, block).
+
     In mode 0 they are copied: ``-1 - slot`` among the ids becomes what that slot of the persistent
     batch sampled last, and patches go to the tables, taken as flat (a negative place is none). In
     mode 1 the words are those of the step before, each of whose rows had one token and sampled.
-
-    ``param_words``: how many words a row's parameters have, and which of them are its slot and the
-    number of its draw.
     """
-    size, slot, draw = param_words
+    first = {name: part.storage_offset() - words.storage_offset() for name, part in inputs.items()}
     _load_inputs_kernel[(triton.cdiv(words.shape[0], BLOCK),)](
         staging_BW,
         turn,
@@ -128,13 +117,24 @@ def load_inputs(
         tables_GSW,
         staging_BW.shape[1],
         words.shape[0],
-        *places,
+        inputs["token_ids"].numel(),
+        first["positions"],
+        first["slots"],
+        first["context_lens"],
+        first["logit_rows"],
+        first["params"],
+        first["mode"],
+        first["new_blocks"],
+        first["patches"],
+        first["patches"] + inputs["patches"].numel(),
+        inputs["logit_rows"].numel(),
+        inputs["slots"].stride(0),
         tables_GSW.stride(0),
         tables_GSW.stride(1),
         block_size,
-        PARAMS=size,
-        SLOT=slot,
-        DRAW=draw,
+        PARAMS=PARAMS,
+        SLOT=SLOT,
+        DRAW=DRAW,
         GROUPS=tables_GSW.shape[0],
         BLOCK=BLOCK,
         PDL=pdl,
@@ -198,19 +198,16 @@ def _load_masks_kernel(
             tl.store(masks_ptr + first + at, word, mask=at < num_words)
 
 
-def load_masks(
-    staging_RW: Tensor, masks_RW: Tensor, params: Tensor, mask_word: int, pdl: bool = False
-) -> None:
+def load_masks(staging_RW: Tensor, masks_RW: Tensor, params: Tensor, pdl: bool = False) -> None:
     """Bring the masks that rows with these parameters name, counted from 1, from the staging
     buffer; 0 is none."""
-    rows, size = params.shape
-    _load_masks_kernel[(rows,)](
+    _load_masks_kernel[(params.shape[0],)](
         staging_RW,
         masks_RW,
         params,
         masks_RW.shape[1],
-        PARAMS=size,
-        MASK=mask_word,
+        PARAMS=PARAMS,
+        MASK=MASK,
         BLOCK=2048,
         PDL=pdl,
         num_warps=8,

@@ -57,11 +57,10 @@ class Writer:
             torch.from_numpy(self._staging.words)[None].to(DEVICE),
             torch.zeros(1, dtype=torch.int32, device=DEVICE),
             self._words[: layout.size],
+            layout.views(self._words),
             self._state.last_tokens,
             self._graphs.tables,
-            layout.places,
             PAGE,
-            (sample.PARAMS, sample.SLOT, sample.DRAW),
         )
         words = self._words.cpu().numpy()
         inputs = {name: values.copy() for name, values in layout.views(words).items()}

@@ -7,7 +7,7 @@ from scipy.stats import chisquare
 
 from ruvon.kernels import sample as kernels
 from ruvon.kernels.scores import IN_PROMPT, score
-from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
+from ruvon.kernels.staging import load_inputs, load_masks, store_outputs
 
 pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
@@ -193,29 +193,35 @@ class Inputs:
     """Two rows of two sequences, in slots 2 and 0, as words on the device and two staging buffers;
     tables of three blocks of four tokens."""
 
-    PLACES = Places(
-        num_ids=2, positions=2, slots=4, context_lens=6, logit_rows=9, params=11, mode=19,
-        new_blocks=20, patches=22, end=26, num_rows=2, slot_stride=2,
-    )  # fmt: skip
-    PARAMS = (4, 0, 1)  # words; of these the slot and the number of the draw
-
     def __init__(self):
-        self.staging = torch.full((2, 28), -1, dtype=torch.int32, device=DEVICE)
+        self.staging = torch.full((2, 52), -1, dtype=torch.int32, device=DEVICE)
         self.turn = torch.ones(1, dtype=torch.int32, device=DEVICE)
-        self.words = torch.zeros(26, dtype=torch.int32, device=DEVICE)
+        self.words = torch.zeros(50, dtype=torch.int32, device=DEVICE)
         self.last = torch.tensor([50, 60, 70], dtype=torch.int32, device=DEVICE)
         self.tables = torch.zeros(1, 3, 3, dtype=torch.int32, device=DEVICE)
 
     def load(self, words):
         self.staging[1, : len(words)] = torch.tensor(words, dtype=torch.int32)
-        load_inputs(
-            self.staging, self.turn, self.words, self.last, self.tables, self.PLACES, 4, self.PARAMS
-        )
+        ids, positions, slots, contexts, rows, params, mode, new_blocks, patches = (
+            torch.split(self.words, (2, 2, 2, 3, 2, 2 * kernels.PARAMS, 1, 2, 4))
+        )  # fmt: skip
+        inputs = {
+            "token_ids": ids, "positions": positions, "slots": slots[None],
+            "context_lens": contexts, "logit_rows": rows, "params": params.view(2, -1),
+            "mode": mode, "new_blocks": new_blocks[None], "patches": patches.view(2, 2),
+        }  # fmt: skip
+        load_inputs(self.staging, self.turn, self.words, inputs, self.last, self.tables, 4)
         return self.words.tolist()
 
 
+def params(slot, draw):
+    words = [0] * kernels.PARAMS
+    words[kernels.SLOT], words[kernels.DRAW] = slot, draw
+    return words
+
+
 # ids, positions, cache slots, context lengths by slot, logit rows, parameters of a row each
-FIRST = [-1, 5, 3, 6, 31, 22, 4, 0, 7, 1, 0, 2, 8, 0, 0, 0, 9, 0, 0]
+FIRST = [-1, 5, 3, 6, 31, 22, 4, 0, 7, 1, 0, *params(2, 8), *params(0, 9)]
 
 
 def test_a_step_begins_with_what_only_the_device_knows():
@@ -232,8 +238,8 @@ def test_a_steady_step_goes_on_by_itself():
     inputs.load([*[99] * len(FIRST), 1, -1, 8])
     positions, contexts = [4, 7], [5, 0, 8]
     slots = [8 * 4, 5 * 4 + 3]
-    rows = [1, 0, 2, 9, 0, 0, 0, 10, 0, 0]
-    assert inputs.words.tolist()[:19] == [50, 70, *positions, *slots, *contexts, *rows]
+    rows = [1, 0, *params(2, 9), *params(0, 10)]
+    assert inputs.words.tolist()[: len(FIRST)] == [50, 70, *positions, *slots, *contexts, *rows]
     assert inputs.tables.tolist() == [[[0, 8, 0], [0, 0, 0], [4, 5, 0]]]
 
 
@@ -268,7 +274,7 @@ def test_masks_are_for_rows_that_have_one_and_only_in_their_turn():
     assert sampled.tokens[1] == logits[1].argmax()
     assert state.last_tokens.tolist() == [0, logits[1].argmax(), 0]
     sampled.tokens[1] = -9  # which is not written again
-    load_masks(staged, state.masks, params, kernels.MASK)
+    load_masks(staged, state.masks, params)
     kernels.sample(rows, params, state, sampled, masked=True)
     expected = [
         logits[i].masked_fill(~allowed[j], -torch.inf).argmax() for i, j in ((0, 1), (2, 0))

@@ -20,19 +20,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, TypeAlias
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ruvon.engine.batch import padded
+from ruvon.engine.batch import Ints, padded
 from ruvon.kernels import sample
 from ruvon.kernels.ops import ForwardBatch, PagedIndex
-from ruvon.kernels.staging import Places, load_inputs, load_masks, store_outputs
+from ruvon.kernels.staging import load_inputs, load_masks, store_outputs
 from ruvon.telemetry import Progress
-
-Words: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
 
 NUM_STAGING = 3  # buffers: two steps are in flight, and one is being prepared
 
@@ -87,16 +85,7 @@ class StepWords:
             num_words = math.prod(shape)
             self._spans[name] = (self.size, self.size + num_words, shape)
             self.size += padded(num_words)
-        first = {name: span[0] for name, span in self._spans.items()}
-        del first["token_ids"], first["query_starts"]
-        self.places = Places(
-            tokens,
-            **first,
-            end=self._spans["patches"][1],
-            num_rows=sequences,
-            slot_stride=padded(tokens),
-        )
-        self.blank: Words = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
+        self.blank: Ints = np.zeros(self.size, dtype=np.int32)  # padding and nothing else
         inputs = self.views(self.blank)
         for values in (inputs["slots"], inputs["patches"], inputs["params"][:, sample.SLOT]):
             values[...] = -1
@@ -113,8 +102,8 @@ class StepWords:
 class StagingBuffer:
     """Memory of the host's that one step reads its inputs from and stores its results in."""
 
-    words: Words
-    inputs: dict[Bucket, dict[str, Words]]  # the words as each bucket's inputs
+    words: Ints
+    inputs: dict[Bucket, dict[str, Ints]]  # the words as each bucket's inputs
     results: Tensor  # int32 [3, rows]: tokens, log-probabilities (float32 by their bits), ranks
     done: Any  # torch.cuda.Event, to be recorded after the step; None on a CPU, where it is over
 
@@ -213,30 +202,26 @@ class Graphs:
     def forward(self, bucket: Bucket) -> Tensor:
         """The first part of a step, from staged inputs to logits."""
         layout = self.layouts[bucket]
-        words = self._words[: layout.size]
+        inputs = layout.views(self._words)
         load_inputs(
             self._staged_inputs,
             self._turn,
-            words,
+            self._words[: layout.size],
+            inputs,
             self._state.last_tokens,
             self.tables,
-            layout.places,
             self._block_size,
-            (sample.PARAMS, sample.SLOT, sample.DRAW),
             self._pdl,
         )
-        inputs = layout.views(words)
-        pairs = zip(inputs["slots"], self.tables, strict=True)
+        paged = [
+            PagedIndex(slots[: bucket.tokens], tables[: bucket.sequences])
+            for slots, tables in zip(inputs["slots"], self.tables, strict=True)
+        ]
         return self._forward(
             ForwardBatch(
                 token_ids=inputs["token_ids"],
                 positions=inputs["positions"],
-                paged=tuple(
-                    [
-                        PagedIndex(slots[: bucket.tokens], tables[: bucket.sequences])
-                        for slots, tables in pairs
-                    ]
-                ),
+                paged=tuple(paged),
                 query_starts=inputs["query_starts"],
                 context_lens=inputs["context_lens"],
                 logit_rows=inputs["logit_rows"],
@@ -252,7 +237,7 @@ class Graphs:
         tokens, logprobs, ranks = self.results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
         if masked and self._samples:
-            load_masks(self.staged_masks, self._state.masks, params, sample.MASK, self._pdl)
+            load_masks(self.staged_masks, self._state.masks, params, self._pdl)
         if self._samples:
             sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
         store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)

@@ -34,7 +34,7 @@ class InFlightStep:
     staging: StagingBuffer
     began: float
     scored: Scored
-    tops: Mapping[int, Top | None] = field(default_factory=dict)  # of rows with logprobs
+    tops: Mapping[int, Top] = field(default_factory=dict)  # of rows with logprobs
     masks: Masks | None = None  # once they are there, all of the step has been launched
 
     def end(self, stream: Any) -> None:
@@ -68,22 +68,20 @@ class StepFuture(Future[StepResult]):
         self.step = step
         self._take = take
         self._waiter = waiter
-        self._reading, self._following = Lock(), Lock()
-        self._next: Callable[[], object] | None = None
-        self._was_read = False
+        self._reading = Lock()
+        self.was_read: Future[None] = Future()
+        self._leads_on = False
 
-    def call_when_read(self, call: Callable[[], object]) -> bool:
-        """Whether ``call``, the only one, will be called; not if the step has been read back."""
-        with self._following:
-            if not self._was_read:
-                self._next = call
-            return not self._was_read
+    def call_when_read(self, call: Callable[[], object]) -> None:
+        """At once, if it has been."""
+        self._leads_on = True
+        self.was_read.add_done_callback(lambda _: call())
 
     def done(self) -> bool:
         """Whether `result` returns at once, or has little to read back. Scores of a long prompt
         are much, and so are masks: they are left to the waiting thread."""
         step = self.step
-        much = step.scored.prompts or step.masks is not None or self._next is not None
+        much = step.scored.prompts or step.masks is not None or self._leads_on
         return super().done() or (not much and step.is_over())
 
     def result(self, timeout: float | None = None) -> StepResult:
@@ -105,17 +103,11 @@ class StepFuture(Future[StepResult]):
             try:
                 result = self._take(self.step, read_back(self.step))
             except BaseException as error:
-                self._follow()
+                self.was_read.set_result(None)
                 self.set_exception(error)
             else:
-                self._follow()
+                self.was_read.set_result(None)
                 self.set_result(result)
-
-    def _follow(self) -> None:
-        with self._following:
-            self._was_read = True
-        if self._next is not None:
-            self._next()
 
 
 def read_back(step: InFlightStep) -> StepResult:
@@ -128,8 +120,8 @@ def read_back(step: InFlightStep) -> StepResult:
     if step.tops:
         values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
         for i, top in step.tops.items():
-            ids, others = ([], []) if top is None else (top.ids.tolist(), top.logprobs.tolist())
-            told[i] = (entry(sampled[i], values[i], places[i], ids, others),)
+            about = (values[i], places[i], top.ids.tolist(), top.logprobs.tolist())
+            told[i] = (entry(sampled[i], *about),)
     errors = {}
     if sampled and min(sampled) < 0:
         errors = {rows[i]: ERRORS[code] for i, code in enumerate(sampled) if code < 0}

@@ -165,8 +165,10 @@ class GpuRunner:
         places = [i for i, row in rows.items() if row.sampling.grammar is not None]
         step.masks = masks = Masks(places, self._masks_RW[: len(rows)], Future())
         end = partial(self._end_masked, step, masks, captured, rows)
-        if latest is None or not latest.call_when_read(end):
+        if latest is None or latest.was_read.done():
             self._waiter.submit(end)
+        else:
+            latest.call_when_read(end)
         return future
 
     def _end_masked(
@@ -231,7 +233,7 @@ class GpuRunner:
             return True
         return False
 
-    def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Top | None]:
+    def _alternatives(self, plan: Plan, logits_LV: Tensor) -> dict[int, Top]:
         """For rows that want logprobs, the likeliest tokens."""
         wanted = {
             place: row.sampling.logprob_token_ids or row.sampling.logprobs or 0

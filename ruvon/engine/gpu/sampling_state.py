@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from ruvon.engine.batch import Ints, to_device
+from ruvon.engine.runner import SamplingRows
 from ruvon.engine.transforms import is_held, is_penalized, stopping_ids
-from ruvon.engine.types import BEING_SAMPLED, NewSequence, Plan, SamplingParams, SamplingRow
+from ruvon.engine.types import Plan, SamplingParams, SamplingRow
 from ruvon.kernels import sample, scores
 
 
@@ -27,9 +28,8 @@ class SlotStates:
         self._due: dict[int, int] = {}
         """Sequence → at how many tokens its slot has to be written: a newcomer's at once, and again
         where stop tokens begin to be allowed."""
-        # By sequence: all; the histories that are kept; those with a mask; with logprobs.
-        self._rows: dict[int, SamplingRow] = {}
-        self._histories: dict[int, list[int]] = {}
+        self._rows = SamplingRows(lambda sampling: is_masked(sampling) or is_penalized(sampling))
+        # By sequence: those with a mask; with logprobs.
         self._masked: dict[int, SamplingRow] = {}
         self._scored: dict[int, SamplingRow] = {}
 
@@ -43,42 +43,19 @@ class SlotStates:
     def follow(self, plan: Plan) -> None:
         """Take in what a plan says of its sequences. All steps before the latest have been
         recorded."""
-        for seq_id in plan.ended:
-            self._forget(seq_id)
+        self._rows.follow(plan)
+        for seq_id in (*plan.ended, *[new.seq_id for new in plan.new]):
+            for known in (self._masked, self._scored, self._due):
+                known.pop(seq_id, None)
         for new in plan.new:
-            self._forget(new.seq_id)
-            self._meet(new)
-        if self._histories:
-            for chunk in plan.chunks:
-                history = self._histories.get(chunk.seq_id)
-                if history is not None and chunk.tokens != BEING_SAMPLED:
-                    history[chunk.start :] = chunk.tokens
-
-    def _forget(self, seq_id: int) -> None:
-        self._histories.pop(seq_id, None)
-        for known in (self._rows, self._masked, self._scored, self._due):
-            known.pop(seq_id, None)
-
-    def _meet(self, new: NewSequence) -> None:
-        sampling = new.sampling
-        row = SamplingRow(new.seq_id, sampling, list(new.prefix), new.num_prompt, new.seed)
-        self._rows[new.seq_id] = row
-        if is_masked(sampling):
-            self._masked[new.seq_id] = row
-        if is_masked(sampling) or is_penalized(sampling):
-            self._histories[new.seq_id] = row.history
-        if sampling.logprobs is not None:
-            self._scored[new.seq_id] = row
+            if is_masked(new.sampling):
+                self._masked[new.seq_id] = self._rows[new.seq_id]
+            if new.sampling.logprobs is not None:
+                self._scored[new.seq_id] = self._rows[new.seq_id]
 
     def record(self, plan: Plan, tokens: Sequence[tuple[int, ...]]) -> None:
         """Take in what a step has sampled."""
-        if not self._histories:
-            return
-        ends = [chunk.start + len(chunk.tokens) for chunk in plan.chunks if chunk.samples]
-        for seq_id, end, sampled in zip(plan.rows, ends, tokens, strict=True):
-            history = self._histories.get(seq_id)
-            if history is not None and len(history) == end:  # or it has been told already
-                history += sampled
+        self._rows.record(plan, tokens)
 
     def masked_rows(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
         """The rows of a step that have a mask, by their places; masks are in the same order."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple, TypeAlias
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,32 +24,29 @@ from ruvon.kernels.scores import score
 
 
 class Top(NamedTuple):
-    """The likeliest tokens of a row or of several, on their way to the host."""
+    """The likeliest tokens of a row or of several."""
 
     ids: Tensor
     logprobs: Tensor
 
 
-Piece: TypeAlias = tuple[Tensor, ...]
-"""By position, on the way to the host: the best logit, the target's log-probability and rank, the
-alternatives' ids and log-probabilities."""
+NOTHING = Top(torch.empty(0), torch.empty(0))
 
 
 @dataclass(frozen=True, slots=True)
 class PromptScores:
     """One chunk's prompt logprobs, to be read once its step is over."""
 
-    row: PromptRow
-    pieces: list[Piece]
+    targets: tuple[int, ...]
+    columns: list[Tensor]
+    """By position: the best logit, the target's log-probability and rank, the alternatives' ids and
+    log-probabilities."""
 
     def read(self) -> tuple[tuple[TokenLogprobs, ...], str | None]:
         """The entries, and why there are none for some position."""
         entries, error = [], None
-        columns = [
-            [value for part in parts for value in part.tolist()]
-            for parts in zip(*self.pieces, strict=True)
-        ]
-        for target, best, *about in zip(self.row.targets, *columns, strict=True):
+        columns = [column.tolist() for column in self.columns]
+        for target, best, *about in zip(self.targets, *columns, strict=True):
             error = undrawable(best) or error
             entries.append(entry(target, *about))
         return tuple(entries if error is None else ()), error
@@ -135,32 +132,28 @@ class Scorer:
             score_piece(logits(piece_QC), piece_Q, row.num_top)
             for piece_QC, piece_Q in zip(cut(hidden_QC), cut(targets_Q), strict=True)
         ]
-        return PromptScores(row, pieces)
+        columns = [to_host(torch.cat(parts)) for parts in zip(*pieces, strict=True)]
+        return PromptScores(row.targets, columns)
 
 
-def score_piece(logits_QV: Tensor, targets_Q: Tensor, num_top: int) -> Piece:
+def score_piece(logits_QV: Tensor, targets_Q: Tensor, num_top: int) -> tuple[Tensor, ...]:
     norm_Q, rank_Q = score(logits_QV, targets_Q)
     logprob_Q = logits_QV.gather(-1, targets_Q[:, None].long())[:, 0] - norm_Q
-    top = likeliest(logits_QV, norm_Q, num_top)
-    return (to_host(logits_QV.amax(-1)), to_host(logprob_Q), to_host(rank_Q), *top)
+    return (logits_QV.amax(-1), logprob_Q, rank_Q, *likeliest(logits_QV, norm_Q, num_top))
 
 
-def alternatives(
-    logits_LV: Tensor, wanted: Mapping[int, int | tuple[int, ...]]
-) -> dict[int, Top | None]:
+def alternatives(logits_LV: Tensor, wanted: Mapping[int, int | tuple[int, ...]]) -> dict[int, Top]:
     """The likeliest tokens of some rows of logits: row → how many are ``wanted``, or which.
 
     All rows' norms come from one kernel, for torch's own sum of a row depends on where it begins in
     memory, and so on its place in the batch.
     """
     if not any(wanted.values()):
-        return dict.fromkeys(wanted)
+        return dict.fromkeys(wanted, NOTHING)
     with torch.inference_mode():
         norm_L, _ = score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
-        return {
-            i: likeliest(logits_LV[i], norm_L[i], each) if each else None
-            for i, each in wanted.items()
-        }
+        tops = {i: likeliest(logits_LV[i], norm_L[i], each) for i, each in wanted.items()}
+        return {i: Top(*map(to_host, top)) for i, top in tops.items()}
 
 
 def likeliest(logits_QV: Tensor, norm_Q: Tensor, wanted: int | tuple[int, ...]) -> Top:
@@ -170,7 +163,7 @@ def likeliest(logits_QV: Tensor, norm_Q: Tensor, wanted: int | tuple[int, ...]) 
     else:
         (words,) = to_device((ints([*wanted]),), logits_QV.device)
         logits, ids = logits_QV[..., words.long()], words
-    return Top(to_host(ids), to_host(logits - norm_Q[..., None]))
+    return Top(ids, logits - norm_Q[..., None])
 
 
 def to_host(values: Tensor) -> Tensor:
