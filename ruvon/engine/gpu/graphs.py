@@ -149,7 +149,7 @@ class Graphs:
         zeros = partial(torch.zeros, dtype=torch.int32)
         self._words = zeros(num_words, device=device)
         self.tables = zeros(num_groups, slots, padded(table_width), device=device)
-        self.results = zeros(3, slots, device=device)
+        self._results = zeros(3, slots, device=device)
         self._turn = zeros(1, device=device)
         self._staged_inputs = zeros(NUM_STAGING, num_words, pin_memory=device.type == "cuda")
         self._staged_results = zeros(NUM_STAGING, 3, slots, pin_memory=device.type == "cuda")
@@ -195,7 +195,10 @@ class Graphs:
         return Captured(step.replay, rest.replay, borrow(logits), params, self)
 
     def _step(self, bucket: Bucket) -> Tensor:
+        """Its logits; a stage that does not sample has none, and anything stands for them."""
         logits_LV = self.forward(bucket)
+        if not self._samples:
+            logits_LV = self._results
         self.sample(bucket, logits_LV)
         return logits_LV
 
@@ -234,13 +237,13 @@ class Graphs:
         """The second part, from logits to staged results; or, after it, the same for rows with a
         mask. It needs the first one's inputs and nothing else."""
         params = self.layouts[bucket].views(self._words)["params"]
-        tokens, logprobs, ranks = self.results
+        tokens, logprobs, ranks = self._results
         sampled = sample.Sampled(tokens, logprobs.view(torch.float32), ranks)
         if masked and self._samples:
             load_masks(self.staged_masks, self._state.masks, params, self._pdl)
         if self._samples:
             sample.sample(logits_LV, params, self._state, sampled, self._pdl, masked=masked)
-        store_outputs(self.results, self._staged_results, self._turn, self._pdl, again=masked)
+        store_outputs(self._results, self._staged_results, self._turn, self._pdl, again=masked)
 
 
 def borrow(tensor: Tensor) -> Tensor:
