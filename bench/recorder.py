@@ -15,8 +15,7 @@ from itertools import pairwise
 
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.grouped_pool import GroupedPool
-from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.queues import Limits
+from ruvon.engine.policies import ORDERS, POLICIES, Limits
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import SamplingParams, Sequence, StepResult, StepStats

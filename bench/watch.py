@@ -21,8 +21,7 @@ from ruvon.engine.blocks import BlockPool
 from ruvon.engine.gate import Gate
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.live import encode, stand
-from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.queues import Limits
+from ruvon.engine.policies import ORDERS, POLICIES, Limits
 from ruvon.engine.recorder import Recorder
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import Plan, SamplingParams, Sequence, StepResult, StepStats

@@ -19,12 +19,11 @@ from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.jobs import Jobs
 from ruvon.engine.live import Standing, stand
-from ruvon.engine.policies import ORDERS, POLICIES
+from ruvon.engine.policies import ORDERS, POLICIES, Limits
 from ruvon.engine.queue_bounds import check_room, most_live
-from ruvon.engine.queues import Counters, Limits
 from ruvon.engine.recording import Recording
 from ruvon.engine.scheduler import Scheduler
-from ruvon.engine.steps import Pending, Runner
+from ruvon.engine.steps import Counters, Pending, Runner
 from ruvon.engine.types import (
     Emission,
     Endings,

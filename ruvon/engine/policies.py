@@ -70,6 +70,19 @@ ORDERS: Mapping[str, Order] = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one step may hold, and who decides about it."""
+
+    max_seqs: int
+    max_tokens: int
+    policy: Policy
+    order: Order
+    chunked: bool = True  # off: a prompt is computed in one step, if one can hold it
+    caching: bool = True  # look up and publish prefixes
+    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
+
+
 class Shares:
     """What each tenant has been served: tokens, divided by its weight.
 

@@ -11,49 +11,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 from ruvon.engine.grouped_pool import GroupedPool
-from ruvon.engine.policies import Order, Policy, Rank, Shares, WaitingQueue
+from ruvon.engine.policies import Limits, Rank, Shares, WaitingQueue
 from ruvon.engine.prefixes import Prefixes
 from ruvon.engine.snapshot import QueueState
+from ruvon.engine.steps import Counters
 from ruvon.engine.types import NO_BLOCKS, NotStarted, Sequence, WaitReason
 from ruvon.engine.waits import BLOCKS, PLACES, PREFIX, STEP, Waits
 
 STARTED_BLOCKS = 4096
 """Of sequences that start in one step while others run; more would hold these up for milliseconds,
 as when all completions of a long prompt start."""
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """What one step may hold, and who decides about it."""
-
-    max_seqs: int
-    max_tokens: int
-    policy: Policy
-    order: Order
-    chunked: bool = True  # off: a prompt is computed in one step, if one can hold it
-    caching: bool = True  # look up and publish prefixes
-    stages: int = 1  # that a step goes through; if several, no token of it is known before it ends
-
-
-@dataclass(slots=True)
-class Counters:
-    """Running totals since start."""
-
-    steps: int = 0
-    cached: int = 0  # prompt tokens found in the prefix cache
-    queried: int = 0  # prompt tokens looked up there
-    preempted: int = 0
-
-    def since(self, earlier: Counters) -> Counters:
-        return Counters(
-            self.steps - earlier.steps,
-            self.cached - earlier.cached,
-            self.queried - earlier.queried,
-            self.preempted - earlier.preempted,
-        )
 
 
 class Queues:

@@ -25,8 +25,7 @@ from ruvon.engine.events import (
     planned,
 )
 from ruvon.engine.grouped_pool import GroupedPool, group_key
-from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.queues import Limits
+from ruvon.engine.policies import ORDERS, POLICIES, Limits
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.snapshot import QueueState, Snapshot
 from ruvon.engine.types import (

@@ -23,9 +23,10 @@ from collections.abc import Iterable
 from ruvon.engine.budget import Budget
 from ruvon.engine.grouped_pool import GroupedPool
 from ruvon.engine.outcome import accept, fail
-from ruvon.engine.policies import Shares, WaitingQueue
-from ruvon.engine.queues import Counters, Limits, Queues
+from ruvon.engine.policies import Limits, Shares, WaitingQueue
+from ruvon.engine.queues import Queues
 from ruvon.engine.snapshot import Snapshot, copied
+from ruvon.engine.steps import Counters
 from ruvon.engine.types import (
     BEING_SAMPLED,
     NO_BLOCKS,

@@ -6,7 +6,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
-from ruvon.engine.queues import Counters
 from ruvon.engine.types import NotStarted, Plan, StepResult, Work
 
 
@@ -35,6 +34,24 @@ class Runner(Protocol):
     def launch(self, plan: Plan) -> Future[StepResult]:
         """Start computing. Plans are computed in the order they are launched, and one that fails
         leaves the runner fit for the next, unless it is `lost`."""
+
+
+@dataclass(slots=True)
+class Counters:
+    """Running totals since start."""
+
+    steps: int = 0
+    cached: int = 0  # prompt tokens found in the prefix cache
+    queried: int = 0  # prompt tokens looked up there
+    preempted: int = 0
+
+    def since(self, earlier: Counters) -> Counters:
+        return Counters(
+            self.steps - earlier.steps,
+            self.cached - earlier.cached,
+            self.queried - earlier.queried,
+            self.preempted - earlier.preempted,
+        )
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from fakes import ByteTokenizer, FakeMetrics, FakeRunner, allowed
 from ruvon import grammars
 from ruvon.config import EngineConfig
 from ruvon.engine import grammar as compiling
-from ruvon.engine import grammar_errors
+from ruvon.engine import grammar_errors, grammar_process
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grammar_errors import MOST_TRIALS
@@ -321,7 +321,7 @@ def test_where_no_process_can_be_had_grammars_that_are_known_go_on(monkeypatch):
     known, forgotten = (SamplingParams(grammar=Grammar(start)) for start in ('"b"', '"a"'))
     compiler.hold(known.grammar)
     compiler.close()
-    monkeypatch.setattr(compiling.sys, "executable", "/not/there")
+    monkeypatch.setattr(grammar_process.sys, "executable", "/not/there")
     matchers = Matchers(compiler)
     rows = {0: SamplingRow(7, forgotten, [1], 1, 0), 1: SamplingRow(8, known, [1], 1, 0)}
     assert [*matchers.begin(rows).errors] == [7]
@@ -478,7 +478,7 @@ def test_a_machine_without_time_is_no_fault_of_a_grammar(monkeypatch, ended_by):
 
     grammar = grammars.choice(["in time"])
     with monkeypatch.context() as patched:
-        patched.setattr(compiling, "receive", receive)
+        patched.setattr(grammar_process, "receive", receive)
         with pytest.raises(UnavailableError, match="again"):
             compiler.hold(grammar)
     assert trial._process is None
@@ -541,7 +541,7 @@ def test_a_machine_without_files_for_a_process_may_be_asked_again(monkeypatch):
 
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
     with monkeypatch.context() as patch:
-        patch.setattr(compiling.subprocess, "Popen", no_files)
+        patch.setattr(grammar_process.subprocess, "Popen", no_files)
         with pytest.raises(UnavailableError, match="no room"):
             compiler.hold(grammars.regex("a+"))
     assert compiler.hold(grammars.regex("a+"))
@@ -551,7 +551,7 @@ def test_a_machine_without_files_for_a_process_may_be_asked_again(monkeypatch):
 @pytest.mark.parametrize("program", ["/bin/false", "/not/there"])
 def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch, program):
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
-    monkeypatch.setattr(compiling.sys, "executable", program)
+    monkeypatch.setattr(grammar_process.sys, "executable", program)
     with pytest.raises(RuntimeError, match="does not start"):
         compiler.hold(grammars.json_object())
     monkeypatch.undo()
@@ -561,7 +561,7 @@ def test_a_process_that_does_not_start_is_no_fault_of_a_grammar(monkeypatch, pro
 
 def test_a_process_that_starts_slowly_is_waited_for_by_the_next_request(monkeypatch):
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
-    monkeypatch.setattr(compiling, "PATIENCE", 0)
+    monkeypatch.setattr(grammar_process, "PATIENCE", 0)
     with pytest.raises(UnavailableError, match="no time"):
         compiler.hold(grammars.json_object())
     starting = compiler._trial._process

@@ -7,8 +7,7 @@ from fakes import fake_logprobs
 
 from ruvon.engine.blocks import BlockPool
 from ruvon.engine.grouped_pool import GroupedPool
-from ruvon.engine.policies import ORDERS, POLICIES
-from ruvon.engine.queues import Limits
+from ruvon.engine.policies import ORDERS, POLICIES, Limits
 from ruvon.engine.scheduler import Scheduler
 from ruvon.engine.types import BEING_SAMPLED, NewSequence, SamplingParams, Sequence, StepResult
 
