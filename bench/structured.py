@@ -116,7 +116,7 @@ def judge(schema, text: str, finish: str) -> str:
 def first_masks(llm: LLM) -> dict[str, float]:
     """Milliseconds for schemas that are new: to compile one, and for a stream's first mask."""
     rng, compiling, masks = random.Random(time.time_ns()), [], []
-    grammars = llm.engine._grammars
+    grammars = llm.engine.preparation.grammars
     for _ in range(50):
         grammar = json_schema(record(rng))
         began = time.perf_counter()

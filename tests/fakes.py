@@ -239,6 +239,8 @@ class FakeRunner:
         assert len(contexts) == len(plan.chunks), "two chunks of one sequence in a step"
         self._write(chunks, tables)
         self._rows.follow(plan)
+        for chunk in chunks:
+            self._rows[chunk.seq_id].history[chunk.start :] = chunk.tokens
         if self._matchers is not None:
             self._matchers.follow(plan)
         rows = [self._rows[seq_id] for seq_id in plan.rows]

@@ -13,13 +13,14 @@ from dataclasses import replace
 
 from ruvon import __version__
 from ruvon.config import EngineConfig
-from ruvon.engine.blocks import BlockPool, PrefixCache, extend_keys
+from ruvon.engine.blocks import BlockPool, PrefixCache
 from ruvon.engine.events import FORMAT, Header
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grouped_pool import GroupedPool, longest_chunk, longest_that_fits
 from ruvon.engine.jobs import Jobs
 from ruvon.engine.live import Standing, stand
 from ruvon.engine.policies import ORDERS, POLICIES, Limits
+from ruvon.engine.preparation import Preparation
 from ruvon.engine.queue_bounds import check_room, most_live
 from ruvon.engine.recording import Recording
 from ruvon.engine.scheduler import Scheduler
@@ -34,7 +35,6 @@ from ruvon.engine.types import (
     StepStats,
 )
 from ruvon.errors import EngineDeadError
-from ruvon.grammars import Grammar
 
 MOST_DESCRIBED = 16  # sequences
 MOST_FAILURES = 5  # steps in a row, after which no further one is expected to succeed
@@ -77,7 +77,6 @@ class Engine:
         pool = BlockPool(num_blocks, config.block_size)
         self._scheduler = Scheduler(GroupedPool(pool, windows, chunk), limits)
         self.recording: Recording | None = None
-        self._grammars = grammars
         self._jobs = Jobs(
             max_model_len=self.max_model_len,
             vocab_size=vocab_size,
@@ -85,6 +84,7 @@ class Engine:
             eos_token_ids=eos_token_ids,
             has_grammars=grammars is not None,
         )
+        self.preparation = Preparation(self._jobs, config, grammars)
         self._counted = Counters()  # up to the latest launch
         self._num_launched = 0  # tokens of the latest step
         self._num_failures = 0  # steps that failed since one succeeded
@@ -98,19 +98,8 @@ class Engine:
         return bool(self._scheduler.sequences)
 
     def prepare(self, job: Job) -> Job:
-        """The job, with the keys of its prompt's blocks if they will be asked for, its grammar
-        compiled: either may take long, and this may be called in any thread. Raises `RequestError`
-        for what can never run, `UnavailableError` if there is no time to compile."""
-        self._jobs.validate(job)
-        held = None
-        if self._grammars is not None and job.sampling.grammar is not None:
-            held = self._grammars.hold(job.sampling.grammar)
-        whole = job.sampling.prompt_logprobs is not None or job.pooling == "mean"
-        keys: list[bytes] = []
-        if self.config.enable_prefix_caching and not whole:
-            size = self.config.block_size
-            extend_keys(keys, len(job.prompt) // size, job.prompt, size, job.cache_salt)
-        return replace(job, keys=tuple(keys), checked=True, held=held)
+        """As `Preparation.prepare`."""
+        return self.preparation.prepare(job)
 
     def add(self, job: Job, now: float, first_index: int = 0) -> list[int]:
         """Queue a job's ``n`` sequences, whose emissions carry ``first_index`` and up. One with a
@@ -184,17 +173,6 @@ class Engine:
             and self._num_launched <= runner.long_step
             and (not self._scheduler.num_with_grammar or num_in_flight < runner.grammar_depth)
         )
-
-    def unknown(self, grammars: Iterable[Grammar]) -> list[Grammar]:
-        """Those that `prepare` would have to compile."""
-        known = self._grammars
-        return [] if known is None else [each for each in grammars if not known.is_known(each)]
-
-    def compile(self, grammar: Grammar) -> object:
-        """Compile a grammar, in any thread; as long as somebody has what this gives, it is known.
-        Raises as `prepare` does."""
-        self._jobs.check_grammar(grammar)
-        return None if self._grammars is None else self._grammars.hold(grammar)
 
     def collect(self, pending: Pending) -> list[Emission]:
         """Take in the result of the oldest launched step, waiting for it if need be.

@@ -19,13 +19,11 @@ import structlog
 from ruvon.engine.admission import MOST_ARRIVALS, Admission
 from ruvon.engine.blocks import PrefixCache
 from ruvon.engine.coalescing import Coalescer
-from ruvon.engine.engine import Engine, dead_error, kind
-from ruvon.engine.events import Header
+from ruvon.engine.engine import Engine, dead_error
 from ruvon.engine.gate import Gate
-from ruvon.engine.live import Standing
+from ruvon.engine.observer import Observer
 from ruvon.engine.open_requests import LoopMetrics, OpenRequests
-from ruvon.engine.recorder import Recorder
-from ruvon.engine.recording import Recording
+from ruvon.engine.preparation import Preparation
 from ruvon.engine.steps import Pending
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
@@ -33,22 +31,12 @@ from ruvon.errors import (
     DeadlineError,
     NotReadyError,
     QueueFullError,
-    RequestError,
     ShuttingDownError,
 )
-from ruvon.grammars import Grammar
 
 log = structlog.get_logger(__name__)
 
 LAST_STEPS = 10.0  # seconds that steps under way get when the loop stops
-
-
-class NotCompiledError(Exception):
-    """What was asked for needs ``grammars`` that are not compiled yet, which takes long."""
-
-    def __init__(self, grammars: Sequence[Grammar]) -> None:
-        super().__init__(f"{len(grammars)} grammars are not compiled")
-        self.grammars = grammars
 
 
 class EngineLoop:
@@ -64,7 +52,6 @@ class EngineLoop:
         self.dead: BaseException | None = None  # what killed the loop
         self.draining = False
         self.progressed_at = clock()  # when a step was last collected, or work last began
-        self.recorder = Recorder()
         self.gate = Gate(clock)
         self._metrics = metrics
         self._clock = clock
@@ -75,6 +62,7 @@ class EngineLoop:
         self._task: asyncio.Task[None] | None = None
         self._numbers = count()  # of streams
         self._pending: deque[Pending] = deque()  # launched steps, oldest first
+        self.observer = Observer(engine, self._pending, clock)
         self._coalescer = Coalescer()
         self._admission = Admission(lambda: bool(self._pending) and self._pending[0].future.done())
 
@@ -97,6 +85,11 @@ class EngineLoop:
     def prefix_cache(self) -> PrefixCache:
         """At this moment: how large it is, and what it has lost."""
         return self.engine.prefix_cache
+
+    @property
+    def preparation(self) -> Preparation:
+        """What is done for a job before `generate`."""
+        return self.engine.preparation
 
     @property
     def num_open(self) -> int:
@@ -156,28 +149,6 @@ class EngineLoop:
             self._die(TimeoutError(f"a step takes more than {patience:g} seconds"))
 
     # ---------------------------------------------------------------- requests
-
-    def prepare(self, job: Job) -> Job:
-        """As `Engine.prepare`, but compiles nothing: raises NotCompiledError for a job whose
-        grammar is new, which is to be done again when that is compiled."""
-        grammar = job.sampling.grammar
-        self.check_compiled([] if grammar is None else [grammar])
-        return self.engine.prepare(job)
-
-    def check_compiled(self, grammars: Iterable[Grammar]) -> None:
-        """Raises NotCompiledError for grammars that are new."""
-        if unknown := self.engine.unknown(grammars):
-            raise NotCompiledError(unknown)
-
-    def compile(self, grammars: Iterable[Grammar]) -> list[object]:
-        """Compile grammars, in another thread than the loop's: they are known as long as somebody
-        has what this gives. Why one cannot be compiled says whoever asks for it then. Raises
-        `UnavailableError`."""
-        held = []
-        for grammar in grammars:
-            with suppress(RequestError):
-                held.append(self.engine.compile(grammar))
-        return held
 
     async def admission(self, tenant: str = "") -> None:
         """Wait until reading a new request keeps no step waiting; then make haste."""
@@ -239,13 +210,13 @@ class EngineLoop:
             self._requests.open(self.engine.sequence(seq_id), stream, job.n)
         self._idle.clear()
         max_tokens = self.engine.sequence(seq_ids[0]).max_tokens
-        self.recorder.arrived(now, seq_ids, len(job.prompt), max_tokens)
+        self.observer.recorder.arrived(now, seq_ids, len(job.prompt), max_tokens)
 
     def _end(self, stream: Stream, seq_ids: Iterable[int], reason: str) -> None:
         """A reader wants no more of these unfinished sequences, or has waited long enough."""
         now = self._clock()
         self.engine.abort(seq_ids)
-        self.recorder.aborted(now, seq_ids)
+        self.observer.recorder.aborted(now, seq_ids)
         for seq_id in seq_ids:
             self._requests.close(seq_id, reason, now)
         self._note_idle()
@@ -253,7 +224,7 @@ class EngineLoop:
     def _abort_all(self) -> None:
         """Time is up: tell every stream that its sequences were cut short."""
         self.engine.abort(self._requests)
-        self.recorder.aborted(self._clock(), self._requests)
+        self.observer.recorder.aborted(self._clock(), self._requests)
         emissions = [
             Emission(seq.id, seq.index, (), num_cached=seq.num_cached, finish="abort")
             for seq in self._requests.sequences()
@@ -264,41 +235,6 @@ class EngineLoop:
     def _note_idle(self) -> None:
         if not self._requests:
             self._idle.set()
-
-    @property
-    def header(self) -> Header:
-        """What the engine was made of."""
-        return self.engine.header
-
-    @property
-    def cached_blocks(self) -> list[int]:
-        """Free blocks that can be found as a prefix."""
-        return self.engine.cached_blocks
-
-    def stand(self) -> Standing:
-        """Where the engine is, for whoever watches what comes next in `recorder`."""
-        plans = [step.plan for step in self._pending]
-        return self.engine.stand(plans, self.recorder.end, self._clock())
-
-    async def record(self, most_steps: int, seconds: float) -> Recording:
-        """Record so many steps, or those of so many seconds if they are fewer. Raises
-        `RequestError` if somebody else records."""
-        if self.engine.recording is not None:
-            raise RequestError("Another recording is being made.")
-        full = asyncio.Event()
-
-        def end() -> None:
-            self.engine.recording = None
-            full.set()
-
-        recording = self.engine.record(self._pending, most_steps, end)
-        try:
-            with suppress(TimeoutError):
-                await asyncio.wait_for(full.wait(), seconds)
-        finally:
-            if self.engine.recording is recording:
-                end()
-        return recording
 
     # ---------------------------------------------------------------- the task
 
@@ -388,18 +324,8 @@ class EngineLoop:
     # ---------------------------------------------------------------- metrics
 
     def _record_step(self, pending: Pending, now: float) -> None:
-        stats, failure = self.engine.stats, self.engine.failure
-        why = "" if failure is None else kind(failure).strip(" ()")
-        self.recorder.stepped(
-            pending.plan,
-            pending.at,
-            now,
-            stats,
-            pending.work,
-            self.engine.finished,
-            why,
-            pending.not_started,
-        )
+        self.observer.stepped(pending, now)
+        stats = self.engine.stats
         self._metrics.record_step(
             num_tokens=stats.num_tokens,
             num_running=stats.num_running,

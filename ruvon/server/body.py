@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from aiohttp import web
 
-from ruvon.engine.loop import NotCompiledError
+from ruvon.engine.preparation import NotCompiledError
 from ruvon.models.template_cost import PATIENCE, SlowTemplateError
 from ruvon.server.parsing import SMALL
 from ruvon.server.receive import receive
@@ -63,7 +63,7 @@ async def offload(app: web.Application, large: bool, work: Callable[[], T]) -> T
             large = True
             continue
         except NotCompiledError as error:
-            compile = partial(app[STATE].ready().generator.compile, error.grammars)
+            compile = partial(app[STATE].ready().generator.preparation.compile, error.grammars)
         held += await app[COMPILER].run(compile)
 
 

@@ -182,6 +182,6 @@ def check_each(tools: Sequence[Tool], job: Job, service: Service) -> None:
     grammars = [
         json_schema(schema, param=param) for schema, param in suspects if schema is not None
     ]
-    service.generator.check_compiled(grammars)
+    service.generator.preparation.check_compiled(grammars)
     for grammar in grammars:
         service.prepare(Job(job.prompt[:1], SamplingParams(grammar=grammar)))

@@ -24,7 +24,7 @@ USUAL_STEPS, MOST_SHOWN = 100, 10_000
 async def steps(http: web.Request) -> web.Response:
     """The last ``limit`` steps, or the first so many behind the event ``since``: of those that are
     still remembered."""
-    recorder = service_of(http).generator.recorder
+    recorder = service_of(http).generator.observer.recorder
     limit = int(number(http, "limit", USUAL_STEPS, MOST_SHOWN))
     since = int(number(http, "since", 0, 1e15, least=0))
     events, end = recorder.since(since), recorder.end
@@ -66,7 +66,7 @@ def described(step: Step) -> dict[str, Any]:
 
 async def trace(http: web.Request) -> web.Response:
     """The steps that are still remembered, as a Chrome trace."""
-    events = service_of(http).generator.recorder.since(0)
+    events = service_of(http).generator.observer.recorder.since(0)
     body = await asyncio.to_thread(lambda: orjson.dumps(chrome_trace(events)))
     return web.Response(body=body, content_type="application/json")
 
@@ -78,7 +78,7 @@ async def recording(http: web.Request) -> web.Response:
     steps = int(number(http, "steps", 1000, MOST_STEPS))
     seconds = number(http, "seconds", 10.0, LONGEST)
     contents = http.query.get("contents", "0") not in ("0", "false")
-    made = await generator.record(steps, seconds)
+    made = await generator.observer.record(steps, seconds)
     body = await asyncio.to_thread(write, made, contents)
     return web.Response(body=body, content_type=JSON_LINES)
 

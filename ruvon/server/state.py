@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Protocol
 from uuid import uuid4
@@ -13,20 +13,17 @@ from aiohttp import web
 
 from ruvon.config import EngineConfig, ServerConfig
 from ruvon.engine.blocks import PrefixCache
-from ruvon.engine.events import Header
 from ruvon.engine.gate import Gate
-from ruvon.engine.live import Standing
-from ruvon.engine.recorder import Recorder
-from ruvon.engine.recording import Recording
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Job
 from ruvon.errors import EngineDeadError, ModelNotFoundError, NotReadyError, ShuttingDownError
-from ruvon.grammars import Grammar
 from ruvon.server.keys import TENANT
 from ruvon.telemetry.metrics import HttpMetrics, Metrics
 
 if TYPE_CHECKING:  # a router, which uses what is around this, does not wait for torch
     from ruvon.engine.lens import Lens
+    from ruvon.engine.observer import Observer
+    from ruvon.engine.preparation import Preparation
     from ruvon.models.chat import Chat
     from ruvon.models.tokenizer import Tokenizer
 
@@ -72,15 +69,9 @@ class Generator(Protocol):
     async def admission(self, tenant: str) -> None:
         """Wait until reading a new request keeps nobody waiting."""
 
-    def prepare(self, job: Job) -> Job:
-        """Check a job, and do for it what takes long with a long prompt; in any thread. Raises
-        NotCompiledError if its grammar is new."""
-
-    def check_compiled(self, grammars: Iterable[Grammar]) -> None:
-        """Raises NotCompiledError for grammars that are new."""
-
-    def compile(self, grammars: Iterable[Grammar]) -> list[object]:
-        """Compile them, in a thread that may take long; what this gives keeps them known."""
+    @property
+    def preparation(self) -> Preparation:
+        """What is done for a job before it is queued, in any thread."""
 
     def generate(self, jobs: Sequence[Job], timeout: float | None = None) -> Stream:
         """Queue all jobs, or none and raise why not. After ``timeout`` seconds they have failed."""
@@ -95,26 +86,12 @@ class Generator(Protocol):
         """Fail whatever runs or waits, and take nothing more."""
 
     @property
-    def recorder(self) -> Recorder:
-        """The last steps."""
-
-    @property
     def gate(self) -> Gate:
         """What slows it down."""
 
     @property
-    def cached_blocks(self) -> list[int]:
-        """Free blocks that can be found as a prefix."""
-
-    def stand(self) -> Standing:
-        """Where it is, for whoever watches what comes next in `recorder`."""
-
-    @property
-    def header(self) -> Header:
-        """What it was made of, for the same."""
-
-    async def record(self, most_steps: int, seconds: float) -> Recording:
-        """Record what is scheduled. Raises `RequestError` if somebody else does."""
+    def observer(self) -> Observer:
+        """What can be seen of it at work."""
 
     def start(self) -> None: ...
 
@@ -147,11 +124,11 @@ class Service:
         return self.generator.max_model_len
 
     def prepare(self, job: Job) -> Job:
-        """`Generator.prepare`, for the tenant: where they are kept ``apart``, its cached
-        prefixes are no other's. How fast an
-        answer comes would else tell what others have asked."""
+        """`Preparation.prepare_quickly`, for the tenant: where they are kept ``apart``, its cached
+        prefixes are no other's. How fast an answer comes would else tell what others have asked."""
         salt = f"{self.tenant}\n{job.cache_salt}" if self.apart and self.tenant else job.cache_salt
-        return self.generator.prepare(replace(job, tenant=self.tenant, cache_salt=salt))
+        job = replace(job, tenant=self.tenant, cache_salt=salt)
+        return self.generator.preparation.prepare_quickly(job)
 
     def check_model(self, name: str | None) -> None:
         """Raise for a name that is not served; no name means the model there is. ``:latest``

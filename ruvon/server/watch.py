@@ -54,21 +54,22 @@ async def live(http: web.Request) -> web.StreamResponse:
 
 async def watch(generator: Generator) -> AsyncGenerator[bytes]:
     """What happens, in messages of `EVERY` seconds each."""
-    recorder, clock = generator.recorder, asyncio.get_running_loop().time
+    observer, clock = generator.observer, asyncio.get_running_loop().time
+    recorder = observer.recorder
     number, pace, missed = -1, 0.0, 0
-    num_blocks, listed_at = generator.header.num_blocks, clock()
+    num_blocks, listed_at = observer.header.num_blocks, clock()
     while generator.dead is None:
         if number < 0 or missed > MOST_EVENTS:
-            standing = generator.stand()
+            standing = observer.stand()
             number = standing.next
-            begin = {"made_of": generator.header, "standing": standing, "missed": missed}
+            begin = {"made_of": observer.header, "standing": standing, "missed": missed}
             yield message("begin", begin)
         elif missed or generator.gate.pace != pace:
             events, pace = recorder.since(number), generator.gate.pace
             number += len(events)
             news: dict[str, object] = {"events": [encode(each) for each in events], "pace": pace}
             if clock() - listed_at > CACHED_EVERY and num_blocks <= MOST_LISTED:
-                news["cached"], listed_at = generator.cached_blocks, clock()
+                news["cached"], listed_at = observer.cached_blocks, clock()
             yield message("events", news)
         await asyncio.sleep(EVERY)
         missed = recorder.end - number

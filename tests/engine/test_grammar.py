@@ -20,8 +20,9 @@ from ruvon.engine import grammar_errors, grammar_process
 from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grammar_errors import MOST_TRIALS
-from ruvon.engine.loop import EngineLoop, NotCompiledError
+from ruvon.engine.loop import EngineLoop
 from ruvon.engine.matching import Matchers, Matching, withhold
+from ruvon.engine.preparation import NotCompiledError
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
 from ruvon.errors import RequestError, UnavailableError
 from ruvon.grammars import Grammar
@@ -516,10 +517,10 @@ async def test_what_takes_long_is_compiled_before_a_job_is_prepared(compiler):
     loop.start()
     job = Job((1,), SamplingParams(grammar=grammars.choice(["not seen before"])))
     with pytest.raises(NotCompiledError) as refused:
-        loop.prepare(job)
+        loop.preparation.prepare_quickly(job)
     assert refused.value.grammars == [job.sampling.grammar]
-    held = await asyncio.to_thread(loop.compile, refused.value.grammars)
-    assert loop.prepare(job).held is held[0]
+    held = await asyncio.to_thread(loop.preparation.compile, refused.value.grammars)
+    assert loop.preparation.prepare_quickly(job).held is held[0]
     await loop.stop(0)
 
 
@@ -530,9 +531,9 @@ async def test_why_a_grammar_does_not_compile_says_whoever_asks_for_it(compiler)
     )  # fmt: skip
     loop = EngineLoop(engine, FakeMetrics())
     job = Job((1,), SamplingParams(grammar=grammars.lark("start: nowhere")))
-    assert loop.compile([job.sampling.grammar]) == []
+    assert loop.preparation.compile([job.sampling.grammar]) == []
     with pytest.raises(RequestError, match="nowhere"):
-        loop.prepare(job)
+        loop.preparation.prepare_quickly(job)
 
 
 def test_a_machine_without_files_for_a_process_may_be_asked_again(monkeypatch):

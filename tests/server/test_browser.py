@@ -230,7 +230,7 @@ async def test_the_glass_box_shows_a_preemption_and_is_right_about_every_block(s
     await server.until(lambda: len(server.app[WATCHERS]) == 2)
     body = {"prompt": ["a" * 40, "b" * 40, "a" * 35 + "c"], "max_tokens": 90, "ignore_eos": True}
     task = asyncio.create_task(server.post("/v1/completions", body))
-    recorder = server.service.generator.recorder
+    recorder = server.service.generator.observer.recorder
     while not any(getattr(e, "stats", STILL).num_preempted for e in recorder.since(0)):
         await server.until(lambda: runner.num_held)
         runner.finish_step()
@@ -266,7 +266,7 @@ async def test_the_glass_box_shows_a_preemption_and_is_right_about_every_block(s
 @bounded
 async def test_slow_motion_holds_the_engine(serve, page):
     server = await serve("Hello", server=ServerConfig(port=0, ui_step_gate=True))
-    recorder = server.service.generator.recorder
+    recorder = server.service.generator.observer.recorder
     await page.goto(server.url + "/#engine")
     await page.get_by_label("Speed of the engine").select_option("step by step")
     await server.until(lambda: server.service.generator.gate.pace)

@@ -204,7 +204,7 @@ async def test_slow_motion_needs_to_be_allowed(serve):
 
 async def test_steps_go_one_by_one_through_a_gate(serve):
     server = await serve("Hello", server=GATED)
-    recorder = server.service.generator.recorder
+    recorder = server.service.generator.observer.recorder
     assert (await server.post("/debug/gate", {"pace": 600})).json == {"pace": 600}
     assert (await server.post("/debug/gate", {"pace": -1})).error["param"] == "pace"
     assert (await server.post("/debug/gate", {"step": True})).status == 200

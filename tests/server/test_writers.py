@@ -240,7 +240,11 @@ class Parrot:
 
     async def admission(self, tenant: str) -> None: ...
 
-    def prepare(self, job: Job) -> Job:
+    @property
+    def preparation(self) -> Parrot:
+        return self
+
+    def prepare_quickly(self, job: Job) -> Job:
         return job
 
     def check_compiled(self, grammars: object) -> None: ...
