@@ -104,7 +104,7 @@ def measure(kind: str, sequences: int, context: int, steps: int) -> float:
             inputs._steady = None
         began = time.process_time_ns()
         inputs.write(plan, graphs.single if single else graphs.mixed, staging)
-        states.record(plan, ((1,),) * len(plan.rows))
+        states.rows.record(plan, ((1,),) * len(plan.rows))
         times.append(time.process_time_ns() - began)
     return statistics.median(times[sequences:]) / 1e3  # without those in which all begin
 

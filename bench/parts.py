@@ -20,7 +20,7 @@ from aiohttp.http_writer import StreamWriter
 
 from ruvon.cli import main
 from ruvon.engine.engine import Engine
-from ruvon.engine.gpu import in_flight
+from ruvon.engine.gpu.in_flight import InFlightStep
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.runner import GpuRunner
 from ruvon.engine.loop import EngineLoop
@@ -38,7 +38,7 @@ PARTS: dict[str, tuple[Any, str]] = {
     "    inputs anew": (StepInputs, "_start"),
     "    inputs advanced": (StepInputs, "_advance"),
     "collect": (Engine, "collect"),
-    "  read back": (in_flight, "read_back"),
+    "  read back": (InFlightStep, "_read"),
     "  commit": (Scheduler, "commit"),
     "deliver": (EngineLoop, "_deliver"),
     "read a request's JSON": (requests, "read_fields"),

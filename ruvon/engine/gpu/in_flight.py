@@ -1,11 +1,10 @@
-"""Steps in flight: where they leave their results, and the future that reads them back."""
+"""Steps in flight: futures that read back what the device has left."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
 from threading import Lock
 from typing import Any
 
@@ -26,51 +25,39 @@ ERRORS = {
 }
 
 
-@dataclass(slots=True)
-class InFlightStep:
-    """A launched step."""
+class InFlightStep(Future[StepResult]):
+    """A launched step. It is over when the device says so, whoever looks first.
 
-    plan: Plan
-    staging: StagingBuffer
-    began: float
-    scored: Scored
-    tops: Mapping[int, Top] = field(default_factory=dict)  # of rows with logprobs
-    masks: Masks | None = None  # once they are there, all of the step has been launched
+    What another step does only then is done by whoever looks, before anybody else is told.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        staging: StagingBuffer,
+        began: float,
+        scored: Scored,
+        take: Callable[[InFlightStep, StepResult], StepResult],
+        waiter: Executor,
+    ) -> None:
+        """``take``: what is to be made of its result."""
+        super().__init__()
+        self.plan = plan
+        self.staging = staging
+        self.scored = scored
+        self.tops: Mapping[int, Top] = {}  # of rows whose logprobs are wanted
+        self.masks: Masks | None = None  # once they are there, all of it has been launched
+        self.was_read: Future[None] = Future()
+        self._began = began
+        self._take = take
+        self._waiter = waiter
+        self._reading = Lock()
+        self._leads_on = False
 
     def end(self, stream: Any) -> None:
         """Nothing is launched for it any more."""
         if self.staging.done is not None:
             self.staging.done.record(stream)
-
-    def wait(self) -> None:
-        if self.masks is not None:
-            self.masks.wait()
-        if self.staging.done is not None:
-            self.staging.done.synchronize()
-
-    def is_over(self) -> bool:
-        """Whether `wait` would return at once."""
-        return self.staging.done is None or bool(self.staging.done.query())
-
-
-class StepFuture(Future[StepResult]):
-    """A step in flight. It is over when the device says so, whoever looks first.
-
-    ``take``: what is to be made of its result. What another step does only then is done by whoever
-    looks, before anybody else is told.
-    """
-
-    def __init__(
-        self, step: InFlightStep, take: Callable[[InFlightStep, StepResult], StepResult],
-        waiter: Executor,
-    ) -> None:  # fmt: skip
-        super().__init__()
-        self.step = step
-        self._take = take
-        self._waiter = waiter
-        self._reading = Lock()
-        self.was_read: Future[None] = Future()
-        self._leads_on = False
 
     def call_when_read(self, call: Callable[[], object]) -> None:
         """At once, if it has been."""
@@ -80,9 +67,10 @@ class StepFuture(Future[StepResult]):
     def done(self) -> bool:
         """Whether `result` returns at once, or has little to read back. Scores of a long prompt
         are much, and so are masks: they are left to the waiting thread."""
-        step = self.step
-        much = step.scored.prompts or step.masks is not None or self._leads_on
-        return super().done() or (not much and step.is_over())
+        if super().done():
+            return True
+        much = self.scored.prompts or self.masks is not None or self._leads_on
+        return not much and (self.staging.done is None or bool(self.staging.done.query()))
 
     def result(self, timeout: float | None = None) -> StepResult:
         """Waits for the device, however long that takes."""
@@ -101,7 +89,7 @@ class StepFuture(Future[StepResult]):
             if super().done():
                 return
             try:
-                result = self._take(self.step, read_back(self.step))
+                result = self._take(self, self._read())
             except BaseException as error:
                 self.was_read.set_result(None)
                 self.set_exception(error)
@@ -109,28 +97,29 @@ class StepFuture(Future[StepResult]):
                 self.was_read.set_result(None)
                 self.set_result(result)
 
-
-def read_back(step: InFlightStep) -> StepResult:
-    """Wait for a step and read its results."""
-    step.wait()
-    rows = step.plan.rows
-    tokens, logprobs, ranks = step.staging.results.numpy()
-    sampled = tokens[: len(rows)].tolist()
-    told: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
-    if step.tops:
-        values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
-        for i, top in step.tops.items():
-            about = (values[i], places[i], top.ids.tolist(), top.logprobs.tolist())
-            told[i] = (entry(sampled[i], *about),)
-    errors = {}
-    if sampled and min(sampled) < 0:
-        errors = {rows[i]: ERRORS[code] for i, code in enumerate(sampled) if code < 0}
-    prompt_logprobs, pooled = step.scored.read(errors)
-    return StepResult(
-        tokens=tuple([(token,) if token >= 0 else () for token in sampled]),
-        logprobs=tuple(told),
-        prompt_logprobs=prompt_logprobs,
-        pooled=pooled,
-        errors=errors,
-        seconds=time.perf_counter() - step.began,
-    )
+    def _read(self) -> StepResult:
+        if self.masks is not None:
+            self.masks.wait()
+        if self.staging.done is not None:
+            self.staging.done.synchronize()
+        rows = self.plan.rows
+        tokens, logprobs, ranks = self.staging.results.numpy()
+        sampled = tokens[: len(rows)].tolist()
+        told: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
+        if self.tops:
+            values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
+            for i, top in self.tops.items():
+                about = (values[i], places[i], top.ids.tolist(), top.logprobs.tolist())
+                told[i] = (entry(sampled[i], *about),)
+        errors = {}
+        if sampled and min(sampled) < 0:
+            errors = {rows[i]: ERRORS[code] for i, code in enumerate(sampled) if code < 0}
+        prompt_logprobs, pooled = self.scored.read(errors)
+        return StepResult(
+            tokens=tuple([(token,) if token >= 0 else () for token in sampled]),
+            logprobs=tuple(told),
+            prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
+            errors=errors,
+            seconds=time.perf_counter() - self._began,
+        )

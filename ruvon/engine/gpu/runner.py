@@ -34,10 +34,10 @@ from ruvon.engine.gpu.graphs import (
     mixed_buckets,
     single_buckets,
 )
-from ruvon.engine.gpu.in_flight import InFlightStep, StepFuture
+from ruvon.engine.gpu.in_flight import InFlightStep
 from ruvon.engine.gpu.inputs import StepInputs
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
-from ruvon.engine.gpu.sampling_state import SlotStates
+from ruvon.engine.gpu.sampling_state import SlotStates, part
 from ruvon.engine.gpu.scoring import Scorer, Top, alternatives
 from ruvon.engine.gpu.typical import is_typical, narrow_masks
 from ruvon.engine.matching import Masks, Matchers, ban
@@ -106,7 +106,7 @@ class GpuRunner:
         self._inputs = StepInputs(self._batch, self._states, self._graphs, block_size)
         self._stream = torch.cuda.current_stream(device) if on_gpu else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
-        self._in_flight: deque[StepFuture] = deque()
+        self._in_flight: deque[InFlightStep] = deque()
         self.start_counting()
 
     def start_counting(self) -> None:
@@ -132,7 +132,7 @@ class GpuRunner:
     @property
     def grammar_depth(self) -> int:
         """As ``depth``, unless masks take their time: then nobody waits for them to launch more."""
-        latest = self._in_flight[-1].step.masks if self._in_flight else None
+        latest = self._in_flight[-1].masks if self._in_flight else None
         return self.depth - (latest is not None and not latest.are_there(PATIENCE))
 
     def launch(self, plan: Plan) -> Future[StepResult]:
@@ -141,8 +141,8 @@ class GpuRunner:
         if len(self._in_flight) == NUM_STAGING - 1:
             self._in_flight.popleft().read_back()  # its staging buffer is next
         latest = self._in_flight[-1] if self._in_flight else None
-        if latest is not None and latest.step.masks is not None:
-            latest.step.masks.are_there()
+        if latest is not None and latest.masks is not None:
+            latest.masks.are_there()
         staging = self._staging[0]
         bucket = self._choose_bucket(plan.num_tokens, len(plan.chunks))
         self._inputs.write(plan, bucket, staging)
@@ -151,17 +151,17 @@ class GpuRunner:
             self._matchers.follow(plan)
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
-        step = InFlightStep(plan, staging, began, self._scorer.launch(plan, self._batch.tables))
+        scored = self._scorer.launch(plan, self._batch.tables)
+        step = InFlightStep(plan, staging, began, scored, self._take, self._waiter)
         rows: dict[int, SamplingRow] = {}
         if self._matchers is not None:
             step.tops = self._alternatives(plan, captured.logits_LV)
-            rows = self._states.masked_rows(plan.rows)
-        future = StepFuture(step, self._take, self._waiter)
-        self._in_flight.append(future)
-        self.num_misses += not step.scored.is_empty or any(map(is_typical, rows.values()))
+            rows = part(self._states.masked, plan.rows)
+        self._in_flight.append(step)
+        self.num_misses += not scored.is_empty or any(map(is_typical, rows.values()))
         if not rows:
             step.end(self._stream)
-            return future
+            return step
         places = [i for i, row in rows.items() if row.sampling.grammar is not None]
         step.masks = masks = Masks(places, self._masks_RW[: len(rows)], Future())
         end = partial(self._end_masked, step, masks, captured, rows)
@@ -169,7 +169,7 @@ class GpuRunner:
             self._waiter.submit(end)
         else:
             latest.call_when_read(end)
-        return future
+        return step
 
     def _end_masked(
         self, step: InFlightStep, masks: Masks, captured: Captured, rows: Mapping[int, SamplingRow]
@@ -207,7 +207,7 @@ class GpuRunner:
             return replace(result, tokens=((),) * len(step.plan.rows))
         if step.masks is not None:
             result = self._matchers.accept(step.plan.rows, step.masks, result)
-        self._states.record(step.plan, result.tokens)
+        self._states.rows.record(step.plan, result.tokens)
         return result
 
     def close(self) -> None:
@@ -237,6 +237,6 @@ class GpuRunner:
         """For rows that want logprobs, the likeliest tokens."""
         wanted = {
             place: row.sampling.logprob_token_ids or row.sampling.logprobs or 0
-            for place, row in self._states.scored_rows(plan.rows).items()
+            for place, row in part(self._states.scored, plan.rows).items()
         }
         return alternatives(logits_LV[: len(plan.rows)], wanted) if wanted else {}

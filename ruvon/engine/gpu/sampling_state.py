@@ -28,10 +28,10 @@ class SlotStates:
         self._due: dict[int, int] = {}
         """Sequence → at how many tokens its slot has to be written: a newcomer's at once, and again
         where stop tokens begin to be allowed."""
-        self._rows = SamplingRows(lambda sampling: is_masked(sampling) or is_penalized(sampling))
-        # By sequence: those with a mask; with logprobs.
-        self._masked: dict[int, SamplingRow] = {}
-        self._scored: dict[int, SamplingRow] = {}
+        self.rows = SamplingRows(lambda sampling: is_masked(sampling) or is_penalized(sampling))
+        # By sequence: rows with a mask, which has its place in the order of rows; with logprobs.
+        self.masked: dict[int, SamplingRow] = {}
+        self.scored: dict[int, SamplingRow] = {}
 
     @property
     def waiting(self) -> bool:
@@ -43,27 +43,15 @@ class SlotStates:
     def follow(self, plan: Plan) -> None:
         """Take in what a plan says of its sequences. All steps before the latest have been
         recorded."""
-        self._rows.follow(plan)
+        self.rows.follow(plan)
         for seq_id in (*plan.ended, *[new.seq_id for new in plan.new]):
-            for known in (self._masked, self._scored, self._due):
+            for known in (self.masked, self.scored, self._due):
                 known.pop(seq_id, None)
         for new in plan.new:
             if is_masked(new.sampling):
-                self._masked[new.seq_id] = self._rows[new.seq_id]
+                self.masked[new.seq_id] = self.rows[new.seq_id]
             if new.sampling.logprobs is not None:
-                self._scored[new.seq_id] = self._rows[new.seq_id]
-
-    def record(self, plan: Plan, tokens: Sequence[tuple[int, ...]]) -> None:
-        """Take in what a step has sampled."""
-        self._rows.record(plan, tokens)
-
-    def masked_rows(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
-        """The rows of a step that have a mask, by their places; masks are in the same order."""
-        return part(self._masked, seq_ids)
-
-    def scored_rows(self, seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
-        """Those whose logprobs are wanted."""
-        return part(self._scored, seq_ids)
+                self.scored[new.seq_id] = self.rows[new.seq_id]
 
     # ---------------------------------------------------------------- by slot
 
@@ -86,10 +74,10 @@ class SlotStates:
                 seq_ids, slots.tolist(), contexts.tolist(), strict=True
             ):
                 if context >= self._due.get(seq_id, context + 1):
-                    self._write(slot, self._rows[seq_id], context)
+                    self._write(slot, self.rows[seq_id], context)
         params[:] = self._params[slots]
         params[:, sample.DRAW] += contexts
-        if self._masked:
+        if self.masked:
             (masked,) = params[:, sample.MASK].nonzero()
             params[masked, sample.MASK] = np.arange(1, len(masked) + 1)
 
@@ -133,7 +121,7 @@ class SlotStates:
 
 
 def part(rows: Mapping[int, SamplingRow], seq_ids: Sequence[int]) -> dict[int, SamplingRow]:
-    """Those of a step that are among ``rows``, by their places in it."""
+    """Those of a step's sequences that are among ``rows``, by their places in it."""
     if not rows:
         return {}
     return {place: rows[seq_id] for place, seq_id in enumerate(seq_ids) if seq_id in rows}
