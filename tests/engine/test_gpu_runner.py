@@ -13,13 +13,16 @@ import torch
 
 from ruvon.config import EngineConfig
 from ruvon.engine.batch import build_batch
+from ruvon.engine.draw import distribution
 from ruvon.engine.engine import Engine
 from ruvon.engine.gpu.graphs import Bucket, Graphs, StepWords, mixed_buckets, single_buckets
 from ruvon.engine.gpu.persistent_batch import PersistentBatch
 from ruvon.engine.gpu.runner import GpuRunner
+from ruvon.engine.gpu.sampling_state import params_of
 from ruvon.engine.gpu.scoring import Scorer, alternatives
+from ruvon.engine.gpu.typical import narrow_masks
 from ruvon.engine.grammar import Grammars
-from ruvon.engine.matching import Matchers
+from ruvon.engine.matching import Matchers, ban
 from ruvon.engine.runner import Runner
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import (
@@ -31,11 +34,12 @@ from ruvon.engine.types import (
     PooledRows,
     PromptRow,
     SamplingParams,
+    SamplingRow,
 )
 from ruvon.grammars import regex
 from ruvon.kernels.mesh import ALONE, Mesh
 from ruvon.kernels.reference import make_torch_ops
-from ruvon.kernels.sample import BIAS, HISTORY, make_state
+from ruvon.kernels.sample import BIAS, HISTORY, PARAMS, make_state
 from ruvon.kernels.triton_ops import make_triton_ops
 from ruvon.models import MODELS
 from ruvon.models.quantize import SCHEMES
@@ -649,6 +653,39 @@ def test_a_typical_row_and_its_logprob_come_from_the_device(gpu_runner):
     assert token == np.abs(-logprobs - entropy).argmin()
     assert score.logprob == pytest.approx(alternatives.logprob, abs=1e-4)
     assert score.rank == alternatives.rank
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_masks_keep_what_the_host_would(seed):
+    """Of a row with all filters, one token of which is banned, and of one with a penalty."""
+    generator = torch.Generator().manual_seed(seed)
+    logits_LV = 3 * torch.randn(3, 97, generator=generator)
+    filters = {"top_k": 40, "min_p": 0.003, "top_p": 0.95, "typical_p": 0.6}
+    samplings = (
+        SamplingParams(temperature=0.8, **filters),
+        SamplingParams(typical_p=0.7, frequency_penalty=1.5),
+    )
+    best = int(logits_LV[2].argmax())
+    rows = {
+        place: SamplingRow(7 + place, sampling, [1, best], 1, 0)
+        for place, sampling in zip((0, 2), samplings, strict=True)
+    }
+    state = make_state(3, 97, DEVICE)
+    state.counts[2, best] = 1
+    params = np.zeros((3, PARAMS), dtype=np.int32)
+    params[[0, 2]] = [params_of(row, place) for place, row in rows.items()]
+    staged_RW = torch.full((3, 4), -1, dtype=torch.int32, pin_memory=GPU)
+    ban(staged_RW[0].numpy(), [int(logits_LV[0].argmax())])
+    narrow_masks(rows, staged_RW, logits_LV.to(DEVICE), torch.from_numpy(params).to(DEVICE), state)
+    if GPU:
+        torch.cuda.synchronize()
+    expected = logits_LV.numpy().copy()
+    expected[0, expected[0].argmax()] = -np.inf
+    expected[2, best] -= 1.5
+    for mask_W, place, sampling in zip(staged_RW.numpy(), (0, 2), samplings, strict=False):
+        bits = np.unpackbits(mask_W.view(np.uint8), bitorder="little")
+        ids, _ = distribution(expected[place], sampling)
+        assert bits.nonzero()[0].tolist() == ids.tolist()
 
 
 def test_logits_may_be_changed_between_two_graphs():
