@@ -232,9 +232,8 @@ class SamplingRows(dict[int, SamplingRow]):
                 self._histories[new.seq_id] = row.history
         if self._histories:
             for chunk in plan.chunks:
-                history = self._histories.get(chunk.seq_id)
-                if history is not None and chunk.tokens != BEING_SAMPLED:
-                    history[chunk.start :] = chunk.tokens
+                if chunk.tokens != BEING_SAMPLED and chunk.seq_id in self._histories:
+                    self._histories[chunk.seq_id][chunk.start :] = chunk.tokens
 
     def _forget(self, seq_id: int) -> None:
         self.pop(seq_id, None)

@@ -53,7 +53,7 @@ class StepInputs:
         return (
             self._steady == (bucket, plan.rows)
             and not (plan.new or plan.ended or self._states.waiting)
-            and all(chunk.tokens == BEING_SAMPLED for chunk in plan.chunks)
+            and [chunk.tokens for chunk in plan.chunks].count(BEING_SAMPLED) == len(plan.chunks)
             and all(self._grows_by_one(chunk) for chunk in plan.chunks if chunk.blocks)
         )
 
