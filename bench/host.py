@@ -112,7 +112,7 @@ def step(engine: Engine, loop: EngineLoop, runner: Sampler) -> tuple[int, int, i
     launched = time.perf_counter_ns()
     emissions = engine.collect(pending)
     collected = time.perf_counter_ns()
-    loop._record_step(pending, emissions, collected / 1e9)
+    loop._record_step(pending, collected / 1e9)
     loop._deliver(emissions, collected / 1e9)
     delivered = time.perf_counter_ns()
     schedule = launched - began - runner.total
