@@ -37,19 +37,25 @@ def ban_words(scores_V: Floats, row: SamplingRow, eos_token_ids: Sequence[int]) 
 
 
 def completing_ids(row: SamplingRow) -> list[int]:
-    """There may be hundreds of words, which have few lengths."""
+    """There may be hundreds of words, but of few lengths."""
     if row.word_ends is None:
         row.word_ends = ends_by_head(row.sampling.bad_words)
-    size = len(row.history)
-    lengths = {len(head) for head in row.word_ends}
-    heads = [tuple(row.history[size - length :]) for length in lengths if length <= size]
-    return [last for head in heads for last in row.word_ends.get(head, ())]
+    history, size = row.history, len(row.history)
+    return [
+        last
+        for length, ends in row.word_ends.items()
+        if length <= size
+        for last in ends.get(tuple(history[size - length :]), ())
+    ]
 
 
-def ends_by_head(words: Iterable[tuple[int, ...]]) -> dict[tuple[int, ...], list[int]]:
-    ends: dict[tuple[int, ...], list[int]] = {}
+def ends_by_head(
+    words: Iterable[tuple[int, ...]],
+) -> dict[int, dict[tuple[int, ...], list[int]]]:
+    """Words' last tokens, by the length of what comes before and by that."""
+    ends: dict[int, dict[tuple[int, ...], list[int]]] = {}
     for *head, last in words:
-        ends.setdefault(tuple(head), []).append(last)
+        ends.setdefault(len(head), {}).setdefault(tuple(head), []).append(last)
     return ends
 
 

@@ -266,7 +266,7 @@ class SamplingRow:
     seed: int
     plain: bool = field(init=False)
     mask: np.ndarray[Any, np.dtype[np.int32]] | None = None  # what its grammar allows, by bits
-    word_ends: Mapping[tuple[int, ...], list[int]] | None = None  # bad words', once looked for
+    word_ends: Mapping[int, Mapping[tuple[int, ...], list[int]]] | None = None  # of bad words
 
     def __post_init__(self) -> None:
         self.plain = is_plain(self.sampling)

@@ -7,7 +7,7 @@ device fills in what the sequence's slot sampled last.
 
 What no graph does is launched behind it, and computed on the device as well: prompt logprobs.
 
-Rows with a grammar, or with bad words, wait for their masks, for which the tokens of the step
+Rows with a grammar, bad words or typical_p wait for their masks, for which the tokens of the step
 before have to be known. So whoever reads a step back ends the next one, which computes logits
 meanwhile: it checks the tokens, fills the masks, sends them and launches the rest.
 """
