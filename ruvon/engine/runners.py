@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from ruvon.config import EngineConfig
@@ -91,7 +92,8 @@ def make_gpu_runner(
     for plan in scoring_plans(longest, config.block_size, num_groups):
         (chunk,) = plan.chunks
         tables = {chunk.seq_id: tuple([[*blocks] for blocks in chunk.blocks])}
-        scorer.launch(plan, tables).read({})
+        with torch.inference_mode():
+            scorer.score(plan, tables)
     runner = GpuRunner(
         partial(model.forward, cache=cache),
         scorer,

@@ -9,12 +9,14 @@ from threading import Lock
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ruvon.engine.draw import INFINITE, NOT_A_NUMBER, NOTHING_LEFT
 from ruvon.engine.gpu.graphs import StagingBuffer
-from ruvon.engine.gpu.scoring import Scored, Top
+from ruvon.engine.gpu.scoring import PromptScores, Top
 from ruvon.engine.logprobs import entry
 from ruvon.engine.matching import Masks
+from ruvon.engine.pooling import broken
 from ruvon.engine.types import Plan, StepResult, TokenLogprobs
 from ruvon.kernels import sample
 
@@ -36,7 +38,8 @@ class InFlightStep(Future[StepResult]):
         plan: Plan,
         staging: StagingBuffer,
         began: float,
-        scored: Scored,
+        scores: Mapping[int, PromptScores],
+        sums: Mapping[int, Tensor],
         take: Callable[[InFlightStep, StepResult], StepResult],
         waiter: Executor,
     ) -> None:
@@ -44,7 +47,8 @@ class InFlightStep(Future[StepResult]):
         super().__init__()
         self.plan = plan
         self.staging = staging
-        self.scored = scored
+        self.scores = scores
+        self.sums = sums
         self.tops: Mapping[int, Top] = {}  # of rows whose logprobs are wanted
         self.masks: Masks | None = None  # once they are there, all of it has been launched
         self.was_read: Future[None] = Future()
@@ -69,7 +73,7 @@ class InFlightStep(Future[StepResult]):
         are much, and so are masks: they are left to the waiting thread."""
         if super().done():
             return True
-        much = self.scored.prompts or self.masks is not None or self._leads_on
+        much = self.scores or self.masks is not None or self._leads_on
         return not much and (self.staging.done is None or bool(self.staging.done.query()))
 
     def result(self, timeout: float | None = None) -> StepResult:
@@ -108,18 +112,24 @@ class InFlightStep(Future[StepResult]):
         told: list[tuple[TokenLogprobs, ...] | None] = [None] * len(rows)
         if self.tops:
             values, places = logprobs.view(np.float32).tolist(), ranks.tolist()
-            for i, top in self.tops.items():
-                about = (values[i], places[i], top.ids.tolist(), top.logprobs.tolist())
+            for i, (ids, others) in self.tops.items():
+                about = (values[i], places[i], ids.tolist(), others.tolist())
                 told[i] = (entry(sampled[i], *about),)
         errors = {}
         if sampled and min(sampled) < 0:
             errors = {rows[i]: ERRORS[code] for i, code in enumerate(sampled) if code < 0}
-        prompt_logprobs, pooled = self.scored.read(errors)
+        prompts = {}
+        for seq_id, scores in self.scores.items():
+            prompts[seq_id], error = scores.read()
+            if error is not None:
+                errors.setdefault(seq_id, error)
+        sums = {seq_id: sum_C.numpy() for seq_id, sum_C in self.sums.items()}
+        errors.update(broken(sums))
         return StepResult(
             tokens=tuple([(token,) if token >= 0 else () for token in sampled]),
             logprobs=tuple(told),
-            prompt_logprobs=prompt_logprobs,
-            pooled=pooled,
+            prompt_logprobs=prompts,
+            pooled=sums,
             errors=errors,
             seconds=time.perf_counter() - self._began,
         )

@@ -82,18 +82,16 @@ class GpuRunner:
         singles = single_buckets(max_seqs)
         self._singles = [next(b for b in singles if b.tokens >= n) for n in range(max_seqs + 1)]
         self._mixed = mixed_buckets(max_tokens, max_seqs)
-        width = -(-max_model_len // block_size)
-        self._pdl, on_gpu = supports_pdl(device), device.type == "cuda"
         self._state = sample.make_state(max_seqs, vocab_size, device)
         self._graphs = Graphs(
             forward,
             self._state,
-            table_width=width,
+            table_width=-(-max_model_len // block_size),
             block_size=block_size,
             num_groups=len(windows),
             max_context=max_model_len,
             buckets=singles + self._mixed,
-            pdl=self._pdl,
+            pdl=supports_pdl(device),
             samples=matchers is not None,
         )
         with torch.inference_mode():
@@ -104,7 +102,7 @@ class GpuRunner:
         self._batch = PersistentBatch(max_seqs, table_width, block_size, windows)
         self._states = SlotStates(self._state, eos_token_ids)
         self._inputs = StepInputs(self._batch, self._states, self._graphs, block_size)
-        self._stream = torch.cuda.current_stream(device) if on_gpu else None
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._waiter = ThreadPoolExecutor(1, thread_name_prefix="ruvon-step")
         self._in_flight: deque[InFlightStep] = deque()
         self.start_counting()
@@ -115,17 +113,13 @@ class GpuRunner:
         self._num_variants = count_variants()
 
     @property
-    def num_compilations(self) -> int:
-        """Kernels compiled or loaded since counting started: each held up a step."""
-        return count_variants() - self._num_variants
-
-    @property
     def counters(self) -> dict[str, tuple[str, Callable[[], int]]]:
         """What a server tells of it: by name, help and value."""
         return {
             "graph_misses": ("Steps a captured graph was not enough for.", lambda: self.num_misses),
-            "kernel_compilations": (
-                "Kernels compiled or loaded since the start.", lambda: self.num_compilations,
+            "kernel_compilations": (  # each held up a step
+                "Kernels compiled or loaded since the start.",
+                lambda: count_variants() - self._num_variants,
             ),
         }  # fmt: skip
 
@@ -151,14 +145,16 @@ class GpuRunner:
             self._matchers.follow(plan)
         captured.replay()
         self._staging.rotate(-1)  # as the device does, even if something else fails here
-        scored = self._scorer.launch(plan, self._batch.tables)
-        step = InFlightStep(plan, staging, began, scored, self._take, self._waiter)
+        with torch.inference_mode():
+            scores = self._scorer.score(plan, self._batch.tables)
+            sums = self._scorer.pool(plan, self._batch.tables)
+        step = InFlightStep(plan, staging, began, scores, sums, self._take, self._waiter)
         rows: dict[int, SamplingRow] = {}
         if self._matchers is not None:
             step.tops = self._alternatives(plan, captured.logits_LV)
             rows = part(self._states.masked, plan.rows)
         self._in_flight.append(step)
-        self.num_misses += not scored.is_empty or any(map(is_typical, rows.values()))
+        self.num_misses += bool(scores or sums or any(map(is_typical, rows.values())))
         if not rows:
             step.end(self._stream)
             return step

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -17,20 +17,12 @@ from torch import Tensor
 from ruvon.engine.batch import Windows, ints, lay_out, to_device
 from ruvon.engine.draw import undrawable
 from ruvon.engine.logprobs import entry
-from ruvon.engine.pooling import broken
-from ruvon.engine.types import Chunk, Floats64, Plan, PromptRow, Tables, TokenLogprobs
+from ruvon.engine.types import Chunk, Plan, PromptRow, Tables, TokenLogprobs
 from ruvon.kernels.ops import ForwardBatch
 from ruvon.kernels.scores import score
 
-
-class Top(NamedTuple):
-    """The likeliest tokens of a row or of several."""
-
-    ids: Tensor
-    logprobs: Tensor
-
-
-NOTHING = Top(torch.empty(0), torch.empty(0))
+Top: TypeAlias = tuple[Tensor, Tensor]
+"""Ids and log-probabilities of the likeliest tokens, of a row or of several."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,30 +42,6 @@ class PromptScores:
             error = undrawable(best) or error
             entries.append(entry(target, *about))
         return tuple(entries if error is None else ()), error
-
-
-class Scored(NamedTuple):
-    """What comes of a step's prompts, by sequence."""
-
-    prompts: dict[int, PromptScores]
-    sums: dict[int, Tensor]  # of hidden states, on the way to the host
-
-    @property
-    def is_empty(self) -> bool:
-        return not (self.prompts or self.sums)
-
-    def read(
-        self, errors: dict[int, str]
-    ) -> tuple[dict[int, tuple[TokenLogprobs, ...]], dict[int, Floats64]]:
-        """Logprobs and sums, once the step is over; ``errors`` get what there is against them."""
-        told = {}
-        for seq_id, scores in self.prompts.items():
-            told[seq_id], error = scores.read()
-            if error is not None:
-                errors.setdefault(seq_id, error)
-        sums = {seq_id: sum_C.numpy() for seq_id, sum_C in self.sums.items()}
-        errors.update(broken(sums))
-        return told, sums
 
 
 class Scorer:
@@ -98,21 +66,24 @@ class Scorer:
         self._windows = windows
         self._piece = max(max_logit_rows // 16, 1) * 16  # all begin on boundaries that kernels like
 
-    def launch(self, plan: Plan, tables: Mapping[int, Tables]) -> Scored:
-        """What a plan's ``prompt_rows`` and ``pooled_rows`` want; a stage before the last tells
-        nothing."""
-        scored = Scored({}, {})
-        with torch.inference_mode():
-            for row in plan.prompt_rows:
-                hidden_QC = self._run(plan.chunks[row.chunk], 0, len(row.targets), tables)
-                if self._logits is not None:
-                    scored.prompts[row.seq_id] = self._score(hidden_QC, row, self._logits)
-            for rows in plan.pooled_rows:
-                hidden_LC = self._run(plan.chunks[rows.chunk], rows.first, rows.count, tables)
-                if self._logits is not None:
-                    sum_C = hidden_LC.sum(0, dtype=torch.float64)
-                    scored.sums[rows.seq_id] = to_host(sum_C)
-        return scored
+    def score(self, plan: Plan, tables: Mapping[int, Tables]) -> dict[int, PromptScores]:
+        """What a plan's ``prompt_rows`` want, by sequence; a stage before the last has nothing to
+        tell."""
+        scores = {}
+        for row in plan.prompt_rows:
+            hidden_QC = self._run(plan.chunks[row.chunk], 0, len(row.targets), tables)
+            if self._logits is not None:
+                scores[row.seq_id] = self._score(hidden_QC, row, self._logits)
+        return scores
+
+    def pool(self, plan: Plan, tables: Mapping[int, Tables]) -> dict[int, Tensor]:
+        """What its ``pooled_rows`` want: sums, on their way to the host."""
+        sums = {}
+        for rows in plan.pooled_rows:
+            hidden_LC = self._run(plan.chunks[rows.chunk], rows.first, rows.count, tables)
+            if self._logits is not None:
+                sums[rows.seq_id] = to_host(hidden_LC.sum(0, dtype=torch.float64))
+        return sums
 
     def _run(self, chunk: Chunk, first: int, count: int, tables: Mapping[int, Tables]) -> Tensor:
         """The hidden states of so many tokens. One chunk at a time: kernels are compiled for
@@ -149,11 +120,11 @@ def alternatives(logits_LV: Tensor, wanted: Mapping[int, int | tuple[int, ...]])
     memory, and so on its place in the batch.
     """
     if not any(wanted.values()):
-        return dict.fromkeys(wanted, NOTHING)
+        return dict.fromkeys(wanted, (torch.empty(0), torch.empty(0)))
     with torch.inference_mode():
         norm_L, _ = score(logits_LV, torch.zeros_like(logits_LV[:, 0], dtype=torch.int32))
         tops = {i: likeliest(logits_LV[i], norm_L[i], each) for i, each in wanted.items()}
-        return {i: Top(*map(to_host, top)) for i, top in tops.items()}
+        return {i: (to_host(ids), to_host(logprobs)) for i, (ids, logprobs) in tops.items()}
 
 
 def likeliest(logits_QV: Tensor, norm_Q: Tensor, wanted: int | tuple[int, ...]) -> Top:
@@ -163,7 +134,7 @@ def likeliest(logits_QV: Tensor, norm_Q: Tensor, wanted: int | tuple[int, ...]) 
     else:
         (words,) = to_device((ints([*wanted]),), logits_QV.device)
         logits, ids = logits_QV[..., words.long()], words
-    return Top(ids, logits - norm_Q[..., None])
+    return ids, logits - norm_Q[..., None]
 
 
 def to_host(values: Tensor) -> Tensor:
