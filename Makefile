@@ -19,6 +19,10 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 INSTALL := $(PIP) install --constraint constraints.txt --progress-bar on
 
+# Packages come without bytecode, which their first import makes. In a shell that forbids it, as many
+# containers' do, every process would compile torch's sources anew: half of a server's start.
+export PYTHONDONTWRITEBYTECODE :=
+
 # A stamp stands for a finished step; it is redone when what it depends on is newer.
 PYTHON_STAMP := $(VENV)/.python
 RUN_STAMP := $(VENV)/.run
