@@ -152,7 +152,7 @@ def test_the_unit_s_command_serves_with_its_settings_and_ends_when_told(tmp_path
     line = re.search(r"^ExecStart=\S+/ruvon (.*)$", UNIT, re.MULTILINE)[1]
     words = shlex.split(line.replace("/etc/ruvon", str(tmp_path)))
     options = ("--host", "127.0.0.1", "--kv-cache-memory", "64MiB")
-    with running(*options, program=("-m", "ruvon", *words)) as server:
+    with running(*options, program=("-m", "ruvon", *words), anew=True) as server:
         url = server.wait_for("listening")["url"]
         server.wait_for("ready")
         statuses = {

@@ -25,7 +25,7 @@ pytestmark = [needs_model, pytest.mark.slow]
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with running("--kv-cache-memory", "64MiB") as process:
+    with running("--kv-cache-memory", "64MiB", anew=True) as process:
         url = process.wait_for("listening")["url"]
         process.wait_for("ready")
         yield str(url)

@@ -33,6 +33,7 @@ def replicas(folder: Path, *more: str) -> AbstractContextManager[Process]:
     return running(
         str(folder), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
         "--data-parallel-size", "2", "--poll-interval", "0.1", "--no-log-requests", *more,
+        anew=True,
     )  # fmt: skip
 
 

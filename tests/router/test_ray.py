@@ -83,7 +83,7 @@ async def test_ray_starts_again_what_is_killed_and_scales(tmp_path):
         str(tmp_path), "--load-format", "dummy", "--kernels", "torch", "--kv-cache-memory", "1MiB",
         "--data-parallel-backend", "ray", "--threads", "1", "--max-replicas", "2",
         "--target-ongoing-requests", "3", "--upscale-delay", "0.2", "--downscale-delay", "1",
-        "--poll-interval", "0.1", "--no-log-requests",
+        "--poll-interval", "0.1", "--no-log-requests", anew=True,
     ) as process:  # fmt: skip
         url = process.wait_for("listening")["url"]
         await until_ready(url, 1)

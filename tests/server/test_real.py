@@ -33,7 +33,7 @@ def client(process: Process) -> Iterator[openai.OpenAI]:
 @pytest.mark.slow
 @needs_model
 def test_the_embedded_model_from_start_to_drain():
-    with running("--kv-cache-memory", "256MiB") as process, client(process) as ask:
+    with running("--kv-cache-memory", "256MiB", anew=True) as process, client(process) as ask:
         ready = process.wait_for("ready")
         assert ready["model"] == MODEL
 
