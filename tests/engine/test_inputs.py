@@ -82,9 +82,12 @@ class Running:
         sampling = SamplingParams(temperature=rng.choice([0.0, 1.0]), min_tokens=i % 5 // 4)
         self.new = NewSequence(i, sampling, self.num_prompt, i)
 
-    def chunk(self):
+    def chunk(self, known=False):
+        """``known``: whether it missed the step before, so that its token is."""
         start = self.num_computed
         tokens = BEING_SAMPLED if start else tuple(range(self.num_prompt))
+        if known and start:
+            tokens = (7,)
         self.num_computed += len(tokens)
         known = -(-start // PAGE)
         end = -(-self.num_computed // PAGE)
@@ -93,8 +96,10 @@ class Running:
 
 
 def plans(rng, num_groups):
-    """Sequences come, sample and go, as many at a time as there are slots."""
+    """Sequences come, sample and go, as many at a time as there are slots; now and then one misses
+    a step."""
     coming, running, step = (Running(i, rng, num_groups) for i in range(12)), [], 0
+    missed = None
     while True:
         newcomers = []
         if step % 7 == 0:
@@ -102,7 +107,8 @@ def plans(rng, num_groups):
         running += newcomers
         if not running:
             return
-        chunks = tuple(seq.chunk() for seq in running)
+        is_late, missed = missed, running[-1] if step % 6 == 4 and len(running) > 1 else None
+        chunks = tuple(seq.chunk(seq is is_late) for seq in running if seq is not missed)
         yield Plan(step, chunks, tuple(seq.new for seq in newcomers))
         running = [seq for seq in running if seq.num_computed < seq.most]
         step += 1
