@@ -6,7 +6,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+from functools import cache
 from graphlib import TopologicalSorter
+from itertools import chain
 from pathlib import Path
 
 import pytest
@@ -54,6 +56,7 @@ def name_of(path: Path) -> str:
 
 FILES = {name_of(path): path for path in sorted(ROOT.rglob("*.py"))}
 TREES = {name: ast.parse(path.read_text()) for name, path in FILES.items()}
+NODES = {name: [*ast.walk(tree)] for name, tree in TREES.items()}
 
 
 def module_of(name: str) -> str:
@@ -76,8 +79,9 @@ def imported(node: ast.AST) -> list[str]:
     return []
 
 
+@cache
 def imports_of(name: str) -> set[str]:
-    return {module for node in ast.walk(TREES[name]) for module in imported(node)}
+    return {module for node in NODES[name] for module in imported(node)}
 
 
 def room_of(module: str) -> str:
@@ -93,13 +97,13 @@ def test_imports_go_one_way(name: str) -> None:
         return
     allowed = LEAVES if room in LEAVES else {*LEAVES, *LAYERS[: LAYERS.index(room) + 1]}
     assert rooms <= allowed | {""}, f"{name} imports {sorted(rooms - allowed)}"
-    fronts = {n.name for node in from_front(TREES[name]) for n in node.names}
+    fronts = {n.name for node in from_front(name) for n in node.names}
     assert fronts <= {"__version__"}, "the package's front door is for others"
 
 
-def from_front(tree: ast.Module) -> list[ast.ImportFrom]:
+def from_front(name: str) -> list[ast.ImportFrom]:
     """The statements ``from ruvon import ...``."""
-    statements = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    statements = [node for node in NODES[name] if isinstance(node, ast.ImportFrom)]
     return [node for node in statements if node.module == "ruvon"]
 
 
@@ -113,9 +117,7 @@ def test_no_cycles() -> None:
 def test_functions_import_nothing_but_what_is_heavy(name: str) -> None:
     if name in DEFERRED or name.split("/")[0] in DEFERRED:
         return
-    functions = [
-        n for n in ast.walk(TREES[name]) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)
-    ]
+    functions = [n for n in NODES[name] if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
     inside = {m for f in functions for node in ast.walk(f) for m in imported(node)}
     assert {module.split(".")[0] for module in inside} <= OPTIONAL
 
@@ -166,14 +168,13 @@ LOOP = {f"engine/{name}" for name in ("loop", "observer", "stream", "admission",
 
 @pytest.mark.parametrize("name", [n for n in TREES if n.startswith("engine/") and n not in LOOP])
 def test_only_the_loop_says_async(name: str) -> None:
-    tree = TREES[name]
-    assert not any(isinstance(n, ast.AsyncFunctionDef | ast.Await) for n in ast.walk(tree))
+    assert not any(isinstance(n, ast.AsyncFunctionDef | ast.Await) for n in NODES[name])
     assert "asyncio" not in imports_of(name)
 
 
 def test_no_assert_does_anything() -> None:
     """``python -O`` leaves them out."""
-    nodes = (node for tree in TREES.values() for node in ast.walk(tree))
+    nodes = chain.from_iterable(NODES.values())
     for node in (node for node in nodes if isinstance(node, ast.Assert)):
         inside = list(ast.walk(node.test))
         calls = {ast.unparse(each.func) for each in inside if isinstance(each, ast.Call)}
