@@ -100,6 +100,7 @@ def test_a_bad_variable_is_named_with_its_choices(environ, told):
         {"kv_cache_memory": "0"},
         {"max_num_seqs": 64, "max_num_batched_tokens": 32},
         {"device": "cpu", "kernels": "triton"},
+        {"device": "cuda", "kernels": "cpu"},
     ],
 )
 def test_a_config_built_in_python_gets_the_same_checks(fields):
@@ -230,6 +231,40 @@ def test_a_bad_key_is_no_open_door_and_is_not_shown(value):
 def test_what_is_no_origin(value):
     with pytest.raises(ConfigError, match="cors_allow_origin"):
         load(ServerConfig, environ={}, toml={"cors_allow_origin": value})
+
+
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [
+        ("max_connections", 1),
+        ("max_connections_per_address", 0),
+        ("max_logprobs", 0),
+        ("resume_grace", 0),
+        ("keep_alive_timeout", 1),
+    ],
+)
+def test_the_least_that_may_be_set(field, least):
+    assert getattr(ServerConfig(**{field: least}), field) == least
+    with pytest.raises(ConfigError, match=f"{field} must be .*{least}"):
+        ServerConfig(**{field: least - 1})
+
+
+@pytest.mark.parametrize(
+    ("given", "is_keyed", "is_local"),
+    [
+        ({}, False, True),
+        ({"api_key": ("a",)}, True, True),
+        ({"api_key_file": "keys"}, True, True),
+        ({"host": "0.0.0.0"}, False, False),
+        ({"host": "::1"}, False, True),
+        ({"host": "localhost"}, False, True),
+        ({"host": "example.com"}, False, False),
+        ({"uds": "socket"}, False, False),
+    ],
+)
+def test_who_can_ask(given, is_keyed, is_local):
+    config = ServerConfig(**given)
+    assert (config.is_keyed, config.is_local, config.has_page) == (is_keyed, is_local, is_local)
 
 
 @pytest.mark.parametrize(

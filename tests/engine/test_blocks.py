@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from ruvon.engine.blocks import BlockPool, block_key, root_key
+from ruvon.engine.blocks import BlockPool, PrefixCache, block_key, root_key
 
 
 def keys_of(tokens, size, salt=""):
@@ -115,6 +115,32 @@ def test_the_second_block_with_the_same_tokens_stays_private():
     pool.release(first)
     pool.release(second)
     pool.check([])
+
+
+def test_what_is_told_of_the_prefix_cache_is_in_tokens():
+    pool = BlockPool(4, 8)
+    pool.release(filled(pool, range(32)))
+    assert pool.prefix_cache == PrefixCache(32, 0, 0)
+    pool.grow([], 17)
+    assert pool.prefix_cache == PrefixCache(32, 24, 0)
+    pool.forget()
+    assert pool.prefix_cache == PrefixCache(32, 24, 1)
+
+
+def test_a_pool_goes_on_from_where_another_was():
+    pool, other = BlockPool(5, 2), BlockPool(5, 2)
+    first = filled(pool, [1, 2, 3, 4])
+    second = pool.match(keys_of([1, 2], 2))  # its block is held twice
+    pool.release(filled(pool, [7, 8]))
+    tables = [first, second]
+    other.restore(pool.state(), tables)
+    other.check(tables)
+    assert other.state() == pool.state()
+    for table in tables:
+        other.release(table)
+    other.check([])
+    assert other.num_free == 5
+    assert other.match(keys_of([1, 2, 3, 4], 2)) == first
 
 
 def test_forget_keeps_what_is_held():

@@ -182,6 +182,16 @@ def test_the_tensors_are_zero_aligned_and_as_planned(dtype):
         assert not tensor.any()
 
 
+def test_a_gpu_s_tensors_are_one_and_as_large_as_planned():
+    planned = plan(kv_cache_memory="64KiB")
+    cache = allocate_cache(SPEC, planned, torch.device("meta"))  # as on any that is not the CPU
+    assert len(cache) == SPEC.num_layers
+    shared = cache[0][0].untyped_storage()
+    assert shared.nbytes() == planned.cache_bytes
+    starts = [tensor.storage_offset() for layer in cache for tensor in layer]
+    assert starts == [tensor * cache[0][0].numel() for tensor in range(2 * SPEC.num_layers)]
+
+
 def test_untouched_memory_is_not_taken():
     def resident() -> int:
         with open("/proc/self/statm") as file:

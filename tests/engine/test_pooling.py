@@ -7,8 +7,10 @@ import pytest
 from fakes import FakeRunner, fake_hidden
 
 from ruvon.config import EngineConfig
+from ruvon.engine.batch import ints
 from ruvon.engine.engine import Engine
-from ruvon.engine.types import Emission, Job, SamplingParams
+from ruvon.engine.pooling import places
+from ruvon.engine.types import Emission, Job, PooledRows, SamplingParams
 from ruvon.errors import RequestError
 
 SCORED = SamplingParams(max_tokens=0)
@@ -87,6 +89,12 @@ def test_what_is_no_number_fails_alone():
     found = run(make_engine(runner), *[Job(PROMPT, SCORED, pooling="mean")] * 2)
     assert (found[0].finish, found[0].error) == ("error", "broken")
     np.testing.assert_allclose(found[1].pooled, mean_of(PROMPT), rtol=1e-12)
+
+
+def test_rows_are_found_among_those_of_a_whole_batch():
+    """Of chunks of 3, 5 and 4 tokens: the second's middle, and the last token of the third."""
+    rows = [PooledRows(7, 1, 1, 3), PooledRows(8, 2, 3, 1)]
+    assert places(rows, ints([0, 3, 8, 12])).tolist() == [4, 5, 6, 11]
 
 
 def test_pooling_draws_nothing():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections import deque
 
 import pytest
@@ -85,6 +86,36 @@ def test_events_are_numbered_and_the_oldest_go_first():
     assert 0 < len(kept) < 10
     assert [event.number for event in recorder.since(98)] == [98, 99]
     assert recorder.since(100) == []
+
+
+def fill(recorder: Recorder, kind: str, number: int, ids: list[int]) -> None:
+    """One more event, of numbers of its own but for the sequences' ids."""
+    at = number + 0.5
+    match kind:
+        case "arrivals":
+            recorder.arrived(at, [number], 10_000 + number, 20_000 + number)
+        case "aborts":
+            recorder.aborted(at, ids)
+        case "steps":
+            stats = StepStats(*range(number, number + 9), at)
+            recorder.stepped(single_step(number, *ids), at, at, stats)
+
+
+@pytest.mark.parametrize("num_ids", [1, 400])
+@pytest.mark.parametrize("kind", ["arrivals", "aborts", "steps"])
+def test_it_takes_about_as_much_memory_as_it_may(kind, num_ids):
+    most, number = 1 << 20, 1000
+    recorder, ids = Recorder(max_bytes=most), [*range(1000, 1000 + num_ids)]
+    tracemalloc.start()
+    try:
+        while len(recorder.since(0)) == recorder.end:
+            number += 1
+            fill(recorder, kind, number, ids)
+        size, _ = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert most / 2 < size < 2 * most
 
 
 def test_arrivals_of_one_request_share_its_number():

@@ -77,6 +77,13 @@ def test_a_containers_memory_limit_counts(tmp_path, files, expected):
     assert available_memory(fake_machine(tmp_path, files)) == expected
 
 
+def test_half_the_memory_where_nothing_tells_what_is_free(tmp_path, monkeypatch):
+    """Not Linux."""
+    sizes = {"SC_PHYS_PAGES": 1000, "SC_PAGE_SIZE": 4096}
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
+    assert available_memory(tmp_path) == 2_048_000
+
+
 LIMITS = """\
 Limit                     Soft Limit           Hard Limit           Units
 Max data size             {data}            unlimited            bytes

@@ -306,6 +306,16 @@ def test_the_least_important_is_preempted_even_if_it_came_first():
     assert list(scheduler.running) == [1]
 
 
+def test_a_more_important_newcomer_is_not_the_one_that_is_preempted():
+    scheduler = make(num_blocks=7, block_size=2, order="priority")
+    scheduler.add(sequence(0, [5, 6], max_tokens=10, priority=1))
+    step(scheduler)
+    scheduler.add(sequence(1, [7, 8], max_tokens=10, priority=0))
+    while not scheduler.counters.preempted:
+        step(scheduler)
+    assert list(scheduler.running) == [1]
+
+
 def test_a_newcomer_waits_until_the_running_ones_have_a_block_to_grow_into():
     scheduler = make(num_blocks=4, block_size=2)
     scheduler.add(sequence(0, [5, 6], max_tokens=6))
@@ -391,6 +401,24 @@ def test_prompt_logprobs_skip_the_prefix_cache_and_come_once():
     assert plan.prompt_rows == ()
     (emission,) = scheduler.commit(plan, result(plan))
     assert emission.prompt_logprobs is None
+
+
+@pytest.mark.parametrize("wanted", [0, 3])
+def test_runners_are_told_how_many_alternatives_a_prompt_s_tokens_have(wanted):
+    scheduler = make()
+    scheduler.add(sequence(0, range(10, 20), prompt_logprobs=wanted))
+    (rows,) = scheduler.schedule(0.0).prompt_rows
+    assert rows.num_top == wanted
+
+
+def test_it_is_noted_when_a_sequence_is_first_computed():
+    scheduler = make(max_tokens=8)
+    seq = sequence(0, range(10, 22))
+    scheduler.add(seq)
+    for now in (3.0, 4.0, 5.0):
+        plan = scheduler.schedule(now)
+        assert seq.scheduled_at == 3.0
+        scheduler.commit(plan, result(plan))
 
 
 def test_an_error_ends_its_sequence_and_no_other():

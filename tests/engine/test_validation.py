@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from ruvon.engine.types import SamplingParams
-from ruvon.engine.validation import check_sampling, normalize
-from ruvon.errors import RequestError
+from ruvon.engine.validation import check_length, check_sampling, normalize
+from ruvon.errors import ContextLengthError, RequestError
 
 VOCAB = 100
 
@@ -97,6 +97,17 @@ def test_what_is_within_bounds_passes():
 def test_what_leaves_the_likeliest_token_only_is_greedy(sampling):
     check_sampling(sampling, VOCAB)
     assert normalize(sampling).temperature == 0
+
+
+def test_a_prompt_leaves_room_for_one_token_at_least():
+    check_length(9, None, 10, "messages")
+    check_length(9, 1, 10, "messages")
+    check_length(10, 0, 10, "messages")
+    with pytest.raises(ContextLengthError, match=r"length is 10 tokens.* 10 tokens") as caught:
+        check_length(10, None, 10, "messages")
+    assert caught.value.too_many == (10, 9)
+    with pytest.raises(ContextLengthError, match=r"11 tokens \(9 in the messages, 2 in the"):
+        check_length(9, 2, 10, "messages")
 
 
 def test_what_leaves_more_stays_as_it_is():

@@ -30,6 +30,7 @@ from ruvon.errors import LoadError
 from ruvon.kernels.ops import Mxfp4, Quantized
 from ruvon.models.checkpoint import open_checkpoint
 from ruvon.models.gguf import GgufFile, rotate_half_rows
+from ruvon.models.gguf_types import TYPE_NAMES
 from ruvon.telemetry import silent
 
 KINDS = {name: GGMLQuantizationType[name] for name in SCALES_AT}
@@ -280,6 +281,21 @@ class TestDamage:
         path.write_bytes(b"GGUF" + struct.pack(">I", 3) + bytes(100))
         with pytest.raises(LoadError, match="big-endian"):
             load(path)
+
+    def test_more_dimensions_than_a_tensor_has(self, tmp_path):
+        path = tmp_path / "x.gguf"
+        write_tensors(path, {"w": (np.ones((2, 3, 4, 5), np.float32), GGMLQuantizationType.F32)})
+        assert GgufFile(path).read("w", (2, 3, 4, 5)).shape == (2, 3, 4, 5)
+        four, five = (b"w" + struct.pack("<I", count) for count in (4, 5))
+        path.write_bytes(path.read_bytes().replace(four, five))
+        with pytest.raises(LoadError, match="a tensor of 5 dimensions"):
+            GgufFile(path)
+
+    def test_types_have_the_names_that_llama_cpp_gives_them(self):
+        """All but those that are newer than the last one known here."""
+        theirs = {int(kind): kind.name for kind in GGMLQuantizationType}
+        known = {number: name for number, name in theirs.items() if number <= max(TYPE_NAMES)}
+        assert known == TYPE_NAMES
 
     def test_unsupported_type_is_named(self, tmp_path):
         kind = GGMLQuantizationType.Q2_K

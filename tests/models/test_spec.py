@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny import CONFIGS, DYNAMIC, LINEAR, LLAMA3, SHAPE, YARN
+from tiny import CONFIGS, DYNAMIC, EXPERTS, LINEAR, LLAMA3, SHAPE, YARN
 from tiny_gpt_oss import CONFIG
 from tiny_gpt_oss import YARN as OSS_YARN
-from transformers import GptOssConfig
+from transformers import GptOssConfig, MistralConfig, Qwen3MoeConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ruvon.errors import LoadError
@@ -168,6 +168,33 @@ def test_the_mlp_of_gpt2_is_four_times_as_wide_unless_stated():
     assert spec_from_config(config | {"n_inner": 40}).intermediate_size == 40
 
 
+def test_the_heads_of_gpt2_share_its_width():
+    spec = spec_from_config(CONFIGS["gpt2"].to_dict() | {"model_type": "gpt2"})
+    assert spec.num_heads * spec.head_dim == spec.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("architecture", "key", "field"),
+    [
+        ("MistralForCausalLM", "sliding_window", lambda spec: spec.windows[0]),
+        ("Qwen3MoeForCausalLM", "norm_topk_prob", lambda spec: spec.experts.renormalize),
+        ("GptOssForCausalLM", "attention_bias", lambda spec: spec.qkv_bias),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_what_a_config_does_not_say_is_as_in_transformers(architecture, key, field):
+    known = {
+        "MistralForCausalLM": (SHAPE, MistralConfig),
+        "Qwen3MoeForCausalLM": (EXPERTS, Qwen3MoeConfig),
+        "GptOssForCausalLM": (CONFIG, GptOssConfig),
+    }
+    config, theirs = known[architecture]
+    unsaid = {name: value for name, value in config.items() if name != key}
+    assert field(spec_from_config({**unsaid, "architectures": [architecture]})) == getattr(
+        theirs(**unsaid), key
+    )
+
+
 def test_windows():
     assert spec_from_config(LLAMA).windows == (0, 0, 0)
     mistral = {**SHAPE, "architectures": ["MistralForCausalLM"]}
@@ -256,7 +283,9 @@ def test_architecture_by_model_type():
         ({**LLAMA, "max_position_embeddings": {"a": 1}}, "makes no sense"),
         ({**LLAMA, "head_dim": [16]}, "head_dim [16] makes no sense"),
         ({**LLAMA, "head_dim": 15}, "heads of 15 cannot be rotated"),
+        ({**LLAMA, "head_dim": 4098}, "heads of 4098 make no sense"),
         ({**LLAMA, "num_hidden_layers": 10**12}, "1000000000000 layers"),
+        ({**LLAMA, "num_hidden_layers": 4097}, "4097 layers"),
         ({**LLAMA, "num_hidden_layers": "3"}, "'3' layers"),
         ({**LLAMA, "vocab_size": 0}, "vocab_size 0 makes no sense"),
         ({**LLAMA, "tie_word_embeddings": "yes"}, "tie_embeddings 'yes' makes no sense"),

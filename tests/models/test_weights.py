@@ -7,6 +7,7 @@ import random
 
 import pytest
 import torch
+from meshes import on_ranks
 from paged import PagedSequences
 from safetensors.torch import load_file, save_file
 from tiny import CONFIGS, VOCAB, load, make_reference
@@ -94,6 +95,13 @@ def test_unexpected_tensor_is_named(folder):
     change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
     with pytest.raises(LoadError, match=r"the model has no use for model.extra"):
         load(folder)
+
+
+def test_a_stage_knows_what_others_hold_from_what_nobody_does(folder):
+    on_ranks(1, 2, lambda mesh: load(folder, mesh=mesh))
+    change(folder, lambda tensors: tensors.update({"model.extra": torch.zeros(3)}))
+    with pytest.raises(LoadError, match=r"the model has no use for model.extra$"):
+        on_ranks(1, 2, lambda mesh: load(folder, mesh=mesh))
 
 
 def test_stale_tables_are_no_strangers(folder):
