@@ -56,11 +56,15 @@ TESTS: Mapping[str, str] = {
     "ruvon/engine/pooling.py": "engine/test_pooling.py",
     "ruvon/engine/prefixes.py": "engine/test_scheduler.py",
     "ruvon/engine/queues.py": "engine/test_scheduler.py engine/test_fairness.py",
+    "ruvon/engine/ranks/codec.py": "engine/test_ranks.py",
+    "ruvon/engine/ranks/ring.py": "engine/test_ranks.py",
     "ruvon/engine/recorder.py": "engine/test_recorder.py",
+    "ruvon/engine/replay.py": "engine/test_replay.py",
     "ruvon/engine/resources.py": "engine/test_resources.py",
     "ruvon/engine/runner.py": "engine/test_runner.py",
     "ruvon/engine/sampler.py": "engine/test_sampler.py",
     "ruvon/engine/scheduler.py": "engine/test_scheduler.py engine/test_recorder.py",
+    "ruvon/engine/startup.py": "engine/test_startup.py",
     "ruvon/engine/trace.py": "engine/test_recorder.py",
     "ruvon/engine/transforms.py": "engine/test_sampler.py",
     "ruvon/engine/validation.py": "engine/test_validation.py",
@@ -91,14 +95,18 @@ TESTS: Mapping[str, str] = {
     "ruvon/router/choice.py": "router/test_choice.py",
     "ruvon/router/framing.py": "router/test_framing.py",
     "ruvon/router/prefixes.py": "router/test_choice.py",
+    "ruvon/server/constraints.py": "server/test_asked.py",
     "ruvon/server/explain.py": "server/test_explain.py",
-    "ruvon/server/resume.py": "server/test_resume.py",
+    "ruvon/server/keys.py": "server/test_keys.py",
+    "ruvon/server/parsing.py": "server/test_asked.py",
     "ruvon/server/responses_api/items.py": "server/test_responses_items.py",
     "ruvon/server/responses_api/store.py": "server/test_response_store.py",
     "ruvon/server/responses_api/writer.py": "server/test_responses_writer.py",
+    "ruvon/server/resume.py": "server/test_resume.py",
     "ruvon/server/sealed.py": "server/test_responses_items.py",
     "ruvon/server/shape.py": "server/test_schemas.py",
     "ruvon/server/tls.py": "server/test_tls.py",
+    "ruvon/server/watchdog.py": "server/test_watchdog.py",
     "ruvon/server/writers/chat.py": "server/test_writers.py",
     "ruvon/server/writers/completions.py": "server/test_writers.py",
     "ruvon/telemetry/collectors.py": "test_telemetry.py",
@@ -134,11 +142,14 @@ def main() -> None:
         tests = {TESTS[mutant.file]: mutant.file for mutant in drawn}
         usual = dict(zip(tests, pool.map(seconds_unchanged, tests.values()), strict=True))
         run = [(m, pool.submit(is_noticed, m, 20 + 5 * usual[TESTS[m.file]], end)) for m in drawn]
-        done = [(m, future.result()) for m, future in run]
-    for mutant, noticed in done:
-        if noticed is False:
-            print(f"{mutant.file}:{mutant.line}: {mutant.before}  ->  {mutant.after}")
-    outcomes = [noticed for _, noticed in done if noticed is not None]
+        outcomes = []
+        for mutant, future in run:
+            noticed = future.result()
+            if noticed is False:
+                what = f"{mutant.before}  ->  {mutant.after}"
+                print(f"{mutant.file}:{mutant.line}: {what}", flush=True)
+            if noticed is not None:
+                outcomes.append(noticed)
     print(f"{sum(outcomes)} of {len(outcomes)} mutants noticed, seed {args.seed}")
 
 
