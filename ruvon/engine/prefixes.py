@@ -73,9 +73,8 @@ class Prefixes:
 
     def _keys_of(self, seq: Sequence, num_keys: int) -> Iterable[bytes]:
         """The keys of its first blocks; those not known are computed as they are asked for."""
-        return (
-            seq.keys[:num_keys] if len(seq.keys) >= num_keys else self._making_keys(seq, num_keys)
-        )
+        known = seq.keys[:num_keys]
+        return known if len(known) == num_keys else self._making_keys(seq, num_keys)
 
     def _making_keys(self, seq: Sequence, num_keys: int) -> Iterator[bytes]:
         for i in range(num_keys):
