@@ -59,6 +59,11 @@ def test_a_chain_is_forgotten_from_its_end():
     assert prefixes.match(keys("p", "q", "r", "s", "t", "u")) == 4
 
 
+def test_only_full_pieces_have_keys():
+    sizes = (0, PIECE - 1, PIECE, 2 * PIECE - 1, 2 * PIECE)
+    assert [len(chain(b"", bytes(size))) for size in sizes] == [0, 0, 1, 1, 2]
+
+
 def test_a_longer_conversation_begins_as_a_shorter_one():
     messages = [{"role": "user", "content": "x" * 400}]
     more = [*messages, {"role": "assistant", "content": "y" * 400}]

@@ -39,6 +39,16 @@ def test_chunks_pass_as_they_are_however_they_are_cut(chunks, places, end):
     assert payload(passed) == b"".join(chunks)
 
 
+@pytest.mark.parametrize("size", [1, 9, 10, 255, 256, 4095, 4096, 70_000])
+def test_a_chunk_of_any_size(size):
+    whole, body = framed([b"x" * size, b"y"]), Chunked()
+    assert body.feed(whole[:-1]) == whole[:-1]
+    assert not body.whole
+    assert body.feed(whole[-1:]) == whole[-1:]
+    assert (body.whole, body.done) == (True, False)
+    assert payload(whole) == b"x" * size + b"y"
+
+
 @pytest.mark.parametrize(
     "data",
     [
