@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
 from collections.abc import Callable, Generator, Iterator
@@ -39,6 +40,7 @@ def pytest_collection() -> Generator[None, object, object]:
     finally:
         gc.freeze()
         gc.enable()
+        atexit.register(gc.unfreeze)  # for libraries that then look whether they left something
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
