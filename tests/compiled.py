@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-LONGEST = 100  # seconds
+import forked
 
 
 def run_compiled(script: Path, *arguments: str) -> Any:
-    """What the script prints, read as JSON; fails with what it wrote to stderr if it does."""
-    environ = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    done = subprocess.run(
-        [sys.executable, str(script), *arguments],
-        env=environ | {"PYTHONWARNINGS": "ignore"},
-        capture_output=True,
-        text=True,
-        timeout=LONGEST,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    """What the script prints, read as JSON; fails with what it wrote if it does."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    exit_code, text = forked.run([str(script), *arguments], environment)
+    assert exit_code == 0, text
+    return json.loads(text.splitlines()[-1])  # warnings come before

@@ -22,13 +22,28 @@ CONTEXT.set_forkserver_preload(
 )
 
 
-class Forked:
-    """As much of `subprocess.Popen` as tests of servers use, for ``python *command`` whose stderr
-    is read line by line."""
+def run(command: Sequence[str], environment: Mapping[str, str]) -> tuple[int, str]:
+    """The exit code of ``python *command``, and what it wrote to stdout and stderr."""
+    process = Forked(command, environment, stdout_too=True)
+    with process.stderr as output:
+        text = output.read()
+    return process.wait(), text
 
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]) -> None:
+
+class Forked:
+    """As much of `subprocess.Popen` as tests of servers use, for ``python *command``; what it
+    writes to stderr, and perhaps to stdout, is read from `stderr`."""
+
+    def __init__(
+        self,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        *,
+        stdout_too: bool = False,
+    ) -> None:
         reader, writer = CONTEXT.Pipe(duplex=False)
-        arguments = (command, dict(environment), os.getcwd(), writer)
+        streams = (1, 2) if stdout_too else (2,)
+        arguments = (command, dict(environment), os.getcwd(), streams, writer)
         self._process = CONTEXT.Process(target=become, args=arguments)
         self._process.start()
         writer.close()
@@ -61,15 +76,24 @@ class Forked:
 
 
 def become(
-    command: Sequence[str], environment: Mapping[str, str], folder: str, stderr: Connection
+    command: Sequence[str],
+    environment: Mapping[str, str],
+    folder: str,
+    streams: Sequence[int],
+    writer: Connection,
 ) -> None:
-    """Be ``python *command``, a module after -m or a file."""
+    """Be ``python *command``: a file, a module after -m, or code after -c."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
-    os.dup2(stderr.fileno(), sys.stderr.fileno())
-    stderr.close()
-    is_module = command[0] == "-m"
-    sys.argv = list(command[1 if is_module else 0 :])
-    run = runpy.run_module if is_module else runpy.run_path
-    run(sys.argv[0], run_name="__main__")
+    for stream in streams:
+        os.dup2(writer.fileno(), stream)
+    writer.close()
+    kind = command[0] if command[0] in ("-m", "-c") else ""
+    what, *arguments = command[1:] if kind else command
+    sys.argv = [kind if kind == "-c" else what, *arguments]
+    if kind == "-c":
+        exec(compile(what, "<string>", "exec"), {"__name__": "__main__"})
+    else:
+        start = runpy.run_module if kind else runpy.run_path
+        start(what, run_name="__main__")

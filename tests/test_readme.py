@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import pytest
 from embedded import needs_model, running
 
@@ -34,11 +35,9 @@ def address() -> Iterator[str]:
 @pytest.mark.parametrize(("code", "printed"), EXAMPLES, ids=range(1, len(EXAMPLES) + 1))
 def test_an_example_prints_what_stands_below_it(address: str, code: str, printed: str):
     code = code.replace(ADDRESS, address)
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.rstrip("\n") == printed.rstrip("\n")
+    exit_code, text = forked.run(["-c", code], os.environ)
+    assert exit_code == 0, text
+    assert text.rstrip("\n") == printed.rstrip("\n")
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="there is no curl")
