@@ -2,15 +2,15 @@
 
 import os
 import subprocess
-import sys
 import time
 
+import forked
 import pytest
 import structlog
 
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu import compiled, isa
-from ruvon.kernels.cpu.compiled import FORGOTTEN_AFTER, Compiled, Store, open_store
+from ruvon.kernels.cpu.compiled import FORGOTTEN_AFTER, Compiled, Store, name_of, open_store
 from ruvon.kernels.cpu.isa import ISAS, choose, supported, target_features
 from ruvon.kernels.cpu.jit import build as builder
 
@@ -45,8 +45,7 @@ from ruvon.kernels.cpu.isa import choose
 assert Compiled(choose(None)).address(("copy", None)) > 0
 print("numba" in sys.modules)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("False\n", "")
+    assert forked.run(["-c", script], os.environ) == (0, "False\n")
 
 
 def test_what_is_sure_to_be_needed_is_compiled_meanwhile(cache, monkeypatch):
@@ -83,11 +82,11 @@ def test_kinds_of_a_kernel_are_kept_apart(cache):
     assert len(addresses) == len(kept(cache)) == 2
 
 
-def test_instruction_sets_are_kept_apart_where_they_differ(cache):
-    for name in ("portable", None):
-        code = Compiled(choose(name))
-        code.address(("linear", 0))
-    assert len(kept(cache)) == len({choose("portable"), choose(None)})
+@pytest.mark.parametrize("kernel", ["linear", "experts", "attention"])
+def test_instruction_sets_are_kept_apart_where_they_differ(kernel):
+    best, portable = choose(None), choose("portable")
+    names = {name_of((kernel, 0), isa) for isa in (best, portable)}
+    assert len(names) == len({best, portable})
 
 
 @pytest.mark.parametrize("damage", [b"", b"no object file", None])
