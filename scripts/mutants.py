@@ -98,7 +98,7 @@ TESTS: Mapping[str, str] = {
     "ruvon/server/constraints.py": "server/test_asked.py",
     "ruvon/server/explain.py": "server/test_explain.py",
     "ruvon/server/keys.py": "server/test_keys.py",
-    "ruvon/server/parsing.py": "server/test_asked.py",
+    "ruvon/server/parsing.py": "server/test_schemas.py",
     "ruvon/server/responses_api/items.py": "server/test_responses_items.py",
     "ruvon/server/responses_api/store.py": "server/test_response_store.py",
     "ruvon/server/responses_api/writer.py": "server/test_responses_writer.py",

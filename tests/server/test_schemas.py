@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from contextlib import nullcontext
+
 import orjson
 import pytest
 
@@ -40,6 +43,19 @@ def test_numbers_must_be_finite():
         with pytest.raises(RequestError) as error:
             load(b'{"prompt": "a", "temperature": %s}' % number, BOUNDS)
         assert error.value.code == "invalid_json"
+
+
+@pytest.mark.parametrize("collects", [True, False])
+@pytest.mark.parametrize("end", ["", "{"])
+def test_a_large_body_leaves_the_garbage_collector_as_it_was(collects, end):
+    body, before = orjson.dumps({"prompt": "a" * 9000}) + end.encode(), gc.isenabled()
+    try:
+        (gc.enable if collects else gc.disable)()
+        with pytest.raises(RequestError) if end else nullcontext():
+            load(body, BOUNDS)
+        assert gc.isenabled() is collects
+    finally:
+        (gc.enable if before else gc.disable)()
 
 
 def test_nested_names_are_reported():
