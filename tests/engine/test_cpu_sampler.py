@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from ruvon.engine.cpu_sampler import CpuSampler
+from ruvon.engine.cpu_sampler import CpuSampler, is_compiled
 from ruvon.engine.sampler import sample
 from ruvon.engine.types import SamplingParams, SamplingRow
 from ruvon.grammars import regex
@@ -103,6 +103,13 @@ def test_every_kind_of_row_draws_what_its_meaning_draws(kernels, vocab):
     draw, logits_LV = sampler(kernels, vocab), some_logits(vocab)
     for seed in (0, 7, 2**63):
         assert_same(draw(logits_LV, some_rows(seed), EOS), sample(logits_LV, some_rows(seed), EOS))
+
+
+def test_what_has_no_kernel_is_rare():
+    without = [kind for kind in KINDS if not is_compiled(SamplingParams(**kind))]
+    assert without == [{"typical_p": 0.9}]
+    assert is_compiled(SamplingParams(grammar=regex("a")))
+    assert not is_compiled(SamplingParams(grammar=regex("a"), logprobs=0))
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.01, 30.0])

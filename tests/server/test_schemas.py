@@ -14,7 +14,7 @@ from ruvon.server.parsing import MAX_IGNORED, load, parse
 from ruvon.server.schemas import ChatRequest, CompletionRequest
 from ruvon.server.shape import Bounds, check_shape
 
-BOUNDS = Bounds(values=1000, containers=100, escapes=50)
+BOUNDS = Bounds(values=1000, keys=200, containers=100, escapes=50)
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -96,6 +96,8 @@ def test_prompts_of_no_known_shape(value):
         (b"[]," * 99, None),
         (b"[]," * 101, "100 lists and objects"),
         (b"{}," * 101, "100 lists and objects"),
+        (b'"a":1,' * 200, None),
+        (b'"a":1,' * 201, "200 keys"),
         (rb'"\n\n\n\n\n",' * 10, None),
         (rb'"\n\n\n\n\n",' * 11, "50 escapes"),
         (b'"' + b",[{:" * 30_000 + b'"', None),  # text that looks like structure
