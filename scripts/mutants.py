@@ -277,6 +277,7 @@ def run_tests(file: str, source: str, patience: float) -> bool:
     """Whether the tests of a file fail, or hang, on this source of it."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "ruvon", Path(folder) / "ruvon")
+        (Path(folder) / "docs").symlink_to(ROOT / "docs")  # tests look for them beside it
         (Path(folder) / file).write_text(source)
         tester = SERVER.Process(target=run_pytest, args=(folder, TESTS[file]))
         tester.start()
