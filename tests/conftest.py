@@ -1,4 +1,8 @@
-"""Shared fixtures. The stand-ins themselves are in `fakes`, which any test can import."""
+"""Shared fixtures. The stand-ins themselves are in `fakes`, which any test can import.
+
+Torch, and what needs it, is imported in functions: the process that hands tests out to others reads
+this file as well, and the others wait for it.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +13,18 @@ from collections.abc import Callable, Generator, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import structlog
-import torch
-from fakes import ByteTokenizer, FakeRunner
 from hypothesis import HealthCheck, settings
 
-from ruvon.config import EngineConfig
-from ruvon.engine.engine import Engine
+if TYPE_CHECKING:
+    import torch
+    from fakes import ByteTokenizer, FakeRunner
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
+    from ruvon.engine.engine import Engine
+
 if find_spec("triton") is None:  # it is not on every platform
     collect_ignore = ["engine/test_scoring.py", "engine/test_inputs.py"]
     collect_ignore_glob = ["engine/test_gpu_*.py", "kernels/test_triton_*.py"]
@@ -32,8 +35,12 @@ if settings.get_current_profile_name() == "default":
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """A million objects come, and stay until the end: nobody shall look for cycles among them."""
+    if session.config.pluginmanager.has_plugin("dsession"):  # others collect
+        return (yield)
+    if not has_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported, by whomever
     gc.disable()
     try:
         return (yield)
@@ -41,6 +48,12 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.freeze()
         gc.enable()
         atexit.register(gc.unfreeze)  # for libraries that then look whether they left something
+
+
+def has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -57,6 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
     """What tests multiply is small, and another process of theirs has the next core."""
+    import torch
+
     torch.set_num_threads(1)
 
 
@@ -70,7 +85,9 @@ def own_logging() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def triton_device() -> torch.device:
     """Where Triton kernels run: on a GPU, or without one in the interpreter, on the CPU."""
-    if torch.cuda.is_available():
+    import torch
+
+    if has_gpu():
         return torch.device("cuda")
     hasten(pytest.importorskip("triton.runtime.interpreter"))
     return torch.device("cpu")
@@ -101,6 +118,8 @@ def hasten(interpreter: ModuleType) -> None:
 
 @pytest.fixture
 def tokenizer() -> ByteTokenizer:
+    from fakes import ByteTokenizer
+
     return ByteTokenizer()
 
 
@@ -121,6 +140,11 @@ def fake_engine(
     max_model_len: int = 256,
     **fields: Any,
 ) -> Engine:
+    from fakes import ByteTokenizer, FakeRunner
+
+    from ruvon.config import EngineConfig
+    from ruvon.engine.engine import Engine
+
     config = EngineConfig(**({"block_size": 16} | fields))
     runner = runner or FakeRunner(config.block_size)
     assert getattr(runner, "block_size", config.block_size) == config.block_size
