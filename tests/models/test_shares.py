@@ -81,14 +81,20 @@ def run(model: Model) -> list[torch.Tensor]:
     return [step.log_softmax(-1) for step in steps]
 
 
+@pytest.fixture(scope="module")
+def expected(checkpoint: tuple[Path, dict[str, str]]) -> list[torch.Tensor]:
+    """What one rank computes."""
+    path, settings = checkpoint
+    return run(load(path, **settings))
+
+
 @pytest.mark.parametrize("grid", GRIDS, ids=lambda grid: f"{grid[0]}x{grid[1]}")
 def test_ranks_compute_what_one_does(
-    checkpoint: tuple[Path, dict[str, str]], grid: tuple[int, int]
+    checkpoint: tuple[Path, dict[str, str]], expected: list[torch.Tensor], grid: tuple[int, int]
 ) -> None:
     path, settings = checkpoint
     if "gpt-oss" in str(path) and grid == (4, 1):
         pytest.skip("an expert of 96 columns is cut in three at most")
-    expected = run(load(path, **settings))
 
     def work(mesh: Mesh) -> list[torch.Tensor]:
         found = run(load(path, mesh=mesh, **settings))
