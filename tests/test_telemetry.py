@@ -149,6 +149,7 @@ def test_buckets_resolve_milliseconds(buckets):
 
 def test_length_buckets_end_with_the_context():
     assert one_two_five(1000) == (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+    assert one_two_five(0) == one_two_five(1) == (1,)
 
 
 def test_http_metrics():

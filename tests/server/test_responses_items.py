@@ -208,6 +208,13 @@ def test_what_is_stored_is_what_is_listed_and_reads_the_same():
     assert transcribe(again, all_items(again, later)).messages == [*before, said("user", "e")]
 
 
+@pytest.mark.parametrize("output", ["1", [{"type": "input_text", "text": "1"}]])
+def test_an_output_is_listed_in_the_form_in_which_it_came(output):
+    call = {"type": "function_call_output", "call_id": "call_a", "output": output}
+    (item,) = keep(all_items(request(input=[call]), Context()))
+    assert orjson.loads(item.json)["output"] == output
+
+
 def test_references_stand_for_stored_items():
     item = StoredItem("msg_1", orjson.dumps({"role": "user", "content": "a", "id": "msg_1"}))
     asked = request(input=[{"type": "item_reference", "id": "msg_1"}, {"id": "msg_1"}])
