@@ -59,7 +59,6 @@ TESTS: Mapping[str, str] = {
     "ruvon/engine/ranks/codec.py": "engine/test_ranks.py",
     "ruvon/engine/ranks/ring.py": "engine/test_ranks.py",
     "ruvon/engine/recorder.py": "engine/test_recorder.py",
-    "ruvon/engine/replay.py": "engine/test_replay.py",
     "ruvon/engine/resources.py": "engine/test_resources.py",
     "ruvon/engine/runner.py": "engine/test_runner.py",
     "ruvon/engine/sampler.py": "engine/test_sampler.py",
@@ -71,7 +70,8 @@ TESTS: Mapping[str, str] = {
     "ruvon/engine/waits.py": "engine/test_waits.py",
     "ruvon/models/added_tokens.py": "models/test_added_tokens.py",
     "ruvon/models/cache_groups.py": "models/test_cache_groups.py",
-    "ruvon/models/chat.py": "models/test_chat.py",
+    "ruvon/models/chat.py": "models/test_chat.py models/test_formats_prompt.py "
+    "models/test_formats_grammar.py",
     "ruvon/models/checkpoint.py": "models/test_checkpoint.py",
     "ruvon/models/defaults.py": "models/test_defaults.py",
     "ruvon/models/formats/json_calls.py": "models/test_formats.py",
