@@ -46,8 +46,6 @@ class Prefixes:
     def match(self, keys: Sequence[bytes]) -> int:
         """How many of a chain's keys are held, from its beginning."""
         held = self._keys
-        if not keys or keys[0] not in held:
-            return 0
         return bisect_left(keys, True, key=lambda key: key not in held)
 
     def hold(self, keys: Sequence[bytes]) -> None:

@@ -382,6 +382,25 @@ def test_gguf_yarn():
     assert stated.max_positions == 64
 
 
+@pytest.mark.parametrize(
+    ("layers", "hidden", "heads", "head_dim", "per_query"),
+    [(48, 3840, 16, 256, 256), (62, 5376, 32, 128, 168)],
+    ids=["12b", "27b"],
+)
+def test_gguf_gemma3_of_every_size(layers, hidden, heads, head_dim, per_query):
+    """What 27B divides its scores by is stated nowhere."""
+    sizes = {
+        "block_count": layers, "embedding_length": hidden, "attention.head_count": heads,
+        "attention.key_length": head_dim, "attention.value_length": head_dim,
+        "attention.sliding_window": 1024,
+    }  # fmt: skip
+    shared = {key.replace("qwen2", "gemma3"): value for key, value in GGUF.items()}
+    given = {f"gemma3.{key}": value for key, value in sizes.items()}
+    spec = spec_from_gguf({**shared, **given, "general.architecture": "gemma3"}, ())
+    assert spec.query_scale == per_query**-0.5
+    assert spec.windows[:7] == (1024,) * 5 + (0, 1024)
+
+
 def test_gguf_numbers_that_llama_cpp_reads_otherwise_than_they_seem():
     spec = spec_from_gguf({**GGUF, "qwen2.vocab_size": 9}, ())
     assert spec.vocab_size == 3  # as many as there are tokens

@@ -105,6 +105,14 @@ def test_what_is_made_little_by_little_costs_little(monkeypatch):
     assert render_template(compile_template(source), {"messages": messages}) == "4000 3999"
 
 
+def test_lists_weigh_as_much_together_as_each_alone(monkeypatch):
+    monkeypatch.setattr(template_cost, "MOST", 5000)
+    words = {"words": ["x" * 1000] * 3}
+    assert render_template(compile_template("{{ (words + ['y'])|length }}"), words) == "4"
+    with pytest.raises(RequestError, match="a value of more than 5000"):
+        render_template(compile_template("{{ (words + words)|length }}"), words)
+
+
 def test_who_is_in_a_hurry_is_told_and_may_come_back(monkeypatch):
     monkeypatch.setattr(template_cost, "MOST_SECONDS", 0.2)
     compiled = compile_template(NEVER)

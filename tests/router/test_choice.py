@@ -34,6 +34,7 @@ def test_the_longest_prefix_wins_within_the_bound():
     everyone = [short, long, none]
     assert choose(everyone, keys("a", "b", "c"), 3) == (long, 2, "prefix")
     assert choose(everyone, keys("a", "b", "c"), 2) == (short, 1, "prefix")
+    assert choose(everyone, [], 2, turn=1) == (none, 0, "load")
     assert choose([], keys("a"), 2) is None
 
 
