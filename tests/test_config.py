@@ -249,6 +249,13 @@ def test_the_least_that_may_be_set(field, least):
         ServerConfig(**{field: least - 1})
 
 
+@pytest.mark.parametrize("field", ["tensor_parallel_size", "pipeline_parallel_size"])
+def test_the_most_ranks_there_may_be(field):
+    assert getattr(EngineConfig(**{field: 64}), field) == 64
+    with pytest.raises(ConfigError, match=f"{field} must be .*64"):
+        EngineConfig(**{field: 65})
+
+
 @pytest.mark.parametrize(
     ("given", "is_keyed", "is_local"),
     [
