@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NoReturn
@@ -144,9 +145,7 @@ def main() -> None:
     drawn = sample(args.files, args.number, args.seed)
     end = time.monotonic() + args.seconds
     with ThreadPoolExecutor(args.jobs) as pool:
-        tests = {TESTS[mutant.file]: mutant.file for mutant in drawn}
-        usual = dict(zip(tests, pool.map(seconds_unchanged, tests.values()), strict=True))
-        run = [(m, pool.submit(is_noticed, m, 20 + 5 * usual[TESTS[m.file]], end)) for m in drawn]
+        run = [(mutant, pool.submit(is_noticed, mutant, end)) for mutant in drawn]
         outcomes = []
         for mutant, future in run:
             noticed = future.result()
@@ -263,28 +262,31 @@ def text(node: ast.AST) -> str:
     return ast.unparse(node).partition("\n")[0]
 
 
-def seconds_unchanged(file: str) -> float:
-    """How long this file's tests take. Ends the program if they fail as it is."""
-    began = time.monotonic()
-    if run_tests(file, (ROOT / file).read_text(), 600):
-        raise SystemExit(f"{TESTS[file]} fails without a change")
-    return time.monotonic() - began
-
-
-def is_noticed(mutant: Mutant, patience: float, end: float) -> bool | None:
+def is_noticed(mutant: Mutant, end: float) -> bool | None:
     """Whether a test fails; None where there was no time to find out."""
     if time.monotonic() > end:
         return None
-    return run_tests(mutant.file, mutant.source, patience)
+    tests = TESTS[mutant.file]
+    return run_tests(tests, 20 + 5 * seconds_unchanged(tests), {mutant.file: mutant.source})
 
 
-def run_tests(file: str, source: str, patience: float) -> bool:
-    """Whether the tests of a file fail, or hang, on this source of it."""
+@cache
+def seconds_unchanged(tests: str) -> float:
+    """How long they usually take. Ends the program if they fail without a change."""
+    began = time.monotonic()
+    if run_tests(tests, 600, {}):
+        raise SystemExit(f"{tests} fails without a change")
+    return time.monotonic() - began
+
+
+def run_tests(tests: str, patience: float, changes: Mapping[str, str]) -> bool:
+    """Whether tests fail, or hang, where these files have another text."""
     with tempfile.TemporaryDirectory() as folder:
         shutil.copytree(ROOT / "ruvon", Path(folder) / "ruvon")
         (Path(folder) / "docs").symlink_to(ROOT / "docs")  # tests look for them beside it
-        (Path(folder) / file).write_text(source)
-        tester = SERVER.Process(target=run_pytest, args=(folder, TESTS[file]))
+        for file, source in changes.items():
+            (Path(folder) / file).write_text(source)
+        tester = SERVER.Process(target=run_pytest, args=(folder, tests))
         tester.start()
         tester.join(patience)
         tester.kill()
