@@ -176,6 +176,16 @@ def test_who_comes_back_has_no_more_claim_than_those_who_stayed():
     assert shares.served("a") == 0
 
 
+def test_a_tenant_s_sequences_are_counted():
+    shares, one, two = Shares(), sequence(0, tenant="a"), sequence(1, tenant="a")
+    shares.enter(one)
+    shares.enter(two)
+    assert (shares.live("a"), shares.live("b")) == (2, 0)
+    shares.leave(one)
+    shares.leave(two)
+    assert shares.live("a") == 0
+
+
 def test_what_is_computed_again_is_not_charged_again():
     shares, seq = Shares(), sequence(0, tenant="a")
     shares.enter(seq)
