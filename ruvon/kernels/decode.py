@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvon.kernels.kv import Norms, angles_at, load_heads, make_angles
+from ruvon.kernels.kv import Norms, load_angles, load_heads, make_angles
 from ruvon.kernels.ops import AttentionSpec, ForwardBatch, Rope
 from ruvon.kernels.paged import (
     LOG2_E,
@@ -176,8 +176,8 @@ def load_new_kv(row, caches, group, H, G, angles, norms, SHAPE: tl.constexpr):
 
 
 @triton.jit
-def store_new_kv(k, v, caches, slot_ptr, group, G, SHAPE: tl.constexpr):
-    slot = tl.load(slot_ptr).to(tl.int64)
+def store_new_kv(k, v, caches, slot, group, G, SHAPE: tl.constexpr):
+    slot = slot.to(tl.int64)
     dims = tl.arange(0, SHAPE.BLOCK_D)[None, :]
     block, place = slot // SHAPE.PAGE, slot % SHAPE.PAGE
     at = cache_row(block, place, group, G, SHAPE.PAGE, SHAPE.D) + dims
@@ -247,8 +247,12 @@ def _decode_kernel(
     if not FUSED:
         wait(PDL)
     # If FUSED, everything up to the wait is older than this step's model: see ruvon.kernels.pdl.
+    # Behind it each load that needs another's result costs half a microsecond, so few are.
     token = tl.load(index.query_starts + s).to(tl.int64)
     queries = tl.load(index.query_starts + s + 1) - token
+    present = tl.where(queries == 1, token, 0)  # padding's may be no token's place
+    angles = load_angles(rope, index.positions + present, SHAPE.ROTATED, SHAPE.BLOCK_D)
+    slot = tl.load(index.slots + present)
     context = tl.load(index.context_lens + s)
     first, last, active = split_keys(context, split, SPLITS, FUSED, SHAPE.WINDOW, TILE.keys)
     table = index.tables + s.to(tl.int64) * table_stride
@@ -262,7 +266,8 @@ def _decode_kernel(
         dims = tl.arange(0, SHAPE.BLOCK_D)
         inside = used[:, None] & (dims < SHAPE.D)[None, :]
         row = q_ptr + token * q_stride
-        angles = angles_at(rope, index.positions + token, SHAPE.ROTATED)
+        if FUSED:
+            k, v = load_new_kv(row, caches, group, H, G, angles, norms, SHAPE)
         q = load_query(row, heads, used, angles, norms, SHAPE, FUSED)
         if SHAPE.GROUP == 1:
             part = attend_head(q, caches, table, first, last, group, G, scale, SHAPE, TILE)
@@ -270,8 +275,7 @@ def _decode_kernel(
             part = attend_group(q, caches, table, first, last, group, G, scale, SHAPE, TILE)
         if FUSED:  # noqa: SIM102, only the inner one is decided when running
             if split == active - 1:
-                k, v = load_new_kv(row, caches, group, H, G, angles, norms, SHAPE)
-                store_new_kv(k, v, caches, index.slots + token, group, G, SHAPE)
+                store_new_kv(k, v, caches, slot, group, G, SHAPE)
                 part = merge(part, one_key(tl.sum(q * k.to(tl.float32), axis=1) * scale, v))
         out_at = out_ptr + (token * H + heads[:, None]) * SHAPE.D + dims[None, :]
         if (SPLITS == 1) | (active == 1):

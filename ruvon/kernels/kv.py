@@ -36,12 +36,18 @@ def make_angles(rope: Rope | None) -> Angles:
 
 
 @triton.jit
-def angles_at(rope, position_ptr, ROTATED: tl.constexpr):
-    """Where the cosines and sines of a token's position are; anywhere, if nothing turns."""
-    cos, sin = position_ptr, position_ptr
+def load_angles(rope, position_ptr, ROTATED: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Cosines and sines of a token's position, ``[BLOCK_D]``: a dim turns to its cosine times
+    itself and its sine times the dim half a rotation away."""
+    cos, sin = tl.full([BLOCK_D], 1.0, tl.float32), tl.zeros([BLOCK_D], tl.float32)
     if ROTATED > 0:
-        position = tl.load(position_ptr).to(tl.int64)
-        cos, sin = rope.cos + position * rope.stride, rope.sin + position * rope.stride
+        at = tl.load(position_ptr).to(tl.int64) * rope.stride
+        dims = tl.arange(0, BLOCK_D)
+        low, turns = dims < ROTATED // 2, dims < ROTATED
+        angle = tl.where(low, dims, dims - ROTATED // 2)
+        cos = tl.load(rope.cos + at + angle, mask=turns, other=1.0)
+        sin = tl.load(rope.sin + at + angle, mask=turns, other=0.0)
+        sin = tl.where(low, -sin, sin)
     return cos, sin
 
 
@@ -59,7 +65,7 @@ def load_heads(
 ):
     """Heads ``[heads, BLOCK_D]`` of one token, normed and rotated, in float32.
 
-    ``angles`` are of this token's position (`angles_at`). Each dim also loads its partner,
+    ``angles`` are of this token's position (`load_angles`). Each dim also loads its partner,
     half a rotation away, so nothing has to be moved between threads.
     """
     dims = tl.arange(0, BLOCK_D)
@@ -82,11 +88,7 @@ def load_heads(
         if norm_ptr is not None:
             gain = tl.load(norm_ptr + partner, mask=dims < D, other=0.0).to(tl.float32)
             other = (other * scale * gain[None, :]).to(raw.dtype).to(tl.float32)
-        angle = tl.where(low, dims, dims - HALF)
-        cos = tl.load(angles[0] + angle, mask=turns, other=1.0)
-        sin = tl.load(angles[1] + angle, mask=turns, other=0.0)
-        sin = tl.where(low, -sin, sin)
-        x = x * cos[None, :] + other * sin[None, :]
+        x = x * angles[0][None, :] + other * angles[1][None, :]
     return x
 
 
@@ -119,7 +121,7 @@ def _write_kernel(
     kv_tiles = tl.cdiv(G, BLOCK_H)
     wait(PDL)
     row = qkv_ptr + token * qkv_stride
-    angles = angles_at(rope, positions_ptr + token, ROTATED)
+    angles = load_angles(rope, positions_ptr + token, ROTATED, BLOCK_D)
     if tile < q_tiles:
         heads = tile * BLOCK_H + tl.arange(0, BLOCK_H)
         used = heads < H
