@@ -22,7 +22,8 @@ def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsT
     """For the first product and the second; both have as many tokens."""
     each = tokens * spec.top_k / spec.num_experts
     if each <= 4:
-        return (ExpertsTile(8, 64, 256 if each <= 0.125 else 512, 3),) * 2
+        few = each <= 0.125  # of one token, in most mixtures: two or three programs each
+        return (ExpertsTile(8, 64, 256, 4) if few else ExpertsTile(8, 64, 512, 3),) * 2
     if each <= 8:
         return (ExpertsTile(16, 64, 256, 3),) * 2
     if each <= 16:

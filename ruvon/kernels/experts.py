@@ -9,7 +9,7 @@ in every run. Grids depend on the number of tokens alone, so all of it can be ca
 
 from __future__ import annotations
 
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import torch
 import triton
@@ -24,10 +24,29 @@ from ruvon.kernels.mxfp4 import GROUP, LINES, ROWS, Codes, multiply_mxfp4
 from ruvon.kernels.norm import rms_norm
 from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
 from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
-from ruvon.kernels.pdl import release, wait
-from ruvon.kernels.routing import Routing, route
+from ruvon.kernels.pdl import prefetch_block, release, wait
+from ruvon.kernels.routing import Routing, most_tiles, route
 from ruvon.kernels.split_k import Workspace
 from ruvon.kernels.tiles import STREAMED_ROWS
+
+ASKED = 18 << 20  # bytes; what L2 keeps beside what a product reads meanwhile
+
+
+class Asking(NamedTuple):
+    """Behind its work, a program of the first product's last ``tiles`` asks for its share of the
+    expert's weight of the second product, ``each`` bytes: there memory has the least to do. The
+    second begins with them."""
+
+    tiles: int
+    each: int
+
+
+def _asking(weight: Codes | Tensor, spec: ExpertsSpec, tokens: int, pdl: bool) -> Asking:
+    """One token's products wait for instructions, not for memory."""
+    if not pdl or tokens == 1 or not isinstance(weight, Codes):
+        return Asking(0, 0)
+    each = weight.words.nbytes // spec.num_experts
+    return Asking(ASKED // each, each)
 
 
 @triton.jit
@@ -71,18 +90,27 @@ def _gate(sums, CLAMPED: tl.constexpr):
 
 
 @triton.jit
-def _store(
-    sums, out_ptr, bias_ptr, order_ptr, expert, first_row, first_place, end, N: tl.constexpr,
-    UP: tl.constexpr, GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+def _load_ends(
+    bias_ptr, order_ptr, expert, rows, places, end, N: tl.constexpr, UP: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """A tile's sums, their bias, and in the first product the activation."""
-    rows, places = (
-        first_row + tl.arange(0, sums.shape[0]),
-        first_place + tl.arange(0, sums.shape[1]),
-    )
-    used = (places < end)[None, :]
+    """(the bias of ``rows``, the entries at ``places``, for the second product): for `_store`."""
+    bias, entries = tl.zeros(rows.shape, tl.float32), places
     if HAS_BIAS:
         bias = tl.load(bias_ptr + expert * N + rows, mask=rows < N, other=0.0)
+    if not UP:
+        entries = tl.load(order_ptr + places, mask=places < end, other=0)
+    return bias, entries
+
+
+@triton.jit
+def _store(
+    sums, out_ptr, bias, entries, first_row, rows, places, end, N: tl.constexpr, UP: tl.constexpr,
+    GATE: tl.constexpr, HAS_BIAS: tl.constexpr,
+):  # fmt: skip
+    """A tile's sums, their bias, and in the first product the activation."""
+    used = (places < end)[None, :]
+    if HAS_BIAS:
         sums += bias.to(tl.float32)[:, None]
     if UP:
         outputs = first_row // 2 + tl.arange(0, sums.shape[0] // 2)
@@ -90,7 +118,6 @@ def _store(
         inside = used & (outputs < N // 2)[:, None]
         tl.store(at, _gate(sums, GATE).to(out_ptr.dtype.element_ty), mask=inside)
     else:
-        entries = tl.load(order_ptr + places, mask=places < end, other=0)
         at = out_ptr + entries.to(tl.int64)[None, :] * N + rows[:, None]
         inside = used & (rows < N)[:, None]
         tl.store(at, sums.to(out_ptr.dtype.element_ty), mask=inside)
@@ -104,10 +131,14 @@ def _tile_product(
     SORTED: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Places ``first`` to ``end`` of the order, at most ``TOKENS``, by `TILE.rows` of a weight."""
-    places = first + tl.arange(0, TOKENS)
+    rows, places = first_row + tl.arange(0, TILE.rows), first + tl.arange(0, TOKENS)
     used = places < end
+    order = routing.order
+    # Before the product, so that nothing is waited for behind it; more tokens take all registers.
+    if not SORTED:
+        bias, entries = _load_ends(bias_ptr, order, expert, rows, places, end, N, UP, HAS_BIAS)
     if UP and not SORTED:
-        sources = tl.load(routing.order + places, mask=used, other=0) // TOP_K
+        sources = tl.load(order + places, mask=used, other=0) // TOP_K
     else:
         sources = tl.where(used, places, 0)
     x_at = x_ptr + sources.to(tl.int64) * x_stride
@@ -122,10 +153,9 @@ def _tile_product(
             sums, weight_desc, expert, first_row, x_at, used, x_desc, first,
             N, K, TILE.columns, TILE.stages, SORTED,
         )  # fmt: skip
-    _store(
-        sums, out_ptr, bias_ptr, routing.order, expert, first_row, first, end, N, UP, GATE,
-        HAS_BIAS,
-    )  # fmt: skip
+    if SORTED:
+        bias, entries = _load_ends(bias_ptr, order, expert, rows, places, end, N, UP, HAS_BIAS)
+    _store(sums, out_ptr, bias, entries, first_row, rows, places, end, N, UP, GATE, HAS_BIAS)
 
 
 @triton.jit
@@ -148,6 +178,9 @@ def _experts_kernel(
     HAS_BIAS: tl.constexpr,
     SORTED: tl.constexpr,  # x has a row for each place of the order
     TILE: tl.constexpr,  # ExpertsTile
+    second_ptr,  # the second product's weight, if the first is to ask for some of it
+    ASKING: tl.constexpr,  # Asking
+    LISTED: tl.constexpr,  # a power of two, at least as many as tiles where any ask
     PDL: tl.constexpr,
 ):
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -157,12 +190,22 @@ def _experts_kernel(
     # comes next, if it is few programs, finds all multiprocessors with as much room.
     if UP:
         wait(PDL)
-    expert = tl.load(routing.tiles + tile * 3)
+    elif ASKING.tiles > 0:  # from the last tile on: these were asked for
+        places = tl.arange(0, LISTED)
+        listed = places < tl.num_programs(1)
+        there = tl.load(routing.tiles + places * 3, mask=listed, other=-1) >= 0
+        tile = tl.sum(there.to(tl.int32)) - 1 - tile
+    at = routing.tiles + tl.maximum(tile, 0) * 3
+    expert, first, end = tl.where(tile < 0, -1, tl.load(at)), tl.load(at + 1), tl.load(at + 2)
+    asks = tile < 0
+    if UP and ASKING.tiles > 0:
+        later = tile + ASKING.tiles
+        listed = later < tl.num_programs(1)
+        asks = (expert >= 0) & (tl.load(routing.tiles + later * 3, mask=listed, other=-1) < 0)
     if not UP:
         wait(PDL)
     release(PDL)
     if expert >= 0:
-        first, end = tl.load(routing.tiles + tile * 3 + 1), tl.load(routing.tiles + tile * 3 + 2)
         if TILE.few and end - first <= TILE.few:
             _tile_product(
                 x_ptr, few_desc, weight_desc, codes, bias_ptr, out_ptr, routing, x_stride,
@@ -175,6 +218,10 @@ def _experts_kernel(
                 expert, first_row, first, end, TILE.tokens,
                 N, K, TOP_K, UP, GATE, MXFP4, HAS_BIAS, SORTED, TILE,
             )  # fmt: skip
+    if UP and ASKING.tiles > 0:
+        SHARE: tl.constexpr = ASKING.each // ((PADDED + TILE.rows - 1) // TILE.rows) // 16 * 16
+        share_at = second_ptr.to(tl.int64) + expert.to(tl.int64) * ASKING.each + block * SHARE
+        prefetch_block(share_at, SHARE, asks, PDL)
 
 
 @triton.jit
@@ -264,8 +311,10 @@ def _mix(x_TC: Tensor, routing: Routing, experts: PackedExperts, tiles: Tiles, p
     if tiles[0].bulk:
         x_TC = _sort_rows(x_TC, routing, pdl)
     spec, hidden = experts.spec, x_TC.shape[1]
-    inner = _product(x_TC, weights[0], tensors[-2], routing, spec, tiles[0], pdl)
-    parts = _product(inner, weights[1], tensors[-1], routing, spec, tiles[1], pdl, hidden)
+    asking = _asking(weights[1], spec, routing.chosen.shape[0], pdl)
+    layer = (routing, spec, asking, pdl)
+    inner = _product(x_TC, weights[0], tensors[-2], tiles[0], *layer, second=weights[1])
+    parts = _product(inner, weights[1], tensors[-1], tiles[1], *layer, hidden=hidden)
     return combine(parts, routing, pdl)
 
 
@@ -283,11 +332,13 @@ def _product(
     x_TK: Tensor,
     weight: Codes | Tensor,  # [E, N, K]
     bias_N: Tensor | None,
+    tile: ExpertsTile,
     routing: Routing,
     spec: ExpertsSpec,
-    tile: ExpertsTile,
+    asking: Asking,
     pdl: bool,
-    hidden: int = 0,  # outputs of an expert's second product; 0: this is the first
+    second: Codes | Tensor | None = None,  # the other product's weight, where this is the first
+    hidden: int = 0,  # outputs of an expert, where this is the second
 ) -> Tensor:
     codes = weight if isinstance(weight, Codes) else None
     n, k = hidden or 2 * spec.width, x_TK.shape[1]
@@ -302,8 +353,10 @@ def _product(
     _experts_kernel[(triton.cdiv(n, tile.rows), routing.tiles.shape[0])](
         x_TK, x_desc, few_desc, weight_desc, codes, bias_N, out_TN, routing,
         x_TK.stride(0), N=n, K=k, TOP_K=spec.top_k, UP=not hidden, GATE=GATES[spec.activation],
-        MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile, PDL=pdl,
-        num_warps=tile.warps, launch_pdl=pdl,
+        MXFP4=codes is not None, HAS_BIAS=bias_N is not None, SORTED=tile.bulk, TILE=tile,
+        second_ptr=second.words if isinstance(second, Codes) else None, ASKING=asking,
+        LISTED=triton.next_power_of_2(most_tiles(STREAMED_ROWS, spec, tile.tokens)),
+        PDL=pdl, num_warps=tile.warps, launch_pdl=pdl,
     )  # fmt: skip
     return out_TN
 

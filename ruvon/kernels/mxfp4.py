@@ -207,6 +207,7 @@ def multiply_mxfp4(
     first_block = expert * BLOCKS + first_row // ROWS
     groups, rows = tl.arange(0, BLOCK_K // GROUP), first_row + tl.arange(0, sums.shape[0])
     scales_at = codes.scales + expert.to(tl.int64) * GROUPS * BLOCKS * ROWS + rows[None, :]
+    factor = tl.load(codes.factors + expert)
     for k in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         w = _rows(words_desc.load([first_block, k // GROUP * LINES, 0]))
         group = k // GROUP + groups
@@ -227,4 +228,4 @@ def multiply_mxfp4(
         sums = tl.dot(weight, x, sums, input_precision="ieee")
         if tl.bfloat16 == DTYPE and not OVERLAP:
             sums = _wait_for(sums)
-    return sums * tl.load(codes.factors + expert)
+    return sums * factor

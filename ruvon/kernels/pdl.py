@@ -44,6 +44,29 @@ def wait(PDL: tl.constexpr):
 
 
 @triton.jit
+def prefetch_block(pointer, num_bytes, wanted, PDL: tl.constexpr):
+    """Ask for so many bytes, a multiple of 16, to be brought into L2, if ``wanted``: by one thread,
+    in one instruction."""
+    if PDL:
+        tl.inline_asm_elementwise(
+            """{
+            .reg .pred asks;
+            .reg .u32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 asks, thread, 0;
+            setp.ne.and.u32 asks, $3, 0, asks;
+            @asks cp.async.bulk.prefetch.L2.global [$1], $2;
+            mov.u32 $0, 0;
+            }""",
+            "=r,l,r,r",
+            [pointer.to(tl.int64), num_bytes, wanted.to(tl.int32)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def prefetch(pointers, num_bytes, PDL: tl.constexpr):
     """Ask for ``num_bytes`` from each of these addresses to be brought into L2; a null pointer
     asks for nothing. Both must be multiples of 16."""

@@ -4,10 +4,12 @@ interpreter (float32 only) where there is none."""
 import pytest
 import torch
 
+from ruvon.kernels import experts as module
 from ruvon.kernels.expert_tiles import ExpertsTile
 from ruvon.kernels.expert_weights import pack_experts
-from ruvon.kernels.experts import experts
+from ruvon.kernels.experts import Asking, experts
 from ruvon.kernels.ops import Dense, Experts, ExpertsSpec, Mxfp4
+from ruvon.kernels.pdl import supports_pdl
 from ruvon.kernels.reference import make_torch_ops
 from ruvon.kernels.reference import route as plain_route
 from ruvon.kernels.routing import route
@@ -18,6 +20,7 @@ pytestmark = pytest.mark.usefixtures("triton_device", "seeded")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
+PDL = supports_pdl(DEVICE)
 TOLERANCES = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 1.6e-2}
 
 
@@ -104,6 +107,19 @@ def test_tiles_of_few_tokens(dtype, weight, bulk):
     x = torch.randn(36, 64, device=DEVICE).to(dtype)
     tile = ExpertsTile(32, 64, 64, 2, bulk=bulk, few=16)
     check(spec, layer, random_dense(4, 64), bias, x, dtype, (tile, tile))
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 20])
+@pytest.mark.parametrize("asking", [1, 3, 100])
+def test_what_is_asked_for_comes_first(dtype, monkeypatch, tokens, asking):
+    """The second product begins with the last tiles, of which there are fewer than may be."""
+    spec = ExpertsSpec(9, 2, 32, "swiglu_clamped")
+    layer, router = make_layer(spec, 64, random_mxfp4), random_dense(9, 64)
+    x = torch.randn(tokens, 64, device=DEVICE).to(dtype)
+    monkeypatch.setattr(module, "_asking", lambda *_: Asking(0, 0))
+    plain = check(spec, layer, router, None, x, dtype, pdl=PDL)
+    monkeypatch.setattr(module, "_asking", lambda *_: Asking(asking, 64 * 32 // 2))
+    assert torch.equal(check(spec, layer, router, None, x, dtype, pdl=PDL), plain)
 
 
 @pytest.mark.parametrize("tokens", [3, 20])
