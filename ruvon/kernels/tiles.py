@@ -22,9 +22,9 @@ def choose_tile(m: int, weight: Packed, gated: bool, dtype: torch.dtype) -> Tile
     rows = 16 if m <= 16 else 32 if m <= 32 else 64
     if n >= LARGE or gated:
         return Tile(rows, 64, 128, 4 if gated else 6)
-    ahead = 256 if n * k < 10 << 20 else 0
+    ahead = 256 if n * k < 10 << 20 or rows == 64 else 512
     if 2816 < n <= 4096 and k >= 2048 and rows < 64:  # tiles for half of the multiprocessors
-        return Tile(rows, 64, 128, 6, 2, ahead=256)
+        return Tile(rows, 64, 128, 6, 2, ahead=ahead)
     if n > 2816:
         return Tile(rows, 64, 128, 6, ahead=ahead)
     return small_tile(rows, n, k)._replace(ahead=ahead)
