@@ -11,6 +11,7 @@ from ruvon.kernels import (
     attention,
     codes,
     decode,
+    digits,
     embed,
     experts,
     gemv,
@@ -27,8 +28,8 @@ from ruvon.kernels import (
 )
 
 MODULES = (
-    activation, all_gather, all_reduce, attention, codes, decode, embed, experts, gemv, gemv_codes,
-    kv, matmul, norm, norm_routing, prefill, routing, sample, split_k, staging,
+    activation, all_gather, all_reduce, attention, codes, decode, digits, embed, experts, gemv,
+    gemv_codes, kv, matmul, norm, norm_routing, prefill, routing, sample, split_k, staging,
 )  # fmt: skip
 
 
