@@ -247,7 +247,7 @@ def _decode_kernel(
     if not FUSED:
         wait(PDL)
     # If FUSED, everything up to the wait is older than this step's model: see ruvon.kernels.pdl.
-    # Behind it each load that needs another's result costs half a microsecond, so few are.
+    # Behind it every trip to memory is waited for, so what can be looked up is looked up here.
     token = tl.load(index.query_starts + s).to(tl.int64)
     queries = tl.load(index.query_starts + s + 1) - token
     present = tl.where(queries == 1, token, 0)  # padding's may be no token's place
