@@ -195,6 +195,11 @@ def test_penalties_follow_their_definitions():
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
+def test_scores_around_zero_get_less_likely_too():
+    found = penalized(torch.tensor([0.5, 0.0, -0.5, 0.5]), [0, 1, 2], 1, repetition_penalty=2.0)
+    np.testing.assert_allclose(found, [0.25, 0.0, -1.0, 0.5])
+
+
 def test_penalties_leave_an_output_that_is_empty_alone():
     logits_V = some_logits(1, 50)[0]
     found = penalized(logits_V, [1, 2], 2, frequency_penalty=1.0, presence_penalty=1.0)
