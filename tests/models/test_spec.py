@@ -246,6 +246,7 @@ def test_architecture_by_model_type():
         ({"architectures": ["BertModel"]}, "architecture 'BertModel' is not supported"),
         ({}, "architecture None"),
         ({**LLAMA, "hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({**EXPERTS, "model_type": "qwen3_moe", "decoder_sparse_step": 2}, "decoder_sparse_step 2"),
         ({**LLAMA, "rope_scaling": {"rope_type": "longrope"}}, "RoPE scaling 'longrope'"),
         ({**LLAMA, "rope_scaling": {"rope_type": "linear"}}, "'linear' lacks 'factor'"),
         ({**LLAMA, "rope_scaling": {"factor": 2.0}}, "a factor, but no rope_type"),
