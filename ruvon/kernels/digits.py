@@ -32,6 +32,12 @@ class Digits(NamedTuple):
 
 
 @triton.jit
+def _larger(a, b):
+    """What is no number is the largest: else a row would come out as if it were not there."""
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _quantize_kernel(
     x_ptr, residual_ptr, gain_ptr, shift_ptr, total_ptr, digits_ptr, tables_ptr,
     K, x_stride, num_digits, num_units, eps,
@@ -59,7 +65,7 @@ def _quantize_kernel(
         wide = normalize(x, gain, shift, inside, K, eps, NORM == 2).to(x.dtype).to(tl.float32)
     UNITS: tl.constexpr = BLOCK_K // WIDTH
     wide = tl.reshape(wide, (UNITS, WIDTH))
-    most = tl.maximum(tl.max(tl.abs(wide), axis=1), 1e-30)
+    most = _larger(tl.reduce(tl.abs(wide), 1, _larger), 1e-30)
     whole = tl.floor(wide * (32512.0 / most)[:, None] + 0.5).to(tl.int32)
     high = (whole + 128) >> 8
     units = part * UNITS + tl.arange(0, UNITS)

@@ -84,6 +84,16 @@ def test_rows_longer_than_a_plain_weights_may_be(ops, dtype, kind):
     assert_near(ops.linear(x, packed, None, "none"), expected, dtype)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered in cast")  # numpy's, interpreting
+@pytest.mark.parametrize("kind", ["int8", "int4"])
+def test_a_row_with_what_is_no_number_has_no_product(ops, dtype, kind):
+    x, packed = randn(2, 96, dtype=dtype), ops.pack(CODES[kind](34, 96))
+    x[1, 40] = float("nan")
+    whole, broken = ops.linear(x, packed, None, "none")
+    assert whole.isfinite().all()
+    assert broken.isnan().all()
+
+
 @pytest.mark.parametrize("kind", CODES)
 def test_rows_of_codes(ops, dtype, kind):
     weight = CODES[kind](70, 160)
