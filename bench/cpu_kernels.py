@@ -1,6 +1,6 @@
 """What each kernel of a CPU step costs, next to what the machine could do.
 
-    python bench/cpu_kernels.py [--threads 2] [--model FILE] [--json FILE]
+    python bench/cpu_kernels.py [--threads 2] [--cpu-isa avx2] [--model FILE] [--json FILE]
     python bench/cpu_kernels.py --model gpt2/config.json --load-format dummy --dtype bfloat16
 
 For decodes of 1 to 32 sequences and for a prompt of 512 tokens: milliseconds a step spends in each
@@ -37,6 +37,7 @@ PAGE, CONTEXT, PROMPT = 16, 200, 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--cpu-isa", help="Instead of the best that this CPU has.")
     parser.add_argument("--model", default=None)
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--dtype", default="auto", help="of weights that are not quantized")
@@ -51,7 +52,8 @@ def main() -> None:
         quantization=args.quantization,
     )
     dense = None if args.dtype == "auto" else getattr(torch, args.dtype)
-    kernels = CpuKernels(args.threads, dense_dtype=dense, cores=cores_to_pin(args.threads, "auto"))
+    cores = cores_to_pin(args.threads, "auto")
+    kernels = CpuKernels(args.threads, dense_dtype=dense, isa=args.cpu_isa, cores=cores)
     ceilings = measure_ceilings()
     print(f"{kernels.ops.name}, {args.threads} threads; torch ", end="")
     print(f"reads {ceilings['GB/s']:.1f} GB/s, ", end="")
