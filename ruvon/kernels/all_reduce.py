@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ruvon.kernels.mailboxes import Mailboxes, receive, seal, send
-from ruvon.kernels.norm import normalize
+from ruvon.kernels.norm import load_norm, normalize
 from ruvon.kernels.pdl import release, wait
 
 ONE_SHOT_BYTES = 256 << 10  # of all rows; on more than two ranks two-shot is faster from there on
@@ -52,12 +52,7 @@ def _sum_kernel(
     BITS: tl.constexpr = boxes[0].dtype.element_ty
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
-    weight = tl.zeros([BLOCK], tl.float32)
-    if NORM:
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    bias = weight
-    if CENTERED:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight, bias = load_norm(weight_ptr, bias_ptr, columns, inside)
     wait(PDL)
     turn = tl.load(turns_ptr + program)
     first = turn * SIZE * SENDER + program * ROOM + columns  # of what the first rank has sent

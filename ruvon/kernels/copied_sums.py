@@ -23,7 +23,7 @@ from torch import Tensor
 from ruvon.kernels.all_reduce import LARGEST_ROW
 from ruvon.kernels.mailboxes import Mailboxes, receive, seal, send, share_memory
 from ruvon.kernels.mesh import Product, Store
-from ruvon.kernels.norm import Norm, normalize
+from ruvon.kernels.norm import Norm, load_norm, normalize
 
 MOST_RANKS = 2
 """Each sends all it has to all others: of more ranks those are more bytes than NCCL sends."""
@@ -82,12 +82,7 @@ def _add_up_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
     at = tl.program_id(0).to(tl.int64) * num_columns + columns
-    weight = tl.zeros([BLOCK], tl.float32)
-    if NORM:
-        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    bias = weight
-    if CENTERED:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight, bias = load_norm(weight_ptr, bias_ptr, columns, inside)
     mine = tl.load(x_ptr + at, mask=inside, other=0.0)
     residual = mine
     if HAS_RESIDUAL:

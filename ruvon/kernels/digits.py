@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ruvon.kernels.norm import Norm, normalize
+from ruvon.kernels.norm import Norm, load_norm, normalize
 from ruvon.kernels.pdl import release, wait
 
 SLICE = 2048  # columns of one program
@@ -49,12 +49,7 @@ def _quantize_kernel(
     row, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
     columns = part * BLOCK_K + tl.arange(0, BLOCK_K)
     inside = columns < K
-    gain = tl.zeros([BLOCK_K], tl.float32)
-    shift = gain
-    if NORM > 0:
-        gain = tl.load(gain_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORM == 2:
-        shift = tl.load(shift_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    gain, shift = load_norm(gain_ptr, shift_ptr, columns, inside)
     wait(PDL)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     if HAS_RESIDUAL:

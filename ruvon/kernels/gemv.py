@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ruvon.kernels.activation import KINDS, activate
 from ruvon.kernels.gemv_codes import GemvTile, gemv_codes
-from ruvon.kernels.norm import Norm
+from ruvon.kernels.norm import Norm, load_norm
 from ruvon.kernels.ops import GATED, Activation, Packed
 from ruvon.kernels.pdl import release, wait
 
@@ -63,12 +63,7 @@ def _gemv_kernel(
         bias = tl.load(bias_ptr + outputs, mask=used, other=0.0).to(tl.float32)
         if GATED:
             up_bias = tl.load(bias_ptr + N + outputs, mask=used, other=0.0).to(tl.float32)
-    gain = tl.zeros([BLOCK_K], tl.float32)
-    shift = gain
-    if NORM > 0:
-        gain = tl.load(norm_weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    if NORM == 2:
-        shift = tl.load(norm_bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    gain, shift = load_norm(norm_weight_ptr, norm_bias_ptr, columns, inside)
     wait(PDL)
     for row in tl.static_range(ROWS):
         x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)

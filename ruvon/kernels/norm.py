@@ -39,10 +39,7 @@ def _norm_kernel(
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     inside = columns < num_columns
-    weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    bias = weight
-    if CENTERED:
-        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    weight, bias = load_norm(weight_ptr, bias_ptr, columns, inside)
     wait(PDL)
     x = tl.load(x_ptr + row * x_stride + columns, mask=inside, other=0.0)
     at = row * num_columns + columns
@@ -51,6 +48,18 @@ def _norm_kernel(
         tl.store(total_ptr + at, x, mask=inside)
     normed = normalize(x, weight, bias, inside, num_columns, eps, CENTERED)
     tl.store(normed_ptr + at, normed.to(normed_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def load_norm(weight_ptr, bias_ptr, columns, inside):
+    """(weight, bias) in float32, for `normalize`; where there is no such pointer anything."""
+    weight = tl.zeros(columns.shape, tl.float32)
+    if weight_ptr is not None:
+        weight = tl.load(weight_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    bias = weight
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    return weight, bias
 
 
 @triton.jit
