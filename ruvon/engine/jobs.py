@@ -58,11 +58,11 @@ class Jobs:
             )
         if job.sampling is not self._valid:  # a request's jobs share theirs
             check_sampling(job.sampling, self._vocab_size)
-            self.check_grammar(job.sampling.grammar)
+            self._check_grammar(job.sampling.grammar)
             self._valid = job.sampling
         check_length(len(job.prompt), job.sampling.max_tokens, self._max_model_len, job.param)
 
-    def check_grammar(self, grammar: Grammar | None) -> None:
+    def _check_grammar(self, grammar: Grammar | None) -> None:
         """Raises `RequestError` for one where none can be had."""
         if grammar is not None and not self._has_grammars:
             raise RequestError("This engine has no grammars.", grammar.param)
