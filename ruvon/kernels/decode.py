@@ -294,16 +294,18 @@ def _decode_kernel(
 
 
 def decode_tile(share: int, block_d: int, programs: int) -> DecodeTile:
-    """As measured on an H100. More keys or stages need more registers, and then fewer programs
-    share a multiprocessor: of many that multiply, a warp each with few keys is fastest. Programs
-    that all start at once ask for their keys before they wait; of more, each would ask for what it
-    is about to read anyway, which costs a tenth."""
-    few = programs <= PROGRAMS
-    if share > 1 and few and block_d <= 64:
+    """As measured on an H100. More keys or stages need more registers, and so do fewer warps, but
+    these have less to add up between them: of many programs that multiply, a warp each with few
+    keys is fastest, of fewer two. Programs that all start at once ask for their keys before they
+    wait; of more, each would ask for what it is about to read anyway, which costs a tenth."""
+    few, narrow, many = programs <= PROGRAMS, block_d <= 64, programs / PROGRAMS
+    if share > 1 and few and narrow:
         return DecodeTile(128, 4, 2)
-    if share > 1 and programs > 3 * PROGRAMS and block_d <= 64:
+    if share > 1 and narrow and many > 3:
         return DecodeTile(16, 1, 3, ask=False)
-    if share == 1 and programs > 6 * PROGRAMS and block_d <= 64:
+    if share > 1 and block_d <= 128 and many > (2.5 if narrow else 1):
+        return DecodeTile(64, 2, 2, ask=False)
+    if share == 1 and narrow and many > 8:
         return DecodeTile(32, 4, 3, ask=False)
     return DecodeTile(64 if block_d <= 128 else 32, 4, 2, ask=few)
 

@@ -33,6 +33,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 CPU = torch.device("cpu")
 PAGE, BLOCKS = 16, 40
 
+NUM_EXPERTS = 5
 SHAPE = {
     "vocab_size": 101,
     "num_hidden_layers": 2,
@@ -60,7 +61,7 @@ FAMILIES = {
     "Qwen3MoeForCausalLM": SHAPE
     | {
         "model_type": "qwen3_moe",
-        "num_experts": 5,
+        "num_experts": NUM_EXPERTS,
         "num_experts_per_tok": 2,
         "moe_intermediate_size": 96,
         "norm_topk_prob": True,
@@ -69,7 +70,7 @@ FAMILIES = {
     | {
         "model_type": "gpt_oss",
         "attention_bias": True,
-        "num_local_experts": 5,
+        "num_local_experts": NUM_EXPERTS,
         "num_experts_per_tok": 2,
         "sliding_window": 24,
         "layer_types": ["sliding_attention"] * 2,
@@ -88,8 +89,11 @@ CASES = [(architecture, head_dim) for architecture in FAMILIES for head_dim in H
 CASES += [("Gemma3ForCausalLM", 256)] if GPU else []  # what its models have
 
 
-def config_of(architecture, head_dim):
+def config_of(architecture, head_dim, scheme="none"):
+    """With codes, a mixture asks all of its experts: their rounding could tip a choice."""
     shape = FAMILIES[architecture] | {"architectures": [architecture]}
+    if scheme != "none" and "num_experts_per_tok" in shape:
+        shape["num_experts_per_tok"] = NUM_EXPERTS
     if architecture == "GPT2LMHeadModel":
         return shape | {"n_embd": 3 * head_dim, "n_head": 3}
     return shape | {
@@ -120,7 +124,8 @@ class Weighty(RandomTensors):
 
 
 def build(architecture, head_dim, ops, scheme="none", mesh=ALONE):
-    spec, family = spec_from_config(config_of(architecture, head_dim)), MODELS[architecture]
+    spec = spec_from_config(config_of(architecture, head_dim, scheme))
+    family = MODELS[architecture]
     source = Weighty(Path("tiny"), 0, torch.float32, mxfp4=architecture == "GptOssForCausalLM")
     weights = Weights(
         source=source,

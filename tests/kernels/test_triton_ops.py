@@ -305,13 +305,13 @@ def test_decode_in_one_launch(ops, dtype, heads, groups, dim, page, contexts, wi
     assert torch.equal(v_cache, expected_v)
 
 
-@pytest.mark.parametrize("programs", [500, 2000])
-def test_decode_as_for_many_sequences(ops, dtype, monkeypatch, programs):
+@pytest.mark.parametrize(("programs", "dim"), [(500, 64), (700, 64), (2000, 64), (500, 128)])
+def test_decode_as_for_many_sequences(ops, dtype, monkeypatch, programs, dim):
     """With the tiles that so many programs would have."""
-    tile = decode.decode_tile(3, 64, programs)
+    tile = decode.decode_tile(3, dim, programs)
     monkeypatch.setattr(decode, "decode_tile", lambda *shape: tile)
     for window in (0, 20):
-        test_decode_in_one_launch(ops, dtype, 6, 2, 64, 16, (1, 16, 17, 300), window, False)
+        test_decode_in_one_launch(ops, dtype, 6, 2, dim, 16, (1, 16, 17, 300), window, False)
 
 
 def test_the_workspace_holds_any_split():
