@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
-import ruvon
 from ruvon.engine.ranks.channel import Channel, Kind
 from ruvon.engine.ranks.ring import NUMBER, PlanRing, own_memory
 from ruvon.engine.resources import cores
@@ -82,7 +81,7 @@ def start_process(rank: int, store: int, environment: Mapping[str, str]) -> Rank
     which ranks find each other."""
     ours, theirs = socket.socketpair()
     read_end, write_end = os.pipe()
-    folder = str(Path(ruvon.__file__).parents[1])  # wherever this one was found
+    folder = str(Path(__file__).parents[3])  # wherever this one was found
     path = os.pathsep.join(filter(None, (folder, os.environ.get("PYTHONPATH"))))
     inherited = (theirs.fileno(), read_end, store)
     arguments = [str(rank), *map(str, inherited)]
