@@ -1,10 +1,12 @@
 """The command line: options, errors, and the commands that talk to a server."""
 
 import json
+import signal
 import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
@@ -13,8 +15,10 @@ from rich.console import Console
 
 from ruvon.cli import main
 from ruvon.cli.answers import Remote, Usage
+from ruvon.cli.bench import address
 from ruvon.cli.chat import Conversation, Printer, obey, read_message, run
 from ruvon.cli.client import Client
+from ruvon.cli.process import importing
 from ruvon.config import EngineConfig, ServerConfig, kinds, variable
 from ruvon.deltas import Delta
 from ruvon.errors import PeerError
@@ -119,6 +123,82 @@ def test_no_summary_of_a_command_is_cut(group):
     commands = invoke(*group, "--help").output.partition("Commands:")[2]
     assert commands
     assert "..." not in commands
+
+
+STREAMS = """
+import sys
+from ruvon.cli.process import open_closed_streams
+open_closed_streams()
+assert sys.stdin.read() == ""
+print("lost")
+print("lost", file=sys.stderr)
+assert [one.fileno() for one in (sys.stdin, sys.stdout, sys.stderr)] == [0, 1, 2]
+"""
+
+
+def test_closed_streams_are_the_null_device():
+    shut = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", sys.executable, "-c", STREAMS]
+    assert subprocess.run(shut).returncode == 0
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no full device")
+@pytest.mark.parametrize("arguments", [["--help"], ["doctor", "--list"]])
+def test_a_full_disk_is_told_in_a_line(arguments):
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "ruvon", *arguments]
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1
+    assert done.stderr == "Error: [Errno 28] No space left on device\n"
+
+
+def test_an_interrupt_ends_imports_at_once():
+    before = signal.getsignal(signal.SIGINT)
+    assert before is signal.default_int_handler
+    with importing():
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_an_interrupt_that_is_ignored_stays_so_during_imports():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with importing():
+            assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:8000", "localhost:8000", "ftp://a", "http://", "http://[::1",
+        "http://a:89111", "http://a:b", "http://a:0", "http://a?b=c", "http://a#b",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["models", "--url"], ["complete", "Hello", "--url"], ["chat", "--url"],
+        ["bench", "serve", "--url"], ["record"], ["doctor"],
+    ],
+)  # fmt: skip
+def test_what_is_no_url_of_a_server_is_told_so(command, url):
+    result = invoke(*command, url)
+    assert result.exit_code == 2
+    assert f"{url!r} is not a URL like http://127.0.0.1:8000" in result.output
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "meant"),
+    [
+        (None, None, None, "http://127.0.0.1:8000"),
+        (None, "::1", 9, "http://[::1]:9"),
+        ("http://a/v1/", None, None, "http://a"),
+    ],
+)
+def test_the_address_to_bench(url, host, port, meant):
+    assert address(url, host, port) == meant
 
 
 @pytest.mark.parametrize("cls", [EngineConfig, ServerConfig])

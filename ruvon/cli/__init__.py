@@ -6,10 +6,8 @@ only talks to a server starts without them.
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -24,9 +22,11 @@ from ruvon.cli.options import (
     load_engine,
     one_model,
     read_settings,
+    server_url,
     settings,
     writable,
 )
+from ruvon.cli.process import DISK, importing, open_closed_streams
 from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
 from ruvon.config.router import OF_RAY
@@ -39,7 +39,17 @@ Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 class Commands(click.Group):
-    """Turns ruvon's own errors into one line on stderr and exit code 1."""
+    """Turns ruvon's own errors, and a disk's, into one line on stderr and exit code 1."""
+
+    def main(self, *args: Any, **rest: Any) -> Any:
+        open_closed_streams()
+        try:
+            return super().main(*args, **rest)
+        except OSError as error:
+            if error.errno not in DISK:
+                raise
+            click.echo(f"Error: {error}", err=True)
+            sys.exit(1)
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
@@ -128,7 +138,12 @@ def route_command(urls: tuple[str, ...], config: Path | None, **given: Any) -> N
 def source_options(function: Function) -> Function:
     """Options of commands that answer: from a server, or from the engine in process."""
     options = [
-        click.option("--url", envvar="RUVON_URL", help="Ask this server, not a model in process."),
+        click.option(
+            "--url",
+            envvar="RUVON_URL",
+            callback=server_url,
+            help="Ask this server, not a model in process.",
+        ),
         click.option(
             "--api-key",
             envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
@@ -185,7 +200,9 @@ def read_stdin() -> str:
 
 
 @main.command()
-@click.option("--url", envvar="RUVON_URL", help="Ask this server, not the local disk.")
+@click.option(
+    "--url", envvar="RUVON_URL", callback=server_url, help="Ask this server, not the local disk."
+)
 @click.option(
     "--api-key",
     envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
@@ -237,13 +254,13 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
     config = load_engine(given, read_settings(given.pop("config")))
     from rich.console import Console
 
-    from ruvon.verify.table import print_verification
-
+    with importing():
+        from ruvon.verify.table import print_verification
     print_verification(config, requests, tokens, reference, Console())
 
 
 @main.command()
-@click.argument("url", metavar="BASE_URL", required=False)
+@click.argument("url", metavar="BASE_URL", required=False, callback=server_url)
 @click.option(
     "--api-key",
     envvar=["RUVON_API_KEY", "OPENAI_API_KEY"],
@@ -281,17 +298,6 @@ def doctor(
         raise click.UsageError("BASE_URL is missing")
     else:
         print_examination(url, globs, report, console, **options)
-
-
-@contextmanager
-def importing() -> Iterator[None]:
-    """Around imports that take seconds. They make much and drop little, so that the garbage
-    collector takes a seventh of the time for nothing."""
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def build_all(

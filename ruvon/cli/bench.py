@@ -26,9 +26,11 @@ from ruvon.cli.options import (
     load_engine,
     one_model,
     read_settings,
+    server_url,
     settings,
     writable,
 )
+from ruvon.cli.process import importing
 from ruvon.config import EngineConfig
 from ruvon.errors import PeerError
 
@@ -74,8 +76,11 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 
 @bench.command("serve")
 @click.option(
-    "--url", "--base-url", envvar="RUVON_URL", help="The server, instead of --host and --port."
-)
+    "--url", "--base-url",
+    envvar="RUVON_URL",
+    callback=server_url,
+    help="The server, instead of --host and --port.",
+)  # fmt: skip
 @click.option("--host", help="Default: 127.0.0.1.")
 @click.option("--port", type=int, help="Default: 8000.")
 @click.option("--backend", type=click.Choice(["openai", "openai-chat"]), default="openai")
@@ -154,7 +159,8 @@ def address(url: str | None, host: str | None, port: int | None) -> str:
     """The server's, without ``/v1``. Raises click.UsageError where two are named."""
     if url and (host or port):
         raise click.UsageError("--url (or RUVON_URL) and --host, --port name two servers")
-    url = url or f"http://{host or '127.0.0.1'}:{port or 8000}"
+    host = host or "127.0.0.1"
+    url = url or f"http://{f'[{host}]' if ':' in host else host}:{port or 8000}"
     return url.removesuffix("/").removesuffix("/v1")
 
 
@@ -288,9 +294,10 @@ OFFLINE = ("input_len", "output_len", "num_prompts", "n", "output_json", "disabl
 def throughput(config: EngineConfig, own: Mapping[str, Any]) -> dict[str, Any]:
     """Run the prompts through the engine; `vllm bench throughput`'s fields and the output rate."""
     from ruvon.bench import random_prompt
-    from ruvon.engine.types import SamplingParams
-    from ruvon.llm import LLM
 
+    with importing():
+        from ruvon.engine.types import SamplingParams
+        from ruvon.llm import LLM
     rng = random.Random(config.seed)
     prompts = [random_prompt(rng, own["input_len"]) for _ in range(own["num_prompts"])]
     sampling = SamplingParams(temperature=0.0, max_tokens=own["output_len"], ignore_eos=True)

@@ -76,11 +76,9 @@ class Client:
 
     def _connect(self) -> http.client.HTTPConnection:
         parts = urlsplit(self.url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise PeerError(f"{self.url!r} is not a URL like http://127.0.0.1:8000")
         secure = parts.scheme == "https"
         kind = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        return kind(parts.hostname, parts.port, timeout=TIMEOUT)
+        return kind(parts.hostname or "", parts.port, timeout=TIMEOUT)
 
     def _path(self, path: str) -> str:
         base = urlsplit(self.url).path.rstrip("/")

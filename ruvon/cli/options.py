@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import click
 
@@ -125,6 +126,20 @@ FILE_OUT = click.Path(path_type=Path, dir_okay=False, writable=True)
 def first_key(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
     """A client's key, of a variable that it may share with a server that takes several."""
     return (value or "").partition(",")[0].strip() or None
+
+
+def server_url(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Where a server is, with or without a path in front of its own."""
+    if value is None:
+        return None
+    try:
+        parts = urlsplit(value)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:  # a bracket that is not closed, a port that is no number
+        usable = False
+    if not usable or parts.query or parts.fragment:
+        raise click.BadParameter(f"{value!r} is not a URL like http://127.0.0.1:8000", ctx, param)
+    return value
 
 
 def _click_type(kind: Kind) -> Any:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from ruvon.cli.client import Client
-from ruvon.cli.options import first_key
+from ruvon.cli.options import first_key, server_url
 from ruvon.errors import RuvonError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ FIRST = 20  # lines shown of a replay
 
 
 @click.command()
-@click.argument("url", metavar="BASE_URL")
+@click.argument("url", metavar="BASE_URL", callback=server_url)
 @click.option("-o", "--output", type=click.File("wb"), default="-", help="Default: stdout.")
 @click.option(
     "--admin-key",
