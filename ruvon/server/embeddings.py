@@ -24,7 +24,7 @@ from ruvon.server.generation import ignored_header
 from ruvon.server.middleware import FACTS
 from ruvon.server.requests import read_request
 from ruvon.server.schemas import Fields
-from ruvon.server.schemas.base import Timeout
+from ruvon.server.schemas.base import Int, Timeout
 from ruvon.server.schemas.completions import as_prompts
 from ruvon.server.service_responses import Embeddings
 from ruvon.server.state import Service, service_of
@@ -51,7 +51,7 @@ class EmbeddingRequest(Fields):
     model: str | None = None
     input: Texts
     encoding_format: Literal["float", "base64"] | None = None
-    dimensions: Annotated[int, Field(ge=1)] | None = None
+    dimensions: Annotated[Int, Field(ge=1)] | None = None
     pooling: Literal["mean", "last"] | None = None
     timeout: Timeout | None = None
 

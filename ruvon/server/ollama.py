@@ -22,6 +22,7 @@ from ruvon.server.middleware import FACTS, json_response
 from ruvon.server.parsing import parse
 from ruvon.server.requests import bounded, read_request
 from ruvon.server.schemas import ChatRequest, CompletionRequest, Fields, Message, SamplingFields
+from ruvon.server.schemas.base import Int
 from ruvon.server.schemas.chat import Effort
 from ruvon.server.schemas.messages import Parts
 from ruvon.server.schemas.tools import Tools
@@ -45,9 +46,9 @@ class Options(SamplingFields):
     """How tokens are drawn: everybody's words, and Ollama's own."""
 
     UNSERVED = frozenset({"mirostat", "repeat_last_n", "tfs_z"})
-    max_tokens: int | None = Field(default=None, alias="num_predict")
+    max_tokens: Int | None = Field(default=None, alias="num_predict")
     repetition_penalty: float | None = Field(default=None, alias="repeat_penalty")
-    num_ctx: int | None = None
+    num_ctx: Int | None = None
 
 
 class OllamaMessage(Message):

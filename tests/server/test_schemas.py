@@ -7,10 +7,15 @@ from contextlib import nullcontext
 
 import orjson
 import pytest
+from pydantic import ValidationError
 
 from ruvon.errors import RequestError
 from ruvon.server import shape
+from ruvon.server.embeddings import EmbeddingRequest
+from ruvon.server.messages_api.schemas import MessagesRequest, ThinkingParam
+from ruvon.server.ollama import Options as OllamaOptions
 from ruvon.server.parsing import MAX_IGNORED, load, parse
+from ruvon.server.responses_api.schemas import ResponsesRequest
 from ruvon.server.schemas import ChatRequest, CompletionRequest
 from ruvon.server.shape import Bounds, check_shape
 
@@ -30,12 +35,37 @@ def test_null_means_not_given(name):
 
 
 def test_types_are_strict():
-    for fields in ({"n": True}, {"n": 1.0}, {"n": "1"}, {"stream": 1}, {"stop": [1]}):
+    for fields in ({"n": True}, {"n": 1.5}, {"n": "1"}, {"stream": 1}, {"stop": [1]}):
         with pytest.raises(RequestError) as error:
             chat(**fields)
         assert error.value.code == "invalid_type"
     request, _ = chat(temperature=1, stop="x", seed=-(2**63))
     assert (request.temperature, request.stop, request.seed) == (1.0, ["x"], -(2**63))
+
+
+def integers(model):
+    """The names of a model's fields that hold an integer."""
+    for name, spec in model.model_json_schema()["properties"].items():
+        if {"integer"} & {kind.get("type") for kind in spec.get("anyOf", [spec])}:
+            yield name
+
+
+REQUESTS = [
+    ChatRequest, CompletionRequest, MessagesRequest, ThinkingParam, ResponsesRequest,
+    EmbeddingRequest, OllamaOptions,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [(model, name) for model in REQUESTS for name in integers(model)]
+)
+def test_whole_numbers_may_have_a_point(model, name):
+    """As Gson, Lua and Julia write them. What does not fit into 64 bits cannot be sent back."""
+    for value, wrong in ((2.0, False), (2.5, True), (1e30, True)):
+        with pytest.raises(ValidationError) as error:
+            model.model_validate({name: value, "temperature": "no"})
+        found = [each["type"] for each in error.value.errors() if each["loc"] == (name,)]
+        assert found == (["int_type"] if wrong else [])
 
 
 def test_numbers_must_be_finite():

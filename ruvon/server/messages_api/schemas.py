@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Discriminator, Field, Tag, mod
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, Stops, Timeout, as_parts
+from ruvon.server.schemas.base import Fields, Int, Stops, Timeout, as_parts
 from ruvon.server.schemas.tools import ToolName
 
 MAX_TOOLS = 1024
@@ -163,7 +163,7 @@ class ThinkingParam(Fields):
     thinking off as ``disabled`` does."""
 
     type: Literal["enabled", "adaptive", "disabled", "between_tools"]
-    budget_tokens: Annotated[int, Field(ge=1)] | None = None
+    budget_tokens: Annotated[Int, Field(ge=1)] | None = None
     display: Literal["summarized", "omitted"] | None = None
 
     @model_validator(mode="after")
@@ -227,11 +227,11 @@ class PromptFields(Fields):
 class MessagesRequest(PromptFields):
     """``POST /v1/messages``."""
 
-    max_tokens: Annotated[int, Field(ge=0)]
+    max_tokens: Annotated[Int, Field(ge=0)]
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1)] | None = None
     stop_sequences: Stops | None = None
     timeout: Timeout | None = None  # ours
 

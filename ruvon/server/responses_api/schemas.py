@@ -11,7 +11,7 @@ from ruvon.errors import RequestError
 from ruvon.server.fields import EMPTY
 from ruvon.server.responses_api.input import Items
 from ruvon.server.schemas import ConstraintFields, Fields, SamplingFields
-from ruvon.server.schemas.base import Timeout, missing
+from ruvon.server.schemas.base import Int, Timeout, missing
 from ruvon.server.schemas.chat import Effort, Metadata
 
 MAX_TOOLS = 1024
@@ -217,7 +217,7 @@ class TurnFields(ContextFields):
     truncation: Literal["auto", "disabled"] | None = None
     # chat's extensions
     enable_thinking: bool | None = None
-    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
+    thinking_token_budget: Annotated[Int, Field(ge=-1)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
 
 
@@ -227,10 +227,10 @@ Label = Annotated[str, Field(max_length=512)]
 class ResponsesRequest(TurnFields, SamplingFields, ConstraintFields):
     """``POST /v1/responses``."""
 
-    max_output_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_tool_calls: Annotated[int, Field(ge=1)] | None = None
+    max_output_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_tool_calls: Annotated[Int, Field(ge=1)] | None = None
     include: Annotated[list[str], Field(max_length=64)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0)] | None = None
     metadata: Metadata | None = None
     store: bool | None = None
     stream: bool | None = None

@@ -52,6 +52,13 @@ def as_bias(value: object) -> dict[int, float]:
     return bias
 
 
+def as_int(value: object) -> object:
+    """``5.0`` → ``5``: JSON has one kind of number, and some languages write all with a point."""
+    whole = type(value) is float and value.is_integer() and -INT64 <= value < INT64
+    return int(value) if whole else value  # type: ignore[call-overload]
+
+
+Int = Annotated[int, BeforeValidator(as_int)]
 Timeout = Annotated[float, Field(gt=0, le=86_400)]  # seconds
 Text = Annotated[str, Field(min_length=1, max_length=1024)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)]
@@ -94,21 +101,21 @@ class SamplingFields(Fields):
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     logit_bias: Bias | None = None
-    seed: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    seed: Annotated[Int, Field(ge=-INT64, lt=INT64)] | None = None
     stop: Stops | None = None
     # the usual extensions, under vLLM's names
-    top_k: Annotated[int, Field(ge=-1)] | None = None
+    top_k: Annotated[Int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     typical_p: Annotated[float, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
-    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    min_tokens: Annotated[Int, Field(ge=0)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=128)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     include_stop_str_in_output: bool | None = None
     bad_words: Texts | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1)] | None = None
-    priority: Annotated[int, Field(ge=-INT64, lt=INT64)] | None = None
+    priority: Annotated[Int, Field(ge=-INT64, lt=INT64)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
 
 

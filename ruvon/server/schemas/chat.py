@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, missing
+from ruvon.server.schemas.base import Fields, Int, missing
 from ruvon.server.schemas.generation import GenerationFields
 from ruvon.server.schemas.messages import Message
 from ruvon.server.schemas.tools import ToolChoiceField, Tools
@@ -57,19 +57,19 @@ class TemplateFields(Fields):
 class ChatRequest(GenerationFields, TemplateFields):
     """``POST /v1/chat/completions``."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[Int, Field(ge=1)] | None = None
+    max_completion_tokens: Annotated[Int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0)] | None = None
+    top_logprobs: Annotated[Int, Field(ge=0)] | None = None
     tool_choice: ToolChoiceField | None = None
     parallel_tool_calls: bool | None = None
     metadata: Metadata | None = None
     # how much to think, and where to tell it
     reasoning_effort: Effort | None = None
     enable_thinking: bool | None = None
-    thinking_token_budget: Annotated[int, Field(ge=-1)] | None = None
-    thinking_budget: Annotated[int, Field(ge=-1)] | None = None
-    reasoning_budget: Annotated[int, Field(ge=-1)] | None = None
+    thinking_token_budget: Annotated[Int, Field(ge=-1)] | None = None
+    thinking_budget: Annotated[Int, Field(ge=-1)] | None = None
+    reasoning_budget: Annotated[Int, Field(ge=-1)] | None = None
     include_reasoning: bool | None = None
     separate_reasoning: bool | None = None
     reasoning_format: ReasoningFormat | None = None

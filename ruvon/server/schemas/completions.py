@@ -8,6 +8,7 @@ from pydantic import Field, PlainValidator, model_validator
 from pydantic_core import PydanticCustomError
 
 from ruvon.errors import RequestError
+from ruvon.server.schemas.base import Int
 from ruvon.server.schemas.generation import GenerationFields
 
 MAX_PROMPTS = 256
@@ -50,9 +51,9 @@ class CompletionRequest(GenerationFields):
     HARMLESS = frozenset({"metadata", "parallel_tool_calls", "reasoning_effort"})  # chat's
 
     prompt: Prompts
-    max_tokens: Annotated[int, Field(ge=0)] | None = None
-    logprobs: Annotated[int, Field(ge=0)] | None = None
-    best_of: Annotated[int, Field(ge=1, le=128)] | None = None
+    max_tokens: Annotated[Int, Field(ge=0)] | None = None
+    logprobs: Annotated[Int, Field(ge=0)] | None = None
+    best_of: Annotated[Int, Field(ge=1, le=128)] | None = None
     add_special_tokens: bool | None = None
 
     @model_validator(mode="after")

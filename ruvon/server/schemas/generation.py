@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from ruvon.errors import RequestError
-from ruvon.server.schemas.base import Fields, SamplingFields, Timeout, TokenIds
+from ruvon.server.schemas.base import Fields, Int, SamplingFields, Timeout, TokenIds
 from ruvon.server.schemas.constraints import ConstraintFields
 
 RequestId = Annotated[str, Field(pattern=r"^[\x21-\x7e]{1,128}$")]
@@ -24,16 +24,16 @@ class GenerationFields(SamplingFields, ConstraintFields):
     """What completions and chat share besides: what is sent, and how."""
 
     model: str | None = None
-    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    n: Annotated[Int, Field(ge=1, le=128)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0)] | None = None
+    prompt_logprobs: Annotated[Int, Field(ge=0)] | None = None
     logprob_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=128)] | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     return_prompt_text: bool | None = None
     echo: bool | None = None
-    truncate_prompt_tokens: Annotated[int, Field(ge=-1)] | None = None
+    truncate_prompt_tokens: Annotated[Int, Field(ge=-1)] | None = None
     truncation_side: Literal["left", "right"] | None = None
     request_id: RequestId | None = None
     timeout: Timeout | None = None
