@@ -16,7 +16,10 @@ import signal
 import struct
 import sys
 import threading
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher
 
 STACK = 2 << 20  # bytes: less than any thread has in which a grammar is compiled for good
 MEMORY = 512 << 20  # bytes of addresses
@@ -53,7 +56,7 @@ class Bytes:
 
 
 def try_grammars(source: BinaryIO, sink: BinaryIO, vocab_size: int) -> None:
-    """Compile what comes, to its first mask, and tell what was wrong, until nothing comes."""
+    """Compile what comes, take a first step, and tell what was wrong, until nothing comes."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     tokenizer, limits = LLTokenizer(Bytes(vocab_size), slices=[]), LLParserLimits(**LIMITS)
@@ -66,10 +69,18 @@ def try_grammars(source: BinaryIO, sink: BinaryIO, vocab_size: int) -> None:
         )
         error = matcher.get_error()
         if not error:
-            matcher.compute_bitmask()
-            error = matcher.get_error()
+            error = take_a_step(matcher)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answer(sink, error)
+
+
+def take_a_step(matcher: LLMatcher) -> str:
+    """The error of the first mask, or of consuming what it allows, which looks far ahead for what
+    must follow; empty if there is none."""
+    mask = int.from_bytes(matcher.compute_bitmask(), "little")
+    if mask:
+        matcher.consume_token((mask & -mask).bit_length() - 1)
+    return str(matcher.get_error())
 
 
 def answer(sink: BinaryIO, error: str) -> None:

@@ -220,7 +220,7 @@ class Matchers:
                 matching = self._matchings[seq_id]
                 tokens[place] = matching.accept(tokens[place][0])
                 if not tokens[place]:
-                    errors[seq_id] = REFUSED
+                    errors[seq_id] = why_refused(matching.matcher)
                 elif not matching.matcher.is_stopped():
                     continue
                 elif matching.matcher.is_error():  # which is also one that has stopped
@@ -263,6 +263,13 @@ class Masks:
 def with_grammar(rows: Iterable[SamplingRow]) -> dict[int, SamplingRow]:
     """Those rows of a step that have one, by their places."""
     return {i: row for i, row in enumerate(rows) if row.sampling.grammar is not None}
+
+
+def why_refused(matcher: LLMatcher) -> str:
+    """Why it has not consumed a token: whoever sampled is at fault, or the grammar, behind whose
+    token the library looked too far ahead for what must follow."""
+    error = matcher.get_error()
+    return REFUSED if not error or "satisfy the grammar" in error else EXHAUSTED
 
 
 def allow(mask_W: Ints, token: int) -> None:

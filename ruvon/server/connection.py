@@ -83,7 +83,7 @@ class Connection(web.RequestHandler):
                 raise ConnectionError
             response = error_response(exc if isinstance(exc, Exception) else RuntimeError(message))
         else:
-            reason = (message or "").partition("\n")[0].rstrip(":")[:200] or "not HTTP"
+            reason = (message or "").partition("\n")[0].rstrip(":.")[:200] or "not HTTP"
             log.info("malformed_request", status=status, reason=reason, remote=request.remote)
             error = RequestError(f"Malformed HTTP request: {reason}.", None, "malformed_request")
             response = error_response(error)

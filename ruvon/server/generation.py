@@ -15,6 +15,7 @@ from aiohttp import web
 from ruvon.deltas import Delta, FinishReason
 from ruvon.engine.detokenizer import Detokenizer, MakeParser
 from ruvon.engine.draw import NOTHING_LEFT
+from ruvon.engine.matching import EXHAUSTED
 from ruvon.engine.stream import Stream
 from ruvon.engine.types import Emission, Job
 from ruvon.errors import GenerationError, RequestError, ShuttingDownError
@@ -180,10 +181,14 @@ def cache_headers(num_prompt: int, num_cached: int) -> dict[str, str]:
     return {"X-Ruvon-Prompt-Tokens": str(num_prompt), "X-Ruvon-Cached-Tokens": str(num_cached)}
 
 
+REQUESTS_FAULT = {NOTHING_LEFT: "no_token_left", EXHAUSTED: "grammar_too_costly"}
+"""The codes of errors that a request has brought upon itself."""
+
+
 def check_end(finish: FinishReason | None, error: str | None) -> None:
     """Raise for a completion that did not come to its end."""
-    if finish == "error" and error == NOTHING_LEFT:
-        raise RequestError(f"{NOTHING_LEFT[0].upper()}{NOTHING_LEFT[1:]}.", None, "no_token_left")
+    if finish == "error" and error in REQUESTS_FAULT:
+        raise RequestError(f"{error[0].upper()}{error[1:]}.", None, REQUESTS_FAULT[error])
     if finish == "error":
         raise GenerationError(error or "This completion could not be computed.")
     if finish == "abort":

@@ -128,7 +128,7 @@ def check_size(num_characters: int, service: Service, param: str) -> None:
     limit = service.max_model_len
     if num_characters > limit and num_characters > limit * service.tokenizer.longest:
         raise ContextLengthError(
-            f"This model's maximum context length is {limit} tokens. However, your {param} has"
-            f" {num_characters} characters. Please reduce the length of the {param}.",
+            f"This model's maximum context length is {limit} tokens. However, your {param}"
+            f" resulted in {num_characters} characters. Please reduce the length of the {param}.",
             param,
         )

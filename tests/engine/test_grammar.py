@@ -21,7 +21,7 @@ from ruvon.engine.engine import Engine
 from ruvon.engine.grammar import Grammars
 from ruvon.engine.grammar_errors import MOST_TRIALS
 from ruvon.engine.loop import EngineLoop
-from ruvon.engine.matching import Matchers, Matching, withhold
+from ruvon.engine.matching import EXHAUSTED, REFUSED, Matchers, Matching, withhold
 from ruvon.engine.preparation import NotCompiledError
 from ruvon.engine.types import Job, SamplingParams, SamplingRow, StepResult
 from ruvon.errors import RequestError, UnavailableError
@@ -302,8 +302,29 @@ def test_a_token_that_was_not_allowed_fails_its_sequence_alone(matchers):
     sampled = StepResult(((98,), (5,), (97,)), (None,) * 3)
     result = matchers.accept([7, 8, 9], masks, sampled)
     assert result.tokens == ((), (5,), (97, 98))  # one is forced
-    assert [*result.errors] == [7]
+    assert result.errors == {7: REFUSED}
     assert not result.ended
+
+
+def test_a_token_behind_which_a_grammar_is_too_costly_fails_its_sequence_alone(matchers):
+    """Not by the words for one that was not allowed; what must follow the third is looked for."""
+    sampling = SamplingParams(grammar=grammars.regex("[ab][ab][ab]c{200000}"))
+    first, second = (SamplingRow(seq_id, sampling, [1], 1, 0) for seq_id in (7, 8))
+    second.sampling = SamplingParams(grammar=grammars.regex("ab"))
+    for _ in range(2):
+        masks = matchers.begin({0: first})
+        result = matchers.accept([7], masks, StepResult(((97,),), (None,)))
+        assert (result.tokens, result.errors) == (((97,),), {})
+        first.history += [97]
+    masks = matchers.begin({0: first, 1: second})
+    result = matchers.accept([7, 8], masks, StepResult(((97,), (97,)), (None,) * 2))
+    assert (result.tokens, result.errors) == (((), (97, 98)), {7: EXHAUSTED})
+
+
+@pytest.mark.parametrize("text", ["/a{200000}/", '"a"~300000', "/(ab){200000}/", "/ba{200000}c/"])
+def test_a_grammar_that_cannot_take_a_step_is_refused(compiler, text):
+    with pytest.raises(RequestError, match="Invalid grammar for p"):
+        compiler.hold(Grammar(text, param="p"))
 
 
 def test_a_grammar_that_does_not_compile_any_more_fails_its_sequence_alone(matchers):

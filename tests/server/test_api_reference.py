@@ -17,6 +17,7 @@ from ruvon.server.chat import BUDGETS
 from ruvon.server.decisions import DecisionRequest
 from ruvon.server.embeddings import EmbeddingRequest
 from ruvon.server.fields import HARMLESS, INSTEAD, UNSERVED
+from ruvon.server.generation import REQUESTS_FAULT
 from ruvon.server.messages_api.schemas import MessagesRequest
 from ruvon.server.ollama import OllamaRequest
 from ruvon.server.parsing import parse
@@ -200,7 +201,7 @@ def test_every_endpoint_is_listed():
 
 
 def test_every_code_is_listed():
-    codes = {
+    codes = set(REQUESTS_FAULT.values()) | {
         value.code
         for value in vars(errors).values()
         if isinstance(value, type) and isinstance(getattr(value, "code", None), str)

@@ -11,6 +11,7 @@ from serving import Fails, ScriptRunner
 
 from ruvon.config import ServerConfig
 from ruvon.engine.draw import NOTHING_LEFT
+from ruvon.engine.matching import EXHAUSTED
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -241,12 +242,15 @@ async def test_a_failing_first_step_has_a_status(serve, stream):
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_request_that_rules_out_every_token_is_the_client_s_fault(serve, stream):
+@pytest.mark.parametrize(
+    ("error", "code"), [(NOTHING_LEFT, "no_token_left"), (EXHAUSTED, "grammar_too_costly")]
+)
+async def test_what_a_request_s_own_bounds_make_impossible_is_its_fault(serve, stream, error, code):
     server = await serve()
-    server.fake.errors[0] = NOTHING_LEFT
+    server.fake.errors[0] = error
     reply = await server.chat(stream=stream)
-    assert (reply.status, reply.error["code"]) == (400, "no_token_left")
-    assert reply.error["message"].startswith("No token is left: ")
+    assert (reply.status, reply.error["code"]) == (400, code)
+    assert reply.error["message"].lower() == f"{error}."
     server.assert_idle()
 
 
