@@ -61,7 +61,8 @@ def tell_address(
             console.print(f"  {'a page':<10} {page}")
         console.print()
     else:
-        log.info("listening", url=url, port=port, speaks=list(dialects))
+        where = {"url": url} if server.uds else {"url": url, "port": port}
+        log.info("listening", **where, speaks=list(dialects))
 
 
 @contextmanager

@@ -55,8 +55,8 @@ async def listen(
 
 
 async def listen_unix(runner: web.AppRunner, path: str) -> None:
-    """Take connections on a Unix socket; what lay there before is gone. Whoever may write to it may
-    connect: it is made for its owner alone.
+    """Take connections on a Unix socket. Whoever may write to it may connect: it is made for its
+    owner alone.
 
     Raises:
         ConfigError: there can be no socket.
@@ -64,8 +64,7 @@ async def listen_unix(runner: web.AppRunner, path: str) -> None:
     sock = socket.socket(socket.AF_UNIX)
     try:
         with suppress(FileNotFoundError):
-            if stat.S_ISSOCK(os.stat(path).st_mode):
-                os.unlink(path)
+            remove_left_socket(path)
         sock.bind(path)
         os.chmod(path, 0o600)
         sock.listen(BACKLOG)
@@ -74,6 +73,15 @@ async def listen_unix(runner: web.AppRunner, path: str) -> None:
         sock.close()
         reason = os.strerror(error.errno) if error.errno else str(error)
         raise ConfigError(f"cannot listen on {path}: {reason}") from error
+
+
+def remove_left_socket(path: str) -> None:
+    """Remove the socket of a server that is gone. That of one who still listens stays, and so the
+    path is in use."""
+    with socket.socket(socket.AF_UNIX) as probe:
+        probe.setblocking(False)
+        if stat.S_ISSOCK(os.stat(path).st_mode) and probe.connect_ex(path) == errno.ECONNREFUSED:
+            os.unlink(path)
 
 
 def bind(

@@ -25,7 +25,7 @@ from ruvon.errors import ConfigError, LoadError
 from ruvon.server import console, lifecycle
 from ruvon.server.app import create_app, drain, make_runner, run, watch_signals
 from ruvon.server.events import EventResponse
-from ruvon.server.listen import listen
+from ruvon.server.listen import listen, listen_unix
 from ruvon.server.openapi import dialects
 from ruvon.server.state import STATE, State
 
@@ -153,6 +153,38 @@ async def test_a_taken_port_is_named():
         with pytest.raises(ConfigError, match=f"port {port}: Address already in use$"):
             await listen(runner, "127.0.0.1", port)
         await runner.cleanup()
+
+
+async def test_a_unix_socket_of_another_server_is_in_use_and_one_left_behind_is_not(tmp_path):
+    path = str(tmp_path / "s")
+    for _ in range(2):  # the first leaves it behind
+        runner = make_runner(bare_app())
+        await runner.setup()
+        await listen_unix(runner, path)
+        with pytest.raises(ConfigError, match=f"listen on {path}: Address already in use$"):
+            await listen_unix(runner, path)
+        _, writer = await asyncio.open_unix_connection(path)
+        writer.close()
+        await writer.wait_closed()
+        await runner.cleanup()
+
+
+def test_what_listens_on_a_unix_socket_has_no_port():
+    with capture_logs() as logs:
+        console.tell_address(ServerConfig(uds="/s"), "127.0.0.1", 8000, dialects())
+    assert logs[0]["url"] == "unix:/s"
+    assert "port" not in logs[0]
+
+
+async def test_a_file_is_no_unix_socket(tmp_path):
+    path = tmp_path / "s"
+    path.write_text("kept")
+    runner = make_runner(bare_app())
+    await runner.setup()
+    with pytest.raises(ConfigError, match="Address already in use"):
+        await listen_unix(runner, str(path))
+    await runner.cleanup()
+    assert path.read_text() == "kept"
 
 
 def bare_app() -> web.Application:
