@@ -65,6 +65,7 @@ class EngineConfig:
         "Compute threads on a CPU. 0: one for each core (not for each of its hardware threads), as "
         "far as a container's quota goes.",
         least=0,
+        most=1024,
     )
     pin_threads: Literal["auto", "on", "off"] = setting(
         "auto",
