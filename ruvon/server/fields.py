@@ -146,5 +146,5 @@ HARMLESS = frozenset(
 )  # fmt: skip
 """Fields of known clients that have no effect here: reported, and accepted even when strict."""
 
-ECHOED = frozenset({"annotations", "index", "parsed", "parsed_arguments", "refusal"})
+ECHOED = frozenset({"annotations", "index", "parsed", "parsed_arguments"})
 """What an answer holds besides, or an SDK adds to it, when it goes back as a message."""

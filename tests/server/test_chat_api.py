@@ -257,6 +257,8 @@ async def test_messages_of_every_role_reach_the_template(serve):
         },
         {"role": "tool", "tool_call_id": "c", "content": "42"},
         {"role": "assistant", "content": "A"},
+        {"role": "user", "content": ""},
+        {"role": "assistant", "content": None, "refusal": "R"},
     ]
     reply = await server.post(
         "/v1/chat/completions", {"messages": messages, "return_token_ids": True}
@@ -268,6 +270,7 @@ async def test_messages_of_every_role_reach_the_template(serve):
             ("system", "S"), ("system", "D"), ("user", "a\nb"),
             ("assistant", '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'),
             ("user", "<tool_response>\n42\n</tool_response>"), ("assistant", "A"),
+            ("user", ""), ("assistant", "R"),
         ]
     ) + "<|im_start|>assistant\n"  # fmt: skip
     assert "X-Ruvon-Ignored" not in reply.headers

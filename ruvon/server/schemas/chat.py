@@ -33,8 +33,8 @@ class TemplateFields(Fields):
     @model_validator(mode="after")
     def _check_contents(self) -> TemplateFields:
         for index, message in enumerate(self.messages):
-            thought = message.reasoning or message.reasoning_content
-            silent = message.role == "assistant" and (message.tool_calls or thought)
+            other = message.reasoning or message.reasoning_content or message.refusal
+            silent = message.role == "assistant" and (message.tool_calls or other)
             if message.content is None and not silent:
                 raise missing(
                     f"messages[{index}].content", f"A message of role {message.role} needs content."

@@ -72,11 +72,15 @@ class Message(Fields):
     tool_call_id: str | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+    refusal: str | None = None
 
     @property
     def text(self) -> str:
-        """The content as one string, parts on lines of their own."""
-        return "\n".join(part.text for part in self.content or ())
+        """The content as one string, parts on lines of their own; what an assistant has said
+        instead, if that was a refusal."""
+        if self.content is None:
+            return self.refusal or ""
+        return "\n".join(part.text for part in self.content)
 
     def for_template(self) -> dict[str, Any]:
         """The message as chat templates read it."""
