@@ -22,9 +22,8 @@ import torch
 from ruvon.config import EngineConfig
 from ruvon.engine.resources import cores_to_pin
 from ruvon.kernels.cpu import CpuKernels, Graph, allocate_cache
-from ruvon.kernels.cpu.capture import Instruction
 from ruvon.kernels.cpu.formats import FORMATS
-from ruvon.kernels.cpu.graph import sizes_of
+from ruvon.kernels.cpu.graph import Instruction, sizes_of
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.ops import ForwardBatch, PagedIndex, StepLimits
 from ruvon.models import load_model

@@ -10,9 +10,8 @@ import torch
 from cpu_models import BLOCKS, PAGE, VOCAB, Prompts, Shape, SmallModel, random_quantized
 
 from ruvon.kernels.cpu import CpuKernels, allocate_cache
-from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import Form
-from ruvon.kernels.cpu.graph import give_memory, new_instructions, prefetch_links
+from ruvon.kernels.cpu.graph import Capture, give_memory, new_instructions, prefetch_links
 from ruvon.kernels.cpu.layout import pack
 from ruvon.kernels.cpu.operations import add, linear, rms_norm
 from ruvon.kernels.cpu.params import Param

@@ -13,11 +13,11 @@
 
 Outside of `capture`, every operation of `cpu.ops` computes at once, so tests can call them singly.
 
-From the outside in: `graph` replays a step and `sampling` has a program of its own; `operations`
-are what a model calls, `capture` what they leave behind, `meeting` where ranks meet; `arguments`
-says what kernels are told, `thread_pool` runs them, `isa` what the CPU can do, `formats` and
-`layout` how data lies in memory; `compiled` keeps machine code between starts. The kernels are in
-`jit`, and so is numba: only imported to be compiled.
+From the outside in: `graph` captures and replays a step, `sampling` has a program of its own;
+`operations` are what a model calls, `meeting` is where ranks meet; `arguments` says what kernels
+are told, `thread_pool` runs them, `isa` what the CPU can do, `formats` and `layout` how data lies
+in memory; `compiled` keeps machine code between starts. The kernels are in `jit`, and so is numba:
+only imported to be compiled.
 """
 
 from __future__ import annotations
@@ -31,28 +31,18 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu import operations
-from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.compiled import USUAL, Compiled
 from ruvon.kernels.cpu.experts import experts, pack_experts
 from ruvon.kernels.cpu.formats import LANES
-from ruvon.kernels.cpu.graph import Forward, Graph, Program, sizes_of
+from ruvon.kernels.cpu.graph import MEET, Capture, Graph, Program, empty_batch, sizes_of
 from ruvon.kernels.cpu.isa import choose
 from ruvon.kernels.cpu.layout import aligned_bytes, pack, round_up
-from ruvon.kernels.cpu.meeting import KEY, traced
+from ruvon.kernels.cpu.meeting import traced
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.cpu.sampling import Sampler
 from ruvon.kernels.cpu.thread_pool import ThreadPool
 from ruvon.kernels.mesh import ALONE, Mesh
-from ruvon.kernels.ops import (
-    Experts,
-    ExpertsSpec,
-    ForwardBatch,
-    Ops,
-    Packed,
-    PackedExperts,
-    StepLimits,
-    Weight,
-)
+from ruvon.kernels.ops import ForwardBatch, Ops, StepLimits
 from ruvon.telemetry import Progress
 
 __all__ = ["CpuKernels", "Graph", "Sampler", "allocate_cache"]
@@ -85,13 +75,13 @@ class CpuKernels:
         """
         self.isa = choose(isa)
         self._compiled = Compiled(self.isa, cores=threads)
-        self._dense_dtype = dense_dtype
         self._pool = ThreadPool(threads, self._compiled.address, cores)
         self._capturing: Capture | None = None
         self.mesh = traced(mesh, lambda: self._capturing)
+        laid_out: dict[str, Any] = {"dense_dtype": dense_dtype, "bf16": self.isa.bf16}
         self.ops = Ops(
             name=f"cpu, {self.isa.name}",
-            pack=self._pack,
+            pack=functools.partial(pack, **laid_out),
             embed=self._operation(operations.embed),
             add=self._operation(operations.add),
             rms_norm=self._operation(operations.rms_norm),
@@ -101,14 +91,14 @@ class CpuKernels:
             attention=self._operation(operations.attention),
             gather_rows=self._operation(operations.gather_rows),
             logits=self._operation(operations.logits),
-            pack_experts=self._pack_experts,
+            pack_experts=functools.partial(pack_experts, **laid_out),
             experts=self._operation(experts),
             batch_invariant=True,
         )
 
     def capture(
         self,
-        forward: Forward,
+        forward: Callable[[ForwardBatch, Sequence[tuple[Tensor, Tensor]]], Tensor],
         cache: Sequence[tuple[Tensor, Tensor]],
         limits: StepLimits,
         progress: Progress | None = None,
@@ -120,18 +110,23 @@ class CpuKernels:
 
         Kernels that are not on disk yet are compiled here, a few seconds each.
         """
-        capacity = {Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows}
-        self._capturing = Capture(capacity)
+        batch = empty_batch(limits)
+        likeliest = torch.zeros(limits.logit_rows, dtype=torch.int64)
+        capture = Capture({Param.TOKENS: limits.tokens, Param.LOGIT_ROWS: limits.logit_rows})
+        self._capturing = capture
         try:
-            finish = functools.partial(self._finish, progress)
-            return Graph(forward, cache, limits, self._capturing, finish, draws=draws)
+            logits = forward(batch, cache)
         finally:
             self._capturing = None
+        if draws:
+            operations.argmax(capture, logits, likeliest)
+        program = self._finish(capture, [logits], progress)
+        return Graph(program, batch, capture.result(logits), likeliest)
 
     def sampler(self, vocab_size: int, max_rows: int, progress: Progress | None = None) -> Sampler:
         """Samples tokens for up to ``max_rows`` rows of logits at once. Compiles like `capture`."""
-        finish = functools.partial(self._finish, progress)
-        return Sampler(vocab_size, max_rows, self._pool.threads, Capture({}), finish)
+        finish = functools.partial(self._finish, results=(), progress=progress)
+        return Sampler(vocab_size, max_rows, self._pool.threads, finish)
 
     def settle(self) -> None:
         """Keep the calling thread on the first core from now on: it will run every step."""
@@ -141,12 +136,6 @@ class CpuKernels:
         """End the threads, and whoever still compiles."""
         self._pool.close()
         self._compiled.close()
-
-    def _pack(self, weight: Weight) -> Packed:
-        return pack(weight, self._dense_dtype, self.isa.bf16)
-
-    def _pack_experts(self, experts: Experts, spec: ExpertsSpec) -> PackedExperts:
-        return pack_experts(experts, spec, self._dense_dtype, self.isa.bf16)
 
     def _operation(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(self._operate, operation)
@@ -165,18 +154,18 @@ class CpuKernels:
         results = made if isinstance(made, tuple) else (made,)
         batches = [a for a in arguments if isinstance(a, ForwardBatch)]
         starts = batches[0].query_starts.numpy() if batches else np.array([0, tokens], np.int32)
-        program = self._finish(None, capture, [x for x in results if x.is_meta])
+        program = self._finish(capture, [x for x in results if x.is_meta])
         program.run(sizes_of(starts, logit_rows))
         results = tuple(capture.result(x) if x.is_meta else x for x in results)
         return results if isinstance(made, tuple) else results[0]
 
     def _finish(
-        self, progress: Progress | None, capture: Capture, results: Iterable[Tensor]
+        self, capture: Capture, results: Iterable[Tensor], progress: Progress | None = None
     ) -> Program:
-        kernels = [*dict.fromkeys(line.kernel for line in capture.instructions)]
-        kernels = [kernel for kernel in kernels if kernel != KEY]
-        kernels.sort(key=USUAL.__contains__)  # those may be made elsewhere in the meantime
-        for done, kernel in enumerate(kernels):
+        """What was captured, with all its kernels there."""
+        kernels = dict.fromkeys(line.kernel for line in capture.instructions if line.kernel != MEET)
+        usual_last = sorted(kernels, key=USUAL.__contains__)  # they may be made elsewhere meanwhile
+        for done, kernel in enumerate(usual_last):
             if progress is not None:
                 progress("compiling kernels", done / len(kernels))
             self._compiled.address(kernel)

@@ -11,8 +11,8 @@ from torch import Tensor
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu import arguments as told
 from ruvon.kernels.cpu.arguments import Rows
-from ruvon.kernels.cpu.capture import Capture, Value
 from ruvon.kernels.cpu.formats import FORMATS, LANES, ROWS, TileFormat
+from ruvon.kernels.cpu.graph import Capture, Value
 from ruvon.kernels.cpu.layout import COLUMNS, aligned_bytes, pack, parts_of, round_up
 from ruvon.kernels.cpu.operations import constant, linear, tiles_of
 from ruvon.kernels.cpu.params import ACTIVATIONS, PANEL, PANEL_BYTES, PANELS_AT, Param

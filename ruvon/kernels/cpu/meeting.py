@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from ruvon.kernels.cpu.arguments import Place
-from ruvon.kernels.cpu.capture import Capture, Value
+from ruvon.kernels.cpu.graph import MEET, Capture, Value
 from ruvon.kernels.cpu.params import Param
 from ruvon.kernels.mesh import Mesh
-
-KEY = ("meet", None)  # in place of a kernel's
 
 Function: TypeAlias = Callable[..., Tensor]
 
@@ -93,4 +91,4 @@ def _meet(
     capture: Capture, rows: Param, values: list[Value], call: Callable[[int], object]
 ) -> None:
     touched = tuple(value.read() for value in values)
-    capture.append(KEY, rows, Meeting(touched, lambda sizes: call(sizes[rows])))
+    capture.append(MEET, rows, Meeting(touched, lambda sizes: call(sizes[rows])))

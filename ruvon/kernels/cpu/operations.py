@@ -8,8 +8,8 @@ from torch import Tensor
 from ruvon.errors import ConfigError
 from ruvon.kernels.cpu import arguments as told
 from ruvon.kernels.cpu.arguments import Cache, Rows, Tiles
-from ruvon.kernels.cpu.capture import Capture
 from ruvon.kernels.cpu.formats import FORMATS, GROUP, LANES, TileFormat
+from ruvon.kernels.cpu.graph import Capture
 from ruvon.kernels.cpu.layout import COLUMNS, STORAGES, aligned_bytes, parts_of, round_up
 from ruvon.kernels.cpu.params import ACTIVATIONS, MOST_DIMS, TILE_ROWS, Param
 from ruvon.kernels.ops import GATED, Activation, AttentionSpec, ForwardBatch, Packed, Rope

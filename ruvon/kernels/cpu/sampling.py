@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import numpy as np
-from torch import Tensor
 
 from ruvon.errors import LoadError
 from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken, record_type
-from ruvon.kernels.cpu.capture import Capture
-from ruvon.kernels.cpu.graph import Program
+from ruvon.kernels.cpu.graph import Capture, Program
 from ruvon.kernels.cpu.layout import aligned_bytes, round_up
 from ruvon.kernels.cpu.params import SCRATCH_BYTES, TILE, Param
 
@@ -32,10 +30,9 @@ class Sampler:
         vocab_size: int,
         max_rows: int,
         threads: int,
-        capture: Capture,
-        finish: Callable[[Capture, Iterable[Tensor]], Program],
+        finish: Callable[[Capture], Program],
     ) -> None:
-        """``capture`` is an empty one. Raises LoadError for a vocabulary that is too large."""
+        """Raises LoadError for a vocabulary that is too large."""
         if vocab_size > MOST_TOKENS:
             raise LoadError(f"vocab_size {vocab_size} is more than {MOST_TOKENS}")
         rows = aligned_bytes(max_rows * ROW.itemsize)
@@ -43,9 +40,10 @@ class Sampler:
         self._spaces = SPACES_EACH * threads
         spaces = aligned_bytes(self._spaces * round_up(vocab_size, TILE) * 4)
         arguments = Sample(rows, results, spaces, vocab_size)
+        capture = Capture({})
         capture.append(("sample", None), Param.SEQUENCES, arguments, dynamic=True)
         self._rows, self._results = rows.numpy().view(ROW), results.numpy().view(SAMPLED)
-        self._program = finish(capture, ())
+        self._program = finish(capture)
 
     def __call__(self, rows: Records) -> Records:
         """`SAMPLED` for each of some `ROW`. What their addresses point at must be alive meanwhile;

@@ -162,7 +162,7 @@ def finish_query(a, scratch, row, token, head):
             x, y = load(sums + 4 * c), load(sums + 4 * c + 64)
             write_row(a.out, token, (head * dim + c) // 32, x, y)
         return
-    out = row_at(a.out.rows, token) + 4 * head * dim  # nothing else, see `capture`
+    out = row_at(a.out.rows, token) + 4 * head * dim  # nothing else, see `operations`
     for c in range(0, 4 * dim, 4):
         write_f32(out + c, read_f32(sums + c))
 
