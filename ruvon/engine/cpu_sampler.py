@@ -7,7 +7,6 @@ number, or a filter's threshold, falls that close to the boundary between two to
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -27,13 +26,9 @@ from ruvon.engine.transforms import (
     transforms_of,
 )
 from ruvon.engine.types import SamplingParams, SamplingRow, StepResult
-from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT
 from ruvon.kernels.cpu.sampling import ROW, Sampler
 
 Ids: TypeAlias = np.ndarray[Any, np.dtype[np.int32]]
-
-TROUBLE = {BROKEN: math.nan, INFINITE: math.inf, NOTHING_LEFT: -math.inf}
-"""What the best score was, by what the kernel says instead of a token."""
 
 
 class CpuSampler:
@@ -162,10 +157,10 @@ def record(row: SamplingRow, edits: Edits, logits: int, top: Ids) -> tuple[float
 def outcome(
     row: SamplingRow, logits_V: Floats, drawn: tuple[int, int, float], top: Ids
 ) -> RowResult:
-    """A row's token, its logprobs if wanted, and why there is none; ``drawn`` is a `Result`."""
+    """A row's token, its logprobs if wanted, and why there is none, of a `SampledToken`."""
     token, rank, norm = drawn
     if token < 0:
-        return (), None, undrawable(TROUBLE[token])
+        return (), None, undrawable(norm)
     if row.sampling.logprobs is None:
         return (token,), None, None
     best = [

@@ -258,9 +258,11 @@ class SampledRow(NamedTuple):
 class SampledToken(NamedTuple):
     """What became of a row."""
 
-    token: int  # or why there is none, see `params`
+    token: int  # -1 if there is none
     rank: int  # 1 is the likeliest; with logprobs only
-    norm: float  # with logprobs only: a logit less this is a log-probability
+    norm: float
+    """With logprobs, what to take from a logit for a log-probability; without a token, the best
+    score, which is no number."""
 
 
 def leaves(arguments: tuple[Any, ...]) -> Iterator[Any]:

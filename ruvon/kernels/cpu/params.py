@@ -40,7 +40,6 @@ MOST_DIMS = 256
 
 # Sampling
 TILE = 128  # numbers summed up, or represented by their largest, at once
-BROKEN, INFINITE, NOTHING_LEFT = -1, -2, -3  # in place of a token
 
 SCRATCH_BYTES = 1 << 18  # a thread's own, with its notes at the end
 NOTES = 128

@@ -43,23 +43,13 @@ from ruvon.kernels.cpu.jit.simd import (
     write_i64,
 )
 from ruvon.kernels.cpu.jit.translate import helper
-from ruvon.kernels.cpu.params import BROKEN, INFINITE, NOTHING_LEFT, TILE, Param
+from ruvon.kernels.cpu.params import TILE, Param
 
 ROW_BYTES, RESULT_BYTES = 8 * len(SampledRow._fields), 8 * len(SampledToken._fields)
 RANK, NORM = map(SampledToken._fields.index, ("rank", "norm"))  # behind the token
 
 
 # Scores
-
-
-@helper
-def trouble(best):
-    """What to say instead of a token if the best score is this; 0 if it is a number."""
-    if best != best:
-        return BROKEN
-    if best == np.inf:
-        return INFINITE
-    return NOTHING_LEFT if best == -np.inf else 0
 
 
 @helper
@@ -233,23 +223,22 @@ def invert(x, tiles, share):
 
 @helper
 def sample_one(row, width, work, scratch):
-    """A token, or why there is none. ``work``: float32 [tiles * TILE], zeros from V on."""
+    """A token and the best score; -1 where that is no number. ``work``: float32 [tiles * TILE],
+    zeros from V on."""
     x = row.logits
     best = largest(x, width)
-    error = trouble(best)
-    if error == 0 and is_edited(row):
+    if math.isfinite(best) and is_edited(row):
         edit(row, x, width, work, scratch)
         x, best = work, largest(work, width)
-        error = trouble(best)
-    if error != 0:
-        return error
+    if not math.isfinite(best):
+        return -1, best
     if row.temperature == 0:
-        return first_in_row(x, width, best)
+        return first_in_row(x, width, best), best
     tiles, top_p = (width + TILE - 1) // TILE, row.top_p
     weigh(row, x, width, best, work, scratch)
     if top_p != 1:
         keep_nucleus(work, width, tiles, top_p, scratch)
-    return invert(work, tiles, uniform(row.seed, row.position))
+    return invert(work, tiles, uniform(row.seed, row.position)), best
 
 
 # Logprobs
@@ -299,7 +288,9 @@ def sample(address, params, start, stop, scratch):
         for n in range(space, rows, spaces):
             row = arguments(SampledRow, a.rows + n * ROW_BYTES)
             result = a.results + n * RESULT_BYTES
-            token = sample_one(row, a.vocab_size, work, scratch)
+            token, best = sample_one(row, a.vocab_size, work, scratch)
             write_i64(result, token)
-            if token >= 0 and row.num_top >= 0:
+            if token < 0:
+                write_f64(result + 8 * NORM, best)
+            elif row.num_top >= 0:
                 score(row, a.vocab_size, token, result, scratch)
