@@ -12,6 +12,7 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Combine, Dispatch, Experts, Route, Sort
 from ruvon.kernels.cpu.formats import ROWS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.jit.largest import first_in_row, largest
 from ruvon.kernels.cpu.jit.linear import make_product, two_of_next
 from ruvon.kernels.cpu.jit.rows import write_row
 from ruvon.kernels.cpu.jit.simd import (
@@ -56,17 +57,6 @@ def row_of(routes, token, n):
 
 
 @helper
-def largest_left(logits, count, taken):
-    """The largest logit of those not ``taken``, the first if there are several."""
-    found, best = -1, np.float32(0.0)
-    for e in range(count):
-        value = read_f32(logits + 4 * e)
-        if read_i32(taken + 4 * e) == 0 and (found < 0 or value > best):
-            found, best = e, value
-    return found
-
-
-@helper
 def sum_of_exponentials(logits, count, highest):
     sums, minus, zeros = splat16(0.0), splat16(highest), splat16(0.0)
     for c in range(0, count, 16):
@@ -77,14 +67,14 @@ def sum_of_exponentials(logits, count, highest):
 def route(address, params, start, stop, scratch):
     """A token's experts are those of its ``top_k`` largest logits; a softmax weighs them."""
     a = arguments(Route, address)
-    kept = scratch + 4 * (a.experts + 16)
+    left, kept = scratch, scratch + 4 * (a.experts + 16)
     for token in range(start, stop):
         logits = row_at(a.logits, token)
-        for e in range(a.experts):
-            write_i32(scratch + 4 * e, 0)
+        for c in range(0, 4 * a.experts, 64):
+            store(left + c, load(logits + c))
         for n in range(a.out.top_k):
-            e = largest_left(logits, a.experts, scratch)
-            write_i32(scratch + 4 * e, 1)
+            e = first_in_row(left, a.experts, largest(left, a.experts))
+            write_f32(left + 4 * e, -np.inf)
             write_i32(expert_of(a.out, token, n), e)
             write_f32(kept + 4 * n, read_f32(logits + 4 * e))
         highest = read_f32(kept)
