@@ -87,15 +87,14 @@ def gather_queries(a, scratch, group, first, count):
     """Copy the tile's query rows together and clear its running state."""
     share = a.cache.heads // a.cache.kv_heads
     dim = round_lanes(a.cache.head_dim)
-    zeros = splat16(0.0)
     for row in range(count * share):
         token, head = first + row // share, group * share + row % share
         source = row_at(a.queries, token) + 4 * head * dim
         for c in range(0, 4 * dim, 64):
             store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
-            store(scratch + SUMS + row * ROW_BYTES + c, zeros)
+            store(scratch + SUMS + row * ROW_BYTES + c, 0.0)
         write_f32(scratch + PEAKS + 4 * row, LOWEST)
-        store(scratch + MASSES + 64 * row, zeros)
+        store(scratch + MASSES + 64 * row, 0.0)
 
 
 @helper
@@ -112,26 +111,24 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
 
     The row sees the span's keys ``seen_from`` to ``seen_to``; ``keys`` of them were computed.
     """
-    scores, by, low = scratch + SCORES + row * SPAN_BYTES, splat16(scale), splat16(LOWEST)
-    peaks = low
+    scores, peaks = scratch + SCORES + row * SPAN_BYTES, splat16(LOWEST)
     for c in range(0, keys, 16):
-        value = seen(load(scores + 4 * c) * by, c, seen_from, seen_to, low)
+        value = seen(load(scores + 4 * c) * scale, c, seen_from, seen_to, LOWEST)
         store(scores + 4 * c, value)
         peaks = larger(peaks, value)
     before = read_f32(scratch + PEAKS + 4 * row)
     peak = max(before, max_lanes(peaks))
     mass = load(scratch + MASSES + 64 * row)
     if peak > before:
-        fade = exp16(splat16(np.float32(before - peak)))
+        fade = exp16(np.float32(before - peak))
         mass = mass * fade
         sums = scratch + SUMS + row * ROW_BYTES
         for c in range(0, 4 * dim, 64):
             store(sums + c, load(sums + c) * fade)
         write_f32(scratch + PEAKS + 4 * row, peak)
-    minus, zeros = splat16(peak), splat16(0.0)
     for c in range(0, keys, 16):
-        value = exp16(load(scores + 4 * c) - minus)
-        value = seen(value, c, seen_from, seen_to, zeros)
+        value = exp16(load(scores + 4 * c) - peak)
+        value = seen(value, c, seen_from, seen_to, 0.0)
         store(scores + 4 * c, value)
         mass = mass + value
     store(scratch + MASSES + 64 * row, mass)
@@ -154,7 +151,7 @@ def share_of_one(scratch, row, sinks, head):
 def finish_query(a, scratch, row, token, head):
     """Divide by the softmax's denominator and write the result."""
     sums, dim = scratch + SUMS + row * ROW_BYTES, a.cache.head_dim
-    by = splat16(share_of_one(scratch, row, a.sinks, head))
+    by = share_of_one(scratch, row, a.sinks, head)
     for c in range(0, 4 * dim, 64):
         store(sums + c, load(sums + c) * by)
     if dim % 32 == 0:

@@ -19,7 +19,6 @@ from ruvon.kernels.cpu.jit.simd import (
     operation,
     read_i32,
     row_at,
-    splat16,
     store,
 )
 from ruvon.kernels.cpu.jit.tiles import DENSE
@@ -69,7 +68,6 @@ def make_embed(kind: TileFormat, isa: Isa):
 
     def embed(address, params, start, stop, scratch):
         a = arguments(Embed, address)
-        zeros = splat16(0.0)
         for row in range(start, stop):
             token, out = read_i32(a.ids + 4 * row) - a.first, row_at(a.out, row)
             known = 0 <= token < a.rows
@@ -78,7 +76,7 @@ def make_embed(kind: TileFormat, isa: Isa):
                 if known:
                     read_group(tile, a.table.steps, k // 32, token % 16, scratch)
                 left = a.width - k if known else 0
-                store(out + 4 * k, keep_first(load(scratch), left, zeros))
-                store(out + 4 * k + 64, keep_first(load(scratch + 64), left - 16, zeros))
+                store(out + 4 * k, keep_first(load(scratch), left, 0.0))
+                store(out + 4 * k + 64, keep_first(load(scratch + 64), left - 16, 0.0))
 
     return embed

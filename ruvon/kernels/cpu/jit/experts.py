@@ -58,9 +58,9 @@ def row_of(routes, token, n):
 
 @helper
 def sum_of_exponentials(logits, count, highest):
-    sums, minus, zeros = splat16(0.0), splat16(highest), splat16(0.0)
+    sums = splat16(0.0)
     for c in range(0, count, 16):
-        sums = sums + keep_first(exp16(load(logits + 4 * c) - minus), count - c, zeros)
+        sums = sums + keep_first(exp16(load(logits + 4 * c) - highest), count - c, 0.0)
     return sum_lanes(sums)
 
 
@@ -83,7 +83,7 @@ def route(address, params, start, stop, scratch):
         else:
             total = sum_of_exponentials(logits, a.experts, highest)
         for n in range(0, a.out.top_k, 16):
-            weights = exp16(load(kept + 4 * n) - splat16(highest)) / splat16(total)
+            weights = exp16(load(kept + 4 * n) - highest) / total
             store(kept + 4 * n, weights)
         for n in range(a.out.top_k):
             write_f32(weight_of(a.out, token, n), read_f32(kept + 4 * n))
@@ -154,7 +154,7 @@ def combine(address, params, start, stop, scratch):
         for c in range(0, a.out.stride, 64):
             total = splat16(0.0)
             for n in range(a.routes.top_k):
-                weight = splat16(read_f32(weight_of(a.routes, token, n)))
+                weight = read_f32(weight_of(a.routes, token, n))
                 row = read_i32(row_of(a.routes, token, n))
                 total = fma(weight, load(row_at(a.x, row) + c), total)
             store(out + c, total)

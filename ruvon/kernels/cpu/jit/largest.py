@@ -46,9 +46,9 @@ PEAKS = 8 << BIN_BITS  # in scratch, behind them: a float32 for each tile
 @helper
 def first_in_row(x, width, wanted):
     """Where a row first has this number, or a NaN if that is what is wanted."""
-    at, sought = 0, splat16(wanted)
+    at = 0
     if wanted == wanted:
-        while at + 16 <= width and not any_within(load(x + 4 * at), sought, sought):
+        while at + 16 <= width and not any_within(load(x + 4 * at), wanted, wanted):
             at += 16
     while at < width - 1:
         value = read_f32(x + 4 * at)
@@ -70,13 +70,13 @@ def argmax(address, params, start, stop, scratch):
 @helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
-    zeros, whole = splat16(0.0), width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
-    nothing = keep_first(load(x + 4 * whole), width - whole, zeros) * zeros
+    whole = width // 16 * 16
+    best = keep_first(load(x + 4 * whole), width - whole, -np.inf)
+    nothing = keep_first(load(x + 4 * whole), width - whole, 0.0) * 0.0
     for at in range(0, whole, 16):
         value = load(x + 4 * at)
         best = larger(best, value)
-        nothing = fma(value, zeros, nothing)
+        nothing = fma(value, 0.0, nothing)
     found = max_lanes(best)
     if sum_lanes(nothing) != 0:  # a NaN or an infinity
         for at in range(width):
@@ -168,7 +168,7 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 def max_of(x, width):
     """The largest of some numbers that are no NaN."""
     whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, splat16(-np.inf))
+    best = keep_first(load(x + 4 * whole), width - whole, -np.inf)
     for at in range(0, whole, 16):
         best = larger(load(x + 4 * at), best)
     return max_lanes(best)
@@ -195,7 +195,7 @@ def cut_of_largest(x, width, count, scratch):
 def drop_ties(x, width, cut, kept, instead):
     """Replace those equal to ``cut``, all but the first ``kept``."""
     for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), splat16(cut), splat16(cut)):
+        if any_within(load(x + 4 * start), cut, cut):
             for at in range(start, min(start + 16, width)):
                 if read_f32(x + 4 * at) == cut:
                     kept -= 1
@@ -208,7 +208,7 @@ def list_largest(x, width, count, ids, scratch):
     """Write where the ``count`` largest numbers are, in order of index; of equals the first."""
     cut, ties = cut_of_largest(x, width, count, scratch)
     for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), splat16(cut), splat16(np.inf)):
+        if any_within(load(x + 4 * start), cut, np.inf):
             for at in range(start, min(start + 16, width)):
                 value = read_f32(x + 4 * at)
                 ties -= 1 if value == cut else 0

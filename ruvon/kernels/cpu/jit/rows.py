@@ -131,10 +131,9 @@ def sum_with_residual(x, residual, total, stride):
 @helper
 def finish_norm(a, source, row, scale, shift):
     """(source - shift) * scale * weight (+ bias)."""
-    minus, by = splat16(shift), splat16(scale)
     for c in range(0, a.x.stride, 128):
-        x = (load(source + c) - minus) * by * load(a.weight + c)
-        y = (load(source + c + 64) - minus) * by * load(a.weight + c + 64)
+        x = (load(source + c) - shift) * scale * load(a.weight + c)
+        y = (load(source + c + 64) - shift) * scale * load(a.weight + c + 64)
         if a.bias != 0:
             x = x + load(a.bias + c)
             y = y + load(a.bias + c + 64)
@@ -153,9 +152,9 @@ def norm_row(a, row):
         for c in range(0, a.x.stride, 64):
             sums = sums + load(source + c)
         mean = np.float32(sum_lanes(sums) / width)
-    squares, minus, zeros = splat16(0.0), splat16(mean), splat16(0.0)
+    squares = splat16(0.0)
     for c in range(0, a.x.stride, 64):
-        away = keep_first(load(source + c) - minus, a.width - c // 4, zeros)
+        away = keep_first(load(source + c) - mean, a.width - c // 4, 0.0)
         squares = fma(away, away, squares)
     scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / width + a.eps))
     finish_norm(a, source, row, scale, mean)
@@ -173,13 +172,13 @@ def norm(address, params, start, stop, scratch):
 @helper
 def sigmoid_of(x, inner):
     """x times the sigmoid of ``inner``."""
-    return x / (splat16(1.0) + exp16(splat16(0.0) - inner))
+    return x / (1.0 + exp16(0.0 - inner))
 
 
 @helper
 def gelu_tanh(x):
     """0.5 x (1 + tanh(u)) = x sigmoid(2u)."""
-    return sigmoid_of(x, fma(x * x * x, splat16(0.044715), x) * splat16(1.5957691216057308))
+    return sigmoid_of(x, fma(x * x * x, 0.044715, x) * 1.5957691216057308)
 
 
 @helper
@@ -189,35 +188,34 @@ def gated(gate, up, activation):
         return sigmoid_of(gate, gate) * up
     if activation == GELU_TANH_GATED:
         return gelu_tanh(gate) * up
-    zero, most = splat16(0.0), splat16(-7.0)
-    gate = zero - larger(most, zero - gate)
-    up = larger(most, zero - larger(most, zero - up))
-    return sigmoid_of(gate, gate * splat16(1.702)) * (up + splat16(1.0))
+    gate = 0.0 - larger(-7.0, 0.0 - gate)
+    up = larger(-7.0, 0.0 - larger(-7.0, 0.0 - up))
+    return sigmoid_of(gate, gate * 1.702) * (up + 1.0)
 
 
 @helper
 def erf16(x):
     """Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
-    one, size = splat16(1.0), absolute(x)
-    t = one / fma(splat16(0.3275911), size, one)
-    p = fma(splat16(1.061405429), t, splat16(-1.453152027))
-    p = fma(p, t, splat16(1.421413741))
-    p = fma(p, t, splat16(-0.284496736))
-    p = fma(p, t, splat16(0.254829592))
-    tail = p * t * exp16(splat16(0.0) - size * size)
+    size = absolute(x)
+    t = 1.0 / fma(0.3275911, size, 1.0)
+    p = fma(1.061405429, t, -1.453152027)
+    p = fma(p, t, 1.421413741)
+    p = fma(p, t, -0.284496736)
+    p = fma(p, t, 0.254829592)
+    tail = p * t * exp16(0.0 - size * size)
     # the sign of x without a division by zero: x / (|x| + tiny) is 0 or nearly +-1
-    return (one - tail) * (x / (size + splat16(1e-30)))
+    return (1.0 - tail) * (x / (size + 1e-30))
 
 
 @helper
 def activate16(x, activation):
     if activation == RELU:
-        return larger(x, splat16(0.0))
+        return larger(x, 0.0)
     if activation == SILU:
         return sigmoid_of(x, x)
     if activation == GELU:
-        half = splat16(0.5) * x
-        return fma(half, erf16(x * splat16(0.7071067811865476)), half)
+        half = 0.5 * x
+        return fma(half, erf16(x * 0.7071067811865476), half)
     if activation == GELU_TANH:
         return gelu_tanh(x)
     return x
@@ -229,9 +227,9 @@ def activate16(x, activation):
 @helper
 def let_pass(a, row, group, x, y):
     """What 32 numbers of a gate let pass of those behind it; nothing beyond the end."""
-    at, left, zeros = a.y + row * a.x.stride + 128 * group, a.width - 32 * group, splat16(0.0)
+    at, left = a.y + row * a.x.stride + 128 * group, a.width - 32 * group
     x, y = gated(x, load(at), a.activation), gated(y, load(at + 64), a.activation)
-    return keep_first(x, left, zeros), keep_first(y, left - 16, zeros)
+    return keep_first(x, left, 0.0), keep_first(y, left - 16, 0.0)
 
 
 def copy(address, params, start, stop, scratch):

@@ -63,9 +63,9 @@ def is_edited(row):
 @helper
 def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
-    allowed, low = row.num_allowed, splat16(-np.inf)
+    allowed = row.num_allowed
     for at in range(0, width, 16):
-        store(out + 4 * at, low if allowed >= 0 else load(x + 4 * at))
+        store(out + 4 * at, splat16(-np.inf) if allowed >= 0 else load(x + 4 * at))
     for n in range(allowed):
         token = read_i32(ids + 4 * n)
         write_f32(out + 4 * token, read_f32(x + 4 * token))
@@ -150,25 +150,21 @@ def weigh(row, x, width, best, out, scratch):
     if 0 < top_k < width:  # then x is a copy, see `is_edited`
         cut, ties = cut_of_largest(x, width, top_k, scratch)
         drop_ties(x, width, cut, ties, -np.inf)
-    temperature = splat16(np.float32(row.temperature))
-    least, zeros = splat16(np.float32(row.min_p)), splat16(0.0)
-    lowest, highest = splat16(cut), splat16(best)
     for at in range(0, width, 16):
         score = load(x + 4 * at)
-        weight = exp16((score - highest) / temperature)
-        weight = where_at_least(weight, least, weight, zeros)
-        weight = where_at_least(score, lowest, weight, zeros)
-        store(out + 4 * at, keep_first(weight, width - at, zeros))
+        weight = exp16((score - best) / row.temperature)
+        weight = where_at_least(weight, row.min_p, weight, 0.0)
+        weight = where_at_least(score, cut, weight, 0.0)
+        store(out + 4 * at, keep_first(weight, width - at, 0.0))
 
 
 @helper
 def sum_of_tile(x, tile, least):
     """Of a tile's weights that reach ``least``."""
-    at, lowest, zeros = x + 4 * TILE * tile, splat16(least), splat16(0.0)
-    sums = zeros
+    at, sums = x + 4 * TILE * tile, splat16(0.0)
     for c in range(0, 4 * TILE, 64):
         weight = load(at + c)
-        sums = sums + where_at_least(weight, lowest, weight, zeros)
+        sums = sums + where_at_least(weight, least, weight, 0.0)
     return np.float64(sum_lanes(sums))
 
 
@@ -194,10 +190,9 @@ def keep_nucleus(x, width, tiles, top_p, scratch):
         low = np.float32(low * np.float32(0.125))
         mass = sum_of(x, tiles, low)
     cut, left = find_cut(x, width, low, high, goal - above, True, scratch)
-    lowest, zeros = splat16(cut), splat16(0.0)
     for at in range(0, width, 16):
         weight = load(x + 4 * at)
-        store(x + 4 * at, where_at_least(weight, lowest, weight, zeros))
+        store(x + 4 * at, where_at_least(weight, cut, weight, 0.0))
     drop_ties(x, width, cut, max(math.ceil(left / np.float64(cut)), 1), 0.0)
 
 
@@ -247,24 +242,21 @@ def sample_one(row, width, work, scratch):
 @helper
 def log_norm(x, width):
     """The logarithm of the sum of exponentials."""
-    best, low = largest(x, width), splat16(-np.inf)
-    highest, total = splat16(best), 0.0
+    best, total = largest(x, width), 0.0
     for start in range(0, width, TILE):
         sums = splat16(0.0)
         for at in range(start, min(start + TILE, width), 16):
-            sums = sums + exp16(keep_first(load(x + 4 * at), width - at, low) - highest)
+            sums = sums + exp16(keep_first(load(x + 4 * at), width - at, -np.inf) - best)
         total += np.float64(sum_lanes(sums))
     return np.float64(best) + math.log(total)
 
 
 @helper
 def count_above(x, width, value):
-    low, limit = splat16(-np.inf), splat16(value)
-    one, zeros = splat16(1.0), splat16(0.0)
-    counts = zeros
+    counts = splat16(0.0)
     for at in range(0, width, 16):
-        numbers = keep_first(load(x + 4 * at), width - at, low)
-        counts = counts + where_at_least(limit, numbers, zeros, one)
+        numbers = keep_first(load(x + 4 * at), width - at, -np.inf)
+        counts = counts + where_at_least(value, numbers, 0.0, 1.0)
     return int(sum_lanes(counts))
 
 

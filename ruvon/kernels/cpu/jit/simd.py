@@ -15,9 +15,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core.typeconv import Conversion
 from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
-from numba.extending import intrinsic, lower_builtin, models, register_model
+from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
 from ruvon.kernels.cpu.arguments import fields
 from ruvon.kernels.cpu.formats import LANES
@@ -38,10 +39,13 @@ from ruvon.kernels.cpu.jit.translate import helper
 
 
 class F32x16(types.Type):  # type: ignore[misc]
-    """numba's view of sixteen float32 in a register."""
+    """numba's view of sixteen float32 in a register. One number counts as sixteen of it."""
 
     def __init__(self) -> None:
         super().__init__(name="f32x16")
+
+    def can_convert_from(self, typing: Any, other: types.Type) -> Conversion | None:
+        return Conversion.promote if isinstance(other, types.Float) else None
 
 
 V = F32x16()
@@ -72,15 +76,26 @@ for _symbol, _method in (
     teach_operator(_symbol, _method)
 
 
+def written(b: ir.IRBuilder, emit: Callable[..., Any], *values: ir.Value) -> Any:
+    """What ``emit`` makes of values in our builder's words, behind what numba's has written."""
+    ours = Builder(b.block)
+    made = emit(ours, *values)
+    b.position_at_end(ours.block)
+    return made
+
+
+@lower_cast(types.Float, F32x16)
+def spread(context: Any, b: ir.IRBuilder, given: Any, _wanted: Any, value: ir.Value) -> ir.Value:
+    return written(b, Builder.splat, context.cast(b, value, given, types.float32))
+
+
 def operation(
     emit: Callable[..., ir.Value | None], *arguments: types.Type, result: types.Type = V
 ) -> Any:
     """A function that kernels may call, which ``emit`` writes in LLVM's language."""
 
     def generate(context: Any, b: ir.IRBuilder, sig: Any, values: Any) -> Any:
-        ours = Builder(b.block)  # numba's stands at the end of its block, too
-        made = emit(ours, *values)
-        b.position_at_end(ours.block)
+        made = written(b, emit, *values)
         return context.get_dummy_value() if made is None else made
 
     def called(typing, *_given):
@@ -229,16 +244,16 @@ LN2_HIGH, LN2_LOW = 0.693359375, -2.12194440054690583e-4  # their sum is ln 2 to
 @helper
 def exp16(x):
     """e ** x to about 1e-7 of itself; exactly 1 at 0, exactly 0 at and below -88."""
-    x = larger(x, splat16(-88.0))
-    x = splat16(0.0) - larger(splat16(0.0) - x, splat16(-88.0))
-    whole = nearest(x * splat16(LOG2_E))
-    rest = fma(whole, splat16(-LN2_HIGH), x)
-    rest = fma(whole, splat16(-LN2_LOW), rest)
-    p = splat16(1.9875691500e-4)
-    p = fma(p, rest, splat16(1.3981999507e-3))
-    p = fma(p, rest, splat16(8.3334519073e-3))
-    p = fma(p, rest, splat16(4.1665795894e-2))
-    p = fma(p, rest, splat16(1.6666665459e-1))
-    p = fma(p, rest, splat16(5.0000001201e-1))
-    p = fma(p, rest * rest, rest) + splat16(1.0)
+    x = larger(x, -88.0)
+    x = 0.0 - larger(0.0 - x, -88.0)
+    whole = nearest(x * LOG2_E)
+    rest = fma(whole, -LN2_HIGH, x)
+    rest = fma(whole, -LN2_LOW, rest)
+    p = 1.9875691500e-4
+    p = fma(p, rest, 1.3981999507e-3)
+    p = fma(p, rest, 8.3334519073e-3)
+    p = fma(p, rest, 4.1665795894e-2)
+    p = fma(p, rest, 1.6666665459e-1)
+    p = fma(p, rest, 5.0000001201e-1)
+    p = fma(p, rest * rest, rest) + 1.0
     return p * power_of_two(whole)

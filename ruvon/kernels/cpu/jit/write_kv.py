@@ -33,14 +33,14 @@ def round_lanes(count):
 @helper
 def normalize_head(head, dim, weight, eps):
     """RMS norm of one head in place; lanes behind its end stay zero."""
-    squares, zeros = splat16(0.0), splat16(0.0)
+    squares = splat16(0.0)
     for c in range(0, dim, 16):
         value = load(head + 4 * c)
         squares = fma(value, value, squares)
-    by = splat16(np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(dim) + eps)))
+    by = np.float32(1.0 / np.sqrt(sum_lanes(squares) / np.float32(dim) + eps))
     for c in range(0, dim, 16):
         value = load(head + 4 * c) * by * load(weight + 4 * c)
-        store(head + 4 * c, keep_first(value, dim - c, zeros))
+        store(head + 4 * c, keep_first(value, dim - c, 0.0))
 
 
 @helper
@@ -63,9 +63,9 @@ def rotate_head(head, pairs, cos, sin):
 @helper
 def prepare_head(a, source, position, norm, head):
     """Copy one head to ``head``, norm and rotate it there."""
-    dim, zeros = a.cache.head_dim, splat16(0.0)
+    dim = a.cache.head_dim
     for c in range(0, dim, 16):
-        store(head + 4 * c, keep_first(load(source + 4 * c), dim - c, zeros))
+        store(head + 4 * c, keep_first(load(source + 4 * c), dim - c, 0.0))
     if norm != 0:
         normalize_head(head, dim, norm, a.eps)
     if a.pairs != 0:
@@ -95,14 +95,14 @@ def make_write_kv(cache: TileFormat, isa: Isa):
     @helper
     def write_cache(cached, slot, group, head, value):
         """A key that was prepared, and its value, into their place in the cache."""
-        dim, page, zeros = cached.head_dim, cached.page, splat16(0.0)
+        dim, page = cached.head_dim, cached.page
         padded, at = round_lanes(dim), slot % page
         place = (slot // page * cached.kv_heads + group) * page * padded
         keys = cached.keys + size * (place + at // 16 * 16 * padded + at % 16)
         values = cached.values + size * (place + 16 * at)
         for c in range(0, dim, 16):
             scatter_lanes(keys + size * 16 * c, load(head + 4 * c))
-            of_value = keep_first(load(value + 4 * c), dim - c, zeros)
+            of_value = keep_first(load(value + 4 * c), dim - c, 0.0)
             store_lanes(values + size * page * c, of_value)
 
     def write_kv(address, params, start, stop, scratch):
