@@ -28,7 +28,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f32,
     read_i32,
     row_at,
-    splat16,
     store,
     sum_lanes,
     write_f32,
@@ -111,7 +110,7 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
 
     The row sees the span's keys ``seen_from`` to ``seen_to``; ``keys`` of them were computed.
     """
-    scores, peaks = scratch + SCORES + row * SPAN_BYTES, splat16(LOWEST)
+    scores, peaks = scratch + SCORES + row * SPAN_BYTES, LOWEST
     for c in range(0, keys, 16):
         value = seen(load(scores + 4 * c) * scale, c, seen_from, seen_to, LOWEST)
         store(scores + 4 * c, value)

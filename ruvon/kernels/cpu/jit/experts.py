@@ -26,7 +26,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_i32,
     read_i64,
     row_at,
-    splat16,
     store,
     sum_lanes,
     write_f32,
@@ -58,7 +57,7 @@ def row_of(routes, token, n):
 
 @helper
 def sum_of_exponentials(logits, count, highest):
-    sums = splat16(0.0)
+    sums = 0.0
     for c in range(0, count, 16):
         sums = sums + keep_first(exp16(load(logits + 4 * c) - highest), count - c, 0.0)
     return sum_lanes(sums)
@@ -152,7 +151,7 @@ def combine(address, params, start, stop, scratch):
     for token in range(start, stop):
         out = row_at(a.out, token)
         for c in range(0, a.out.stride, 64):
-            total = splat16(0.0)
+            total = 0.0
             for n in range(a.routes.top_k):
                 weight = read_f32(weight_of(a.routes, token, n))
                 row = read_i32(row_of(a.routes, token, n))

@@ -26,7 +26,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f32,
     read_f64,
     row_at,
-    splat16,
     sum_lanes,
     write_f32,
     write_f64,
@@ -122,9 +121,9 @@ def fill_bins(x, width, low, high, above, shift, by_mass, bins):
     digit. By mass each counts as much as it is, else 1."""
     for bin in range(1 << BIN_BITS):
         write_f64(bins + 8 * bin, 0.0)
-    least, most, mask = splat16(low), splat16(high), (1 << BIN_BITS) - 1
+    mask = (1 << BIN_BITS) - 1
     for start in range(0, width, 16):
-        if not any_within(load(x + 4 * start), least, most):
+        if not any_within(load(x + 4 * start), low, high):
             continue
         for at in range(start, min(start + 16, width)):
             value = read_f32(x + 4 * at)

@@ -27,7 +27,6 @@ from ruvon.kernels.cpu.jit.simd import (
     operation,
     read_i32,
     row_at,
-    splat16,
     store,
     sum_lanes,
 )
@@ -148,11 +147,11 @@ def norm_row(a, row):
     source = sum_with_residual(x, residual, total, a.x.stride)
     mean, width = np.float32(0.0), np.float32(a.width)
     if a.bias != 0:
-        sums = splat16(0.0)
+        sums = 0.0
         for c in range(0, a.x.stride, 64):
             sums = sums + load(source + c)
         mean = np.float32(sum_lanes(sums) / width)
-    squares = splat16(0.0)
+    squares = 0.0
     for c in range(0, a.x.stride, 64):
         away = keep_first(load(source + c) - mean, a.width - c // 4, 0.0)
         squares = fma(away, away, squares)

@@ -34,7 +34,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f32,
     read_i8,
     read_i32,
-    splat16,
     store,
     sum_lanes,
     write_f32,
@@ -65,7 +64,7 @@ def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
     allowed = row.num_allowed
     for at in range(0, width, 16):
-        store(out + 4 * at, splat16(-np.inf) if allowed >= 0 else load(x + 4 * at))
+        store(out + 4 * at, -np.inf if allowed >= 0 else load(x + 4 * at))
     for n in range(allowed):
         token = read_i32(ids + 4 * n)
         write_f32(out + 4 * token, read_f32(x + 4 * token))
@@ -161,7 +160,7 @@ def weigh(row, x, width, best, out, scratch):
 @helper
 def sum_of_tile(x, tile, least):
     """Of a tile's weights that reach ``least``."""
-    at, sums = x + 4 * TILE * tile, splat16(0.0)
+    at, sums = x + 4 * TILE * tile, 0.0
     for c in range(0, 4 * TILE, 64):
         weight = load(at + c)
         sums = sums + where_at_least(weight, least, weight, 0.0)
@@ -244,7 +243,7 @@ def log_norm(x, width):
     """The logarithm of the sum of exponentials."""
     best, total = largest(x, width), 0.0
     for start in range(0, width, TILE):
-        sums = splat16(0.0)
+        sums = 0.0
         for at in range(start, min(start + TILE, width), 16):
             sums = sums + exp16(keep_first(load(x + 4 * at), width - at, -np.inf) - best)
         total += np.float64(sum_lanes(sums))
@@ -253,7 +252,7 @@ def log_norm(x, width):
 
 @helper
 def count_above(x, width, value):
-    counts = splat16(0.0)
+    counts = 0.0
     for at in range(0, width, 16):
         numbers = keep_first(load(x + 4 * at), width - at, -np.inf)
         counts = counts + where_at_least(value, numbers, 0.0, 1.0)

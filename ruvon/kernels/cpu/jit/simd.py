@@ -120,7 +120,6 @@ def emit_any_within(b: Builder, x: ir.Value, low: ir.Value, high: ir.Value) -> i
     return b.icmp_unsigned("!=", b.bitcast(inside, bits), ir.Constant(bits, 0))
 
 
-splat16 = operation(Builder.splat, types.float32)  # one float in all lanes
 fma = operation(Builder.fused, V, V, V)  # x * y + z, rounded once
 larger = operation(Builder.greater, V, V)
 absolute = operation(unary("fabs"), V)

@@ -17,7 +17,6 @@ from ruvon.kernels.cpu.jit.simd import (
     read_f32,
     read_i32,
     row_at,
-    splat16,
     store,
     sum_lanes,
     write_f32,
@@ -33,7 +32,7 @@ def round_lanes(count):
 @helper
 def normalize_head(head, dim, weight, eps):
     """RMS norm of one head in place; lanes behind its end stay zero."""
-    squares = splat16(0.0)
+    squares = 0.0
     for c in range(0, dim, 16):
         value = load(head + 4 * c)
         squares = fma(value, value, squares)
