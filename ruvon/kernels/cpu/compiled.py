@@ -82,14 +82,10 @@ class Store:
             return
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
-                try:
-                    file.write(hashlib.sha256(code).digest() + code)
-                    file.close()
-                    os.replace(file.name, self._folder / name)
-                except OSError:
-                    os.unlink(file.name)
-                    raise
+            with tempfile.TemporaryDirectory(dir=self._folder) as beside:
+                whole = Path(beside, name)
+                whole.write_bytes(hashlib.sha256(code).digest() + code)
+                os.replace(whole, self._folder / name)
         except OSError as error:
             log.warning("kernels_not_kept", folder=str(self._folder), error=error.strerror)
             self._folder = None
@@ -119,8 +115,8 @@ def open_store() -> Store:
 def name_of(key: Key, isa: Isa) -> str:
     """A kernel's file: tells apart code for one CPU from code for another."""
     written_for = isa.name if key[0] in DIFFER_BY_ISA else "any"
-    target = digest(f"{binding.get_host_cpu_name()} {written_for} {target_features(isa)}")
-    return f"{symbol_of(key)}-{target}.o"
+    target = f"{binding.get_host_cpu_name()} {written_for} {target_features(isa)}"
+    return f"{symbol_of(key)}-{hashlib.sha256(target.encode()).hexdigest()[:8]}.o"
 
 
 def symbol_of(key: Key) -> str:
@@ -177,10 +173,6 @@ class Compiled:
         self._engine.add_object_file(binding.ObjectFileRef.from_data(code))
         self._engine.finalize_object()
         return int(self._engine.get_function_address(symbol_of(key)))
-
-
-def digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()[:8]
 
 
 def empty_engine() -> binding.ExecutionEngine:

@@ -122,22 +122,17 @@ def choose(name: str | None) -> Isa:
     """The instruction set of this name, or the best one here. Raises ConfigError if this CPU
     cannot run it."""
     known = supported()
-    if name is None:
-        return known[0]
     for isa in known:
-        if isa.name == name:
+        if name in (None, isa.name):
             return isa
     raise ConfigError(f"--cpu-isa {name}: this CPU has {', '.join(isa.name for isa in known)}")
 
 
 def target_features(isa: Isa) -> str:
     """What LLVM may use, in its notation: what the CPU has, less what belongs to better sets."""
-    features = host_features()
-    if isa.width == 64 or isa.machine == "any":
-        allowed = features
-    else:
-        allowed = {
-            name: has and (name in isa.needs or not name.startswith(HIDDEN))
-            for name, has in features.items()
-        }
-    return ",".join(f"{'+' if has else '-'}{name}" for name, has in sorted(allowed.items()))
+    hidden = () if isa.width == 64 or isa.machine == "any" else HIDDEN
+
+    def sign(name: str, has: bool) -> str:
+        return "+" if has and (name in isa.needs or not name.startswith(hidden)) else "-"
+
+    return ",".join(sign(*each) + each[0] for each in sorted(host_features().items()))

@@ -54,9 +54,7 @@ def build(key: Key, isa: Isa, symbol: str) -> bytes:
     machine = binding.Target.from_default_triple().create_target_machine(
         cpu=binding.get_host_cpu_name(), features=target_features(isa), opt=SPEED, jit=True
     )
-    module = to_llvm(key, isa, symbol)
-    optimize(module, machine)
-    return bytes(machine.emit_object(module))
+    return bytes(machine.emit_object(optimized(to_llvm(key, isa, symbol), machine)))
 
 
 def assembly(key: Key, isa: Isa, symbol: str, triple: str, cpu: str, features: str) -> str:
@@ -68,8 +66,7 @@ def assembly(key: Key, isa: Isa, symbol: str, triple: str, cpu: str, features: s
     )
     module = to_llvm(key, isa, symbol)
     module.triple, module.data_layout = triple, str(machine.target_data)
-    optimize(module, machine)
-    return str(machine.emit_assembly(module))
+    return str(machine.emit_assembly(optimized(module, machine)))
 
 
 def to_llvm(key: Key, isa: Isa, symbol: str) -> binding.ModuleRef:
@@ -102,8 +99,9 @@ define void @{symbol}({given}) {{
 """
 
 
-def optimize(module: binding.ModuleRef, machine: binding.TargetMachine) -> None:
+def optimized(module: binding.ModuleRef, machine: binding.TargetMachine) -> binding.ModuleRef:
     options = binding.create_pipeline_tuning_options(SPEED)
     options.loop_vectorization = options.slp_vectorization = False
     passes = binding.create_pass_builder(machine, options)
     passes.getModulePassManager().run(module, passes)
+    return module

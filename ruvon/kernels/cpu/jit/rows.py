@@ -94,24 +94,18 @@ def is_packed(out):
 
 
 @helper
-def write_packs(out, row, group, a, b):
-    """32 numbers of a row, in each packed form that is asked for."""
+def write_row(out, row, group, a, b):
+    """32 numbers of a row, in each form that is asked for."""
+    if out.rows.at != 0:
+        at = row_at(out.rows, row) + 128 * group
+        store(at, a)
+        store(at + 64, b)
     block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
     if out.int8 != 0:
         quantize(a, b, out.int8 + block * INT8_BYTES)
     if out.bf16 != 0:
         store_bf16(out.bf16 + block * BF16_BYTES, a)
         store_bf16(out.bf16 + block * BF16_BYTES + 32, b)
-
-
-@helper
-def write_row(out, row, group, a, b):
-    """32 numbers of a row: plain, packed, or both."""
-    if out.rows.at != 0:
-        at = row_at(out.rows, row) + 128 * group
-        store(at, a)
-        store(at + 64, b)
-    write_packs(out, row, group, a, b)
 
 
 # Norms
