@@ -292,12 +292,7 @@ def word(leaf: Address | float) -> int:
     return int(leaf)
 
 
-def fields(kind: type) -> dict[str, Any]:
-    """The type of each field of a tuple: float, another tuple, or whatever is an int64."""
-    return get_type_hints(kind)
-
-
 def record_type(kind: type) -> np.dtype[np.void]:
     """The numpy type of such tuples in memory."""
     names = {float: "f8", np.uint64: "u8"}
-    return np.dtype([(name, names.get(each, "i8")) for name, each in fields(kind).items()])
+    return np.dtype([(name, names.get(each, "i8")) for name, each in get_type_hints(kind).items()])

@@ -55,22 +55,17 @@ class Store:
     nothing but the time to compile again."""
 
     def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+        self.folder = folder  # None where there is none that can be written to
 
     def __contains__(self, name: str) -> bool:
-        return self._folder is not None and (self._folder / name).exists()
-
-    @property
-    def keeps(self) -> bool:
-        """Whether there is a folder that could be written to so far."""
-        return self._folder is not None
+        return self.folder is not None and (self.folder / name).exists()
 
     def read(self, name: str) -> bytes | None:
         """What was kept under this name, if it is whole."""
-        if self._folder is None:
+        if self.folder is None:
             return None
         try:
-            kept = (self._folder / name).read_bytes()
+            kept = (self.folder / name).read_bytes()
         except OSError:
             return None
         digest, code = kept[:32], kept[32:]
@@ -78,25 +73,25 @@ class Store:
 
     def write(self, name: str, code: bytes) -> None:
         """Keep it, whole or not at all: others may read and write the same at this moment."""
-        if self._folder is None:
+        if self.folder is None:
             return
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=self._folder) as beside:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=self.folder) as beside:
                 whole = Path(beside, name)
                 whole.write_bytes(hashlib.sha256(code).digest() + code)
-                os.replace(whole, self._folder / name)
+                os.replace(whole, self.folder / name)
         except OSError as error:
-            log.warning("kernels_not_kept", folder=str(self._folder), error=error.strerror)
-            self._folder = None
+            log.warning("kernels_not_kept", folder=str(self.folder), error=error.strerror)
+            self.folder = None
 
     def forget_others(self) -> None:
         """Note that this version is in use, and remove what others left behind long ago."""
-        if self._folder is None:
+        if self.folder is None:
             return
         with suppress(OSError):
-            os.utime(self._folder)
-            for folder in self._folder.parent.glob("kernels-*"):
+            os.utime(self.folder)
+            for folder in self.folder.parent.glob("kernels-*"):
                 if time.time() - folder.stat().st_mtime > FORGOTTEN_AFTER:
                     shutil.rmtree(folder, ignore_errors=True)
 
@@ -144,13 +139,10 @@ class Compiled:
         self._addresses: dict[Key, int] = {}
         missing = [key for key in USUAL if name_of(key, isa) not in self._store]
         self._helper: subprocess.Popen[bytes] | None = None
-        if missing and cores > 1 and self._store.keeps and sys.executable:
+        if missing and cores > 1 and self._store.folder and sys.executable:
             command = [sys.executable, "-m", __name__, isa.name, json.dumps(missing)]
             with suppress(OSError):  # it is a convenience
                 self._helper = subprocess.Popen(command, stdout=DEVNULL, stderr=DEVNULL)
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._addresses
 
     def address(self, key: Key) -> int:
         """Of the compiled kernel; loads or compiles it at first use."""

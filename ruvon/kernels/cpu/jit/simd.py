@@ -11,7 +11,7 @@ import itertools
 import operator
 from collections.abc import Callable
 from inspect import Parameter, Signature
-from typing import Any
+from typing import Any, get_type_hints
 
 from llvmlite import ir
 from numba import types
@@ -20,7 +20,6 @@ from numba.core.typing.templates import ConcreteTemplate, signature
 from numba.core.typing.templates import infer_global as infer
 from numba.extending import intrinsic, lower_builtin, lower_cast, models, register_model
 
-from ruvon.kernels.cpu.arguments import fields
 from ruvon.kernels.cpu.formats import LANES
 from ruvon.kernels.cpu.jit.llvm import (
     F32,
@@ -212,7 +211,7 @@ def numba_type(kind: Any) -> types.Type:
         return types.float64
     if not hasattr(kind, "_fields"):
         return types.intp
-    return types.BaseTuple.from_types([*map(numba_type, fields(kind).values())], kind)
+    return types.BaseTuple.from_types([*map(numba_type, get_type_hints(kind).values())], kind)
 
 
 @intrinsic
