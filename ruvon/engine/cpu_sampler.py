@@ -7,6 +7,7 @@ number, or a filter's threshold, falls that close to the boundary between two to
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -93,12 +94,12 @@ def is_compiled(sampling: SamplingParams) -> bool:
 class Edits:
     """What a row changes of its scores."""
 
-    ids: Ids  # allowed, banned, biased, seen, counted
+    ids: Ids  # allowed, biased, seen, counted
     amounts: Floats  # to add to biased and counted ones
     counts: tuple[int, ...]  # of each kind; the first is -1 if all are allowed
 
 
-NO_EDITS = Edits(np.zeros(0, np.int32), np.zeros(0, np.float32), (-1, 0, 0, 0, 0))
+NO_EDITS = Edits(np.zeros(0, np.int32), np.zeros(0, np.float32), (-1, 0, 0, 0))
 
 
 def edits_of(row: SamplingRow, eos_token_ids: Sequence[int]) -> Edits:
@@ -110,16 +111,17 @@ def edits_of(row: SamplingRow, eos_token_ids: Sequence[int]) -> Edits:
     banned = completing_ids(row)
     if is_held(sampling, len(history) - row.num_prompt):
         banned += stopping_ids(row, eos_token_ids)
+    amounts = [*bias.values(), *[-math.inf] * len(banned)]
     seen = history if sampling.repetition_penalty != 1 else []
     counted: Indices = NO_EDITS.ids
     penalties = NO_EDITS.amounts
     if sampling.frequency_penalty or sampling.presence_penalty:
         counted, penalties = output_penalties(row)
-    parts = (allowed or (), banned, list(bias), seen, counted)
+    parts = (allowed or (), [*bias, *banned], seen, counted)
     num_allowed, *others = (len(part) for part in parts)
     return Edits(
         np.concatenate([np.asarray(part, np.int32) for part in parts]),
-        np.concatenate([np.fromiter(bias.values(), np.float32, len(bias)), -penalties]),
+        np.concatenate([np.array(amounts, np.float32), -penalties]),
         (-1 if allowed is None else num_allowed, *others),
     )
 

@@ -243,11 +243,10 @@ class SampledRow(NamedTuple):
     top_p: float  # 1 is off
     seed: np.uint64
     position: int  # in the output
-    ids: int  # address of int32 token ids: allowed, banned, biased, seen, counted ones
+    ids: int  # address of int32 token ids: allowed, biased, seen, counted ones
     amounts: int  # address of float32 amounts to add to biased and counted ones
     num_allowed: int  # -1: all are
-    num_banned: int
-    num_biased: int
+    num_biased: int  # banned ones too, by -inf
     num_seen: int  # with repetitions
     num_counted: int
     repetition: float  # penalty for those seen

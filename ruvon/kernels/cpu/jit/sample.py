@@ -54,8 +54,7 @@ RANK, NORM = map(SampledToken._fields.index, ("rank", "norm"))  # behind the tok
 @helper
 def is_edited(row):
     """Whether scores differ from logits, or will be marked by top_k."""
-    edits = row.num_banned + row.num_biased + row.num_seen
-    edits += row.num_counted + row.top_k
+    edits = row.num_biased + row.num_seen + row.num_counted + row.top_k
     return edits > 0 or row.num_allowed >= 0
 
 
@@ -97,9 +96,6 @@ def edit(row, x, width, out, scratch):
     """Write a row's scores after all that the request bans, adds and penalizes."""
     ids, amounts = row.ids, row.amounts
     ids = copy_allowed(row, x, width, ids, out)
-    for _ in range(row.num_banned):
-        write_f32(out + 4 * read_i32(ids), -np.inf)
-        ids += 4
     biased, seen = row.num_biased, row.num_seen
     add_amounts(ids, amounts, biased, out)
     ids += 4 * biased
