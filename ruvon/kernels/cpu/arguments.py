@@ -155,8 +155,8 @@ class Sort(NamedTuple):
     out: Address  # panels: their number, what a column of all costs, then each, see `params`
 
 
-class Dispatch(NamedTuple):
-    """Pack tokens for their experts."""
+class Routed(NamedTuple):
+    """From tokens to rows for their experts, or back: a token's weighted sum of those."""
 
     x: Rows
     routes: Routes
@@ -171,14 +171,6 @@ class Experts(NamedTuple):
     expert_tiles: int  # bytes of an expert's tiles
     expert_bias: int  # bytes of its bias
     product: Linear
-
-
-class Combine(NamedTuple):
-    """A token's weighted sum of what its experts made of it."""
-
-    x: Rows
-    routes: Routes
-    out: Rows
 
 
 class Cache(NamedTuple):

@@ -78,8 +78,8 @@ def experts(
     hidden = product(capture, rows, panels, (up_kind, up), up_bias, spec.width, spec)
     made = product(capture, hidden, panels, (down_kind, down), down_bias, x.width, spec)
     out = capture.new(x.counted, x.width)
-    weighted = told.Combine(made.rows(), routes, out.rows())
-    capture.append(("combine", None), x.counted, weighted)
+    back = told.Routed(made.rows(), routes, out.output())
+    capture.append(("combine", None), x.counted, back)
     return capture.stand_in(out)
 
 
@@ -117,7 +117,7 @@ def dispatch(capture: Capture, x: Value, routes: told.Routes, spec: ExpertsSpec)
     """→ the tokens, by expert."""
     most = x.capacity * spec.top_k + min(spec.num_experts, x.capacity * spec.top_k) * (ROWS - 1)
     rows = capture.new(x.counted, x.width, most, packable=True)
-    arguments = told.Dispatch(x.rows(), routes, rows.output())
+    arguments = told.Routed(x.rows(), routes, rows.output())
     capture.append(("dispatch", None), x.counted, arguments)
     return rows
 

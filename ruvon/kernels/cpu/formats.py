@@ -13,6 +13,7 @@ VECTORS = 8  # of four codes a lane, in a group
 
 CODED = tuple(16 + sign * twice for sign in (1, -1) for twice in (0, 1, 2, 3, 4, 6, 8, 12))
 """Twice the value of each 4-bit float, 16 added so that none is negative."""
+CODED_BITS = 5  # of these
 
 SUPER = 8  # groups whose scales are small integers that one number multiplies
 
@@ -67,11 +68,6 @@ class TileFormat:
     def bits(self) -> int:
         """Of a code, or of a plain value, in memory."""
         return 4 if self.floats else int(self.storage.strip("qbf"))
-
-    @property
-    def factor_bits(self) -> int:
-        """Of a code as it is multiplied."""
-        return 5 if self.floats else self.bits
 
     @property
     def scales_per_group(self) -> int:

@@ -16,7 +16,7 @@ from functools import cached_property
 
 from llvmlite import ir
 
-from ruvon.kernels.cpu.formats import CODED, HALVES, LANES, TOTAL, VECTORS, TileFormat
+from ruvon.kernels.cpu.formats import CODED, CODED_BITS, HALVES, LANES, TOTAL, VECTORS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.llvm import F16, F32, F32V, I8, I32, I32V, Builder, constant, vector
 
@@ -176,7 +176,7 @@ def madd_bytes(group: Group, blocks: list[ir.Value], which: range) -> list[ir.Va
     are multiplied, by activations that have taken on their signs."""
     b, width = group.b, group.isa.width
     totals = [b.cut(constant(0), I32, width) for _ in blocks]
-    most = most_in_words(group.kind.factor_bits)
+    most = most_in_words(CODED_BITS if group.kind.floats else group.kind.bits)
     for first in range(which.start, which.stop, most):
         sums: Iterable[list[ir.Value]] = []
         for q in range(first, min(first + most, which.stop)):

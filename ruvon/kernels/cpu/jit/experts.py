@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ruvon.kernels.cpu.arguments import Combine, Dispatch, Experts, Route, Sort
+from ruvon.kernels.cpu.arguments import Experts, Route, Routed, Sort
 from ruvon.kernels.cpu.formats import ROWS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
 from ruvon.kernels.cpu.jit.largest import first_in_row, largest
@@ -135,7 +135,7 @@ def sort(address, params, start, stop, scratch):
 
 
 def dispatch(address, params, start, stop, scratch):
-    a = arguments(Dispatch, address)
+    a = arguments(Routed, address)
     for token in range(start, stop):
         x = row_at(a.x, token)
         for n in range(a.routes.top_k):
@@ -147,10 +147,10 @@ def dispatch(address, params, start, stop, scratch):
 
 def combine(address, params, start, stop, scratch):
     """In the order of the token's own logits, whatever else there is in the step."""
-    a = arguments(Combine, address)
+    a = arguments(Routed, address)
     for token in range(start, stop):
-        out = row_at(a.out, token)
-        for c in range(0, a.out.stride, 64):
+        out = row_at(a.out.rows, token)
+        for c in range(0, a.out.rows.stride, 64):
             total = 0.0
             for n in range(a.routes.top_k):
                 weight = read_f32(weight_of(a.routes, token, n))
