@@ -1,6 +1,7 @@
 """The command line: options, errors, and the commands that talk to a server."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -269,6 +270,24 @@ def test_mistakes_are_one_line_and_a_failure(args, told):
     assert result.exit_code in (1, 2)
     assert told in result.output
     assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("command", ["chat", "complete"])
+def test_what_was_typed_in_another_encoding_is_told_so(server, command):
+    asked = ["complete", b"caf\xe9"] if command == "complete" else ["chat"]
+    done = subprocess.run(
+        [sys.executable, "-m", "ruvon", *asked, "--url", server.url, "--model", "m"],
+        env=os.environ | {"PYTHONUTF8": "0", "PYTHONIOENCODING": "utf-8:strict"},
+        input=b"caf\xe9\nHi\n" if command == "chat" else b"",
+        capture_output=True,
+    )
+    said = (done.stdout + done.stderr).decode()
+    assert "the text is not valid Unicode: it has a lone surrogate" in said
+    assert "Traceback" not in said
+    contents = [
+        body["messages"][-1]["content"] for path, body in server.asked if path.endswith("ns")
+    ]
+    assert contents == (["Hi"] if command == "chat" else [])
 
 
 def test_a_bad_variable_is_named():

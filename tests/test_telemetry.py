@@ -223,6 +223,17 @@ def test_a_request_s_line_is_short_for_people(stderr):
     assert hello.endswith("client=10.0.0.7")
 
 
+@pytest.mark.parametrize("given", [{"NO_COLOR": "1"}, {"TERM": "dumb"}, {"NO_COLOR": ""}])
+def test_a_terminal_that_wants_no_colours_gets_none(given, stderr, monkeypatch):
+    monkeypatch.setattr(Sink, "isatty", lambda sink: True)
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.setenv(name, given.get(name, ""))
+    configure_logging("info", "console")
+    structlog.get_logger("t").info("hello")
+    (line,) = stderr()
+    assert ("\x1b[" in line) == (given == {"NO_COLOR": ""})
+
+
 def test_console_lines_tell_an_error_and_not_what_was_asked(stderr):
     configure_logging("warning", "console")
     prompt = "what nobody else should read"

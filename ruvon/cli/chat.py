@@ -6,7 +6,9 @@ Ctrl-C stops the answer that is coming; at the prompt it clears the line. Ctrl-D
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
@@ -131,9 +133,13 @@ class Conversation:
 
 def run(conversation: Conversation, console: Console) -> None:
     """Talk until the user leaves."""
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")  # what is no UTF-8 is an answer's error
     defaults = conversation.source.defaults.items()
     drawn = "".join(f"{escape(name)} {value}; " for name, value in defaults)
-    console.print(f"[bold]{conversation.source.name}[/]  [dim]{drawn}/help lists commands[/]")
+    console.print(
+        f"[bold]{escape(conversation.source.name)}[/]  [dim]{drawn}/help lists commands[/]"
+    )
     while True:
         try:
             text = read_message()

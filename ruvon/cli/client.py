@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
 
-from ruvon.errors import PeerError
+from ruvon.errors import PeerError, RequestError
 
 TIMEOUT = 600.0  # seconds without a byte; a long prompt on a small machine needs a while
 DONE = "[DONE]"
@@ -92,7 +92,11 @@ class Client:
 
 
 def _encode(body: Any) -> bytes | None:
-    return None if body is None else json.dumps(body).encode()
+    """Raises RequestError for text that was no UTF-8 when it was typed."""
+    try:
+        return None if body is None else json.dumps(body, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise RequestError("the text is not valid Unicode: it has a lone surrogate") from None
 
 
 def _data_lines(response: http.client.HTTPResponse) -> Iterator[str]:

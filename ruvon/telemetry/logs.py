@@ -6,6 +6,7 @@ import logging
 import os
 import select
 import sys
+from collections.abc import Mapping
 from typing import Literal, TextIO
 
 import structlog
@@ -62,6 +63,11 @@ class Sink:
         """For `logging`; nothing is held back."""
 
 
+def wants_colours(environ: Mapping[str, str]) -> bool:
+    """Whether a terminal is to be written to in colours, as https://no-color.org has it."""
+    return not environ.get("NO_COLOR") and environ.get("TERM") != "dumb"
+
+
 OF_PEERS = ("bytes", "client", "user_agent")
 
 
@@ -90,7 +96,7 @@ def configure_logging(
         [
             without_peers,
             structlog.dev.ConsoleRenderer(
-                colors=sink.isatty(),
+                colors=sink.isatty() and wants_colours(os.environ),
                 pad_event_to=0,
                 pad_level=False,
                 sort_keys=False,
