@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Integral
 from typing import Any, TypeAlias, Unpack
 
 import structlog
 
 from ruvon.deltas import Delta, FinishReason, TokenLogprobs, ToolCall
 from ruvon.engine.types import Job, SamplingParams, TextOptions
+from ruvon.engine.validation import check_type
+from ruvon.errors import RequestError
 from ruvon.models.chat import Chat, TurnOptions
 from ruvon.models.formats.tools import (
     Reasoning,
@@ -142,6 +145,8 @@ def take_turn(
 ) -> tuple[Turn, SamplingParams]:
     """The answer to be given, and how to sample it; a grammar in ``sampling`` is the form of what
     is no call. Raises RequestError."""
+    check_messages(messages)
+    check_type(sampling)
     turn = chat.turn(
         messages,
         tools=read_tools(tools or ()),
@@ -155,9 +160,29 @@ def take_turn(
     return turn, replace(sampling, grammar=turn.grammar)
 
 
+def read_ids(prompt: Any) -> list[int]:
+    """Token ids that somebody has given, such as numpy's. Raises RequestError for what is none:
+    bytes, too, would pass as a list of numbers."""
+    listed = isinstance(prompt, Iterable) and not isinstance(prompt, bytes | bytearray)
+    ids = list(prompt) if listed else [prompt]
+    if not listed or not all(isinstance(id, Integral) for id in ids):
+        raise RequestError(f"a prompt must be a text or token ids, not {prompt!r:.100}", "prompt")
+    return [int(id) for id in ids]
+
+
+def check_messages(messages: Any) -> None:
+    """Raises RequestError for what is no conversation."""
+    listed = isinstance(messages, Sequence) and not isinstance(messages, str)
+    if not listed or not all(isinstance(message, Mapping) for message in messages):
+        raise RequestError(
+            f"messages must be a list of dicts with role and content, not {messages!r:.100}",
+            "messages",
+        )
+
+
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer) -> Sequence[int]:
-    """A prompt as ids. Nothing at all means: begin a document."""
+    """A prompt as ids. Nothing at all means: begin a document. Raises RequestError."""
     if not isinstance(prompt, str):
-        return prompt
+        return read_ids(prompt)
     start = tokenizer.bos_id
     return tokenizer.encode(prompt) or ([] if start is None else [start])

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import closing, suppress
+from numbers import Integral
 from types import TracebackType
 from typing import Any, Unpack
 
@@ -28,6 +29,7 @@ from ruvon.completion import (
     CompletionWriter,
     Conversation,
     Prompt,
+    check_messages,
     encode_prompt,
     take_turn,
 )
@@ -285,7 +287,7 @@ def _for_each(
     sampling: SamplingParams | Sequence[SamplingParams], number: int
 ) -> Sequence[SamplingParams]:
     """One for each prompt, or the same for all."""
-    if isinstance(sampling, SamplingParams):
+    if not isinstance(sampling, Sequence):
         return [sampling] * number
     if len(sampling) != number:
         raise RequestError(f"{len(sampling)} sampling for {number} prompts", "sampling")
@@ -294,10 +296,9 @@ def _for_each(
 
 def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
     """Several prompts, or the one that a text or token ids are."""
-    if isinstance(prompts, str):
-        return [prompts]
-    ids = [item for item in prompts if isinstance(item, int)]
-    several = [item for item in prompts if not isinstance(item, int)]
+    if isinstance(prompts, str | bytes | Mapping) or not isinstance(prompts, Iterable):
+        return [prompts]  # the last three of which are refused
+    ids, several = _parted(prompts, Integral)
     if ids and several:
         raise RequestError("prompts must not mix token ids with texts and lists", "prompts")
     return [ids] if ids else several
@@ -305,11 +306,19 @@ def _listed(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 def _listed_talks(messages: Conversation | Sequence[Conversation]) -> list[Conversation]:
     """Several conversations, or the one that messages are."""
-    one = [item for item in messages if isinstance(item, Mapping)]
-    several = [item for item in messages if not isinstance(item, Mapping)]
+    if isinstance(messages, str | Mapping) or not isinstance(messages, Iterable):
+        check_messages(messages)
+    one, several = _parted(messages, Mapping)
     if one and several:
         raise RequestError("messages must not mix messages with conversations", "messages")
     return [one] if one else several
+
+
+def _parted(items: Iterable[Any], kind: type) -> tuple[list[Any], list[Any]]:
+    """Those of a kind, and the others; they are looked at once, as a generator's have to be."""
+    given = list(items)
+    others = [item for item in given if not isinstance(item, kind)]
+    return [item for item in given if isinstance(item, kind)], others
 
 
 def progress_bar(shown: bool) -> Progress:

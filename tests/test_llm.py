@@ -9,6 +9,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import jsonschema
+import numpy as np
 import pytest
 import torch
 from fakes import ByteTokenizer, FakeRunner
@@ -197,6 +198,57 @@ def test_what_cannot_run_is_refused_before_anything_runs(fake, runner):
     with pytest.raises(RequestError, match="temperature"):
         fake.generate("short", SamplingParams(temperature=-1), use_tqdm=False)
     assert runner.plans == []
+
+
+@pytest.mark.parametrize(
+    "prompts", [None, 5, [None], b"ab", [b"ab"], {"prompt": "a"}, [{"prompt": "a"}], [["a"]], [1.5]]
+)
+def test_what_is_no_prompt_is_told_so(fake, runner, prompts):
+    with pytest.raises(RequestError, match="a prompt must be a text or token ids, not "):
+        fake.generate(prompts, GREEDY, use_tqdm=False)
+    assert runner.plans == []
+
+
+@pytest.mark.parametrize("messages", [None, "Hi", ["Hi"], {"role": "user", "content": "Hi"}, [[5]]])
+def test_what_is_no_conversation_is_told_so(fake, runner, messages):
+    with pytest.raises(RequestError, match="messages must be a list of dicts"):
+        fake.chat(messages, GREEDY, use_tqdm=False)
+    assert runner.plans == []
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"stop_token_ids": 5}, {"stop_token_ids": ["a"]}, {"allowed_token_ids": []},
+        {"allowed_token_ids": [1.5]}, {"bad_words": ["word"]}, {"logit_bias": {"5": 1}},
+        {"logit_bias": {5: "a"}}, {"logit_bias": [5]}, {"grammar": "a+"},
+    ],
+)  # fmt: skip
+def test_what_a_field_of_sampling_cannot_be_is_told_by_its_name(fake, runner, fields):
+    with pytest.raises(RequestError) as told:
+        fake.generate("a", SamplingParams(**fields), use_tqdm=False)
+    assert told.value.param in fields
+    assert runner.plans == []
+
+
+@pytest.mark.parametrize("sampling", [{"temperature": 0}, [{"temperature": 0}], "greedy"])
+def test_what_is_no_sampling_is_told_so(fake, sampling):
+    for ask in (fake.generate, fake.chat):
+        with pytest.raises(RequestError, match="sampling"):
+            ask([{"role": "user", "content": "a"}] if ask == fake.chat else "a", sampling)
+
+
+def test_one_stop_string_is_not_its_letters(fake):
+    with pytest.raises(RequestError, match="stop must be a list of strings, not 'end'"):
+        fake.generate("a", GREEDY, TextOptions(stop="end"), use_tqdm=False)
+    assert not fake.engine.has_work
+
+
+def test_prompts_may_come_from_a_generator_and_ids_from_numpy(fake):
+    texts = fake.generate((text for text in ("a", "b")), GREEDY, use_tqdm=False)
+    assert texts == fake.generate(["a", "b"], GREEDY, use_tqdm=False)
+    one = fake.generate(np.array([97]), GREEDY, use_tqdm=False)
+    assert one == fake.generate([[97]], GREEDY, use_tqdm=False)
 
 
 def test_a_failed_sequence_fails_alone(fake, runner):

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 
 from ruvon.engine.types import SamplingParams
 from ruvon.errors import ContextLengthError, RequestError
+from ruvon.grammars import Grammar
 
 BOUNDS: Mapping[str, tuple[float, float]] = {
     "temperature": (0, math.inf),
@@ -44,9 +45,16 @@ def normalize(sampling: SamplingParams) -> SamplingParams:
     return sampling
 
 
+def check_type(sampling: object) -> None:
+    """Raises RequestError for what is no `SamplingParams`."""
+    if not isinstance(sampling, SamplingParams):
+        raise RequestError(f"sampling must be SamplingParams, not {sampling!r}.", "sampling")
+
+
 def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     """Raises RequestError, naming the field, for what is no number, numbers out of bounds and ids
     of no token."""
+    check_type(sampling)
     for name, (least, most) in BOUNDS.items():
         check_number(name, getattr(sampling, name), least, most)
     if sampling.max_tokens is not None and sampling.min_tokens > sampling.max_tokens:
@@ -55,8 +63,12 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         )
     if not sampling.repetition_penalty:
         raise RequestError("repetition_penalty must be above 0.", "repetition_penalty")
-    if not all(math.isfinite(amount) for amount in sampling.logit_bias.values()):
-        raise RequestError("logit_bias must hold finite numbers.", "logit_bias")
+    try:
+        is_finite = all(map(math.isfinite, sampling.logit_bias.values()))
+    except (AttributeError, TypeError):
+        is_finite = False
+    if not is_finite:
+        raise RequestError("logit_bias must map token ids to finite numbers.", "logit_bias")
     if not all(sampling.bad_words):
         raise RequestError("A bad word must have at least one token.", "bad_words")
     check_ids(sampling.logit_bias, vocab_size, "logit_bias")
@@ -65,10 +77,12 @@ def check_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     check_ids(sampling.logprob_token_ids, vocab_size, "logprob_token_ids")
     if sampling.logprob_token_ids and sampling.logprobs is None:
         raise RequestError("logprob_token_ids needs logprobs.", "logprob_token_ids")
-    if sampling.allowed_token_ids == ():
+    if sampling.allowed_token_ids is not None and not len(sampling.allowed_token_ids):
         raise RequestError("allowed_token_ids must name at least one token.", "allowed_token_ids")
     for word in sampling.bad_words:
         check_ids(word, vocab_size, "bad_words")
+    if not isinstance(sampling.grammar, Grammar | None):
+        raise RequestError("grammar must be one that ruvon.grammars makes.", "grammar")
 
 
 def check_length(num_prompt: int, max_tokens: int | None, limit: int, param: str) -> None:
@@ -105,7 +119,12 @@ def check_number(name: str, value: object, least: float, most: float) -> None:
 
 
 def check_ids(ids: Iterable[int], vocab_size: int, param: str) -> None:
-    """Raises RequestError for an id outside the vocabulary."""
+    """Raises RequestError for what is no id, or one outside the vocabulary."""
+    if not isinstance(ids, Iterable):
+        raise RequestError(f"{param} must be a list of token ids, not {ids!r}.", param)
     for token in ids:
-        if not 0 <= token < vocab_size:
-            raise RequestError(f"Token id {token} is not in the vocabulary of {vocab_size}.", param)
+        is_whole = type(token) is int or isinstance(token, Integral)  # the first is quick to tell
+        if not is_whole or not 0 <= token < vocab_size:
+            raise RequestError(
+                f"Token id {token!r} is not in the vocabulary of {vocab_size}.", param
+            )

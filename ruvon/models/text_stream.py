@@ -31,7 +31,7 @@ class TextStream:
         """``hidden`` ids show nothing; ``strip`` drops the text's leading space, if it has one;
         stop strings that the first ``min_tokens`` complete are text; a character that
         ``prompt_ids`` (the last four suffice) leave unfinished is finished. Raises RequestError for
-        an empty stop string."""
+        an empty stop string, and for one that is not in a list."""
         self._token_bytes = token_bytes
         self._hidden = hidden
         self._strip = strip
@@ -132,6 +132,8 @@ class StopStrings:
     """
 
     def __init__(self, stops: Sequence[str], include: bool) -> None:
+        if isinstance(stops, str):  # which would be its letters
+            raise RequestError(f"stop must be a list of strings, not {stops!r}", param="stop")
         if not all(stops):
             raise RequestError("stop strings must not be empty", param="stop")
         self.matched: str | None = None
