@@ -163,6 +163,8 @@ class ServerConfig:
         check_fields(self)
         if self.tls_key is not None and self.tls_cert is None:
             raise ConfigError("tls_key needs tls_cert, the certificate that it belongs to")
+        if self.tls_cert is not None and self.uds is not None:
+            raise ConfigError("tls_cert goes with host and port: nothing is encrypted on uds")
         for name in ("otlp_traces_endpoint", "otlp_metrics_endpoint"):
             url = getattr(self, name)
             if url is not None and not re.fullmatch(r"https?://[^\s/]+\S*", url):

@@ -33,6 +33,8 @@ class Certificate:
         except (OSError, ValueError) as error:  # what ssl raises is an OSError
             files = cert if key is None else f"{cert}, {key}"
             reason = getattr(error, "strerror", None) or error
+            if key is None and not isinstance(error, FileNotFoundError):
+                reason = f"{reason}; without tls_key it has to hold the key, too"
             raise ConfigError(f"tls_cert and tls_key: {files}: {reason}") from None
         return context
 

@@ -88,13 +88,16 @@ def test_what_is_wrong_with_a_certificate_is_said_at_the_start(tmp_path):
     for pair, told in (
         ((cert, other[1]), "KEY_VALUES_MISMATCH"),
         ((cert, str(encrypted)), "encrypted"),
-        ((cert, None), "PEM"),
+        ((cert, None), "PEM.*; without tls_key it has to hold the key"),
+        ((str(tmp_path / "none"), None), "No such file or directory$"),
         ((str(tmp_path / "none"), key), "No such file"),
     ):
         with pytest.raises(ConfigError, match=f"tls_cert and tls_key: .*{told}"):
             Certificate(*pair)
     with pytest.raises(ConfigError, match="tls_key needs tls_cert"):
         ServerConfig(tls_key=key)
+    with pytest.raises(ConfigError, match="tls_cert goes with host and port"):
+        ServerConfig(tls_cert=cert, tls_key=key, uds="socket")
 
 
 def test_a_server_that_is_open_to_all_says_so():
