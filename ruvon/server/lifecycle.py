@@ -122,8 +122,8 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
 
 
 def served_names(text: str) -> tuple[str, ...]:
-    """``"a, b"`` → ``("a", "b")``."""
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    """``"a, b, a"`` → ``("a", "b")``."""
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
     if not names:
         raise ConfigError(f"served_model_name {text!r} holds no name")
     return names

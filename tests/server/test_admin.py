@@ -11,7 +11,7 @@ from ruvon.config import ServerConfig
 
 
 async def test_models_list_and_single_with_slashes(serve):
-    server = await serve(server=ServerConfig(port=0, served_model_name="org/a, alias"))
+    server = await serve(server=ServerConfig(port=0, served_model_name="org/a, alias, org/a"))
     listed = (await server.get("/v1/models")).json
     assert listed["object"] == "list"
     assert [card["id"] for card in listed["data"]] == ["org/a", "alias"]
