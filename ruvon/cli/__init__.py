@@ -17,6 +17,7 @@ from ruvon import __version__
 from ruvon.cli.bench import bench
 from ruvon.cli.options import (
     FILE_OUT,
+    Number,
     SettingsCommand,
     first_key,
     load_engine,
@@ -275,7 +276,11 @@ def verify(name: str | None, requests: int, tokens: int, reference: bool, **give
 @click.option("--json", "report", type=FILE_OUT, callback=writable, help="Write a report there.")
 @click.option("--concurrency", type=click.IntRange(min=1), default=8, show_default=True)
 @click.option(
-    "--timeout", type=float, default=60.0, show_default=True, help="Seconds that a check may take."
+    "--timeout",
+    type=Number(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    help="Seconds that a check may take.",
 )
 @click.option("--list", "listing", is_flag=True, help="Name the checks instead of running them.")
 def doctor(

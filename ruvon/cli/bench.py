@@ -21,6 +21,7 @@ import click
 
 from ruvon.cli.options import (
     FILE_OUT,
+    Number,
     SettingsCommand,
     first_key,
     load_engine,
@@ -97,14 +98,19 @@ def _goodput(ctx: click.Context, param: click.Parameter, values: Sequence[str]) 
 @click.option("--random-output-len", type=click.IntRange(min=1), default=128, show_default=True)
 @click.option(
     "--random-range-ratio",
-    type=click.FloatRange(0, 1, max_open=True),
+    type=Number(0, 1, max_open=True),
     default=0.0,
     show_default=True,
     help="Lengths are drawn from (1 - r) to (1 + r) times those given.",
 )
 @click.option("--num-prompts", type=click.IntRange(min=1), default=100, show_default=True)
-@click.option("--request-rate", type=float, default=math.inf, help="Per second; inf: all at once.")
-@click.option("--burstiness", type=click.FloatRange(0, min_open=True), default=1.0)
+@click.option(
+    "--request-rate",
+    type=Number(0, min_open=True),
+    default=math.inf,
+    help="Per second; inf: all at once.",
+)
+@click.option("--burstiness", type=Number(0, min_open=True), default=1.0)
 @click.option("--max-concurrency", type=click.IntRange(min=1))
 @click.option("--num-warmups", type=click.IntRange(min=0), default=1, show_default=True)
 @click.option("--seed", default=0, show_default=True)

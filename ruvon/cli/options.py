@@ -6,6 +6,7 @@ A new setting is a new flag, variable and TOML key at once; nothing is listed tw
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,18 @@ EPILOG = (
     "given with --config (max_num_seqs = 8). The command line wins over the environment, the "
     "environment over the file."
 )
+
+
+class Number(click.FloatRange):
+    """A number within bounds. NaN is none, though no bound excludes it."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number = float(super().convert(value, param, ctx))
+        if math.isnan(number):
+            self.fail(f"{value!r} is not a number", param, ctx)
+        return number
 
 
 class Setting(click.Option):

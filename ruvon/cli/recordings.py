@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import click
 
 from ruvon.cli.client import Client
-from ruvon.cli.options import first_key, server_url
+from ruvon.cli.options import Number, first_key, server_url
 from ruvon.errors import RuvonError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ FIRST = 20  # lines shown of a replay
     help="The server's admin key.",
 )
 @click.option("--steps", type=click.IntRange(1, 100_000), default=1000, show_default=True)
-@click.option("--seconds", type=click.FloatRange(0, 600, min_open=True), default=10.0,
+@click.option("--seconds", type=Number(0, 600, min_open=True), default=10.0,
               show_default=True, help="After which it ends, with fewer steps.")  # fmt: skip
 @click.option("--contents", is_flag=True, help="With the tokens of prompts and answers.")
 @click.option("--trace", is_flag=True, help="Give a Chrome trace of the last steps instead.")
