@@ -52,7 +52,7 @@ UNSERVED: Mapping[str, tuple[object, ...]] = {
     "num_beams": (1,),
     "options": (),
     "penalize_nl": (False,),
-    "repeat_last_n": (),
+    "repeat_last_n": (-1,),
     "repetition_detection": (),
     "repetition_ngram_size": (0,),
     "repetition_ngram_threshold": (0,),

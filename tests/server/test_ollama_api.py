@@ -102,6 +102,8 @@ async def test_options(serve):
     [
         ({"options": {"num_ctx": 513}}, "num_ctx"),
         ({"options": {"mirostat": 1}}, "mirostat"),
+        ({"options": {"repeat_last_n": 64}}, "repeat_last_n"),
+        ({"options": {"repeat_last_n": -1}}, None),
         ({"options": {"temperature": "hot"}}, "temperature"),
         ({"options": []}, "options"),
         ({"think": 3}, "think"),
