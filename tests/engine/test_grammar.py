@@ -248,7 +248,8 @@ MALICIOUS = {
 
 @pytest.mark.parametrize("text", MALICIOUS.values(), ids=MALICIOUS)
 def test_what_wants_to_do_harm_is_refused_or_works(text):
-    """In bounded time, and while other threads go on: here and in the steps that follow."""
+    """In bounded time, and while other threads go on: here and in the steps that follow. On a
+    machine that is busy with other things it may have to be asked for again."""
     compiler = Grammars(ByteTokenizer(), ByteTokenizer.vocab_size, EOS)
     grammar, turns, over = Grammar(text.removeprefix("start: "), param="p"), [], threading.Event()
 
@@ -259,12 +260,14 @@ def test_what_wants_to_do_harm_is_refused_or_works(text):
     beside = threading.Thread(target=count_turns)
     beside.start()
     began = time.process_time()
-    with suppress(RequestError):
-        compiler.hold(grammar)
-        take_some_steps(compiler, grammar)
-    over.set()
-    beside.join()
-    compiler.close()
+    try:
+        with suppress(RequestError, UnavailableError):
+            compiler.hold(grammar)
+            take_some_steps(compiler, grammar)
+    finally:
+        over.set()
+        beside.join()
+        compiler.close()
     assert time.process_time() - began < 10  # the trial's own second is another process's
     assert turns or time.process_time() - began < 0.05
 
