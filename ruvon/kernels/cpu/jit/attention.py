@@ -15,24 +15,8 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Attention
 from ruvon.kernels.cpu.formats import LANES, TileFormat
 from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.rows import write_row
-from ruvon.kernels.cpu.jit.simd import (
-    arguments,
-    exp16,
-    get,
-    keep_first,
-    larger,
-    load,
-    max_lanes,
-    prefetch,
-    read_f32,
-    read_i32,
-    row_at,
-    store,
-    sum_lanes,
-    write_f32,
-    write_i64,
-)
 from ruvon.kernels.cpu.jit.tiles import TILES, make_attend_tiles, make_load
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.jit.write_kv import round_lanes
@@ -73,7 +57,7 @@ def tile_tokens(share):
 def find_tile(starts, sequences, tile):
     """(sequence, its first token in this tile): tiles are numbered sequence by sequence."""
     for s in range(sequences):
-        first, end = read_i32(starts + 4 * s), read_i32(starts + 4 * s + 4)
+        first, end = v.read_i32(starts + 4 * s), v.read_i32(starts + 4 * s + 4)
         tiles = (end - first + QUERY_TOKENS - 1) // QUERY_TOKENS
         if tile < tiles:
             return s, first + tile * QUERY_TOKENS
@@ -88,12 +72,12 @@ def gather_queries(a, scratch, group, first, count):
     dim = round_lanes(a.cache.head_dim)
     for row in range(count * share):
         token, head = first + row // share, group * share + row % share
-        source = row_at(a.queries, token) + 4 * head * dim
+        source = v.row_at(a.queries, token) + 4 * head * dim
         for c in range(0, 4 * dim, 64):
-            store(scratch + QUERIES + row * ROW_BYTES + c, load(source + c))
-            store(scratch + SUMS + row * ROW_BYTES + c, 0.0)
-        write_f32(scratch + PEAKS + 4 * row, LOWEST)
-        store(scratch + MASSES + 64 * row, 0.0)
+            v.store(scratch + QUERIES + row * ROW_BYTES + c, v.load(source + c))
+            v.store(scratch + SUMS + row * ROW_BYTES + c, 0.0)
+        v.write_f32(scratch + PEAKS + 4 * row, LOWEST)
+        v.store(scratch + MASSES + 64 * row, 0.0)
 
 
 @helper
@@ -101,7 +85,7 @@ def seen(x, c, seen_from, seen_to, other):
     """Lanes of x that stand for keys from ``seen_from`` to ``seen_to``, x starting at key c."""
     if seen_from <= c and c + 16 <= seen_to:
         return x
-    return keep_first(other, seen_from - c, keep_first(x, seen_to - c, other))
+    return v.keep_first(other, seen_from - c, v.keep_first(x, seen_to - c, other))
 
 
 @helper
@@ -112,34 +96,34 @@ def soften(scratch, row, seen_from, seen_to, keys, dim, scale):
     """
     scores, peaks = scratch + SCORES + row * SPAN_BYTES, LOWEST
     for c in range(0, keys, 16):
-        value = seen(load(scores + 4 * c) * scale, c, seen_from, seen_to, LOWEST)
-        store(scores + 4 * c, value)
-        peaks = larger(peaks, value)
-    before = read_f32(scratch + PEAKS + 4 * row)
-    peak = max(before, max_lanes(peaks))
-    mass = load(scratch + MASSES + 64 * row)
+        value = seen(v.load(scores + 4 * c) * scale, c, seen_from, seen_to, LOWEST)
+        v.store(scores + 4 * c, value)
+        peaks = v.larger(peaks, value)
+    before = v.read_f32(scratch + PEAKS + 4 * row)
+    peak = max(before, v.max_lanes(peaks))
+    mass = v.load(scratch + MASSES + 64 * row)
     if peak > before:
-        fade = exp16(np.float32(before - peak))
+        fade = v.exp16(np.float32(before - peak))
         mass = mass * fade
         sums = scratch + SUMS + row * ROW_BYTES
         for c in range(0, 4 * dim, 64):
-            store(sums + c, load(sums + c) * fade)
-        write_f32(scratch + PEAKS + 4 * row, peak)
+            v.store(sums + c, v.load(sums + c) * fade)
+        v.write_f32(scratch + PEAKS + 4 * row, peak)
     for c in range(0, keys, 16):
-        value = exp16(load(scores + 4 * c) - peak)
+        value = v.exp16(v.load(scores + 4 * c) - peak)
         value = seen(value, c, seen_from, seen_to, 0.0)
-        store(scores + 4 * c, value)
+        v.store(scores + 4 * c, value)
         mass = mass + value
-    store(scratch + MASSES + 64 * row, mass)
+    v.store(scratch + MASSES + 64 * row, mass)
 
 
 @helper
 def share_of_one(scratch, row, sinks, head):
     """One by the softmax's denominator, a sink's share in it."""
-    mass = sum_lanes(load(scratch + MASSES + 64 * row))
+    mass = v.sum_lanes(v.load(scratch + MASSES + 64 * row))
     if sinks == 0:
         return np.float32(np.float32(1.0) / mass)
-    peak, sink = read_f32(scratch + PEAKS + 4 * row), read_f32(sinks + 4 * head)
+    peak, sink = v.read_f32(scratch + PEAKS + 4 * row), v.read_f32(sinks + 4 * head)
     highest = max(peak, sink)
     fade = np.exp(np.float64(peak - highest))
     mass = np.float32(mass * fade + np.exp(np.float64(sink - highest)))
@@ -152,21 +136,21 @@ def finish_query(a, scratch, row, token, head):
     sums, dim = scratch + SUMS + row * ROW_BYTES, a.cache.head_dim
     by = share_of_one(scratch, row, a.sinks, head)
     for c in range(0, 4 * dim, 64):
-        store(sums + c, load(sums + c) * by)
+        v.store(sums + c, v.load(sums + c) * by)
     if dim % 32 == 0:
         for c in range(0, dim, 32):
-            x, y = load(sums + 4 * c), load(sums + 4 * c + 64)
+            x, y = v.load(sums + 4 * c), v.load(sums + 4 * c + 64)
             write_row(a.out, token, (head * dim + c) // 32, x, y)
         return
-    out = row_at(a.out.rows, token) + 4 * head * dim  # nothing else, see `operations`
+    out = v.row_at(a.out.rows, token) + 4 * head * dim  # nothing else, see `operations`
     for c in range(0, 4 * dim, 4):
-        write_f32(out + c, read_f32(sums + c))
+        v.write_f32(out + c, v.read_f32(sums + c))
 
 
 @helper
 def cached_at(cache, table, key, group):
     """Where a key's block of a head group starts, counted in tokens of all heads."""
-    block = read_i32(table + 4 * (key // cache.page))
+    block = v.read_i32(table + 4 * (key // cache.page))
     return (block * cache.kv_heads + group) * cache.page
 
 
@@ -206,9 +190,9 @@ def make_spans(cache: TileFormat, isa: Isa):
         if many and size < 4:
             wide = scratch + WIDENED + 64 * MOST_DIMS * t
             for n in range(vectors):
-                store(wide + 64 * n, load_stored(tile + 16 * size * n))
+                v.store(wide + 64 * n, load_stored(tile + 16 * size * n))
             tile = wide
-        write_i64(scratch + ADDRESSES + 8 * t, tile)
+        v.write_i64(scratch + ADDRESSES + 8 * t, tile)
 
     score_rows = make_rows(cache, isa, True, ROW_BYTES, SPAN_BYTES)
     mix_rows = make_rows(cache, isa, False, SPAN_BYTES, ROW_BYTES)
@@ -227,7 +211,7 @@ def make_spans(cache: TileFormat, isa: Isa):
                 tile, value = cached.keys + size * place * dim, cached.values + size * place * dim
                 place_tile(tile, dim, many, t, scratch)
                 for line in range(0, size * 16 * dim, 64):
-                    prefetch(value + line)
+                    v.prefetch(value + line)
             score_rows(many, scratch, scratch + QUERIES, dim, scratch + SCORES + 4 * c, rows)
 
     @helper
@@ -275,7 +259,7 @@ def make_attention(cache: TileFormat, isa: Isa):
     def attend_tile(a, scratch, s, group, tile_first):
         """The queries of one sequence ``s`` and head group from ``tile_first`` on."""
         share, table = a.cache.heads // a.cache.kv_heads, a.tables + s * a.table_stride
-        end, context = read_i32(a.starts + 4 * s + 4), read_i32(a.contexts + 4 * s)
+        end, context = v.read_i32(a.starts + 4 * s + 4), v.read_i32(a.contexts + 4 * s)
         tile_end = min(end, tile_first + QUERY_TOKENS)
         for first in range(tile_first, tile_end, tile_tokens(share)):
             tokens = min(tile_tokens(share), tile_end - first)
@@ -285,9 +269,9 @@ def make_attention(cache: TileFormat, isa: Isa):
                 finish_query(a, scratch, row, first + row // share, group * share + row % share)
 
     def attention(address, params, start, stop, scratch):
-        a = arguments(Attention, address)
-        groups, sequences = a.cache.kv_heads, get(params, Param.SEQUENCES)
-        units = get(params, Param.QUERY_TILES) * groups
+        a = v.arguments(Attention, address)
+        groups, sequences = a.cache.kv_heads, v.get(params, Param.SEQUENCES)
+        units = v.get(params, Param.QUERY_TILES) * groups
         for turn in range(start, stop):
             unit = units - 1 - turn  # a long prompt's last tiles are its heaviest: they go first
             s, tile_first = find_tile(a.starts, sequences, unit // groups)

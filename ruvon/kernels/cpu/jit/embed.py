@@ -10,17 +10,10 @@ from numba import types
 from ruvon.kernels.cpu.arguments import Embed
 from ruvon.kernels.cpu.formats import GROUP, SUPER, TileFormat
 from ruvon.kernels.cpu.isa import ISAS, Isa
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.dots import Group
 from ruvon.kernels.cpu.jit.llvm import F32V, I32V, Builder, constant, number
-from ruvon.kernels.cpu.jit.simd import (
-    arguments,
-    keep_first,
-    load,
-    operation,
-    read_i32,
-    row_at,
-    store,
-)
+from ruvon.kernels.cpu.jit.simd import operation
 from ruvon.kernels.cpu.jit.tiles import DENSE
 
 ANY: Isa = ISAS[-1]  # tables are read the same way everywhere
@@ -67,16 +60,16 @@ def make_embed(kind: TileFormat, isa: Isa):
     read_group = make_read_group(kind)
 
     def embed(address, params, start, stop, scratch):
-        a = arguments(Embed, address)
+        a = v.arguments(Embed, address)
         for row in range(start, stop):
-            token, out = read_i32(a.ids + 4 * row) - a.first, row_at(a.out, row)
+            token, out = v.read_i32(a.ids + 4 * row) - a.first, v.row_at(a.out, row)
             known = 0 <= token < a.rows
             tile = a.table.tiles + token // 16 * a.table.tile_bytes
             for k in range(0, a.width, 32):
                 if known:
                     read_group(tile, a.table.steps, k // 32, token % 16, scratch)
                 left = a.width - k if known else 0
-                store(out + 4 * k, keep_first(load(scratch), left, 0.0))
-                store(out + 4 * k + 64, keep_first(load(scratch + 64), left - 16, 0.0))
+                v.store(out + 4 * k, v.keep_first(v.load(scratch), left, 0.0))
+                v.store(out + 4 * k + 64, v.keep_first(v.load(scratch + 64), left - 16, 0.0))
 
     return embed

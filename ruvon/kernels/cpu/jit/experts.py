@@ -12,26 +12,10 @@ import numpy as np
 from ruvon.kernels.cpu.arguments import Experts, Route, Routed, Sort
 from ruvon.kernels.cpu.formats import ROWS, TileFormat
 from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.largest import first_in_row, largest
 from ruvon.kernels.cpu.jit.linear import make_product, two_of_next
 from ruvon.kernels.cpu.jit.rows import write_row
-from ruvon.kernels.cpu.jit.simd import (
-    arguments,
-    exp16,
-    fma,
-    get,
-    keep_first,
-    load,
-    read_f32,
-    read_i32,
-    read_i64,
-    row_at,
-    store,
-    sum_lanes,
-    write_f32,
-    write_i32,
-    write_i64,
-)
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import PANEL, PANEL_BYTES, PANELS_AT, WEIGHTS_COST, Note
 
@@ -39,7 +23,7 @@ from ruvon.kernels.cpu.params import PANEL, PANEL_BYTES, PANELS_AT, WEIGHTS_COST
 @helper
 def expert_of(routes, token, n):
     """Where the ``n``-th expert of a token is written, then its weight, then its row."""
-    return row_at(routes.rows, token) + 4 * n
+    return v.row_at(routes.rows, token) + 4 * n
 
 
 @helper
@@ -59,33 +43,33 @@ def row_of(routes, token, n):
 def sum_of_exponentials(logits, count, highest):
     sums = 0.0
     for c in range(0, count, 16):
-        sums = sums + keep_first(exp16(load(logits + 4 * c) - highest), count - c, 0.0)
-    return sum_lanes(sums)
+        sums = sums + v.keep_first(v.exp16(v.load(logits + 4 * c) - highest), count - c, 0.0)
+    return v.sum_lanes(sums)
 
 
 def route(address, params, start, stop, scratch):
     """A token's experts are those of its ``top_k`` largest logits; a softmax weighs them."""
-    a = arguments(Route, address)
+    a = v.arguments(Route, address)
     left, kept = scratch, scratch + 4 * (a.experts + 16)
     for token in range(start, stop):
-        logits = row_at(a.logits, token)
+        logits = v.row_at(a.logits, token)
         for c in range(0, 4 * a.experts, 64):
-            store(left + c, load(logits + c))
+            v.store(left + c, v.load(logits + c))
         for n in range(a.out.top_k):
             e = first_in_row(left, a.experts, largest(left, a.experts))
-            write_f32(left + 4 * e, -np.inf)
-            write_i32(expert_of(a.out, token, n), e)
-            write_f32(kept + 4 * n, read_f32(logits + 4 * e))
-        highest = read_f32(kept)
+            v.write_f32(left + 4 * e, -np.inf)
+            v.write_i32(expert_of(a.out, token, n), e)
+            v.write_f32(kept + 4 * n, v.read_f32(logits + 4 * e))
+        highest = v.read_f32(kept)
         if a.renormalize != 0:
             total = sum_of_exponentials(kept, a.out.top_k, highest)
         else:
             total = sum_of_exponentials(logits, a.experts, highest)
         for n in range(0, a.out.top_k, 16):
-            weights = exp16(load(kept + 4 * n) - highest) / total
-            store(kept + 4 * n, weights)
+            weights = v.exp16(v.load(kept + 4 * n) - highest) / total
+            v.store(kept + 4 * n, weights)
         for n in range(a.out.top_k):
-            write_f32(weight_of(a.out, token, n), read_f32(kept + 4 * n))
+            v.write_f32(weight_of(a.out, token, n), v.read_f32(kept + 4 * n))
 
 
 # Rows by expert
@@ -94,11 +78,11 @@ def route(address, params, start, stop, scratch):
 @helper
 def count_rows(a, tokens, counts):
     for e in range(a.experts):
-        write_i64(counts + 8 * e, 0)
+        v.write_i64(counts + 8 * e, 0)
     for token in range(tokens):
         for n in range(a.routes.top_k):
-            place = counts + 8 * read_i32(expert_of(a.routes, token, n))
-            write_i64(place, read_i64(place) + 1)
+            place = counts + 8 * v.read_i32(expert_of(a.routes, token, n))
+            v.write_i64(place, v.read_i64(place) + 1)
 
 
 @helper
@@ -106,57 +90,57 @@ def write_panels(a, counts):
     """Note which rows each expert has; its count becomes its first row."""
     at, first, cost = a.out + PANELS_AT, 0, 0
     for e in range(a.experts):
-        count = read_i64(counts + 8 * e)
-        write_i64(counts + 8 * e, first)
+        count = v.read_i64(counts + 8 * e)
+        v.write_i64(counts + 8 * e, first)
         for row in range(0, count, PANEL):
             rows = min(PANEL, count - row)
-            write_i64(at, e)
-            write_i64(at + 8, first + row)
-            write_i64(at + 16, rows)
-            write_i64(at + 24, cost)
+            v.write_i64(at, e)
+            v.write_i64(at + 8, first + row)
+            v.write_i64(at + 16, rows)
+            v.write_i64(at + 24, cost)
             at, cost = at + PANEL_BYTES, cost + rows + WEIGHTS_COST
         first += (count + ROWS - 1) // ROWS * ROWS
-    write_i64(a.out, (at - a.out) // PANEL_BYTES)
-    write_i64(a.out + 8, cost)
+    v.write_i64(a.out, (at - a.out) // PANEL_BYTES)
+    v.write_i64(a.out + 8, cost)
 
 
 def sort(address, params, start, stop, scratch):
     """One unit: all of a step's tokens."""
-    a = arguments(Sort, address)
-    tokens = get(params, a.counted)
+    a = v.arguments(Sort, address)
+    tokens = v.get(params, a.counted)
     count_rows(a, tokens, scratch)
     write_panels(a, scratch)
     for token in range(tokens):
         for n in range(a.routes.top_k):
-            place = scratch + 8 * read_i32(expert_of(a.routes, token, n))
-            row = read_i64(place)
-            write_i64(place, row + 1)
-            write_i32(row_of(a.routes, token, n), row)
+            place = scratch + 8 * v.read_i32(expert_of(a.routes, token, n))
+            row = v.read_i64(place)
+            v.write_i64(place, row + 1)
+            v.write_i32(row_of(a.routes, token, n), row)
 
 
 def dispatch(address, params, start, stop, scratch):
-    a = arguments(Routed, address)
+    a = v.arguments(Routed, address)
     for token in range(start, stop):
-        x = row_at(a.x, token)
+        x = v.row_at(a.x, token)
         for n in range(a.routes.top_k):
-            row = read_i32(row_of(a.routes, token, n))
+            row = v.read_i32(row_of(a.routes, token, n))
             for group in range(a.out.groups):
                 at = x + 128 * group
-                write_row(a.out, row, group, load(at), load(at + 64))
+                write_row(a.out, row, group, v.load(at), v.load(at + 64))
 
 
 def combine(address, params, start, stop, scratch):
     """In the order of the token's own logits, whatever else there is in the step."""
-    a = arguments(Routed, address)
+    a = v.arguments(Routed, address)
     for token in range(start, stop):
-        out = row_at(a.out.rows, token)
+        out = v.row_at(a.out.rows, token)
         for c in range(0, a.out.rows.stride, 64):
             total = 0.0
             for n in range(a.routes.top_k):
-                weight = read_f32(weight_of(a.routes, token, n))
-                row = read_i32(row_of(a.routes, token, n))
-                total = fma(weight, load(row_at(a.x, row) + c), total)
-            store(out + c, total)
+                weight = v.read_f32(weight_of(a.routes, token, n))
+                row = v.read_i32(row_of(a.routes, token, n))
+                total = v.fma(weight, v.load(v.row_at(a.x, row) + c), total)
+            v.store(out + c, total)
 
 
 # Products
@@ -166,12 +150,12 @@ def combine(address, params, start, stop, scratch):
 def item_at(a, unit):
     """Where a unit's work begins. A column (32 outputs) of a panel is an item, column after column
     and panel after panel; units have equal shares of what all of them cost, to an item."""
-    columns, panels = a.product.columns, read_i64(a.panels)
-    cost = read_i64(a.panels + 8) * columns * unit // a.shares
+    columns, panels = a.product.columns, v.read_i64(a.panels)
+    cost = v.read_i64(a.panels + 8) * columns * unit // a.shares
     panel, before, own = 0, 0, 1
     while panel < panels:
         at = a.panels + PANELS_AT + PANEL_BYTES * panel
-        before, own = read_i64(at + 24) * columns, read_i64(at + 16) + WEIGHTS_COST
+        before, own = v.read_i64(at + 24) * columns, v.read_i64(at + 16) + WEIGHTS_COST
         if cost < before + own * columns:
             break
         panel += 1
@@ -184,7 +168,7 @@ def item_at(a, unit):
 def tiles_of(a, item, unit_bytes):
     """Where the tiles of an item lie."""
     panel, column = item // a.product.columns, item % a.product.columns
-    expert = read_i64(a.panels + PANELS_AT + PANEL_BYTES * panel)
+    expert = v.read_i64(a.panels + PANELS_AT + PANEL_BYTES * panel)
     return a.product.weight.tiles + expert * a.expert_tiles + column * unit_bytes
 
 
@@ -196,17 +180,17 @@ def make_experts(kind: TileFormat, isa: Isa):
     def multiply_item(a, item, w, fetch, partner, scratch):
         column = item % a.product.columns
         panel = a.panels + PANELS_AT + PANEL_BYTES * (item // a.product.columns)
-        expert, first = read_i64(panel), read_i64(panel + 8)
+        expert, first = v.read_i64(panel), v.read_i64(panel + 8)
         bias = a.product.bias
         if bias != 0:
             bias += expert * a.expert_bias + 128 * column
-        last = first + read_i64(panel + 16)
+        last = first + v.read_i64(panel + 16)
         multiply_rows(a.product, bias, w, fetch, partner, first, last, column, scratch)
 
     def experts(address, params, start, stop, scratch):
-        a = arguments(Experts, address)
-        unit_bytes, own_end = 2 * a.product.weight.tile_bytes, read_i64(scratch + Note.OWN_END)
-        end, going_on = item_at(a, stop), read_i64(a.panels) * a.product.columns
+        a = v.arguments(Experts, address)
+        unit_bytes, own_end = 2 * a.product.weight.tile_bytes, v.read_i64(scratch + Note.OWN_END)
+        end, going_on = item_at(a, stop), v.read_i64(a.panels) * a.product.columns
         if stop >= own_end:
             going_on = end
         for item in range(item_at(a, start), end):

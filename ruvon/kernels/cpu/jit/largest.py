@@ -12,26 +12,9 @@ from llvmlite import ir
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Argmax
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.llvm import F32, I32, I64, Builder, number
-from ruvon.kernels.cpu.jit.simd import (
-    V,
-    any_within,
-    arguments,
-    fma,
-    keep_first,
-    larger,
-    load,
-    max_lanes,
-    operation,
-    read_f32,
-    read_f64,
-    row_at,
-    sum_lanes,
-    write_f32,
-    write_f64,
-    write_i32,
-    write_i64,
-)
+from ruvon.kernels.cpu.jit.simd import V, operation
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import TILE
 
@@ -47,10 +30,10 @@ def first_in_row(x, width, wanted):
     """Where a row first has this number, or a NaN if that is what is wanted."""
     at = 0
     if wanted == wanted:
-        while at + 16 <= width and not any_within(load(x + 4 * at), wanted, wanted):
+        while at + 16 <= width and not v.any_within(v.load(x + 4 * at), wanted, wanted):
             at += 16
     while at < width - 1:
-        value = read_f32(x + 4 * at)
+        value = v.read_f32(x + 4 * at)
         if value == wanted or (wanted != wanted and value != value):
             return at
         at += 1
@@ -60,26 +43,26 @@ def first_in_row(x, width, wanted):
 def argmax(address, params, start, stop, scratch):
     """Where each row is largest, the first place if there are several, as int64. A NaN counts as
     larger than any number, as in numpy."""
-    a = arguments(Argmax, address)
+    a = v.arguments(Argmax, address)
     for row in range(start, stop):
-        x = row_at(a.x, row)
-        write_i64(a.out + 8 * row, first_in_row(x, a.width, largest(x, a.width)))
+        x = v.row_at(a.x, row)
+        v.write_i64(a.out + 8 * row, first_in_row(x, a.width, largest(x, a.width)))
 
 
 @helper
 def largest(x, width):
     """The largest number, or NaN if there is one."""
     whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, -np.inf)
-    nothing = keep_first(load(x + 4 * whole), width - whole, 0.0) * 0.0
+    best = v.keep_first(v.load(x + 4 * whole), width - whole, -np.inf)
+    nothing = v.keep_first(v.load(x + 4 * whole), width - whole, 0.0) * 0.0
     for at in range(0, whole, 16):
-        value = load(x + 4 * at)
-        best = larger(best, value)
-        nothing = fma(value, 0.0, nothing)
-    found = max_lanes(best)
-    if sum_lanes(nothing) != 0:  # a NaN or an infinity
+        value = v.load(x + 4 * at)
+        best = v.larger(best, value)
+        nothing = v.fma(value, 0.0, nothing)
+    found = v.max_lanes(best)
+    if v.sum_lanes(nothing) != 0:  # a NaN or an infinity
         for at in range(width):
-            found = found if found != found else max_or_nan(found, read_f32(x + 4 * at))
+            found = found if found != found else max_or_nan(found, v.read_f32(x + 4 * at))
     return found
 
 
@@ -120,17 +103,17 @@ def fill_bins(x, width, low, high, above, shift, by_mass, bins):
     """Sum up those from ``low`` to ``high`` that begin with the digits ``above``, by their next
     digit. By mass each counts as much as it is, else 1."""
     for bin in range(1 << BIN_BITS):
-        write_f64(bins + 8 * bin, 0.0)
+        v.write_f64(bins + 8 * bin, 0.0)
     mask = (1 << BIN_BITS) - 1
     for start in range(0, width, 16):
-        if not any_within(load(x + 4 * start), low, high):
+        if not v.any_within(v.load(x + 4 * start), low, high):
             continue
         for at in range(start, min(start + 16, width)):
-            value = read_f32(x + 4 * at)
+            value = v.read_f32(x + 4 * at)
             order = order_of(value)
             if low <= value <= high and order >> (shift + BIN_BITS) == above:
                 bin = bins + 8 * (order >> shift & mask)
-                write_f64(bin, read_f64(bin) + (np.float64(value) if by_mass else 1.0))
+                v.write_f64(bin, v.read_f64(bin) + (np.float64(value) if by_mass else 1.0))
 
 
 @helper
@@ -139,7 +122,7 @@ def walk_down(bins, goal):
     there. Rounding may leave a little wanted in the end: then it is the last that has anything."""
     last, wanted = 0, goal
     for bin in range((1 << BIN_BITS) - 1, -1, -1):
-        inside = read_f64(bins + 8 * bin)
+        inside = v.read_f64(bins + 8 * bin)
         if inside != 0:
             last, wanted = bin, min(goal, inside)
             if inside >= goal:
@@ -167,10 +150,10 @@ def find_cut(x, width, low, high, goal, by_mass, scratch):
 def max_of(x, width):
     """The largest of some numbers that are no NaN."""
     whole = width // 16 * 16
-    best = keep_first(load(x + 4 * whole), width - whole, -np.inf)
+    best = v.keep_first(v.load(x + 4 * whole), width - whole, -np.inf)
     for at in range(0, whole, 16):
-        best = larger(load(x + 4 * at), best)
-    return max_lanes(best)
+        best = v.larger(v.load(x + 4 * at), best)
+    return v.max_lanes(best)
 
 
 @helper
@@ -184,7 +167,7 @@ def cut_of_largest(x, width, count, scratch):
     if count <= tiles:
         for tile in range(tiles):
             first = tile * TILE
-            write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
+            v.write_f32(peaks + 4 * tile, max_of(x + 4 * first, min(TILE, width - first)))
         low, _ = find_cut(peaks, tiles, low, high, goal, False, scratch)
     cut, ties = find_cut(x, width, low, high, goal, False, scratch)
     return cut, int(ties)
@@ -194,12 +177,12 @@ def cut_of_largest(x, width, count, scratch):
 def drop_ties(x, width, cut, kept, instead):
     """Replace those equal to ``cut``, all but the first ``kept``."""
     for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), cut, cut):
+        if v.any_within(v.load(x + 4 * start), cut, cut):
             for at in range(start, min(start + 16, width)):
-                if read_f32(x + 4 * at) == cut:
+                if v.read_f32(x + 4 * at) == cut:
                     kept -= 1
                     if kept < 0:
-                        write_f32(x + 4 * at, instead)
+                        v.write_f32(x + 4 * at, instead)
 
 
 @helper
@@ -207,10 +190,10 @@ def list_largest(x, width, count, ids, scratch):
     """Write where the ``count`` largest numbers are, in order of index; of equals the first."""
     cut, ties = cut_of_largest(x, width, count, scratch)
     for start in range(0, width, 16):
-        if any_within(load(x + 4 * start), cut, np.inf):
+        if v.any_within(v.load(x + 4 * start), cut, np.inf):
             for at in range(start, min(start + 16, width)):
-                value = read_f32(x + 4 * at)
+                value = v.read_f32(x + 4 * at)
                 ties -= 1 if value == cut else 0
                 if value > cut or (value == cut and ties >= 0):
-                    write_i32(ids, at)
+                    v.write_i32(ids, at)
                     ids += 4

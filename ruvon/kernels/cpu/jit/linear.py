@@ -9,17 +9,8 @@ from __future__ import annotations
 from ruvon.kernels.cpu.arguments import Attention, Linear
 from ruvon.kernels.cpu.formats import ROWS, Form, TileFormat
 from ruvon.kernels.cpu.isa import Isa
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.rows import activate16, gated, is_packed, write_row
-from ruvon.kernels.cpu.jit.simd import (
-    arguments,
-    get,
-    load,
-    prefetch,
-    read_i32,
-    read_i64,
-    row_at,
-    write_i64,
-)
 from ruvon.kernels.cpu.jit.tiles import make_multiply_tile
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import NONE, PANEL, Note
@@ -31,15 +22,15 @@ AT_ONCE = 32  # rows that meet one tile after another: a tile stays in the first
 @helper
 def finish_row(a, bias, sums, row, column):
     """Bias and activation of 32 outputs of one row. Their bias is at ``bias`` if there is one."""
-    x, y = load(sums), load(sums + 64)
+    x, y = v.load(sums), v.load(sums + 64)
     if bias != 0:
-        x = x + load(bias)
-        y = y + load(bias + 64)
+        x = x + v.load(bias)
+        y = y + v.load(bias + 64)
     if a.gate_bytes != 0:
-        up_x, up_y = load(sums + 128), load(sums + 192)
+        up_x, up_y = v.load(sums + 128), v.load(sums + 192)
         if bias != 0:
-            up_x = up_x + load(bias + 4 * a.width)
-            up_y = up_y + load(bias + 4 * a.width + 64)
+            up_x = up_x + v.load(bias + 4 * a.width)
+            up_y = up_y + v.load(bias + 4 * a.width + 64)
         x, y = gated(x, up_x, a.activation), gated(y, up_y, a.activation)
     elif a.activation != NONE:
         x, y = activate16(x, a.activation), activate16(y, a.activation)
@@ -50,10 +41,10 @@ def finish_row(a, bias, sums, row, column):
 def tiles_of_next(scratch, own, size):
     """Where this thread's first tiles of the next product lie; its ``own`` if nobody knows. So
     memory never rests while products follow each other."""
-    at = read_i64(scratch + Note.FETCH_AT)
+    at = v.read_i64(scratch + Note.FETCH_AT)
     if at == 0:
         return own
-    write_i64(scratch + Note.FETCH_AT, at + size)
+    v.write_i64(scratch + Note.FETCH_AT, at + size)
     return at
 
 
@@ -70,24 +61,24 @@ def two_of_next(a, scratch, w, size):
 def fetch_cache(scratch):
     """Ask for some of the keys and values that the next attention will read. Memory rests while
     several rows meet a tile, and attention of single tokens does little but wait for it."""
-    at, s = read_i64(scratch + Note.CACHE_FOR), read_i64(scratch + Note.CACHE_SEQUENCE)
-    if at == 0 or s < 0 or read_i64(scratch + Note.CACHE_LEFT) <= 0:
+    at, s = v.read_i64(scratch + Note.CACHE_FOR), v.read_i64(scratch + Note.CACHE_SEQUENCE)
+    if at == 0 or s < 0 or v.read_i64(scratch + Note.CACHE_LEFT) <= 0:
         return
-    a = arguments(Attention, at)
-    block, inside = read_i64(scratch + Note.CACHE_BLOCK), read_i64(scratch + Note.CACHE_INSIDE)
-    place = read_i32(a.tables + s * a.table_stride + 4 * block) * a.block_bytes + inside
+    a = v.arguments(Attention, at)
+    block, inside = v.read_i64(scratch + Note.CACHE_BLOCK), v.read_i64(scratch + Note.CACHE_INSIDE)
+    place = v.read_i32(a.tables + s * a.table_stride + 4 * block) * a.block_bytes + inside
     place += a.cache.keys if inside < a.block_bytes else a.cache.values - a.block_bytes
     for line in range(0, PIECE, 64):
-        prefetch(place + line)
+        v.prefetch(place + line)
     inside += PIECE
     if inside >= 2 * a.block_bytes:
         block, inside = block + 1, 0
-        if block * a.cache.page >= read_i32(a.contexts + 4 * s):
+        if block * a.cache.page >= v.read_i32(a.contexts + 4 * s):
             block = 0
-            write_i64(scratch + Note.CACHE_SEQUENCE, s - read_i64(scratch + Note.CACHE_TURN))
-        write_i64(scratch + Note.CACHE_BLOCK, block)
-    write_i64(scratch + Note.CACHE_INSIDE, inside)
-    write_i64(scratch + Note.CACHE_LEFT, read_i64(scratch + Note.CACHE_LEFT) - PIECE)
+            v.write_i64(scratch + Note.CACHE_SEQUENCE, s - v.read_i64(scratch + Note.CACHE_TURN))
+        v.write_i64(scratch + Note.CACHE_BLOCK, block)
+    v.write_i64(scratch + Note.CACHE_INSIDE, inside)
+    v.write_i64(scratch + Note.CACHE_LEFT, v.read_i64(scratch + Note.CACHE_LEFT) - PIECE)
 
 
 @helper
@@ -105,7 +96,7 @@ def make_product(kind: TileFormat, isa: Isa):
     def place_of(a, row):
         """Where a row of activations is."""
         if unpacked:
-            return row_at(a.x, row)
+            return v.row_at(a.x, row)
         return a.x.at + (row // ROWS * a.weight.steps * ROWS + row % ROWS) * group_bytes
 
     @helper
@@ -127,7 +118,7 @@ def make_product(kind: TileFormat, isa: Isa):
         for some in range(first, last, AT_ONCE):
             sums, stride, count = scratch, 256, min(AT_ONCE, last - some)
             if plain:
-                sums, stride = row_at(a.out.rows, some) + 128 * column, a.out.rows.stride
+                sums, stride = v.row_at(a.out.rows, some) + 128 * column, a.out.rows.stride
             for tile in range(4 if a.gate_bytes != 0 else 2):
                 at = w + (tile & 1) * tile_bytes + (tile >> 1) * a.gate_bytes
                 ahead = (partner if tile > 1 else fetch) + (tile & 1) * tile_bytes
@@ -144,14 +135,14 @@ def make_linear(kind: TileFormat, isa: Isa):
     multiply_rows = make_product(kind, isa)
 
     def linear(address, params, start, stop, scratch):
-        a = arguments(Linear, address)
-        rows, unit_bytes = get(params, a.counted), 2 * a.weight.tile_bytes
+        a = v.arguments(Linear, address)
+        rows, unit_bytes = v.get(params, a.counted), 2 * a.weight.tile_bytes
         for unit in range(start, stop):
             column, panel = unit % a.columns, unit // a.columns
             w = a.weight.tiles + column * unit_bytes
             bias = 0 if a.bias == 0 else a.bias + 128 * column
             fetch, partner = w + unit_bytes, w + unit_bytes + a.gate_bytes
-            if unit + 1 >= read_i64(scratch + Note.OWN_END):
+            if unit + 1 >= v.read_i64(scratch + Note.OWN_END):
                 fetch, partner = two_of_next(a, scratch, w, unit_bytes)
             last = min(rows, (panel + 1) * PANEL)
             multiply_rows(a, bias, w, fetch, partner, panel * PANEL, last, column, scratch)

@@ -13,23 +13,9 @@ from numba import types
 
 from ruvon.kernels.cpu.arguments import Copy, Norm
 from ruvon.kernels.cpu.formats import HALVES, LANES, ROWS, SCALE, TOTAL, Form
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.llvm import F32, F32V, I8, I32, I32V, Builder, vector
-from ruvon.kernels.cpu.jit.simd import (
-    V,
-    absolute,
-    arguments,
-    exp16,
-    fma,
-    keep_first,
-    larger,
-    load,
-    make_store,
-    operation,
-    read_i32,
-    row_at,
-    store,
-    sum_lanes,
-)
+from ruvon.kernels.cpu.jit.simd import V, make_store, operation
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import (
     GELU,
@@ -97,9 +83,9 @@ def is_packed(out):
 def write_row(out, row, group, a, b):
     """32 numbers of a row, in each form that is asked for."""
     if out.rows.at != 0:
-        at = row_at(out.rows, row) + 128 * group
-        store(at, a)
-        store(at + 64, b)
+        at = v.row_at(out.rows, row) + 128 * group
+        v.store(at, a)
+        v.store(at + 64, b)
     block = (row // ROWS * out.groups + group) * ROWS + row % ROWS
     if out.int8 != 0:
         quantize(a, b, out.int8 + block * INT8_BYTES)
@@ -117,7 +103,7 @@ def sum_with_residual(x, residual, total, stride):
     if residual == 0:
         return x
     for c in range(0, stride, 64):
-        store(total + c, load(x + c) + load(residual + c))
+        v.store(total + c, v.load(x + c) + v.load(residual + c))
     return total
 
 
@@ -125,17 +111,17 @@ def sum_with_residual(x, residual, total, stride):
 def finish_norm(a, source, row, scale, shift):
     """(source - shift) * scale * weight (+ bias)."""
     for c in range(0, a.x.stride, 128):
-        x = (load(source + c) - shift) * scale * load(a.weight + c)
-        y = (load(source + c + 64) - shift) * scale * load(a.weight + c + 64)
+        x = (v.load(source + c) - shift) * scale * v.load(a.weight + c)
+        y = (v.load(source + c + 64) - shift) * scale * v.load(a.weight + c + 64)
         if a.bias != 0:
-            x = x + load(a.bias + c)
-            y = y + load(a.bias + c + 64)
+            x = x + v.load(a.bias + c)
+            y = y + v.load(a.bias + c + 64)
         write_row(a.out, row, c // 128, x, y)
 
 
 @helper
 def norm_row(a, row):
-    x, residual, total = row_at(a.x, row), a.residual, a.total + row * a.x.stride
+    x, residual, total = v.row_at(a.x, row), a.residual, a.total + row * a.x.stride
     if residual != 0:
         residual += row * a.x.stride
     source = sum_with_residual(x, residual, total, a.x.stride)
@@ -143,18 +129,18 @@ def norm_row(a, row):
     if a.bias != 0:
         sums = 0.0
         for c in range(0, a.x.stride, 64):
-            sums = sums + load(source + c)
-        mean = np.float32(sum_lanes(sums) / width)
+            sums = sums + v.load(source + c)
+        mean = np.float32(v.sum_lanes(sums) / width)
     squares = 0.0
     for c in range(0, a.x.stride, 64):
-        away = keep_first(load(source + c) - mean, a.width - c // 4, 0.0)
-        squares = fma(away, away, squares)
-    scale = np.float32(1.0 / np.sqrt(sum_lanes(squares) / width + a.eps))
+        away = v.keep_first(v.load(source + c) - mean, a.width - c // 4, 0.0)
+        squares = v.fma(away, away, squares)
+    scale = np.float32(1.0 / np.sqrt(v.sum_lanes(squares) / width + a.eps))
     finish_norm(a, source, row, scale, mean)
 
 
 def norm(address, params, start, stop, scratch):
-    a = arguments(Norm, address)
+    a = v.arguments(Norm, address)
     for row in range(start, stop):
         norm_row(a, row)
 
@@ -165,13 +151,13 @@ def norm(address, params, start, stop, scratch):
 @helper
 def sigmoid_of(x, inner):
     """x times the sigmoid of ``inner``."""
-    return x / (1.0 + exp16(0.0 - inner))
+    return x / (1.0 + v.exp16(0.0 - inner))
 
 
 @helper
 def gelu_tanh(x):
     """0.5 x (1 + tanh(u)) = x sigmoid(2u)."""
-    return sigmoid_of(x, fma(x * x * x, 0.044715, x) * 1.5957691216057308)
+    return sigmoid_of(x, v.fma(x * x * x, 0.044715, x) * 1.5957691216057308)
 
 
 @helper
@@ -181,21 +167,21 @@ def gated(gate, up, activation):
         return sigmoid_of(gate, gate) * up
     if activation == GELU_TANH_GATED:
         return gelu_tanh(gate) * up
-    gate = 0.0 - larger(-7.0, 0.0 - gate)
-    up = larger(-7.0, 0.0 - larger(-7.0, 0.0 - up))
+    gate = 0.0 - v.larger(-7.0, 0.0 - gate)
+    up = v.larger(-7.0, 0.0 - v.larger(-7.0, 0.0 - up))
     return sigmoid_of(gate, gate * 1.702) * (up + 1.0)
 
 
 @helper
 def erf16(x):
     """Abramowitz and Stegun 7.1.26: absolute error below 1.5e-7."""
-    size = absolute(x)
-    t = 1.0 / fma(0.3275911, size, 1.0)
-    p = fma(1.061405429, t, -1.453152027)
-    p = fma(p, t, 1.421413741)
-    p = fma(p, t, -0.284496736)
-    p = fma(p, t, 0.254829592)
-    tail = p * t * exp16(0.0 - size * size)
+    size = v.absolute(x)
+    t = 1.0 / v.fma(0.3275911, size, 1.0)
+    p = v.fma(1.061405429, t, -1.453152027)
+    p = v.fma(p, t, 1.421413741)
+    p = v.fma(p, t, -0.284496736)
+    p = v.fma(p, t, 0.254829592)
+    tail = p * t * v.exp16(0.0 - size * size)
     # the sign of x without a division by zero: x / (|x| + tiny) is 0 or nearly +-1
     return (1.0 - tail) * (x / (size + 1e-30))
 
@@ -203,12 +189,12 @@ def erf16(x):
 @helper
 def activate16(x, activation):
     if activation == RELU:
-        return larger(x, 0.0)
+        return v.larger(x, 0.0)
     if activation == SILU:
         return sigmoid_of(x, x)
     if activation == GELU:
         half = 0.5 * x
-        return fma(half, erf16(x * 0.7071067811865476), half)
+        return v.fma(half, erf16(x * 0.7071067811865476), half)
     if activation == GELU_TANH:
         return gelu_tanh(x)
     return x
@@ -221,21 +207,21 @@ def activate16(x, activation):
 def let_pass(a, row, group, x, y):
     """What 32 numbers of a gate let pass of those behind it; nothing beyond the end."""
     at, left = a.y + row * a.x.stride + 128 * group, a.width - 32 * group
-    x, y = gated(x, load(at), a.activation), gated(y, load(at + 64), a.activation)
-    return keep_first(x, left, 0.0), keep_first(y, left - 16, 0.0)
+    x, y = gated(x, v.load(at), a.activation), gated(y, v.load(at + 64), a.activation)
+    return v.keep_first(x, left, 0.0), v.keep_first(y, left - 16, 0.0)
 
 
 def copy(address, params, start, stop, scratch):
     """Rows, sums of two, or products with a gate, in whatever forms are asked for."""
-    a = arguments(Copy, address)
+    a = v.arguments(Copy, address)
     for row in range(start, stop):
-        source = row if a.rows == 0 else read_i32(a.rows + 4 * row)
+        source = row if a.rows == 0 else v.read_i32(a.rows + 4 * row)
         at = source * a.x.stride
         for group in range(a.out.groups):
-            x, y = load(a.x.at + at), load(a.x.at + at + 64)
+            x, y = v.load(a.x.at + at), v.load(a.x.at + at + 64)
             if a.activation != NONE:
                 x, y = let_pass(a, source, group, x, y)
             elif a.y != 0:
-                x, y = x + load(a.y + at), y + load(a.y + at + 64)
+                x, y = x + v.load(a.y + at), y + v.load(a.y + at + 64)
             write_row(a.out, row, group, x, y)
             at += 128

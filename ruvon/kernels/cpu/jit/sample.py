@@ -14,6 +14,7 @@ from llvmlite import ir
 from numba import types
 
 from ruvon.kernels.cpu.arguments import Sample, SampledRow, SampledToken
+from ruvon.kernels.cpu.jit import simd as v
 from ruvon.kernels.cpu.jit.largest import (
     cut_of_largest,
     drop_ties,
@@ -24,23 +25,7 @@ from ruvon.kernels.cpu.jit.largest import (
     where_at_least,
 )
 from ruvon.kernels.cpu.jit.llvm import F64, I64, Builder, number
-from ruvon.kernels.cpu.jit.simd import (
-    arguments,
-    exp16,
-    get,
-    keep_first,
-    load,
-    operation,
-    read_f32,
-    read_i8,
-    read_i32,
-    store,
-    sum_lanes,
-    write_f32,
-    write_f64,
-    write_i8,
-    write_i64,
-)
+from ruvon.kernels.cpu.jit.simd import operation
 from ruvon.kernels.cpu.jit.translate import helper
 from ruvon.kernels.cpu.params import TILE, Param
 
@@ -63,32 +48,32 @@ def copy_allowed(row, x, width, ids, out):
     """The scores of those allowed. Returns where the ids that follow begin."""
     allowed = row.num_allowed
     for at in range(0, width, 16):
-        store(out + 4 * at, -np.inf if allowed >= 0 else load(x + 4 * at))
+        v.store(out + 4 * at, -np.inf if allowed >= 0 else v.load(x + 4 * at))
     for n in range(allowed):
-        token = read_i32(ids + 4 * n)
-        write_f32(out + 4 * token, read_f32(x + 4 * token))
+        token = v.read_i32(ids + 4 * n)
+        v.write_f32(out + 4 * token, v.read_f32(x + 4 * token))
     return ids + 4 * max(allowed, 0)
 
 
 @helper
 def add_amounts(ids, amounts, count, x):
     for n in range(count):
-        at = x + 4 * read_i32(ids + 4 * n)
-        write_f32(at, read_f32(at) + read_f32(amounts + 4 * n))
+        at = x + 4 * v.read_i32(ids + 4 * n)
+        v.write_f32(at, v.read_f32(at) + v.read_f32(amounts + 4 * n))
 
 
 @helper
 def penalize_seen(ids, count, penalty, width, x, marks):
     """Make tokens less likely, whatever the sign of their score; once each."""
     for at in range((width + 7) // 8):
-        write_i8(marks + at, 0)
+        v.write_i8(marks + at, 0)
     for n in range(count):
-        token = read_i32(ids + 4 * n)
-        mark, bit = read_i8(marks + token // 8), 1 << token % 8
+        token = v.read_i32(ids + 4 * n)
+        mark, bit = v.read_i8(marks + token // 8), 1 << token % 8
         if mark & bit == 0:
-            write_i8(marks + token // 8, mark | bit)
-            score = read_f32(x + 4 * token)
-            write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
+            v.write_i8(marks + token // 8, mark | bit)
+            score = v.read_f32(x + 4 * token)
+            v.write_f32(x + 4 * token, score / penalty if score > 0 else score * penalty)
 
 
 @helper
@@ -146,11 +131,11 @@ def weigh(row, x, width, best, out, scratch):
         cut, ties = cut_of_largest(x, width, top_k, scratch)
         drop_ties(x, width, cut, ties, -np.inf)
     for at in range(0, width, 16):
-        score = load(x + 4 * at)
-        weight = exp16((score - best) / row.temperature)
+        score = v.load(x + 4 * at)
+        weight = v.exp16((score - best) / row.temperature)
         weight = where_at_least(weight, row.min_p, weight, 0.0)
         weight = where_at_least(score, cut, weight, 0.0)
-        store(out + 4 * at, keep_first(weight, width - at, 0.0))
+        v.store(out + 4 * at, v.keep_first(weight, width - at, 0.0))
 
 
 @helper
@@ -158,9 +143,9 @@ def sum_of_tile(x, tile, least):
     """Of a tile's weights that reach ``least``."""
     at, sums = x + 4 * TILE * tile, 0.0
     for c in range(0, 4 * TILE, 64):
-        weight = load(at + c)
+        weight = v.load(at + c)
         sums = sums + where_at_least(weight, least, weight, 0.0)
-    return np.float64(sum_lanes(sums))
+    return np.float64(v.sum_lanes(sums))
 
 
 @helper
@@ -186,8 +171,8 @@ def keep_nucleus(x, width, tiles, top_p, scratch):
         mass = sum_of(x, tiles, low)
     cut, left = find_cut(x, width, low, high, goal - above, True, scratch)
     for at in range(0, width, 16):
-        weight = load(x + 4 * at)
-        store(x + 4 * at, where_at_least(weight, cut, weight, 0.0))
+        weight = v.load(x + 4 * at)
+        v.store(x + 4 * at, where_at_least(weight, cut, weight, 0.0))
     drop_ties(x, width, cut, max(math.ceil(left / np.float64(cut)), 1), 0.0)
 
 
@@ -201,13 +186,13 @@ def invert(x, tiles, share):
         tile += 1
     first, inside = tile * TILE, 0.0
     for at in range(first, first + TILE):
-        inside += np.float64(read_f32(x + 4 * at))
+        inside += np.float64(v.read_f32(x + 4 * at))
     # The tile's sum was rounded to float32, so what is left is a share of it, kept below all of it.
     rest = min((target - before) / sum_of_tile(x, tile, 0.0), 1 - 2.0**-48) * inside
-    at, passed = first, np.float64(read_f32(x + 4 * first))
+    at, passed = first, np.float64(v.read_f32(x + 4 * first))
     while passed <= rest:
         at += 1
-        passed += np.float64(read_f32(x + 4 * at))
+        passed += np.float64(v.read_f32(x + 4 * at))
     return at
 
 
@@ -241,8 +226,8 @@ def log_norm(x, width):
     for start in range(0, width, TILE):
         sums = 0.0
         for at in range(start, min(start + TILE, width), 16):
-            sums = sums + exp16(keep_first(load(x + 4 * at), width - at, -np.inf) - best)
-        total += np.float64(sum_lanes(sums))
+            sums = sums + v.exp16(v.keep_first(v.load(x + 4 * at), width - at, -np.inf) - best)
+        total += np.float64(v.sum_lanes(sums))
     return np.float64(best) + math.log(total)
 
 
@@ -250,34 +235,34 @@ def log_norm(x, width):
 def count_above(x, width, value):
     counts = 0.0
     for at in range(0, width, 16):
-        numbers = keep_first(load(x + 4 * at), width - at, -np.inf)
+        numbers = v.keep_first(v.load(x + 4 * at), width - at, -np.inf)
         counts = counts + where_at_least(value, numbers, 0.0, 1.0)
-    return int(sum_lanes(counts))
+    return int(v.sum_lanes(counts))
 
 
 @helper
 def score(row, width, token, result, scratch):
     """How likely the model found a token, and which it found likeliest."""
     x, top = row.logits, row.num_top
-    write_i64(result + 8 * RANK, count_above(x, width, read_f32(x + 4 * token)) + 1)
-    write_f64(result + 8 * NORM, log_norm(x, width))
+    v.write_i64(result + 8 * RANK, count_above(x, width, v.read_f32(x + 4 * token)) + 1)
+    v.write_f64(result + 8 * NORM, log_norm(x, width))
     if top > 0:
         list_largest(x, width, top, row.top, scratch)
 
 
 def sample(address, params, start, stop, scratch):
     """Sample all rows."""
-    a = arguments(Sample, address)
-    rows, spaces = get(params, Param.LOGIT_ROWS), get(params, Param.SEQUENCES)
+    a = v.arguments(Sample, address)
+    rows, spaces = v.get(params, Param.LOGIT_ROWS), v.get(params, Param.SEQUENCES)
     space_bytes = (a.vocab_size + TILE - 1) // TILE * TILE * 4
     for space in range(start, stop):
         work = a.spaces + space * space_bytes
         for n in range(space, rows, spaces):
-            row = arguments(SampledRow, a.rows + n * ROW_BYTES)
+            row = v.arguments(SampledRow, a.rows + n * ROW_BYTES)
             result = a.results + n * RESULT_BYTES
             token, best = sample_one(row, a.vocab_size, work, scratch)
-            write_i64(result, token)
+            v.write_i64(result, token)
             if token < 0:
-                write_f64(result + 8 * NORM, best)
+                v.write_f64(result + 8 * NORM, best)
             elif row.num_top >= 0:
                 score(row, a.vocab_size, token, result, scratch)

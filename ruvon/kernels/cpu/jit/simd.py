@@ -1,4 +1,4 @@
-"""Sixteen floats as one value, for kernels written in Python and compiled by numba.
+"""Sixteen floats as one value, for kernels written in Python and compiled by numba: ``v`` there.
 
 numba knows scalars and arrays; this file teaches it one more type, ``f32x16``, and the few things
 a kernel does with it. Nothing here depends on how wide the machine is, and nothing is reassociated:
