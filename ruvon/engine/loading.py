@@ -69,7 +69,7 @@ def tensors_of(value: object) -> Iterator[Tensor]:
     elif dataclasses.is_dataclass(value):
         for field in dataclasses.fields(value):
             yield from tensors_of(getattr(value, field.name))
-    elif isinstance(value, Sequence) and not isinstance(value, str):
+    elif isinstance(value, Sequence) and not isinstance(value, str | range):
         for item in value:
             yield from tensors_of(item)
 
