@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -22,13 +23,14 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 BYTE_OF = _byte_alphabet()
+CODES = {ord(char): byte for char, byte in BYTE_OF.items()}
 
 
 def byte_level_bytes(token: str) -> bytes:
     """A token of byte-level BPE; one with a character outside the alphabet is plain text."""
     try:
-        return bytes([BYTE_OF[char] for char in token])
-    except KeyError:
+        return codecs.charmap_encode(token, "strict", CODES)[0]
+    except UnicodeEncodeError:
         return token.encode()
 
 
