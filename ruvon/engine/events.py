@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Annotated, Literal
 
 import orjson
@@ -173,8 +174,11 @@ class Failed:
 
 Event = Beginning | Added | Aborted | Forgotten | Planned | Waited | Committed | Failed
 
-EVENT: TypeAdapter[Event] = TypeAdapter(Annotated[Event, Field(discriminator="kind")])
-HEADER: TypeAdapter[Header] = TypeAdapter(Header)
+
+@cache
+def readers() -> tuple[TypeAdapter[Header], TypeAdapter[Event]]:
+    """Made when something is read: writing needs none, and a server does not wait for them."""
+    return TypeAdapter(Header), TypeAdapter(Annotated[Event, Field(discriminator="kind")])
 
 
 def planned(plan: Plan, now: float) -> Planned:
@@ -207,9 +211,10 @@ def line(value: object) -> bytes:
 
 def read(lines: Iterable[bytes]) -> Iterator[Header | Event]:
     """A file's header, then its events. Raises LoadError, with the line's number."""
+    header, event = readers()
     for number, text in enumerate(lines, 1):
         try:
-            yield HEADER.validate_json(text) if number == 1 else EVENT.validate_json(text)
+            yield header.validate_json(text) if number == 1 else event.validate_json(text)
         except ValidationError as error:
             what = error.errors()[0]
             told = ": ".join(filter(None, (".".join(map(str, what["loc"])), what["msg"])))
