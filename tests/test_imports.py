@@ -163,6 +163,41 @@ def test_starting_imports_no_more_than_it_needs(modules: list[str], heavy: set[s
     assert not heavy.intersection(run.stdout.split())
 
 
+def printed(code: str) -> list[str]:
+    """What code prints, word by word, in a process that has imported nothing else."""
+    code = f"import gc, sys\nfrom ruvon.server.imports import *\n{code}"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return run.stdout.split()
+
+
+def test_what_is_imported_beside_torch_waits_for_no_library() -> None:
+    """The system maps one at a time."""
+    native = (
+        "[m for m, it in sys.modules.items() if f'{getattr(it, \"__file__\", 0)}'[-3:] == '.so']"
+    )
+    before = printed(f"import_all(NATIVE); print(*{native})")
+    assert set(before) > {"numpy._core._multiarray_umath", "uvloop.loop"}
+    behind = printed(
+        f"import_all(NATIVE); import_all(PURE); print(*{native}, 'torch' in sys.modules)"
+    )
+    assert set(behind) - set(before) == {"False"}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it has another name")
+def test_torch_is_mapped_before_it_is_imported() -> None:
+    maps = "open('/proc/self/maps').read()"
+    mapped = f"map_torch(); print('libtorch_cpu' in {maps}, 'torch' in sys.modules)"
+    assert printed(f"{mapped}; import torch; print(torch.ones(3).sum().item())") == [
+        "True", "False", "3.0"
+    ]  # fmt: skip
+
+
+def test_no_collection_looks_through_what_was_imported() -> None:
+    code = "with importing(): made = [[] for _ in range(100_000)]\n"
+    found = printed(code + "print(gc.isenabled(), sum(gc.get_count()) < 1000)")
+    assert found == ["True", "True"]
+
+
 LOOP = {f"engine/{name}" for name in ("loop", "observer", "stream", "admission", "gate")}
 
 

@@ -32,6 +32,7 @@ from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
 from ruvon.config.router import OF_RAY
 from ruvon.errors import ConfigError, RuvonError
+from ruvon.server.imports import import_beside_torch, importing
 
 if TYPE_CHECKING:
     from ruvon.cli.answers import Source
@@ -116,6 +117,7 @@ def serve(name: str | None, config: Path | None, **given: Any) -> None:
         return
     refuse_unused(router)
     with importing():
+        import_beside_torch()
         from ruvon.server.app import serve as serve_forever
     serve_forever(engine, server)
 

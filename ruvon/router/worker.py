@@ -16,6 +16,7 @@ from typing import Any
 import orjson
 
 from ruvon.config import EngineConfig, ServerConfig
+from ruvon.server.imports import import_beside_torch, importing
 
 
 def main() -> None:
@@ -24,7 +25,9 @@ def main() -> None:
     if told["cpus"]:
         os.sched_setaffinity(0, told["cpus"])
     threading.Thread(target=end_with_router, daemon=True).start()
-    from ruvon.server.app import serve
+    with importing():
+        import_beside_torch()
+        from ruvon.server.app import serve
 
     secret = told["secret"] and bytes.fromhex(told["secret"])
     serve(EngineConfig(**told["engine"]), ServerConfig(**with_tuples(told["server"])), secret)

@@ -195,7 +195,7 @@ def serve(config: EngineConfig, server: ServerConfig, fleet_secret: bytes | None
     allow_files(server.max_connections + OTHER_FILES)
     sink = configure_logging(server.log_level, server.log_format)
     app = create_app(config, server, start_for_good, lambda: sink.dropped, fleet_secret)
-    gc.freeze()  # what was imported stays, as in `start_for_good`
+    keep_for_good()  # what was imported, and what loading makes is looked through less often
     try:
         with (
             asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
