@@ -16,14 +16,17 @@ class ExpertsTile(NamedTuple):
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
     few: int = 0  # a tile with no more tokens takes the time of so many; 0: all take the same
     overlap: bool = False  # whether a program's matrix unit runs while it unpacks what comes next
+    late: bool = False  # whether what comes next starts as the last programs end, and so spreads
 
 
 def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
-    each = tokens * spec.top_k / spec.num_experts
+    entries = tokens * spec.top_k
+    each = entries / spec.num_experts
+    if entries <= 8:  # of one token or two: a multiprocessor has few programs, so each counts
+        return (ExpertsTile(8, 64, 256, 4, late=True),) * 2
     if each <= 4:
-        few = each <= 0.125  # of one token, in most mixtures: two or three programs each
-        return (ExpertsTile(8, 64, 256, 4) if few else ExpertsTile(8, 64, 512, 3),) * 2
+        return (ExpertsTile(8, 64, 256, 4) if each <= 0.125 else ExpertsTile(8, 64, 512, 3),) * 2
     if each <= 8:
         return (ExpertsTile(16, 64, 256, 3),) * 2
     if each <= 16:

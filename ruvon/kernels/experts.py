@@ -186,8 +186,9 @@ def _experts_kernel(
     block, tile = tl.program_id(0), tl.program_id(1)
     PADDED: tl.constexpr = (N + ROWS - 1) // ROWS * ROWS if MXFP4 else N
     first_row = tl.minimum(block * TILE.rows, PADDED - TILE.rows)  # the last may redo some
-    # Each releases when it has waited: so the other finds the choice made before it waits, and what
-    # comes next, if it is few programs, finds all multiprocessors with as much room.
+    # Neither releases before it has waited: so the other finds the choice made before it waits, and
+    # what comes next, if it is few programs, finds all multiprocessors with as much room. For that,
+    # of few programs none releases before its work is done: see ruvon.kernels.pdl.
     if UP:
         wait(PDL)
     elif ASKING.tiles > 0:  # from the last tile on: these were asked for
@@ -204,7 +205,8 @@ def _experts_kernel(
         asks = (expert >= 0) & (tl.load(routing.tiles + later * 3, mask=listed, other=-1) < 0)
     if not UP:
         wait(PDL)
-    release(PDL)
+    if not TILE.late:
+        release(PDL)
     if expert >= 0:
         if TILE.few and end - first <= TILE.few:
             _tile_product(
@@ -218,6 +220,8 @@ def _experts_kernel(
                 expert, first_row, first, end, TILE.tokens,
                 N, K, TOP_K, UP, GATE, MXFP4, HAS_BIAS, SORTED, TILE,
             )  # fmt: skip
+    if TILE.late:
+        release(PDL)
     if UP and ASKING.tiles > 0:
         SHARE: tl.constexpr = ASKING.each // ((PADDED + TILE.rows - 1) // TILE.rows) // 16 * 16
         share_at = second_ptr.to(tl.int64) + expert.to(tl.int64) * ASKING.each + block * SHARE
