@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ruvon.kernels.ops import ExpertsSpec
+from ruvon.kernels.ops import PackedExperts
 
 
 class ExpertsTile(NamedTuple):
@@ -16,15 +16,20 @@ class ExpertsTile(NamedTuple):
     bulk: bool = False  # whether to sort x's rows first, and copy them in bulk
     few: int = 0  # a tile with no more tokens takes the time of so many; 0: all take the same
     overlap: bool = False  # whether a program's matrix unit runs while it unpacks what comes next
+    split: bool = False  # whether each warp takes all rows, and columns of its own; of codes alone
     late: bool = False  # whether what comes next starts as the last programs end, and so spreads
 
 
-def experts_tiles(tokens: int, spec: ExpertsSpec) -> tuple[ExpertsTile, ExpertsTile]:
+def experts_tiles(tokens: int, experts: PackedExperts) -> tuple[ExpertsTile, ExpertsTile]:
     """For the first product and the second; both have as many tokens."""
+    spec = experts.spec
     entries = tokens * spec.top_k
     each = entries / spec.num_experts
     if entries <= 8:  # of one token or two: a multiprocessor has few programs, so each counts
-        return (ExpertsTile(8, 64, 256, 4, late=True),) * 2
+        first = second = ExpertsTile(8, 64, 256, 4, late=True)
+        if entries <= 4 and experts.kind == "mxfp4":
+            second = ExpertsTile(8, 32, 256, 4, split=True, late=True)
+        return first, second
     if each <= 4:
         return (ExpertsTile(8, 64, 256, 4) if each <= 0.125 else ExpertsTile(8, 64, 512, 3),) * 2
     if each <= 8:

@@ -20,7 +20,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ruvon.kernels.activation import sigmoid
 from ruvon.kernels.expert_tiles import BATCH_INVARIANT, ExpertsTile, experts_tiles
 from ruvon.kernels.expert_weights import GATES, PAIR
-from ruvon.kernels.mxfp4 import GROUP, LINES, ROWS, Codes, multiply_mxfp4
+from ruvon.kernels.mxfp4 import GROUP, LINES, ROWS, Codes, multiply_mxfp4, multiply_split_mxfp4
 from ruvon.kernels.norm import rms_norm
 from ruvon.kernels.norm_routing import FEW_TOKENS, norm_route
 from ruvon.kernels.ops import ExpertsSpec, Packed, PackedExperts
@@ -143,7 +143,12 @@ def _tile_product(
         sources = tl.where(used, places, 0)
     x_at = x_ptr + sources.to(tl.int64) * x_stride
     sums = _no_sums(TILE.rows, TOKENS)
-    if MXFP4:
+    if TILE.split:
+        sums = multiply_split_mxfp4(
+            codes, expert, first_row, x_at, used,
+            N, K, TILE.rows, TILE.columns, TILE.warps, TILE.stages,
+        )  # fmt: skip
+    elif MXFP4:
         sums = multiply_mxfp4(
             sums, weight_desc, codes, expert, first_row, x_at, used, x_desc, first,
             N, K, TILE.columns, TILE.stages, SORTED, TILE.overlap,
@@ -163,7 +168,7 @@ def _experts_kernel(
     x_ptr,
     x_desc,  # of rows in order, or None
     few_desc,  # the same, in boxes for tiles of few tokens
-    weight_desc,  # of the words of Codes, or of a dense weight
+    weight_desc,  # of the words of Codes, or of a dense weight; or None, if TILE.split
     codes,  # Codes, or None
     bias_ptr,
     out_ptr,
@@ -275,7 +280,7 @@ def experts(
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it."""
     spec, pdl = experts.spec, pdl and x_TC.shape[0] <= STREAMED_ROWS
-    chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], spec)
+    chosen = (BATCH_INVARIANT,) * 2 if batch_invariant else experts_tiles(x_TC.shape[0], experts)
     tiles = tiles or chosen
     routing = route(x_TC, router, bias_E, spec, tiles[0].tokens, workspace, pdl, batch_invariant)
     return _mix(x_TC, routing, experts, tiles, pdl)
@@ -293,7 +298,7 @@ def norm_experts(
     pdl: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(`experts` of the RMSNorm of x + residual, that sum): for few tokens in a launch less."""
-    spec, tiles = experts.spec, experts_tiles(x_TC.shape[0], experts.spec)
+    spec, tiles = experts.spec, experts_tiles(x_TC.shape[0], experts)
     pdl = pdl and x_TC.shape[0] <= STREAMED_ROWS  # beside cuBLAS's products early starts cost time
     norm = (x_TC, residual_TC, norm_weight_C, eps)
     if x_TC.shape[0] <= FEW_TOKENS:
@@ -347,8 +352,8 @@ def _product(
     codes = weight if isinstance(weight, Codes) else None
     n, k = hidden or 2 * spec.width, x_TK.shape[1]
     if x_TK.dtype == torch.float32:  # or shared memory would not hold the larger ones
-        tile = tile._replace(columns=64, stages=2)
-    tile, weight_desc = _boxes(weight, n, tile)
+        tile = tile._replace(columns=64 * tile.warps if tile.split else 64, stages=2)
+    tile, weight_desc = (tile, None) if tile.split else _boxes(weight, n, tile)
     x_desc, few_desc = (
         TensorDescriptor.from_tensor(x_TK, [tokens, tile.columns]) if tile.bulk and tokens else None
         for tokens in (tile.tokens, tile.few)

@@ -30,6 +30,8 @@ from ruvon.kernels.ops import Mxfp4
 GROUP = tl.constexpr(64)  # columns of 16 words
 ROWS = tl.constexpr(64)  # of an expert that lie together; the last of it are padding
 LINES = tl.constexpr(16)  # of 64 words, which a group of such rows is
+LARGE = tl.constexpr(2.0**126)  # by which scales are too large, and what codes become too small
+UNIT = tl.constexpr(2.0**64)  # so that neither their sums nor their products with x are so
 _ROWS = 1 << 16  # to pack at a time, so that what lies in between stays small
 
 
@@ -37,9 +39,8 @@ class Codes(NamedTuple):
     """Experts' codes and scales."""
 
     words: Tensor  # int16 [E * N / ROWS, groups * LINES, 64]: [ROWS, 16] for each group
-    scales: (
-        Tensor  # int16 [E, groups, N]: exponents, bfloat16's, of columns up to 32 in the low half
-    )
+    scales: Tensor  # int16 [E, groups, N / ROWS, 8, 8]: those of row 8 * j + i of `ROWS` at [i, j],
+    # exponents as a bfloat16 has them, of columns up to 32 in the low half
     factors: Tensor  # float32 [E]: what products are to be multiplied by
 
 
@@ -50,7 +51,8 @@ def pack_mxfp4(weight: Mxfp4, order_N: Tensor, num_experts: int, device: torch.d
     padded = triton.cdiv(n, ROWS.value) * ROWS.value
     shape = num_experts, padded // ROWS.value, groups * LINES.value, 64
     words = torch.empty(shape, dtype=torch.int16, device=device)
-    scales = torch.empty(num_experts, groups, padded, dtype=torch.int16, device=device)
+    lines = num_experts, groups, padded // ROWS.value, 8, 8
+    scales = torch.empty(lines, dtype=torch.int16, device=device)
     factors = torch.empty(num_experts, dtype=torch.float32, device=device)
     order_N = order_N.to(device)
     step = max(1, _ROWS // n)
@@ -79,14 +81,17 @@ def _to_words(codes_NKB: Tensor, groups: int) -> Tensor:
 
 
 def _to_scales(exponents: Tensor, groups: int) -> tuple[Tensor, Tensor]:
-    """[experts, N, blocks] of 2 ** (exponent - 127) → int16 [experts, groups, N], factors."""
+    """[experts, N, blocks] of 2 ** (exponent - 127) → int16 [experts, groups,
+    N / ROWS, 8, 8], factors."""
     num, n, blocks = exponents.shape
     too_large = (exponents.amax((1, 2)) - 128).clamp_min(0)
     exponents = (exponents - too_large.view(-1, 1, 1) + 126).clamp_min(0)
     exponents = pad(exponents, (0, 2 * groups - blocks))
     low, high = exponents.view(num, n, groups, 2).unbind(-1)
-    packed = (low | high << 8).to(torch.int16).transpose(1, 2)
-    return packed, torch.ldexp(torch.ones_like(too_large, dtype=torch.float32), too_large)
+    packed = (low | high << 8).to(torch.int16).view(num, -1, 8, 8, groups)
+    return packed.permute(0, 4, 1, 3, 2), torch.ldexp(
+        torch.ones_like(too_large, dtype=torch.float32), too_large
+    )
 
 
 @triton.jit
@@ -186,6 +191,15 @@ def _rows(lines):
 
 
 @triton.jit
+def _rows_of_pairs(pairs):
+    """[groups, N], as they lie in memory → [N, groups]."""
+    GROUPS: tl.constexpr = pairs.shape[0]
+    N: tl.constexpr = pairs.shape[1]
+    places = tl.reshape(pairs, (GROUPS, N // ROWS, 8, 8))
+    return tl.reshape(tl.permute(places, (1, 3, 2, 0)), (N, GROUPS))
+
+
+@triton.jit
 def _wait_for(sums):
     """``sums``, when the matrix unit has made them. No instruction, but a use of them, for want of
     which the compiler lets a loop's turns overlap: then registers hold the weights of two, and each
@@ -212,8 +226,8 @@ def multiply_mxfp4(
         w = _rows(words_desc.load([first_block, k // GROUP * LINES, 0]))
         group = k // GROUP + groups
         pairs_at = scales_at + group[:, None] * BLOCKS * ROWS
-        pairs = tl.load(pairs_at, mask=(group < GROUPS)[:, None], other=0).T
-        low, high = _scales(pairs, DTYPE)
+        pairs = tl.load(pairs_at, mask=(group < GROUPS)[:, None], other=0)
+        low, high = _scales(_rows_of_pairs(pairs), DTYPE)
         if tl.bfloat16 == DTYPE:
             a, b, c, d = _unpack_bf16(w)
         else:
@@ -229,3 +243,75 @@ def multiply_mxfp4(
         if tl.bfloat16 == DTYPE and not OVERLAP:
             sums = _wait_for(sums)
     return sums * factor
+
+
+@triton.jit
+def multiply_split_mxfp4(
+    codes, expert, first_row, x_at, used, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
+    BLOCK_K: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Products ``[R, rows of x]``, as `multiply_mxfp4` has them. Each of a program's warps takes
+    all of its rows, 16, 32 or 64, and every ``WARPS``-th group of columns, and all are added up at
+    the end; so programs of few rows have as many warps, with less to do one after another. Scales
+    are applied behind the products."""
+    DTYPE: tl.constexpr = x_at.dtype.element_ty
+    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
+    BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
+    block, inside = first_row // ROWS, first_row % ROWS
+    words_at = codes.words + (expert * BLOCKS + block).to(tl.int64) * GROUPS * ROWS * 16
+    words_at += inside * 16 + tl.arange(0, R * 16)[None, :]
+    lines_at = codes.scales.to(tl.pointer_type(tl.int32), bitcast=True)
+    lines_at += (expert.to(tl.int64) * GROUPS * BLOCKS + block) * ROWS // 2 + inside // 16
+    lines_at += tl.arange(0, 8)[None, :, None] * 4 + tl.arange(0, R // 16)[None, None, :]
+    columns = tl.arange(0, 32)[None, :, None]
+    x_at, used = x_at[None, None, :], used[None, None, :]
+    factor = tl.load(codes.factors + expert)
+    sums = tl.zeros([WARPS, R, x_at.shape[2]], tl.float32)
+    for first in tl.range(0, GROUPS, BLOCK_K // GROUP, num_stages=STAGES):
+        for i in tl.static_range(BLOCK_K // GROUP // WARPS):
+            groups = (first + i * WARPS + tl.arange(0, WARPS))[:, None]
+            words = tl.load(words_at + groups * ROWS * 16, mask=groups < GROUPS, other=0)
+            groups = groups[:, :, None]
+            lines_of = lines_at + groups * (BLOCKS * ROWS // 2)
+            low, high = _scales_of_lines(tl.load(lines_of, mask=groups < GROUPS, other=0))
+            near_columns, far_columns = groups * GROUP + columns, groups * GROUP + 32 + columns
+            near = tl.load(x_at + near_columns, mask=used & (near_columns < K), other=0.0)
+            far = tl.load(x_at + far_columns, mask=used & (far_columns < K), other=0.0)
+            words = tl.reshape(words, (WARPS, R, 16))
+            if tl.bfloat16 == DTYPE:
+                a, b, c, d = _unpack_bf16(words)
+                near, far = near * UNIT, far * UNIT
+            else:
+                a, b, c, d = _unpack_fp32(words)
+                a, b, c, d = a * LARGE, b * LARGE, c * LARGE, d * LARGE
+                low, high = low * (UNIT / LARGE), high * (UNIT / LARGE)
+            weight = _half_columns(a, b).to(DTYPE)
+            sums += tl.dot(weight, near, input_precision="ieee") * low
+            weight = _half_columns(c, d).to(DTYPE)
+            sums += tl.dot(weight, far, input_precision="ieee") * high
+    return tl.sum(sums, axis=0) * (factor / UNIT)
+
+
+@triton.jit
+def _half_columns(a, b):
+    """Two planes [groups, N, 16] → the 32 columns that they are."""
+    GROUPS: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (GROUPS, N, 32))
+
+
+@triton.jit
+def _scales_of_lines(lines):
+    """int32 [groups, 8, N / 16], each two rows' pairs → two powers of two, [groups, N, 1]."""
+    low = tl.join(lines << 23, lines << 7)
+    high = tl.join(lines << 15, lines >> 1)
+    return _scales_of_rows(low), _scales_of_rows(high)
+
+
+@triton.jit
+def _scales_of_rows(lines):
+    """[groups, 8, N / 16, two rows] with exponents in their places → float32 [groups, N, 1]."""
+    GROUPS: tl.constexpr = lines.shape[0]
+    N: tl.constexpr = lines.shape[2] * 16
+    exponents = tl.permute(lines, (0, 2, 3, 1)) & 0x7F800000
+    return tl.reshape(exponents, (GROUPS, N, 1)).to(tl.float32, bitcast=True)

@@ -97,6 +97,22 @@ def test_tiles_that_nothing_fills(dtype, weight, tile):
     check(spec, layer, random_dense(3, 160), None, x, dtype, (tile, tile))
 
 
+@pytest.mark.parametrize(
+    "tile",
+    [
+        ExpertsTile(8, 64, 256, 2, split=True),
+        ExpertsTile(8, 32, 512, 3, split=True, late=True),
+        ExpertsTile(16, 16, 128, 2, 2, split=True),
+    ],
+)
+@pytest.mark.parametrize(("hidden", "width"), [(160, 96), (352, 32)])
+def test_warps_that_split_columns(dtype, tile, hidden, width):
+    spec = ExpertsSpec(3, 2, width, "swiglu_clamped")
+    x = torch.randn(11, hidden, device=DEVICE).to(dtype)
+    layer, router = make_layer(spec, hidden, random_mxfp4), random_dense(3, hidden)
+    check(spec, layer, router, None, x, dtype, (tile, tile), pdl=PDL)
+
+
 @pytest.mark.parametrize("bulk", [False, True])
 @pytest.mark.parametrize("weight", [random_mxfp4, random_dense])
 def test_tiles_of_few_tokens(dtype, weight, bulk):
