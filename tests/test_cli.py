@@ -19,10 +19,10 @@ from ruvon.cli.answers import Remote, Usage
 from ruvon.cli.bench import address
 from ruvon.cli.chat import Conversation, Printer, obey, read_message, run
 from ruvon.cli.client import Client
-from ruvon.cli.process import importing
 from ruvon.config import EngineConfig, ServerConfig, kinds, variable
 from ruvon.deltas import Delta
 from ruvon.errors import PeerError
+from ruvon.server.imports import importing
 
 
 def chunk(text="", **fields):

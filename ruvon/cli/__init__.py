@@ -27,7 +27,7 @@ from ruvon.cli.options import (
     settings,
     writable,
 )
-from ruvon.cli.process import DISK, importing, open_closed_streams
+from ruvon.cli.process import DISK, open_closed_streams
 from ruvon.cli.recordings import record, replay
 from ruvon.config import EngineConfig, RouterConfig, ServerConfig, flag, kinds, load
 from ruvon.config.router import OF_RAY

@@ -31,9 +31,9 @@ from ruvon.cli.options import (
     settings,
     writable,
 )
-from ruvon.cli.process import importing
 from ruvon.config import EngineConfig
 from ruvon.errors import PeerError
+from ruvon.server.imports import importing
 
 if TYPE_CHECKING:
     from aiohttp import ClientSession

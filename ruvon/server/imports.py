@@ -11,6 +11,7 @@ import atexit
 import ctypes
 import gc
 import os
+import signal
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
@@ -39,9 +40,16 @@ PURE = (
 
 @contextmanager
 def importing() -> Iterator[None]:
-    """Around imports that take seconds. They make much and drop little, so that the garbage
-    collector takes a seventh of the time for nothing. What they made stays: the first collection
-    afterwards would look through all of it."""
+    """Around imports that take seconds.
+
+    Ctrl-C ends the process at once there: as an exception it would reach modules written in C that
+    make an ImportError of it, or pass it over. And imports make much and drop little, so that the
+    garbage collector takes a seventh of the time for nothing. What they made stays: the first
+    collection afterwards would look through all of it.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:  # nohup and its like ignore it, and so it stays
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     gc.disable()
     try:
         yield
@@ -49,6 +57,8 @@ def importing() -> Iterator[None]:
         gc.freeze()
         atexit.register(gc.unfreeze)  # for libraries that then look whether they left something
         gc.enable()
+        if before is signal.default_int_handler:
+            signal.signal(signal.SIGINT, before)
 
 
 def import_beside_torch() -> None:
