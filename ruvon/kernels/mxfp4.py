@@ -30,8 +30,8 @@ from ruvon.kernels.ops import Mxfp4
 GROUP = tl.constexpr(64)  # columns of 16 words
 ROWS = tl.constexpr(64)  # of an expert that lie together; the last of it are padding
 LINES = tl.constexpr(16)  # of 64 words, which a group of such rows is
-LARGE = tl.constexpr(2.0**126)  # by which scales are too large, and what codes become too small
-UNIT = tl.constexpr(2.0**64)  # so that neither their sums nor their products with x are so
+LARGE = tl.constexpr(2.0**126)  # scales are so much too large, unpacked codes so much too small
+UNIT = tl.constexpr(2.0**64)  # split sums are so much too large, which float32 has room for
 _ROWS = 1 << 16  # to pack at a time, so that what lies in between stays small
 
 
@@ -246,6 +246,31 @@ def multiply_mxfp4(
 
 
 @triton.jit
+def _half_columns(a, b):
+    """Two planes [groups, N, 16] → the 32 columns that they are."""
+    GROUPS: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (GROUPS, N, 32))
+
+
+@triton.jit
+def _scales_of_lines(lines):
+    """int32 [groups, 8, N / 16], each two rows' pairs → two powers of two, [groups, N, 1]."""
+    low = tl.join(lines << 23, lines << 7)
+    high = tl.join(lines << 15, lines >> 1)
+    return _scales_of_rows(low), _scales_of_rows(high)
+
+
+@triton.jit
+def _scales_of_rows(lines):
+    """[groups, 8, N / 16, two rows] with exponents in their places → float32 [groups, N, 1]."""
+    GROUPS: tl.constexpr = lines.shape[0]
+    N: tl.constexpr = lines.shape[2] * 16
+    exponents = tl.permute(lines, (0, 2, 3, 1)) & 0x7F800000
+    return tl.reshape(exponents, (GROUPS, N, 1)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def multiply_split_mxfp4(
     codes, expert, first_row, x_at, used, N: tl.constexpr, K: tl.constexpr, R: tl.constexpr,
     BLOCK_K: tl.constexpr, WARPS: tl.constexpr, STAGES: tl.constexpr,
@@ -253,7 +278,7 @@ def multiply_split_mxfp4(
     """Products ``[R, rows of x]``, as `multiply_mxfp4` has them. Each of a program's warps takes
     all of its rows, 16, 32 or 64, and every ``WARPS``-th group of columns, and all are added up at
     the end; so programs of few rows have as many warps, with less to do one after another. Scales
-    are applied behind the products."""
+    are applied behind the products; in bfloat16 that needs an x below 2 ** 63."""
     DTYPE: tl.constexpr = x_at.dtype.element_ty
     GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
     BLOCKS: tl.constexpr = (N + ROWS - 1) // ROWS
@@ -290,28 +315,3 @@ def multiply_split_mxfp4(
             weight = _half_columns(c, d).to(DTYPE)
             sums += tl.dot(weight, far, input_precision="ieee") * high
     return tl.sum(sums, axis=0) * (factor / UNIT)
-
-
-@triton.jit
-def _half_columns(a, b):
-    """Two planes [groups, N, 16] → the 32 columns that they are."""
-    GROUPS: tl.constexpr = a.shape[0]
-    N: tl.constexpr = a.shape[1]
-    return tl.reshape(tl.permute(tl.join(a, b), (0, 1, 3, 2)), (GROUPS, N, 32))
-
-
-@triton.jit
-def _scales_of_lines(lines):
-    """int32 [groups, 8, N / 16], each two rows' pairs → two powers of two, [groups, N, 1]."""
-    low = tl.join(lines << 23, lines << 7)
-    high = tl.join(lines << 15, lines >> 1)
-    return _scales_of_rows(low), _scales_of_rows(high)
-
-
-@triton.jit
-def _scales_of_rows(lines):
-    """[groups, 8, N / 16, two rows] with exponents in their places → float32 [groups, N, 1]."""
-    GROUPS: tl.constexpr = lines.shape[0]
-    N: tl.constexpr = lines.shape[2] * 16
-    exponents = tl.permute(lines, (0, 2, 3, 1)) & 0x7F800000
-    return tl.reshape(exponents, (GROUPS, N, 1)).to(tl.float32, bitcast=True)
