@@ -329,6 +329,15 @@ def test_no_models_on_this_machine(monkeypatch, tmp_path):
     assert "No model on this machine: make setup" in invoke("models").output
 
 
+def test_an_error_in_an_answer_has_a_line_of_its_own(server):
+    server.events = [chunk("Hel")]
+    result = invoke("complete", "Hi", "--url", server.url, "--model", "m")
+    assert result.output.startswith("Hel\nError: ")
+    server.events = []
+    result = invoke("complete", "Hi", "--url", server.url, "--model", "m")
+    assert result.output.startswith("Error: ")
+
+
 def test_complete_reads_stdin(server):
     server.events = ["[DONE]"]
     args = ["complete", "-", "--url", server.url, "--model", "m"]

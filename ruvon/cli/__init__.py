@@ -189,8 +189,15 @@ def complete(prompt: str, stop: tuple[str, ...], **given: Any) -> None:
     """Continue PROMPT and stream the text to stdout. PROMPT - reads it from stdin."""
     options = take_options(given) | ({"stop": list(stop)} if stop else {})
     text = read_stdin() if prompt == "-" else prompt
-    for delta in open_source(given).complete(text, options):
-        click.echo(delta.text, nl=False)
+    has_begun = False
+    try:
+        for delta in open_source(given).complete(text, options):
+            click.echo(delta.text, nl=False)
+            has_begun = True
+    except RuvonError:
+        if has_begun:
+            click.echo()  # the error has a line of its own
+        raise
     click.echo()
 
 
