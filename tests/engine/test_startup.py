@@ -178,6 +178,11 @@ def test_layers_are_loaded_side_by_side(folder, monkeypatch, threads, at_once):
     assert torch.get_num_threads() == threads
 
 
+def test_tensors_are_found_without_counting_through_ranges():
+    tensor = torch.ones(2)
+    assert [*loading.tensors_of((range(1 << 60), "text", [tensor]))] == [tensor]
+
+
 def test_more_ranks_than_a_model_has_parts_for_are_refused_before_any_starts(folder, monkeypatch):
     monkeypatch.setattr(ranks_start, "spawn", None)
     with pytest.raises(ConfigError, match=r"--tensor-parallel-size 4: .* for 1 to 3"):
