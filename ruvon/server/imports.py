@@ -74,10 +74,12 @@ def import_all(names: Iterable[str]) -> None:
 
 
 def map_torch() -> None:
-    """As `import torch` will, which says what is wrong where this comes to nothing."""
+    """As `import torch` will, which says what is wrong where this comes to nothing. A build for
+    GPUs finds its libraries in several packages, and its own way to them."""
     spec = find_spec("torch")
     if spec is None or spec.origin is None:
         return
-    library = Path(spec.origin).parent / "lib/libtorch.so"  # what it has that knows no Python
-    if library.exists():
+    folder = Path(spec.origin).parent / "lib"
+    library = folder / "libtorch.so"  # what it has that knows no Python
+    if library.exists() and not (folder / "libtorch_cuda.so").exists():
         ctypes.CDLL(None).dlopen(os.fsencode(library), os.RTLD_NOW)
