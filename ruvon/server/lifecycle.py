@@ -107,6 +107,7 @@ def make_service(loaded: LoadedEngine, chat: Chat, server: ServerConfig) -> Serv
     return Service(
         names=names,
         root=str(checkpoint.name),
+        format=checkpoint.format,
         generator=generator,
         tokenizer=loaded.tokenizer,
         chat=chat,

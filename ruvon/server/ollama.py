@@ -101,13 +101,13 @@ async def show(http: web.Request) -> web.Response:
 
 
 def _card(name: str, service: Service) -> Body:
-    kind, family = "gguf" if service.root.endswith(".gguf") else "safetensors", service.architecture
+    family = service.architecture
     unknown = dict.fromkeys(("parent_model", "parameter_size", "quantization_level"), "")
     return {
         "modified_at": timestamp(datetime.fromtimestamp(service.created, UTC)),
         "size": service.weight_bytes,
         "digest": hashlib.sha256(f"{service.fingerprint}{name}".encode()).hexdigest(),
-        "details": {"format": kind, "family": family, "families": [family], **unknown},
+        "details": {"format": service.format, "family": family, "families": [family], **unknown},
     }
 
 

@@ -105,6 +105,7 @@ class Service:
 
     names: tuple[str, ...]  # the first is the name, the others are aliases
     root: str  # what the model was loaded from
+    format: str  # of its files
     generator: Generator
     tokenizer: Tokenizer
     chat: Chat

@@ -123,6 +123,7 @@ def fake_start(runner: FakeRunner, config: EngineConfig, **numbers: Any) -> Star
         return SimpleNamespace(
             engine=engine,
             checkpoint=SimpleNamespace(
+                format="gguf",
                 name="org/fake",
                 spec=SimpleNamespace(architecture="Fake", num_layers=1),
             ),

@@ -185,7 +185,7 @@ async def test_models(serve):
     server = await serve(server=ServerConfig(port=0, served_model_name="m, n"))
     first, second = (await server.get("/api/tags")).json["models"]
     assert (first["name"], second["model"]) == ("m", "n")
-    assert first["details"]["family"] == "Fake"
+    assert (first["details"]["family"], first["details"]["format"]) == ("Fake", "gguf")
     reply = await server.post("/api/show", {"model": "n:latest", "verbose": True})
     assert reply.headers["X-Ruvon-Ignored"] == "verbose"
     shown = reply.json
