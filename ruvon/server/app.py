@@ -191,7 +191,6 @@ def make_runner(app: web.Application) -> web.AppRunner:
 def serve(config: EngineConfig, server: ServerConfig, fleet_secret: bytes | None = None) -> None:
     """Serve until a signal, then drain; ``fleet_secret`` as for `create_app`. Raises what loading
     raised, and `ConfigError` when the address cannot be listened on."""
-    fill_standard_streams()
     allow_files(server.max_connections + OTHER_FILES)
     sink = configure_logging(server.log_level, server.log_format)
     app = create_app(config, server, start_for_good, lambda: sink.dropped, fleet_secret)
@@ -206,16 +205,6 @@ def serve(config: EngineConfig, server: ServerConfig, fleet_secret: bytes | None
         gc.unfreeze()  # for libraries that look at the end whether they left something behind
     if still_loading():  # in native code, which does not survive the interpreter's tidying up
         os._exit(0)
-
-
-def fill_standard_streams() -> None:
-    """Open what the process began without (``2>&-``) as /dev/null. Else some socket would get its
-    number, and libuv ends the process when it closes one that it takes for stderr."""
-    for number in range(3):
-        try:
-            os.fstat(number)
-        except OSError:
-            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free
 
 
 def start_for_good(config: EngineConfig, progress: Progress) -> LoadedEngine:

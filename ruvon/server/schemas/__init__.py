@@ -1,7 +1,8 @@
 """OpenAI's requests, as pydantic models.
 
-Types are strict (``"1"`` is not a number; 1.0 is an integer) and ``null`` means "not given", as
-OpenAI has it. What is not declared here is kept aside, for `parsing` to refuse or to report.
+Types are strict (``"1"`` is not a number, though 1.0 is an integer, as in JSON Schema) and ``null``
+means "not given", as OpenAI has it. What is not declared here is kept aside, for `parsing` to
+refuse or to report.
 """
 
 from ruvon.server.schemas.base import Fields, SamplingFields, Stops, TokenIds
